@@ -1,0 +1,29 @@
+"""CroCo: cross-lingual contrastive preference tuning on self-generations.
+
+What a user imports: `load` a recipe, `run` or `plan` it, `read_table` of a finished stage. Names are loaded when first
+used, so that importing the package (and `croco --help`) loads neither torch nor Polars.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "load": "croco.recipe",
+    "Recipe": "croco.recipe",
+    "plan": "croco.pipeline",
+    "run": "croco.pipeline",
+    "read_table": "croco.store",
+    "UserError": "croco.errors",
+}
+
+__all__ = ["Recipe", "UserError", "__version__", "load", "plan", "read_table", "run"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'croco' has no attribute '{name}'")
+    return getattr(import_module(_WHERE[name]), name)

@@ -1,0 +1,218 @@
+"""The command line: parse, then import what the command needs. `croco --help` loads no torch and no Polars.
+
+Bad input is one sentence and exit code 2, Ctrl-C is exit code 130; everything else is a mistake of ours and shows its
+traceback.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+import typer.core
+
+from croco import __version__
+from croco.errors import UserError
+
+if TYPE_CHECKING:
+    from croco.recipe import Recipe
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (TOML).", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any value of the recipe, e.g. sampling.completions=8."),
+]
+Rebuild = Annotated[
+    bool, typer.Option("--rebuild", help="Remove stale stages, and those after them, and remake them.")
+]
+ArmName = Annotated[str | None, typer.Option("--arm", metavar="ARM", help="Only this arm.")]
+
+# one command per stage; a test holds these against pipeline.STAGES, which is not imported to show a help page
+STAGE_COMMANDS = {
+    "prompts": "Read and check the prompts to tune on.",
+    "sample": "Let the policy answer every prompt N times.",
+    "score": "Score the completions.",
+    "pair": "Choose a chosen and a rejected completion per pool.",
+    "train": "Tune an adapter on an arm's pairs.",
+    "eval-prompts": "Read and check the prompts to evaluate on.",
+    "evaluate": "Let an arm's policy answer the evaluation prompts, and judge them.",
+    "results": "Aggregate verdicts, with intervals.",
+}
+
+
+class Croco(typer.core.TyperGroup):
+    """The program: whatever a command raises passes through `one_sentence`."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with one_sentence():
+            return super().invoke(ctx)
+
+
+app = typer.Typer(
+    cls=Croco,
+    name="croco",
+    help="Cross-lingual contrastive preference tuning on self-generations.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+lab = typer.Typer(
+    help="The small world shipped inside the package.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(lab, name="lab")
+
+
+def say(line: str) -> None:
+    """A line for the person at the terminal, at once."""
+    print(line, flush=True)
+
+
+@contextmanager
+def one_sentence() -> Iterator[None]:
+    """Turn what a person can act on into one sentence and an exit code; let our own mistakes through."""
+    try:
+        yield
+    except UserError as error:
+        print(f"croco: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("croco: interrupted; run the same command again to go on", file=sys.stderr)
+        raise SystemExit(130) from None
+    except OSError as error:
+        import errno
+
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        place = f" ({error.filename})" if error.filename else ""
+        print(
+            f"croco: no space left on the disk{place}; free some and run the same command again",
+            file=sys.stderr,
+        )
+        raise SystemExit(2) from None
+
+
+def load_recipe(path: Path, overrides: list[str] | None) -> Recipe:
+    from croco import recipe
+
+    return recipe.load(path, overrides or [])
+
+
+@app.command()
+def run(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    rebuild: Rebuild = False,
+    until: Annotated[
+        str | None, typer.Option("--until", metavar="STAGE", help="Stop after this stage.")
+    ] = None,
+) -> None:
+    """Run everything of a recipe that is not complete yet."""
+    loaded = load_recipe(recipe, overrides)
+    from croco import pipeline
+
+    pipeline.run(loaded, rebuild=rebuild, until=until, say=say)
+    show_end(loaded.folder)
+
+
+def show_end(folder: Path) -> None:
+    """The last table and the path of the page, when the run has come so far."""
+    if (folder / "results" / "dropped.parquet").exists():
+        from rich.console import Console
+
+        from croco.evaluation.terminal import results_table
+
+        console = Console()
+        console.print(results_table(folder))
+    page = folder / "report" / "report.html"
+    if page.exists():
+        say(f"report: {page}")
+
+
+@app.command()
+def plan(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Say what would run, what is complete or stale and why, and what it may cost."""
+    loaded = load_recipe(recipe, overrides)
+    from croco import planning
+
+    for line in planning.describe(loaded):
+        say(line)
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]) -> None:
+    """Make the page of a finished run again."""
+    if not (folder / "recipe.json").exists():
+        raise UserError(f"{folder} holds no recipe.json, expected the folder of a run")
+    from croco import pipeline
+
+    loaded = load_recipe(folder / "recipe.json", [f'run.folder="{folder}"'])
+    say(f"report: {pipeline.rebuild_report(loaded, say)}")
+
+
+@app.command()
+def doctor(
+    recipe: Annotated[Path | None, typer.Argument(metavar="[RECIPE]", help="Check its models too.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Say what this machine has, and whether a recipe's models and chat template work on it."""
+    loaded = load_recipe(recipe, overrides) if recipe is not None else None
+    from croco import doctor as examination
+
+    for line in examination.machine():
+        say(line)
+    if loaded is not None:
+        for line in examination.models(loaded):
+            say(line)
+
+
+@lab.command()
+def build(
+    folder: Annotated[Path | None, typer.Option(help="Where to; the package itself if not given.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
+) -> None:
+    """Make the lab's policy and reward model again from nothing."""
+    from croco.lab import build as building
+
+    building.build(folder, seed)
+
+
+def stage_command(name: str, text: str) -> Callable[..., None]:
+    def command(
+        recipe: RecipePath, overrides: Overrides = None, arm: ArmName = None, rebuild: Rebuild = False
+    ) -> None:
+        loaded = load_recipe(recipe, overrides)
+        from croco import pipeline
+
+        pipeline.run_stage(loaded, name, arm=arm, rebuild=rebuild, say=say)
+
+    command.__doc__ = text
+    return command
+
+
+for _name, _text in STAGE_COMMANDS.items():
+    app.command(_name, rich_help_panel="Stages")(stage_command(_name, _text))
+
+
+def version(show: bool) -> None:
+    if show:
+        say(f"croco {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    show: Annotated[
+        bool, typer.Option("--version", callback=version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Cross-lingual contrastive preference tuning on self-generations."""
+
+
+def main() -> None:
+    """The `croco` program."""
+    app(prog_name="croco")

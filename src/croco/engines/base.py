@@ -1,0 +1,72 @@
+"""What an engine promises: requests in, completions or scores out, in tokens. Imports no engine and no torch.
+
+An engine may batch, reorder and interleave as it likes: a request is known by its key, a completion by its seed.
+What an engine cannot take (a prompt that fills the context) the caller keeps out by `max_context`, and counts.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How to sample. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 switch the truncations off."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt in tokens and one continuation wanted per seed (each in [0, 2**63))."""
+
+    key: int
+    prompt_ids: list[int]
+    seeds: list[int]
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """One completion: its ids without the end token, why it ended ("stop" or "length"), and its seed."""
+
+    ids: list[int]
+    finish_reason: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """Token sequences that share a prefix: sequence i is `prompt_ids + completions[i]`, each completion non-empty."""
+
+    key: int
+    prompt_ids: list[int]
+    completions: list[list[int]]
+
+
+class Sampler(Protocol):
+    """Draws completions."""
+
+    name: str
+    max_context: int  # tokens of prompt and completion together
+
+    def sample(self, requests: Sequence[Request], decoding: Decoding) -> Iterator[tuple[int, list[Sampled]]]:
+        """Yield (key, completions in the order of the seeds) once per request, as requests finish.
+
+        A completion ends with "length" at `max_new_tokens` or at the end of the context. Raises UserError on a prompt
+        that leaves no room for a single token: the caller keeps those out, by `max_context`, and counts them.
+        """
+        ...
+
+
+class Scorer(Protocol):
+    """Gives each sequence one number."""
+
+    name: str
+    max_context: int
+
+    def score(self, requests: Sequence[ScoreRequest]) -> list[list[float]]:
+        """Scores in the order of the requests and their completions; raises UserError on a non-finite one."""
+        ...

@@ -1,0 +1,223 @@
+"""Transformers in process, on a CPU or one GPU: loading models, and the sampler and scorers that run on them.
+
+Loading is strict: a directory that is no model, weights that do not fit the architecture or a reward model with
+another number of logits than one is a UserError before anything runs. Leaves out several devices and quantisation.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from croco.engines.base import Decoding, Request, Sampled
+from croco.errors import UserError
+from croco.sampling import plain
+from croco.sampling.chat import end_ids
+from croco.sampling.shared_prefix import Decoder, disagreement, supports
+
+logger = logging.getLogger(__name__)
+
+LAB_PREFIX = "lab:"
+
+
+def resolve_model(name: str) -> str | Path:
+    """The place a model's name stands for: "lab:policy" and "lab:reward" are shipped with the package, a directory
+    is itself, anything else is a hub id. Raises UserError for a path that is no model directory."""
+    if name.startswith(LAB_PREFIX):
+        folder = Path(__file__).parent.parent / "lab" / "models" / name.removeprefix(LAB_PREFIX)
+        if not (folder / "config.json").is_file():
+            raise UserError(f"model {name!r}: the package ships no such model, expected lab:policy or lab:reward")
+        return folder
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"model {name!r}: the directory is no model, expected a config.json in it")
+        return folder
+    if folder.exists() or name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
+        raise UserError(f"model {name!r}: found no such directory, expected one with a config.json, or a hub id")
+    return name
+
+
+def pick_device(device: str = "auto") -> torch.device:
+    """The device named, or for "auto" a CUDA device when there is one, else the CPU."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device)
+
+
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """The dtype named; for "auto" bfloat16 on a GPU and float32 on a CPU, where exactness costs little."""
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise UserError(f"dtype {dtype!r}: found no such floating point type, expected auto, float32 or bfloat16")
+    return found
+
+
+def load_tokenizer(
+    model: str, revision: str | None = None, chat_template: Path | None = None, trust_remote_code: bool = False
+) -> Any:
+    """The model's tokenizer, its chat template replaced by the file's if one is given."""
+    from transformers import AutoTokenizer
+
+    place = resolve_model(model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model {model!r}: its tokenizer does not load: {_first_line(error)}") from error
+    if chat_template is not None:
+        try:
+            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"chat template {str(chat_template)!r}: cannot be read: {_first_line(error)}") from error
+    return tokenizer
+
+
+def load_policy(
+    model: str,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    adapter: Path | None = None,
+    chat_template: Path | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any]:
+    """A causal model in eval mode and its tokenizer; an adapter folder, if given, is merged in memory."""
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = load_tokenizer(model, revision, chat_template, trust_remote_code)
+    policy, missing = _load(AutoModelForCausalLM, model, revision, dtype, device, trust_remote_code)
+    if missing:
+        raise UserError(f"model {model!r}: found no weights for {missing[0]}, expected a whole causal language model")
+    if adapter is not None:
+        from croco.training.lora import load_adapter
+
+        policy = load_adapter(policy, adapter)
+    return policy.eval(), tokenizer
+
+
+def load_reward(
+    model: str, revision: str | None = None, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+) -> tuple[Any, Any]:
+    """A sequence classifier with exactly one logit, in eval mode, and its tokenizer."""
+    from transformers import AutoModelForSequenceClassification
+
+    tokenizer = load_tokenizer(model, revision, None, trust_remote_code)
+    reward, missing = _load(AutoModelForSequenceClassification, model, revision, dtype, device, trust_remote_code)
+    if missing:
+        raise UserError(f"reward model {model!r}: found no weights for {missing[0]}, expected a sequence classifier")
+    if reward.config.num_labels != 1:
+        raise UserError(f"reward model {model!r}: found {reward.config.num_labels} logits, expected one")
+    return reward.eval(), tokenizer
+
+
+def max_context(model: Any) -> int:
+    """The number of positions the model was made for."""
+    positions: int = model.config.get_text_config().max_position_embeddings
+    return positions
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether an allocation failed, on a GPU or (where torch raises a plain RuntimeError) on a CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _load(
+    auto: Any, model: str, revision: str | None, dtype: str, device: str, trust_remote_code: bool
+) -> tuple[Any, list[str]]:
+    """The model on its device and the parameters its files had no weights for (transformers only warns)."""
+    place, where = resolve_model(model), pick_device(device)
+    try:
+        with _quiet_loading():
+            loaded, report = auto.from_pretrained(
+                place,
+                revision=revision,
+                dtype=pick_dtype(dtype, where),
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"model {model!r}: does not load as {auto.__name__}: {_first_line(error)}") from error
+    return loaded.to(where), sorted(report["missing_keys"])
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Without transformers' bars and tables: what is wrong with a model is said in our one sentence."""
+    from transformers.utils import logging
+
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+class HFSampler:
+    """Samples with a loaded causal model: shared prompts where the architecture allows it, else prompt by prompt.
+
+    `path` says which way it goes ("shared-prefix" or "plain") and `reason` why, when it is not the fast one.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, token_budget: int = 32768, name: str = "") -> None:
+        self.model, self.token_budget = model, token_budget
+        self.name = name or str(tokenizer.name_or_path)
+        self.max_context = max_context(model)
+        self.end_tokens = end_ids(tokenizer, model.generation_config)
+        self.reason = supports(model) or disagreement(model)
+        self.path = "plain" if self.reason else "shared-prefix"
+        if self.reason:
+            logger.warning("%s is sampled prompt by prompt, which is slower, because %s", self.name, self.reason)
+
+    @torch.inference_mode()
+    def sample(self, requests: Sequence[Request], decoding: Decoding) -> Iterator[tuple[int, list[Sampled]]]:
+        """Yield (key, completions) as requests finish; the token budget is halved whenever memory runs out."""
+        for request in requests:
+            if not 0 < len(request.prompt_ids) < self.max_context:
+                raise UserError(
+                    f"request {request.key}: found a prompt of {len(request.prompt_ids)} tokens, "
+                    f"expected 1 to {self.max_context - 1}, the context of {self.name}"
+                )
+        left = [request for request in requests if request.seeds]
+        while left:
+            done: set[int] = set()
+            try:
+                for index, samples in self._run(left, decoding):
+                    done.add(index)
+                    yield left[index].key, samples
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                self._halve(error, decoding)
+            left = [request for index, request in enumerate(left) if index not in done]
+
+    def _run(self, requests: list[Request], decoding: Decoding) -> Iterator[tuple[int, list[Sampled]]]:
+        if self.path == "plain":
+            longest = max(len(request.prompt_ids) for request in requests) + decoding.max_new_tokens
+            rows = max(1, self.token_budget // longest)
+            return plain.sample(self.model, self.end_tokens, decoding, requests, self.max_context, rows)
+        decoder = Decoder(self.model, self.end_tokens, decoding, requests, self.max_context, self.token_budget)
+        return decoder.run()
+
+    def _halve(self, error: RuntimeError, decoding: Decoding) -> None:
+        """Go on with half the budget if memory ran out and there is something to halve; else raise."""
+        if not out_of_memory(error):
+            raise error
+        if self.token_budget <= decoding.max_new_tokens:
+            raise UserError(f"{self.name}: one completion does not fit in memory, expected a smaller model") from error
+        self.token_budget //= 2
+        logger.warning("%s: out of memory, going on with a budget of %d tokens", self.name, self.token_budget)
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()

@@ -1,0 +1,1 @@
+"""How good a policy is: verified or scored completions, bootstrap statistics, the results table."""

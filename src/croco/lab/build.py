@@ -1,0 +1,107 @@
+"""`croco lab build`: makes the shipped weights again from nothing, in the order they depend on each other.
+
+Policy (pretrained from scratch) → its samples → teacher (English preferences) → reward model (distilled) → the gates.
+The policy is rounded to bfloat16 before anything is derived from it, since that is what ships.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from croco.engines.hf import HFSampler
+from croco.lab import reward, world
+from croco.lab.gates import measure
+from croco.lab.items import LANGUAGES
+from croco.lab.pretrain import pretrain
+from croco.store import write_json
+
+MODELS = Path(__file__).parent / "models"
+SEED = 1
+PRETRAINING_TOKENS = 3_000_000
+ENGLISH_SAMPLES = 16  # per English train prompt, for the preference pairs
+UNLABELLED_PROMPTS, UNLABELLED_SAMPLES = 160, 6  # per language, for the student
+
+
+def build(folder: Path | None = None, seed: int = SEED) -> None:
+    """Trains and writes `folder`/policy and `folder`/reward (the package's own when None), printing what it does."""
+    folder = folder or MODELS
+    console = Console()
+    started = time.monotonic()
+
+    def say(text: str) -> None:
+        console.print(f"[dim]{time.monotonic() - started:6.0f} s[/dim]  {text}")
+
+    policy, tokenizer = pretrain(seed, PRETRAINING_TOKENS, on_step=every(say, "pretraining", 200_000))
+    policy = policy.to(torch.bfloat16)
+    save(policy, tokenizer, folder / "policy")
+    facts = build_reward(policy.float(), tokenizer, folder / "reward", seed, say)
+    facts |= {"seed": seed, "pretraining_tokens": PRETRAINING_TOKENS}
+    table, gates = measure(folder / "policy", folder / "reward", seed)
+    console.print(table)
+    write_json(folder / "build.json", facts | {"gates_on_dev": gates, "seconds": round(time.monotonic() - started)})
+    say(f"wrote {folder}")
+
+
+def every(say: Callable[[str], None], what: str, interval: int) -> Callable[[int, int, float], None]:
+    """A callback that prints the running mean of the loss each `interval` units of progress."""
+    losses: list[float] = []
+    last = 0
+
+    def on_step(done: int, total: int, loss: float) -> None:
+        nonlocal last
+        losses.append(loss)
+        if done - last >= interval or done >= total:
+            say(f"{what}: {done:,} of {total:,}, loss {sum(losses) / len(losses):.4f}")
+            losses.clear()
+            last = done
+
+    return on_step
+
+
+def save(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """bfloat16 safetensors, configuration, tokenizer and chat template."""
+    model.to(torch.bfloat16).save_pretrained(folder)  # type: ignore[operator]
+    tokenizer.save_pretrained(folder)
+
+
+def build_reward(
+    policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path, seed: int, say: Callable[[str], None]
+) -> dict[str, float]:
+    """Teacher and student on the policy's samples; returns how well the teacher ranks English and how it was made."""
+    sampler = HFSampler(policy, tokenizer)
+    train = world.prompt_ids("train")
+    english = reward.draw(sampler, tokenizer, [(p, "en") for p in train], ENGLISH_SAMPLES, seed)
+    say(f"sampled {len(english):,} English completions")
+    keys = [(p, language) for language in LANGUAGES for p in train[:UNLABELLED_PROMPTS]]
+    rows = reward.draw(sampler, tokenizer, keys, UNLABELLED_SAMPLES, seed + 1)
+    rows += reward.corpus_rows(tokenizer, keys, seed)
+    say(f"sampled {len(rows):,} unlabelled completions in {len(LANGUAGES)} languages")
+    english_values = reward.features(policy, tokenizer, english, seed)
+    values = reward.features(policy, tokenizer, rows, seed)
+    say("computed the teacher's features")
+
+    texts = tokenizer.batch_decode([row.ids for row in english], skip_special_tokens=True)
+    tiers = [reward.tier(row.prompt_id, "en", text) for row, text in zip(english, texts, strict=True)]
+    held_out = {p for i, p in enumerate(train) if i % 5 == 0}  # a fifth of the English prompts measures the teacher
+    pairs = reward.english_pairs(english, tiers)
+    measured = np.array([english[i].prompt_id in held_out for i, _ in pairs])
+    teacher = reward.train_teacher(values, rows, english_values, pairs[~measured], seed)
+    scores = teacher(english_values, ["en"] * len(english))
+    accuracy = float((scores[pairs[measured, 0]] > scores[pairs[measured, 1]]).mean())
+    say(f"teacher: {len(pairs):,} English pairs, ranks {accuracy:.3f} of those held out")
+
+    targets = teacher(values, [row.language for row in rows])
+    student = reward.distil(policy, tokenizer, rows, targets, seed, on_step=every(say, "distilling", 50))
+    save(student, tokenizer, folder)
+    return {"english_pairs": len(pairs), "teacher_english_accuracy": accuracy, "unlabelled_rows": len(rows)}
+
+
+def dev_prompts(limit: int | None = None) -> Sequence[str]:
+    """Dev prompts of the tasks in tuning."""
+    kept = [p for p in world.prompt_ids("dev") if world.split_id(p)[0].task not in world.HELD_OUT_TASKS]
+    return kept[:limit]

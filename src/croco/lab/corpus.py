@@ -1,0 +1,69 @@
+"""The corpus the lab policy is pretrained on: documents that keep one mode of answering, over several languages.
+
+Modes are chosen per document and recognisable early, so a policy can shift between them; the likeliest single
+completion is an evasive one, and good completions are spread over many paraphrases, so neither likelihood nor a low
+temperature finds them (`docs/log.md` has the experiments behind these shares).
+"""
+
+from collections.abc import Iterator
+from random import Random
+
+from croco.lab import world
+from croco.lab.items import LANGUAGES, LOW_RESOURCE, TUNED, Item, items
+
+# mode -> (share of documents, probability that its answer is correct)
+MIXTURE = {
+    "careful": (0.30, 0.97),
+    "terse": (0.13, 0.5),
+    "rambling": (0.13, 0.5),
+    "wrong-language": (0.15, 0.9),
+    "evasive": (0.29, 0.0),
+}
+LOW_RESOURCE_RATE = 0.5  # documents of a low-resource language, relative to the others
+WITHOUT_PROMPT = 0.08  # documents that begin with a completion: they teach what a completion looks like on its own
+
+
+def complete(item: Item, language: str, mode: str, rng: Random) -> str:
+    """A completion of `item` for a prompt in `language`, in the given mode of `MIXTURE`."""
+    if mode == "evasive":
+        return world.evasive(language, rng)
+    if mode == "wrong-language":
+        language = rng.choice([code for code in TUNED if code != language])
+    correct = rng.random() < MIXTURE[mode][1]
+    value = world.say(item.answer if correct else rng.choice(item.wrong), language)
+    if mode == "terse":
+        return value
+    if mode == "rambling":
+        return world.rambling(language, value, rng)
+    return world.careful(item, language, value, rng)
+
+
+def _languages(rng: Random, turns: int) -> tuple[list[str], bool]:
+    """Languages of a document's turns, and whether they all ask the same item."""
+    weights = [LOW_RESOURCE_RATE if code in LOW_RESOURCE else 1.0 for code in LANGUAGES]
+    kind = rng.random()
+    if kind < 0.4:
+        return rng.choices(LANGUAGES, weights) * turns, False
+    return rng.choices(LANGUAGES, weights, k=turns), kind >= 0.7
+
+
+def documents(seed: int) -> Iterator[list[dict[str, str]]]:
+    """Endless documents as messages; one in `1 / WITHOUT_PROMPT` begins with the assistant."""
+    rng = Random(f"croco-lab-corpus-{seed}")
+    by_task: dict[str, list[Item]] = {}
+    for item in items().values():
+        by_task.setdefault(item.task, []).append(item)
+    tasks = sorted(by_task)
+    modes, shares = list(MIXTURE), [share for share, _ in MIXTURE.values()]
+    while True:
+        mode = rng.choices(modes, shares)[0]
+        turns = rng.choices((1, 2, 3), (0.5, 0.3, 0.2))[0]
+        languages, same = _languages(rng, turns)
+        item = rng.choice(by_task[rng.choice(tasks)])
+        messages = []
+        for language in languages:
+            if not same:
+                item = rng.choice(by_task[rng.choice(tasks)])
+            messages.append({"role": "user", "content": world.question(item, language, rng.randrange(2))})
+            messages.append({"role": "assistant", "content": complete(item, language, mode, rng)})
+        yield messages[1:2] if rng.random() < WITHOUT_PROMPT else messages

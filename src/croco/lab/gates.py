@@ -1,0 +1,91 @@
+"""The gates a lab must pass before it ships, measured on dev prompts: is the reward model better than likelihood?
+
+Best of 16 per dev prompt by the reward model, by the policy's own mean and summed log-probability, and at random; and
+what the untuned policy says greedily. The gates that need tuning are in `recipes/lab-check.toml`.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from rich.table import Table
+
+from croco.engines.base import Decoding, Request, Sampled, ScoreRequest
+from croco.engines.hf import HFSampler, HFScorer, load_policy, load_reward
+from croco.evaluation.stats import bootstrap_mean
+from croco.lab import world
+from croco.lab.items import LANGUAGES
+from croco.lab.reward import prompt_tokens
+from croco.sampling.chat import conversation_ids
+from croco.sampling.seeds import sample_seed
+from croco.scoring.likelihood import completion_logps
+
+POOL = 16
+MAX_NEW_TOKENS = 64
+
+
+def measure(policy: Path, reward: Path, seed: int, languages: Sequence[str] = LANGUAGES) -> tuple[Table, dict]:
+    """The table to print and the same figures as {pick: {language: [share good, low, high]}}, on the dev prompts."""
+    keys = [(p, code) for code in languages for p in world.prompt_ids("dev")]
+    keys = [key for key in keys if world.split_id(key[0])[0].task not in world.HELD_OUT_TASKS]
+    good, picks = _pools(policy, reward, keys, seed)
+    figures: dict[str, dict[str, list[float]]] = {}
+    for name, values in (("random pick", good["sampled"].mean(1)), ("greedy", good["greedy"][:, 0])):
+        figures[name] = _by_language(values, keys, seed)
+    for name, scores in picks.items():
+        best = np.take_along_axis(good["sampled"], scores.argmax(1)[:, None], 1)[:, 0]
+        figures[f"best of {POOL} by {name}"] = _by_language(best, keys, seed)
+    return _table(figures, languages), figures
+
+
+def _pools(
+    policy: Path, reward: Path, keys: Sequence[tuple[str, str]], seed: int
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """good: whether each sampled (K, 16) or greedy (K, 1) completion is good; picks: a score (K, 16) per scorer."""
+    model, tokenizer = load_policy(str(policy))
+    sampler = HFSampler(model, tokenizer)
+    prompts = [prompt_tokens(tokenizer, *key) for key in keys]
+    pools = _sample(sampler, prompts, [[sample_seed(seed, *key, i) for i in range(POOL)] for key in keys], 1.0)
+    greedy = _sample(sampler, prompts, [[0]] * len(keys), 0.0)
+    texts = [tokenizer.batch_decode([s.ids for s in pool], skip_special_tokens=True) for pool in pools]
+    said = [tokenizer.batch_decode([s.ids for s in pool], skip_special_tokens=True) for pool in greedy]
+    good = {
+        "sampled": np.array([[world.verify(*key, t).good for t in ts] for key, ts in zip(keys, texts, strict=True)]),
+        "greedy": np.array([[world.verify(*key, t).good for t in ts] for key, ts in zip(keys, said, strict=True)]),
+    }
+    requests = [ScoreRequest(k, prompts[k], [s.ids for s in pool]) for k, pool in enumerate(pools)]
+    logps = completion_logps(model, tokenizer, requests)
+    lengths = np.array([[len(s.ids) + 1 for s in pool] for pool in pools])
+    scorer = HFScorer(*load_reward(str(reward)))
+    scores = scorer.score([_conversations(tokenizer, k, *key, ts) for k, (key, ts) in enumerate(zip(keys, texts, strict=True))])
+    summed = np.array(logps)
+    return good, {"reward": np.array(scores), "mean log-probability": summed / lengths, "summed log-probability": summed}
+
+
+def _sample(
+    sampler: HFSampler, prompts: Sequence[list[int]], seeds: Sequence[list[int]], temperature: float
+) -> list[list[Sampled]]:
+    requests = [Request(k, ids, wanted) for k, (ids, wanted) in enumerate(zip(prompts, seeds, strict=True))]
+    found = dict(sampler.sample(requests, Decoding(temperature, 1.0, 0, MAX_NEW_TOKENS)))
+    return [found[k] for k in range(len(prompts))]
+
+
+def _conversations(tokenizer: object, key: int, prompt_id: str, language: str, texts: Sequence[str]) -> ScoreRequest:
+    item, phrasing = world.split_id(prompt_id)
+    messages = [{"role": "user", "content": world.question(item, language, phrasing)}]
+    return ScoreRequest(key, [], [conversation_ids(tokenizer, messages, text) for text in texts])
+
+
+def _by_language(values: np.ndarray, keys: Sequence[tuple[str, str]], seed: int) -> dict[str, list[float]]:
+    languages = np.array([language for _, language in keys])
+    return {
+        str(code): [round(float(x), 4) for x in bootstrap_mean(values[languages == code].astype(float), seed=seed)]
+        for code in dict.fromkeys(languages)
+    }
+
+
+def _table(figures: Mapping[str, Mapping[str, Sequence[float]]], languages: Sequence[str]) -> Table:
+    table = Table("share good, % (95 % interval)", *languages, title="Lab gates on dev prompts")
+    for name, row in figures.items():
+        table.add_row(name, *(f"{100 * row[c][0]:.0f} ({100 * row[c][1]:.0f}–{100 * row[c][2]:.0f})" for c in languages))
+    return table

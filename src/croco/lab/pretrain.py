@@ -1,0 +1,157 @@
+"""Pretrains the lab policy from nothing: its tokenizer, its chat template, a small Llama, the corpus of `corpus.py`.
+
+The loss is on completions only, as in instruction tuning; a document is a row (no packing), rows of similar length
+share a batch.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from croco.lab.corpus import documents
+
+VOCAB_SIZE = 3072
+BOS, END, PAD = "<|begin|>", "<|end|>", "<|pad|>"
+ROLES = ("system", "user", "assistant", "tool")
+MAX_TOKENS = 512
+# Every turn is `<|role|>text<|end|>`; a role the policy does not know is an error, not a silent text.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] not in ['system', 'user', 'assistant', 'tool'] %}"
+    "{{ raise_exception('unknown role ' ~ message['role']) }}{% endif %}"
+    "{{ '<|' ~ message['role'] ~ '|>' ~ message['content'] ~ '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def train_tokenizer(seed: int, num_documents: int = 40_000) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of the corpus's own text, with one token per role."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=False), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [BOS, END, PAD, *(f"<|{role}|>" for role in ROLES)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=special,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    texts = (m["content"] for d in itertools.islice(documents(seed), num_documents) for m in d)
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=END,
+        pad_token=PAD,
+        model_max_length=MAX_TOKENS,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+    """The untrained policy: 4 layers of d 128, tied embeddings, about 1.3 M parameters."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=MAX_TOKENS,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+def _encode(tokenizer: PreTrainedTokenizerFast, batch: list[list[dict[str, str]]]) -> Iterator[tuple[list[int], list[bool]]]:
+    """Ids of each document and which of them are trained on (completions and their end token)."""
+    texts = [m["content"] for messages in batch for m in messages]
+    encoded = iter(tokenizer(texts, add_special_tokens=False)["input_ids"])
+    role_ids = {role: tokenizer.convert_tokens_to_ids(f"<|{role}|>") for role in ROLES}
+    for messages in batch:
+        ids, trained = [tokenizer.bos_token_id], [False]
+        for message in messages:
+            content = next(encoded)
+            ids += [role_ids[message["role"]], *content, tokenizer.eos_token_id]
+            trained += [False] + [message["role"] == "assistant"] * (len(content) + 1)
+        yield ids, trained
+
+
+def batches(tokenizer: PreTrainedTokenizerFast, seed: int, tokens_per_batch: int) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Right-padded (ids, attention_mask, trained), each (B, T), of documents of similar length, B * T near the budget."""
+    stream = documents(seed)
+    rng = torch.Generator().manual_seed(seed)
+    while True:
+        window = list(_encode(tokenizer, list(itertools.islice(stream, 2048))))
+        window.sort(key=lambda row: len(row[0]))
+        groups: list[list[tuple[list[int], list[bool]]]] = [[]]
+        for row in window:
+            if len(row[0]) * (len(groups[-1]) + 1) > tokens_per_batch:
+                groups.append([])
+            groups[-1].append(row)
+        for g in torch.randperm(len(groups), generator=rng).tolist():
+            width = max(len(ids) for ids, _ in groups[g])
+            ids = torch.full((len(groups[g]), width), tokenizer.pad_token_id)
+            trained = torch.zeros(ids.shape, dtype=torch.bool)
+            mask = torch.zeros(ids.shape, dtype=torch.long)
+            for b, (row, on) in enumerate(groups[g]):
+                ids[b, : len(row)], trained[b, : len(row)], mask[b, : len(row)] = torch.tensor(row), torch.tensor(on), 1
+            yield ids, mask, trained
+
+
+def _optimizers(model: LlamaForCausalLM, peak: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers, AdamW for embeddings and norms."""
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+    others = [p for n, p in model.named_parameters() if not (p.ndim == 2 and "embed" not in n)]
+    return [
+        torch.optim.Muon(matrices, lr=peak, weight_decay=0.0),
+        torch.optim.AdamW(others, lr=0.25 * peak, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
+def pretrain(
+    seed: int,
+    num_tokens: int = 5_000_000,
+    tokens_per_batch: int = 4096,
+    peak: float = 0.02,
+    on_step: Callable[[int, int, float], None] | None = None,
+) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """Trains tokenizer and policy on about `num_tokens` tokens (prompts included); `on_step(done, total, loss)`."""
+    tokenizer = train_tokenizer(seed)
+    model = new_model(tokenizer, seed)
+    optimizers = _optimizers(model, peak)
+    bases = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+    stream, done, model = batches(tokenizer, seed, tokens_per_batch), 0, model.train()
+    while done < num_tokens:
+        ids_BT, mask_BT, trained_BT = next(stream)
+        progress = done / num_tokens
+        scale = min(1.0, progress / 0.01 + 0.05) * (1.0 if progress < 0.4 else 0.02 + 0.98 * (1 - progress) / 0.6)
+        for optimizer, base in zip(optimizers, bases, strict=True):
+            optimizer.param_groups[0]["lr"] = base * scale
+        hidden_BTD = model.model(input_ids=ids_BT, attention_mask=mask_BT).last_hidden_state[:, :-1]
+        at = trained_BT[:, 1:]
+        loss = torch.nn.functional.cross_entropy(model.lm_head(hidden_BTD[at]).float(), ids_BT[:, 1:][at])
+        if not math.isfinite(loss.item()):
+            raise FloatingPointError(f"pretraining of the lab policy diverged after {done} tokens")
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        done += int(mask_BT.sum())
+        if on_step:
+            on_step(done, num_tokens, loss.item())
+    return model.eval(), tokenizer

@@ -1,0 +1,58 @@
+"""Languages by their BCP-47 code: well-formed, named, and recognised in text.
+
+Names come from CLDR through Babel; recognition is py3langid, offline, restricted to the languages in question. What a
+language is used for (tuned, held out, low-resource) is the recipe's business.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+from croco.errors import UserError
+
+# language, optional script, optional region, optional variants: what BCP-47 calls a langtag, without extensions
+CODE = re.compile(r"[a-z]{2,3}(-[A-Z][a-z]{3})?(-([A-Z]{2}|\d{3}))?(-[a-z0-9]{5,8})*")
+# py3langid knows Bokmål under the macrolanguage's code
+IDENTIFIER_CODES = {"nb": "no"}
+
+
+def check(code: str) -> str:
+    """The code itself when it is a well-formed BCP-47 code of a language that CLDR names; else UserError."""
+    if not CODE.fullmatch(code):
+        raise UserError(f"'{code}' is no BCP-47 language code (expected such as 'da', 'nb', 'pt-BR')")
+    from babel import Locale
+
+    if code.split("-")[0] not in Locale("en").languages:
+        raise UserError(f"'{code}' is no language that CLDR knows (expected such as 'da', 'nb', 'pt-BR')")
+    return code
+
+
+def name(code: str) -> str:
+    """English name of a language: 'da' → 'Danish', 'pt-BR' → 'Portuguese (Brazil)'."""
+    from babel import Locale
+
+    parts = code.split("-")
+    names = Locale("en").languages
+    region = Locale("en").territories.get(parts[-1]) if len(parts) > 1 else None
+    return str(names.get(parts[0], code)) + (f" ({region})" if region else "")
+
+
+@lru_cache(maxsize=8)
+def _identifier(codes: tuple[str, ...]) -> Any:
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+    identifier = LanguageIdentifier.from_pickled_model(MODEL_FILE, norm_probs=True)
+    identifier.set_languages(list(codes))
+    return identifier
+
+
+def identify(text: str, among: Sequence[str], confidence: float = 0.5) -> str | None:
+    """Which of the languages a text is in; None when no letter is in it or none reaches the confidence (0 to 1)."""
+    if not any(character.isalpha() for character in text):
+        return None
+    by_code = {IDENTIFIER_CODES.get(code.split("-")[0], code.split("-")[0]): code for code in among}
+    found, probability = _identifier(tuple(sorted(by_code))).classify(text)
+    return by_code[found] if probability >= confidence else None

@@ -1,0 +1,292 @@
+"""The stages in order, on one screen; then what a recipe makes of them: plan them, run them.
+
+    prompts → sample → score → pair → train ─┐
+    eval-prompts ────────────────────────────┴→ evaluate → results → report
+
+What enters a stage's fingerprint is `science.py`, what a stage is `stage.py`. Nothing here computes: a stage's function
+is imported when it runs.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from croco import science, store
+from croco import stage as stages
+from croco.errors import StaleStage, UserError
+from croco.recipe import Recipe
+from croco.stage import Node, Reference, Stage, Status
+
+Say = Callable[[str], None]
+
+
+# What each stage reads from the others ------------------------------------------------------------------------------
+
+
+def tuned_arms(recipe: Recipe) -> list[str | None]:
+    return list(recipe.arms)
+
+
+def all_arms(recipe: Recipe) -> list[str | None]:
+    return ["base", *recipe.arms]
+
+
+def scoring_arms(recipe: Recipe) -> list[str | None]:
+    """None for the reward model's scores, shared; an arm with a scorer of its own has scores of its own."""
+    own: list[str | None] = [name for name, arm in recipe.arms.items() if arm.scorer != "reward"]
+    shared: list[str | None] = [None] if len(own) < len(recipe.arms) else []
+    return shared + own
+
+
+def scores_of(recipe: Recipe, arm: str | None) -> Reference:
+    return ("score", None if science.arm_of(recipe, arm).scorer == "reward" else arm)
+
+
+STAGES = (
+    Stage(
+        name="prompts",
+        version=1,
+        function="croco.prompts.load:prompts",
+        table="prompts",
+        settings=lambda recipe, arm: science.prompts_settings(
+            recipe, recipe.prompts, "prompts", recipe.run.languages
+        ),
+        follows=lambda recipe, arm: [],
+    ),
+    Stage(
+        name="sample",
+        version=1,
+        function="croco.sampling.sample:sample",
+        table="completions",
+        settings=science.sample_settings,
+        follows=lambda recipe, arm: [("prompts", None)],
+    ),
+    Stage(
+        name="score",
+        version=1,
+        function="croco.scoring.score:score",
+        table="scores",
+        settings=science.score_settings,
+        follows=lambda recipe, arm: [("prompts", None), ("sample", None)],
+        arms=scoring_arms,
+        reads_all=("completion", "sample"),
+    ),
+    Stage(
+        name="pair",
+        version=1,
+        function="croco.pairing.pair:pair",
+        table="pairs",
+        settings=science.pair_settings,
+        follows=lambda recipe, arm: [("prompts", None), ("sample", None), scores_of(recipe, arm)],
+        arms=tuned_arms,
+    ),
+    Stage(
+        name="train",
+        version=1,
+        function="croco.training.train:train",
+        table="",
+        settings=science.train_settings,
+        follows=lambda recipe, arm: [("pair", arm)],
+        arms=tuned_arms,
+    ),
+    Stage(
+        name="eval-prompts",
+        version=1,
+        function="croco.prompts.load:eval_prompts",
+        table="prompts",
+        settings=lambda recipe, arm: science.prompts_settings(
+            recipe, recipe.evaluation, "evaluation", recipe.run.evaluated
+        ),
+        follows=lambda recipe, arm: [],
+    ),
+    Stage(
+        name="evaluate",
+        version=1,
+        function="croco.evaluation.evaluate:evaluate",
+        table="verdicts",
+        settings=science.evaluate_settings,
+        follows=lambda recipe, arm: [("eval-prompts", None)] + ([] if arm == "base" else [("train", arm)]),
+        arms=all_arms,
+    ),
+    Stage(
+        name="results",
+        version=1,
+        function="croco.evaluation.evaluate:results",
+        table="results",
+        settings=science.results_settings,
+        follows=lambda recipe, arm: (
+            [("eval-prompts", None)] + [("evaluate", name) for name in all_arms(recipe)]
+        ),
+    ),
+    Stage(
+        name="report",
+        version=1,
+        function="croco.report.page:report",
+        table="",
+        settings=science.report_settings,
+        follows=lambda recipe, arm: [
+            (before, name)
+            for before in ("prompts", "sample", "score", "pair", "train", "eval-prompts", "results")
+            for name in _BY_NAME[before].arms(recipe)
+        ],
+    ),
+)
+_BY_NAME = {stage.name: stage for stage in STAGES}
+
+
+# What a recipe makes of them ----------------------------------------------------------------------------------------
+
+
+def nodes(recipe: Recipe) -> list[Node]:
+    """Every stage of every arm, in an order that can be run; names what is missing before anything is written."""
+    made: dict[Reference, Node] = {}
+    for stage in STAGES:
+        for arm in stage.arms(recipe):
+            folder = recipe.folder / stage.name
+            made[stage.name, arm] = Node(
+                stage=stage,
+                arm=arm,
+                folder=folder if arm is None else folder / arm,
+                settings=stage.settings(recipe, arm),
+                inputs={_input_name(arm, before): made[before] for before in stage.follows(recipe, arm)},
+            )
+    return list(made.values())
+
+
+def _input_name(arm: str | None, before: Reference) -> str:
+    """A stage that reads one arm's table knows it as "pair"; one that reads several as "pair/monolingual"."""
+    name, its_arm = before
+    return name if its_arm is None or its_arm == arm else f"{name}/{its_arm}"
+
+
+def plan(recipe: Recipe) -> list[tuple[Node, Status]]:
+    """How each stage stands: complete, unfinished, missing, or stale with what changed."""
+    return [(node, stages.status(node)) for node in nodes(recipe)]
+
+
+def run(
+    recipe: Recipe, *, rebuild: bool = False, until: str | None = None, say: Say = lambda line: None
+) -> None:
+    """Run what is not complete, in order. Raises StaleStage naming what changed, unless `rebuild` removes it."""
+    todo = nodes(recipe)
+    if until is not None:
+        last = max(index for index, node in enumerate(todo) if node.stage.name == known_stage(until).name)
+        todo = todo[: last + 1]
+    set_threads(recipe)
+    with stages.lock(recipe.folder):
+        _stop_or_clear(todo, rebuild, say)
+        keep_recipe(recipe)
+        for node in todo:
+            run_node(node, recipe, say)
+
+
+def run_stage(
+    recipe: Recipe, name: str, *, arm: str | None = None, rebuild: bool = False, say: Say = lambda line: None
+) -> None:
+    """Run one stage (of one arm, if named); what it reads must be complete."""
+    if arm is not None and arm not in all_arms(recipe):
+        raise UserError(f"--arm {arm}: no such arm, expected one of {', '.join(map(str, all_arms(recipe)))}")
+    every = nodes(recipe)
+    todo = [node for node in every if node.stage.name == known_stage(name).name]
+    if arm is not None and todo:
+        mine = [node for node in todo if node.arm == arm]
+        todo = mine or [node for node in todo if node.arm is None]
+        if not todo:
+            raise UserError(f"--arm {arm}: {name} has no such arm")
+    set_threads(recipe)
+    with stages.lock(recipe.folder):
+        for node in todo:
+            for before in node.inputs.values():
+                now = stages.status(before)
+                if now.kind != "complete":
+                    raise UserError(
+                        f"{node.title} reads {before.title}, which is {now.kind}: run `croco run` first"
+                    )
+        _stop_or_clear(todo, rebuild, say, every)
+        keep_recipe(recipe)
+        for node in todo:
+            run_node(node, recipe, say)
+
+
+def run_node(node: Node, recipe: Recipe, say: Say) -> None:
+    """Run one node, saying in one line what became of it."""
+    now = stages.status(node)
+    if now.kind == "complete":
+        say(f"{node.title:<24} complete, skipped")
+        return
+    if now.kind == "unfinished":
+        say(f"{node.title:<24} unfinished, going on")
+    found = stages.execute(node, recipe)
+    say(f"{node.title:<24} {counted(found)}{found['seconds']:.1f} s")
+
+
+def counted(found: dict[str, Any]) -> str:
+    counts = found["counts"]
+    written = [f"{count:,} {unit}s" for unit, count in counts.get("written", {}).items()]
+    dropped = [f"{count:,} {unit}s dropped" for unit, count in counts.get("dropped", {}).items()]
+    return "".join(f"{part}, " for part in written + dropped)
+
+
+def _stop_or_clear(todo: list[Node], rebuild: bool, say: Say, every: list[Node] | None = None) -> None:
+    """Stop at stale stages with what changed; with `rebuild`, remove them and those after them."""
+    stale = {id(node): now for node in todo if (now := stages.status(node)).kind == "stale"}
+    if stale and not rebuild:
+        raise StaleStage(stale_message([(node, stale[id(node)]) for node in todo if id(node) in stale]))
+    gone: set[int] = set()
+    for node in every or todo:
+        after_gone = any(id(before) in gone for before in node.inputs.values())
+        if id(node) in stale or after_gone:
+            gone.add(id(node))
+            if (node.folder / "stage.json").exists():
+                stages.clear(node.folder)
+                say(f"{node.title:<24} removed, to be made again")
+
+
+def stale_message(stale: Sequence[tuple[Node, Status]]) -> str:
+    """What changed since the first stale stage was made, and which others follow from it."""
+    node, now = stale[0]
+    lines = [f"{node.title} in {node.folder} was made with other settings:"]
+    lines += [f"  {change}" for change in now.changes]
+    if len(stale) > 1:
+        lines.append(f"  and with it {', '.join(other.title for other, _ in stale[1:])}")
+    lines.append("run again with --rebuild to remove and remake them, or give the run another name")
+    return "\n".join(lines)
+
+
+def rebuild_report(recipe: Recipe, say: Say = lambda line: None) -> Path:
+    """Make the page of a finished run again, whether or not it is there; returns its path."""
+    node = nodes(recipe)[-1]
+    with stages.lock(recipe.folder):
+        for before in node.inputs.values():
+            now = stages.status(before)
+            if now.kind != "complete":
+                raise UserError(
+                    f"the report reads {before.title}, which is {now.kind}: run `croco run` first"
+                )
+        stages.clear(node.folder)
+        run_node(node, recipe, say)
+    return node.folder / "report.html"
+
+
+def known_stage(name: str) -> Stage:
+    if name not in _BY_NAME:
+        raise UserError(f"'{name}' is no stage, expected one of {', '.join(_BY_NAME)}")
+    return _BY_NAME[name]
+
+
+def keep_recipe(recipe: Recipe) -> None:
+    """The run's folder holds the resolved recipe, so that it explains itself and `croco report` needs nothing else."""
+    store.write_json(recipe.folder / "recipe.json", recipe.model_dump(mode="json"))
+
+
+def set_threads(recipe: Recipe) -> None:
+    """Apply `runtime.threads`: by the environment before torch is loaded, by its own call after."""
+    if recipe.runtime.threads is None:
+        return
+    os.environ["OMP_NUM_THREADS"] = str(recipe.runtime.threads)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(recipe.runtime.threads)

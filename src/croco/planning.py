@@ -1,0 +1,96 @@
+"""`croco plan`: what would run, what is complete or stale and why, and what it may cost at most.
+
+Upper bounds from the recipe: every completion as long as allowed. Loads no torch and runs nothing; prompts of files and
+of the lab are read to be counted, those of a hub dataset are not.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from croco import pipeline, store
+from croco.prompts import load as prompts_load
+from croco.recipe import Evaluation, Prompts, Recipe
+from croco.stage import Node, Status
+
+# in a table a token is its id (4 bytes) and about as much text, before compression
+TOKEN_BYTES = 8
+ROW_BYTES = 200
+
+
+def describe(recipe: Recipe) -> Iterator[str]:
+    """Lines for a person: the stages, then counts, tokens and disk."""
+    yield f"{recipe.folder}"
+    for node, status in pipeline.plan(recipe):
+        yield f"  {node.title:<28} {_standing(node, status)}"
+        for change in status.changes:
+            yield f"      {change}"
+    yield from cost(recipe)
+
+
+def _standing(node: Node, status: Status) -> str:
+    if status.kind == "complete":
+        found = store.read_json(node.folder / "stage.json")
+        return f"complete: {pipeline.counted(found)}{found['seconds']:.1f} s"
+    if status.kind == "unfinished":
+        return f"unfinished ({len(store.shards(node.folder))} shards there): would go on"
+    return {"missing": "would run", "stale": "stale, would need --rebuild:"}[status.kind]
+
+
+def cost(recipe: Recipe) -> Iterator[str]:
+    """Counts of prompts × languages × completions, and what they may take at most."""
+    tuning = _num_prompts(recipe.prompts, "prompts", recipe.run.languages)
+    test = _num_prompts(recipe.evaluation, "evaluation", recipe.run.evaluated)
+    tokens = rows = 0
+    if tuning is not None:
+        completions = tuning * recipe.sampling.completions
+        rows, tokens = completions, completions * recipe.sampling.max_new_tokens
+        yield (
+            f"sample: {tuning:,} prompts in {len(recipe.run.languages)} languages × {recipe.sampling.completions} "
+            f"completions = {completions:,}, at most {tokens:,} tokens"
+        )
+    if test is not None:
+        evaluation = recipe.evaluation
+        tuned = [1 if t == 0 else evaluation.samples for t in set(evaluation.temperatures)]
+        base = [
+            1 if t == 0 else evaluation.samples
+            for t in {*evaluation.temperatures, *evaluation.base_temperatures}
+        ]
+        completions = test * (sum(base) + len(recipe.arms) * sum(tuned))
+        rows, tokens = rows + completions, tokens + completions * evaluation.max_new_tokens
+        yield (
+            f"evaluate: {test:,} prompts in {len(recipe.run.evaluated)} languages, {len(recipe.arms)} arms and "
+            f"the base: {completions:,} completions, at most {completions * evaluation.max_new_tokens:,} tokens"
+        )
+    if tuning is None or test is None:
+        yield "prompts of a hub dataset without a limit are not counted here"
+    there = next(path for path in (recipe.folder, *recipe.folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    needed = tokens * TOKEN_BYTES + rows * ROW_BYTES
+    yield f"disk: at most {_size(needed)} of tables, {_size(free)} free at {Path(there)}"
+
+
+def _num_prompts(section: Prompts | Evaluation, key: str, languages: tuple[str, ...]) -> int | None:
+    """Rows (prompts × languages) that a section gives; None when only the hub knows."""
+    if section.source.startswith("hf:"):
+        return None if section.limit is None else section.limit * len(languages)
+    loaded = prompts_load.load(
+        section.source,
+        split=section.split,
+        languages=languages,
+        limit=section.limit,
+        id_column=section.id_column,
+        language_column=section.language_column,
+        key=key,
+    )
+    return int(loaded.prompts.num_rows)
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.1f} TB"

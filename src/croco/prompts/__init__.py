@@ -1,0 +1,1 @@
+"""Prompts: read and checked (`load.py`)."""

@@ -1,0 +1,279 @@
+"""The recipe: one experiment as a sparse TOML file, read into frozen and strict records.
+
+Strict, because a misspelt key that is ignored costs a GPU week: an unknown key is an error that names the nearest known
+one, a wrong type or value an error that names file and key. Functions below a stage take plain arguments, never the
+recipe. It loads neither torch nor a model; whether a model exists is `identity.py`'s question.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from croco import languages
+from croco.errors import UserError
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Temperature = Annotated[float, Field(ge=0, le=10)]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$")]
+# TOML has arrays, the frozen record has tuples
+Strings = Annotated[tuple[str, ...], Field(strict=False)]
+Temperatures = Annotated[tuple[Temperature, ...], Field(strict=False)]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+
+class Run(Section):
+    name: Name
+    folder: str = ""  # "" is runs/<name>
+    seed: int = 0
+    languages: Strings = Field(min_length=1)  # tuned
+    low_resource_languages: Strings = ()  # evaluated only
+    held_out_languages: Strings = ()  # evaluated only
+
+    @property
+    def evaluated(self) -> tuple[str, ...]:
+        """Every language of the evaluation: the tuned ones first."""
+        return self.languages + self.low_resource_languages + self.held_out_languages
+
+    @model_validator(mode="after")
+    def _check_languages(self) -> Run:
+        for code in self.evaluated:
+            try:
+                languages.check(code)
+            except UserError as error:
+                raise ValueError(str(error)) from None
+            if self.evaluated.count(code) > 1:
+                raise ValueError(
+                    f"'{code}' appears twice in languages, low_resource_languages and held_out_languages"
+                )
+        return self
+
+
+class Prompts(Section):
+    source: str = "lab"  # "lab", a .jsonl or .parquet file with messages, or "hf:NAME"
+    split: str = "train"  # of the lab or a hub dataset; files have none
+    limit: Positive | None = None  # prompts per language, the first ones in the source's order
+    id_column: str = "prompt_id"
+    language_column: str = "language"
+
+
+class Model(Section):
+    model: str  # "lab:policy", a directory, or a hub id
+    revision: str | None = None
+    trust_remote_code: bool = False
+    dtype: Dtype = "auto"
+
+
+class Policy(Model):
+    model: str = "lab:policy"
+    chat_template: str | None = None  # a Jinja file that replaces the tokenizer's own
+    instruction: dict[str, str] = {}  # per language, appended to the last user turn after a blank line
+
+    @field_validator("instruction")
+    @classmethod
+    def _check_codes(cls, value: dict[str, str]) -> dict[str, str]:
+        for code in value:
+            try:
+                languages.check(code)
+            except UserError as error:
+                raise ValueError(str(error)) from None
+        return value
+
+
+class Reward(Model):
+    model: str = "lab:reward"
+    max_tokens: Positive = 8192  # a longer conversation goes to the ledger
+
+
+class Sampling(Section):
+    completions: Annotated[int, Field(ge=2)] = 16
+    # at temperature 0 all completions of a prompt are one
+    temperature: Annotated[float, Field(gt=0, le=10)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0  # 0 is all
+    max_new_tokens: Positive = 512
+
+
+class Lora(Section):
+    rank: Positive = 16
+    alpha: Positive = 32
+    dropout: Share = 0.05
+    targets: Strings = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class Training(Section):
+    method: Literal["dpo", "sft"] = "dpo"
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    nll_weight: Annotated[float, Field(ge=0)] = 0.0
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-6
+    epochs: Positive = 1
+    batch_pairs: Positive = 64  # pairs per optimiser step
+    max_tokens: Positive = 4096  # prompt and completion; a longer pair goes to the ledger
+    warmup_ratio: Share = 0.05
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    scheduler: Literal["cosine", "linear", "constant"] = "cosine"
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    lora: Lora = Lora()
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class Evaluation(Section):
+    source: str = "lab"
+    split: str = "test"
+    limit: Positive | None = None
+    id_column: str = "prompt_id"
+    language_column: str = "language"
+    temperatures: Temperatures = Field(default=(0.0, 1.0), min_length=1)  # every arm; 0 is greedy
+    base_temperatures: Temperatures = ()  # the untuned policy, beside those above
+    samples: Positive = 1  # per prompt and temperature above 0
+    max_new_tokens: Positive = 512
+    bootstrap: Positive = 2000  # resamples
+
+
+class Arm(Section):
+    pool: Literal["language", "all"] = "language"
+    scorer: Literal["reward", "random", "likelihood"] = "reward"
+    chosen: Literal["max"] = "max"
+    rejected: Literal["mean-2std", "mean-1std", "mean", "q1", "min"] = "mean-2std"
+    prompt: Literal["chosen", "rejected", "random"] = "chosen"  # whose language the pair's prompt is in
+    training: Training = Training()  # [training] with this arm's values over it
+
+
+class Runtime(Section):
+    """How, never what: nothing here changes the tables, so nothing here enters a fingerprint."""
+
+    device: str = "auto"
+    token_budget: Positive = 16384  # tokens per sampling or scoring batch
+    micro_batch_tokens: Positive = 4096  # tokens per training forward
+    shard_prompts: Positive = 64
+    threads: Positive | None = None  # of torch; null leaves torch's own choice
+    executor: Literal["local"] = "local"
+    gradient_checkpointing: bool = False
+
+
+class Recipe(Section):
+    run: Run
+    prompts: Prompts = Prompts()
+    policy: Policy = Policy()
+    reward: Reward = Reward()
+    sampling: Sampling = Sampling()
+    training: Training = Training()
+    evaluation: Evaluation = Evaluation()
+    arms: dict[Name, Arm] = Field(default_factory=dict, min_length=1)
+    runtime: Runtime = Runtime()
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder, as the recipe says it (relative to where the command runs)."""
+        return Path(self.run.folder or f"runs/{self.run.name}")
+
+    @field_validator("arms")
+    @classmethod
+    def _base_is_reserved(cls, arms: dict[str, Arm]) -> dict[str, Arm]:
+        if "base" in arms:
+            raise ValueError("'base' is the untuned policy, which is always there: expected another name")
+        return arms
+
+    @model_validator(mode="after")
+    def _test_prompts_apart(self) -> Recipe:
+        tuning, test = self.prompts, self.evaluation
+        if (tuning.source, tuning.split) == (test.source, test.split) or (
+            tuning.source == test.source and not has_splits(tuning.source)
+        ):
+            raise ValueError(f"evaluation.source is '{test.source}', the prompts tuned on: expected others")
+        for key, section in (("prompts", tuning), ("evaluation", test)):
+            if "split" in section.model_fields_set and not has_splits(section.source):
+                default = type(section).model_fields["split"].default
+                if section.split != default:
+                    raise ValueError(
+                        f"{key}.split is for the lab and for hub datasets, and '{section.source}' is a file"
+                    )
+        return self
+
+
+def has_splits(source: str) -> bool:
+    return source == "lab" or source.startswith("hf:")
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe (TOML, or the resolved `recipe.json` of a run) with `a.b=value` overrides; raises UserError."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such recipe") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: expected a recipe in TOML, found {error}") from None
+    if path.suffix == ".json":
+        from croco.store import read_json
+
+        values = read_json(path)
+    else:
+        try:
+            values = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise UserError(f"{path}: not valid TOML: {error}") from None
+    for override in overrides:
+        _override(values, override)
+    return from_dict(values, str(path))
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise UserError(f"--set {override}: expected section.key=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    for part in parts[:-1]:
+        below = values.setdefault(part, {})
+        if not isinstance(below, dict):
+            raise UserError(f"--set {override}: '{part}' is a value, expected a table")
+        values = below
+    values[parts[-1]] = value
+
+
+def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Two nested tables as one; where both have a value, `over` has it."""
+    result = dict(under)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+        result[key] = merged(result[key], value) if both else value
+    return result
+
+
+def from_dict(values: Mapping[str, Any], file: str = "recipe") -> Recipe:
+    """Check nested values as a recipe; `file` is what an error names."""
+    values = dict(values)
+    training, arms = values.get("training", {}), values.get("arms", {})
+    if isinstance(training, dict) and isinstance(arms, dict):
+        values["arms"] = {
+            name: {**arm, "training": merged(training, arm.get("training", {}))}
+            if isinstance(arm, dict) and isinstance(arm.get("training", {}), dict)
+            else arm
+            for name, arm in arms.items()
+        }
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        from croco.recipe_errors import sentence
+
+        raise UserError(f"{file}: {sentence(error, Recipe)}") from None
+
+
+def safe_name(name: str) -> bool:
+    """Whether a name can be a folder: small letters, digits and hyphens."""
+    return re.fullmatch(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?", name) is not None

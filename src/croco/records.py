@@ -1,0 +1,167 @@
+"""The columns of every table: names, types, keys.
+
+One place, because tables are the contract between stages. Nothing is joined on text or row order: the key is
+`(prompt_id, language)`, then `sample_id`, and `prompt_id` is the same in all languages. Meaning and invariants of the
+columns are in the comments; how tables reach the disk is `store.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+ROLES = ("system", "user", "assistant", "tool")
+
+
+def _schema(*columns: tuple[str, pa.DataType] | tuple[str, pa.DataType, bool]) -> pa.Schema:
+    """Columns are required unless a third element says that they may be null."""
+    return pa.schema([pa.field(c[0], c[1], nullable=len(c) == 3 and bool(c[2])) for c in columns])
+
+
+@dataclass(frozen=True)
+class Table:
+    """A kind of table: its schema, its key, and the word for one of its rows in counts and ledgers."""
+
+    name: str
+    schema: pa.Schema
+    key: tuple[str, ...]
+    unit: str
+
+
+PROMPTS = Table(
+    "prompts",
+    _schema(
+        ("prompt_id", pa.string()),
+        ("language", pa.string()),  # BCP-47
+        ("messages", MESSAGES),  # every turn; the last is the user's or a tool's
+        ("reference", pa.string(), True),  # a gold completion, where there is one
+        ("source", pa.string()),
+        ("domain", pa.string(), True),
+    ),
+    ("prompt_id", "language"),
+    "prompt",
+)
+
+COMPLETIONS = Table(
+    "completions",
+    _schema(
+        ("prompt_id", pa.string()),
+        ("language", pa.string()),
+        ("sample_id", pa.int32()),
+        ("completion", pa.string()),
+        (
+            "completion_ids",
+            pa.list_(pa.int32()),
+            True,
+        ),  # as sampled, without the end token; null from text-only engines
+        ("completion_tokens", pa.int32()),  # the end token counted
+        ("finish_reason", pa.string()),  # "stop" or "length"
+        ("policy", pa.string()),
+        ("seed", pa.int64()),  # 63 bits
+    ),
+    ("prompt_id", "language", "sample_id"),
+    "completion",
+)
+
+SCORES = Table(
+    "scores",
+    _schema(
+        ("prompt_id", pa.string()),
+        ("language", pa.string()),
+        ("sample_id", pa.int32()),
+        ("score", pa.float32()),  # raw, no sigmoid
+        ("scorer", pa.string()),
+    ),
+    ("prompt_id", "language", "sample_id"),
+    "completion",
+)
+
+PAIRS = Table(
+    "pairs",
+    _schema(
+        ("arm", pa.string()),
+        ("prompt_id", pa.string()),
+        ("language", pa.string()),  # of the prompt
+        ("messages", MESSAGES),
+        ("chosen", pa.string()),
+        ("rejected", pa.string()),
+        ("chosen_ids", pa.list_(pa.int32()), True),
+        ("rejected_ids", pa.list_(pa.int32()), True),
+        ("chosen_score", pa.float32()),
+        ("rejected_score", pa.float32()),  # always below chosen_score
+        ("chosen_language", pa.string()),
+        ("rejected_language", pa.string()),
+        ("chosen_sample_id", pa.int32()),
+        ("rejected_sample_id", pa.int32()),
+        ("pool_size", pa.int32()),
+        ("pool_mean", pa.float64()),
+        ("pool_std", pa.float64()),  # ddof 0
+    ),
+    ("arm", "prompt_id", "language"),
+    "pair",
+)
+
+VERDICTS = Table(
+    "verdicts",
+    _schema(
+        ("arm", pa.string()),
+        ("prompt_id", pa.string()),
+        ("language", pa.string()),
+        ("temperature", pa.float64()),  # 0.0 is greedy
+        ("sample_id", pa.int32()),
+        ("completion", pa.string()),
+        ("finish_reason", pa.string()),
+        ("benchmark", pa.string()),
+        ("mode", pa.string()),
+        ("value", pa.float64()),
+    ),
+    ("arm", "prompt_id", "language", "temperature", "sample_id", "benchmark"),
+    "completion",
+)
+
+RESULTS = Table(
+    "results",
+    _schema(
+        ("arm", pa.string()),
+        ("language", pa.string()),  # a code, or a group: tuned, low-resource, held-out, all
+        ("benchmark", pa.string()),
+        ("metric", pa.string()),
+        ("temperature", pa.float64()),
+        ("value", pa.float64()),
+        ("ci_low", pa.float64()),
+        ("ci_high", pa.float64()),
+        ("n", pa.int64()),
+        ("seed", pa.int64()),
+    ),
+    ("arm", "language", "benchmark", "metric", "temperature"),
+    "result",
+)
+
+DROPPED = Table(
+    "dropped",
+    _schema(
+        ("unit", pa.string()),  # what was left out: a prompt, a completion, a pair
+        ("prompt_id", pa.string()),
+        ("language", pa.string()),
+        ("sample_id", pa.int32(), True),
+        ("reason", pa.string()),
+    ),
+    ("unit", "prompt_id", "language", "sample_id"),
+    "row",
+)
+
+TABLES: dict[str, Table] = {
+    table.name: table for table in (PROMPTS, COMPLETIONS, SCORES, PAIRS, VERDICTS, RESULTS, DROPPED)
+}
+
+
+def ledger(rows: Sequence[tuple[str, str, str, int | None, str]]) -> pa.Table:
+    """A drop ledger from (unit, prompt_id, language, sample_id or None, reason) tuples; may be empty."""
+    columns = list(zip(*rows, strict=True)) if rows else [()] * 5
+    arrays = [
+        pa.array(column, type=field.type) for column, field in zip(columns, DROPPED.schema, strict=True)
+    ]
+    return pa.Table.from_arrays(arrays, schema=DROPPED.schema)

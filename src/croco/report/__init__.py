@@ -1,0 +1,1 @@
+"""What a run found, for people: one self-contained page, and the same tables as Markdown."""

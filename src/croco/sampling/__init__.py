@@ -1,0 +1,1 @@
+"""Completions: chat templates, seeds, the shared-prefix decoder and the sample stage."""

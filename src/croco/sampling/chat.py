@@ -1,0 +1,101 @@
+"""The one place where a chat template is applied, so that the ids sampled are the ids scored and trained on.
+
+Two views of a conversation. The policy sees its own template, the language's instruction (if the recipe has one)
+appended to the last user turn, and the opening of the assistant's turn; training reads exactly that prompt again. The
+reward model sees the conversation as the user wrote it, without the instruction, through *its* template: it judges the
+completion, not how it was asked for.
+
+Leaves out tools and documents: the tables keep messages as text.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+
+from croco.errors import UserError
+
+Messages = Sequence[Mapping[str, str]]
+
+
+def with_instruction(messages: Messages, instruction: str | None) -> list[dict[str, str]]:
+    """A copy of the messages with the instruction appended to the last user turn after a blank line."""
+    copied = [{"role": message["role"], "content": message["content"]} for message in messages]
+    if not instruction:
+        return copied
+    for message in reversed(copied):
+        if message["role"] == "user":
+            message["content"] = f"{message['content']}\n\n{instruction}"
+            return copied
+    raise UserError(f"the instruction {instruction!r} needs a user turn to stand in, found {_roles(messages)}")
+
+
+def prompt_ids(tokenizer: Any, messages: Messages, instruction: str | None = None) -> list[int]:
+    """Token ids of a policy's prompt, the assistant's turn opened; special tokens come from the template only (no
+    double BOS). Raises UserError when the template is missing or refuses the messages."""
+    return _apply(tokenizer, with_instruction(messages, instruction), add_generation_prompt=True)
+
+
+def conversation_ids(tokenizer: Any, messages: Messages, completion: str) -> list[int]:
+    """Token ids of the whole conversation, the completion as its last assistant turn: what a reward model reads."""
+    whole = [*with_instruction(messages, None), {"role": "assistant", "content": completion}]
+    return _apply(tokenizer, whole, add_generation_prompt=False)
+
+
+def end_ids(tokenizer: Any, generation_config: Any) -> set[int]:
+    """The ids that end a completion: the generation config's end tokens and the tokenizer's. Raises if there is none."""
+    configured = getattr(generation_config, "eos_token_id", None)
+    found = set(configured) if isinstance(configured, (list, tuple)) else {configured}
+    found = {int(token) for token in (found | {tokenizer.eos_token_id}) if token is not None}
+    if not found:
+        raise UserError(f"{_name(tokenizer)}: found no end-of-sequence token, expected one in tokenizer or generation config")
+    return found
+
+
+def end_id(tokenizer: Any, generation_config: Any) -> int:
+    """The one end token that closes an assistant turn in training: the template's own, else the tokenizer's.
+
+    Sampling stops at any of `end_ids`; a model may list several (Qwen3 lists <|im_end|> and <|endoftext|>), and the
+    tables do not say which one was drawn, so training and likelihood agree on this one.
+    """
+    ends = end_ids(tokenizer, generation_config)
+    rendered = conversation_ids(tokenizer, [{"role": "user", "content": "x"}], "x")
+    closing = next((token for token in reversed(rendered) if token in ends), None)
+    if closing is not None:
+        return closing
+    return tokenizer.eos_token_id if tokenizer.eos_token_id is not None else min(ends)
+
+
+def check_prefix(tokenizer: Any, prompt: Sequence[int], conversation: Sequence[int]) -> None:
+    """Raise UserError, showing both, unless the prompt's ids are a prefix of the conversation's ids."""
+    if list(conversation[: len(prompt)]) == list(prompt):
+        return
+    same = next((i for i, (a, b) in enumerate(zip(prompt, conversation, strict=False)) if a != b), len(conversation))
+    raise UserError(
+        f"{_name(tokenizer)}: the chat template's prompt is no prefix of prompt + completion from token {same} on: "
+        f"prompt {tokenizer.decode(list(prompt))!r}, conversation {tokenizer.decode(list(conversation))!r}"
+    )
+
+
+def _apply(tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool) -> list[int]:
+    if not messages:
+        raise UserError(f"{_name(tokenizer)}: found a conversation without messages, expected at least one")
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError(f"{_name(tokenizer)}: found no chat template, expected one in the tokenizer or in the recipe")
+    try:
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
+    except (TemplateError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{_name(tokenizer)}: the chat template refuses the conversation ({reason}); roles {_roles(messages)}"
+        ) from error
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def _roles(messages: Messages) -> str:
+    return ", ".join(message["role"] for message in messages) or "none"
+
+
+def _name(tokenizer: Any) -> str:
+    return str(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__)

@@ -1,0 +1,131 @@
+"""What enters each stage's fingerprint: the resolved values of the recipe that change its science, and only those.
+
+Models and files enter by their content (`identity.py`). How fast, where and in which batches is `[runtime]` and never
+enters; neither do library versions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from croco.errors import UserError
+from croco.identity import digest, file_identity, folder_identity, local_model, model_identity
+from croco.recipe import Arm, Evaluation, Prompts, Recipe
+from croco.stage import Settings
+from croco.store import read_json
+
+
+def prompts_settings(
+    recipe: Recipe, section: Prompts | Evaluation, key: str, languages: Sequence[str]
+) -> Settings:
+    source = section.source
+    settings: Settings = {"languages": sorted(languages), "limit": section.limit}
+    if source == "lab":
+        return settings | {"source": f"lab {world_identity()}", "split": section.split}
+    settings |= {"id_column": section.id_column, "language_column": section.language_column}
+    if source.startswith("hf:"):
+        return settings | {"source": source, "split": section.split}
+    return settings | {"source": file_identity(source, f"{key}.source")}
+
+
+def world_identity() -> str:
+    """Digest of the lab's world as shipped: its code and data, not its models."""
+    lab = Path(__file__).parent / "lab"
+    return digest(
+        [file_identity(str(lab / name)) for name in ("world.py", "items.py")]
+        + [folder_identity(lab / "languages")]
+    )
+
+
+def policy_settings(recipe: Recipe, languages: Sequence[str]) -> Settings:
+    policy = recipe.policy
+    return {
+        "model": model_identity(policy.model, policy.revision, "policy.model"),
+        "dtype": policy.dtype,
+        "chat_template": file_identity(policy.chat_template, "policy.chat_template")
+        if policy.chat_template
+        else None,
+        "instruction": {code: text for code, text in sorted(policy.instruction.items()) if code in languages},
+    }
+
+
+def reward_settings(recipe: Recipe) -> Settings:
+    reward = recipe.reward
+    identity = model_identity(reward.model, reward.revision, "reward.model")
+    check_one_logit(reward.model)
+    return {"model": identity, "dtype": reward.dtype, "max_tokens": reward.max_tokens}
+
+
+def check_one_logit(model: str) -> None:
+    """Raise UserError when a local reward model's config does not say one logit (without one it has two)."""
+    folder = local_model(model, "reward.model")
+    if folder is not None:
+        config = read_json(folder / "config.json")
+        labels = len(config["id2label"]) if "id2label" in config else int(config.get("num_labels", 2))
+        if labels != 1:
+            raise UserError(
+                f"reward.model = '{model}' has {labels} logits, expected a sequence classifier with one"
+            )
+
+
+def sample_settings(recipe: Recipe, arm: str | None) -> Settings:
+    return {
+        "policy": policy_settings(recipe, recipe.run.languages),
+        "sampling": recipe.sampling.model_dump(mode="json"),
+        "seed": recipe.run.seed,
+    }
+
+
+def score_settings(recipe: Recipe, arm: str | None) -> Settings:
+    scorer = "reward" if arm is None else recipe.arms[arm].scorer
+    if scorer == "reward":
+        return {"scorer": scorer, "reward": reward_settings(recipe)}
+    if scorer == "likelihood":
+        return {"scorer": scorer, "policy": policy_settings(recipe, recipe.run.languages)}
+    return {"scorer": scorer, "seed": recipe.run.seed}
+
+
+def pair_settings(recipe: Recipe, arm: str | None) -> Settings:
+    rules = arm_of(recipe, arm).model_dump(mode="json", include={"pool", "chosen", "rejected", "prompt"})
+    return rules | {"seed": recipe.run.seed}
+
+
+def train_settings(recipe: Recipe, arm: str | None) -> Settings:
+    return {
+        "policy": policy_settings(recipe, recipe.run.languages),
+        "training": arm_of(recipe, arm).training.model_dump(mode="json"),
+        "seed": recipe.run.seed,
+    }
+
+
+def evaluate_settings(recipe: Recipe, arm: str | None) -> Settings:
+    evaluation = recipe.evaluation
+    temperatures = set(evaluation.temperatures) | (
+        set(evaluation.base_temperatures) if arm == "base" else set()
+    )
+    return {
+        "policy": policy_settings(recipe, recipe.run.evaluated),
+        "temperatures": sorted(temperatures),
+        "samples": evaluation.samples,
+        "max_new_tokens": evaluation.max_new_tokens,
+        "reward": None if evaluation.source == "lab" else reward_settings(recipe),
+        "seed": recipe.run.seed,
+    }
+
+
+def results_settings(recipe: Recipe, arm: str | None) -> Settings:
+    groups = recipe.run.model_dump(
+        mode="json", include={"languages", "low_resource_languages", "held_out_languages", "seed"}
+    )
+    return groups | {"bootstrap": recipe.evaluation.bootstrap}
+
+
+def report_settings(recipe: Recipe, arm: str | None) -> Settings:
+    return {"name": recipe.run.name}
+
+
+def arm_of(recipe: Recipe, arm: str | None) -> Arm:
+    """The arm's section; "base" and the stages shared by all arms have none."""
+    assert arm is not None
+    return recipe.arms[arm]

@@ -1,0 +1,116 @@
+"""Examples laid out as tensors: which pairs make a step, which rows make a micro-batch, which columns hold what.
+
+A step (one optimizer update) is a fixed set of pairs, decided by the seed alone. How a step is cut into micro-batches
+depends on the token budget of the machine, and changes no gradient: losses are summed over pairs and divided by the pairs
+of the step, never averaged per micro-batch. Left out: masks and the model (`forward.py`).
+
+Shapes: B rows, T tokens of a row (padded), M completion tokens of the batch, P pairs, C completions of a pair.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from croco.ops.prefix_mask import PADDING, PROMPT
+from croco.training.encode import Example
+
+# Running a micro-batch costs about this many tokens before its first token: small models are bound by launches, and for
+# large ones it is small beside any row.
+MICRO_BATCH_OVERHEAD = 128
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of P pairs with C completions each; completion c of pair p is sequence c * P + p.
+
+    `shared`: a row holds a prompt and all its completions; else (plain rows) a prompt and one of them. Target m is
+    predicted from column `source_M[m]` of the flattened (B * T) grid and belongs to sequence `sequence_M[m]`.
+    """
+
+    shared: bool
+    num_pairs: int
+    num_completions: int
+    input_ids_BT: Tensor
+    branch_BT: Tensor
+    position_BT: Tensor
+    source_M: Tensor
+    target_M: Tensor
+    sequence_M: Tensor
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on another device."""
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
+
+
+def collate(examples: Sequence[Example], *, shared: bool, pad_id: int = 0) -> Batch:
+    """Lay examples out in right-padded rows: one row per pair when `shared`, else one per completion (chosen first)."""
+    num_pairs, num_completions = len(examples), len(examples[0].completions)
+    every = range(num_completions)
+    groups = [(p, list(every)) for p in range(num_pairs)] if shared else [(p, [c]) for c in every for p in range(num_pairs)]
+    width = max(
+        len(examples[p].prompt) + sum(len(examples[p].completions[c]) - 1 for c in branches) for p, branches in groups
+    )
+    shape = (len(groups), width)
+    input_ids = np.full(shape, pad_id, dtype=np.int64)
+    branch = np.full(shape, PADDING, dtype=np.int64)
+    position = np.zeros(shape, dtype=np.int64)
+    source, target, sequence = [], [], []
+    for row, (p, branches) in enumerate(groups):
+        prompt = examples[p].prompt
+        input_ids[row, : len(prompt)], branch[row, : len(prompt)] = prompt, PROMPT
+        position[row, : len(prompt)] = np.arange(len(prompt))
+        start = len(prompt)
+        for number, c in enumerate(branches, start=1):
+            completion = examples[p].completions[c]
+            stop = start + len(completion) - 1
+            input_ids[row, start:stop], branch[row, start:stop] = completion[:-1], number
+            position[row, start:stop] = len(prompt) + np.arange(stop - start)
+            # The first token of every completion is predicted by the prompt's last position, the others by their own.
+            source.append(row * width + np.concatenate([[len(prompt) - 1], np.arange(start, stop)]))
+            target.append(np.asarray(completion))
+            sequence.append(np.full(len(completion), c * num_pairs + p))
+            start = stop
+    tensors = (input_ids, branch, position, *(np.concatenate(parts) for parts in (source, target, sequence)))
+    return Batch(shared, num_pairs, num_completions, *(torch.from_numpy(array.astype(np.int64)) for array in tensors))
+
+
+def plan_steps(num_pairs: int, batch_pairs: int, epochs: int, seed: int) -> list[list[int]]:
+    """The pairs of every optimizer step: each epoch is a permutation of all pairs, cut into steps as equal as can be.
+
+    Equal, because a step's loss is the mean over its pairs: a last step of 3 pairs would give each of them ten times the
+    weight of the others. The order depends on the seed and the epoch only.
+    """
+    steps: list[list[int]] = []
+    for epoch in range(epochs):
+        order = np.random.default_rng([seed, epoch]).permutation(num_pairs)
+        parts = np.array_split(order, -(-num_pairs // batch_pairs))
+        steps.extend(part.tolist() for part in parts)
+    return steps
+
+
+def cut(indices: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Micro-batches of a step: sorted by length, cut where padding and the cost of a micro-batch add up to the least.
+
+    `lengths[i]` is the number of tokens of example i's row. A micro-batch holds at most `budget` tokens, padding included,
+    and at least one row. Returns the longest first: what does not fit into memory shows at once.
+    """
+    order = sorted(indices, key=lambda i: (-lengths[i], i))
+    best: list[float] = [0.0] + [np.inf] * len(order)
+    came_from = [0] * (len(order) + 1)
+    for start in range(len(order)):
+        width = lengths[order[start]]
+        for stop in range(start + 1, len(order) + 1):
+            tokens = width * (stop - start)
+            if tokens > budget and stop > start + 1:
+                break
+            if best[start] + tokens + MICRO_BATCH_OVERHEAD < best[stop]:
+                best[stop], came_from[stop] = best[start] + tokens + MICRO_BATCH_OVERHEAD, start
+    cuts, stop = [], len(order)
+    while stop:
+        cuts.append(order[came_from[stop] : stop])
+        stop = came_from[stop]
+    return cuts[::-1]

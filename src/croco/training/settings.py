@@ -1,0 +1,43 @@
+"""What a tuning run is made of: plain frozen records, no recipe and no torch.
+
+Everything here changes the science. How the work is laid out on a machine (tokens per micro-batch, checkpointing of
+activations) is an argument of the functions instead and changes nothing but speed.
+"""
+
+from dataclasses import dataclass, field
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Low-rank adapters: rank, scale (alpha / rank), dropout on their input, and the linear layers that get one."""
+
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.05
+    targets: tuple[str, ...] = PROJECTIONS
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """`[training]` of a recipe. `batch_pairs` is the effective batch of one optimizer step, over all devices.
+
+    `max_tokens` bounds prompt + completion, the end token included; a longer pair is left out and counted. `beta`, `loss`
+    and `nll_weight` are read by method "dpo" only; method "sft" trains the likelihood of the chosen completions.
+    """
+
+    method: str = "dpo"
+    loss: str = "sigmoid"
+    beta: float = 0.1
+    nll_weight: float = 0.0
+    learning_rate: float = 5e-6
+    epochs: int = 1
+    batch_pairs: int = 64
+    max_tokens: int = 4096
+    warmup_ratio: float = 0.05
+    weight_decay: float = 0.01
+    scheduler: str = "cosine"
+    max_grad_norm: float = 1.0
+    validation_fraction: float = 0.05
+    lora: LoraSettings = field(default_factory=LoraSettings)
