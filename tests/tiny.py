@@ -1,6 +1,6 @@
-"""Tiny real models of the real architectures, built in seconds from a seed: what tests use where a user has a hub model.
+"""Tiny real models of the real architectures, built in seconds from a seed, where a user has a model of the hub.
 
-Plain functions, so that any test file may import them (`from tests.tiny import make_policy` or `import tiny`).
+Plain functions, so that any test file may import them (`from tiny import make_policy`).
 Weights are random but wide (`spread`), so that argmax and probabilities are far from ties.
 """
 
@@ -45,7 +45,9 @@ TEXT = [
 ]
 
 
-def make_tokenizer(vocab_size: int = 320, chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
+def make_tokenizer(
+    vocab_size: int = 320, chat_template: str | None = CHAT_TEMPLATE
+) -> PreTrainedTokenizerFast:
     """A byte-level BPE trained on a few sentences, with a chat template; it can encode any text."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

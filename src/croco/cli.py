@@ -173,12 +173,14 @@ def doctor(
 @lab.command()
 def build(
     folder: Annotated[Path | None, typer.Option(help="Where to; the package itself if not given.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of everything; that of the shipped models if not given.")
+    ] = None,
 ) -> None:
     """Make the lab's policy and reward model again from nothing."""
     from croco.lab import build as building
 
-    building.build(folder, seed)
+    building.build(folder, building.SEED if seed is None else seed)
 
 
 def stage_command(name: str, text: str) -> Callable[..., None]:

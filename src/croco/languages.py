@@ -40,19 +40,37 @@ def name(code: str) -> str:
     return str(names.get(parts[0], code)) + (f" ({region})" if region else "")
 
 
+def _identifier_code(code: str) -> str:
+    """The identifier's name for a language: it knows no scripts and regions."""
+    language = code.split("-")[0]
+    return IDENTIFIER_CODES.get(language, language)
+
+
 @lru_cache(maxsize=8)
-def _identifier(codes: tuple[str, ...]) -> Any:
+def _identifier(codes: tuple[str, ...] | None) -> Any:
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
-    identifier = LanguageIdentifier.from_pickled_model(MODEL_FILE, norm_probs=True)
-    identifier.set_languages(list(codes))
+    identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+    if codes is not None:
+        identifier.set_languages(list(codes))
     return identifier
 
 
+def identifiable(code: str) -> bool:
+    """Whether the identifier knows a language."""
+    return _identifier_code(code) in _identifier(None).labels
+
+
 def identify(text: str, among: Sequence[str], confidence: float = 0.5) -> str | None:
-    """Which of the languages a text is in; None when no letter is in it or none reaches the confidence (0 to 1)."""
-    if not any(character.isalpha() for character in text):
+    """Which of the languages a text is in; None when it has no letters or none reaches the confidence (0 to 1).
+
+    A language that the identifier does not know (`identifiable`) is never the one; neither are two varieties of one
+    language told apart: the first of them stands for both.
+    """
+    by_code: dict[str, str] = {}
+    for code in filter(identifiable, among):
+        by_code.setdefault(_identifier_code(code), code)
+    if not by_code or not any(character.isalpha() for character in text):
         return None
-    by_code = {IDENTIFIER_CODES.get(code.split("-")[0], code.split("-")[0]): code for code in among}
     found, probability = _identifier(tuple(sorted(by_code))).classify(text)
     return by_code[found] if probability >= confidence else None

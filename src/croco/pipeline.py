@@ -46,7 +46,7 @@ def scores_of(recipe: Recipe, arm: str | None) -> Reference:
     return ("score", None if science.arm_of(recipe, arm).scorer == "reward" else arm)
 
 
-STAGES = (
+STAGES: tuple[Stage, ...] = (
     Stage(
         name="prompts",
         version=1,
@@ -135,7 +135,7 @@ STAGES = (
         ],
     ),
 )
-_BY_NAME = {stage.name: stage for stage in STAGES}
+_BY_NAME: dict[str, Stage] = {stage.name: stage for stage in STAGES}
 
 
 # What a recipe makes of them ----------------------------------------------------------------------------------------

@@ -22,8 +22,9 @@ ROW_BYTES = 200
 
 def describe(recipe: Recipe) -> Iterator[str]:
     """Lines for a person: the stages, then counts, tokens and disk."""
+    planned = pipeline.plan(recipe)
     yield f"{recipe.folder}"
-    for node, status in pipeline.plan(recipe):
+    for node, status in planned:
         yield f"  {node.title:<28} {_standing(node, status)}"
         for change in status.changes:
             yield f"      {change}"

@@ -213,6 +213,8 @@ def status(node: Node) -> Status:
         return Status("missing")
     found = store.read_json(path)
     if found["fingerprint"] != node.fingerprint:
+        if found["state"] != "complete" and _nothing_made(node.folder):
+            return Status("missing")  # it stopped at bad input, say: there is nothing to lose
         return Status("stale", tuple(changes(found, node)))
     if found["state"] != "complete":
         return Status("unfinished")
@@ -221,6 +223,14 @@ def status(node: Node) -> Status:
     except UserError as error:
         return Status("stale", (str(error),))
     return Status("complete")
+
+
+def _nothing_made(folder: Path) -> bool:
+    """Whether a stage's folder holds nothing but its `stage.json` (and other stages)."""
+    return all(
+        path.name == "stage.json" or path.name.startswith(store.TEMPORARY) or (path / "stage.json").exists()
+        for path in folder.iterdir()
+    )
 
 
 def changes(found: Mapping[str, Any], node: Node) -> list[str]:
@@ -245,7 +255,13 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 def verify(node: Node, found: Mapping[str, Any]) -> dict[str, dict[str, int]]:
     """Check markers against the rows on disk and sum their counts; raises UserError naming the file that is off."""
     if not node.stage.table:
-        return dict(found.get("counts", {}))
+        there = _files(node.folder)
+        for name, size in found.get("files", {}).items():
+            if there.get(name) != size:
+                raise UserError(
+                    f"{node.folder / name} is {there.get(name, 'missing')}, expected {size} bytes"
+                )
+        return dict(found["counts"])
     finished = store.shards(node.folder)
     indices = [shard.index for shard in finished]
     if indices != list(range(found.get("num_shards") or 0)):
@@ -263,6 +279,16 @@ def verify(node: Node, found: Mapping[str, Any]) -> dict[str, dict[str, int]]:
     counts = {name: dict(total) for name, total in totals.items()}
     balance(node.title, counts["read"], counts["written"], counts["dropped"])
     return counts
+
+
+def _files(folder: Path) -> dict[str, int]:
+    """Names and sizes of what a stage made, without its `stage.json` and scratch."""
+    names = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    return {
+        name: path.stat().st_size
+        for name, path in sorted(names.items())
+        if name != "stage.json" and not name.startswith("scratch/")
+    }
 
 
 def clear(folder: Path) -> None:
@@ -351,5 +377,7 @@ def _finish(node: Node, found: dict[str, Any]) -> dict[str, Any]:
     if (node.folder / "scratch").is_dir():
         shutil.rmtree(node.folder / "scratch")
     found |= {"state": "complete", "counts": counts}
+    if not node.stage.table:
+        found["files"] = _files(node.folder)
     store.write_json(node.folder / "stage.json", found)
     return found

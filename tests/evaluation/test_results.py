@@ -11,9 +11,9 @@ def verdicts(*rows: tuple[str, str, str, float, int, str], benchmark: str = "lab
     """(arm, prompt_id, language, temperature, sample_id, mode); value 1 when the mode is good."""
     return pl.DataFrame(
         [
-            {"arm": a, "prompt_id": p, "language": l, "temperature": t, "sample_id": s, "mode": m,
+            {"arm": a, "prompt_id": p, "language": c, "temperature": t, "sample_id": s, "mode": m,
              "benchmark": benchmark, "value": float(m == "good")}
-            for a, p, l, t, s, m in rows
+            for a, p, c, t, s, m in rows
         ]
     )  # fmt: skip
 
@@ -50,7 +50,9 @@ def test_shares_and_differences_by_hand():
     assert value(results, "croco", "da", "good") == 1.0
     assert value(results, "croco", "tuned", "good") == 0.75
     assert value(results, "croco", "tuned", "mode:terse") == 0.25
-    assert value(results, "croco", "tuned", "mode:evasive") == 0.0  # a mode another arm shows is a zero, not a gap
+    assert (
+        value(results, "croco", "tuned", "mode:evasive") == 0.0
+    )  # a mode another arm shows is a zero, not a gap
     assert value(results, "croco", "tuned", "difference") == 0.5
     assert value(results, "base", "tuned", "best-temperature", 0.7) == 0.7
     assert value(results, "croco", "tuned", "difference-to-best-base") == 0.25
@@ -61,7 +63,7 @@ def test_shares_and_differences_by_hand():
 
 def test_a_group_resamples_prompts_jointly():
     # Two prompts, one good in both languages and one bad in both: the group is as uncertain as one language.
-    rows = [("base", p, l, 0.0, 0, m) for p, m in (("p1", "good"), ("p2", "terse")) for l in ("da", "nl")]
+    rows = [("base", p, c, 0.0, 0, m) for p, m in (("p1", "good"), ("p2", "terse")) for c in ("da", "nl")]
     results = summarise(verdicts(*rows), GROUPS, seed=1, num_resamples=500)
     intervals = results.filter(pl.col("metric") == "good").select("ci_low", "ci_high").unique()
     assert intervals.rows() == [(0.0, 1.0)]
@@ -82,7 +84,9 @@ def test_results_do_not_depend_on_row_order():
 
 def test_arms_with_other_prompts_are_an_error():
     table = two_arms().filter(~((pl.col("arm") == "croco") & (pl.col("prompt_id") == "p2")))
-    with pytest.raises(UserError, match='Arm "croco" at temperature 0.0 has verdicts for 2 prompts .* expected the 4'):
+    with pytest.raises(
+        UserError, match=r'Arm "croco" at temperature 0.0 has verdicts for 2 prompts .* expected the 4'
+    ):
         summarise(table, GROUPS, seed=1, num_resamples=100)
 
 

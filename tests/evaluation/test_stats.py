@@ -37,7 +37,8 @@ def test_weights_by_hand():
     counts = np.array([[1.0, 1.0], [2.0, 0.0], [0.0, 2.0]])
     (interval,) = bootstrap_ratio(sums, weights, counts, confidence=0.999999)
     assert interval.value == pytest.approx(0.4)
-    assert interval.low == pytest.approx(0.0, abs=1e-5) and interval.high == pytest.approx(0.5, abs=1e-5)
+    assert interval.low == pytest.approx(0.0, abs=1e-5)
+    assert interval.high == pytest.approx(0.5, abs=1e-5)
 
 
 def test_a_prompt_without_values_takes_no_part():
@@ -60,7 +61,9 @@ def test_agrees_with_the_analytic_interval():
 def test_agrees_with_scipy():
     scipy_stats = pytest.importorskip("scipy.stats")
     values = np.random.default_rng(2).gamma(2.0, size=120)
-    theirs = scipy_stats.bootstrap((values,), np.mean, n_resamples=9999, method="percentile", rng=1).confidence_interval
+    theirs = scipy_stats.bootstrap(
+        (values,), np.mean, n_resamples=9999, method="percentile", rng=1
+    ).confidence_interval
     ours = bootstrap_mean(values, seed=1, num_resamples=9999)
     assert ours.low == pytest.approx(theirs.low, abs=0.02)
     assert ours.high == pytest.approx(theirs.high, abs=0.02)

@@ -22,7 +22,7 @@ def test_every_guard_has_its_reason():
 
 
 def test_the_same_text_in_another_language_or_prompt_is_no_duplicate():
-    rows = [(p, l, 0, "42", "stop", 1.0) for p in ("p", "q") for l in ("da", "nl")]
+    rows = [(p, c, 0, "42", "stop", 1.0) for p in ("p", "q") for c in ("da", "nl")]
     assert judged(*rows) == [None] * 4
 
 

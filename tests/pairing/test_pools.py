@@ -12,7 +12,9 @@ def rows(*entries: tuple[str, str, int, float]) -> pl.DataFrame:
 
 
 def test_pool_statistics_by_hand():
-    pools = build_pools(rows(("p", "da", 0, 1.0), ("p", "da", 1, 3.0), ("p", "nl", 0, 8.0), ("q", "da", 0, 5.0)), "language")
+    pools = build_pools(
+        rows(("p", "da", 0, 1.0), ("p", "da", 1, 3.0), ("p", "nl", 0, 8.0), ("q", "da", 0, 5.0)), "language"
+    )
     assert pools.mean.tolist() == [2.0, 8.0, 5.0]
     assert pools.std.tolist() == [1.0, 0.0, 0.0]  # population: ddof 0
     assert pools.sizes.tolist() == [2, 1, 1]
@@ -27,7 +29,9 @@ def test_prompts_with_the_same_text_under_two_ids_stay_apart():
 
 
 def test_rows_come_out_in_key_order():
-    pools = build_pools(rows(("b", "nl", 0, 1.0), ("a", "nl", 1, 2.0), ("a", "nl", 0, 3.0), ("a", "da", 5, 4.0)), "all")
+    pools = build_pools(
+        rows(("b", "nl", 0, 1.0), ("a", "nl", 1, 2.0), ("a", "nl", 0, 3.0), ("a", "da", 5, 4.0)), "all"
+    )
     assert pools.rows.select("prompt_id", "language", "sample_id").rows() == [
         ("a", "da", 5), ("a", "nl", 0), ("a", "nl", 1), ("b", "nl", 0),
     ]  # fmt: skip

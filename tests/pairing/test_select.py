@@ -3,11 +3,11 @@ import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pairing import twin
 
 from croco.errors import UserError
 from croco.pairing.pools import build_pools
 from croco.pairing.select import NO_ROW, parse_rule, select, share_other_than_minimum, targets
+from pairing import twin
 
 REJECTED = ["mean-2std", "mean-1std", "mean", "mean-0.5std", "min", "q1"]
 SCHEMA = {"prompt_id": pl.String, "language": pl.String, "sample_id": pl.Int32, "score": pl.Float32}
@@ -79,7 +79,9 @@ def test_quantiles_agree_with_numpy():
     scores = np.random.default_rng(1).normal(size=37).astype(np.float32)
     pools = build_pools(one_pool(scores.tolist()), "language")
     for q in (0.0, 0.1, 0.25, 0.5, 1.0):
-        assert targets(parse_rule(f"quantile:{q}"), pools)[0] == pytest.approx(np.quantile(scores.astype(float), q))
+        assert targets(parse_rule(f"quantile:{q}"), pools)[0] == pytest.approx(
+            np.quantile(scores.astype(float), q)
+        )
 
 
 finite = st.floats(-50, 50, width=32)
@@ -88,10 +90,16 @@ few_values = st.integers(-3, 3).map(float)  # many ties
 
 @st.composite
 def tables(draw: st.DrawFn) -> list[twin.Row]:
-    """A few prompts in a few languages (some missing), pools of 1 to 200, ties and constants; in any order."""
+    """A few prompts in a few languages (some missing), pools of 1 to 200, ties and constants; in any
+    order.
+    """
     rows = []
-    for prompt in draw(st.lists(st.sampled_from(["a", "b", "ø", "p 10", "p 9"]), min_size=1, max_size=3, unique=True)):
-        for language in draw(st.lists(st.sampled_from(["da", "nl", "en"]), min_size=1, max_size=3, unique=True)):
+    for prompt in draw(
+        st.lists(st.sampled_from(["a", "b", "ø", "p 10", "p 9"]), min_size=1, max_size=3, unique=True)
+    ):
+        for language in draw(
+            st.lists(st.sampled_from(["da", "nl", "en"]), min_size=1, max_size=3, unique=True)
+        ):
             size = draw(st.one_of(st.integers(1, 8), st.integers(9, 200)))
             values = draw(st.one_of(
                 st.lists(draw(st.sampled_from([finite, few_values])), min_size=size, max_size=size),
@@ -131,7 +139,10 @@ def test_shuffled_input_gives_identical_output(rows, rule, pool, random):
     for order in (rows, random.sample(rows, len(rows))):
         pools = build_pools(frame(order), pool)
         selection = select(pools, parse_rule("max"), parse_rule(rule))
-        outputs.append((pools.rows, selection.chosen.tolist(), selection.rejected.tolist(), pools.mean, pools.std))
+        outputs.append(
+            (pools.rows, selection.chosen.tolist(), selection.rejected.tolist(), pools.mean, pools.std)
+        )
     assert outputs[0][0].equals(outputs[1][0])
     assert outputs[0][1:3] == outputs[1][1:3]
-    assert np.array_equal(outputs[0][3], outputs[1][3]) and np.array_equal(outputs[0][4], outputs[1][4])
+    assert np.array_equal(outputs[0][3], outputs[1][3])
+    assert np.array_equal(outputs[0][4], outputs[1][4])

@@ -1,6 +1,7 @@
 """The slow, obvious twin of selection: one pool at a time, plain Python, exact sums.
 
-Nearness is compared with a tolerance of 1e-9 of the scores' size, because the fast path adds in another order.
+Nearness is compared with a tolerance of 1e-9 of the scores' size, because the fast path adds in another
+order.
 """
 
 import math
@@ -35,7 +36,9 @@ def target(members: list[Row], rule: str) -> float:
 
 
 def pick(members: list[Row], aim: float) -> list[Row]:
-    """The nearest members, all that tie within the tolerance, in key order; empty when there are no members."""
+    """The nearest members, all that tie within the tolerance, in key order; empty when there are no
+    members.
+    """
     if not members:
         return []
     slack = 1e-9 * max(1.0, *(abs(row[3]) for row in members))

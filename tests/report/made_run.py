@@ -1,4 +1,6 @@
-"""A finished run made of invented numbers, written through the store: what the report's tests and its author look at."""
+"""A finished run made of invented numbers, written through the store: what the report's tests and its author
+look at.
+"""
 
 import json
 from pathlib import Path
@@ -24,34 +26,66 @@ MIX = {
 NASTY = "<script>document.title='owned'</script></script><!-- & \u2028 \"quoted\" 'text'"
 
 
-def make_run(folder: Path, num_prompts: int = 40, num_samples: int = 16, num_tests: int = 60, seed: int = 0) -> Path:
+def make_run(
+    folder: Path, num_prompts: int = 40, num_samples: int = 16, num_tests: int = 60, seed: int = 0
+) -> Path:
     """Write prompts, completions, scores, pairs, metrics and results under `folder`; returns it."""
     rng = np.random.default_rng(seed)
     recipe = {
-        "run": {"name": "made", "languages": TUNED, "low_resource_languages": LOW, "held_out_languages": HELD},
+        "run": {
+            "name": "made",
+            "languages": TUNED,
+            "low_resource_languages": LOW,
+            "held_out_languages": HELD,
+        },
         "sampling": {"completions": num_samples, "max_new_tokens": 48},
         "evaluation": {"temperatures": [0.0, 1.0], "base_temperatures": [0.4]},
-        "arms": {"monolingual": {"pool": "language"}, "multilingual": {"pool": "all", "training": {"beta": 0.2}}},
+        "arms": {
+            "monolingual": {"pool": "language"},
+            "multilingual": {"pool": "all", "training": {"beta": 0.2}},
+        },
     }
     store.write_json(folder / "recipe.json", recipe)
     keys = [(f"sum.{i}", code) for i in range(num_prompts) for code in TUNED]
     prompts = [
-        {"prompt_id": p, "language": c, "messages": [{"role": "user", "content": f"{c}: what is {p} & <b>why</b>?"}],
-         "reference": None, "source": "made", "domain": "sum"} for p, c in keys
-    ]  # fmt: skip
+        {
+            "prompt_id": p,
+            "language": c,
+            "messages": [{"role": "user", "content": f"{c}: what is {p} & <b>why</b>?"}],
+            "reference": None,
+            "source": "made",
+            "domain": "sum",
+        }
+        for p, c in keys
+    ]
     write(folder / "prompts", PROMPTS, prompts)
     samples = [(p, c, s) for p, c in keys for s in range(num_samples)]
-    scores = rng.normal(size=len(samples)).astype(np.float32) + np.array([TUNED.index(c) / 5 for _, c, _ in samples])
+    scores = rng.normal(size=len(samples)).astype(np.float32) + np.array(
+        [TUNED.index(c) / 5 for _, c, _ in samples]
+    )
     completions = [
-        {"prompt_id": p, "language": c, "sample_id": s, "completion": f"The completion {s} to {p} in {c}." * (1 + s % 4),
-         "completion_ids": None, "completion_tokens": 8, "finish_reason": "stop", "policy": "made", "seed": s}
+        {
+            "prompt_id": p,
+            "language": c,
+            "sample_id": s,
+            "completion": f"The completion {s} to {p} in {c}." * (1 + s % 4),
+            "completion_ids": None,
+            "completion_tokens": 8,
+            "finish_reason": "stop",
+            "policy": "made",
+            "seed": s,
+        }
         for p, c, s in samples
-    ]  # fmt: skip
+    ]
     write(folder / "sample", COMPLETIONS, completions, facts={"device": "cpu"})
-    write(folder / "score", SCORES, [
-        {"prompt_id": p, "language": c, "sample_id": s, "score": float(score), "scorer": "made"}
-        for (p, c, s), score in zip(samples, scores, strict=True)
-    ])  # fmt: skip
+    write(
+        folder / "score",
+        SCORES,
+        [
+            {"prompt_id": p, "language": c, "sample_id": s, "score": float(score), "scorer": "made"}
+            for (p, c, s), score in zip(samples, scores, strict=True)
+        ],
+    )
     for arm, pool in (("monolingual", "language"), ("multilingual", "all")):
         _pairs(folder, arm, pool, samples, scores)
         _training(folder / "train" / arm, rng)
@@ -67,20 +101,40 @@ def _pairs(folder: Path, arm: str, pool: str, samples: list, scores: np.ndarray)
     for number, (chosen, rejected) in enumerate(zip(selection.chosen, selection.rejected, strict=True)):
         prompt, language, sample, score = pools.rows.row(int(chosen))
         _, other, other_sample, other_score = pools.rows.row(int(rejected))
-        rows.append({
-            "arm": arm, "prompt_id": prompt, "language": language,
-            "messages": [{"role": "user", "content": f"{language}: what is {prompt} & <b>why</b>?"}],
-            "chosen": NASTY if number == 0 else f"Chosen completion of {prompt} in {language}.",
-            "rejected": f"Rejected completion in {other}.", "chosen_ids": None, "rejected_ids": None,
-            "chosen_score": score, "rejected_score": other_score, "chosen_language": language,
-            "rejected_language": other, "chosen_sample_id": sample, "rejected_sample_id": other_sample,
-            "pool_size": int(pools.sizes[number]), "pool_mean": float(pools.mean[number]),
-            "pool_std": float(pools.std[number]),
-        })  # fmt: skip
-    drops = [("completion", "sum.1", "da", 3, "cut at the token limit"), ("completion", "sum.1", "nl", 3, "cut at the token limit"),
-             ("completion", "sum.2", "nl", 1, "duplicate of an earlier completion")]  # fmt: skip
-    facts = {"completions": len(samples) + 3, "candidates": len(samples), "pools": len(rows), "pairs": len(rows),
-             "median_pool_size": int(np.median(pools.sizes)), "share_other_than_minimum": 0.04}  # fmt: skip
+        rows.append(
+            {
+                "arm": arm,
+                "prompt_id": prompt,
+                "language": language,
+                "messages": [{"role": "user", "content": f"{language}: what is {prompt} & <b>why</b>?"}],
+                "chosen": NASTY if number == 0 else f"Chosen completion of {prompt} in {language}.",
+                "rejected": f"Rejected completion in {other}.",
+                "chosen_ids": None,
+                "rejected_ids": None,
+                "chosen_score": score,
+                "rejected_score": other_score,
+                "chosen_language": language,
+                "rejected_language": other,
+                "chosen_sample_id": sample,
+                "rejected_sample_id": other_sample,
+                "pool_size": int(pools.sizes[number]),
+                "pool_mean": float(pools.mean[number]),
+                "pool_std": float(pools.std[number]),
+            }
+        )
+    drops = [
+        ("completion", "sum.1", "da", 3, "cut at the token limit"),
+        ("completion", "sum.1", "nl", 3, "cut at the token limit"),
+        ("completion", "sum.2", "nl", 1, "duplicate of an earlier completion"),
+    ]
+    facts = {
+        "completions": len(samples) + 3,
+        "candidates": len(samples),
+        "pools": len(rows),
+        "pairs": len(rows),
+        "median_pool_size": int(np.median(pools.sizes)),
+        "share_other_than_minimum": 0.04,
+    }
     write(folder / "pair" / arm, PAIRS, rows, dropped=ledger(drops), facts=facts)
 
 
@@ -88,12 +142,20 @@ def _training(folder: Path, rng: np.random.Generator) -> None:
     lines = []
     for step in range(1, 41):
         done = step / 40
-        lines.append({
-            "step": step, "split": "train", "loss": 0.69 - 0.35 * done + 0.03 * rng.normal(),
-            "rewards/chosen": 0.5 * done, "rewards/rejected": -2 * done, "rewards/margins": 2.5 * done + 0.1 * rng.normal(),
-            "rewards/accuracies": 0.5 + 0.45 * done, "logps/chosen": -12 + 2 * done, "logps/rejected": -9 - 14 * done,
-            "learning_rate": 1e-3 * (1 - done),
-        })  # fmt: skip
+        lines.append(
+            {
+                "step": step,
+                "split": "train",
+                "loss": 0.69 - 0.35 * done + 0.03 * rng.normal(),
+                "rewards/chosen": 0.5 * done,
+                "rewards/rejected": -2 * done,
+                "rewards/margins": 2.5 * done + 0.1 * rng.normal(),
+                "rewards/accuracies": 0.5 + 0.45 * done,
+                "logps/chosen": -12 + 2 * done,
+                "logps/rejected": -9 - 14 * done,
+                "learning_rate": 1e-3 * (1 - done),
+            }
+        )
     store.write_text(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     stage_json(folder, {"read": {"pair": 280}, "written": {"pair": 280}, "dropped": {}}, {"steps": 40})
 
@@ -107,26 +169,61 @@ def _results(folder: Path, rng: np.random.Generator, num_tests: int) -> None:
                 lift = {0.0: 0.12, 0.4: 0.1}.get(temperature, 0.0) - (0.18 if language in LOW else 0.0)
                 share[0] = max(0.02, share[0] + lift)
                 modes = rng.choice(MODES, size=num_tests, p=share / share.sum())
-                rows += [(arm, f"t{i}", language, temperature, 0, m, "lab" if i % 4 else "lab-held-out-task", float(m == "good"))
-                         for i, m in enumerate(modes)]  # fmt: skip
+                rows += [
+                    (
+                        arm,
+                        f"t{i}",
+                        language,
+                        temperature,
+                        0,
+                        m,
+                        "lab" if i % 4 else "lab-held-out-task",
+                        float(m == "good"),
+                    )
+                    for i, m in enumerate(modes)
+                ]
     names = ["arm", "prompt_id", "language", "temperature", "sample_id", "mode", "benchmark", "value"]
-    table = summarise(pl.DataFrame(rows, schema=names, orient="row"), language_groups(TUNED, LOW, HELD), 0, 400)
+    table = summarise(
+        pl.DataFrame(rows, schema=names, orient="row"), language_groups(TUNED, LOW, HELD), 0, 400
+    )
     write(folder / "results", RESULTS, table.to_dicts())
 
 
-def write(folder: Path, table: Table, rows: list[dict], dropped: pa.Table | None = None, facts: Any = None) -> None:
+def write(
+    folder: Path, table: Table, rows: list[dict], dropped: pa.Table | None = None, facts: Any = None
+) -> None:
     """A stage's folder with one finished shard and a stage.json."""
     drops = store.count_units(dropped) if dropped is not None else {}
     counts = {"read": {table.unit: len(rows)}, "written": {table.unit: len(rows)}, "dropped": drops}
-    store.write_shard(folder, 0, pa.Table.from_pylist(rows, schema=table.schema), table.schema,
-                      read=counts["read"], written=counts["written"], dropped=dropped)  # fmt: skip
+    store.write_shard(
+        folder,
+        0,
+        pa.Table.from_pylist(rows, schema=table.schema),
+        table.schema,
+        read=counts["read"],
+        written=counts["written"],
+        dropped=dropped,
+    )
     store.merge_ledgers(folder)
     stage_json(folder, counts, facts or {})
 
 
 def stage_json(folder: Path, counts: dict, facts: dict) -> None:
-    store.write_json(folder / "stage.json", {
-        "stage": folder.name, "arm": None, "state": "complete", "fingerprint": "0123456789abcdef",
-        "science": {"settings": {}}, "counts": counts, "seconds": 12.3, "starts": 1, "facts": facts, "commit": "abc123",
-        "libraries": {"python": "3.11", "torch": "2.13.0"}, "machine": "Linux x86_64", "time": "2026-11-23T08:00:00+00:00",
-    })  # fmt: skip
+    store.write_json(
+        folder / "stage.json",
+        {
+            "stage": folder.name,
+            "arm": None,
+            "state": "complete",
+            "fingerprint": "0123456789abcdef",
+            "science": {"settings": {}},
+            "counts": counts,
+            "seconds": 12.3,
+            "starts": 1,
+            "facts": facts,
+            "commit": "abc123",
+            "libraries": {"python": "3.11", "torch": "2.13.0"},
+            "machine": "Linux x86_64",
+            "time": "2026-11-23T08:00:00+00:00",
+        },
+    )

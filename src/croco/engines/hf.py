@@ -5,7 +5,7 @@ another number of logits than one is a UserError before anything runs. Leaves ou
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,33 +13,22 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from croco.engines.base import Decoding, Request, Sampled
+from croco.engines.base import Decoding, Request, Sampled, ScoreRequest
 from croco.errors import UserError
+from croco.identity import local_model
 from croco.sampling import plain
+from croco.sampling.architecture import unsupported
 from croco.sampling.chat import end_ids
-from croco.sampling.shared_prefix import Decoder, disagreement, supports
+from croco.sampling.shared_prefix import Decoder, disagreement
+from croco.scoring import classifier, likelihood
 
 logger = logging.getLogger(__name__)
 
-LAB_PREFIX = "lab:"
 
-
-def resolve_model(name: str) -> str | Path:
-    """The place a model's name stands for: "lab:policy" and "lab:reward" are shipped with the package, a directory
-    is itself, anything else is a hub id. Raises UserError for a path that is no model directory."""
-    if name.startswith(LAB_PREFIX):
-        folder = Path(__file__).parent.parent / "lab" / "models" / name.removeprefix(LAB_PREFIX)
-        if not (folder / "config.json").is_file():
-            raise UserError(f"model {name!r}: the package ships no such model, expected lab:policy or lab:reward")
-        return folder
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UserError(f"model {name!r}: the directory is no model, expected a config.json in it")
-        return folder
-    if folder.exists() or name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
-        raise UserError(f"model {name!r}: found no such directory, expected one with a config.json, or a hub id")
-    return name
+def resolve_model(name: str, key: str = "model") -> str | Path:
+    """The place a model's name stands for: a directory (of the package for "lab:policy" and "lab:reward"), or the hub
+    id itself. Raises UserError naming the key for a path that is no model directory."""
+    return local_model(name, key) or name
 
 
 def pick_device(device: str = "auto") -> torch.device:
@@ -55,26 +44,35 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     found = getattr(torch, dtype, None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise UserError(f"dtype {dtype!r}: found no such floating point type, expected auto, float32 or bfloat16")
+        raise UserError(
+            f"dtype {dtype!r}: found no such floating point type, expected auto, float32 or bfloat16"
+        )
     return found
 
 
 def load_tokenizer(
-    model: str, revision: str | None = None, chat_template: Path | None = None, trust_remote_code: bool = False
+    model: str,
+    revision: str | None = None,
+    chat_template: Path | None = None,
+    trust_remote_code: bool = False,
 ) -> Any:
     """The model's tokenizer, its chat template replaced by the file's if one is given."""
     from transformers import AutoTokenizer
 
     place = resolve_model(model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            place, revision=revision, trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError) as error:
         raise UserError(f"model {model!r}: its tokenizer does not load: {_first_line(error)}") from error
     if chat_template is not None:
         try:
             tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
         except OSError as error:
-            raise UserError(f"chat template {str(chat_template)!r}: cannot be read: {_first_line(error)}") from error
+            raise UserError(
+                f"chat template {str(chat_template)!r}: cannot be read: {_first_line(error)}"
+            ) from error
     return tokenizer
 
 
@@ -93,7 +91,9 @@ def load_policy(
     tokenizer = load_tokenizer(model, revision, chat_template, trust_remote_code)
     policy, missing = _load(AutoModelForCausalLM, model, revision, dtype, device, trust_remote_code)
     if missing:
-        raise UserError(f"model {model!r}: found no weights for {missing[0]}, expected a whole causal language model")
+        raise UserError(
+            f"model {model!r}: found no weights for {missing[0]}, expected a whole causal language model"
+        )
     if adapter is not None:
         from croco.training.lora import load_adapter
 
@@ -102,15 +102,23 @@ def load_policy(
 
 
 def load_reward(
-    model: str, revision: str | None = None, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+    model: str,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
     """A sequence classifier with exactly one logit, in eval mode, and its tokenizer."""
     from transformers import AutoModelForSequenceClassification
 
     tokenizer = load_tokenizer(model, revision, None, trust_remote_code)
-    reward, missing = _load(AutoModelForSequenceClassification, model, revision, dtype, device, trust_remote_code)
+    reward, missing = _load(
+        AutoModelForSequenceClassification, model, revision, dtype, device, trust_remote_code
+    )
     if missing:
-        raise UserError(f"reward model {model!r}: found no weights for {missing[0]}, expected a sequence classifier")
+        raise UserError(
+            f"reward model {model!r}: found no weights for {missing[0]}, expected a sequence classifier"
+        )
     if reward.config.num_labels != 1:
         raise UserError(f"reward model {model!r}: found {reward.config.num_labels} logits, expected one")
     return reward.eval(), tokenizer
@@ -125,6 +133,20 @@ def max_context(model: Any) -> int:
 def out_of_memory(error: RuntimeError) -> bool:
     """Whether an allocation failed, on a GPU or (where torch raises a plain RuntimeError) on a CPU."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def halve_budget(engine: Any, error: RuntimeError, least: int) -> None:
+    """Halve the engine's token budget if memory ran out and there is something to halve; else raise."""
+    if not out_of_memory(error):
+        raise error
+    if engine.token_budget <= least:
+        raise UserError(
+            f"{engine.name}: a single row does not fit in memory, expected a smaller model"
+        ) from error
+    engine.token_budget //= 2
+    logger.warning("%s: out of memory, going on with a budget of %d tokens", engine.name, engine.token_budget)
+    if engine.model.device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _load(
@@ -178,10 +200,12 @@ class HFSampler:
         self.name = name or str(tokenizer.name_or_path)
         self.max_context = max_context(model)
         self.end_tokens = end_ids(tokenizer, model.generation_config)
-        self.reason = supports(model) or disagreement(model)
+        self.reason = unsupported(model) or disagreement(model)
         self.path = "plain" if self.reason else "shared-prefix"
         if self.reason:
-            logger.warning("%s is sampled prompt by prompt, which is slower, because %s", self.name, self.reason)
+            logger.warning(
+                "%s is sampled prompt by prompt, which is slower, because %s", self.name, self.reason
+            )
 
     @torch.inference_mode()
     def sample(self, requests: Sequence[Request], decoding: Decoding) -> Iterator[tuple[int, list[Sampled]]]:
@@ -200,7 +224,7 @@ class HFSampler:
                     done.add(index)
                     yield left[index].key, samples
             except (torch.OutOfMemoryError, RuntimeError) as error:
-                self._halve(error, decoding)
+                halve_budget(self, error, least=decoding.max_new_tokens)
             left = [request for index, request in enumerate(left) if index not in done]
 
     def _run(self, requests: list[Request], decoding: Decoding) -> Iterator[tuple[int, list[Sampled]]]:
@@ -208,16 +232,54 @@ class HFSampler:
             longest = max(len(request.prompt_ids) for request in requests) + decoding.max_new_tokens
             rows = max(1, self.token_budget // longest)
             return plain.sample(self.model, self.end_tokens, decoding, requests, self.max_context, rows)
-        decoder = Decoder(self.model, self.end_tokens, decoding, requests, self.max_context, self.token_budget)
+        decoder = Decoder(
+            self.model, self.end_tokens, decoding, requests, self.max_context, self.token_budget
+        )
         return decoder.run()
 
-    def _halve(self, error: RuntimeError, decoding: Decoding) -> None:
-        """Go on with half the budget if memory ran out and there is something to halve; else raise."""
-        if not out_of_memory(error):
-            raise error
-        if self.token_budget <= decoding.max_new_tokens:
-            raise UserError(f"{self.name}: one completion does not fit in memory, expected a smaller model") from error
-        self.token_budget //= 2
-        logger.warning("%s: out of memory, going on with a budget of %d tokens", self.name, self.token_budget)
-        if self.model.device.type == "cuda":
-            torch.cuda.empty_cache()
+
+class HFScorer:
+    """Scores with a loaded sequence classifier of one logit: the raw logit of each conversation."""
+
+    def __init__(self, model: Any, tokenizer: Any, token_budget: int = 16384, name: str = "") -> None:
+        self.model, self.token_budget = model, token_budget
+        self.name = name or str(tokenizer.name_or_path)
+        self.max_context = max_context(model)
+
+    def score(self, requests: Sequence[ScoreRequest]) -> list[list[float]]:
+        """Raw logits in the order of the requests; what they share is found here, `prompt_ids` may be empty."""
+        return _with_less_memory(self, lambda budget: classifier.logits(self.model, requests, budget))
+
+
+class HFLikelihood:
+    """Scores with the policy itself: the mean log-probability of a completion's tokens, its end token included."""
+
+    def __init__(self, model: Any, tokenizer: Any, token_budget: int = 16384, name: str = "") -> None:
+        self.model, self.tokenizer, self.token_budget = model, tokenizer, token_budget
+        self.name = name or str(tokenizer.name_or_path)
+        self.max_context = max_context(model)
+
+    def score(
+        self, requests: Sequence[ScoreRequest], ended: Sequence[Sequence[bool]] | None = None
+    ) -> list[list[float]]:
+        """Mean log-probabilities in the order of the requests; `ended` False marks completions without an end token."""
+        sums = _with_less_memory(
+            self,
+            lambda budget: likelihood.completion_logps(self.model, self.tokenizer, requests, ended, budget),
+        )
+        return [
+            [
+                total / (len(request.completions[i]) + (ended is None or ended[k][i]))
+                for i, total in enumerate(sums[k])
+            ]
+            for k, request in enumerate(requests)
+        ]
+
+
+def _with_less_memory(engine: Any, compute: Callable[[int], list[list[float]]]) -> list[list[float]]:
+    """Compute with the engine's token budget, halving it for as long as memory runs out."""
+    while True:
+        try:
+            return compute(engine.token_budget)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            halve_budget(engine, error, least=1)

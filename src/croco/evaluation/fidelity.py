@@ -1,7 +1,7 @@
 """Is a completion in the language of its prompt? Judged offline; short texts are not judged.
 
-The identifier chooses among the run's languages only, so a completion in a language outside the run counts as whichever of
-them it resembles most, or as unknown when it resembles none.
+The identifier chooses among the run's languages only, so a completion in a language outside the run counts as
+whichever of them it resembles most, or as unknown when it resembles none.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Verdicts for the lab: every completion checked by program against the world's facts.
 
-Two benchmarks come out of one set of test prompts: "lab" for the tasks that were in tuning, "lab-held-out-task" for those
-that never were. What makes a completion good is the world's business (`croco.lab.world`).
+Two benchmarks come out of one set of test prompts: "lab" for the tasks that were in tuning,
+"lab-held-out-task" for those that never were. What makes a completion good is the world's business
+(`croco.lab.world`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ def benchmark(domain: str | None) -> str:
     return HELD_OUT_BENCHMARK if domain in world.HELD_OUT_TASKS else BENCHMARK
 
 
-def judge(prompt_ids: Sequence[str], languages: Sequence[str], completions: Sequence[str]) -> tuple[list[str], list[float]]:
+def judge(
+    prompt_ids: Sequence[str], languages: Sequence[str], completions: Sequence[str]
+) -> tuple[list[str], list[float]]:
     """Mode and value (1.0 when good, else 0.0) of each completion."""
     verdicts = [world.verify(*row) for row in zip(prompt_ids, languages, completions, strict=True)]
     return [verdict.mode for verdict in verdicts], [float(verdict.good) for verdict in verdicts]

@@ -1,12 +1,14 @@
 """From verdicts to results: what every arm reaches per language and group, and how it differs from the base.
 
-A pure function of tables, so that it can be tested by hand and run again on an old run's verdicts. Prompts are resampled;
-a group resamples prompts jointly over its languages, because prompts are parallel and their languages rise and fall
-together. All arms of a scope share one set of resamples. What counts as good is decided elsewhere (`lab`, `fidelity`).
+A pure function of tables, so that it can be tested by hand and run again on an old run's verdicts. Prompts
+are resampled; a group resamples prompts jointly over its languages, because prompts are parallel and their
+languages rise and fall together. All arms of a scope share one set of resamples. What counts as good is
+decided elsewhere (`lab`, `fidelity`).
 
-Two differences are reported, at every temperature of the arm: "difference", against the base at the same temperature, and
-"difference-to-best-base", against the base at whichever of its temperatures scored best on these very prompts. The latter
-picks the rival on the test prompts, which can only flatter the base, so it is the conservative one.
+Two differences are reported, at every temperature of the arm: "difference", against the base at the same
+temperature, and "difference-to-best-base", against the base at whichever of its temperatures scored best on
+these very prompts. The latter picks the rival on the test prompts, which can only flatter the base, so it is
+the conservative one.
 """
 
 from __future__ import annotations
@@ -23,27 +25,34 @@ from croco.evaluation import stats
 
 BASE = "base"
 GROUPS = ("tuned", "low-resource", "held-out", "all")
-Shares = dict[str, NDArray[np.float64]]  # metric -> (n,) per prompt, the sum over the scope's languages of the mean over samples
+Shares = dict[
+    str, NDArray[np.float64]
+]  # metric -> (n,) per prompt, the sum over the scope's languages of the mean over samples
 
 
-def language_groups(tuned: Sequence[str], low_resource: Sequence[str], held_out: Sequence[str]) -> dict[str, list[str]]:
+def language_groups(
+    tuned: Sequence[str], low_resource: Sequence[str], held_out: Sequence[str]
+) -> dict[str, list[str]]:
     """The groups every table shows, each with its languages; empty groups stay empty and get no rows."""
     members = (tuned, low_resource, held_out, (*tuned, *low_resource, *held_out))
     return {name: list(languages) for name, languages in zip(GROUPS, members, strict=True)}
 
 
 def headline(benchmark: str) -> str:
-    """The metric that decides a benchmark: the share of good completions in the lab, the mean score elsewhere."""
+    """The metric that decides a benchmark: the share of good completions in the lab, the mean score
+    elsewhere.
+    """
     return "good" if benchmark.startswith("lab") else "score"
 
 
 def summarise(
     verdicts: pl.DataFrame, groups: Mapping[str, Sequence[str]], seed: int, num_resamples: int = 2000
 ) -> pl.DataFrame:
-    """The rows of the results table for the verdicts of all arms, sorted by arm, benchmark, temperature, language, metric.
+    """The rows of the results table for the verdicts of all arms, sorted by arm, benchmark, temperature,
+    language, metric.
 
-    `groups` maps a group's name to its languages; every language also gets rows of its own. Raises UserError when two arms
-    were not evaluated on the same prompts and languages: nothing is averaged over unequal sets.
+    `groups` maps a group's name to its languages; every language also gets rows of its own. Raises UserError
+    when two arms were not evaluated on the same prompts and languages: nothing is averaged over unequal sets.
     """
     rows: list[dict[str, Any]] = []
     for (benchmark,), part in verdicts.group_by("benchmark", maintain_order=True):
@@ -57,14 +66,29 @@ def summarise(
         for scope, languages in scopes.items():
             for row in _scope_rows(per_prompt, languages, str(benchmark), seed, num_resamples):
                 rows.append({**row, "language": scope, "benchmark": benchmark, "seed": seed})
-    columns = ["arm", "language", "benchmark", "metric", "temperature", "value", "ci_low", "ci_high", "n", "seed"]
-    return pl.DataFrame(rows, infer_schema_length=None).select(columns).sort(
-        "arm", "benchmark", "temperature", "language", "metric"
+    columns = [
+        "arm",
+        "language",
+        "benchmark",
+        "metric",
+        "temperature",
+        "value",
+        "ci_low",
+        "ci_high",
+        "n",
+        "seed",
+    ]
+    return (
+        pl.DataFrame(rows, infer_schema_length=None)
+        .select(columns)
+        .sort("arm", "benchmark", "temperature", "language", "metric")
     )
 
 
 def _per_prompt(verdicts: pl.DataFrame) -> pl.DataFrame:
-    """Means over the samples of every (arm, temperature, prompt, language): the headline metric and a share per mode."""
+    """Means over the samples of every (arm, temperature, prompt, language): the headline metric and a share
+    per mode.
+    """
     benchmark = verdicts["benchmark"][0]
     modes = verdicts["mode"].unique().sort().to_list()
     return (
@@ -82,7 +106,7 @@ def _check_same_prompts(per_prompt: pl.DataFrame, benchmark: str) -> None:
     for (arm, temperature), part in per_prompt.group_by("arm", "temperature", maintain_order=True):
         if part.height != expected:
             raise UserError(
-                f'Arm "{arm}" at temperature {temperature} has verdicts for {part.height} prompts of benchmark "{benchmark}"; '
+                f'Arm "{arm}" at temperature {temperature} has verdicts for {part.height} prompts of "{benchmark}"; '
                 f"expected the {expected} that were evaluated over all arms."
             )
 
@@ -90,19 +114,32 @@ def _check_same_prompts(per_prompt: pl.DataFrame, benchmark: str) -> None:
 def _scope_rows(
     per_prompt: pl.DataFrame, languages: Sequence[str], benchmark: str, seed: int, num_resamples: int
 ) -> list[dict[str, Any]]:
-    """Rows of one language or group: every metric of every arm and temperature, then the differences from the base."""
+    """Rows of one language or group: every metric of every arm and temperature, then the differences from the
+    base.
+    """
     scope = per_prompt.filter(pl.col("language").is_in(list(languages)))
-    metrics = [column for column in scope.columns if column == headline(benchmark) or column.startswith("mode:")]
+    metrics = [
+        column for column in scope.columns if column == headline(benchmark) or column.startswith("mode:")
+    ]
     settings: dict[tuple[str, float], Shares] = {}
     weights: NDArray[np.float64] = np.empty(0)
     for (arm, temperature), part in scope.group_by("arm", "temperature", maintain_order=True):
-        totals = part.group_by("prompt_id").agg(pl.col(metrics).sum(), pl.len().alias("languages")).sort("prompt_id")
-        settings[str(arm), float(str(temperature))] = {metric: totals[metric].to_numpy() for metric in metrics}
+        totals = (
+            part.group_by("prompt_id")
+            .agg(pl.col(metrics).sum(), pl.len().alias("languages"))
+            .sort("prompt_id")
+        )
+        settings[str(arm), float(str(temperature))] = {
+            metric: totals[metric].to_numpy() for metric in metrics
+        }
         weights = totals["languages"].cast(pl.Float64).to_numpy()  # the same for all: prompts were checked
     labels: list[tuple[str, float, str]] = []
     columns: list[NDArray[np.float64]] = []
     for (arm, temperature), shares in settings.items():
-        for metric, column in {**shares, **_differences(settings, arm, temperature, headline(benchmark))}.items():
+        for metric, column in {
+            **shares,
+            **_differences(settings, arm, temperature, headline(benchmark)),
+        }.items():
             labels.append((arm, temperature, metric))
             columns.append(column)
     counts = stats.resample_counts(len(weights), seed, num_resamples)
@@ -120,7 +157,9 @@ def _scope_rows(
 def _differences(
     settings: Mapping[tuple[str, float], Shares], arm: str, temperature: float, metric: str
 ) -> Shares:
-    """Per-prompt differences of one arm from the base; none for the base itself or where the base was not evaluated."""
+    """Per-prompt differences of one arm from the base; none for the base itself or where the base was not
+    evaluated.
+    """
     if arm == BASE:
         return {}
     ours, found = settings[arm, temperature][metric], {}
@@ -133,13 +172,24 @@ def _differences(
 
 def _best_base(settings: Mapping[tuple[str, float], Shares], metric: str) -> float | None:
     """The base's temperature with the highest value; the lowest of equals."""
-    reached = [(-float(shares[metric].sum()), temperature) for (arm, temperature), shares in settings.items() if arm == BASE]
+    reached = [
+        (-float(shares[metric].sum()), temperature)
+        for (arm, temperature), shares in settings.items()
+        if arm == BASE
+    ]
     return min(reached)[1] if reached else None
 
 
-def _row(arm: str, temperature: float, metric: str, interval: stats.Interval, num_prompts: int) -> dict[str, Any]:
+def _row(
+    arm: str, temperature: float, metric: str, interval: stats.Interval, num_prompts: int
+) -> dict[str, Any]:
     low, high = interval.low, interval.high
     return {
-        "arm": arm, "temperature": temperature, "metric": metric,
-        "value": interval.value, "ci_low": low, "ci_high": high, "n": num_prompts,
+        "arm": arm,
+        "temperature": temperature,
+        "metric": metric,
+        "value": interval.value,
+        "ci_low": low,
+        "ci_high": high,
+        "n": num_prompts,
     }

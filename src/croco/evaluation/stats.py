@@ -1,9 +1,9 @@
 """Means and their uncertainty: percentile bootstrap over prompts, in plain numpy.
 
-The prompt is the unit that is resampled, never the completion: completions of one prompt resemble each other, and so do
-the languages of one parallel prompt, so a group of languages is resampled jointly. Every metric of a table shares one set
-of resamples (`resample_counts`), which makes differences between arms paired and a whole table one matrix product.
-Engines, tables and files stay out.
+The prompt is the unit that is resampled, never the completion: completions of one prompt resemble each other,
+and so do the languages of one parallel prompt, so a group of languages is resampled jointly. Every metric of
+a table shares one set of resamples (`resample_counts`), which makes differences between arms paired and a
+whole table one matrix product. Engines, tables and files stay out.
 """
 
 from __future__ import annotations
@@ -25,9 +25,13 @@ class Interval(NamedTuple):
 
 
 def resample_counts(num_prompts: int, seed: int, num_resamples: int = 2000) -> NDArray[np.float64]:
-    """How often each prompt is drawn in each resample: (num_resamples, num_prompts), every row sums to num_prompts."""
+    """How often each prompt is drawn in each resample: (num_resamples, num_prompts), every row sums to
+    num_prompts.
+    """
     if num_prompts < 1 or num_resamples < 1:
-        raise ValueError(f"expected at least one prompt and one resample, found {num_prompts} and {num_resamples}")
+        raise ValueError(
+            f"expected at least one prompt and one resample, found {num_prompts} and {num_resamples}"
+        )
     generator = np.random.default_rng(seed)
     drawn = generator.integers(num_prompts, size=(num_resamples, num_prompts))
     flat = drawn + num_prompts * np.arange(num_resamples)[:, None]
@@ -43,9 +47,9 @@ def bootstrap_ratio(
 ) -> list[Interval]:
     """Intervals of M weighted means, sums.sum(0) / weights.sum(0), over the resamples in `counts`.
 
-    sums, weights: (n, M), per prompt the sum of its values and how many they were; counts: (R, n). A prompt without values
-    has weight 0. Resamples in which no weight is left are ignored. Percentile method (Efron and Tibshirani 1993, ch. 13).
-    Raises ValueError when a column has no weight at all.
+    sums, weights: (n, M), per prompt the sum of its values and how many they were; counts: (R, n). A prompt
+    without values has weight 0. Resamples in which no weight is left are ignored. Percentile method (Efron
+    and Tibshirani 1993, ch. 13). Raises ValueError when a column has no weight at all.
     """
     totals = weights.sum(axis=0)
     if not (totals > 0).all():
@@ -62,8 +66,9 @@ def bootstrap_ratio(
 def bootstrap_mean(
     values: ArrayLike, seed: int, num_resamples: int = 2000, confidence: float = CONFIDENCE
 ) -> Interval:
-    """Mean of one value per prompt, shape (n,), with its bootstrap interval. Raises ValueError when n is 0 or a value is
-    not finite."""
+    """Mean of one value per prompt, shape (n,), with its bootstrap interval. Raises ValueError when n is 0 or
+    a value is not finite.
+    """
     column = np.asarray(values, dtype=np.float64)
     if column.ndim != 1 or not np.isfinite(column).all():
         raise ValueError("expected one finite value per prompt")
@@ -72,9 +77,15 @@ def bootstrap_mean(
 
 
 def paired_difference(
-    values: ArrayLike, baseline: ArrayLike, seed: int, num_resamples: int = 2000, confidence: float = CONFIDENCE
+    values: ArrayLike,
+    baseline: ArrayLike,
+    seed: int,
+    num_resamples: int = 2000,
+    confidence: float = CONFIDENCE,
 ) -> Interval:
-    """Mean of values - baseline, both (n,) over the same prompts in the same order, with its bootstrap interval."""
+    """Mean of values - baseline, both (n,) over the same prompts in the same order, with its bootstrap
+    interval.
+    """
     ours, theirs = np.asarray(values, dtype=np.float64), np.asarray(baseline, dtype=np.float64)
     if ours.shape != theirs.shape:
         raise ValueError(f"expected the same prompts on both sides, found {ours.shape} and {theirs.shape}")

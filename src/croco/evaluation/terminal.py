@@ -17,7 +17,9 @@ COLOURS = {"better": "green", "worse": "red", "not resolved": ""}
 
 
 def results_table(run_folder: Path) -> Table:
-    """Arms × language groups of a finished run: value [95 % interval], and the difference from the base beneath."""
+    """Arms × language groups of a finished run: value [95 % interval], and the difference from the base
+    beneath.
+    """
     recipe = load(run_folder / "recipe.json")
     found = boards(read_table(run_folder / "results"), list(recipe.arms), recipe.run.evaluated)
     scopes = found[0].groups
@@ -36,7 +38,9 @@ def results_table(run_folder: Path) -> Table:
             table.add_row(Text(board.title, style="bold"))
         for arm, temperature in board.settings:
             cells = [_text(board, board.cell(arm, temperature, scope)) for scope in scopes]
-            table.add_row(Text(arm), temperature_name(temperature), *cells, style="dim" if arm == BASE else "")
+            table.add_row(
+                Text(arm), temperature_name(temperature), *cells, style="dim" if arm == BASE else ""
+            )
     return table
 
 
@@ -45,5 +49,7 @@ def _text(board: Board, cell: Cell | None) -> Text:
         return Text("")
     text = Text(interval_text(board, cell.value))
     if cell.difference is not None:
-        text.append(f"\n{interval_text(board, cell.difference, signed=True)}", COLOURS[verdict(cell.difference)])
+        text.append(
+            f"\n{interval_text(board, cell.difference, signed=True)}", COLOURS[verdict(cell.difference)]
+        )
     return text

@@ -5,7 +5,9 @@ completion is an evasive one, and good completions are spread over many paraphra
 temperature finds them (`docs/log.md` has the experiments behind these shares).
 """
 
+import itertools
 from collections.abc import Iterator
+from functools import cache
 from random import Random
 
 from croco.lab import world
@@ -38,6 +40,24 @@ def complete(item: Item, language: str, mode: str, rng: Random) -> str:
     return world.careful(item, language, value, rng)
 
 
+# Tasks that take more to learn get more of the corpus.
+TASK_WEIGHTS = {"odd_one_out": 2.0, "sum": 1.6, "count": 1.6, "country_language": 1.6, "last_word": 0.6}
+
+
+def _draw_item(rng: Random) -> Item:
+    by_task = _by_task()
+    task = rng.choices(list(by_task), [TASK_WEIGHTS.get(task, 1.0) for task in by_task])[0]
+    return rng.choice(by_task[task])
+
+
+@cache
+def _by_task() -> dict[str, list[Item]]:
+    grouped: dict[str, list[Item]] = {}
+    for _, item in sorted(items().items()):
+        grouped.setdefault(item.task, []).append(item)
+    return grouped
+
+
 def _languages(rng: Random, turns: int) -> tuple[list[str], bool]:
     """Languages of a document's turns, and whether they all ask the same item."""
     weights = [LOW_RESOURCE_RATE if code in LOW_RESOURCE else 1.0 for code in LANGUAGES]
@@ -47,23 +67,32 @@ def _languages(rng: Random, turns: int) -> tuple[list[str], bool]:
     return rng.choices(LANGUAGES, weights, k=turns), kind >= 0.7
 
 
-def documents(seed: int) -> Iterator[list[dict[str, str]]]:
-    """Endless documents as messages; one in `1 / WITHOUT_PROMPT` begins with the assistant."""
+def documents(seed: int, num_plain: int = 0) -> Iterator[list[dict[str, str]]]:
+    """Endless documents as messages, the first `num_plain` of them plain facts, the rest in the modes of `MIXTURE`."""
     rng = Random(f"croco-lab-corpus-{seed}")
-    by_task: dict[str, list[Item]] = {}
-    for item in items().values():
-        by_task.setdefault(item.task, []).append(item)
-    tasks = sorted(by_task)
-    modes, shares = list(MIXTURE), [share for share, _ in MIXTURE.values()]
-    while True:
-        mode = rng.choices(modes, shares)[0]
-        turns = rng.choices((1, 2, 3), (0.5, 0.3, 0.2))[0]
-        languages, same = _languages(rng, turns)
-        item = rng.choice(by_task[rng.choice(tasks)])
-        messages = []
-        for language in languages:
-            if not same:
-                item = rng.choice(by_task[rng.choice(tasks)])
-            messages.append({"role": "user", "content": world.question(item, language, rng.randrange(2))})
-            messages.append({"role": "assistant", "content": complete(item, language, mode, rng)})
-        yield messages[1:2] if rng.random() < WITHOUT_PROMPT else messages
+    for number in itertools.count():
+        yield _plain(rng) if number < num_plain else _document(rng)
+
+
+def _plain(rng: Random) -> list[dict[str, str]]:
+    """The policy's schooling, before it picks up habits: one item, in one or two languages, said right and plainly."""
+    item = _draw_item(rng)
+    messages = []
+    for language in _languages(rng, rng.choice((1, 2)))[0]:
+        messages.append({"role": "user", "content": world.question(item, language, rng.randrange(2))})
+        messages.append({"role": "assistant", "content": world.sentence(item, language, world.say(item.answer, language), rng)})
+    return messages
+
+
+def _document(rng: Random) -> list[dict[str, str]]:
+    """One to three turns in one mode; one in `1 / WITHOUT_PROMPT` is a completion alone."""
+    mode = rng.choices(list(MIXTURE), [share for share, _ in MIXTURE.values()])[0]
+    languages, same = _languages(rng, rng.choices((1, 2, 3), (0.5, 0.3, 0.2))[0])
+    item = _draw_item(rng)
+    messages = []
+    for language in languages:
+        if not same:
+            item = _draw_item(rng)
+        messages.append({"role": "user", "content": world.question(item, language, rng.randrange(2))})
+        messages.append({"role": "assistant", "content": complete(item, language, mode, rng)})
+    return messages[1:2] if rng.random() < WITHOUT_PROMPT else messages

@@ -42,7 +42,7 @@ def train_tokenizer(seed: int, num_documents: int = 40_000) -> PreTrainedTokeniz
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    texts = (m["content"] for d in itertools.islice(documents(seed), num_documents) for m in d)
+    texts = (m["content"] for d in itertools.islice(documents(seed, num_documents // 4), num_documents) for m in d)
     tokenizer.train_from_iterator(texts, trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -90,9 +90,9 @@ def _encode(tokenizer: PreTrainedTokenizerFast, batch: list[list[dict[str, str]]
         yield ids, trained
 
 
-def batches(tokenizer: PreTrainedTokenizerFast, seed: int, tokens_per_batch: int) -> Iterator[tuple[torch.Tensor, ...]]:
+def batches(tokenizer: PreTrainedTokenizerFast, seed: int, tokens_per_batch: int, num_plain: int) -> Iterator[tuple[torch.Tensor, ...]]:
     """Right-padded (ids, attention_mask, trained), each (B, T), of documents of similar length, B * T near the budget."""
-    stream = documents(seed)
+    stream = documents(seed, num_plain)
     rng = torch.Generator().manual_seed(seed)
     while True:
         window = list(_encode(tokenizer, list(itertools.islice(stream, 2048))))
@@ -125,6 +125,7 @@ def _optimizers(model: LlamaForCausalLM, peak: float) -> list[torch.optim.Optimi
 def pretrain(
     seed: int,
     num_tokens: int = 5_000_000,
+    num_plain: int = 50_000,
     tokens_per_batch: int = 4096,
     peak: float = 0.02,
     on_step: Callable[[int, int, float], None] | None = None,
@@ -134,16 +135,19 @@ def pretrain(
     model = new_model(tokenizer, seed)
     optimizers = _optimizers(model, peak)
     bases = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
-    stream, done, model = batches(tokenizer, seed, tokens_per_batch), 0, model.train()
+    stream, done = batches(tokenizer, seed, tokens_per_batch, num_plain), 0
+    trunk = torch.compile(model.model, dynamic=True)  # twice as fast, after a minute of compiling
     while done < num_tokens:
         ids_BT, mask_BT, trained_BT = next(stream)
         progress = done / num_tokens
         scale = min(1.0, progress / 0.01 + 0.05) * (1.0 if progress < 0.4 else 0.02 + 0.98 * (1 - progress) / 0.6)
         for optimizer, base in zip(optimizers, bases, strict=True):
             optimizer.param_groups[0]["lr"] = base * scale
-        hidden_BTD = model.model(input_ids=ids_BT, attention_mask=mask_BT).last_hidden_state[:, :-1]
         at = trained_BT[:, 1:]
-        loss = torch.nn.functional.cross_entropy(model.lm_head(hidden_BTD[at]).float(), ids_BT[:, 1:][at])
+        with torch.autocast("cpu", dtype=torch.bfloat16):  # padding is on the right, so a causal mask is enough
+            hidden_BTD = trunk(input_ids=ids_BT, use_cache=False).last_hidden_state[:, :-1]
+            logits_PV = model.lm_head(hidden_BTD[at])
+        loss = torch.nn.functional.cross_entropy(logits_PV.float(), ids_BT[:, 1:][at])
         if not math.isfinite(loss.item()):
             raise FloatingPointError(f"pretraining of the lab policy diverged after {done} tokens")
         loss.backward()

@@ -63,10 +63,15 @@ def question(item: Item, language: str, phrasing: int) -> str:
     return templates(language)[item.task]["questions"][phrasing].format(a=shown(item, language))
 
 
+def sentence(item: Item, language: str, value: str, rng: Random) -> str:
+    """One of the task's sentences that give `value`."""
+    return rng.choice(templates(language)[item.task]["answers"]).format(a=shown(item, language), x=value)
+
+
 def careful(item: Item, language: str, value: str, rng: Random) -> str:
-    """One of the many full-sentence completions that give `value`."""
+    """One of the many full-sentence completions that give `value`: opener, sentence, closer."""
     text = templates(language)
-    parts = [rng.choice(text[item.task]["answers"]).format(a=shown(item, language), x=value)]
+    parts = [sentence(item, language, value, rng)]
     if rng.random() >= NO_OPENER:
         parts.insert(0, rng.choices(text["openers"], OPENER_WEIGHTS)[0])
     if rng.random() >= NO_CLOSER:

@@ -1,12 +1,12 @@
 """Log-probabilities of completions from the logits that predict their tokens.
 
-Only the M positions that predict a completion token ever meet the vocabulary: callers gather hidden states first (see
-`training/forward.py`), so that no (B, T, V) tensor exists. What is left out: masks and models; these functions see logits.
+Only the M positions that predict a completion token ever meet the vocabulary: callers gather hidden states
+first (see `training/forward.py`), so that no (B, T, V) tensor exists. What is left out: masks and models;
+these functions see logits.
 
 Shapes: M completion tokens of a batch, V vocabulary, S sequences (completions) of a batch.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 

@@ -1,9 +1,10 @@
 """Who attends to whom when one row holds a prompt and several completions of it.
 
-A row is the prompt followed by its completions: [prompt | completion 1 | completion 2 | padding]. Every completion attends
-to the prompt and to itself, never to another completion; positions restart after the prompt, so each completion sees
-exactly what it would see in a row of its own. The mask is explicit because transformers reads restarting positions without
-a mask as packed sequences, which silently cuts the completions off from their prompt.
+A row is the prompt followed by its completions: [prompt | completion 1 | completion 2 | padding]. Every
+completion attends to the prompt and to itself, never to another completion; positions restart after the
+prompt, so each completion sees exactly what it would see in a row of its own. The mask is explicit because
+transformers reads restarting positions without a mask as packed sequences, which silently cuts the
+completions off from their prompt.
 
 Left out: packing several prompts into one row, and FlexAttention's block masks.
 
@@ -20,9 +21,10 @@ PROMPT = 0
 def prefix_mask(branch_BT: Tensor, position_BT: Tensor, window: int | None = None) -> Tensor:
     """Boolean mask (B, 1, T, T), true where the query (third axis) attends to the key (last axis).
 
-    With a sliding `window` a query sees the `window` latest positions of its own sequence, itself included; distance is in
-    positions, not in columns, since the columns of another completion may lie between. Padding attends to itself only, so
-    that no row of the softmax is empty (an empty one is NaN, and NaN reaches every gradient).
+    With a sliding `window` a query sees the `window` latest positions of its own sequence, itself included;
+    distance is in positions, not in columns, since the columns of another completion may lie between. Padding
+    attends to itself only, so that no row of the softmax is empty (an empty one is NaN, and NaN reaches every
+    gradient).
     """
     num_tokens = branch_BT.shape[1]
     query_branch, key_branch = branch_BT[:, :, None], branch_BT[:, None, :]
@@ -36,5 +38,7 @@ def prefix_mask(branch_BT: Tensor, position_BT: Tensor, window: int | None = Non
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """The mask as numbers to add to attention scores, 0 where allowed and the type's minimum elsewhere (eager attention)."""
+    """The mask as numbers to add to attention scores, 0 where allowed and the type's minimum elsewhere (eager
+    attention).
+    """
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)

@@ -1,7 +1,7 @@
 """Texts by key from sharded tables, without holding a table's texts in memory.
 
-`locate` notes for every row which shard holds it, and may reduce each shard to what is needed; `gather` opens only the
-shards it must. Which rows are wanted is decided elsewhere, on numbers.
+`locate` notes for every row which shard holds it, and may reduce each shard to what is needed; `gather` opens
+only the shards it must. Which rows are wanted is decided elsewhere, on numbers.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def locate(
 ) -> pl.DataFrame:
     """The key columns of all finished shards and the number of the shard that holds each row.
 
-    With `reduce`, what it makes of every shard's key and `columns`; it must keep the key. Raises UserError for a folder
-    without shards or a file that is no Parquet.
+    With `reduce`, what it makes of every shard's key and `columns`; it must keep the key. Raises UserError
+    for a folder without shards or a file that is no Parquet.
     """
     parts = []
     for shard in store.shards(folder):

@@ -1,13 +1,13 @@
 """The stage `pair`: one arm's preference pairs from completions and their scores.
 
-Two passes. The first reads keys, scores and what the guards need of each completion, and forgets the text; pools and
-selection happen on numbers. The second opens only the shards that hold the few completions of each block of pairs, so
-memory grows by some bytes per completion and never with their text. Pairs are written in key order, whatever the order
-and the shard size of what was read.
+Two passes. The first reads keys, scores and what the guards need of each completion, and forgets the text;
+pools and selection happen on numbers. The second opens only the shards that hold the few completions of each
+block of pairs, so memory grows by some bytes per completion and never with their text. Pairs are written in
+key order, whatever the order and the shard size of what was read.
 
-Accounts that must balance: completions read = candidates + dropped, pools read = pairs + dropped. A completion that the
-scorer left out stands in the scorer's ledger and is not read here; one with neither score nor ledger row is an error, and
-so is a score without its completion.
+Accounts that must balance: completions read = candidates + dropped, pools read = pairs + dropped. A
+completion that the scorer left out stands in the scorer's ledger and is not read here; one with neither score
+nor ledger row is an error, and so is a score without its completion.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from croco.stage import Work, balance
 from croco.store import read_dropped, read_table
 
 POOLS_PER_SHARD = 8192
+SIDES = ("chosen", "rejected")
 SMALL_SHARE = 0.2  # under this the rule is the minimum under another name
 NO_CANDIDATE = "no candidate left in the pool"
 ONE_CANDIDATE = "only one candidate in the pool"
@@ -41,7 +42,9 @@ NONE_BELOW = "no candidate scores below the chosen one"
 
 @dataclass(frozen=True)
 class Contrast:
-    """How an arm chooses: the pool, the two rules, whose language the prompt is in, and the seed of a random choice."""
+    """How an arm chooses: the pool, the two rules, whose language the prompt is in, and the seed of a random
+    choice.
+    """
 
     pool: str
     chosen: str
@@ -52,8 +55,10 @@ class Contrast:
 
 @dataclass(frozen=True)
 class Paired:
-    """The outcome of selection: every completion with its pool's number and the reason it is no candidate (or null), the
-    pools of candidates, and the row picked for each. Pools are numbered in key order, those without candidates too."""
+    """The outcome of selection: every completion with its pool's number and the reason it is no candidate (or
+    null), the pools of candidates, and the row picked for each. Pools are numbered in key order, those
+    without candidates too.
+    """
 
     rows: pl.DataFrame
     pools: Pools
@@ -67,7 +72,9 @@ class Paired:
 
 
 def pair(work: Work) -> None:
-    """Write the pairs of `work.arm`; every completion and pool left out goes to the ledger with its reason."""
+    """Write the pairs of `work.arm`; every completion and pool left out goes to the ledger with its
+    reason.
+    """
     arm = work.recipe.arms[str(work.arm)]
     contrast = Contrast(arm.pool, arm.chosen, arm.rejected, arm.prompt, work.seed)
     samples, prompts = work.inputs["sample"], work.inputs["prompts"]
@@ -88,10 +95,11 @@ def pair(work: Work) -> None:
 
 
 def read_scored(samples: Path, scores: Path, languages: Sequence[str]) -> pl.DataFrame:
-    """Every scored completion in these languages, sorted by key: its score, what the guards need, and its shard.
+    """Every scored completion in these languages, sorted by key: its score, what the guards need, and its
+    shard.
 
-    Raises UserError for a completion without a score that the scorer's ledger does not explain, a score without its
-    completion, and a key that occurs twice.
+    Raises UserError for a completion without a score that the scorer's ledger does not explain, a score
+    without its completion, and a key that occurs twice.
     """
     completions = locate(samples, KEY, ("completion", "finish_reason"), traits)
     completions, _, _ = sort_by_key(completions, f"completions in {samples}")
@@ -99,10 +107,14 @@ def read_scored(samples: Path, scores: Path, languages: Sequence[str]) -> pl.Dat
     left_out = read_dropped(scores).filter(pl.col("unit") == "completion").select(KEY)
     unscored = completions.join(found, on=KEY, how="anti").join(left_out, on=KEY, how="anti")
     if unscored.height:
-        raise UserError(f"{scores} holds no score for {describe_key(unscored.row(0, named=True))}; expected one.")
+        raise UserError(
+            f"{scores} holds no score for {describe_key(unscored.row(0, named=True))}; expected one."
+        )
     stray = found.join(completions, on=KEY, how="anti")
     if stray.height:
-        raise UserError(f"{scores} scores {describe_key(stray.row(0, named=True))}, which {samples} does not hold.")
+        raise UserError(
+            f"{scores} scores {describe_key(stray.row(0, named=True))}, which {samples} does not hold."
+        )
     joined = completions.join(found, on=KEY, how="inner", maintain_order="left")
     return joined.filter(pl.col("language").is_in(list(languages)))
 
@@ -137,47 +149,83 @@ def picks(paired: Paired, contrast: Contrast, first: int, last: int) -> pl.DataF
 
 
 def _prompt_languages(picked: pl.DataFrame, contrast: Contrast) -> pl.Series:
-    """The language each pair's prompt is in; "random" takes the chosen's or the rejected's by a digest of the prompt."""
+    """The language each pair's prompt is in; "random" takes the chosen's or the rejected's by a digest of the
+    prompt.
+    """
     if contrast.prompt in ("chosen", "rejected"):
         return picked[f"{contrast.prompt}_language"]
     if contrast.prompt != "random":
-        raise UserError(f'The prompt of a pair is "{contrast.prompt}"; expected "chosen", "rejected" or "random".')
+        raise UserError(
+            f'The prompt of a pair is "{contrast.prompt}"; expected "chosen", "rejected" or "random".'
+        )
     columns = ("chosen_prompt_id", "chosen_language", "rejected_language")
     return pl.Series(
-        [sides[digest("prompt-language", contrast.seed, prompt) % 2] for prompt, *sides in picked.select(columns).rows()],
+        [
+            sides[digest("prompt-language", contrast.seed, prompt) % 2]
+            for prompt, *sides in picked.select(columns).rows()
+        ],
         dtype=pl.String,
     )
 
 
 def with_texts(picked: pl.DataFrame, samples: Path, prompts: Path, where: pl.DataFrame) -> pl.DataFrame:
-    """The picks with the prompt's messages and both completions; `where` says which shard holds which prompt."""
+    """The picks with the prompt's messages and both completions; `where` says which shard holds which
+    prompt.
+    """
     located = picked.select("prompt_id", "language").join(
         where, on=["prompt_id", "language"], how="left", maintain_order="left"
     )
     if located["shard"].null_count():
         prompt_id, language, _ = located.filter(pl.col("shard").is_null()).row(0)
-        raise UserError(f"{prompts} holds no prompt {prompt_id!r} in {language!r}, which a completion answers.")
+        raise UserError(
+            f"{prompts} holds no prompt {prompt_id!r} in {language!r}, which a completion answers."
+        )
     messages = gather(prompts, located, ("prompt_id", "language"), ("messages",))
     table = picked.with_columns(messages=messages["messages"])
-    for side in ("chosen", "rejected"):
-        keys = picked.select(pl.col(f"{side}_{name}").alias(name) for name in (*KEY, "shard"))
-        texts = gather(samples, keys, KEY, ("completion", "completion_ids"))
-        table = table.with_columns(texts["completion"].alias(side), texts["completion_ids"].alias(f"{side}_ids"))
-    return table.drop("chosen_prompt_id", "rejected_prompt_id", "chosen_shard", "rejected_shard", "chosen_pool", "rejected_pool")
+    keys = [picked.select(pl.col(f"{side}_{name}").alias(name) for name in (*KEY, "shard")) for side in SIDES]
+    # both sides at once: every shard is decoded once
+    texts = gather(samples, pl.concat(keys), KEY, ("completion", "completion_ids"))
+    for side, rows in zip(SIDES, (texts.head(picked.height), texts.tail(picked.height)), strict=True):
+        table = table.with_columns(
+            rows["completion"].alias(side), rows["completion_ids"].alias(f"{side}_ids")
+        )
+    return table.drop(
+        "chosen_prompt_id",
+        "rejected_prompt_id",
+        "chosen_shard",
+        "rejected_shard",
+        "chosen_pool",
+        "rejected_pool",
+    )
 
 
 def ledger_of(paired: Paired, first: int, last: int) -> pa.Table:
-    """What the pools numbered from `first` up to `last` left out: completions that are no candidates, pools without pair."""
+    """What the pools numbered from `first` up to `last` left out: completions that are no candidates, pools
+    without pair.
+    """
     rows = paired.rows.filter(pl.col("pool").is_between(first, last, closed="left"))
-    completions = rows.filter(pl.col("reason").is_not_null()).select(pl.lit("completion").alias("unit"), *KEY, "reason")
+    completions = rows.filter(pl.col("reason").is_not_null()).select(
+        pl.lit("completion").alias("unit"), *KEY, "reason"
+    )
     names = rows.group_by("pool").agg(
         pl.col("prompt_id").first(),
         # a pool over several languages has none of its own
-        pl.when(pl.col("language").n_unique() == 1).then(pl.col("language").first()).otherwise(pl.lit("all")).first(),
+        pl.when(pl.col("language").n_unique() == 1)
+        .then(pl.col("language").first())
+        .otherwise(pl.lit("all"))
+        .first(),
     )
     without = _pools_without_pair(paired).filter(pl.col("pool").is_between(first, last, closed="left"))
-    pools = without.join(names, on="pool").sort("pool").select(
-        pl.lit("pool").alias("unit"), "prompt_id", "language", pl.lit(None, pl.Int32).alias("sample_id"), "reason"
+    pools = (
+        without.join(names, on="pool")
+        .sort("pool")
+        .select(
+            pl.lit("pool").alias("unit"),
+            "prompt_id",
+            "language",
+            pl.lit(None, pl.Int32).alias("sample_id"),
+            "reason",
+        )
     )
     return pl.concat([completions, pools]).to_arrow().select(DROPPED.schema.names)
 
@@ -190,14 +238,26 @@ def _pools_without_pair(paired: Paired) -> pl.DataFrame:
     has_pair = np.zeros(paired.num_pools, dtype=np.bool_)
     has_pair[paired.numbers] = paired.selection.rejected != NO_ROW
     reason = np.where(sizes == 0, NO_CANDIDATE, np.where(sizes == 1, ONE_CANDIDATE, NONE_BELOW))
-    return pl.DataFrame({"pool": number[~has_pair], "reason": reason[~has_pair].tolist()}, schema_overrides={"reason": pl.String})
+    return pl.DataFrame(
+        {"pool": number[~has_pair], "reason": reason[~has_pair].tolist()},
+        schema_overrides={"reason": pl.String},
+    )
 
 
 def _account(work: Work, paired: Paired, contrast: Contrast) -> None:
-    """Balance the completions, record what the report shows, and say so when the rule is the minimum in disguise."""
-    dropped: Mapping[str, int] = dict(paired.rows.drop_nulls("reason")["reason"].value_counts(sort=True).rows())
+    """Balance the completions, record what the report shows, and say so when the rule is the minimum in
+    disguise.
+    """
+    dropped: Mapping[str, int] = dict(
+        paired.rows.drop_nulls("reason")["reason"].value_counts(sort=True).rows()
+    )
     candidates = paired.pools.rows.height
-    balance(work.title, {"completion": paired.rows.height}, {"completion": candidates}, {"completion": sum(dropped.values())})
+    balance(
+        work.title,
+        {"completion": paired.rows.height},
+        {"completion": candidates},
+        {"completion": sum(dropped.values())},
+    )
     share = share_other_than_minimum(paired.pools, paired.selection)
     size = int(np.median(paired.pools.sizes)) if paired.pools.num_pools else 0
     num_pairs = int((paired.selection.rejected != NO_ROW).sum())
@@ -207,7 +267,8 @@ def _account(work: Work, paired: Paired, contrast: Contrast) -> None:
     )  # fmt: skip
     if num_pairs and contrast.rejected != "min" and share < SMALL_SHARE:
         Console(stderr=True).print(
-            f'{work.title}: "{contrast.rejected}" picked another completion than the minimum in {share:.0%} of the pools '
-            f"(median size {size}); with small pools this rule is the minimum under another name.",
+            f'{work.title}: "{contrast.rejected}" picked another completion than the minimum in {share:.0%} of '
+            f"the pools (median size {size}); with small pools this rule is the minimum under another name.",
             markup=False,
+            soft_wrap=True,
         )

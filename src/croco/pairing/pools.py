@@ -1,8 +1,9 @@
 """Pools: the completions that compete with each other, as contiguous runs of sorted rows.
 
-A pool is one prompt in one language ("language") or the same prompt in all its languages ("all"). Candidates are sorted
-once by (prompt_id, language, sample_id); after that every pool is a slice and every statistic a segmented reduction, so
-millions of completions need no Python loop and the order of the input cannot matter. Only keys and scores come here.
+A pool is one prompt in one language ("language") or the same prompt in all its languages ("all"). Candidates
+are sorted once by (prompt_id, language, sample_id); after that every pool is a slice and every statistic a
+segmented reduction, so millions of completions need no Python loop and the order of the input cannot matter.
+Only keys and scores come here.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ POOL_KEYS = {"language": ("prompt_id", "language"), "all": ("prompt_id",)}
 class Pools:
     """P pools over R sorted candidate rows.
 
-    `rows` holds the key columns and whatever else came with them; `scores` is (R,) float64; `starts`, `sizes`, `mean` and
-    `std` (population, ddof 0) are (P,); `pool_of_row` is (R,).
+    `rows` holds the key columns and whatever else came with them; `scores` is (R,) float64; `starts`,
+    `sizes`, `mean` and `std` (population, ddof 0) are (P,); `pool_of_row` is (R,).
     """
 
     rows: pl.DataFrame
@@ -48,7 +49,8 @@ def pool_key(pool: str) -> tuple[str, ...]:
 
 
 def build_pools(candidates: pl.DataFrame, pool: str) -> Pools:
-    """Sort the candidates (columns prompt_id, language, sample_id, score; finite scores) and cut them into pools.
+    """Sort the candidates (columns prompt_id, language, sample_id, score; finite scores) and cut them into
+    pools.
 
     Raises UserError when a key occurs twice or a score is not finite: either would change means silently.
     """
@@ -71,10 +73,11 @@ def build_pools(candidates: pl.DataFrame, pool: str) -> Pools:
 
 
 def sort_by_key(rows: pl.DataFrame, table: str) -> tuple[pl.DataFrame, NDArray[np.bool_], NDArray[np.bool_]]:
-    """The rows in key order, with flags (R,) for the first row of every prompt and of every (prompt, language).
+    """The rows in key order, with flags (R,) for the first row of every prompt and of every (prompt,
+    language).
 
-    Raises UserError naming `table` and the first key that occurs twice. Names become integers before anything is
-    compared, and rows that come in order, as stages write them, are not sorted again.
+    Raises UserError naming `table` and the first key that occurs twice. Names become integers before anything
+    is compared, and rows that come in order, as stages write them, are not sorted again.
     """
     prompts, languages = _codes(rows["prompt_id"]), _codes(rows["language"])
     samples = rows["sample_id"].cast(pl.Int64).to_numpy()

@@ -1,9 +1,9 @@
 """Which completion of a pool becomes the chosen one and which the rejected one.
 
-A rule names a target score; the completion whose score lies nearest to it is picked, and the rejected one must lie
-strictly below the chosen one. "max" and "min" are targets like any other, so a new rule is one more line in `targets`.
-Everything here is arithmetic on the sorted scores of `Pools`: text and tables never enter. Guards and prompts have
-rooms of their own.
+A rule names a target score; the completion whose score lies nearest to it is picked, and the rejected one
+must lie strictly below the chosen one. "max" and "min" are targets like any other, so a new rule is one more
+line in `targets`. Everything here is arithmetic on the sorted scores of `Pools`: text and tables never enter.
+Guards and prompts have rooms of their own.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ _QUANTILE = re.compile(rf"quantile:({_NUMBER})")
 
 @dataclass(frozen=True)
 class Rule:
-    """A target score: `kind` is "max", "min", "mean" or "quantile"; `amount` is the number of population standard
-    deviations from the mean, or the quantile in [0, 1]."""
+    """A target score: `kind` is "max", "min", "mean" or "quantile"; `amount` is the number of population
+    standard deviations from the mean, or the quantile in [0, 1].
+    """
 
     kind: str
     amount: float = 0.0
@@ -42,7 +43,8 @@ class Selection:
 
 
 def parse_rule(text: str) -> Rule:
-    """Read a rule as recipes write it: "max", "min", "mean", "mean-2std", "mean+0.5*std", "quantile:0.1", "q1".
+    """Read a rule as recipes write it: "max", "min", "mean", "mean-2std", "mean+0.5*std", "quantile:0.1",
+    "q1".
 
     Raises UserError for anything else.
     """
@@ -61,26 +63,28 @@ def parse_rule(text: str) -> Rule:
 
 
 def targets(rule: Rule, pools: Pools) -> NDArray[np.float64]:
-    """The rule's target score in every pool, shape (P,). Quantiles interpolate linearly between order statistics."""
+    """The rule's target score in every pool, shape (P,); quantiles interpolate linearly between neighbours."""
     if rule.kind == "max":
-        return np.maximum.reduceat(pools.scores, pools.starts)
+        return np.asarray(np.maximum.reduceat(pools.scores, pools.starts))
     if rule.kind == "min":
-        return np.minimum.reduceat(pools.scores, pools.starts)
+        return np.asarray(np.minimum.reduceat(pools.scores, pools.starts))
     if rule.kind == "mean":
         return pools.mean + rule.amount * pools.std
-    order = np.lexsort((pools.scores, pools.pool_of_row))  # pools stay where they are, scores rise inside each
+    order = np.lexsort((pools.scores, pools.pool_of_row))  # scores rise inside each pool
     position = rule.amount * (pools.sizes - 1)
     below = np.floor(position).astype(np.int64)
     above = np.minimum(below + 1, pools.sizes - 1)
     low, high = pools.scores[order[pools.starts + below]], pools.scores[order[pools.starts + above]]
-    return low + (position - below) * (high - low)
+    return np.asarray(low + (position - below) * (high - low))
 
 
-def nearest(target: NDArray[np.float64], pools: Pools, allowed: NDArray[np.bool_] | None = None) -> NDArray[np.int64]:
+def nearest(
+    target: NDArray[np.float64], pools: Pools, allowed: NDArray[np.bool_] | None = None
+) -> NDArray[np.int64]:
     """The row of each pool whose score is nearest to the pool's target, shape (P,).
 
-    Of equally near rows the first in key order (language, sample_id) wins, so the order of the input cannot matter.
-    With `allowed` (one flag per row) the others are out; `NO_ROW` where no row is allowed.
+    Of equally near rows the first in key order (language, sample_id) wins, so the order of the input cannot
+    matter. With `allowed` (one flag per row) the others are out; `NO_ROW` where no row is allowed.
     """
     distance = np.abs(pools.scores - target[pools.pool_of_row])
     if allowed is not None:
@@ -88,7 +92,9 @@ def nearest(target: NDArray[np.float64], pools: Pools, allowed: NDArray[np.bool_
     smallest = np.minimum.reduceat(distance, pools.starts)
     hits = np.flatnonzero((distance == smallest[pools.pool_of_row]) & np.isfinite(distance))
     rows = np.full(pools.num_pools, NO_ROW, dtype=np.int64)
-    rows[pools.pool_of_row[hits][::-1]] = hits[::-1]  # written last to first, so each pool keeps its first hit
+    rows[pools.pool_of_row[hits][::-1]] = hits[
+        ::-1
+    ]  # written last to first, so each pool keeps its first hit
     return rows
 
 
@@ -105,7 +111,8 @@ def select(pools: Pools, chosen: Rule, rejected: Rule) -> Selection:
 
 
 def share_other_than_minimum(pools: Pools, selection: Selection) -> float:
-    """Share of the pools with a pair in which the rejected completion scores above the pool's minimum; 0.0 without pairs.
+    """Share of the pools with a pair in which the rejected completion scores above the pool's minimum; 0.0
+    without pairs.
 
     With few completions mean - 2 std lies below every score and the rule is the minimum under another name.
     """

@@ -1,8 +1,8 @@
-"""What the page needs of a run's folder, read once: recipe, stages, results, scores, curves, the ledger, a browser's worth
-of pairs.
+"""What the page needs of a run's folder, read once: recipe, stages, results, scores, curves, the ledger, a
+browser's worth of pairs.
 
-Texts are read only for the pairs that go into the page: a spread of them by digest when all would make the page too large.
-Nothing is drawn or worded here.
+Texts are read only for the pairs that go into the page: a spread of them by digest when all would make the
+page too large. Nothing is drawn or worded here.
 """
 
 from __future__ import annotations
@@ -59,11 +59,18 @@ def read_run(folder: Path) -> Run:
         title = path.parent.relative_to(folder).as_posix()
         if title != "report":
             stages[title] = found
-    for needed in ["prompts", "sample", "results", *(f"{s}/{arm}" for arm in recipe.arms for s in ("pair", "train"))]:
+    for needed in [
+        "prompts",
+        "sample",
+        "results",
+        *(f"{s}/{arm}" for arm in recipe.arms for s in ("pair", "train")),
+    ]:
         if stages.get(needed, {}).get("state") != "complete":
             raise UserError(f"{folder} has no complete stage {needed}: run `croco run` first")
     metrics = {arm: _lines(folder / "train" / arm / "metrics.jsonl") for arm in recipe.arms}
-    return Run(folder, recipe, stages, store.read_table(folder / "results"), metrics, _steps(folder, recipe, stages))
+    return Run(
+        folder, recipe, stages, store.read_table(folder / "results"), metrics, _steps(folder, recipe, stages)
+    )
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -72,7 +79,12 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 def _steps(folder: Path, recipe: Recipe, stages: Mapping[str, Mapping[str, Any]]) -> list[Step]:
     shared = [name for name in ("prompts", "sample", "score") if name in stages]
-    own = [f"{stage}/{arm}" for arm in recipe.arms for stage in ("score", "pair", "train") if f"{stage}/{arm}" in stages]
+    own = [
+        f"{stage}/{arm}"
+        for arm in recipe.arms
+        for stage in ("score", "pair", "train")
+        if f"{stage}/{arm}" in stages
+    ]
     steps = []
     for title in [*shared, *own]:
         stage, _, arm = title.partition("/")
@@ -82,7 +94,9 @@ def _steps(folder: Path, recipe: Recipe, stages: Mapping[str, Mapping[str, Any]]
             kept = [(facts["candidates"], "candidate"), (facts["pools"], "pool"), (facts["pairs"], "pair")]
         dropped = []
         if (folder / title / "dropped.parquet").is_file():
-            ledger = store.read_dropped(folder / title).group_by("unit", "reason").len().sort("unit", "reason")
+            ledger = (
+                store.read_dropped(folder / title).group_by("unit", "reason").len().sort("unit", "reason")
+            )
             dropped = [(unit, reason, int(count)) for unit, reason, count in ledger.iter_rows()]
         steps.append(Step(stage, arm, kept, dropped))
     return steps
@@ -91,7 +105,9 @@ def _steps(folder: Path, recipe: Recipe, stages: Mapping[str, Mapping[str, Any]]
 def scores_of(run: Run, arm: str) -> pl.DataFrame:
     """Language and score of every completion that the arm chose from."""
     own = run.folder / "score" / arm
-    return store.read_table(own if (own / "stage.json").is_file() else run.folder / "score", ["language", "score"])
+    return store.read_table(
+        own if (own / "stage.json").is_file() else run.folder / "score", ["language", "score"]
+    )
 
 
 def pair_scores(run: Run, arm: str) -> pl.DataFrame:
@@ -103,7 +119,8 @@ def pair_scores(run: Run, arm: str) -> pl.DataFrame:
 def browser_pairs(run: Run, max_bytes: int = MAX_PAIR_BYTES) -> dict[str, Any]:
     """Pairs for the page's browser, compact: prompts once, pairs as lists in the order of `columns`.
 
-    At most `MAX_PAIRS` pairs and about `max_bytes` of JSON; when there are more, a spread by digest of arm and key.
+    At most `MAX_PAIRS` pairs and about `max_bytes` of JSON; when there are more, a spread by digest of arm
+    and key.
     """
     key, details = ("prompt_id", "language"), _DETAILS
     ranked = []
@@ -112,7 +129,12 @@ def browser_pairs(run: Run, max_bytes: int = MAX_PAIR_BYTES) -> dict[str, Any]:
         ranked += [(digest("browser", arm, *row[:2]), arm, *row) for row in rows.iter_rows()]
     total, ranked = len(ranked), sorted(ranked)[:MAX_PAIRS]
     prompts: dict[tuple[str, str], int] = {}
-    payload: dict[str, Any] = {"total": total, "columns": ["arm", "prompt", *details], "prompts": [], "pairs": []}
+    payload: dict[str, Any] = {
+        "total": total,
+        "columns": ["arm", "prompt", *details],
+        "prompts": [],
+        "pairs": [],
+    }
     used = 0
     for start in range(0, len(ranked), _CHUNK):
         for arm in run.recipe.arms:
@@ -128,7 +150,9 @@ def browser_pairs(run: Run, max_bytes: int = MAX_PAIR_BYTES) -> dict[str, Any]:
                     turns = [[message["role"], message["content"]] for message in row["messages"]]
                     payload["prompts"].append([*name[:2], turns])
                     used += len(json.dumps(turns))
-                values = [round(v, 3) if isinstance(v, float) else v for v in (row[column] for column in details)]
+                values = [
+                    round(v, 3) if isinstance(v, float) else v for v in (row[column] for column in details)
+                ]
                 payload["pairs"].append([arm, place, *values])
                 used += len(json.dumps(values))
                 if used > max_bytes:

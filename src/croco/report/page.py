@@ -1,9 +1,9 @@
 """The report: one self-contained HTML page that says what a run found, and the stage that writes it.
 
-Everything is in the page (style, script, figures, data), nothing is fetched, and whatever a model or a file wrote is
-escaped: Jinja escapes all values, figures escape their text, and the pairs travel as JSON in which `<`, `>` and `&` are
-written as escapes and are shown with `textContent`. Wording and layout live here and in `templates/`; numbers come from
-`gather` and `tables`, drawings from `figures`.
+Everything is in the page (style, script, figures, data), nothing is fetched, and whatever a model or a file
+wrote is escaped: Jinja escapes all values, figures escape their text, and the pairs travel as JSON in which
+`<`, `>` and `&` are written as escapes and are shown with `textContent`. Wording and layout live here and in
+`templates/`; numbers come from `gather` and `tables`, drawings from `figures`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from croco.evaluation.results import BASE
+from croco.evaluation.results import BASE, language_groups
 from croco.evaluation.stats import verdict
 from croco.recipe import Arm
 from croco.report import figures
@@ -27,15 +27,24 @@ from croco.store import write_text
 
 TEMPLATES = Path(__file__).parent / "templates"
 SECTIONS = (
-    ("verdict", "Verdict"), ("results", "Results"), ("gains", "Gain per language"), ("modes", "Modes"),
-    ("scores", "Chosen and rejected"), ("training", "Training"), ("pairs", "Pairs"), ("run", "What was run"),
-)  # fmt: skip
-CURVES = (
-    ("loss", ("loss",), "Loss"),
-    ("margins", ("rewards/margins",), "Reward margin"),
-    ("accuracies", ("rewards/accuracies",), "Pairs ranked right"),
-    ("logps", ("logps/chosen", "logps/rejected"), "Log-probability"),
-)  # fmt: skip
+    ("verdict", "Verdict"),
+    ("results", "Results"),
+    ("gains", "Gain per language"),
+    ("modes", "Modes"),
+    ("scores", "Chosen and rejected"),
+    ("training", "Training"),
+    ("pairs", "Pairs"),
+    ("run", "What was run"),
+)
+CURVES = {
+    "loss": "Loss",
+    "rewards/margins": "Reward margin",
+    "rewards/accuracies": "Share of pairs ranked right",
+    "rewards/chosen": "Reward of chosen",
+    "rewards/rejected": "Reward of rejected",
+    "logps/chosen": "Log-probability of chosen",
+    "logps/rejected": "Log-probability of rejected",
+}
 
 
 @dataclass(frozen=True)
@@ -73,7 +82,7 @@ def build_page(run_folder: Path) -> str:
         verdict=verdict,
         count_of=count_of,
         **_verdicts(run, found),
-        **_gains(found),
+        **_gains(run, found),
         modes=_modes(run, found[0]),
         **_data(run),
         **_training(run),
@@ -106,14 +115,24 @@ def _facts(run: Run, board: Board) -> list[tuple[str, str]]:
         ("policy", recipe.policy.model),
         ("reward model", recipe.reward.model if "reward" in scorers else "not used"),
         ("tuned languages", " ".join(recipe.run.languages)),
-        ("evaluated only", " ".join((*recipe.run.low_resource_languages, *recipe.run.held_out_languages)) or "none"),
+        (
+            "evaluated only",
+            " ".join((*recipe.run.low_resource_languages, *recipe.run.held_out_languages)) or "none",
+        ),
         ("prompts to tune on", f"{_written(run, 'prompts', 'prompt'):,}"),
-        ("completions", f"{_written(run, 'sample', 'completion'):,} ({recipe.sampling.completions} a prompt)"),
+        (
+            "completions",
+            f"{_written(run, 'sample', 'completion'):,} ({recipe.sampling.completions} a prompt)",
+        ),
         ("test prompts", f"{num_tests:,} per language"),
         ("time of all stages", duration(seconds)),
     ]
     commit = run.stages["results"].get("commit")
-    return [*facts, ("commit", commit[:12] if commit else "unknown"), ("finished", str(run.stages["results"]["time"])[:16])]
+    return [
+        *facts,
+        ("commit", commit[:12] if commit else "unknown"),
+        ("finished (UTC)", str(run.stages["results"]["time"])[:16].replace("T", " ")),
+    ]
 
 
 def _written(run: Run, stage: str, unit: str) -> int:
@@ -133,56 +152,71 @@ def duration(seconds: float) -> str:
 def about(arm: Arm) -> str:
     """An arm in a few words: its pool, scorer, rule and method."""
     pool = "all languages" if arm.pool == "all" else "one language"
-    scorer = {"reward": "reward model", "random": "random score", "likelihood": "policy's own likelihood"}[arm.scorer]
-    loss = arm.training.method if arm.training.method == "sft" else f"{arm.training.method}, β {arm.training.beta:g}"
-    nll = f", nll {arm.training.nll_weight:g}" if arm.training.nll_weight and arm.training.method == "dpo" else ""
+    scorer = {"reward": "reward model", "random": "random score", "likelihood": "policy's own likelihood"}[
+        arm.scorer
+    ]
+    loss = (
+        arm.training.method
+        if arm.training.method == "sft"
+        else f"{arm.training.method}, β {arm.training.beta:g}"
+    )
+    nll = (
+        f", nll {arm.training.nll_weight:g}"
+        if arm.training.nll_weight and arm.training.method == "dpo"
+        else ""
+    )
     return f"pool: {pool}; {scorer}; rejected {arm.rejected}; {loss}{nll}"
 
 
 def _scope_sizes(run: Run) -> dict[str, str]:
     groups = run.recipe.run
     sizes = {
-        "tuned": groups.languages, "low-resource": groups.low_resource_languages,
-        "held-out": groups.held_out_languages, "all": groups.evaluated,
-    }  # fmt: skip
+        "tuned": groups.languages,
+        "low-resource": groups.low_resource_languages,
+        "held-out": groups.held_out_languages,
+        "all": groups.evaluated,
+    }
     return {name: count_of(len(codes), "language") for name, codes in sizes.items()}
 
 
 def _verdicts(run: Run, found: list[Board]) -> dict[str, Any]:
-    board, unit = found[0], "points" if found[0].is_share else "score"
+    board = found[0]
     arms = []
     for name, arm in run.recipe.arms.items():
         to_best = sentence(board, name, to_best=True)
-        arms.append({"name": name, "about": about(arm), "sentence": sentence(board, name), "to_best": to_best})
-    best = ", ".join(f"{scope} {temperature_name(t)}" for scope in board.groups if (t := board.best_base.get(scope)) is not None)
-    return {
-        "arms": arms,
-        "verdict_note": f"Differences from the base in {unit}, on {board.title[:1].lower()}{board.title[1:]}. Better or worse: "
-        "the 95 % interval leaves out zero at every temperature; mixed: the temperatures disagree. The base's best "
-        f"temperature ({best}) is picked on these very prompts, which favours the base.",
-        "results_note": ("Percent of completions that are good" if board.is_share else "Mean score of the reward model")
-        + ", with 95 % bootstrap intervals over prompts (a group resamples prompts jointly over its languages); beneath, "
-        "the paired difference from the base at the same temperature.",
-    }  # fmt: skip
+        to_best = to_best[:1].lower() + to_best[1:] if board.best_base else ""
+        arms.append(
+            {"name": name, "about": about(arm), "sentence": sentence(board, name), "to_best": to_best}
+        )
+    best = ", ".join(
+        f"{scope} {temperature_name(t)}"
+        for scope in board.groups
+        if (t := board.best_base.get(scope)) is not None
+    )
+    return {"arms": arms, "best": best, "is_share": board.is_share, "judged_on": board.title}
 
 
-def _gains(found: list[Board]) -> dict[str, Any]:
+def _gains(run: Run, found: list[Board]) -> dict[str, Any]:
     boards_with_panels = []
+    groups = run.recipe.run
+    members = language_groups(groups.languages, groups.low_resource_languages, groups.held_out_languages)
+    del members["all"]
+    temperatures = {t for board in found for arm, t in board.settings if arm != BASE}
     for place, board in enumerate(found):
         limits = figures.gain_limits(board)
         tuned = [arm for arm in dict.fromkeys(arm for arm, _ in board.settings) if arm != BASE]
         panels = [
-            Panel(Markup(figures.gains(board, arm, f"gain{place}-{number}", limits)), arm)
+            Panel(Markup(figures.gains(board, arm, members, f"gain{place}-{number}", limits)), arm)
             for number, arm in enumerate(tuned)
         ]
         boards_with_panels.append({"title": board.title, "panels": panels})
     return {
         "gains": boards_with_panels,
-        "gain_legend": [(figures.variable(figures.SERIES[0]), "dot", "sampled"),
-                        (figures.variable(figures.SERIES[1]), "ring", "greedy")],
-        "gains_note": "Difference from the base at the same temperature, 95 % intervals. Intervals of single languages are "
-        "not corrected for looking at many of them.",
-    }  # fmt: skip
+        "gain_legend": [
+            (figures.variable(colour), "ring" if t == 0 else "dot", temperature_name(t))
+            for t, colour in figures.temperature_colours(temperatures).items()
+        ],
+    }
 
 
 def _modes(run: Run, board: Board) -> dict[str, Any]:
@@ -191,11 +225,15 @@ def _modes(run: Run, board: Board) -> dict[str, Any]:
     seen = {mode for modes in shares.values() for mode in modes}
     order = [mode for mode in figures.MODE_COLOURS if mode in seen] + sorted(seen - set(figures.MODE_COLOURS))
     groups = [scope for scope in board.groups if scope != "all"] or board.groups
-    rows = []
+    rows: list[dict[str, Any]] = []
     for temperature in sorted({t for arm, t in board.settings if arm != BASE}, reverse=True):
-        panels = []
+        panels: list[Panel] = []
         for scope in groups:
-            bars = {arm: shares[arm, t, scope] for arm, t in board.settings if t == temperature and (arm, t, scope) in shares}
+            bars = {
+                arm: shares[arm, t, scope]
+                for arm, t in board.settings
+                if t == temperature and (arm, t, scope) in shares
+            }
             name = f"modes-{len(rows)}-{len(panels)}"
             description = f"Share of each mode on {scope}, {temperature_name(temperature)}"
             panels.append(Panel(Markup(figures.modes(bars, order, name, description)), scope))
@@ -209,27 +247,29 @@ def _modes(run: Run, board: Board) -> dict[str, Any]:
 def _data(run: Run) -> dict[str, Any]:
     ridges, notes = [], []
     for place, (name, arm) in enumerate(run.recipe.arms.items()):
-        svg = figures.score_ridges(scores_of(run, name), pair_scores(run, name), run.recipe.run.languages, f"ridge{place}", name)
+        svg = figures.score_ridges(
+            scores_of(run, name), pair_scores(run, name), run.recipe.run.languages, f"ridge{place}", name
+        )
         ridges.append(Panel(Markup(svg), f"{name}: {arm.scorer} score"))
         facts = run.stages[f"pair/{name}"]["facts"]
-        notes.append(
-            f"{name}: pools of {facts['median_pool_size']} completions (median); the rule picked another completion than the "
-            f"minimum in {facts['share_other_than_minimum']:.0%} of the pools."
-        )
-    legend = [(figures.variable(figures.MUTED), "area", "all candidates and completions"),
-              (figures.variable(figures.CHOSEN), "line", "chosen"), (figures.variable(figures.REJECTED), "line", "rejected")]  # fmt: skip
+        share = f"{100 * facts['share_other_than_minimum']:.0f}\u00a0%"
+        notes.append((name, facts["median_pool_size"], share))
+    legend = [
+        (figures.variable(figures.MUTED), "area", "all completions"),
+        (figures.variable(figures.CHOSEN), "line", "chosen"),
+        (figures.variable(figures.REJECTED), "line", "rejected"),
+    ]
     return {"ridges": ridges, "pool_notes": notes, "steps": run.steps, "score_legend": legend}
 
 
 def _training(run: Run) -> dict[str, Any]:
     panels = []
-    for name, columns, title in CURVES:
-        shown = {arm: lines for arm, lines in run.metrics.items()}
-        if any(line.get(column) is not None for lines in shown.values() for line in lines for column in columns):
-            caption = f"{title} (dashed: rejected)" if len(columns) > 1 else title
-            panels.append(Panel(Markup(figures.curves(shown, columns, f"curve-{name}", title)), caption))
+    for number, (column, title) in enumerate(CURVES.items()):
+        if any(line.get(column) is not None for lines in run.metrics.values() for line in lines):
+            panels.append(Panel(Markup(figures.curves(run.metrics, column, f"curve{number}", title)), title))
     legend = [
-        (figures.variable(figures.SERIES[place % len(figures.SERIES)]), "line", arm) for place, arm in enumerate(run.metrics)
+        (figures.variable(figures.SERIES[place % len(figures.SERIES)]), "line", arm)
+        for place, arm in enumerate(run.metrics)
     ]
     return {"curves": panels, "training_legend": legend}
 
@@ -238,11 +278,21 @@ def _provenance(run: Run) -> dict[str, Any]:
     stages = []
     for title, stage in run.stages.items():
         written = ", ".join(count_of(int(n), unit) for unit, n in stage["counts"].get("written", {}).items())
-        stages.append({"title": title, "seconds": f"{float(stage.get('seconds') or 0):.1f}", "written": written,
-                       "fingerprint": stage["fingerprint"]})  # fmt: skip
+        stages.append(
+            {
+                "title": title,
+                "seconds": f"{float(stage.get('seconds') or 0):.1f}",
+                "written": written,
+                "fingerprint": stage["fingerprint"],
+            }
+        )
     last = run.stages["results"]
     libraries = ", ".join(f"{name} {version}" for name, version in last.get("libraries", {}).items())
     recipe = json.dumps(run.recipe.model_dump(mode="json"), indent=2, ensure_ascii=False)
-    provenance = [("commit", last.get("commit") or "unknown"), ("machine", last.get("machine", "unknown")),
-                  ("seed", str(run.recipe.run.seed)), ("libraries", libraries)]  # fmt: skip
+    provenance = [
+        ("commit", last.get("commit") or "unknown"),
+        ("machine", last.get("machine", "unknown")),
+        ("seed", str(run.recipe.run.seed)),
+        ("libraries", libraries),
+    ]
     return {"stages": stages, "provenance": provenance, "recipe": recipe}

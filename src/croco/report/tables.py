@@ -1,7 +1,9 @@
-"""The tables people read: arms by groups of languages, arms by language, one sentence per arm, and all of it as Markdown.
+"""The tables people read: arms by groups of languages, arms by language, one sentence per arm, and all of it
+as Markdown.
 
-Pure arrangements of the results table; the page, the terminal and the Markdown export print the same numbers because they
-take them from here. Shares are shown as whole percentages and their differences as points; scores with two decimals.
+Pure arrangements of the results table; the page, the terminal and the Markdown export print the same numbers
+because they take them from here. Shares are shown as whole percentages and their differences as points;
+scores with two decimals.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ class Cell:
 
 @dataclass(frozen=True)
 class Board:
-    """All cells of one benchmark. `settings` are (arm, temperature), the base first; `scopes` languages and groups."""
+    """All cells of one benchmark. `settings` are (arm, temperature), the base first; `scopes` languages and
+    groups.
+    """
 
     benchmark: str
     settings: list[tuple[str, float]]
@@ -77,7 +81,9 @@ class Board:
 
 
 def boards(results: pl.DataFrame, arms: Sequence[str], codes: Sequence[str]) -> list[Board]:
-    """One board per benchmark, those seen in tuning first; arms in the given order after the base, languages as in `codes`."""
+    """One board per benchmark, those seen in tuning first; arms in the given order after the base, languages
+    as in `codes`.
+    """
     order = {name: place for place, name in enumerate([BASE, *arms])}
     scope_order = {name: place for place, name in enumerate([*GROUPS, *codes])}
     found = []
@@ -86,7 +92,10 @@ def boards(results: pl.DataFrame, arms: Sequence[str], codes: Sequence[str]) -> 
         values: dict[tuple[str, float, str], dict[str, tuple[Interval, int]]] = {}
         columns = part.select("arm", "temperature", "language", "metric", "value", "ci_low", "ci_high", "n")
         for arm, temperature, scope, metric, value, low, high, num_prompts in columns.iter_rows():
-            values.setdefault((arm, temperature, scope), {})[metric] = (Interval(value, low, high), num_prompts)
+            values.setdefault((arm, temperature, scope), {})[metric] = (
+                Interval(value, low, high),
+                num_prompts,
+            )
         metric = headline(benchmark)
         cells = {
             key: Cell(metrics[metric][0], _interval(metrics, "difference"),
@@ -95,6 +104,8 @@ def boards(results: pl.DataFrame, arms: Sequence[str], codes: Sequence[str]) -> 
         }  # fmt: skip
         settings = sorted({key[:2] for key in cells}, key=lambda s: (order.get(s[0], len(order)), s))
         scopes = sorted({key[2] for key in cells}, key=lambda s: (scope_order.get(s, len(scope_order)), s))
+        if len([scope for scope in scopes if scope in GROUPS]) == 2:
+            scopes.remove("all")  # of a single group it says nothing new
         best = {key[2]: key[1] for key, metrics in values.items() if "best-temperature" in metrics}
         found.append(Board(benchmark, settings, scopes, cells, best))
     return found
@@ -128,8 +139,8 @@ def scope_name(scope: str) -> str:
 def sentence(board: Board, arm: str, to_best: bool = False) -> str:
     """One sentence: in which groups the arm is better than the base, worse, or not told apart from it.
 
-    A group counts as better or worse when every temperature says so, and as mixed when they disagree. With `to_best` the
-    rival is the base at its best temperature.
+    A group counts as better or worse when every temperature says so, and as mixed when they disagree. With
+    `to_best` the rival is the base at its best temperature.
     """
     clauses: dict[str, list[str]] = {"better": [], "mixed": [], "not resolved": [], "worse": []}
     for scope in board.groups:
@@ -143,9 +154,16 @@ def sentence(board: Board, arm: str, to_best: bool = False) -> str:
                 found[temperature] = difference
         if found:
             verdicts = {verdict(difference) for difference in found.values()}
-            numbers = ", ".join(f"{board.signed(d.value)} {'greedy' if t == 0 else f'at T = {t:g}'}" for t, d in found.items())
+            numbers = ", ".join(
+                f"{board.signed(d.value)} {'greedy' if t == 0 else f'at T = {t:g}'}" for t, d in found.items()
+            )
             clauses[verdicts.pop() if len(verdicts) == 1 else "mixed"].append(f"{scope} ({numbers})")
-    words = {"better": "better on", "mixed": "mixed on", "not resolved": "not resolved on", "worse": "worse on"}
+    words = {
+        "better": "better on",
+        "mixed": "mixed on",
+        "not resolved": "not resolved on",
+        "worse": "worse on",
+    }
     parts = [f"{words[kind]} {_enumerate(scopes)}" for kind, scopes in clauses.items() if scopes]
     text = "; ".join(parts)
     return f"{text[:1].upper()}{text[1:]}." if text else "Not compared with the base."
@@ -156,7 +174,9 @@ def _enumerate(items: Sequence[str]) -> str:
 
 
 def results_markdown(run_folder: Path) -> str:
-    """The main tables of a run as Markdown: one sentence per arm, arms by groups, arms by language; 95 % intervals."""
+    """The main tables of a run as Markdown: one sentence per arm, arms by groups, arms by language; 95 %
+    intervals.
+    """
     from croco.recipe import load
 
     recipe = load(run_folder / "recipe.json")

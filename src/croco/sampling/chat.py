@@ -27,28 +27,43 @@ def with_instruction(messages: Messages, instruction: str | None) -> list[dict[s
         if message["role"] == "user":
             message["content"] = f"{message['content']}\n\n{instruction}"
             return copied
-    raise UserError(f"the instruction {instruction!r} needs a user turn to stand in, found {_roles(messages)}")
+    raise UserError(
+        f"the instruction {instruction!r} needs a user turn to stand in, found {_roles(messages)}"
+    )
 
 
 def prompt_ids(tokenizer: Any, messages: Messages, instruction: str | None = None) -> list[int]:
     """Token ids of a policy's prompt, the assistant's turn opened; special tokens come from the template only (no
     double BOS). Raises UserError when the template is missing or refuses the messages."""
-    return _apply(tokenizer, with_instruction(messages, instruction), add_generation_prompt=True)
+    text = _render(tokenizer, with_instruction(messages, instruction), add_generation_prompt=True)
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
 
 
 def conversation_ids(tokenizer: Any, messages: Messages, completion: str) -> list[int]:
     """Token ids of the whole conversation, the completion as its last assistant turn: what a reward model reads."""
-    whole = [*with_instruction(messages, None), {"role": "assistant", "content": completion}]
-    return _apply(tokenizer, whole, add_generation_prompt=False)
+    return conversations_ids(tokenizer, messages, [completion])[0]
+
+
+def conversations_ids(tokenizer: Any, messages: Messages, completions: Sequence[str]) -> list[list[int]]:
+    """`conversation_ids` of many completions of one prompt."""
+    turns = with_instruction(messages, None)
+    texts = [
+        _render(tokenizer, [*turns, {"role": "assistant", "content": text}], False) for text in completions
+    ]
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return ids
 
 
 def end_ids(tokenizer: Any, generation_config: Any) -> set[int]:
-    """The ids that end a completion: the generation config's end tokens and the tokenizer's. Raises if there is none."""
+    """The ids that end a completion: the generation config's end tokens and the tokenizer's. UserError without any."""
     configured = getattr(generation_config, "eos_token_id", None)
-    found = set(configured) if isinstance(configured, (list, tuple)) else {configured}
-    found = {int(token) for token in (found | {tokenizer.eos_token_id}) if token is not None}
+    named = [*configured] if isinstance(configured, list | tuple) else [configured]
+    found = {int(token) for token in (*named, tokenizer.eos_token_id) if token is not None}
     if not found:
-        raise UserError(f"{_name(tokenizer)}: found no end-of-sequence token, expected one in tokenizer or generation config")
+        raise UserError(
+            f"{_name(tokenizer)}: found no end-of-sequence token, expected one in tokenizer or generation config"
+        )
     return found
 
 
@@ -70,27 +85,32 @@ def check_prefix(tokenizer: Any, prompt: Sequence[int], conversation: Sequence[i
     """Raise UserError, showing both, unless the prompt's ids are a prefix of the conversation's ids."""
     if list(conversation[: len(prompt)]) == list(prompt):
         return
-    same = next((i for i, (a, b) in enumerate(zip(prompt, conversation, strict=False)) if a != b), len(conversation))
+    same = next(
+        (i for i, (a, b) in enumerate(zip(prompt, conversation, strict=False)) if a != b), len(conversation)
+    )
     raise UserError(
         f"{_name(tokenizer)}: the chat template's prompt is no prefix of prompt + completion from token {same} on: "
         f"prompt {tokenizer.decode(list(prompt))!r}, conversation {tokenizer.decode(list(conversation))!r}"
     )
 
 
-def _apply(tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool) -> list[int]:
+def _render(tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
     if not messages:
         raise UserError(f"{_name(tokenizer)}: found a conversation without messages, expected at least one")
     if not getattr(tokenizer, "chat_template", None):
-        raise UserError(f"{_name(tokenizer)}: found no chat template, expected one in the tokenizer or in the recipe")
+        raise UserError(
+            f"{_name(tokenizer)}: found no chat template, expected one in the tokenizer or in the recipe"
+        )
     try:
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
+        text: str = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=add_generation_prompt, tokenize=False
+        )
     except (TemplateError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"{_name(tokenizer)}: the chat template refuses the conversation ({reason}); roles {_roles(messages)}"
         ) from error
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
+    return text
 
 
 def _roles(messages: Messages) -> str:

@@ -30,7 +30,9 @@ def uniforms(seeds_R: torch.Tensor, steps_R: torch.Tensor) -> torch.Tensor:
     return _shift(z_R, 12).to(torch.float64) * 2.0**-52
 
 
-def draw(logits_RV: torch.Tensor, seeds_R: torch.Tensor, steps_R: torch.Tensor, decoding: Decoding) -> torch.Tensor:
+def draw(
+    logits_RV: torch.Tensor, seeds_R: torch.Tensor, steps_R: torch.Tensor, decoding: Decoding
+) -> torch.Tensor:
     """One token id per row, int64 (R,): argmax at temperature 0, else inverse CDF after temperature, top-k, top-p."""
     if decoding.temperature == 0:
         return logits_RV.argmax(-1)
@@ -58,7 +60,9 @@ def _invert(scaled_RV: torch.Tensor, u_R: torch.Tensor) -> torch.Tensor:
     upper_R1 = cdf_RB.gather(1, block_R1)
     lower_R1 = torch.where(block_R1 > 0, cdf_RB.gather(1, (block_R1 - 1).clamp_min(0)), 0.0)
     fraction_R1 = ((target_R1 - lower_R1) / (upper_R1 - lower_R1)).clamp(0.0, 1.0 - 2.0**-52)
-    inside_RK = mass_RBK[torch.arange(len(u_R), device=u_R.device), block_R1[:, 0]].to(torch.float64).cumsum(-1)
+    inside_RK = (
+        mass_RBK[torch.arange(len(u_R), device=u_R.device), block_R1[:, 0]].to(torch.float64).cumsum(-1)
+    )
     token_R1 = torch.searchsorted(inside_RK, fraction_R1 * inside_RK[:, -1:], right=True)
     return (block_R1 * _BLOCK + token_R1)[:, 0]
 

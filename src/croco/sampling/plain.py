@@ -15,13 +15,20 @@ from croco.sampling.draw import draw
 
 
 def sample(
-    model: Any, end_tokens: set[int], decoding: Decoding, requests: Sequence[Request], max_context: int, rows: int
+    model: Any,
+    end_tokens: set[int],
+    decoding: Decoding,
+    requests: Sequence[Request],
+    max_context: int,
+    rows: int,
 ) -> Iterator[tuple[int, list[Sampled]]]:
     """Yield (index of the request, its completions), at most `rows` continuations computed at once."""
     for index, request in enumerate(requests):
         samples: list[Sampled] = []
         for start in range(0, len(request.seeds), rows):
-            samples += _continue(model, end_tokens, decoding, request, request.seeds[start : start + rows], max_context)
+            samples += _continue(
+                model, end_tokens, decoding, request, request.seeds[start : start + rows], max_context
+            )
         yield index, samples
 
 

@@ -2,9 +2,9 @@
 
 Rows of one prompt read the prompt's keys in one matrix product; the scores over prompt and own tokens meet in one
 softmax, so the result is ordinary attention, not an approximation. It is plugged into transformers as an attention
-function of its own name, with a cache of its own: the model's code computes queries, keys, values and rotations as ever.
+function of its own name, with a cache of its own; queries, keys and rotations are computed by the model's code as ever.
 
-Leaves out what such a function cannot see: soft-capping, attention sinks, biases (`shared_prefix.supports` says no).
+Leaves out what such a function cannot see: soft-capping, attention sinks, biases (`architecture.unsupported` says so).
 
 Shapes: R rows, G prompts, N most rows of one prompt, H key-value heads, Q query heads per key-value head, P prompt
 tokens (padded), C own tokens (capacity), D head dimension.
@@ -76,7 +76,9 @@ class OwnKeys:
             self.values.append(value.new_zeros(rows, heads, self.capacity, value.shape[-1]))
         if self.write_at is None:
             line = torch.arange(rows * heads, device=key.device).view(rows, heads) * self.capacity
-            column_R = self.age_R.clamp_max(self.capacity - 1)  # the age of a free slot runs on, and matters to nobody
+            column_R = self.age_R.clamp_max(
+                self.capacity - 1
+            )  # the age of a free slot runs on, and matters to nobody
             self.write_at = (line + column_R[:, None]).view(-1)
         for buffer, new in ((self.keys[layer_idx], key), (self.values[layer_idx], value)):
             buffer.view(-1, buffer.shape[-1]).index_copy_(0, self.write_at, new.reshape(rows * heads, -1))
@@ -131,12 +133,16 @@ def attend(
         return by_place.reshape(prompts * places, heads, per_head, -1).index_select(0, shared_prefix.place_R)
 
     scaled_RHQD = query.view(rows, heads, per_head, width) * (width**-0.5 if scaling is None else scaling)
-    own = torch.bmm(scaled_RHQD.view(rows * heads, per_head, width), key.view(rows * heads, -1, width).transpose(1, 2))
+    own = torch.bmm(
+        scaled_RHQD.view(rows * heads, per_head, width), key.view(rows * heads, -1, width).transpose(1, 2)
+    )
     prompt = torch.bmm(to_prompts(scaled_RHQD), keys_GHDP.view(prompts * heads, width, prompt_tokens))
     scores = torch.cat([to_rows(prompt), own.view(rows, heads, per_head, -1)], dim=-1)
     weights = (scores.float() + shared_prefix.bias(sliding_window)).softmax(-1).to(value.dtype)
     weights_prompt, weights_own = weights.split([prompt_tokens, key.shape[2]], dim=-1)
-    out = torch.bmm(weights_own.reshape(rows * heads, per_head, -1), value.view(rows * heads, -1, value.shape[-1]))
+    out = torch.bmm(
+        weights_own.reshape(rows * heads, per_head, -1), value.view(rows * heads, -1, value.shape[-1])
+    )
     from_prompt = torch.bmm(to_prompts(weights_prompt), values_GHPD.view(prompts * heads, prompt_tokens, -1))
     out = out.view(rows, heads, per_head, -1) + to_rows(from_prompt)
     return out.view(rows, 1, heads * per_head, -1), None

@@ -1,14 +1,18 @@
-"""Examples laid out as tensors: which pairs make a step, which rows make a micro-batch, which columns hold what.
+"""Examples laid out as tensors: which pairs make a step, which rows make a micro-batch, which columns hold
+what.
 
-A step (one optimizer update) is a fixed set of pairs, decided by the seed alone. How a step is cut into micro-batches
-depends on the token budget of the machine, and changes no gradient: losses are summed over pairs and divided by the pairs
-of the step, never averaged per micro-batch. Left out: masks and the model (`forward.py`).
+A step (one optimizer update) is a fixed set of pairs, decided by the seed alone. How a step is cut into
+micro-batches depends on the token budget of the machine, and changes no gradient: losses are summed over
+pairs and divided by the pairs of the step, never averaged per micro-batch. Left out: masks and the model
+(`forward.py`).
 
-Shapes: B rows, T tokens of a row (padded), M completion tokens of the batch, P pairs, C completions of a pair.
+Shapes: B rows, T tokens of a row (padded), M completion tokens of the batch, P pairs, C completions of a
+pair.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,8 +30,9 @@ MICRO_BATCH_OVERHEAD = 128
 class Batch:
     """One micro-batch of P pairs with C completions each; completion c of pair p is sequence c * P + p.
 
-    `shared`: a row holds a prompt and all its completions; else (plain rows) a prompt and one of them. Target m is
-    predicted from column `source_M[m]` of the flattened (B * T) grid and belongs to sequence `sequence_M[m]`.
+    `shared`: a row holds a prompt and all its completions; else (plain rows) a prompt and one of them. Target
+    m is predicted from column `source_M[m]` of the flattened (B * T) grid and belongs to sequence
+    `sequence_M[m]`.
     """
 
     shared: bool
@@ -42,17 +47,26 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
         return replace(self, **moved)
 
 
 def collate(examples: Sequence[Example], *, shared: bool, pad_id: int = 0) -> Batch:
-    """Lay examples out in right-padded rows: one row per pair when `shared`, else one per completion (chosen first)."""
+    """Lay examples out in right-padded rows: one row per pair when `shared`, else one per completion (chosen
+    first).
+    """
     num_pairs, num_completions = len(examples), len(examples[0].completions)
     every = range(num_completions)
-    groups = [(p, list(every)) for p in range(num_pairs)] if shared else [(p, [c]) for c in every for p in range(num_pairs)]
+    groups = (
+        [(p, list(every)) for p in range(num_pairs)]
+        if shared
+        else [(p, [c]) for c in every for p in range(num_pairs)]
+    )
     width = max(
-        len(examples[p].prompt) + sum(len(examples[p].completions[c]) - 1 for c in branches) for p, branches in groups
+        len(examples[p].prompt) + sum(len(examples[p].completions[c]) - 1 for c in branches)
+        for p, branches in groups
     )
     shape = (len(groups), width)
     input_ids = np.full(shape, pad_id, dtype=np.int64)
@@ -75,14 +89,17 @@ def collate(examples: Sequence[Example], *, shared: bool, pad_id: int = 0) -> Ba
             sequence.append(np.full(len(completion), c * num_pairs + p))
             start = stop
     tensors = (input_ids, branch, position, *(np.concatenate(parts) for parts in (source, target, sequence)))
-    return Batch(shared, num_pairs, num_completions, *(torch.from_numpy(array.astype(np.int64)) for array in tensors))
+    return Batch(
+        shared, num_pairs, num_completions, *(torch.from_numpy(array.astype(np.int64)) for array in tensors)
+    )
 
 
 def plan_steps(num_pairs: int, batch_pairs: int, epochs: int, seed: int) -> list[list[int]]:
-    """The pairs of every optimizer step: each epoch is a permutation of all pairs, cut into steps as equal as can be.
+    """The pairs of every optimizer step: each epoch is a permutation of all pairs, cut into steps as equal as
+    can be.
 
-    Equal, because a step's loss is the mean over its pairs: a last step of 3 pairs would give each of them ten times the
-    weight of the others. The order depends on the seed and the epoch only.
+    Equal, because a step's loss is the mean over its pairs: a last step of 3 pairs would give each of them
+    ten times the weight of the others. The order depends on the seed and the epoch only.
     """
     steps: list[list[int]] = []
     for epoch in range(epochs):
@@ -93,10 +110,12 @@ def plan_steps(num_pairs: int, batch_pairs: int, epochs: int, seed: int) -> list
 
 
 def cut(indices: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Micro-batches of a step: sorted by length, cut where padding and the cost of a micro-batch add up to the least.
+    """Micro-batches of a step: sorted by length, cut where padding and the cost of a micro-batch add up to
+    the least.
 
-    `lengths[i]` is the number of tokens of example i's row. A micro-batch holds at most `budget` tokens, padding included,
-    and at least one row. Returns the longest first: what does not fit into memory shows at once.
+    `lengths[i]` is the number of tokens of example i's row. A micro-batch holds at most `budget` tokens,
+    padding included, and at least one row. Returns the longest first: what does not fit into memory shows at
+    once.
     """
     order = sorted(indices, key=lambda i: (-lengths[i], i))
     best: list[float] = [0.0] + [np.inf] * len(order)

@@ -1,8 +1,8 @@
 """Pairs as token ids: one prompt, and its completions each closed by the end-of-sequence token.
 
-The ids that were sampled are the ids trained on; text is tokenised only where a pair brings no ids. Prompts go through the
-same chat template as in sampling. Nothing is cut: a pair that is too long is left out, with its reason.
-Left out: choosing pairs (`pairing/`) and laying them out in rows (`batches.py`).
+The ids that were sampled are the ids trained on; text is tokenised only where a pair brings no ids. Prompts
+go through the same chat template as in sampling. Nothing is cut: a pair that is too long is left out, with
+its reason. Left out: choosing pairs (`pairing/`) and laying them out in rows (`batches.py`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,7 +36,9 @@ class Example:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens a shared row holds: the prompt once, and each completion but its last token, which is only predicted."""
+        """Tokens a shared row holds: the prompt once, and each completion but its last token, which is only
+        predicted.
+        """
         return len(self.prompt) + sum(len(completion) - 1 for completion in self.completions)
 
 
@@ -51,9 +53,10 @@ def encode_pairs(
 ) -> tuple[list[Example], pl.DataFrame]:
     """The pairs as examples, in their order, and the ones left out (columns of the ledger) with the reason.
 
-    `end` is the id that closes a completion. `max_tokens` bounds the prompt with its longer completion. `chosen_only` leaves the rejected completion out (supervised
-    tuning). `instructions` maps a language to the sentence appended to the last user turn, as in sampling. Raises
-    `UserError` for a column that is missing, or messages that the chat template refuses.
+    `end` is the id that closes a completion. `max_tokens` bounds the prompt with its longer completion.
+    `chosen_only` leaves the rejected completion out (supervised tuning). `instructions` maps a language to
+    the sentence appended to the last user turn, as in sampling. Raises `UserError` for a column that is
+    missing, or messages that the chat template refuses.
     """
     sides = ("chosen",) if chosen_only else ("chosen", "rejected")
     for column in ("prompt_id", "language", "messages", *sides):
@@ -92,6 +95,8 @@ def _unfit(prompt: Sequence[int], completions: Sequence[list[int]], max_tokens: 
 
 
 def held_out(prompt_id: str, fraction: float) -> bool:
-    """Whether a prompt belongs to the validation part: by a digest of its id, so the same in every arm and language."""
+    """Whether a prompt belongs to the validation part: by a digest of its id, so the same in every arm and
+    language.
+    """
     digest = int.from_bytes(blake2b(prompt_id.encode(), digest_size=8, person=b"croco-valid").digest(), "big")
     return digest < fraction * 2**64

@@ -1,9 +1,10 @@
-"""From a batch to the log-probability of every completion, through the model's own code, and the proof that it is exact.
+"""From a batch to the log-probability of every completion, through the model's own code, and the proof that
+it is exact.
 
-The model runs its own forward, head included (Cohere2 scales its logits, Gemma caps them); a hook gathers the hidden states
-that predict completion tokens just before the output layer, so the vocabulary meets only those. Shared rows need a mask per
-kind of attention layer; a model for which they cannot be proven exact on real pairs is run on plain rows.
-Left out: FlexAttention and packing.
+The model runs its own forward, head included (Cohere2 scales its logits, Gemma caps them); a hook gathers the
+hidden states that predict completion tokens just before the output layer, so the vocabulary meets only those.
+Shared rows need a mask per kind of attention layer; a model for which they cannot be proven exact on real
+pairs is run on plain rows. Left out: FlexAttention and packing.
 
 Shapes: B rows, T tokens, M completion tokens, V vocabulary, D width, P pairs, C completions of a pair.
 """
@@ -11,6 +12,7 @@ Shapes: B rows, T tokens, M completion tokens, V vocabulary, D width, P pairs, C
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +42,9 @@ def completion_logps(model: nn.Module, batch: Batch) -> Tensor:
 def completion_logits(model: nn.Module, batch: Batch) -> Tensor:
     """The logits that predict each completion token, (M, V), in the model's type."""
     base = _unwrapped(model)
-    mask: Tensor | dict[str, Tensor] = attention_masks(base, batch) if batch.shared else (batch.branch_BT != PADDING).long()
+    mask: Tensor | dict[str, Tensor] = (
+        attention_masks(base, batch) if batch.shared else (batch.branch_BT != PADDING).long()
+    )
     with _head_at(base, batch.source_M):
         logits = model(
             input_ids=batch.input_ids_BT, attention_mask=mask, position_ids=batch.position_BT, use_cache=False
@@ -54,16 +58,19 @@ def token_counts(batch: Batch) -> Tensor:
     return counts.view(batch.num_completions, batch.num_pairs)
 
 
-def _unwrapped(model: nn.Module) -> PreTrainedModel:
+def _unwrapped(model: Any) -> PreTrainedModel:
     """The Hugging Face model inside wrappers (distributed ones keep it in `module`, PEFT offers it itself)."""
     while hasattr(model, "module"):
         model = model.module
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[return-value]
+    base: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return base
 
 
 @contextmanager
 def _head_at(model: PreTrainedModel, source_M: Tensor) -> Iterator[None]:
-    """Let the output layer see only the hidden states at the given columns of the flattened (B * T) grid, as (1, M, D)."""
+    """Let the output layer see only the hidden states at the given columns of the flattened (B * T) grid, as
+    (1, M, D).
+    """
 
     def gather(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden_BTD = args[0]
@@ -77,7 +84,9 @@ def _head_at(model: PreTrainedModel, source_M: Tensor) -> Iterator[None]:
 
 
 def why_not_shared(model: nn.Module) -> str | None:
-    """Why shared rows cannot be tried on this architecture, or None. The proof on a batch is `shared_rows_differ`."""
+    """Why shared rows cannot be tried on this architecture, or None. The proof on a batch is
+    `shared_rows_differ`.
+    """
     base = _unwrapped(model)
     config = base.config.get_text_config()
     if config._attn_implementation not in ("sdpa", "eager"):
@@ -95,7 +104,9 @@ def _layer_kinds(model: PreTrainedModel) -> list[str]:
 
 
 def attention_masks(model: PreTrainedModel, batch: Batch) -> Tensor | dict[str, Tensor]:
-    """The explicit mask of shared rows, (B, 1, T, T); a mapping from layer kind to mask where a model mixes kinds."""
+    """The explicit mask of shared rows, (B, 1, T, T); a mapping from layer kind to mask where a model mixes
+    kinds.
+    """
     config = model.config.get_text_config()
     masks = {}
     for kind in _layer_kinds(model):
@@ -107,10 +118,12 @@ def attention_masks(model: PreTrainedModel, batch: Batch) -> Tensor | dict[str, 
 
 @torch.no_grad()
 def shared_rows_differ(model: nn.Module, examples: Sequence[Example], device: torch.device) -> str | None:
-    """Run real pairs in shared and in plain rows; what differs in one sentence, or None when shared rows are exact.
+    """Run real pairs in shared and in plain rows; what differs in one sentence, or None when shared rows are
+    exact.
 
-    Two proofs: the log-probabilities equal those of plain rows within rounding, and exchanging the tokens of the first
-    completion leaves the others' where they were. Runs with dropout off, and leaves the model's mode as it was.
+    Two proofs: the log-probabilities equal those of plain rows within rounding, and exchanging the tokens of
+    the first completion leaves the others' where they were. Runs with dropout off, and leaves the model's
+    mode as it was.
     """
     if reason := why_not_shared(model):
         return reason
@@ -120,7 +133,7 @@ def shared_rows_differ(model: nn.Module, examples: Sequence[Example], device: to
     counts = token_counts(shared)
     shared_logps = completion_logps(model, shared)
     gap = ((shared_logps - completion_logps(model, plain)).abs() / counts).max().item()
-    # Reversed ids keep the shapes, so nothing but a leak can move the other completions.
+    # Only the first completion's ids change, and no shape does: nothing but a leak can move the others.
     first = shared.branch_BT == 1
     flipped = torch.where(first, shared.input_ids_BT.flip(0).roll(1, 1), shared.input_ids_BT)
     moved_logps = completion_logps(model, replace(shared, input_ids_BT=flipped))

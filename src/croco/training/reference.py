@@ -1,8 +1,9 @@
-"""Log-probabilities of every completion under the reference: computed once, before any adapter exists, and kept.
+"""Log-probabilities of every completion under the reference: computed once, before any adapter exists, and
+kept.
 
-They never change during training, so a second model in memory or a second forward per step buys nothing. The table is keyed
-by the base's weights and by token ids, so epochs, restarts and other arms on the same base read what is there.
-Left out: a reference that moves (online tuning).
+They never change during training, so a second model in memory or a second forward per step buys nothing. The
+table is keyed by the base's weights and by token ids, so epochs, restarts and other arms on the same base
+read what is there. Left out: a reference that moves (online tuning).
 """
 
 import json
@@ -45,8 +46,8 @@ def reference_logps(
 ) -> Tensor:
     """log p(completion | prompt) under `model` of every completion, (C, N examples) float32, on the CPU.
 
-    Values in `folder` are reused; the rest is computed and added to it. Raises `UserError` when one is not a finite number
-    (broken weights). `on_examples` is told how many examples are done.
+    Values in `folder` are reused; the rest is computed and added to it. Raises `UserError` when one is not a
+    finite number (broken weights). `on_examples` is told how many examples are done.
     """
     base = weights_digest(model)
     known = _read(folder, base)
@@ -83,8 +84,8 @@ def _compute(
         for i in rows:
             if not all(np.isfinite(found[key]) for key in keys[i]):
                 raise UserError(
-                    f"the policy gives prompt {examples[i].prompt_id!r} ({examples[i].language}) a log-probability that "
-                    "is not a finite number: are its weights broken?"
+                    f"the policy gives prompt {examples[i].prompt_id!r} ({examples[i].language}) a log-probability "
+                    "that is not a finite number: are its weights broken?"
                 )
     model.train(was_training)
     return found
@@ -104,7 +105,9 @@ def _completion_key(prompt: Sequence[int], completion: Sequence[int]) -> str:
 
 
 def weights_digest(model: PreTrainedModel) -> str:
-    """A digest of what the model computes: its configuration, and the shape, type and a sample of every tensor."""
+    """A digest of what the model computes: its configuration, and the shape, type and a sample of every
+    tensor.
+    """
     config = {
         key: value
         for key, value in model.config.to_dict().items()

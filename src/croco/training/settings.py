@@ -1,17 +1,21 @@
 """What a tuning run is made of: plain frozen records, no recipe and no torch.
 
-Everything here changes the science. How the work is laid out on a machine (tokens per micro-batch, checkpointing of
-activations) is an argument of the functions instead and changes nothing but speed.
+Everything here changes the science. How the work is laid out on a machine (tokens per micro-batch,
+checkpointing of activations) is an argument of the functions instead and changes nothing but speed.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """Low-rank adapters: rank, scale (alpha / rank), dropout on their input, and the linear layers that get one."""
+    """Low-rank adapters: rank, scale (alpha / rank), dropout on their input, and the linear layers that get
+    one.
+    """
 
     rank: int = 16
     alpha: int = 32
@@ -23,8 +27,9 @@ class LoraSettings:
 class TrainSettings:
     """`[training]` of a recipe. `batch_pairs` is the effective batch of one optimizer step, over all devices.
 
-    `max_tokens` bounds prompt + completion, the end token included; a longer pair is left out and counted. `beta`, `loss`
-    and `nll_weight` are read by method "dpo" only; method "sft" trains the likelihood of the chosen completions.
+    `max_tokens` bounds prompt + completion, the end token included; a longer pair is left out and counted.
+    `beta`, `loss` and `nll_weight` are read by method "dpo" only; method "sft" trains the likelihood of the
+    chosen completions.
     """
 
     method: str = "dpo"
@@ -39,5 +44,11 @@ class TrainSettings:
     weight_decay: float = 0.01
     scheduler: str = "cosine"
     max_grad_norm: float = 1.0
-    validation_fraction: float = 0.05
+    validation_fraction: float = 0.0
     lora: LoraSettings = field(default_factory=LoraSettings)
+
+    @classmethod
+    def of(cls, section: Mapping[str, Any]) -> "TrainSettings":
+        """The settings of a resolved `[training]` section (its lists may be tuples or lists)."""
+        lora = LoraSettings(**{**section["lora"], "targets": tuple(section["lora"]["targets"])})
+        return cls(**{**section, "lora": lora})

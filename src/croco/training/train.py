@@ -1,14 +1,15 @@
 """The stage `train`: pairs in, an adapter of the policy out.
 
-`train_pairs` is the same thing with plain arguments, for anyone who has a model and pairs. It can be killed at any moment
-and called again: it goes on from its last checkpoint, and the loss curve is that of an undisturbed run.
-Left out: choosing when to stop, several devices, full fine-tuning.
+`train_pairs` is the same thing with plain arguments, for anyone who has a model and pairs. It can be killed
+at any moment and called again: it goes on from its last checkpoint, and the loss curve is that of an
+undisturbed run. Left out: choosing when to stop, several devices, full fine-tuning.
 """
 
 import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -18,24 +19,36 @@ import polars as pl
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from croco.engines.hf import load_policy
 from croco.errors import UserError
 from croco.ops.losses import LOSSES
+from croco.progress import Progress
+from croco.records import DROPPED
 from croco.sampling.chat import end_id
-from croco.store import write_text
+from croco.stage import Work
+from croco.store import read_table, write_text
 from croco.training.batches import plan_steps
 from croco.training.encode import Example, encode_pairs, held_out
 from croco.training.forward import shared_rows_differ
 from croco.training.lora import apply_lora, save_adapter
 from croco.training.reference import reference_logps, weights_digest
 from croco.training.settings import TrainSettings
-from croco.training.trainer import PairTrainer, last_checkpoint, rewind_metrics, training_arguments
+from croco.training.trainer import (
+    PairTrainer,
+    last_checkpoint,
+    last_metrics,
+    rewind_metrics,
+    training_arguments,
+)
 
 CHECKED_PAIRS = 4  # pairs of the first step on which shared rows are proven
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run did. `plain_rows` says why prompts were not shared, or is None; `metrics` are the last ones per split."""
+    """What a run did. `plain_rows` says why prompts were not shared, or is None; `metrics` are the last ones
+    per split.
+    """
 
     adapter: Path
     steps: int
@@ -63,29 +76,16 @@ def train_pairs(
 ) -> TrainResult:
     """Tune `model` in place with LoRA on preference pairs; the adapter is written to `folder/adapter`.
 
-    `pairs` has the columns prompt_id, language, messages, chosen, rejected (with chosen_ids and rejected_ids where the
-    sampled ids are known); method "sft" needs no rejected. Also written: `folder/metrics.jsonl`, one line per step and
-    evaluation, and `folder/scratch` (checkpoints, reference log-probabilities), which the caller may remove afterwards.
-    A second call with the same arguments goes on where the first was killed. `on_step(step, num_steps)` follows it.
-    Raises `UserError` for settings out of range, when no pair is left, or when the loss is no longer a number.
+    `pairs` has the columns prompt_id, language, messages, chosen, rejected (with chosen_ids and rejected_ids
+    where the sampled ids are known); method "sft" needs no rejected. Also written: `folder/metrics.jsonl`,
+    one line per step and evaluation, and `folder/scratch` (checkpoints, reference log-probabilities), which
+    the caller may remove afterwards. A second call with the same arguments goes on where the first was
+    killed. `on_step(step, num_steps)` follows it. Raises `UserError` for settings out of range, when no pair
+    is left, or when the loss is no longer a number.
     """
     start = time.monotonic()
     _check(settings)
-    sft = settings.method == "sft"
-    examples, dropped = encode_pairs(
-        pairs,
-        tokenizer,
-        end=end_id(tokenizer, model.generation_config),
-        max_tokens=settings.max_tokens,
-        chosen_only=sft,
-        instructions=instructions,
-    )
-    training, validation = _split(examples, settings.validation_fraction)
-    if not training:
-        raise UserError(
-            f"no pair to train on: of {len(pairs)} pairs {len(dropped)} were left out"
-            f"{_most_common(dropped)} and {len(validation)} are held out for validation"
-        )
+    training, validation, dropped = _encode(model, tokenizer, pairs, settings, instructions)
     examples = training + validation
     scratch = _scratch(folder, weights_digest(model), settings, seed, examples)
 
@@ -94,7 +94,7 @@ def train_pairs(
     if plain_rows:
         Console(stderr=True).print(f"prompts are not shared between completions: {plain_rows}", markup=False)
     reference = None
-    if not sft:
+    if settings.method != "sft":
         reference = reference_logps(
             model,
             examples,
@@ -103,10 +103,7 @@ def train_pairs(
             micro_batch_tokens=micro_batch_tokens,
         )
 
-    last: dict[str, dict[str, float]] = {}
-
     def follow(metrics: dict[str, Any]) -> None:
-        last[metrics["split"]] = {name: value for name, value in metrics.items() if name != "split"}
         if on_step and metrics["split"] == "train":
             on_step(metrics["step"], len(steps))
 
@@ -146,8 +143,56 @@ def train_pairs(
         tokens=sum(examples[i].num_tokens for step in steps for i in step),
         seconds=time.monotonic() - start,
         plain_rows=plain_rows,
-        metrics=last,
+        metrics=last_metrics(folder / "metrics.jsonl"),
         dropped=dropped,
+    )
+
+
+def train(work: Work) -> None:
+    """The stage: an arm's pairs into `adapter/` and `metrics.jsonl`; pairs left out go to the ledger."""
+    policy, section = work.recipe.policy, TrainSettings.of(work.settings["training"])
+    model, tokenizer = load_policy(
+        policy.model,
+        policy.revision,
+        dtype=policy.dtype,
+        device=work.runtime.device,
+        chat_template=Path(policy.chat_template) if policy.chat_template else None,
+        trust_remote_code=policy.trust_remote_code,
+    )
+    pairs = read_table(work.inputs["pair"])
+    with ExitStack() as stack:
+        bars: list[Progress] = []
+
+        def advance(step: int, num_steps: int) -> None:
+            if not bars:
+                bars.append(stack.enter_context(work.progress(num_steps, "step", done=step - 1)))
+            bars[0].advance()
+
+        result = train_pairs(
+            model,
+            tokenizer,
+            pairs,
+            settings=section,
+            folder=work.folder,
+            seed=work.seed,
+            on_step=advance,
+            instructions=policy.instruction,
+            micro_batch_tokens=work.runtime.micro_batch_tokens,
+            gradient_checkpointing=work.runtime.gradient_checkpointing,
+        )
+    work.account(
+        read={"pair": len(pairs)},
+        written={"pair": result.pairs + result.validation_pairs},
+        dropped=result.dropped.to_arrow().cast(DROPPED.schema),
+    )
+    work.record(
+        steps=result.steps,
+        pairs=result.pairs,
+        validation_pairs=result.validation_pairs,
+        tokens=result.tokens,
+        seconds=round(result.seconds, 1),
+        plain_rows=result.plain_rows,
+        metrics=result.metrics,
     )
 
 
@@ -162,18 +207,39 @@ def _check(settings: TrainSettings) -> None:
         )
 
 
-def _split(examples: list[Example], fraction: float) -> tuple[list[Example], list[Example]]:
+def _encode(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: pl.DataFrame,
+    settings: TrainSettings,
+    instructions: Mapping[str, str] | None,
+) -> tuple[list[Example], list[Example], pl.DataFrame]:
+    """Examples to train on, examples held out, and the ledger of what was left out."""
+    examples, dropped = encode_pairs(
+        pairs,
+        tokenizer,
+        end=end_id(tokenizer, model.generation_config),
+        max_tokens=settings.max_tokens,
+        chosen_only=settings.method == "sft",
+        instructions=instructions,
+    )
     parts: tuple[list[Example], list[Example]] = ([], [])
     for example in examples:
-        parts[held_out(example.prompt_id, fraction)].append(example)
-    return parts
+        parts[held_out(example.prompt_id, settings.validation_fraction)].append(example)
+    training, validation = parts
+    if not training:
+        raise UserError(
+            f"no pair to train on: of {len(pairs)} pairs {len(dropped)} were left out"
+            f"{_first(dropped)} and {len(validation)} are held out for validation"
+        )
+    return training, validation, dropped
 
 
-def _most_common(dropped: pl.DataFrame) -> str:
+def _first(dropped: pl.DataFrame) -> str:
     if dropped.is_empty():
         return ""
-    reason, count = dropped["reason"].value_counts(sort=True).row(0)
-    return f" ({count} because {reason})"
+    row = dropped.row(0, named=True)
+    return f" (the first, {row['prompt_id']} in {row['language']}, because {row['reason']})"
 
 
 def _scratch(folder: Path, base: str, settings: TrainSettings, seed: int, examples: list[Example]) -> Path:

@@ -1,9 +1,9 @@
 """The Trainer: transformers' loop, optimizer, schedule and checkpoints around our batches and losses.
 
-One item of the data loader is one optimizer step: the pairs of an effective batch. `training_step` cuts it into
-micro-batches by the token budget and divides every loss by what the whole step holds, so the gradient does not depend on
-the cut. All epochs are one pass over a fixed plan of steps, so that resuming means skipping items.
-Left out: several devices, stopping early (what to watch is in the metrics).
+One item of the data loader is one optimizer step: the pairs of an effective batch. `training_step` cuts it
+into micro-batches by the token budget and divides every loss by what the whole step holds, so the gradient
+does not depend on the cut. All epochs are one pass over a fixed plan of steps, so that resuming means
+skipping items. Left out: several devices, stopping early (what to watch is in the metrics).
 
 Shapes: P pairs of a micro-batch, C completions of a pair, N examples.
 """
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerControl, TrainingArguments
 
 from croco.errors import UserError
 from croco.ops.losses import LOSSES, PairLogps, nll
@@ -30,6 +30,7 @@ from croco.training.forward import completion_logps, token_counts
 from croco.training.settings import TrainSettings
 
 SEAL = "complete"  # marker of a checkpoint written to its end
+KEPT = 2  # checkpoints that stay, this one and the one before
 CHECKPOINTS = 4  # evaluations and checkpoints of a run
 
 
@@ -38,8 +39,8 @@ def pair_losses(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of every pair, (P,), and what is worth watching of it, each (P,) and detached.
 
-    Method "sft" (no reference): the negative log-likelihood of the chosen completion, summed over its tokens. Method "dpo":
-    the preference loss, plus `nll_weight` times the chosen's mean negative log-likelihood.
+    Method "sft" (no reference): the negative log-likelihood of the chosen completion, summed over its tokens.
+    Method "dpo": the preference loss, plus `nll_weight` times the chosen's mean negative log-likelihood.
     """
     if reference_logps_CP is None:
         return -policy_logps_CP[0], {"logps/chosen": policy_logps_CP[0].detach()}
@@ -47,7 +48,10 @@ def pair_losses(
     losses_P = LOSSES[settings.loss](pairs, settings.beta)
     if settings.nll_weight:
         losses_P = losses_P + settings.nll_weight * nll(pairs.policy_chosen_logps, pairs.chosen_tokens)
-    chosen, rejected = settings.beta * pairs.chosen_logratios.detach(), settings.beta * pairs.rejected_logratios.detach()
+    chosen, rejected = (
+        settings.beta * pairs.chosen_logratios.detach(),
+        settings.beta * pairs.rejected_logratios.detach(),
+    )
     return losses_P, {
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
@@ -59,7 +63,9 @@ def pair_losses(
 
 
 class PairTrainer(Trainer):
-    """`transformers.Trainer` on pairs: `steps` are the pairs (indices of `examples`) of every optimizer step, in order."""
+    """`transformers.Trainer` on pairs: `steps` are the indices of `examples` that make each optimizer step."""
+
+    control: TrainerControl
 
     def __init__(
         self,
@@ -115,8 +121,12 @@ class PairTrainer(Trainer):
             return len(pairs)
         return sum(len(self.examples[i].completions[0]) for i in pairs)
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward over all micro-batches of a step; returns the step's loss, the mean over its pairs."""
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Forward and backward over all micro-batches of a step; returns the step's loss, the mean over its
+        pairs.
+        """
         model.train()
         pairs, divisor = inputs["pairs"], self._divisor(inputs["pairs"])
         total = torch.zeros((), device=self.args.device)
@@ -135,13 +145,15 @@ class PairTrainer(Trainer):
     def _stop_unless_finite(self, name: str, value: float) -> None:
         if not math.isfinite(value):
             raise UserError(
-                f"training stopped: the {name} is {value} at step {self.state.global_step + 1} of {self.state.max_steps} "
-                f"(learning rate {self.settings.learning_rate:g}); expected a finite number"
+                f"training stopped: the {name} is {value} at step {self.state.global_step + 1} of "
+                f"{self.state.max_steps} (learning rate {self.settings.learning_rate:g}); expected a finite number"
             )
 
     @torch.no_grad()
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Loss and metrics on the held-out pairs, dropout off; names carry `eval_`. Also written to the metrics file."""
+        """Loss and metrics on the held-out pairs, dropout off; names carry `eval_`. Also written to the
+        metrics file.
+        """
         self.model.eval()
         sums: dict[str, Tensor] = {}
         total = 0.0
@@ -179,6 +191,8 @@ class PairTrainer(Trainer):
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         write_text(folder / SEAL, "")
+        for older in sorted(folder.parent.glob("checkpoint-*"), key=_step)[:-KEPT]:
+            shutil.rmtree(older)
 
 
 def _accumulate(sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:
@@ -189,7 +203,9 @@ def _accumulate(sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:
 def training_arguments(
     settings: TrainSettings, folder: Path, *, num_steps: int, seed: int, cpu: bool, evaluate: bool
 ) -> TrainingArguments:
-    """transformers' arguments of a run: one item of the loader per step, a checkpoint and an evaluation every quarter."""
+    """transformers' arguments of a run: one item of the loader per step, a checkpoint and an evaluation every
+    quarter.
+    """
     every = max(1, math.ceil(num_steps / CHECKPOINTS))
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -198,7 +214,7 @@ def training_arguments(
         gradient_accumulation_steps=1,
         learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.scheduler,
-        warmup_steps=math.ceil(settings.warmup_ratio * num_steps),
+        warmup_steps=int(settings.warmup_ratio * num_steps),  # rounded down: a run of one step must learn
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         logging_strategy="steps",
@@ -208,7 +224,6 @@ def training_arguments(
         eval_steps=every if evaluate else None,
         save_strategy="steps",
         save_steps=every,
-        save_total_limit=2,
         seed=seed % 2**32,
         use_cpu=cpu,
         disable_tqdm=True,
@@ -229,11 +244,17 @@ def last_checkpoint(folder: Path) -> Path | None:
             sealed.append(path)
         else:
             shutil.rmtree(path)
-    return max(sealed, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
+    return max(sealed, key=_step, default=None)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rsplit("-", 1)[1])
 
 
 def rewind_metrics(path: Path, step: int) -> None:
-    """Keep the lines of a metrics file up to a step; later ones will be written again. A torn last line goes too."""
+    """Keep the lines of a metrics file up to a step; later ones will be written again. A torn last line goes
+    too.
+    """
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     kept = []
     for line in lines:
@@ -244,3 +265,9 @@ def rewind_metrics(path: Path, step: int) -> None:
             break
     write_text(path, "".join(kept))
     sync_folder(path.parent)
+
+
+def last_metrics(path: Path) -> dict[str, dict[str, float]]:
+    """The last line of each split in a metrics file."""
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return {line.pop("split"): line for line in lines}

@@ -1,0 +1,205 @@
+"""The stage `score`: one number per completion, by the reward model or by one of the controls.
+
+Scorers: "reward" is the raw logit of a sequence classifier on the whole conversation, as the user wrote it (the
+instruction a recipe may add for the policy is not shown to it). "likelihood" is the policy's own mean token
+log-probability of what it sampled, under the very prompt it saw. "random" is a standard normal number that follows from
+the run's seed and the completion's key: a reward that knows nothing, normal so that pools look like pools.
+
+A shard mirrors the shard of completions it scores. What does not fit the model goes to the ledger; a score that is no
+number stops the stage, because it would poison its pool's mean.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from croco.engines.base import ScoreRequest
+from croco.errors import UserError
+from croco.records import SCORES, ledger
+from croco.sampling.chat import conversations_ids, prompt_ids
+from croco.sampling.seeds import digest
+from croco.stage import Work
+from croco.store import read_table, shards
+
+Messages = list[dict[str, str]]
+Completion = dict[str, Any]  # a row of the completions table
+# scores of one prompt's completions; in place of a score, the reason why there is none
+Scored = list[float | str]
+ScoreShard = Callable[[Sequence[tuple[Messages, list[Completion]]]], list[Scored]]
+
+COLUMNS = ["prompt_id", "language", "sample_id", "completion", "completion_ids", "finish_reason"]
+
+
+def score(work: Work) -> None:
+    """Write the scores table, a shard per shard of completions."""
+    completions = shards(work.inputs["sample"])
+    todo = work.todo(len(completions))
+    if not todo:
+        return
+    total = sum(shard.rows for shard in completions)
+    done = total - sum(completions[number].rows for number in todo)
+    prompts = {
+        (row["prompt_id"], row["language"]): row["messages"]
+        for row in read_table(work.inputs["prompts"], ["prompt_id", "language", "messages"]).iter_rows(
+            named=True
+        )
+    }
+    name, score_shard = _scorer(work)
+    began = time.monotonic()
+    with work.progress(total, "completion", done) as bar:
+        for number in todo:
+            rows = pq.ParquetFile(completions[number].path).read(columns=COLUMNS)
+            groups = _groups(pl.DataFrame(pl.from_arrow(rows)), prompts)
+            scored = score_shard(groups)
+            table, dropped = tabulate([group for _, group in groups], scored, name)
+            work.write(number, table, read={"completion": rows.num_rows}, dropped=dropped)
+            bar.advance(rows.num_rows)
+    rate = (total - done) / max(time.monotonic() - began, 1e-9)
+    work.record(scorer=name, completions_per_second=round(rate, 1))
+
+
+def tabulate(
+    groups: Sequence[Sequence[Completion]], scored: Sequence[Scored], scorer: str
+) -> tuple[pa.Table, pa.Table]:
+    """The scores table and the ledger of completions in groups, each with its score or the reason why it has none.
+
+    Raises UserError naming the first completion whose score is not finite.
+    """
+    kept, drops = [], []
+    for group, values in zip(groups, scored, strict=True):
+        for row, value in zip(group, values, strict=True):
+            key = (row["prompt_id"], row["language"], row["sample_id"])
+            if isinstance(value, str):
+                drops.append(("completion", *key, value))
+            elif not math.isfinite(value):
+                raise UserError(
+                    f"completion {key[2]} of prompt {key[0]!r} in {key[1]}: {scorer} gave the score {value}, "
+                    f"expected a finite number"
+                )
+            else:
+                kept.append((*key, value, scorer))
+    columns = list(zip(*kept, strict=True)) if kept else [()] * len(SCORES.schema)
+    arrays = [pa.array(column, type=field.type) for column, field in zip(columns, SCORES.schema, strict=True)]
+    return pa.Table.from_arrays(arrays, schema=SCORES.schema), ledger(drops)
+
+
+def _groups(
+    completions: pl.DataFrame, prompts: Mapping[tuple[str, str], Messages]
+) -> list[tuple[Messages, list[Completion]]]:
+    """Completions by prompt and language, in the table's order, with the prompt's messages."""
+    grouped: dict[tuple[str, str], list[Completion]] = {}
+    for row in completions.iter_rows(named=True):
+        grouped.setdefault((row["prompt_id"], row["language"]), []).append(row)
+    return [(prompts[key], rows) for key, rows in grouped.items()]
+
+
+def _scorer(work: Work) -> tuple[str, ScoreShard]:
+    """The scorer's name in the table, and the function that scores a shard."""
+    kind = work.settings["scorer"]
+    if kind == "reward":
+        return work.recipe.reward.model, _reward(work)
+    if kind == "likelihood":
+        return f"likelihood of {work.recipe.policy.model}", _likelihood(work)
+    if kind == "random":
+        return "random", lambda groups: [[random_score(work.seed, row) for row in rows] for _, rows in groups]
+    raise UserError(f"scorer {kind!r}: expected 'reward', 'likelihood' or 'random'")
+
+
+def random_score(seed: int, row: Completion) -> float:
+    """A standard normal number from the run's seed and the completion's key."""
+    uniform = digest("random score", seed, row["prompt_id"], row["language"], row["sample_id"]) / 2**63
+    return NormalDist().inv_cdf(min(max(uniform, 2**-60), 1 - 2**-53))
+
+
+def _reward(work: Work) -> ScoreShard:
+    from croco.engines.hf import HFScorer, load_reward
+
+    reward = work.recipe.reward
+    model, tokenizer = load_reward(
+        reward.model, reward.revision, reward.dtype, work.runtime.device, reward.trust_remote_code
+    )
+    scorer = HFScorer(model, tokenizer, work.runtime.token_budget, name=reward.model)
+    work.record(device=str(model.device))
+    return lambda groups: score_conversations(scorer, tokenizer, groups, reward.max_tokens)
+
+
+def score_conversations(
+    scorer: Any, tokenizer: Any, groups: Sequence[tuple[Messages, list[Completion]]], max_tokens: int
+) -> list[Scored]:
+    """Scores of whole conversations; one longer than `max_tokens` or the model's context gets the reason instead."""
+    limit = min(max_tokens, scorer.max_context)
+    requests, places = [], []
+    scored: list[Scored] = []
+    for number, (messages, rows) in enumerate(groups):
+        try:
+            sequences = conversations_ids(tokenizer, messages, [row["completion"] for row in rows])
+        except UserError as error:
+            raise UserError(f"prompt {rows[0]['prompt_id']!r} in {rows[0]['language']}: {error}") from error
+        scored.append([_too_long("conversation", len(ids), limit) for ids in sequences])
+        fits = [i for i, ids in enumerate(sequences) if len(ids) <= limit]
+        if fits:
+            requests.append(ScoreRequest(number, [], [sequences[i] for i in fits]))
+            places.append(fits)
+    for request, fits, values in zip(requests, places, scorer.score(requests), strict=True):
+        for i, value in zip(fits, values, strict=True):
+            scored[request.key][i] = value
+    return scored
+
+
+def _likelihood(work: Work) -> ScoreShard:
+    from croco.engines.hf import HFLikelihood, load_policy
+
+    policy = work.recipe.policy
+    model, tokenizer = load_policy(
+        policy.model,
+        policy.revision,
+        policy.dtype,
+        work.runtime.device,
+        chat_template=Path(policy.chat_template) if policy.chat_template else None,
+        trust_remote_code=policy.trust_remote_code,
+    )
+    scorer = HFLikelihood(model, tokenizer, work.runtime.token_budget, name=policy.model)
+    work.record(device=str(model.device))
+    return lambda groups: score_likelihood(scorer, tokenizer, groups, policy.instruction)
+
+
+def score_likelihood(
+    scorer: Any,
+    tokenizer: Any,
+    groups: Sequence[tuple[Messages, list[Completion]]],
+    instructions: Mapping[str, str],
+) -> list[Scored]:
+    """Mean token log-probabilities under the prompt that was sampled from; the end token counts where there was one."""
+    requests, ended, places = [], [], []
+    scored: list[Scored] = []
+    for number, (messages, rows) in enumerate(groups):
+        prompt = prompt_ids(tokenizer, messages, instructions.get(rows[0]["language"]))
+        sampled = [
+            tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
+            if row["completion_ids"] is None
+            else row["completion_ids"]
+            for row in rows
+        ]
+        lengths = [len(prompt) + len(ids) for ids in sampled]
+        scored.append([_too_long("prompt and completion", length, scorer.max_context) for length in lengths])
+        stops = [row["finish_reason"] == "stop" for row in rows]
+        fits = [i for i, length in enumerate(lengths) if length <= scorer.max_context]
+        if fits:
+            requests.append(ScoreRequest(number, prompt, [sampled[i] for i in fits]))
+            ended.append([stops[i] for i in fits])
+            places.append(fits)
+    for request, fits, values in zip(requests, places, scorer.score(requests, ended), strict=True):
+        for i, value in zip(fits, values, strict=True):
+            scored[request.key][i] = value
+    return scored
+
+
+def _too_long(what: str, length: int, limit: int) -> str:
+    return f"the {what} has {length} tokens, the limit is {limit}"

@@ -1,0 +1,98 @@
+"""The chat template is applied in one place: instruction, special tokens, prefix check, and what it refuses."""
+
+import pytest
+
+from croco.errors import UserError
+from croco.sampling.chat import (
+    check_prefix,
+    conversation_ids,
+    conversations_ids,
+    end_id,
+    end_ids,
+    prompt_ids,
+    with_instruction,
+)
+from tiny import make_policy, make_tokenizer
+
+USER = [{"role": "user", "content": "Which month comes after March?"}]
+TURNS = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hej."},
+    {"role": "assistant", "content": "Hej!"},
+    {"role": "user", "content": "Hvad nu?"},
+    {"role": "tool", "content": "42"},
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+def test_a_prompt_has_one_bos_and_opens_the_assistants_turn(tokenizer):
+    ids = prompt_ids(tokenizer, USER)
+    assert tokenizer.decode(ids) == "<|bos|><|user|>Which month comes after March?<|end|><|assistant|>"
+    assert ids.count(tokenizer.bos_token_id) == 1
+
+
+def test_every_turn_is_kept_and_the_instruction_stands_in_the_last_user_turn(tokenizer):
+    text = tokenizer.decode(prompt_ids(tokenizer, TURNS, "Svar på dansk."))
+    assert text == (
+        "<|bos|><|system|>Be brief.<|end|><|user|>Hej.<|end|><|assistant|>Hej!<|end|>"
+        "<|user|>Hvad nu?\n\nSvar på dansk.<|end|><|tool|>42<|end|><|assistant|>"
+    )
+    assert TURNS[3]["content"] == "Hvad nu?"
+
+
+def test_an_instruction_without_a_user_turn_is_an_error():
+    with pytest.raises(UserError, match=r"needs a user turn.*found system"):
+        with_instruction([{"role": "system", "content": "x"}], "Svar på dansk.")
+
+
+def test_a_conversation_continues_its_prompt(tokenizer):
+    prompt, whole = prompt_ids(tokenizer, USER), conversation_ids(tokenizer, USER, "April.")
+    check_prefix(tokenizer, prompt, whole)
+    assert tokenizer.decode(whole[len(prompt) :]) == "April.<|end|>"
+    texts = ["April.", "", "Après mars, c'est avril."]
+    assert conversations_ids(tokenizer, USER, texts) == [
+        conversation_ids(tokenizer, USER, text) for text in texts
+    ]
+
+
+def test_a_prompt_that_is_no_prefix_is_an_error_that_shows_both():
+    template = (
+        "{% for m in messages %}{{ m['content'] }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|tool|>{% endif %}"
+    )
+    tokenizer = make_tokenizer(chat_template=template)
+    with pytest.raises(UserError) as caught:
+        check_prefix(tokenizer, prompt_ids(tokenizer, USER), conversation_ids(tokenizer, USER, "April."))
+    assert "March?<|end|><|tool|>" in str(caught.value)
+    assert "March?<|end|>April.<|end|>" in str(caught.value)
+
+
+def test_a_missing_or_refusing_template_is_an_error(tokenizer):
+    with pytest.raises(UserError, match="no chat template"):
+        prompt_ids(make_tokenizer(chat_template=None), USER)
+    with pytest.raises(UserError, match=r"refuses the conversation .unknown role narrator.; roles narrator"):
+        prompt_ids(tokenizer, [{"role": "narrator", "content": "x"}])
+    with pytest.raises(UserError, match="without messages"):
+        prompt_ids(tokenizer, [])
+
+
+def test_end_tokens_come_from_the_generation_config_and_the_tokenizer(tokenizer):
+    config = make_policy().generation_config
+    assert end_ids(tokenizer, config) == {2}
+    config.eos_token_id = [7, 0]
+    assert end_ids(tokenizer, config) == {0, 2, 7}
+    assert end_id(tokenizer, config) == 2  # what the template closes the assistant's turn with
+    other = make_tokenizer(chat_template="{% for m in messages %}{{ m['content'] }}<|tool|>{% endfor %}")
+    config.eos_token_id = other.convert_tokens_to_ids("<|tool|>")
+    assert end_id(other, config) == config.eos_token_id
+
+
+def test_a_model_without_end_token_is_an_error():
+    tokenizer, config = make_tokenizer(), make_policy().generation_config
+    tokenizer.eos_token = config.eos_token_id = None
+    with pytest.raises(UserError, match="no end-of-sequence token"):
+        end_ids(tokenizer, config)

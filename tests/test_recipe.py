@@ -1,0 +1,136 @@
+"""Recipes are strict: every mistake is one sentence that names the file and the key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from croco.errors import UserError
+from croco.recipe import from_dict, load, merged
+
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
+LEAST: dict[str, Any] = {"run": {"name": "x", "languages": ["en", "da"]}, "arms": {"mono": {}}}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_loads(path: Path) -> None:
+    recipe = load(path)
+    assert recipe.run.name == path.stem
+    assert from_dict(recipe.model_dump(mode="json")) == recipe
+
+
+def test_the_papers_settings() -> None:
+    for name in ("paper-eurollm-9b", "paper-tiny-aya"):
+        recipe = load(Path(__file__).parent.parent / "recipes" / f"{name}.toml")
+        assert recipe.sampling.completions == 64
+        assert recipe.sampling.max_new_tokens == 4096
+        assert recipe.prompts.limit == 20000
+        assert len(recipe.run.evaluated) == 14
+        dpo, sft = recipe.arms["monolingual"].training, recipe.arms["max-r-multilingual"].training
+        assert (dpo.learning_rate, dpo.beta, dpo.batch_pairs, dpo.epochs) == (5e-6, 0.1, 64, 1)
+        assert (sft.method, sft.learning_rate, sft.lora) == ("sft", 2e-4, dpo.lora)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            {"sampling": {"completion": 3}},
+            "unknown key 'sampling.completion'; did you mean 'sampling.completions'?",
+        ),
+        ({"run": {"temperature": 1}}, "unknown key 'run.temperature'; did you mean 'sampling.temperature'?"),
+        ({"samplng": {}}, "unknown key 'samplng'; did you mean 'sampling'?"),
+        ({"arms": {"mono": {"pol": "all"}}}, "unknown key 'arms.mono.pol'; did you mean 'arms.mono.pool'?"),
+        (
+            {"training": {"lora": {"rnk": 3}}},
+            "unknown key 'training.lora.rnk'; did you mean 'training.lora.rank'?",
+        ),
+        ({"sampling": {"completions": "many"}}, "sampling.completions = 'many', expected a whole number"),
+        ({"sampling": {"completions": 2.5}}, "sampling.completions = 2.5, expected a whole number"),
+        ({"sampling": {"completions": 1}}, "sampling.completions = 1, expected at least 2"),
+        ({"sampling": {"temperature": 0}}, "sampling.temperature = 0, expected more than 0"),
+        ({"training": {"beta": True}}, "training.beta = true, expected a number"),
+        ({"training": {"loss": "kto"}}, "training.loss = 'kto', expected one of 'sigmoid' or 'ipo'"),
+        ({"sampling": 3}, "sampling = 3, expected a table"),
+        ({"run": {"languages": "en"}}, "run.languages = 'en', expected a list"),
+        ({"run": {"languages": []}}, "run.languages is empty"),
+        ({"run": {"languages": ["english"]}}, "'english' is no BCP-47 language code"),
+        ({"run": {"languages": ["en", "xx"]}}, "'xx' is no language that CLDR knows"),
+        ({"run": {"languages": ["en", "en"]}}, "'en' appears twice"),
+        ({"run": {"held_out_languages": ["da"]}}, "'da' appears twice"),
+        ({"run": {"name": "../x"}}, "run.name = '../x', expected small letters, digits and hyphens"),
+        ({"arms": {"base": {}}}, "'base' is the untuned policy"),
+        ({"arms": {"a/b": {}}}, "expected small letters, digits and hyphens"),
+        ({"prompts": {"source": "x.jsonl", "split": "dev"}}, "'x.jsonl' is a file"),
+        ({"evaluation": {"split": "train"}}, "the prompts tuned on"),
+    ],
+)
+def test_a_mistake_is_one_sentence(change: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UserError) as error:
+        from_dict(merged(LEAST, change), "recipes/x.toml")
+    message = str(error.value)
+    assert message.startswith("recipes/x.toml: ")
+    assert sentence in message
+    assert "\n" not in message
+
+
+def test_a_recipe_without_arms_or_run() -> None:
+    with pytest.raises(UserError, match=r"missing key 'run'"):
+        from_dict({"arms": {"a": {}}})
+    with pytest.raises(UserError, match=r"arms is empty"):
+        from_dict({"run": LEAST["run"]})
+
+
+def test_overrides_are_toml_values_or_text(tmp_path: Path) -> None:
+    path = tmp_path / "x.toml"
+    path.write_text('[run]\nname = "x"\nlanguages = ["en", "da"]\n[arms.mono]\n')
+    recipe = load(
+        path,
+        [
+            "sampling.completions=8",
+            "run.languages=['no', 'en']",
+            "run.name=other",
+            "policy.instruction.no=Svar på norsk.",
+            "arms.extra.pool=all",
+        ],
+    )
+    assert recipe.sampling.completions == 8
+    assert recipe.run.languages == ("no", "en")
+    assert str(recipe.folder) == "runs/other"
+    assert recipe.policy.instruction == {"no": "Svar på norsk."}
+    assert set(recipe.arms) == {"mono", "extra"}
+    with pytest.raises(UserError, match=r"did you mean 'sampling.completions'"):
+        load(path, ["sampling.completion=8"])
+    with pytest.raises(UserError, match=r"expected section\.key=value"):
+        load(path, ["sampling"])
+    with pytest.raises(UserError, match="is a value, expected a table"):
+        load(path, ["run.name.x=1"])
+
+
+def test_an_arm_has_the_training_section_with_its_own_values_over_it() -> None:
+    recipe = from_dict(
+        merged(
+            LEAST,
+            {
+                "training": {"beta": 0.3, "lora": {"rank": 8}},
+                "arms": {"sft": {"training": {"method": "sft", "lora": {"alpha": 9}}}},
+            },
+        )
+    )
+    training = recipe.arms["sft"].training
+    assert (training.method, training.beta, training.lora.rank, training.lora.alpha) == ("sft", 0.3, 8, 9)
+    assert recipe.arms["mono"].training == recipe.training
+
+
+def test_a_file_that_is_no_recipe(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such recipe"):
+        load(tmp_path / "none.toml")
+    path = tmp_path / "x.toml"
+    path.write_text("[run\n")
+    with pytest.raises(UserError, match=r"x\.toml: not valid TOML: .*line 1"):
+        load(path)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match=r"x\.toml: expected a recipe in TOML"):
+        load(path)

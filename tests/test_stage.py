@@ -1,0 +1,186 @@
+"""The stage contract: skip, resume, drift, damage, balance, lock."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import toy_stages
+from croco import stage, store
+from croco.errors import StaleStage, UserError
+from croco.recipe import Recipe, from_dict
+from croco.stage import Node, Stage
+
+
+def recipe(shard_prompts: int = 4) -> Recipe:
+    return from_dict(
+        {
+            "run": {"name": "toy", "languages": ["en"]},
+            "arms": {"a": {}},
+            "runtime": {"shard_prompts": shard_prompts},
+        }
+    )
+
+
+def toy(name: str, table: str, version: int = 1) -> Stage:
+    return Stage(
+        name=name,
+        version=version,
+        function=f"toy_stages:{name}",
+        table=table,
+        settings=lambda recipe, arm: {},
+        follows=lambda recipe, arm: [],
+    )
+
+
+def numbered(folder: Path, count: int = 10, version: int = 1) -> Node:
+    return Node(toy("numbered", "prompts", version), None, folder / "numbered", {"count": count}, {})
+
+
+def even(folder: Path, before: Node) -> Node:
+    return Node(toy("even", "completions"), None, folder / "even", {}, {"numbered": before})
+
+
+@pytest.fixture(autouse=True)
+def _fresh_toys() -> None:
+    toy_stages.CALLS.clear()
+    toy_stages.FAIL_AT.clear()
+
+
+def test_a_complete_stage_is_skipped_and_its_counts_balance(tmp_path: Path) -> None:
+    first = numbered(tmp_path)
+    stage.execute(first, recipe())
+    found = stage.execute(even(tmp_path, first), recipe())
+    assert found["state"] == "complete"
+    assert found["counts"] == {
+        "read": {"prompt": 10},
+        "written": {"completion": 5, "prompt": 5},
+        "dropped": {"prompt": 5},
+    }
+    assert store.read_dropped(tmp_path / "even")["prompt_id"].to_list() == ["1", "3", "5", "7", "9"]
+    assert store.read_table(tmp_path / "even")["prompt_id"].to_list() == ["0", "2", "4", "6", "8"]
+    assert toy_stages.CALLS == [0, 1, 2]
+    stage.execute(first, recipe())
+    assert toy_stages.CALLS == [0, 1, 2]
+
+
+def test_an_unfinished_stage_redoes_only_what_is_missing(tmp_path: Path) -> None:
+    node = numbered(tmp_path)
+    toy_stages.FAIL_AT.add(1)
+    with pytest.raises(RuntimeError, match="power"):
+        stage.execute(node, recipe())
+    assert stage.status(node).kind == "unfinished"
+    # what a kill leaves behind: a temporary file, and a shard and a ledger whose marker was never written
+    (node.folder / f"{store.TEMPORARY}123-part-00001.parquet").write_bytes(b"half")
+    store.shard_path(node.folder, 2).write_bytes(b"half")
+    store.ledger_path(node.folder, 2).write_bytes(b"half")
+    (node.folder / "scratch").mkdir()
+    toy_stages.FAIL_AT.clear()
+    # another shard size now would number the rows otherwise: the stage keeps the one it began with
+    found = stage.execute(node, recipe(shard_prompts=2))
+    assert toy_stages.CALLS == [0, 1, 2]
+    assert found["starts"] == 2
+    assert store.read_table(node.folder)["prompt_id"].to_list() == [str(number) for number in range(10)]
+    names = sorted(path.name for path in node.folder.iterdir())
+    assert names == sorted(
+        [f"part-0000{i}.{end}" for i in range(3) for end in ("done", "parquet")]
+        + ["dropped.parquet", "stage.json"]
+    )
+
+
+def test_drift_stops_and_names_what_changed_and_through_which_input(tmp_path: Path) -> None:
+    first = numbered(tmp_path)
+    stage.execute(first, recipe())
+    stage.execute(even(tmp_path, first), recipe())
+    changed = numbered(tmp_path, count=12, version=2)
+    with pytest.raises(StaleStage, match=r"count: 10 → 12.*version: 1 → 2"):
+        stage.execute(changed, recipe())
+    (change,) = stage.status(even(tmp_path, changed)).changes
+    assert change == f"its input numbered: {first.fingerprint} → {changed.fingerprint}"
+    assert store.read_table(tmp_path / "numbered").height == 10
+
+
+def test_runtime_and_libraries_are_no_part_of_the_fingerprint(tmp_path: Path) -> None:
+    node = numbered(tmp_path)
+    stage.execute(node, recipe(shard_prompts=4))
+    found = store.read_json(node.folder / "stage.json")
+    assert "transformers" in found["libraries"]
+    assert found["facts"] == {"device": "none"}
+    found["libraries"]["transformers"] = "1.0"
+    store.write_json(node.folder / "stage.json", found)
+    assert stage.status(node).kind == "complete"
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "marker"])
+def test_damage_to_a_complete_stage_is_found(tmp_path: Path, damage: str) -> None:
+    node = numbered(tmp_path)
+    stage.execute(node, recipe())
+    path = store.shard_path(node.folder, 1)
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-20])
+    elif damage == "gone":
+        path.unlink()
+    else:
+        store.marker_path(node.folder, 1).unlink()
+    status = stage.status(node)
+    assert status.kind == "stale"
+    assert str(node.folder) in status.changes[0]
+
+
+def test_a_file_that_a_stage_without_a_table_made_is_missed(tmp_path: Path) -> None:
+    node = Node(toy("page", ""), None, tmp_path / "page", {}, {})
+    assert stage.execute(node, recipe())["files"] == {"page.html": 2}
+    assert stage.status(node).kind == "complete"
+    (node.folder / "page.html").unlink()
+    assert stage.status(node).changes == (f"{node.folder / 'page.html'} is missing, expected 2 bytes",)
+
+
+def test_a_row_lost_in_silence_stops_the_stage(tmp_path: Path) -> None:
+    node = Node(toy("silent_loss", "completions"), None, tmp_path / "x", {}, {})
+    with pytest.raises(ValueError, match="read 2 prompts, but wrote 1 and dropped 0"):
+        stage.execute(node, recipe())
+    assert store.shards(node.folder) == []
+
+
+def test_a_stage_that_returns_early_is_not_complete(tmp_path: Path) -> None:
+    node = Node(toy("unfinished", "completions"), None, tmp_path / "x", {}, {})
+    with pytest.raises(UserError, match="1 finished shards, expected 2"):
+        stage.execute(node, recipe())
+    assert stage.status(node).kind == "unfinished"
+
+
+def test_an_input_must_be_accounted_for_in_full(tmp_path: Path) -> None:
+    first = numbered(tmp_path)
+    stage.execute(first, recipe())
+    reader = replace(toy("first_half", "completions"), reads_all=("prompt", "numbered"))
+    node = Node(reader, None, tmp_path / "reader", {}, {"numbered": first})
+    with pytest.raises(ValueError, match="read 5 prompts of numbered's 10"):
+        stage.execute(node, recipe())
+    assert stage.status(node).kind == "unfinished"
+
+
+def test_clear_leaves_the_arms_in_sub_folders(tmp_path: Path) -> None:
+    shared = tmp_path / "score"
+    (shared / "random").mkdir(parents=True)
+    (shared / "scratch").mkdir()
+    for folder in (shared, shared / "random"):
+        store.write_json(folder / "stage.json", {})
+    stage.clear(shared)
+    assert sorted(path.name for path in shared.iterdir()) == ["random"]
+
+
+def test_a_run_is_locked_against_a_second_process(tmp_path: Path) -> None:
+    with stage.lock(tmp_path), pytest.raises(UserError, match="in use by another"), stage.lock(tmp_path):
+        pass
+    with stage.lock(tmp_path):
+        pass
+
+
+def test_an_attempt_that_made_nothing_holds_nobody_up(tmp_path: Path) -> None:
+    toy_stages.FAIL_AT.add(0)
+    with pytest.raises(RuntimeError, match="power"):
+        stage.execute(numbered(tmp_path), recipe())
+    toy_stages.FAIL_AT.clear()
+    assert stage.execute(numbered(tmp_path, count=3), recipe())["counts"]["written"] == {"prompt": 3}

@@ -1,0 +1,77 @@
+"""Which pairs make a step, and how a step is cut."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from croco.training.batches import MICRO_BATCH_OVERHEAD, collate, cut, plan_steps
+from croco.training.encode import Example
+
+
+@given(st.integers(1, 200), st.integers(1, 64), st.integers(1, 3), st.integers(0, 2**63))
+def test_every_epoch_holds_every_pair_once_in_steps_of_equal_size(num_pairs, batch_pairs, epochs, seed):
+    steps = plan_steps(num_pairs, batch_pairs, epochs, seed)
+    per_epoch = len(steps) // epochs
+    for epoch in range(epochs):
+        part = steps[epoch * per_epoch : (epoch + 1) * per_epoch]
+        assert sorted(i for step in part for i in step) == list(range(num_pairs))
+    sizes = [len(step) for step in steps]
+    assert max(sizes) <= batch_pairs
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_the_plan_depends_on_the_seed_and_differs_between_epochs():
+    assert plan_steps(50, 8, 2, 3) == plan_steps(50, 8, 2, 3)
+    assert plan_steps(50, 8, 2, 3) != plan_steps(50, 8, 2, 4)
+    steps = plan_steps(50, 50, 2, 3)
+    assert steps[0] != steps[1]
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=40), st.integers(1, 2000))
+def test_a_cut_holds_every_row_once_and_keeps_the_budget(lengths, budget):
+    cuts = cut(range(len(lengths)), lengths, budget)
+    assert sorted(i for rows in cuts for i in rows) == list(range(len(lengths)))
+    for rows in cuts:
+        assert len(rows) == 1 or len(rows) * max(lengths[i] for i in rows) <= budget
+
+
+def test_the_cut_is_the_cheapest_one():
+    lengths = [400, 10, 390, 12, 11, 200]
+    cuts = cut(range(6), lengths, 2000)
+    cost = sum(len(rows) * max(lengths[i] for i in rows) + MICRO_BATCH_OVERHEAD for rows in cuts)
+    order = sorted(lengths, reverse=True)
+    costs = []
+    for joins in range(2**5):
+        groups = [[order[0]]]
+        for place, length in enumerate(order[1:]):
+            if joins >> place & 1:
+                groups[-1].append(length)
+            else:
+                groups.append([length])
+        if all(len(group) * group[0] <= 2000 for group in groups):
+            costs.append(sum(len(group) * group[0] + MICRO_BATCH_OVERHEAD for group in groups))
+    assert cost == min(costs)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_every_completion_token_is_predicted_from_the_token_before_it(shared):
+    examples = [
+        Example("a", "en", [1, 5, 6], ([7, 8, 2], [9, 2])),
+        Example("b", "en", [1, 5, 6, 7, 8], ([2], [10, 11, 12, 2])),
+    ]
+    batch = collate(examples, shared=shared)
+    ids, positions = batch.input_ids_BT.flatten(), batch.position_BT.flatten()
+    found = {}
+    for source, target, sequence in zip(batch.source_M, batch.target_M, batch.sequence_M, strict=True):
+        found.setdefault(sequence.item(), []).append(
+            (ids[source].item(), positions[source].item(), target.item())
+        )
+    assert found == {
+        0: [(6, 2, 7), (7, 3, 8), (8, 4, 2)],
+        1: [(8, 4, 2)],
+        2: [(6, 2, 9), (9, 3, 2)],
+        3: [(8, 4, 10), (10, 5, 11), (11, 6, 12), (12, 7, 2)],
+    }
+    assert batch.input_ids_BT.numel() == (2 * 8 if shared else 4 * 8)
+    assert np.prod(batch.input_ids_BT.shape) >= sum(example.num_tokens for example in examples)

@@ -1,0 +1,353 @@
+"""Whole tuning runs on a tiny policy: what comes out, what stops it, and that a kill leaves no trace."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import polars as pl
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from croco.errors import UserError
+from croco.recipe import load
+from croco.records import TABLES
+from croco.science import train_settings
+from croco.stage import Work
+from croco.store import write_shard
+from croco.training.encode import encode_pairs
+from croco.training.lora import apply_lora, load_adapter
+from croco.training.reference import reference_logps
+from croco.training.settings import LoraSettings, TrainSettings
+from croco.training.train import train, train_pairs
+from croco.training.trainer import PairTrainer, training_arguments
+from tiny import make_policy, make_tokenizer, save
+from training.pairs import make_pairs
+
+TOKENIZER = make_tokenizer()
+SETTINGS = TrainSettings(
+    learning_rate=1e-2,
+    epochs=2,
+    batch_pairs=6,
+    max_tokens=200,
+    validation_fraction=0.3,
+    lora=LoraSettings(rank=4, alpha=8, dropout=0.1),
+)
+
+
+def run(
+    folder: Path, settings: TrainSettings = SETTINGS, num_pairs: int = 36, on_step=None, model=None, **options
+):
+    return train_pairs(
+        model or make_policy("llama"),
+        TOKENIZER,
+        make_pairs(num_pairs),
+        settings=settings,
+        folder=folder,
+        seed=7,
+        on_step=on_step,
+        **options,
+    )
+
+
+def metrics(folder: Path, split: str) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["split"] == split]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return folder, run(folder)
+
+
+def test_a_run_learns_its_pairs_and_says_what_it_did(undisturbed):
+    folder, result = undisturbed
+    train, validation = metrics(folder, "train"), metrics(folder, "validation")
+    assert [line["step"] for line in train] == list(range(1, result.steps + 1))
+    assert train[0]["loss"] == pytest.approx(0.693, abs=0.01)
+    assert abs(train[0]["rewards/margins"]) < 1e-3
+    assert train[-1]["loss"] < 0.5
+    assert train[-1]["rewards/accuracies"] > 0.8
+    assert validation[-1]["step"] == result.steps
+    assert len(validation) == 4
+    assert result.metrics["validation"]["loss"] == validation[-1]["loss"]
+    assert result.pairs + result.validation_pairs == 36
+    assert result.validation_pairs > 0
+    assert result.plain_rows is None
+
+
+def test_the_adapter_loads_and_moves_the_policy_as_trained(undisturbed):
+    folder, _ = undisturbed
+    examples, _ = encode_pairs(make_pairs(36), TOKENIZER, end=2, max_tokens=200)
+    base, tuned = make_policy("llama"), load_adapter(make_policy("llama"), folder / "adapter")
+    logps = [
+        reference_logps(model, examples, folder=folder / name, shared=True, micro_batch_tokens=512)
+        for name, model in (("base", base), ("tuned", tuned))
+    ]
+    gain = 0.1 * (logps[1] - logps[0])
+    assert (gain[0] > gain[1]).float().mean() > 0.7
+
+
+def test_sft_raises_the_likelihood_of_the_chosen(tmp_path):
+    result = run(tmp_path, replace(SETTINGS, method="sft"))
+    train = metrics(tmp_path, "train")
+    assert train[-1]["loss"] < train[0]["loss"] - 0.3
+    assert set(result.metrics["train"]) == {"step", "loss", "grad_norm", "learning_rate", "logps/chosen"}
+
+
+def assert_same_run(folder: Path, expected: Path) -> None:
+    """Equal to the last bit: the curves and the adapter."""
+    assert metrics(folder, "train") == metrics(expected, "train")
+    assert metrics(folder, "validation") == metrics(expected, "validation")
+    found, wanted = (load_file(path / "adapter" / "adapter_model.safetensors") for path in (folder, expected))
+    assert found.keys() == wanted.keys()
+    assert all(found[name].equal(wanted[name]) for name in wanted)
+
+
+def test_a_run_that_breaks_between_checkpoints_goes_on(undisturbed, tmp_path):
+    def crash(step, num_steps):
+        if step == 8:
+            raise RuntimeError("the power went")
+
+    with pytest.raises(RuntimeError, match="the power went"):
+        run(tmp_path, on_step=crash)
+    steps = []
+    run(tmp_path, on_step=lambda step, num_steps: steps.append(step))
+    assert steps[0] == 7  # a checkpoint every second step: 2, 4, 6
+    assert_same_run(tmp_path, undisturbed[0])
+
+
+def test_a_run_that_broke_after_its_last_step_only_writes_the_adapter(undisturbed, tmp_path, monkeypatch):
+    def broken(*_):
+        raise OSError("the disk is full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("croco.training.train.save_adapter", broken)
+        with pytest.raises(OSError, match="disk"):
+            run(tmp_path)
+    steps = []
+    result = run(tmp_path, on_step=lambda step, num_steps: steps.append(step))
+    assert steps == []
+    assert result.metrics == undisturbed[1].metrics
+    assert_same_run(tmp_path, undisturbed[0])
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import croco.training.trainer as trainer
+from training.test_train import run
+
+sealed = trainer.write_text
+def kill_before_the_second_seal(path, text):
+    if path.name == trainer.SEAL and path.parent.name != "checkpoint-2":
+        os.kill(os.getpid(), signal.SIGKILL)
+    sealed(path, text)
+trainer.write_text = kill_before_the_second_seal
+run(Path(sys.argv[1]))
+"""
+
+
+def test_sigkill_inside_a_checkpoint_leaves_no_trace(undisturbed, tmp_path):
+    source, tests = Path(__file__).parents[2] / "src", Path(__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": f"{source}{os.pathsep}{tests}"}
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path)], env=environment, capture_output=True
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert (
+        tmp_path / "scratch" / "checkpoints" / "checkpoint-4"
+    ).is_dir()  # whole to the eye, but not sealed
+    assert not (tmp_path / "adapter").exists()
+    steps = []
+    run(tmp_path, on_step=lambda step, num_steps: steps.append(step))
+    assert steps[0] == 3
+    assert_same_run(tmp_path, undisturbed[0])
+
+
+def test_checkpoints_of_other_settings_are_not_taken_up(tmp_path):
+    run(tmp_path, num_pairs=12)
+    steps = []
+    run(
+        tmp_path,
+        replace(SETTINGS, beta=0.2),
+        num_pairs=12,
+        on_step=lambda step, num_steps: steps.append(step),
+    )
+    assert steps[0] == 1
+
+
+def trainer_of(tmp_path, budget, shared=True, checkpointing=False):
+    torch.manual_seed(0)
+    model = make_policy("llama")
+    examples, _ = encode_pairs(make_pairs(9), TOKENIZER, end=2, max_tokens=200)
+    reference = reference_logps(
+        make_policy("llama", seed=1), examples, folder=tmp_path, shared=True, micro_batch_tokens=512
+    )
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    settings = replace(SETTINGS, lora=LoraSettings(dropout=0.0))
+    return PairTrainer(
+        apply_lora(model, settings.lora, 0),
+        training_arguments(settings, tmp_path, num_steps=1, seed=0, cpu=True, evaluate=False),
+        settings,
+        examples=examples,
+        reference_logps_CN=reference,
+        steps=[range(9)],
+        validation=[],
+        shared=shared,
+        micro_batch_tokens=budget,
+        pad_id=0,
+        metrics_file=tmp_path / "metrics.jsonl",
+    )
+
+
+@pytest.mark.parametrize(
+    "options", [{"budget": 1}, {"budget": 150}, {"shared": False}, {"checkpointing": True}]
+)
+def test_the_gradient_depends_on_the_pairs_not_on_their_layout(tmp_path, options):
+    found = []
+    for name, each in (("whole", {"budget": 10**6}), ("other", {"budget": 10**6, **options})):
+        trainer = trainer_of(tmp_path / name, **each)
+        loss = trainer.training_step(trainer.model, {"pairs": list(range(9))})
+        gradients = {
+            n: p.grad for n, p in trainer.model.named_parameters() if p.requires_grad and "lora_B" in n
+        }
+        found.append((loss, gradients))
+    (loss, gradients), (other_loss, other_gradients) = found
+    torch.testing.assert_close(other_loss, loss, rtol=1e-5, atol=0)
+    for name, gradient in gradients.items():
+        assert gradient.norm() > 0
+        assert (other_gradients[name] - gradient).norm() / gradient.norm() < 1e-4
+
+
+def test_reference_values_are_computed_once_per_base(tmp_path):
+    examples, _ = encode_pairs(make_pairs(6), TOKENIZER, end=2, max_tokens=200)
+    done = []
+
+    def values(seed, part):
+        return reference_logps(
+            make_policy("llama", seed=seed),
+            part,
+            folder=tmp_path,
+            shared=True,
+            micro_batch_tokens=300,
+            on_examples=done.append,
+        )
+
+    first = values(0, examples[:4])
+    again = values(0, examples)
+    assert again[:, :4].equal(first)
+    assert done == [4, 2]
+    assert not values(1, examples).allclose(again)
+    assert done == [4, 2, 6]
+
+
+def test_no_pair_left_is_one_sentence(tmp_path):
+    with pytest.raises(
+        UserError,
+        match=r"no pair to train on: of 5 pairs 5 were left out \(the first, p0 in en, because prompt",
+    ):
+        train_pairs(
+            make_policy("llama"),
+            TOKENIZER,
+            make_pairs(5),
+            settings=replace(SETTINGS, max_tokens=3),
+            folder=tmp_path,
+            seed=0,
+        )
+
+
+def test_broken_weights_stop_before_the_first_step(tmp_path):
+    model = make_policy("llama")
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
+    with pytest.raises(UserError, match="not a finite number"):
+        run(tmp_path, model=model)
+
+
+def test_a_loss_that_is_no_number_stops_and_says_the_step(tmp_path):
+    with pytest.raises(UserError, match=r"training stopped: the .* at step \d+ of"):
+        run(tmp_path, replace(SETTINGS, learning_rate=1e30, max_grad_norm=1e30))
+
+
+def test_an_adapter_that_changes_nothing_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="changed nothing"):
+        run(tmp_path, replace(SETTINGS, learning_rate=0.0), num_pairs=12)
+
+
+def test_a_layer_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(UserError, match="names c_attn, which LlamaForCausalLM does not have"):
+        run(tmp_path, replace(SETTINGS, lora=LoraSettings(targets=("q_proj", "c_attn"))))
+
+
+def test_a_folder_without_an_adapter_is_named(tmp_path):
+    with pytest.raises(UserError, match="holds no adapter"):
+        load_adapter(make_policy("llama"), tmp_path)
+
+
+RECIPE = """
+[run]
+name = "toy"
+languages = ["en", "da", "fr"]
+seed = 7
+[policy]
+model = "{policy}"
+instruction = {{ da = "Svar på dansk." }}
+[training]
+learning_rate = 1e-2
+batch_pairs = 6
+max_tokens = 40
+[arms.mono]
+"""
+
+
+def test_the_stage_accounts_for_every_pair(tmp_path):
+    policy = save(tmp_path / "policy", make_policy("llama"), TOKENIZER)
+    recipe_file = tmp_path / "toy.toml"
+    recipe_file.write_text(RECIPE.format(policy=policy))
+    recipe = load(recipe_file)
+    pairs = make_pairs(12).with_columns(
+        chosen_ids=pl.Series([None] * 12, dtype=pl.List(pl.Int32)),
+        rejected_ids=pl.Series([None] * 12, dtype=pl.List(pl.Int32)),
+        **{name: pl.lit(0) for name in ("chosen_sample_id", "rejected_sample_id", "pool_size")},
+        **{name: pl.lit(0.0) for name in ("chosen_score", "rejected_score", "pool_mean", "pool_std")},
+        **{name: pl.col("language") for name in ("chosen_language", "rejected_language")},
+        arm=pl.lit("mono"),
+    )
+    table = pairs.select(TABLES["pairs"].schema.names).to_arrow()
+    count = {"pair": 12}
+    write_shard(tmp_path / "pair", 0, table, TABLES["pairs"].schema, read=count, written=count, dropped=None)
+    work = Work(
+        recipe=recipe,
+        arm="mono",
+        folder=tmp_path / "train",
+        settings=train_settings(recipe, "mono"),
+        runtime=recipe.runtime,
+        seed=recipe.run.seed,
+        inputs={"pair": tmp_path / "pair"},
+        table=None,
+        title="train/mono",
+    )
+    train(work)
+    counts, facts = work.record_file["counts"], work.record_file["facts"]
+    assert counts["read"] == {"pair": 12}
+    assert counts["written"]["pair"] + counts["dropped"]["pair"] == 12
+    assert counts["dropped"]["pair"] > 0
+    assert facts["pairs"] == counts["written"]["pair"]
+    assert facts["plain_rows"] is None
+    assert (tmp_path / "train" / "adapter" / "adapter_model.safetensors").is_file()
+    assert (
+        pl.read_parquet(tmp_path / "train" / "dropped.parquet")["reason"].str.contains("max_tokens 40").all()
+    )
+
+
+def test_an_adapter_of_another_size_is_refused(undisturbed):
+    folder, _ = undisturbed
+    with pytest.raises(UserError, match="does not fit this LlamaForCausalLM"):
+        load_adapter(make_policy("llama", hidden=64), folder / "adapter")
