@@ -74,11 +74,12 @@ model = "{models.reward}"
 
 [sampling]
 completions = 12
-max_new_tokens = 12
+max_new_tokens = 40
 
 [training]
 learning_rate = 1e-3
-batch_pairs = 4
+batch_pairs = 2
+epochs = 3
 max_tokens = 128
 lora = {{ rank = 4, alpha = 8 }}
 

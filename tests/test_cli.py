@@ -103,7 +103,7 @@ def test_plan_says_what_would_run_and_what_it_may_cost(tmp_path: Path, tiny_mode
     found = CliRunner().invoke(app, ["plan", str(path)])
     assert found.exit_code == 0
     assert "prompts                      would run" in found.output
-    assert "20 prompts in 2 languages × 12 completions = 240, at most 2,880 tokens" in found.output
+    assert "20 prompts in 2 languages × 12 completions = 240, at most 9,600 tokens" in found.output
     # 8 prompts, greedy and sampled, for the base and two arms
     assert "8 prompts in 2 languages, 2 arms and the base: 48 completions" in found.output
     assert not (tmp_path / "run").exists()

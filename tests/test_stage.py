@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import toy_stages
-from croco import stage, store
+from croco import stage, standing, store
 from croco.errors import StaleStage, UserError
 from croco.recipe import Recipe, from_dict
 from croco.stage import Node, Stage
@@ -71,7 +71,7 @@ def test_an_unfinished_stage_redoes_only_what_is_missing(tmp_path: Path) -> None
     toy_stages.FAIL_AT.add(1)
     with pytest.raises(RuntimeError, match="power"):
         stage.execute(node, recipe())
-    assert stage.status(node).kind == "unfinished"
+    assert standing.status(node).kind == "unfinished"
     # what a kill leaves behind: a temporary file, and a shard and a ledger whose marker was never written
     (node.folder / f"{store.TEMPORARY}123-part-00001.parquet").write_bytes(b"half")
     store.shard_path(node.folder, 2).write_bytes(b"half")
@@ -97,7 +97,7 @@ def test_drift_stops_and_names_what_changed_and_through_which_input(tmp_path: Pa
     changed = numbered(tmp_path, count=12, version=2)
     with pytest.raises(StaleStage, match=r"count: 10 → 12.*version: 1 → 2"):
         stage.execute(changed, recipe())
-    (change,) = stage.status(even(tmp_path, changed)).changes
+    (change,) = standing.status(even(tmp_path, changed)).changes
     assert change == f"its input numbered: {first.fingerprint} → {changed.fingerprint}"
     assert store.read_table(tmp_path / "numbered").height == 10
 
@@ -110,7 +110,7 @@ def test_runtime_and_libraries_are_no_part_of_the_fingerprint(tmp_path: Path) ->
     assert found["facts"] == {"device": "none"}
     found["libraries"]["transformers"] = "1.0"
     store.write_json(node.folder / "stage.json", found)
-    assert stage.status(node).kind == "complete"
+    assert standing.status(node).kind == "complete"
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "marker"])
@@ -124,7 +124,7 @@ def test_damage_to_a_complete_stage_is_found(tmp_path: Path, damage: str) -> Non
         path.unlink()
     else:
         store.marker_path(node.folder, 1).unlink()
-    status = stage.status(node)
+    status = standing.status(node)
     assert status.kind == "stale"
     assert str(node.folder) in status.changes[0]
 
@@ -132,9 +132,9 @@ def test_damage_to_a_complete_stage_is_found(tmp_path: Path, damage: str) -> Non
 def test_a_file_that_a_stage_without_a_table_made_is_missed(tmp_path: Path) -> None:
     node = Node(toy("page", ""), None, tmp_path / "page", {}, {})
     assert stage.execute(node, recipe())["files"] == {"page.html": 2}
-    assert stage.status(node).kind == "complete"
+    assert standing.status(node).kind == "complete"
     (node.folder / "page.html").unlink()
-    assert stage.status(node).changes == (f"{node.folder / 'page.html'} is missing, expected 2 bytes",)
+    assert standing.status(node).changes == (f"{node.folder / 'page.html'} is missing, expected 2 bytes",)
 
 
 def test_a_row_lost_in_silence_stops_the_stage(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_a_stage_that_returns_early_is_not_complete(tmp_path: Path) -> None:
     node = Node(toy("unfinished", "completions"), None, tmp_path / "x", {}, {})
     with pytest.raises(UserError, match="1 finished shards, expected 2"):
         stage.execute(node, recipe())
-    assert stage.status(node).kind == "unfinished"
+    assert standing.status(node).kind == "unfinished"
 
 
 def test_an_input_must_be_accounted_for_in_full(tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_an_input_must_be_accounted_for_in_full(tmp_path: Path) -> None:
     node = Node(reader, None, tmp_path / "reader", {}, {"numbered": first})
     with pytest.raises(ValueError, match="read 5 prompts of numbered's 10"):
         stage.execute(node, recipe())
-    assert stage.status(node).kind == "unfinished"
+    assert standing.status(node).kind == "unfinished"
 
 
 def test_clear_leaves_the_arms_in_sub_folders(tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_clear_leaves_the_arms_in_sub_folders(tmp_path: Path) -> None:
     (shared / "scratch").mkdir()
     for folder in (shared, shared / "random"):
         store.write_json(folder / "stage.json", {})
-    stage.clear(shared)
+    standing.clear(shared)
     assert sorted(path.name for path in shared.iterdir()) == ["random"]
 
 

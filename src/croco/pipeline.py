@@ -15,11 +15,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from croco import science, store
+from croco import science, standing, store
 from croco import stage as stages
 from croco.errors import StaleStage, UserError
 from croco.recipe import Recipe
-from croco.stage import Node, Reference, Stage, Status
+from croco.records import TABLES
+from croco.stage import Node, Reference, Stage
+from croco.standing import Status
 
 Say = Callable[[str], None]
 
@@ -165,7 +167,7 @@ def _input_name(arm: str | None, before: Reference) -> str:
 
 def plan(recipe: Recipe) -> list[tuple[Node, Status]]:
     """How each stage stands: complete, unfinished, missing, or stale with what changed."""
-    return [(node, stages.status(node)) for node in nodes(recipe)]
+    return [(node, standing.status(node)) for node in nodes(recipe)]
 
 
 def run(
@@ -201,7 +203,7 @@ def run_stage(
     with stages.lock(recipe.folder):
         for node in todo:
             for before in node.inputs.values():
-                now = stages.status(before)
+                now = standing.status(before)
                 if now.kind != "complete":
                     raise UserError(
                         f"{node.title} reads {before.title}, which is {now.kind}: run `croco run` first"
@@ -214,26 +216,29 @@ def run_stage(
 
 def run_node(node: Node, recipe: Recipe, say: Say) -> None:
     """Run one node, saying in one line what became of it."""
-    now = stages.status(node)
+    now = standing.status(node)
     if now.kind == "complete":
         say(f"{node.title:<24} complete, skipped")
         return
     if now.kind == "unfinished":
         say(f"{node.title:<24} unfinished, going on")
     found = stages.execute(node, recipe)
-    say(f"{node.title:<24} {counted(found)}{found['seconds']:.1f} s")
+    say(f"{node.title:<24} {counted(node, found)}{found['seconds']:.1f} s")
 
 
-def counted(found: dict[str, Any]) -> str:
+def counted(node: Node, found: dict[str, Any]) -> str:
+    """What a finished stage wrote and left out, for a line on the terminal."""
     counts = found["counts"]
-    written = [f"{count:,} {unit}s" for unit, count in counts.get("written", {}).items()]
-    dropped = [f"{count:,} {unit}s dropped" for unit, count in counts.get("dropped", {}).items()]
-    return "".join(f"{part}, " for part in written + dropped)
+    own = TABLES[node.stage.table].unit if node.stage.table else None
+    written = [(count, unit) for unit, count in counts.get("written", {}).items() if own in (None, unit)]
+    parts = [f"{count:,} {unit}s" for count, unit in written]
+    parts += [f"{count:,} {unit}s dropped" for unit, count in counts.get("dropped", {}).items()]
+    return "".join(f"{part}, " for part in parts)
 
 
 def _stop_or_clear(todo: list[Node], rebuild: bool, say: Say, every: list[Node] | None = None) -> None:
     """Stop at stale stages with what changed; with `rebuild`, remove them and those after them."""
-    stale = {id(node): now for node in todo if (now := stages.status(node)).kind == "stale"}
+    stale = {id(node): now for node in todo if (now := standing.status(node)).kind == "stale"}
     if stale and not rebuild:
         raise StaleStage(stale_message([(node, stale[id(node)]) for node in todo if id(node) in stale]))
     gone: set[int] = set()
@@ -242,7 +247,7 @@ def _stop_or_clear(todo: list[Node], rebuild: bool, say: Say, every: list[Node] 
         if id(node) in stale or after_gone:
             gone.add(id(node))
             if (node.folder / "stage.json").exists():
-                stages.clear(node.folder)
+                standing.clear(node.folder)
                 say(f"{node.title:<24} removed, to be made again")
 
 
@@ -262,12 +267,12 @@ def rebuild_report(recipe: Recipe, say: Say = lambda line: None) -> Path:
     node = nodes(recipe)[-1]
     with stages.lock(recipe.folder):
         for before in node.inputs.values():
-            now = stages.status(before)
+            now = standing.status(before)
             if now.kind != "complete":
                 raise UserError(
                     f"the report reads {before.title}, which is {now.kind}: run `croco run` first"
                 )
-        stages.clear(node.folder)
+        standing.clear(node.folder)
         run_node(node, recipe, say)
     return node.folder / "report.html"
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from croco import pipeline, store
 from croco.prompts import load as prompts_load
 from croco.recipe import Evaluation, Prompts, Recipe
-from croco.stage import Node, Status
+from croco.stage import Node
+from croco.standing import Status
 
 # in a table a token is its id (4 bytes) and about as much text, before compression
 TOKEN_BYTES = 8
@@ -34,7 +35,7 @@ def describe(recipe: Recipe) -> Iterator[str]:
 def _standing(node: Node, status: Status) -> str:
     if status.kind == "complete":
         found = store.read_json(node.folder / "stage.json")
-        return f"complete: {pipeline.counted(found)}{found['seconds']:.1f} s"
+        return f"complete: {pipeline.counted(node, found)}{found['seconds']:.1f} s"
     if status.kind == "unfinished":
         return f"unfinished ({len(store.shards(node.folder))} shards there): would go on"
     return {"missing": "would run", "stale": "stale, would need --rebuild:"}[status.kind]

@@ -11,7 +11,6 @@ from __future__ import annotations
 import fcntl
 import shutil
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from croco import provenance, store
+from croco import provenance, standing, store
 from croco.errors import StaleStage, UserError
 from croco.identity import digest
 from croco.progress import Progress, progress
@@ -78,14 +77,6 @@ class Node:
     @property
     def fingerprint(self) -> str:
         return digest(self.science)
-
-
-@dataclass(frozen=True)
-class Status:
-    """How a node's folder stands: 'missing', 'unfinished', 'complete' or 'stale' with the changes."""
-
-    kind: str
-    changes: tuple[str, ...] = ()
 
 
 @dataclass
@@ -147,7 +138,7 @@ class Work:
             if read is not None
             else {self.table.unit: table.num_rows + drops.get(self.table.unit, 0)}
         )
-        balance(self.title, read, written, drops)
+        standing.balance(self.title, read, written, drops)
         store.write_shard(
             self.folder, index, table, self.table.schema, read=read, written=written, dropped=dropped
         )
@@ -157,7 +148,7 @@ class Work:
     ) -> None:
         """Counts and ledger of a stage that writes no table (training: pairs read = trained on + dropped)."""
         drops = store.count_units(dropped) if dropped is not None else {}
-        balance(self.title, read, written, drops)
+        standing.balance(self.title, read, written, drops)
         store.write_parquet(
             self.folder / "dropped.parquet",
             dropped if dropped is not None else DROPPED.schema.empty_table(),
@@ -182,18 +173,6 @@ class Work:
         self.record_file.setdefault("facts", {}).update(facts)
 
 
-def balance(
-    title: str, read: Mapping[str, int], written: Mapping[str, int], dropped: Mapping[str, int]
-) -> None:
-    """Raise ValueError unless read = written + dropped for every unit that was read."""
-    for unit, count in read.items():
-        left = written.get(unit, 0) + dropped.get(unit, 0)
-        if count != left:
-            raise ValueError(
-                f"{title}: read {count} {unit}s, but wrote {written.get(unit, 0)} and dropped {dropped.get(unit, 0)}"
-            )
-
-
 @contextmanager
 def lock(run: Path) -> Iterator[None]:
     """Hold a run's folder against a second process; the system lets go of it however this one ends."""
@@ -206,104 +185,9 @@ def lock(run: Path) -> Iterator[None]:
         yield
 
 
-def status(node: Node) -> Status:
-    """How a node's folder stands against the recipe; reads `stage.json`, and row counts when it is complete."""
-    path = node.folder / "stage.json"
-    if not path.exists():
-        return Status("missing")
-    found = store.read_json(path)
-    if found["fingerprint"] != node.fingerprint:
-        if found["state"] != "complete" and _nothing_made(node.folder):
-            return Status("missing")  # it stopped at bad input, say: there is nothing to lose
-        return Status("stale", tuple(changes(found, node)))
-    if found["state"] != "complete":
-        return Status("unfinished")
-    try:
-        verify(node, found)
-    except UserError as error:
-        return Status("stale", (str(error),))
-    return Status("complete")
-
-
-def _nothing_made(folder: Path) -> bool:
-    """Whether a stage's folder holds nothing but its `stage.json` (and other stages)."""
-    return all(
-        path.name == "stage.json" or path.name.startswith(store.TEMPORARY) or (path / "stage.json").exists()
-        for path in folder.iterdir()
-    )
-
-
-def changes(found: Mapping[str, Any], node: Node) -> list[str]:
-    """Each field that changed since a stage was written, old → new."""
-    old, new = _flat(found["science"]), _flat(node.science)
-    lines = []
-    for key in sorted(old.keys() | new.keys(), key=lambda k: (k.startswith("inputs."), k)):
-        if old.get(key) != new.get(key):
-            before, after = (provenance.shown(side.get(key, "(not there)")) for side in (old, new))
-            what = f"its input {key.removeprefix('inputs.')}" if key.startswith("inputs.") else key
-            lines.append(f"{what.removeprefix('settings.')}: {before} → {after}")
-    return lines
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted keys of nested tables; an empty table is a value."""
-    if not isinstance(value, Mapping) or not value:
-        return {prefix.rstrip("."): value}
-    return {k: v for key, below in value.items() for k, v in _flat(below, f"{prefix}{key}.").items()}
-
-
-def verify(node: Node, found: Mapping[str, Any]) -> dict[str, dict[str, int]]:
-    """Check markers against the rows on disk and sum their counts; raises UserError naming the file that is off."""
-    if not node.stage.table:
-        there = _files(node.folder)
-        for name, size in found.get("files", {}).items():
-            if there.get(name) != size:
-                raise UserError(
-                    f"{node.folder / name} is {there.get(name, 'missing')}, expected {size} bytes"
-                )
-        return dict(found["counts"])
-    finished = store.shards(node.folder)
-    indices = [shard.index for shard in finished]
-    if indices != list(range(found.get("num_shards") or 0)):
-        raise UserError(
-            f"{node.folder} holds {len(indices)} finished shards, expected {found.get('num_shards')}"
-        )
-    totals: dict[str, Counter[str]] = {name: Counter() for name in ("read", "written", "dropped")}
-    for shard in finished:
-        for path, expected in ((shard.path, shard.rows), (shard.ledger, sum(shard.dropped.values()))):
-            rows = store.num_rows(path) if expected or path == shard.path else 0
-            if rows != expected:
-                raise UserError(f"{path} holds {rows} rows, but its marker says {expected}")
-        for name, total in totals.items():
-            total.update(getattr(shard, name))
-    counts = {name: dict(total) for name, total in totals.items()}
-    balance(node.title, counts["read"], counts["written"], counts["dropped"])
-    return counts
-
-
-def _files(folder: Path) -> dict[str, int]:
-    """Names and sizes of what a stage made, without its `stage.json` and scratch."""
-    names = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    return {
-        name: path.stat().st_size
-        for name, path in sorted(names.items())
-        if name != "stage.json" and not name.startswith("scratch/")
-    }
-
-
-def clear(folder: Path) -> None:
-    """Remove a stage's folder, `stage.json` first; sub-folders that are other stages (arms) stay."""
-    (folder / "stage.json").unlink(missing_ok=True)
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if not path.is_dir():
-            path.unlink()
-        elif not (path / "stage.json").exists():
-            shutil.rmtree(path)
-
-
 def execute(node: Node, recipe: Recipe) -> dict[str, Any]:
     """Run one node to completion, or finish what an earlier process began; returns its `stage.json`."""
-    now = status(node)
+    now = standing.status(node)
     if now.kind == "complete":
         return dict(store.read_json(node.folder / "stage.json"))
     if now.kind == "stale":
@@ -341,7 +225,7 @@ def _start(node: Node, recipe: Recipe, resume: bool) -> dict[str, Any]:
         found: dict[str, Any] = store.read_json(node.folder / "stage.json")
         found["starts"] += 1
     else:
-        clear(node.folder)  # shards without a stage.json are of unknown origin
+        standing.clear(node.folder)  # shards without a stage.json are of unknown origin
         found = {
             "stage": node.stage.name,
             "arm": node.arm,
@@ -362,7 +246,7 @@ def _start(node: Node, recipe: Recipe, resume: bool) -> dict[str, Any]:
 
 def _finish(node: Node, found: dict[str, Any]) -> dict[str, Any]:
     """Check every count, merge the ledgers, and only then say "complete"."""
-    counts = verify(node, found)
+    counts = standing.verify(node, found)
     if node.stage.reads_all is not None:
         unit, name = node.stage.reads_all
         there = store.read_json(node.inputs[name].folder / "stage.json")["counts"]["written"][unit]
@@ -378,6 +262,6 @@ def _finish(node: Node, found: dict[str, Any]) -> dict[str, Any]:
         shutil.rmtree(node.folder / "scratch")
     found |= {"state": "complete", "counts": counts}
     if not node.stage.table:
-        found["files"] = _files(node.folder)
+        found["files"] = standing.files(node.folder)
     store.write_json(node.folder / "stage.json", found)
     return found

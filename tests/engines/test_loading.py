@@ -36,12 +36,12 @@ def test_a_chat_template_can_be_given_in_a_file(tmp_path: Path, tiny_models: Tin
     file.write_text("{{ messages[0]['content'] }}", encoding="utf-8")
     tokenizer = load_tokenizer(str(tiny_models.policy), chat_template=file)
     assert tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False) == "x"
-    with pytest.raises(UserError, match="chat template .*missing"):
+    with pytest.raises(UserError, match=r"chat template .*missing"):
         load_tokenizer(str(tiny_models.policy), chat_template=tmp_path / "missing.jinja")
 
 
 def test_what_is_no_model_is_named(tmp_path: Path, tiny_models: TinyModels):
-    with pytest.raises(UserError, match="without config.json"):
+    with pytest.raises(UserError, match=r"without config\.json"):
         load_policy(str(tmp_path))
     with pytest.raises(UserError, match="no such directory"):
         load_policy(str(tmp_path / "nowhere"))

@@ -2,7 +2,7 @@ import polars as pl
 import pytest
 
 from croco.errors import UserError
-from croco.evaluation.results import summarise
+from croco.evaluation.results import on_common_prompts, summarise
 
 GROUPS = {"tuned": ["da", "nl"], "held-out": ["sv"], "low-resource": [], "all": ["da", "nl", "sv"]}
 
@@ -88,6 +88,26 @@ def test_arms_with_other_prompts_are_an_error():
         UserError, match=r'Arm "croco" at temperature 0.0 has verdicts for 2 prompts .* expected the 4'
     ):
         summarise(table, GROUPS, seed=1, num_resamples=100)
+
+
+def test_prompts_that_one_arm_lacks_are_left_out_of_all_and_counted():
+    table = two_arms().filter(
+        ~((pl.col("arm") == "croco") & (pl.col("prompt_id") == "p2") & (pl.col("language") == "nl"))
+    )
+    common, num_left_out = on_common_prompts(table)
+    assert num_left_out == 1
+    assert common.filter((pl.col("prompt_id") == "p2") & (pl.col("language") == "nl")).is_empty()
+    results = summarise(common, GROUPS, seed=1, num_resamples=100)
+    assert value(results, "base", "nl", "good") == 1.0
+    assert on_common_prompts(two_arms())[1] == 0
+
+
+def test_arms_without_a_common_prompt_are_an_error():
+    table = two_arms().with_columns(
+        prompt_id=pl.when(pl.col("arm") == "croco").then(pl.lit("other")).otherwise(pl.col("prompt_id"))
+    )
+    with pytest.raises(UserError, match='arm "croco" has verdicts on 2'):
+        on_common_prompts(table)
 
 
 def test_real_prompts_report_the_score():

@@ -109,7 +109,7 @@ def tables(draw: st.DrawFn) -> list[twin.Row]:
     return rows
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(tables(), st.sampled_from(REJECTED), st.sampled_from(["language", "all"]), st.randoms())
 def test_the_fast_path_is_the_obvious_twin(rows, rule, pool, random):
     expected = twin.pairs(rows, pool, rule)

@@ -11,8 +11,8 @@ from croco import store
 from croco.errors import UserError
 from croco.records import DROPPED, PAIRS, ledger
 from croco.report.gather import browser_pairs, read_run
-from croco.report.page import build_page, count_of, duration, json_for_html
-from croco.report.tables import results_markdown
+from croco.report.page import build_page, json_for_html
+from croco.report.tables import count_of, duration, results_markdown
 from report.made_run import NASTY, make_run
 
 

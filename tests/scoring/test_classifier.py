@@ -38,10 +38,10 @@ def one_by_one(model, asked):
 @pytest.mark.parametrize("token_budget", [50, 400, 10_000])
 @pytest.mark.parametrize("declared", [True, False])
 def test_equals_one_by_one(arch, token_budget, declared):
-    model, asked = make_reward(arch, layers=3, spread=0.3), requests(prompt_in_completions=not declared)
+    model, asked = make_reward(arch, layers=3), requests(prompt_in_completions=not declared)
     found = torch.tensor(HFScorer(model, make_tokenizer(), token_budget).score(asked))
     expected = one_by_one(model, asked)
-    assert expected.std() > 0.1
+    assert expected.std() > 0.05
     assert (found - expected).abs().max() < 1e-5
 
 
@@ -70,16 +70,19 @@ def test_whole_sequences_give_the_same_where_sharing_is_not_known_to_be_exact():
     assert (found - one_by_one(model, asked)).abs().max() < 1e-5
 
 
-def test_sliding_windows_are_kept_in_shared_prefixes():
-    model = make_policy("cohere2", layers=4, spread=0.3).model
-    asked = requests()
-    groups = [prefix_forward.Group(request.prompt_ids, request.completions) for request in asked]
+@pytest.mark.parametrize("arch", ["llama", "qwen3", "cohere2"])
+def test_shared_prefixes_are_exact_in_double_precision_sliding_windows_too(arch):
+    model = make_policy(arch, layers=4, spread=0.3).model.double()
+    groups = [prefix_forward.Group(request.prompt_ids, request.completions) for request in requests()]
+    done = set()
     with torch.inference_mode():
         for rows, output in prefix_forward.forward(model, groups, 400):
             for line, (g, i) in enumerate(rows):
                 whole = model(torch.tensor([groups[g].prefix + groups[g].rests[i]])).last_hidden_state[0]
                 own = whole[len(groups[g].prefix) :]
-                assert (output.last_hidden_state[line, : len(own)] - own).abs().max() < 1e-4
+                assert (output.last_hidden_state[line, : len(own)] - own).abs().max() < 1e-8
+                done.add((g, i))
+    assert len(done) == 48
 
 
 def test_the_score_is_read_where_transformers_reads_it_when_padding_ends_a_conversation():

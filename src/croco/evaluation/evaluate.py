@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from croco.engines.base import Decoding
 from croco.evaluation.fidelity import language_mode
-from croco.evaluation.results import BASE, language_groups, summarise
+from croco.evaluation.results import BASE, language_groups, on_common_prompts, summarise
 from croco.records import COMPLETIONS, RESULTS, ledger
 from croco.sampling.sample import sample_shards
 from croco.sampling.seeds import digest
@@ -72,8 +72,9 @@ def plan_batches(
 
 
 def evaluation_seed(run_seed: int) -> int:
-    """The run seed that evaluated completions are drawn with: the same for every arm and temperature, and not the
-    tuning samples'."""
+    """The run seed that evaluated completions are drawn with: the same for every arm and temperature, and not
+    the tuning samples'.
+    """
     return digest("evaluation", run_seed)
 
 
@@ -131,9 +132,7 @@ def _judge_lab(work: Work, batches: Sequence[Batch], drafts: Mapping[int, Path])
 
 
 def _judge_by_reward(work: Work, batches: Sequence[Batch], drafts: Mapping[int, Path]) -> None:
-    """Verdicts of the reward model: its score as the value, whether the language is the prompt's as the
-    mode.
-    """
+    """Verdicts of the reward model: the value is its score, the mode whether the language is the prompt's."""
     if not batches:
         return
     from croco.engines.hf import HFScorer, load_reward
@@ -182,8 +181,8 @@ def _write(
     modes: Sequence[str],
     values: Sequence[float | str],
 ) -> None:
-    """One finished shard of verdicts; completions without a value and prompts without completions go to the
-    ledger.
+    """One finished shard of verdicts; a reason in place of a value, and a prompt without completions, go to
+    the ledger.
     """
     table = answered.select(*PROMPT, "sample_id", "completion", "finish_reason").with_columns(
         arm=pl.lit(work.arm, pl.String),
@@ -192,7 +191,6 @@ def _write(
         mode=pl.Series(modes, dtype=pl.String),
         value=pl.Series([None if isinstance(value, str) else value for value in values], dtype=pl.Float64),
     )
-    key = answered.select(*PROMPT, "sample_id").iter_rows()
     key = answered.select(*PROMPT, "sample_id").iter_rows()
     drops = [
         ("completion", *row, value) for row, value in zip(key, values, strict=True) if isinstance(value, str)
@@ -217,5 +215,7 @@ def results(work: Work) -> None:
     if todo:
         verdicts = pl.concat([read_table(work.inputs[f"evaluate/{arm}"], columns) for arm in arms])
         groups = language_groups(run.languages, run.low_resource_languages, run.held_out_languages)
+        verdicts, num_left_out = on_common_prompts(verdicts)
+        work.record(prompts_left_out=num_left_out)
         table = summarise(verdicts, groups, work.seed, work.recipe.evaluation.bootstrap)
         work.write(0, table.to_arrow().select(RESULTS.schema.names))

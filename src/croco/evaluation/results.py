@@ -85,6 +85,26 @@ def summarise(
     )
 
 
+def on_common_prompts(verdicts: pl.DataFrame) -> tuple[pl.DataFrame, int]:
+    """The verdicts on those (prompt, language) that every arm has at every temperature, and how many others
+    there were.
+
+    A completion that was too long to score is missing in one arm only; what is compared must be the same for
+    all. Raises UserError naming the arm with the fewest when nothing is left.
+    """
+    prompt = ["benchmark", "prompt_id", "language"]
+    num_settings = verdicts.select("arm", "temperature").n_unique()
+    present = verdicts.select(*prompt, "arm", "temperature").unique().group_by(prompt).len("settings")
+    common = present.filter(pl.col("settings") == num_settings)
+    if common.is_empty():
+        by_arm = verdicts.group_by("arm").agg(pl.struct(prompt).n_unique().alias("prompts"))
+        arm, count = by_arm.sort("prompts", "arm").row(0)
+        raise UserError(
+            f'No prompt was evaluated in all arms; arm "{arm}" has verdicts on {count}, the fewest.'
+        )
+    return verdicts.join(common, on=prompt, how="semi"), present.height - common.height
+
+
 def _per_prompt(verdicts: pl.DataFrame) -> pl.DataFrame:
     """Means over the samples of every (arm, temperature, prompt, language): the headline metric and a share
     per mode.
@@ -102,7 +122,7 @@ def _per_prompt(verdicts: pl.DataFrame) -> pl.DataFrame:
 
 
 def _check_same_prompts(per_prompt: pl.DataFrame, benchmark: str) -> None:
-    expected = per_prompt.select("prompt_id", "language").unique().height
+    expected = per_prompt.select("prompt_id", "language").n_unique()
     for (arm, temperature), part in per_prompt.group_by("arm", "temperature", maintain_order=True):
         if part.height != expected:
             raise UserError(

@@ -29,7 +29,8 @@ from croco.pairing.pools import KEY, Pools, build_pools, describe_key, pool_key,
 from croco.pairing.select import NO_ROW, Selection, parse_rule, select, share_other_than_minimum
 from croco.records import DROPPED
 from croco.sampling.seeds import digest
-from croco.stage import Work, balance
+from croco.stage import Work
+from croco.standing import balance
 from croco.store import read_dropped, read_table
 
 POOLS_PER_SHARD = 8192

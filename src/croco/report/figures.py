@@ -125,14 +125,8 @@ def gains(
     scopes = [scope for block in blocks for scope in block]
     scale = 100 if board.is_share else 1
     colours = temperature_colours(temperatures)
-    places = [
-        place + 0.6 * number
-        for number, block in enumerate(b for b in blocks if b)
-        for place in range(len(block))
-    ]
-    starts = np.cumsum([0, *(len(block) for block in blocks if block)])
-    places = [place + start for (place, start) in zip(
-        places, np.repeat(starts[:-1], np.diff(starts)), strict=True)]  # fmt: skip
+    gaps = [0.6 * number for number, block in enumerate(filter(None, blocks)) for _ in block]
+    places = [place + gap for place, gap in enumerate(gaps)]
 
     def paint(figure: Figure) -> None:
         axes = _axes(figure, scopes)

@@ -21,7 +21,16 @@ from croco.evaluation.stats import verdict
 from croco.recipe import Arm
 from croco.report import figures
 from croco.report.gather import Run, browser_pairs, pair_scores, read_run, scores_of
-from croco.report.tables import Board, boards, mode_shares, scope_name, sentence, temperature_name
+from croco.report.tables import (
+    Board,
+    boards,
+    count_of,
+    duration,
+    mode_shares,
+    scope_name,
+    sentence,
+    temperature_name,
+)
 from croco.stage import Work
 from croco.store import write_text
 
@@ -101,11 +110,6 @@ def json_for_html(value: Any) -> Markup:
     return Markup(text)
 
 
-def count_of(count: int, unit: str) -> str:
-    """ "1 pair", "1,024 pairs"."""
-    return f"{count:,} {unit}" if count == 1 else f"{count:,} {unit}s"
-
-
 def _facts(run: Run, board: Board) -> list[tuple[str, str]]:
     recipe = run.recipe
     seconds = sum(float(stage.get("seconds") or 0) for stage in run.stages.values())
@@ -137,16 +141,6 @@ def _facts(run: Run, board: Board) -> list[tuple[str, str]]:
 
 def _written(run: Run, stage: str, unit: str) -> int:
     return int(run.stages[stage]["counts"].get("written", {}).get(unit, 0))
-
-
-def duration(seconds: float) -> str:
-    """ "48 s", "3 min 20 s", "5 h 12 min"."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def about(arm: Arm) -> str:
@@ -193,7 +187,13 @@ def _verdicts(run: Run, found: list[Board]) -> dict[str, Any]:
         for scope in board.groups
         if (t := board.best_base.get(scope)) is not None
     )
-    return {"arms": arms, "best": best, "is_share": board.is_share, "judged_on": board.title}
+    return {
+        "arms": arms,
+        "best": best,
+        "is_share": board.is_share,
+        "left_out": run.stages["results"].get("facts", {}).get("prompts_left_out", 0),
+        "judged_on": board.title,
+    }
 
 
 def _gains(run: Run, found: list[Board]) -> dict[str, Any]:

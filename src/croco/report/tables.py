@@ -136,6 +136,21 @@ def scope_name(scope: str) -> str:
     return scope if scope in GROUPS else languages.name(scope)
 
 
+def count_of(count: int, unit: str) -> str:
+    """ "1 pair", "1,024 pairs"."""
+    return f"{count:,} {unit}" if count == 1 else f"{count:,} {unit}s"
+
+
+def duration(seconds: float) -> str:
+    """ "48 s", "3 min 20 s", "5 h 12 min"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
 def sentence(board: Board, arm: str, to_best: bool = False) -> str:
     """One sentence: in which groups the arm is better than the base, worse, or not told apart from it.
 

@@ -1,0 +1,184 @@
+"""Sampling against `model.generate`, and scoring against random padded batches, side by side on this machine.
+
+    OMP_NUM_THREADS=1 python bench/engines.py [--rounds 3] [--completions 64]
+
+Both sides take the same prompts and rows in turns, each with the batch size that is best for it on a first part; what is
+printed are medians over the rounds and their ratio. The policy is the lab's when it is built, else a random model of its
+shape whose end tokens make lengths geometric with mean 20.
+"""
+
+import argparse
+import random
+import time
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import Any
+
+import torch
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForSequenceClassification,
+)
+
+from croco.engines.base import Decoding, Request, ScoreRequest
+from croco.engines.hf import load_policy
+from croco.errors import UserError
+from croco.sampling.chat import end_ids, prompt_ids
+from croco.sampling.shared_prefix import Decoder
+from croco.scoring import classifier
+
+VOCABULARY, MAX_NEW_TOKENS = 3000, 48
+BUDGETS = (8192, 16384, 32768)
+
+
+def policy() -> tuple[Any, set[int], list[list[int]], str]:
+    """The model, its end tokens, 48 prompts, and what it is."""
+    try:
+        from croco.lab import world
+
+        model, tokenizer = load_policy("lab:policy", device="cpu")
+        rows = world.prompts("dev", ["en", "da", "fr"], 16).to_pylist()
+        prompts = [prompt_ids(tokenizer, row["messages"]) for row in rows]
+        return model, end_ids(tokenizer, model.generation_config), prompts, "lab:policy"
+    except (UserError, ImportError):
+        pass
+    torch.manual_seed(0)
+    shape = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
+        max_position_embeddings=512, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    dice = random.Random(1)
+    prompts = [[dice.randrange(500, VOCABULARY) for _ in range(dice.randint(12, 28))] for _ in range(48)]
+    return LlamaForCausalLM(shape).eval(), set(range(2, 152)), prompts, "random weights, lab shape"
+
+
+def ours(model: Any, ends: set[int], prompts: Sequence[list[int]], completions: int, budget: int) -> int:
+    """Tokens sampled with shared prefixes, end tokens included."""
+    decoding = Decoding(1.0, 1.0, 0, MAX_NEW_TOKENS)
+    requests = [
+        Request(k, ids, [completions * k + i for i in range(completions)]) for k, ids in enumerate(prompts)
+    ]
+    with torch.inference_mode():
+        found = Decoder(model, ends, decoding, requests, model.config.max_position_embeddings, budget).run()
+        return sum(len(s.ids) + (s.finish_reason == "stop") for _, samples in found for s in samples)
+
+
+def generate(model: Any, ends: set[int], prompts: Sequence[list[int]], completions: int, batch: int) -> int:
+    """Tokens sampled by `model.generate` with left-padded batches of that many prompts, end tokens included."""
+    config = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=MAX_NEW_TOKENS,
+        num_return_sequences=completions, eos_token_id=sorted(ends), pad_token_id=0,
+    )  # fmt: skip
+    tokens, ends_E = 0, torch.tensor(sorted(ends))
+    with torch.inference_mode():
+        for start in range(0, len(prompts), batch):
+            part = prompts[start : start + batch]
+            width = max(map(len, part))
+            ids = torch.tensor([[0] * (width - len(p)) + p for p in part])
+            mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in part])
+            drawn = model.generate(ids, attention_mask=mask, generation_config=config)[:, width:]
+            ended = torch.isin(drawn, ends_E)
+            tokens += int(torch.where(ended.any(1), ended.int().argmax(1) + 1, drawn.shape[1]).sum())
+    return tokens
+
+
+def padded(model: Any, rows: Sequence[list[int]], batch: int) -> list[float]:
+    """Scores by the model's own forward on right-padded batches in the order given."""
+    scores: list[float] = []
+    with torch.inference_mode():
+        for start in range(0, len(rows), batch):
+            part = rows[start : start + batch]
+            width = max(map(len, part))
+            ids = torch.tensor([row + [0] * (width - len(row)) for row in part])
+            mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in part])
+            scores += model(input_ids=ids, attention_mask=mask).logits[:, 0].tolist()
+    return scores
+
+
+def rate(work: Callable[[], int]) -> float:
+    start = time.perf_counter()
+    return work() / (time.perf_counter() - start)
+
+
+def bench_sampling(rounds: int, completions: int) -> None:
+    model, ends, prompts, name = policy()
+    budget = max(BUDGETS, key=lambda b: rate(lambda: ours(model, ends, prompts[:16], completions, b)))
+    batch = max(
+        (1, 2, 4, 8, 16), key=lambda b: rate(lambda: generate(model, ends, prompts[:16], completions, b))
+    )
+    figures = [
+        (
+            rate(lambda: ours(model, ends, prompts, completions, budget)),
+            rate(lambda: generate(model, ends, prompts, completions, batch)),
+        )
+        for _ in range(rounds)
+    ]
+    mine, theirs = (median(side) for side in zip(*figures, strict=True))
+    print(
+        f"sampling ({name}, N = {completions}): {mine:,.0f} tokens/s (budget {budget:,}) against {theirs:,.0f} of "
+        f"generate (batches of {batch} prompts): {mine / theirs:.2f} ×"
+    )
+
+
+def bench_scoring(rounds: int, completions: int, prompt_tokens: int, completion_tokens: int) -> None:
+    torch.manual_seed(0)
+    shape = Qwen3Config(
+        vocab_size=VOCABULARY, hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, max_position_embeddings=1024, num_labels=1, pad_token_id=0,
+    )  # fmt: skip
+    model, dice = Qwen3ForSequenceClassification(shape).eval(), random.Random(0)
+
+    def ids(length: int) -> list[int]:
+        return [dice.randrange(3, VOCABULARY) for _ in range(length)]
+
+    spread = (completion_tokens // 2, completion_tokens * 3 // 2)
+    requests = [
+        ScoreRequest(k, ids(prompt_tokens), [ids(dice.randint(*spread)) for _ in range(completions)])
+        for k in range(4)
+    ]
+    rows = [
+        (request.prompt_ids + c, (k, i))
+        for k, request in enumerate(requests)
+        for i, c in enumerate(request.completions)
+    ]
+    dice.shuffle(rows)
+    sequences = [row for row, _ in rows]
+
+    def fast(budget: int, asked: Sequence[ScoreRequest]) -> int:
+        classifier.logits(model, asked, budget)
+        return sum(len(request.completions) for request in asked)
+
+    budget = max(BUDGETS, key=lambda b: rate(lambda: fast(b, requests[:1])))
+    batch = max((4, 8, 16, 32), key=lambda b: rate(lambda: len(padded(model, sequences[:64], b))))
+    figures = [
+        (rate(lambda: fast(budget, requests)), rate(lambda: len(padded(model, sequences, batch))))
+        for _ in range(rounds)
+    ]
+    found = classifier.logits(model, requests, budget)
+    gap = max(
+        abs(found[k][i] - score)
+        for (_, (k, i)), score in zip(rows, padded(model, sequences, batch), strict=True)
+    )
+    mine, theirs = (median(side) for side in zip(*figures, strict=True))
+    print(
+        f"scoring ({prompt_tokens}/{completion_tokens} tokens, N = {completions}): {mine:,.1f} rows/s (budget {budget:,}) "
+        f"against {theirs:,.1f} of random padded batches of {batch}: {mine / theirs:.2f} ×, scores within {gap:.1e}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--completions", type=int, default=64)
+    asked = parser.parse_args()
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s)")
+    bench_sampling(asked.rounds, asked.completions)
+    for prompt_tokens, completion_tokens in ((128, 128), (256, 64), (64, 256)):
+        bench_scoring(asked.rounds, asked.completions, prompt_tokens, completion_tokens)
+
+
+if __name__ == "__main__":
+    main()
