@@ -6,7 +6,7 @@ import torch
 from croco.engines.base import Decoding, Request
 from croco.engines.hf import HFSampler
 from croco.sampling import plain, shared_prefix
-from croco.sampling.architecture import unsupported
+from croco.sampling.architecture import disagreement, unsupported
 from tiny import make_policy, make_tokenizer
 
 ARCHITECTURES = ["llama", "cohere2", "qwen3"]
@@ -146,7 +146,7 @@ def test_a_model_that_computes_something_else_is_found_out():
     model = make_policy("llama", spread=0.3)
     for layer in model.model.layers:  # looks at its prompt through another scale than it says
         layer.self_attn.forward = spoilt(layer.self_attn.forward)
-    assert "differ by" in str(shared_prefix.disagreement(model))
+    assert "differ by" in str(disagreement(model))
 
 
 def spoilt(forward):

@@ -34,12 +34,13 @@ def scored(tmp_path_factory: pytest.TempPathFactory, tiny_models: TinyModels) ->
 
 def test_every_prompt_has_its_completions_with_their_seeds(scored: Path, tiny_models: TinyModels):
     completions = store.read_table(scored / "sample")
+    limit = load(scored / "recipe.json").sampling.max_new_tokens
     assert completions.height == 10 * 2 * 12
     assert not completions.select(KEY).is_duplicated().any()
     for row in completions.iter_rows(named=True):
         assert row["seed"] == sample_seed(7, row["prompt_id"], row["language"], row["sample_id"])
         assert row["completion_tokens"] == len(row["completion_ids"]) + (row["finish_reason"] == "stop")
-        assert row["finish_reason"] == "stop" or row["completion_tokens"] == 12
+        assert row["finish_reason"] == "stop" or row["completion_tokens"] == limit
     tokenizer = load_policy(str(tiny_models.policy))[1]
     first = completions.row(0, named=True)
     assert first["completion"] == tokenizer.decode(first["completion_ids"], skip_special_tokens=True)

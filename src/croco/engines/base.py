@@ -68,5 +68,5 @@ class Scorer(Protocol):
     max_context: int
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[list[float]]:
-        """Scores in the order of the requests and their completions; raises UserError on a non-finite one."""
+        """Scores in the order of the requests and their completions; one that is not finite is the caller's to name."""
         ...

@@ -17,9 +17,9 @@ from croco.engines.base import Decoding, Request, Sampled, ScoreRequest
 from croco.errors import UserError
 from croco.identity import local_model
 from croco.sampling import plain
-from croco.sampling.architecture import unsupported
+from croco.sampling.architecture import disagreement, unsupported
 from croco.sampling.chat import end_ids
-from croco.sampling.shared_prefix import Decoder, disagreement
+from croco.sampling.shared_prefix import Decoder
 from croco.scoring import classifier, likelihood
 
 logger = logging.getLogger(__name__)

@@ -5,15 +5,16 @@ The policy is rounded to bfloat16 before anything is derived from it, since that
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from croco.engines.hf import HFSampler
+from croco.engines.hf import HFSampler, load_policy
 from croco.lab import reward, world
 from croco.lab.gates import measure
 from croco.lab.items import LANGUAGES
@@ -22,7 +23,7 @@ from croco.store import write_json
 
 MODELS = Path(__file__).parent / "models"
 SEED = 1
-PRETRAINING_TOKENS = 3_000_000
+PRETRAINING_TOKENS = 5_000_000
 ENGLISH_SAMPLES = 16  # per English train prompt, for the preference pairs
 UNLABELLED_PROMPTS, UNLABELLED_SAMPLES = 160, 6  # per language, for the student
 
@@ -30,6 +31,7 @@ UNLABELLED_PROMPTS, UNLABELLED_SAMPLES = 160, 6  # per language, for the student
 def build(folder: Path | None = None, seed: int = SEED) -> None:
     """Trains and writes `folder`/policy and `folder`/reward (the package's own when None), printing what it does."""
     folder = folder or MODELS
+    torch.set_num_threads(1)  # the same sums in the same order on every machine, and no contention
     console = Console()
     started = time.monotonic()
 
@@ -37,13 +39,15 @@ def build(folder: Path | None = None, seed: int = SEED) -> None:
         console.print(f"[dim]{time.monotonic() - started:6.0f} s[/dim]  {text}")
 
     policy, tokenizer = pretrain(seed, PRETRAINING_TOKENS, on_step=every(say, "pretraining", 200_000))
-    policy = policy.to(torch.bfloat16)
     save(policy, tokenizer, folder / "policy")
-    facts = build_reward(policy.float(), tokenizer, folder / "reward", seed, say)
+    policy, tokenizer = load_policy(str(folder / "policy"), dtype="float32")
+    facts: dict[str, Any] = build_reward(policy, tokenizer, folder / "reward", seed, say)
     facts |= {"seed": seed, "pretraining_tokens": PRETRAINING_TOKENS}
     table, gates = measure(folder / "policy", folder / "reward", seed)
     console.print(table)
-    write_json(folder / "build.json", facts | {"gates_on_dev": gates, "seconds": round(time.monotonic() - started)})
+    write_json(
+        folder / "build.json", facts | {"gates_on_dev": gates, "seconds": round(time.monotonic() - started)}
+    )
     say(f"wrote {folder}")
 
 
@@ -70,7 +74,11 @@ def save(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, folder: Pat
 
 
 def build_reward(
-    policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path, seed: int, say: Callable[[str], None]
+    policy: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path,
+    seed: int,
+    say: Callable[[str], None],
 ) -> dict[str, float]:
     """Teacher and student on the policy's samples; returns how well the teacher ranks English and how it was made."""
     sampler = HFSampler(policy, tokenizer)
@@ -87,7 +95,9 @@ def build_reward(
 
     texts = tokenizer.batch_decode([row.ids for row in english], skip_special_tokens=True)
     tiers = [reward.tier(row.prompt_id, "en", text) for row, text in zip(english, texts, strict=True)]
-    held_out = {p for i, p in enumerate(train) if i % 5 == 0}  # a fifth of the English prompts measures the teacher
+    held_out = {
+        p for i, p in enumerate(train) if i % 5 == 0
+    }  # a fifth of the English prompts measures the teacher
     pairs = reward.english_pairs(english, tiers)
     measured = np.array([english[i].prompt_id in held_out for i, _ in pairs])
     teacher = reward.train_teacher(values, rows, english_values, pairs[~measured], seed)
@@ -99,9 +109,3 @@ def build_reward(
     student = reward.distil(policy, tokenizer, rows, targets, seed, on_step=every(say, "distilling", 50))
     save(student, tokenizer, folder)
     return {"english_pairs": len(pairs), "teacher_english_accuracy": accuracy, "unlabelled_rows": len(rows)}
-
-
-def dev_prompts(limit: int | None = None) -> Sequence[str]:
-    """Dev prompts of the tasks in tuning."""
-    kept = [p for p in world.prompt_ids("dev") if world.split_id(p)[0].task not in world.HELD_OUT_TASKS]
-    return kept[:limit]

@@ -22,7 +22,9 @@ MIXTURE = {
     "evasive": (0.29, 0.0),
 }
 LOW_RESOURCE_RATE = 0.5  # documents of a low-resource language, relative to the others
-WITHOUT_PROMPT = 0.08  # documents that begin with a completion: they teach what a completion looks like on its own
+WITHOUT_PROMPT = (
+    0.08  # documents that begin with a completion: they teach what a completion looks like on its own
+)
 
 
 def complete(item: Item, language: str, mode: str, rng: Random) -> str:
@@ -80,7 +82,12 @@ def _plain(rng: Random) -> list[dict[str, str]]:
     messages = []
     for language in _languages(rng, rng.choice((1, 2)))[0]:
         messages.append({"role": "user", "content": world.question(item, language, rng.randrange(2))})
-        messages.append({"role": "assistant", "content": world.sentence(item, language, world.say(item.answer, language), rng)})
+        messages.append(
+            {
+                "role": "assistant",
+                "content": world.sentence(item, language, world.say(item.answer, language), rng),
+            }
+        )
     return messages
 
 

@@ -24,7 +24,9 @@ POOL = 16
 MAX_NEW_TOKENS = 64
 
 
-def measure(policy: Path, reward: Path, seed: int, languages: Sequence[str] = LANGUAGES) -> tuple[Table, dict]:
+def measure(
+    policy: Path, reward: Path, seed: int, languages: Sequence[str] = LANGUAGES
+) -> tuple[Table, dict]:
     """The table to print and the same figures as {pick: {language: [share good, low, high]}}, on the dev prompts."""
     keys = [(p, code) for code in languages for p in world.prompt_ids("dev")]
     keys = [key for key in keys if world.split_id(key[0])[0].task not in world.HELD_OUT_TASKS]
@@ -45,21 +47,33 @@ def _pools(
     model, tokenizer = load_policy(str(policy))
     sampler = HFSampler(model, tokenizer)
     prompts = [prompt_tokens(tokenizer, *key) for key in keys]
-    pools = _sample(sampler, prompts, [[sample_seed(seed, *key, i) for i in range(POOL)] for key in keys], 1.0)
+    pools = _sample(
+        sampler, prompts, [[sample_seed(seed, *key, i) for i in range(POOL)] for key in keys], 1.0
+    )
     greedy = _sample(sampler, prompts, [[0]] * len(keys), 0.0)
     texts = [tokenizer.batch_decode([s.ids for s in pool], skip_special_tokens=True) for pool in pools]
     said = [tokenizer.batch_decode([s.ids for s in pool], skip_special_tokens=True) for pool in greedy]
     good = {
-        "sampled": np.array([[world.verify(*key, t).good for t in ts] for key, ts in zip(keys, texts, strict=True)]),
-        "greedy": np.array([[world.verify(*key, t).good for t in ts] for key, ts in zip(keys, said, strict=True)]),
+        "sampled": np.array(
+            [[world.verify(*key, t).good for t in ts] for key, ts in zip(keys, texts, strict=True)]
+        ),
+        "greedy": np.array(
+            [[world.verify(*key, t).good for t in ts] for key, ts in zip(keys, said, strict=True)]
+        ),
     }
     requests = [ScoreRequest(k, prompts[k], [s.ids for s in pool]) for k, pool in enumerate(pools)]
     logps = completion_logps(model, tokenizer, requests)
     lengths = np.array([[len(s.ids) + 1 for s in pool] for pool in pools])
     scorer = HFScorer(*load_reward(str(reward)))
-    scores = scorer.score([_conversations(tokenizer, k, *key, ts) for k, (key, ts) in enumerate(zip(keys, texts, strict=True))])
+    scores = scorer.score(
+        [_conversations(tokenizer, k, *key, ts) for k, (key, ts) in enumerate(zip(keys, texts, strict=True))]
+    )
     summed = np.array(logps)
-    return good, {"reward": np.array(scores), "mean log-probability": summed / lengths, "summed log-probability": summed}
+    return good, {
+        "reward": np.array(scores),
+        "mean log-probability": summed / lengths,
+        "summed log-probability": summed,
+    }
 
 
 def _sample(
@@ -70,7 +84,9 @@ def _sample(
     return [found[k] for k in range(len(prompts))]
 
 
-def _conversations(tokenizer: object, key: int, prompt_id: str, language: str, texts: Sequence[str]) -> ScoreRequest:
+def _conversations(
+    tokenizer: object, key: int, prompt_id: str, language: str, texts: Sequence[str]
+) -> ScoreRequest:
     item, phrasing = world.split_id(prompt_id)
     messages = [{"role": "user", "content": world.question(item, language, phrasing)}]
     return ScoreRequest(key, [], [conversation_ids(tokenizer, messages, text) for text in texts])
@@ -79,7 +95,9 @@ def _conversations(tokenizer: object, key: int, prompt_id: str, language: str, t
 def _by_language(values: np.ndarray, keys: Sequence[tuple[str, str]], seed: int) -> dict[str, list[float]]:
     languages = np.array([language for _, language in keys])
     return {
-        str(code): [round(float(x), 4) for x in bootstrap_mean(values[languages == code].astype(float), seed=seed)]
+        str(code): [
+            round(float(x), 4) for x in bootstrap_mean(values[languages == code].astype(float), seed=seed)
+        ]
         for code in dict.fromkeys(languages)
     }
 
@@ -87,5 +105,7 @@ def _by_language(values: np.ndarray, keys: Sequence[tuple[str, str]], seed: int)
 def _table(figures: Mapping[str, Mapping[str, Sequence[float]]], languages: Sequence[str]) -> Table:
     table = Table("share good, % (95 % interval)", *languages, title="Lab gates on dev prompts")
     for name, row in figures.items():
-        table.add_row(name, *(f"{100 * row[c][0]:.0f} ({100 * row[c][1]:.0f}–{100 * row[c][2]:.0f})" for c in languages))
+        table.add_row(
+            name, *(f"{100 * row[c][0]:.0f} ({100 * row[c][1]:.0f}–{100 * row[c][2]:.0f})" for c in languages)
+        )
     return table

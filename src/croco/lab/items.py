@@ -44,7 +44,7 @@ class Concept:
 
 @dataclass(frozen=True)
 class Item:
-    """One question, without its language. `shown` fills the question, `answer` is right, `wrong` are plausible errors."""
+    """One question, without its language. `shown` fills the question; `wrong` are plausible errors."""
 
     task: str
     key: str
@@ -55,7 +55,10 @@ class Item:
     @property
     def split(self) -> str:
         """train, dev or test, by a stable digest; the held-out task has no train items."""
-        u = int.from_bytes(hashlib.blake2b(f"{self.task}/{self.key}".encode(), digest_size=8).digest()) / 2**64
+        u = (
+            int.from_bytes(hashlib.blake2b(f"{self.task}/{self.key}".encode(), digest_size=8).digest())
+            / 2**64
+        )
         if self.task in HELD_OUT_TASKS:
             return "test" if u < 0.75 else "dev"
         for name, share in SPLITS:

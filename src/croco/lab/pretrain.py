@@ -42,7 +42,9 @@ def train_tokenizer(seed: int, num_documents: int = 40_000) -> PreTrainedTokeniz
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    texts = (m["content"] for d in itertools.islice(documents(seed, num_documents // 4), num_documents) for m in d)
+    texts = (
+        m["content"] for d in itertools.islice(documents(seed, num_documents // 4), num_documents) for m in d
+    )
     tokenizer.train_from_iterator(texts, trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -76,7 +78,9 @@ def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM
     return LlamaForCausalLM(config)
 
 
-def _encode(tokenizer: PreTrainedTokenizerFast, batch: list[list[dict[str, str]]]) -> Iterator[tuple[list[int], list[bool]]]:
+def _encode(
+    tokenizer: PreTrainedTokenizerFast, batch: list[list[dict[str, str]]]
+) -> Iterator[tuple[list[int], list[bool]]]:
     """Ids of each document and which of them are trained on (completions and their end token)."""
     texts = [m["content"] for messages in batch for m in messages]
     encoded = iter(tokenizer(texts, add_special_tokens=False)["input_ids"])
@@ -90,8 +94,10 @@ def _encode(tokenizer: PreTrainedTokenizerFast, batch: list[list[dict[str, str]]
         yield ids, trained
 
 
-def batches(tokenizer: PreTrainedTokenizerFast, seed: int, tokens_per_batch: int, num_plain: int) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Right-padded (ids, attention_mask, trained), each (B, T), of documents of similar length, B * T near the budget."""
+def batches(
+    tokenizer: PreTrainedTokenizerFast, seed: int, tokens_per_batch: int, num_plain: int
+) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Right-padded (ids, mask, trained), each (B, T), of documents of similar length, B * T near the budget."""
     stream = documents(seed, num_plain)
     rng = torch.Generator().manual_seed(seed)
     while True:
@@ -108,7 +114,11 @@ def batches(tokenizer: PreTrainedTokenizerFast, seed: int, tokens_per_batch: int
             trained = torch.zeros(ids.shape, dtype=torch.bool)
             mask = torch.zeros(ids.shape, dtype=torch.long)
             for b, (row, on) in enumerate(groups[g]):
-                ids[b, : len(row)], trained[b, : len(row)], mask[b, : len(row)] = torch.tensor(row), torch.tensor(on), 1
+                ids[b, : len(row)], trained[b, : len(row)], mask[b, : len(row)] = (
+                    torch.tensor(row),
+                    torch.tensor(on),
+                    1,
+                )
             yield ids, mask, trained
 
 
@@ -140,11 +150,15 @@ def pretrain(
     while done < num_tokens:
         ids_BT, mask_BT, trained_BT = next(stream)
         progress = done / num_tokens
-        scale = min(1.0, progress / 0.01 + 0.05) * (1.0 if progress < 0.4 else 0.02 + 0.98 * (1 - progress) / 0.6)
+        scale = min(1.0, progress / 0.01 + 0.05) * (
+            1.0 if progress < 0.4 else 0.02 + 0.98 * (1 - progress) / 0.6
+        )
         for optimizer, base in zip(optimizers, bases, strict=True):
             optimizer.param_groups[0]["lr"] = base * scale
         at = trained_BT[:, 1:]
-        with torch.autocast("cpu", dtype=torch.bfloat16):  # padding is on the right, so a causal mask is enough
+        with torch.autocast(
+            "cpu", dtype=torch.bfloat16
+        ):  # padding is on the right, so a causal mask is enough
             hidden_BTD = trunk(input_ids=ids_BT, use_cache=False).last_hidden_state[:, :-1]
             logits_PV = model.lm_head(hidden_BTD[at])
         loss = torch.nn.functional.cross_entropy(logits_PV.float(), ids_BT[:, 1:][at])

@@ -7,6 +7,7 @@ completions of all 14 languages. No quality label outside English is used anywhe
 English pairs alone does not transfer; `docs/log.md` has the figures.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
@@ -41,7 +42,11 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerFast, prompt_id: str, language: 
 
 
 def draw(
-    sampler: HFSampler, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[tuple[str, str]], num_samples: int, seed: int
+    sampler: HFSampler,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[tuple[str, str]],
+    num_samples: int,
+    seed: int,
 ) -> list[Row]:
     """`num_samples` completions at temperature 1 of each (prompt_id, language); those cut at the limit are left out."""
     requests = [
@@ -54,18 +59,26 @@ def draw(
     return sorted(rows, key=lambda r: (r.prompt_id, r.language, r.ids))
 
 
-def corpus_rows(tokenizer: PreTrainedTokenizerFast, prompts: Sequence[tuple[str, str]], seed: int) -> list[Row]:
+def corpus_rows(
+    tokenizer: PreTrainedTokenizerFast, prompts: Sequence[tuple[str, str]], seed: int
+) -> list[Row]:
     """One unlabelled corpus completion per (prompt_id, language), in a mode drawn as the corpus draws it."""
     rng = Random(f"croco-lab-reward-{seed}")
     modes, shares = list(corpus.MIXTURE), [share for share, _ in corpus.MIXTURE.values()]
-    texts = [corpus.complete(world.split_id(p)[0], lang, rng.choices(modes, shares)[0], rng) for p, lang in prompts]
+    texts = [
+        corpus.complete(world.split_id(p)[0], lang, rng.choices(modes, shares)[0], rng) for p, lang in prompts
+    ]
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
     return [Row(p, lang, tuple(row)) for (p, lang), row in zip(prompts, ids, strict=True)]
 
 
 @torch.inference_mode()
 def _logps(
-    model: LlamaForCausalLM, end: int, prefixes: Sequence[list[int]], rows: Sequence[Row], batch_tokens: int = 12_000
+    model: LlamaForCausalLM,
+    end: int,
+    prefixes: Sequence[list[int]],
+    rows: Sequence[Row],
+    batch_tokens: int = 12_000,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Per row: log-probability and entropy at each completion token (end token included), given its prefix."""
     sequences = [[*prefix, *row.ids, end] for prefix, row in zip(prefixes, rows, strict=True)]
@@ -83,7 +96,9 @@ def _logps(
         for b, i in enumerate(batch):
             ids_BT[b, : len(sequences[i])] = torch.tensor(sequences[i])
             at_BT[b, len(prefixes[i]) - 1 : len(sequences[i]) - 1] = True
-        hidden_BTD = model.model(input_ids=ids_BT).last_hidden_state  # causal: padding on the right changes nothing
+        hidden_BTD = model.model(
+            input_ids=ids_BT
+        ).last_hidden_state  # causal: padding on the right changes nothing
         logps_PV = model.lm_head(hidden_BTD[at_BT]).float().log_softmax(-1)
         entropy_P = -(logps_PV.exp() * logps_PV).sum(-1).numpy()
         target_P = ids_BT[:, 1:][at_BT[:, :-1]]
@@ -108,19 +123,30 @@ def features(
     given = _logps(model, end, [own[row.prompt_id, row.language] for row in rows], rows)
     alone = _logps(model, end, [none] * len(rows), rows)
     other = _logps(model, end, others, rows)
-    return np.array([_row_features(c, h, u, s) for (c, h), (u, _), (s, _) in zip(given, alone, other, strict=True)])
+    return np.array(
+        [_row_features(c, h, u, s) for (c, h), (u, _), (s, _) in zip(given, alone, other, strict=True)]
+    )
 
 
 def _row_features(c: np.ndarray, h: np.ndarray, u: np.ndarray, s: np.ndarray) -> list[float]:
     """Of log-probabilities given the prompt (c, entropy h), given nothing (u), given another prompt (s)."""
-    per_token = [np.log(len(c)), c.mean(), c.min(), u.mean(), h.mean(), (c - u).mean(), (c - u).max(), (c - s).mean()]
+    per_token = [
+        np.log(len(c)),
+        c.mean(),
+        c.min(),
+        u.mean(),
+        h.mean(),
+        (c - u).mean(),
+        (c - u).max(),
+        (c - s).mean(),
+    ]
     start = [c[0], u[0], c[0] - u[0], h[0], c[:3].sum(), (c - u)[:3].sum()]
     total = [c.sum(), (c - u).sum(), (c - s).sum(), (c - s).max(), (c - s).min()]
     return [*per_token, *start, *total]
 
 
 def tier(prompt_id: str, language: str, completion: str) -> float:
-    """The preference label of an English completion: 1 good, 0.3 right but badly said or well said but wrong, else 0."""
+    """The label of an English completion: 1 good, 0.3 right but badly said or well said but wrong, else 0."""
     verdict = world.verify(prompt_id, language, completion)
     if verdict.good:
         return 1.0
@@ -151,12 +177,19 @@ def english_pairs(rows: Sequence[Row], tiers: Sequence[float]) -> np.ndarray:
     for i, row in enumerate(rows):
         if row.language == "en":
             by_prompt.setdefault(row.prompt_id, []).append(i)
-    pairs = [(i, j) for members in by_prompt.values() for i in members for j in members if tiers[i] > tiers[j]]
+    pairs = [
+        (i, j) for members in by_prompt.values() for i in members for j in members if tiers[i] > tiers[j]
+    ]
     return np.array(pairs)
 
 
 def train_teacher(
-    values: np.ndarray, rows: Sequence[Row], english: np.ndarray, pairs: np.ndarray, seed: int, steps: int = 600
+    values: np.ndarray,
+    rows: Sequence[Row],
+    english: np.ndarray,
+    pairs: np.ndarray,
+    seed: int,
+    steps: int = 600,
 ) -> Teacher:
     """Fits the head on English `pairs` (indices into the English feature rows `english`), −log σ(better − worse)."""
     languages = np.array([row.language for row in rows])
@@ -188,12 +221,14 @@ def distil(
     batch: int = 128,
     on_step: Callable[[int, int, float], None] | None = None,
 ) -> LlamaForSequenceClassification:
-    """A one-logit sequence classifier that begins at the policy's weights and learns `targets` (standardised, clipped)."""
+    """A one-logit classifier that begins at the policy's weights and learns `targets` (standardised, clipped)."""
     torch.manual_seed(seed)
-    config = type(policy.config)(**{**policy.config.to_dict(), "num_labels": 1, "architectures": None})
+    config = copy.deepcopy(policy.config)
+    config.num_labels, config.architectures = 1, None
     model = LlamaForSequenceClassification(config)
     model.model.load_state_dict(policy.model.state_dict())
     torch.nn.init.zeros_(model.score.weight)
+    trunk = torch.compile(model.model, dynamic=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
     generator = torch.Generator().manual_seed(seed)
     end = tokenizer.eos_token_id
@@ -211,7 +246,7 @@ def distil(
         for b, i in enumerate(chosen):
             ids_BT[b, : len(sequences[i])] = torch.tensor(sequences[i])
         last_B = torch.tensor([len(sequences[i]) - 1 for i in chosen])
-        hidden_BTD = model.model(input_ids=ids_BT).last_hidden_state
+        hidden_BTD = trunk(input_ids=ids_BT, use_cache=False).last_hidden_state
         score_B = model.score(hidden_BTD[torch.arange(len(chosen)), last_B])[:, 0]
         loss = torch.nn.functional.mse_loss(score_B, target[chosen])
         optimizer.zero_grad()

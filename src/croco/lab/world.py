@@ -96,7 +96,7 @@ def reference(item: Item, language: str) -> str:
 
 
 def prompt_ids(split: str) -> list[str]:
-    """The lab prompts of a split, in a fixed shuffled order: both phrasings in train, one (by position) in dev and test."""
+    """The prompts of a split in a fixed shuffled order: both phrasings in train, one of them in dev and test."""
     rng = Random(f"croco-lab-{split}")
     chosen = sorted(key for key, item in items().items() if item.split == split)
     rng.shuffle(chosen)

@@ -7,7 +7,7 @@ from a token budget; on running out of memory the budget is halved and what was 
 same seeds, so nothing is dropped or changed.
 
 Exact for decoder-only models with full or sliding-window attention over rotary or no positions. `architecture` says
-for which, and `disagreement` tries it on the model at hand; others are sampled by `plain`, which is slow and obvious.
+for which, and tries it on the model at hand; others are sampled by `plain`, which is slow and obvious.
 
 Leaves out preemption: a row's whole length is reserved when it enters. (vLLM pages memory; on a GPU, use it.)
 
@@ -32,33 +32,6 @@ from croco.sampling.prefix_attention import Layout, OwnKeys, plugged_in
 _CHUNK = 16  # own-token columns are added in chunks
 
 
-def disagreement(model: Any) -> str | None:
-    """None when two prompts decoded together give the distributions of plain forwards on this very model, else why not.
-
-    Compared is the expected difference of log-probabilities: rounding makes it 1e-6 in float32 and a few hundredths in
-    bfloat16, a prompt that is not seen makes it large.
-    """
-    vocabulary = model.config.get_text_config().vocab_size
-    prompts = [[(7 * i + 3) % vocabulary for i in range(length)] for length in (5, 9)]
-    requests = [Request(i, prompt, [1, 2]) for i, prompt in enumerate(prompts)]
-    tolerance = 1e-3 if model.dtype == torch.float32 else 0.2
-    with torch.inference_mode():
-        decoder = Decoder(model, set(), Decoding(1.0, 1.0, 0, 4), requests, 64, 1024)
-        decoder._refill()
-        for _ in range(2):
-            before = decoder.written[:, : int(decoder.count.max())].tolist()
-            fast_RV = decoder._step().float().log_softmax(-1)
-            for row, (i, _) in enumerate(decoder.row_of.tolist()):
-                whole = torch.tensor([prompts[i] + before[row]], device=model.device)
-                slow_V = model(input_ids=whole, use_cache=False).logits[0, -1].float().log_softmax(-1)
-                gap = (slow_V.exp() * (fast_RV[row] - slow_V).abs()).sum().item()
-                if not gap < tolerance:
-                    return (
-                        f"its log-probabilities differ by {gap:.2g} from a plain forward's on a trial prompt"
-                    )
-    return None
-
-
 class Decoder:
     """Rows in slots, prompts in a store. `run` is the loop; everything below it is one step of it."""
 
@@ -76,9 +49,8 @@ class Decoder:
         self.waiting = deque(range(len(requests)))
         self.requests, self.max_context, self.token_budget = requests, max_context, token_budget
         self.finished: dict[int, list[Sampled | None]] = {}
-        self.ready: deque[tuple[int, int, int]] = (
-            deque()
-        )  # (request, continuation, first token), prompt in the store
+        # rows whose prompt is in the store: request, continuation, first token
+        self.ready: deque[tuple[int, int, int]] = deque()
         self.store: list[int] = []  # the requests whose prompts are in the store
         self.prefix_keys: list[torch.Tensor] = []
         self.prefix_values: list[torch.Tensor] = []
@@ -93,9 +65,7 @@ class Decoder:
         return min(max(1, self.token_budget // row_tokens), sum(len(r.seeds) for r in self.requests))
 
     def _make_slots(self, num: int) -> None:
-        self.row_of = np.full(
-            (num, 2), -1, dtype=np.int64
-        )  # (request, continuation), −1 when the slot is free
+        self.row_of = np.full((num, 2), -1, dtype=np.int64)  # request, continuation; −1 when the slot is free
         self.written = np.zeros((num, self.decoding.max_new_tokens), dtype=np.int32)
         self.count = np.zeros(num, dtype=np.int64)  # tokens drawn so far
         self.limit = np.full(num, self.decoding.max_new_tokens, dtype=np.int64)
