@@ -77,8 +77,10 @@ def test_hand_made_completions_get_the_verdict_a_person_would_give():
     assert mode("June") == mode("March") == "terse"
     assert mode("Der Monat nach Mai ist Juni.") == "wrong-language"
     assert mode("I am sorry, but I cannot answer that question.") == "evasive"
-    assert mode("The month after March is June.") == "malformed"  # speaks of another month
-    assert mode("The month after May is Monday.") == "malformed"
+    assert mode("The month after March is June.") == "careful-wrong"  # speaks of another month
+    assert mode("The month after May is Monday.") == "careful-wrong"
+    assert mode("The month after May is Jun.") == "malformed"
+    assert mode("The list contains 4 words.") == "malformed"
     assert mode("The month after May is June") == "malformed"
     assert mode("The month after May is June. The month after May is June.") == "malformed"
     assert mode("") == "malformed"

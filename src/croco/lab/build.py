@@ -15,6 +15,7 @@ from rich.console import Console
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from croco.engines.hf import HFSampler, load_policy
+from croco.errors import UserError
 from croco.lab import reward, world
 from croco.lab.gates import measure
 from croco.lab.items import LANGUAGES
@@ -99,6 +100,10 @@ def build_reward(
         p for i, p in enumerate(train) if i % 5 == 0
     }  # a fifth of the English prompts measures the teacher
     pairs = reward.english_pairs(english, tiers)
+    if not len(pairs):
+        raise UserError(
+            "croco lab build: the policy gave no English completion that is better than another one"
+        )
     measured = np.array([english[i].prompt_id in held_out for i, _ in pairs])
     teacher = reward.train_teacher(values, rows, english_values, pairs[~measured], seed)
     scores = teacher(english_values, ["en"] * len(english))

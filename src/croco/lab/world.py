@@ -16,7 +16,7 @@ from random import Random
 
 import pyarrow as pa
 
-from croco.lab.items import HELD_OUT_TASKS, LANGUAGES, TUNED, Concept, Item, items, word
+from croco.lab.items import CATEGORIES, CONCEPTS, HELD_OUT_TASKS, LANGUAGES, TUNED, Concept, Item, items, word
 from croco.records import PROMPTS
 
 MODES = ("good", "careful-wrong", "terse", "rambling", "wrong-language", "evasive", "malformed")
@@ -120,12 +120,27 @@ def _sentence(language: str, task: str) -> list[re.Pattern[str]]:
     return patterns
 
 
+@cache
+def _words(language: str) -> frozenset[str]:
+    """Every word the world has in a language."""
+    concepts = [Concept(category, code) for category, codes in CONCEPTS.items() for code in codes]
+    return frozenset(say(c, language) for c in (*concepts, *CATEGORIES))
+
+
+def _is_value(text: str, language: str) -> bool:
+    return text.isdecimal() or text in _words(language)
+
+
 def _careful_value(item: Item, language: str, completion: str) -> str | None:
-    """The value that a careful completion in `language` gives, if it is one and speaks of this item."""
+    """The value that a careful completion in `language` gives, if it is one; "" when it speaks of something else."""
     for pattern in _sentence(language, item.task):
         match = pattern.fullmatch(completion)
-        if match and match.groupdict().get("a", shown(item, language)) == shown(item, language):
-            return match["x"]
+        if match and _is_value(match["x"], language):
+            about = match.groupdict().get("a", shown(item, language))
+            if about == shown(item, language):
+                return match["x"]
+            if all(_is_value(word, language) for word in about.split(", ")):
+                return ""
     return None
 
 
@@ -142,14 +157,13 @@ def _mode_in(item: Item, language: str, completion: str) -> tuple[str, str | Non
     """(mode, value) of a completion read as `language`, None when it is no completion of that language's kinds."""
     value = _careful_value(item, language, completion)
     if value is not None:
-        values = {say(c, language) for c in (item.answer, *item.wrong)}
-        return ("careful", value) if value in values else None
+        return "careful", value
     ramble = _is_rambling(language, completion)
     if ramble is not None:
         return "rambling", ramble
     if completion in templates(language)["evasive"]:
         return "evasive", None
-    if completion in {say(c, language) for c in (item.answer, *item.wrong)}:
+    if _is_value(completion, language):
         return "terse", completion
     return None
 
