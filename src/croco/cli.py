@@ -124,7 +124,7 @@ def show_end(folder: Path) -> None:
     if (folder / "results" / "dropped.parquet").exists():
         from rich.console import Console
 
-        from croco.evaluation.terminal import results_table
+        from croco.report.terminal import results_table
 
         console = Console()
         console.print(results_table(folder))
@@ -144,7 +144,12 @@ def plan(recipe: RecipePath, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def report(folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]) -> None:
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    markdown: Annotated[
+        Path | None, typer.Option(help="Write the tables as Markdown to this file too.")
+    ] = None,
+) -> None:
     """Make the page of a finished run again."""
     if not (folder / "recipe.json").exists():
         raise UserError(f"{folder} holds no recipe.json, expected the folder of a run")
@@ -152,6 +157,12 @@ def report(folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's f
 
     loaded = load_recipe(folder / "recipe.json", [f'run.folder="{folder}"'])
     say(f"report: {pipeline.rebuild_report(loaded, say)}")
+    if markdown is not None:
+        from croco.report.tables import results_markdown
+        from croco.store import write_text
+
+        write_text(markdown, results_markdown(folder))
+        say(f"tables: {markdown}")
 
 
 @app.command()
@@ -181,6 +192,22 @@ def build(
     from croco.lab import build as building
 
     building.build(folder, building.SEED if seed is None else seed)
+
+
+@lab.command()
+def gates(
+    folder: Annotated[
+        Path | None, typer.Option(help="A folder that `lab build` wrote; the shipped one if not given.")
+    ] = None,
+) -> None:
+    """Measure on dev prompts what the reward model picks, beside random and likelihood."""
+    from rich.console import Console
+
+    from croco.lab import build as building
+    from croco.lab.gates import measure
+
+    found = folder or building.MODELS
+    Console().print(measure(found / "policy", found / "reward", building.SEED)[0])
 
 
 def stage_command(name: str, text: str) -> Callable[..., None]:

@@ -241,14 +241,15 @@ def _stop_or_clear(todo: list[Node], rebuild: bool, say: Say, every: list[Node] 
     stale = {id(node): now for node in todo if (now := standing.status(node)).kind == "stale"}
     if stale and not rebuild:
         raise StaleStage(stale_message([(node, stale[id(node)]) for node in todo if id(node) in stale]))
-    gone: set[int] = set()
+    gone: dict[int, Node] = {}
     for node in every or todo:
-        after_gone = any(id(before) in gone for before in node.inputs.values())
-        if id(node) in stale or after_gone:
-            gone.add(id(node))
-            if (node.folder / "stage.json").exists():
-                standing.clear(node.folder)
-                say(f"{node.title:<24} removed, to be made again")
+        if id(node) in stale or any(id(before) in gone for before in node.inputs.values()):
+            gone[id(node)] = node
+    # the last first: a kill in between must not leave a stage that stands on one that is gone
+    for node in reversed(gone.values()):
+        if (node.folder / "stage.json").exists():
+            standing.clear(node.folder)
+            say(f"{node.title:<24} removed, to be made again")
 
 
 def stale_message(stale: Sequence[tuple[Node, Status]]) -> str:

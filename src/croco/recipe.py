@@ -7,7 +7,6 @@ recipe. It loads neither torch nor a model; whether a model exists is `identity.
 
 from __future__ import annotations
 
-import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -158,7 +157,6 @@ class Runtime(Section):
     micro_batch_tokens: Positive = 4096  # tokens per training forward
     shard_prompts: Positive = 64
     threads: Positive | None = None  # of torch; null leaves torch's own choice
-    executor: Literal["local"] = "local"
     gradient_checkpointing: bool = False
 
 
@@ -272,8 +270,3 @@ def from_dict(values: Mapping[str, Any], file: str = "recipe") -> Recipe:
         from croco.recipe_errors import sentence
 
         raise UserError(f"{file}: {sentence(error, Recipe)}") from None
-
-
-def safe_name(name: str) -> bool:
-    """Whether a name can be a folder: small letters, digits and hyphens."""
-    return re.fullmatch(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?", name) is not None

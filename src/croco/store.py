@@ -80,6 +80,15 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def sync_files(folder: Path) -> None:
+    """Make the contents of a folder's files, which others wrote, outlive a power cut."""
+    for path in folder.iterdir():
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    sync_folder(folder)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     _write_atomically(path, lambda file: file.write(text.encode("utf-8")))

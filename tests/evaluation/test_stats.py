@@ -5,7 +5,6 @@ from croco.evaluation.stats import (
     Interval,
     bootstrap_mean,
     bootstrap_ratio,
-    paired_difference,
     resample_counts,
     verdict,
 )
@@ -67,15 +66,6 @@ def test_agrees_with_scipy():
     ours = bootstrap_mean(values, seed=1, num_resamples=9999)
     assert ours.low == pytest.approx(theirs.low, abs=0.02)
     assert ours.high == pytest.approx(theirs.high, abs=0.02)
-
-
-def test_pairing_removes_what_both_sides_share():
-    prompts = np.random.default_rng(0).normal(scale=10, size=100)
-    difference = paired_difference(prompts + 1.0, prompts, seed=0)
-    assert difference == pytest.approx((1.0, 1.0, 1.0))
-    assert paired_difference([1.0, 0.0], [0.0, 0.0], seed=0).value == 0.5
-    with pytest.raises(ValueError, match="same prompts"):
-        paired_difference([1.0], [1.0, 2.0], seed=0)
 
 
 def test_bad_values_are_errors():

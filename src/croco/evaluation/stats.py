@@ -76,22 +76,6 @@ def bootstrap_mean(
     return bootstrap_ratio(column[:, None], np.ones((len(column), 1)), counts, confidence)[0]
 
 
-def paired_difference(
-    values: ArrayLike,
-    baseline: ArrayLike,
-    seed: int,
-    num_resamples: int = 2000,
-    confidence: float = CONFIDENCE,
-) -> Interval:
-    """Mean of values - baseline, both (n,) over the same prompts in the same order, with its bootstrap
-    interval.
-    """
-    ours, theirs = np.asarray(values, dtype=np.float64), np.asarray(baseline, dtype=np.float64)
-    if ours.shape != theirs.shape:
-        raise ValueError(f"expected the same prompts on both sides, found {ours.shape} and {theirs.shape}")
-    return bootstrap_mean(ours - theirs, seed, num_resamples, confidence)
-
-
 def verdict(difference: Interval) -> str:
     """What a difference's interval says: "better", "worse" or "not resolved" when it holds zero."""
     if difference.low > 0:

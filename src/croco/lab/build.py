@@ -20,6 +20,7 @@ from croco.lab import reward, world
 from croco.lab.gates import measure
 from croco.lab.items import LANGUAGES
 from croco.lab.pretrain import pretrain
+from croco.provenance import here
 from croco.store import write_json
 
 MODELS = Path(__file__).parent / "models"
@@ -46,9 +47,8 @@ def build(folder: Path | None = None, seed: int = SEED) -> None:
     facts |= {"seed": seed, "pretraining_tokens": PRETRAINING_TOKENS}
     table, gates = measure(folder / "policy", folder / "reward", seed)
     console.print(table)
-    write_json(
-        folder / "build.json", facts | {"gates_on_dev": gates, "seconds": round(time.monotonic() - started)}
-    )
+    facts |= {"gates_on_dev": gates, "seconds": round(time.monotonic() - started)}
+    write_json(folder / "build.json", facts | here())
     say(f"wrote {folder}")
 
 

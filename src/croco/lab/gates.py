@@ -1,7 +1,7 @@
 """The gates a lab must pass before it ships, measured on dev prompts: is the reward model better than likelihood?
 
-Best of 16 per dev prompt by the reward model, by the policy's own mean and summed log-probability, and at random; and
-what the untuned policy says greedily. The gates that need tuning are in `recipes/lab-check.toml`.
+Best of 16 per dev prompt by the reward model, by the policy's own log-probability (mean, summed, lowest) and at random;
+and what the untuned policy says greedily. The gates that need tuning are in `recipes/lab-check.toml`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -73,6 +73,7 @@ def _pools(
         "reward": np.array(scores),
         "mean log-probability": summed / lengths,
         "summed log-probability": summed,
+        "lowest mean log-probability": -summed / lengths,  # is the reward model only unlikelihood?
     }
 
 
@@ -103,9 +104,11 @@ def _by_language(values: np.ndarray, keys: Sequence[tuple[str, str]], seed: int)
 
 
 def _table(figures: Mapping[str, Mapping[str, Sequence[float]]], languages: Sequence[str]) -> Table:
-    table = Table("share good, % (95 % interval)", *languages, title="Lab gates on dev prompts")
-    for name, row in figures.items():
-        table.add_row(
-            name, *(f"{100 * row[c][0]:.0f} ({100 * row[c][1]:.0f}–{100 * row[c][2]:.0f})" for c in languages)
-        )
+    table = Table(title="share good on dev prompts, % (95 % interval)")
+    table.add_column("language")
+    for name in figures:
+        table.add_column(name, justify="right", max_width=16)
+    for code in languages:
+        cells = [tuple(100 * x for x in row[code]) for row in figures.values()]
+        table.add_row(code, *(f"{value:.0f} ({low:.0f}–{high:.0f})" for value, low, high in cells))
     return table

@@ -18,6 +18,8 @@ import polars as pl
 from croco import store
 from croco.errors import UserError
 from croco.pairing.gather import gather, locate
+from croco.pipeline import STAGES
+from croco.pipeline import scores_of as scores_read_by
 from croco.recipe import Recipe, load
 from croco.sampling.seeds import digest
 
@@ -54,11 +56,12 @@ def read_run(folder: Path) -> Run:
         raise UserError(f"{folder} is no run: found no recipe.json")
     recipe = load(folder / "recipe.json")
     stages = {}
-    for path in sorted([*folder.glob("*/stage.json"), *folder.glob("*/*/stage.json")]):
-        found = store.read_json(path)
-        title = path.parent.relative_to(folder).as_posix()
-        if title != "report":
-            stages[title] = found
+    # by the recipe, not by what lies there: an arm that was taken out, or scored otherwise before, left its folders
+    for stage in STAGES:
+        for arm in stage.arms(recipe) if stage.name != "report" else ():
+            title = stage.name if arm is None else f"{stage.name}/{arm}"
+            if (folder / title / "stage.json").is_file():
+                stages[title] = store.read_json(folder / title / "stage.json")
     for needed in [
         "prompts",
         "sample",
@@ -104,10 +107,8 @@ def _steps(folder: Path, recipe: Recipe, stages: Mapping[str, Mapping[str, Any]]
 
 def scores_of(run: Run, arm: str) -> pl.DataFrame:
     """Language and score of every completion that the arm chose from."""
-    own = run.folder / "score" / arm
-    return store.read_table(
-        own if (own / "stage.json").is_file() else run.folder / "score", ["language", "score"]
-    )
+    name, its_arm = scores_read_by(run.recipe, arm)
+    return store.read_table(run.folder / name / (its_arm or ""), ["language", "score"])
 
 
 def pair_scores(run: Run, arm: str) -> pl.DataFrame:

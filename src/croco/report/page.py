@@ -135,7 +135,7 @@ def _facts(run: Run, board: Board) -> list[tuple[str, str]]:
     return [
         *facts,
         ("commit", commit[:12] if commit else "unknown"),
-        ("finished (UTC)", str(run.stages["results"]["time"])[:16].replace("T", " ")),
+        ("results of (UTC)", str(run.stages["results"]["time"])[:16].replace("T", " ")),
     ]
 
 

@@ -17,7 +17,7 @@ import polars as pl
 from croco import languages
 from croco.evaluation.results import BASE, GROUPS, headline
 from croco.evaluation.stats import Interval, verdict
-from croco.store import read_table
+from croco.store import read_json, read_table
 
 TITLES = {
     "lab": "Tasks seen in tuning",
@@ -196,7 +196,12 @@ def results_markdown(run_folder: Path) -> str:
 
     recipe = load(run_folder / "recipe.json")
     results = read_table(run_folder / "results")
-    parts = []
+    made = read_json(run_folder / "results" / "stage.json")
+    versions = ", ".join(f"{name} {version}" for name, version in made["libraries"].items())
+    parts = [
+        f"# {recipe.run.name}\n\nMade by `croco run` and `croco report {recipe.folder} --markdown FILE`, never "
+        f"by hand. {made['machine']}; {versions}.\n"
+    ]
     for board in boards(results, list(recipe.arms), recipe.run.evaluated):
         num_prompts = max(cell.num_prompts for cell in board.cells.values())
         unit = "percent of completions that are good" if board.is_share else "mean score"
@@ -208,6 +213,7 @@ def results_markdown(run_folder: Path) -> str:
                                  if scope in board.best_base) + "):\n")  # fmt: skip
         parts.append(_markdown_table(board, board.groups, differences=True))
         parts.append(_markdown_table(board, board.languages, differences=False))
+        parts.append(_mode_table(board, mode_shares(results, board.benchmark)))
     return "\n".join(parts)
 
 
@@ -220,6 +226,22 @@ def _markdown_table(board: Board, scopes: Sequence[str], differences: bool) -> s
             continue
         texts = [_difference_text(board, cell) if differences else _value_text(board, cell) for cell in cells]
         lines.append("| " + " | ".join([arm, temperature_name(temperature), *texts]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _mode_table(board: Board, shares: Mapping[tuple[str, float, str], Mapping[str, float]]) -> str:
+    """Where the mass went: percent of completions in each mode, per group."""
+    modes = sorted({mode for found in shares.values() for mode in found})
+    lines = [
+        "Percent of completions in each mode:\n",
+        "| arm | decoding | group | " + " | ".join(modes) + " |",
+    ]
+    lines.append("|---|---|---|" + "---:|" * len(modes))
+    for arm, temperature in board.settings:
+        for scope in (scope for scope in board.groups if scope != "all"):
+            found = shares.get((arm, temperature, scope), {})
+            cells = [f"{100 * found.get(mode, 0.0):.0f}" for mode in modes]
+            lines.append("| " + " | ".join([arm, temperature_name(temperature), scope, *cells]) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -1,7 +1,7 @@
 """Seeds that name a sample, not a position in a batch.
 
 Every seed is a digest of (run seed, prompt, language, sample), so a resumed, resharded or re-batched run draws the same
-completions. Leaves out the stream of uniforms within a completion: `shared_prefix.uniforms` counts from the seed.
+completions. Leaves out the stream of uniforms within a completion: `draw.uniforms` counts from the seed.
 """
 
 import hashlib

@@ -2,9 +2,9 @@
 what.
 
 A step (one optimizer update) is a fixed set of pairs, decided by the seed alone. How a step is cut into
-micro-batches depends on the token budget of the machine, and changes no gradient: losses are summed over
-pairs and divided by the pairs of the step, never averaged per micro-batch. Left out: masks and the model
-(`forward.py`).
+micro-batches depends on the token budget of the machine, and changes no gradient (dropout apart, which draws
+its masks per micro-batch): losses are summed over pairs and divided by the pairs of the step, never averaged
+per micro-batch. Left out: masks and the model (`forward.py`).
 
 Shapes: B rows, T tokens of a row (padded), M completion tokens of the batch, P pairs, C completions of a
 pair.

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from croco.errors import UserError
+from croco.store import sync_files, sync_folder
 from croco.training.settings import LoraSettings
 
 
@@ -64,8 +65,10 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(str(partial), save_embedding_layers=False)
+    sync_files(partial)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
+    sync_folder(folder.parent)
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:

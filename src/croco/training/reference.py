@@ -2,8 +2,8 @@
 kept.
 
 They never change during training, so a second model in memory or a second forward per step buys nothing. The
-table is keyed by the base's weights and by token ids, so epochs, restarts and other arms on the same base
-read what is there. Left out: a reference that moves (online tuning).
+table is keyed by the base's weights and by token ids, so epochs and restarts (and whoever passes the same
+folder) read what is there. Left out: a reference that moves (online tuning).
 """
 
 import json

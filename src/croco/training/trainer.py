@@ -23,7 +23,7 @@ from transformers import PrinterCallback, Trainer, TrainerControl, TrainingArgum
 
 from croco.errors import UserError
 from croco.ops.losses import LOSSES, PairLogps, nll
-from croco.store import sync_folder, write_text
+from croco.store import sync_files, sync_folder, write_text
 from croco.training.batches import Batch, collate, cut
 from croco.training.encode import Example
 from croco.training.forward import completion_logps, token_counts
@@ -187,9 +187,9 @@ class PairTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        for path in folder.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+        sync_files(folder)
+        with self.metrics_file.open("rb") as metrics:  # its lines up to here will not be written again
+            os.fsync(metrics.fileno())
         write_text(folder / SEAL, "")
         for older in sorted(folder.parent.glob("checkpoint-*"), key=_step)[:-KEPT]:
             shutil.rmtree(older)

@@ -1,6 +1,6 @@
 from rich.console import Console
 
-from croco.evaluation.terminal import results_table
+from croco.report.terminal import results_table
 from report.made_run import make_run
 
 
