@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from conftest import TinyModels, write_recipe
-from croco import pipeline, recipe
+from croco import identity, pipeline, recipe, standing
 from croco.cli import STAGE_COMMANDS, app, one_sentence
 
 HEAVY = ("torch", "transformers", "polars", "pyarrow", "numpy", "pandas", "datasets", "babel")
@@ -129,6 +129,47 @@ def test_stages_one_by_one_then_stale_then_rebuilt(tmp_path: Path, tiny_models: 
     assert rebuilt.exit_code == 0
     assert "6 prompts" in rebuilt.output
     assert cli.invoke(app, ["prompts", path, "--arm", "none"]).exit_code == 2
+
+
+def test_a_rebuild_removes_the_last_stage_first(
+    tmp_path: Path, tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in between, a rebuild leaves nothing that counts as complete on top of what is gone."""
+    path = write_recipe(tmp_path, tiny_models)
+    pipeline.run(recipe.load(path), until="score")
+    (tmp_path / "run" / "prompts" / "part-00000.parquet").unlink()
+    removed: list[str] = []
+    clear = standing.clear
+
+    def noted(folder: Path) -> None:
+        if (folder / "stage.json").exists():
+            removed.append(folder.name)
+        clear(folder)
+
+    monkeypatch.setattr(standing, "clear", noted)
+    pipeline.run(recipe.load(path), until="prompts", rebuild=True)
+    assert removed == ["prompts"]
+    (tmp_path / "run" / "prompts" / "part-00000.parquet").unlink()
+    removed.clear()
+    pipeline.run(recipe.load(path), until="score", rebuild=True)
+    assert removed == ["likelihood", "score", "sample", "prompts"]
+
+
+def test_a_large_file_is_known_by_blocks_of_all_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(identity, "LARGE_BYTES", 1000)
+    path, seen = tmp_path / "model.safetensors", set()
+    content = bytearray(9 * identity.STRETCH_BYTES + 123)
+    for start in (None, 0, 4 * identity.STRETCH_BYTES - 3 * 2**20, len(content) - 1):
+        if start is not None:  # a tensor of 4 MB or less that a tuning moved
+            content[start : start + identity.STRETCH_BYTES] = b"x" * len(
+                content[start : start + identity.STRETCH_BYTES]
+            )
+        path.write_bytes(content)
+        identity.folder_identity.cache_clear()
+        seen.add(identity.folder_identity(tmp_path))
+    assert len(seen) == 4
 
 
 def test_interruption_and_a_full_disk_are_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:

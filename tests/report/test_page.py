@@ -10,7 +10,7 @@ import pytest
 from croco import store
 from croco.errors import UserError
 from croco.records import DROPPED, PAIRS, ledger
-from croco.report.gather import browser_pairs, read_run
+from croco.report.gather import browser_pairs, read_run, scores_of
 from croco.report.page import build_page, json_for_html
 from croco.report.tables import count_of, duration, results_markdown
 from report.made_run import NASTY, make_run
@@ -49,6 +49,21 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def page(run: Path) -> str:
     return build_page(run)
+
+
+def test_what_an_edited_recipe_left_behind_is_not_in_the_report(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
+    stale = read_run(copy).stages["score"] | {"seconds": 1e6}
+    for title in (
+        "score/monolingual",
+        "pair/removed",
+    ):  # scored otherwise before; an arm taken out of the recipe
+        shutil.copytree(copy / "score", copy / title)
+        store.write_json(copy / title / "stage.json", stale)
+    found = read_run(copy)
+    assert found.stages.keys() == read_run(run).stages.keys()
+    store.shards(copy / "score" / "monolingual")[0].path.unlink()  # would be missed if it were read
+    assert scores_of(found, "monolingual").equals(scores_of(read_run(run), "monolingual"))
 
 
 def test_the_page_is_whole_and_fetches_nothing(page):

@@ -123,8 +123,10 @@ def _sentence(language: str, task: str) -> list[re.Pattern[str]]:
 @cache
 def _words(language: str) -> frozenset[str]:
     """Every word the world has in a language."""
-    concepts = [Concept(category, code) for category, codes in CONCEPTS.items() for code in codes]
-    return frozenset(say(c, language) for c in (*concepts, *CATEGORIES))
+    concepts: list[Concept | str] = [
+        Concept(name, code) for name, codes in CONCEPTS.items() for code in codes
+    ]
+    return frozenset(say(c, language) for c in [*concepts, *CATEGORIES])
 
 
 def _is_value(text: str, language: str) -> bool:
