@@ -57,6 +57,17 @@ def test_agrees_with_the_analytic_interval():
     assert interval.high == pytest.approx(share + half, abs=0.005)
 
 
+def test_agrees_with_scipy():
+    scipy_stats = pytest.importorskip("scipy.stats")
+    values = np.random.default_rng(2).gamma(2.0, size=120)
+    theirs = scipy_stats.bootstrap(
+        (values,), np.mean, n_resamples=9999, method="percentile", rng=1
+    ).confidence_interval
+    ours = bootstrap_mean(values, seed=1, num_resamples=9999)
+    assert ours.low == pytest.approx(theirs.low, abs=0.02)
+    assert ours.high == pytest.approx(theirs.high, abs=0.02)
+
+
 def test_bad_values_are_errors():
     for values in ([], [1.0, float("nan")], [[1.0], [2.0]]):
         with pytest.raises(ValueError):
