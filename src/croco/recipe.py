@@ -24,6 +24,7 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$")]
 # TOML has arrays, the frozen record has tuples
 Strings = Annotated[tuple[str, ...], Field(strict=False)]
 Temperatures = Annotated[tuple[Temperature, ...], Field(strict=False)]
+EngineName = Literal["transformers", "vllm", "server"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -101,6 +102,7 @@ class Sampling(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0  # 0 is all
     max_new_tokens: Positive = 512
+    stop: Strings = ()  # strings that end a completion, left out of it
 
 
 class Lora(Section):
@@ -149,9 +151,20 @@ class Arm(Section):
     training: Training = Training()  # [training] with this arm's values over it
 
 
+class Engines(Section):
+    """Which engine each generating stage runs on."""
+
+    translate: EngineName = "transformers"
+    sample: EngineName = "transformers"
+    score: EngineName = "transformers"
+    evaluate: EngineName = "transformers"
+    judge: EngineName = "transformers"
+
+
 class Runtime(Section):
     """How, never what: nothing here changes the tables, so nothing here enters a fingerprint."""
 
+    engines: Engines = Engines()
     device: str = "auto"
     token_budget: Positive = 16384  # tokens per sampling or scoring batch
     micro_batch_tokens: Positive = 4096  # tokens per training forward

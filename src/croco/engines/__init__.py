@@ -1,1 +1,47 @@
-"""Engines that sample and score. `base` is what they promise; each other module is one way to keep it."""
+"""Engines that sample, score and judge. `base` is what they promise; each other module is one way to keep it.
+
+Which engine a stage runs on is `[runtime.engines]` of the recipe: how, never what, so no fingerprint knows of it.
+Opening one imports its library, here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from croco.engines.base import Sampler, Scorer
+    from croco.recipe import Recipe
+
+
+def open_sampler(
+    role: str, recipe: Recipe, seed: int, replica: int = 0, adapter: Path | None = None
+) -> tuple[Sampler, Any]:
+    """The policy (with an adapter, if given) on the engine of a role ("sample", "evaluate"), and its tokenizer.
+
+    `seed` and `replica` make the engine's own seed where completions have none of their own.
+    """
+    policy, runtime = recipe.policy, recipe.runtime
+    from croco.engines.hf import HFSampler, load_policy
+
+    model, tokenizer = load_policy(
+        policy.model,
+        policy.revision,
+        policy.dtype,
+        runtime.device,
+        adapter=adapter,
+        chat_template=Path(policy.chat_template) if policy.chat_template else None,
+        trust_remote_code=policy.trust_remote_code,
+    )
+    return HFSampler(model, tokenizer, runtime.token_budget, name=policy.model), tokenizer
+
+
+def open_scorer(recipe: Recipe, replica: int = 0) -> tuple[Scorer, Any]:
+    """The reward model on the engine of the role "score", and its tokenizer."""
+    reward, runtime = recipe.reward, recipe.runtime
+    from croco.engines.hf import HFScorer, load_reward
+
+    model, tokenizer = load_reward(
+        reward.model, reward.revision, reward.dtype, runtime.device, reward.trust_remote_code
+    )
+    return HFScorer(model, tokenizer, runtime.token_budget, name=reward.model), tokenizer

@@ -6,35 +6,49 @@ What an engine cannot take (a prompt that fills the context) the caller keeps ou
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
+
+Message = dict[str, str]
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How to sample. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 switch the truncations off."""
+    """How to sample. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 switch the truncations off; `stop` are strings
+    that end a completion and are left out of it."""
 
     temperature: float
     top_p: float
     top_k: int
     max_new_tokens: int
+    stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt in tokens and one continuation wanted per seed (each in [0, 2**63))."""
+    """One prompt in tokens and one continuation wanted per seed (each in [0, 2**63)).
+
+    `messages` are the same prompt before the chat template, for engines that apply it themselves (a server's chat API);
+    they then get no ids.
+    """
 
     key: int
     prompt_ids: list[int]
     seeds: list[int]
+    messages: tuple[Message, ...] = ()
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """One completion: its ids without the end token, why it ended ("stop" or "length"), and its seed."""
+    """One completion: its ids without the end token, why it ended ("stop" or "length"), and its seed.
+
+    An engine that answers in text gives `text`, the number of tokens it counted, and no ids.
+    """
 
     ids: list[int]
     finish_reason: str
     seed: int
+    text: str | None = None
+    num_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +65,7 @@ class Sampler(Protocol):
 
     name: str
     max_context: int  # tokens of prompt and completion together
+    facts: dict[str, Any]  # for `stage.json`: engine, device, own seed
 
     def sample(self, requests: Sequence[Request], decoding: Decoding) -> Iterator[tuple[int, list[Sampled]]]:
         """Yield (key, completions in the order of the seeds) once per request, as requests finish.
@@ -66,7 +81,39 @@ class Scorer(Protocol):
 
     name: str
     max_context: int
+    facts: dict[str, Any]
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[list[float]]:
         """Scores in the order of the requests and their completions; one that is not finite is the caller's to name."""
+        ...
+
+
+@dataclass(frozen=True)
+class JudgeRequest:
+    """A conversation that asks for a verdict."""
+
+    key: int
+    messages: tuple[Message, ...]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a judge wrote, why it ended ("stop" or "length"), and the tokens it took; parsing is the caller's."""
+
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class Judge(Protocol):
+    """Answers conversations greedily."""
+
+    name: str
+    facts: dict[str, Any]
+
+    def judge(
+        self, requests: Sequence[JudgeRequest], max_new_tokens: int
+    ) -> Iterator[tuple[int, Judged | str]]:
+        """Yield (key, what the judge wrote) once per request; in its place the reason why there is nothing."""
         ...

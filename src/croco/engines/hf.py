@@ -189,6 +189,10 @@ def _first_line(error: BaseException) -> str:
     return text.splitlines()[0] if text else type(error).__name__
 
 
+def _facts(model: Any) -> dict[str, Any]:
+    return {"engine": "transformers", "device": str(model.device), "dtype": str(model.dtype)}
+
+
 class HFSampler:
     """Samples with a loaded causal model: shared prompts where the architecture allows it, else prompt by prompt.
 
@@ -202,6 +206,7 @@ class HFSampler:
         self.end_tokens = end_ids(tokenizer, model.generation_config)
         self.reason = unsupported(model) or disagreement(model)
         self.path = "plain" if self.reason else "shared-prefix"
+        self.facts = _facts(model) | {"sampler": self.path, "reason": self.reason}
         if self.reason:
             logger.warning(
                 "%s is sampled prompt by prompt, which is slower, because %s", self.name, self.reason
@@ -244,7 +249,7 @@ class HFScorer:
     def __init__(self, model: Any, tokenizer: Any, token_budget: int = 16384, name: str = "") -> None:
         self.model, self.token_budget = model, token_budget
         self.name = name or str(tokenizer.name_or_path)
-        self.max_context = max_context(model)
+        self.max_context, self.facts = max_context(model), _facts(model)
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[list[float]]:
         """Raw logits in the order of the requests; what they share is found here, `prompt_ids` may be empty."""
@@ -257,7 +262,7 @@ class HFLikelihood:
     def __init__(self, model: Any, tokenizer: Any, token_budget: int = 16384, name: str = "") -> None:
         self.model, self.tokenizer, self.token_budget = model, tokenizer, token_budget
         self.name = name or str(tokenizer.name_or_path)
-        self.max_context = max_context(model)
+        self.max_context, self.facts = max_context(model), _facts(model)
 
     def score(
         self, requests: Sequence[ScoreRequest], ended: Sequence[Sequence[bool]] | None = None

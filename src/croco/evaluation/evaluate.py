@@ -18,6 +18,7 @@ from pathlib import Path
 import polars as pl
 import pyarrow.parquet as pq
 
+from croco.engines import open_sampler, open_scorer
 from croco.engines.base import Decoding
 from croco.evaluation.fidelity import language_mode
 from croco.evaluation.results import BASE, language_groups, on_common_prompts, summarise
@@ -80,19 +81,8 @@ def evaluation_seed(run_seed: int) -> int:
 
 def _draw(work: Work, batches: Sequence[Batch], drafts: Mapping[int, Path]) -> None:
     """Answer the batches and keep each as a draft in the stage's scratch folder, whole or not at all."""
-    from croco.engines.hf import HFSampler, load_policy
-
-    policy, runtime = work.recipe.policy, work.runtime
-    model, tokenizer = load_policy(
-        policy.model,
-        policy.revision,
-        policy.dtype,
-        runtime.device,
-        adapter=None if work.arm == BASE else work.inputs["train"] / "adapter",
-        chat_template=Path(policy.chat_template) if policy.chat_template else None,
-        trust_remote_code=policy.trust_remote_code,
-    )
-    sampler = HFSampler(model, tokenizer, runtime.token_budget, name=policy.model)
+    adapter = None if work.arm == BASE else work.inputs["train"] / "adapter"
+    sampler, tokenizer = open_sampler("evaluate", work.recipe, work.seed, adapter=adapter)
     tokens, start = 0, time.monotonic()
     with work.progress(sum(batch.prompts.height for batch in batches), "prompt") as progress:
         for temperature in sorted({batch.temperature for batch in batches}):
@@ -106,15 +96,13 @@ def _draw(work: Work, batches: Sequence[Batch], drafts: Mapping[int, Path]) -> N
                 ),
                 num_completions=same[0].samples,
                 run_seed=evaluation_seed(work.seed),
-                instructions=policy.instruction,
+                instructions=work.recipe.policy.instruction,
                 on_prompt=progress.advance,
             ):
                 write_parquet(drafts[index], table, COMPLETIONS.schema)
                 tokens += sum(table.column("completion_tokens").to_pylist())
     seconds = time.monotonic() - start
-    work.record(
-        device=str(model.device), tokens=tokens, tokens_per_second=round(tokens / max(seconds, 1e-9), 1)
-    )
+    work.record(**sampler.facts, tokens=tokens, tokens_per_second=round(tokens / max(seconds, 1e-9), 1))
 
 
 def _judge_lab(work: Work, batches: Sequence[Batch], drafts: Mapping[int, Path]) -> None:
@@ -135,14 +123,9 @@ def _judge_by_reward(work: Work, batches: Sequence[Batch], drafts: Mapping[int, 
     """Verdicts of the reward model: the value is its score, the mode whether the language is the prompt's."""
     if not batches:
         return
-    from croco.engines.hf import HFScorer, load_reward
     from croco.scoring.score import score_conversations
 
-    reward, runtime = work.recipe.reward, work.runtime
-    model, tokenizer = load_reward(
-        reward.model, reward.revision, reward.dtype, runtime.device, reward.trust_remote_code
-    )
-    scorer = HFScorer(model, tokenizer, runtime.token_budget, name=reward.model)
+    scorer, tokenizer = open_scorer(work.recipe)
     with work.progress(len(batches), "shard") as progress:
         for batch in batches:
             answered = _read(drafts[batch.index])
@@ -157,7 +140,7 @@ def _judge_by_reward(work: Work, batches: Sequence[Batch], drafts: Mapping[int, 
                 (messages[prompt_id, language], rows.to_dicts())
                 for (prompt_id, language), rows in answered.group_by(PROMPT, maintain_order=True)
             ]
-            scored = score_conversations(scorer, tokenizer, groups, reward.max_tokens)
+            scored = score_conversations(scorer, tokenizer, groups, work.recipe.reward.max_tokens)
             _write(
                 work,
                 batch,

@@ -3,19 +3,22 @@
 A shard is a fixed number of (prompt, language) rows in sorted order, so what a shard holds follows from the data alone,
 and a sample's seed from its key: neither device nor batch nor resumption changes a row. Several shards are sampled in
 one stream, so that the batch does not run empty at every shard's end; each is written when its last row is there.
-
-Leaves out other engines than transformers in process.
+Which engine draws is `engines`, where its worker runs `executor`.
 """
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from croco.engines import open_sampler
 from croco.engines.base import Decoding, Request, Sampled, Sampler
 from croco.errors import UserError
+from croco.executor import Advance, Finished, compute
+from croco.recipe import Recipe
 from croco.records import COMPLETIONS, ledger
 from croco.sampling.chat import prompt_ids
 from croco.sampling.seeds import sample_seed
@@ -23,58 +26,45 @@ from croco.stage import Work
 from croco.store import read_table
 
 Prompt = dict[str, Any]  # a row of the prompts table
-STREAM_SHARDS = 16  # shards sampled in one stream: those in flight are what a kill costs
 
 
 def sample(work: Work) -> None:
     """Write the completions table, shard by shard; prompts that leave no room in the context go to the ledger."""
-    from croco.engines.hf import HFSampler, load_policy
+    per_prompt, size = work.recipe.sampling.completions, work.runtime.shard_prompts
+    rows = read_table(work.inputs["prompts"], ["prompt_id"]).height
+    sizes = [per_prompt * min(size, rows - start) for start in range(0, rows, size)]
+    recipe = work.recipe.model_copy(update={"runtime": work.runtime})
+    compute(work, partial(SampleWorker, recipe, work.inputs["prompts"], work.seed), sizes, "completion")
 
-    policy, sampling, size = work.recipe.policy, work.recipe.sampling, work.runtime.shard_prompts
-    prompts = read_table(work.inputs["prompts"], ["prompt_id", "language", "messages"])
-    rows = prompts.sort("prompt_id", "language").to_dicts()
-    shards = [rows[start : start + size] for start in range(0, len(rows), size)]
-    todo = work.todo(len(shards))
-    if not todo:
-        return
-    model, tokenizer = load_policy(
-        policy.model,
-        policy.revision,
-        policy.dtype,
-        work.runtime.device,
-        chat_template=Path(policy.chat_template) if policy.chat_template else None,
-        trust_remote_code=policy.trust_remote_code,
-    )
-    sampler = HFSampler(model, tokenizer, work.runtime.token_budget, name=policy.model)
-    decoding = Decoding(sampling.temperature, sampling.top_p, sampling.top_k, sampling.max_new_tokens)
-    per_prompt = sampling.completions
-    tokens, began = 0, time.monotonic()
-    done = len(rows) - sum(len(shards[index]) for index in todo)
-    with work.progress(len(rows) * per_prompt, "completion", done * per_prompt) as bar:
-        for start in range(0, len(todo), STREAM_SHARDS):
-            stream = {index: shards[index] for index in todo[start : start + STREAM_SHARDS]}
-            for index, table, dropped in sample_shards(
-                sampler,
-                tokenizer,
-                stream,
-                decoding,
-                num_completions=per_prompt,
-                run_seed=work.seed,
-                instructions=policy.instruction,
-                on_prompt=lambda: bar.advance(per_prompt),
-            ):
-                work.write(
-                    index, table, read={"completion": len(stream[index]) * per_prompt}, dropped=dropped
-                )
-                tokens += sum(table.column("completion_tokens").to_pylist())
-    seconds = time.monotonic() - began
-    work.record(
-        device=str(model.device),
-        sampler=sampler.path,
-        reason=sampler.reason,
-        tokens=tokens,
-        tokens_per_second=round(tokens / max(seconds, 1e-9), 1),
-    )
+
+class SampleWorker:
+    """Samples shards of `runtime.shard_prompts` prompts, in the order of their keys."""
+
+    def __init__(self, recipe: Recipe, prompts: Path, seed: int, replica: int) -> None:
+        self.recipe, self.seed = recipe, seed
+        rows = read_table(prompts, ["prompt_id", "language", "messages"]).sort("prompt_id", "language")
+        size = recipe.runtime.shard_prompts
+        self.shard = lambda index: rows.slice(index * size, size).to_dicts()
+        self.sampler, self.tokenizer = open_sampler("sample", recipe, seed, replica)
+        self.facts = self.sampler.facts
+
+    def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[Finished]:
+        """Several shards in one stream, so that the batch does not run empty at every shard's end."""
+        sampling, asked = self.recipe.sampling, {index: self.shard(index) for index in indices}
+        for index, table, dropped in sample_shards(
+            self.sampler,
+            self.tokenizer,
+            asked,
+            Decoding(sampling.temperature, sampling.top_p, sampling.top_k, sampling.max_new_tokens),
+            num_completions=sampling.completions,
+            run_seed=self.seed,
+            instructions=self.recipe.policy.instruction,
+            on_prompt=lambda: advance(sampling.completions),
+        ):
+            read = {"completion": len(asked[index]) * sampling.completions}
+            yield Finished(
+                index, table, dropped, read, {"tokens": pc.sum(table["completion_tokens"]).as_py() or 0}
+            )
 
 
 def sample_shards(
@@ -141,18 +131,25 @@ def _table(
 ) -> pa.Table:
     """The completions table of one shard."""
     order = [(rows[place], i, one) for place in sorted(found) for i, one in enumerate(found[place])]
-    texts = tokenizer.batch_decode(
-        [one.ids for _, _, one in order], skip_special_tokens=True, clean_up_tokenization_spaces=False
+    drawn = [one for _, _, one in order]
+    ids = [one.ids for one in drawn if one.text is None]
+    decoded = iter(
+        tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        if ids
+        else []
     )
     columns = {
         "prompt_id": [row["prompt_id"] for row, _, _ in order],
         "language": [row["language"] for row, _, _ in order],
         "sample_id": [i for _, i, _ in order],
-        "completion": texts,
-        "completion_ids": [one.ids for _, _, one in order],
-        "completion_tokens": [len(one.ids) + (one.finish_reason == "stop") for _, _, one in order],
-        "finish_reason": [one.finish_reason for _, _, one in order],
+        "completion": [next(decoded) if one.text is None else one.text for one in drawn],
+        "completion_ids": [one.ids if one.text is None else None for one in drawn],
+        "completion_tokens": [
+            len(one.ids) + (one.finish_reason == "stop") if one.num_tokens is None else one.num_tokens
+            for one in drawn
+        ],
+        "finish_reason": [one.finish_reason for one in drawn],
         "policy": [policy] * len(order),
-        "seed": [one.seed for _, _, one in order],
+        "seed": [one.seed for one in drawn],
     }
     return pa.table(columns, schema=COMPLETIONS.schema)

@@ -10,8 +10,8 @@ number stops the stage, because it would poison its pool's mean.
 """
 
 import math
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -20,13 +20,16 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from croco.engines.base import ScoreRequest
+from croco.engines import open_scorer
+from croco.engines.base import Scorer, ScoreRequest
 from croco.errors import UserError
+from croco.executor import Advance, Finished, compute
+from croco.recipe import Recipe
 from croco.records import SCORES, ledger
 from croco.sampling.chat import conversations_ids, prompt_ids
 from croco.sampling.seeds import digest
 from croco.stage import Work
-from croco.store import read_table, shards
+from croco.store import read_table, shard_path, shards
 
 Messages = list[dict[str, str]]
 Completion = dict[str, Any]  # a row of the completions table
@@ -39,30 +42,37 @@ COLUMNS = ["prompt_id", "language", "sample_id", "completion", "completion_ids",
 
 def score(work: Work) -> None:
     """Write the scores table, a shard per shard of completions."""
-    completions = shards(work.inputs["sample"])
-    todo = work.todo(len(completions))
-    if not todo:
-        return
-    total = sum(shard.rows for shard in completions)
-    done = total - sum(completions[number].rows for number in todo)
-    prompts = {
-        (row["prompt_id"], row["language"]): row["messages"]
-        for row in read_table(work.inputs["prompts"], ["prompt_id", "language", "messages"]).iter_rows(
-            named=True
-        )
-    }
-    name, score_shard = _scorer(work)
-    began = time.monotonic()
-    with work.progress(total, "completion", done) as bar:
-        for number in todo:
-            rows = pq.ParquetFile(completions[number].path).read(columns=COLUMNS)
-            groups = _groups(pl.DataFrame(pl.from_arrow(rows)), prompts)
-            scored = score_shard(groups)
-            table, dropped = tabulate([group for _, group in groups], scored, name)
-            work.write(number, table, read={"completion": rows.num_rows}, dropped=dropped)
-            bar.advance(rows.num_rows)
-    rate = (total - done) / max(time.monotonic() - began, 1e-9)
-    work.record(scorer=name, completions_per_second=round(rate, 1))
+    sizes = [shard.rows for shard in shards(work.inputs["sample"])]
+    recipe = work.recipe.model_copy(update={"runtime": work.runtime})
+    compute(
+        work,
+        partial(ScoreWorker, recipe, work.settings["scorer"], work.inputs["prompts"], work.inputs["sample"]),
+        sizes,
+        "completion",
+    )
+
+
+class ScoreWorker:
+    """Scores shards of completions with one scorer: "reward", "likelihood" or "random"."""
+
+    def __init__(self, recipe: Recipe, kind: str, prompts: Path, samples: Path, replica: int) -> None:
+        self.samples = samples
+        self.prompts = {
+            (row["prompt_id"], row["language"]): row["messages"]
+            for row in read_table(prompts, ["prompt_id", "language", "messages"]).iter_rows(named=True)
+        }
+        self.name, self.score_shard, self.facts = _scorer(recipe, kind, replica)
+
+    def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[Finished]:
+        """Shard by shard, each the mirror of a shard of completions."""
+        for index in indices:
+            rows = pq.ParquetFile(shard_path(self.samples, index)).read(columns=COLUMNS)
+            groups = _groups(pl.DataFrame(pl.from_arrow(rows)), self.prompts)
+            scored = self.score_shard(groups)
+            table, dropped = tabulate([group for _, group in groups], scored, self.name)
+            advance(rows.num_rows)
+            counts = {"completion": rows.num_rows}
+            yield Finished(index, table, dropped, counts, {"completions": rows.num_rows})
 
 
 def tabulate(
@@ -100,15 +110,15 @@ def _groups(
     return [(prompts[key], rows) for key, rows in grouped.items()]
 
 
-def _scorer(work: Work) -> tuple[str, ScoreShard]:
-    """The scorer's name in the table, and the function that scores a shard."""
-    kind = work.settings["scorer"]
+def _scorer(recipe: Recipe, kind: str, replica: int) -> tuple[str, ScoreShard, dict[str, Any]]:
+    """The scorer's name in the table, the function that scores a shard, and what `stage.json` records."""
     if kind == "reward":
-        return work.recipe.reward.model, _reward(work)
+        return recipe.reward.model, *_reward(recipe, replica)
     if kind == "likelihood":
-        return f"likelihood of {work.recipe.policy.model}", _likelihood(work)
+        return f"likelihood of {recipe.policy.model}", *_likelihood(recipe)
     if kind == "random":
-        return "random", lambda groups: [[random_score(work.seed, row) for row in rows] for _, rows in groups]
+        seed = recipe.run.seed
+        return "random", lambda groups: [[random_score(seed, row) for row in rows] for _, rows in groups], {}
     raise UserError(f"scorer {kind!r}: expected 'reward', 'likelihood' or 'random'")
 
 
@@ -118,20 +128,14 @@ def random_score(seed: int, row: Completion) -> float:
     return NormalDist().inv_cdf(min(max(uniform, 2**-60), 1 - 2**-53))
 
 
-def _reward(work: Work) -> ScoreShard:
-    from croco.engines.hf import HFScorer, load_reward
-
-    reward = work.recipe.reward
-    model, tokenizer = load_reward(
-        reward.model, reward.revision, reward.dtype, work.runtime.device, reward.trust_remote_code
-    )
-    scorer = HFScorer(model, tokenizer, work.runtime.token_budget, name=reward.model)
-    work.record(device=str(model.device))
-    return lambda groups: score_conversations(scorer, tokenizer, groups, reward.max_tokens)
+def _reward(recipe: Recipe, replica: int) -> tuple[ScoreShard, dict[str, Any]]:
+    scorer, tokenizer = open_scorer(recipe, replica)
+    limit = recipe.reward.max_tokens
+    return lambda groups: score_conversations(scorer, tokenizer, groups, limit), scorer.facts
 
 
 def score_conversations(
-    scorer: Any, tokenizer: Any, groups: Sequence[tuple[Messages, list[Completion]]], max_tokens: int
+    scorer: Scorer, tokenizer: Any, groups: Sequence[tuple[Messages, list[Completion]]], max_tokens: int
 ) -> list[Scored]:
     """Scores of whole conversations; one longer than `max_tokens` or the model's context gets the reason instead."""
     limit = min(max_tokens, scorer.max_context)
@@ -153,21 +157,20 @@ def score_conversations(
     return scored
 
 
-def _likelihood(work: Work) -> ScoreShard:
+def _likelihood(recipe: Recipe) -> tuple[ScoreShard, dict[str, Any]]:
     from croco.engines.hf import HFLikelihood, load_policy
 
-    policy = work.recipe.policy
+    policy, runtime = recipe.policy, recipe.runtime
     model, tokenizer = load_policy(
         policy.model,
         policy.revision,
         policy.dtype,
-        work.runtime.device,
+        runtime.device,
         chat_template=Path(policy.chat_template) if policy.chat_template else None,
         trust_remote_code=policy.trust_remote_code,
     )
-    scorer = HFLikelihood(model, tokenizer, work.runtime.token_budget, name=policy.model)
-    work.record(device=str(model.device))
-    return lambda groups: score_likelihood(scorer, tokenizer, groups, policy.instruction)
+    scorer = HFLikelihood(model, tokenizer, runtime.token_budget, name=policy.model)
+    return lambda groups: score_likelihood(scorer, tokenizer, groups, policy.instruction), scorer.facts
 
 
 def score_likelihood(
