@@ -12,7 +12,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from croco import languages
 from croco.errors import UserError
@@ -26,6 +34,15 @@ Strings = Annotated[tuple[str, ...], Field(strict=False)]
 Temperatures = Annotated[tuple[Temperature, ...], Field(strict=False)]
 EngineName = Literal["transformers", "vllm", "server"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def _check_replicas(value: Any) -> Any:
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+        return value
+    raise ValueError(f"found {value!r}, expected a number of workers or 'auto'")
+
+
+Replicas = Annotated[int | Literal["auto"], PlainValidator(_check_replicas)]
 
 
 class Section(BaseModel):
@@ -161,10 +178,33 @@ class Engines(Section):
     judge: EngineName = "transformers"
 
 
+class Vllm(Section):
+    """vLLM in process, for every role that runs on it."""
+
+    tensor_parallel: Positive = 1  # GPUs that one engine takes
+
+
+class Ray(Section):
+    """What each worker takes of a Ray cluster."""
+
+    address: str | None = (
+        None  # of a running cluster, "auto" for this machine's; null starts one on this machine
+    )
+    cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
+    gpus_per_worker: Annotated[float, Field(ge=0)] | None = None  # null is what the engine needs
+    memory_gib_per_worker: Annotated[float, Field(gt=0)] | None = None  # null reserves none
+
+
 class Runtime(Section):
     """How, never what: nothing here changes the tables, so nothing here enters a fingerprint."""
 
     engines: Engines = Engines()
+    vllm: Vllm = Vllm()
+    executor: Literal["local", "ray"] = "local"  # processes on this machine, or a Ray cluster
+    replicas: Replicas = (
+        1  # workers, each with an engine of its own; "auto" is one per GPU (or group of GPUs)
+    )
+    ray: Ray = Ray()
     device: str = "auto"
     token_budget: Positive = 16384  # tokens per sampling or scoring batch
     micro_batch_tokens: Positive = 4096  # tokens per training forward

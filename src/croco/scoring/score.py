@@ -49,6 +49,7 @@ def score(work: Work) -> None:
         partial(ScoreWorker, recipe, work.settings["scorer"], work.inputs["prompts"], work.inputs["sample"]),
         sizes,
         "completion",
+        here=work.settings["scorer"] == "random",
     )
 
 
