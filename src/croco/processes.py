@@ -102,17 +102,17 @@ def _mourn(title: str, worker: Running, deaths: Counter[int]) -> None:
     _kill(worker)
     code = worker.process.exitcode or 0
     how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    where = f"shards {worker.shards[0]} to {worker.shards[-1]}" if worker.shards else "loading its model"
+    where = f"at shards {worker.shards[0]} to {worker.shards[-1]}" if worker.shards else "while opening"
     if code > 0:
-        raise RuntimeError(f"{title}: a worker process failed at {where}; its traceback stands above")
+        raise RuntimeError(f"{title}: a worker process failed {where}; its traceback stands above")
     blamed = worker.shards or [OPENING]
     deaths.update(blamed)
     if max(deaths[each] for each in blamed) >= LIVES:
         raise UserError(
-            f"{title}: {LIVES} worker processes were lost at {where}, the last to {how}: expected a machine with "
+            f"{title}: {LIVES} worker processes were lost {where}, the last to {how}: expected a machine with "
             f"memory for all of them (see runtime.replicas and runtime.token_budget); what is finished is kept"
         )
-    logger.warning("%s: lost a worker process to %s at %s, another one takes over", title, how, where)
+    logger.warning("%s: lost a worker process to %s %s, another one takes over", title, how, where)
 
 
 def _start(open_worker: OpenWorker, number: int, gpus: Sequence[str], cores: int) -> Running:
