@@ -11,6 +11,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
+import socket
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -163,16 +165,11 @@ class ShardWorker:
 def join(runtime: Runtime) -> None:
     """Connect this process to the cluster, or start one on this machine's loopback that ends with the process."""
     address = runtime.ray.address
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    if (
-        address is None
-    ):  # read when Ray is imported: "0" makes every server of it listen on the loopback alone
-        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    _settle(address)
     try:
         import ray
         import ray.data
+        from ray.exceptions import RayError
     except ModuleNotFoundError as error:
         raise UserError(
             f"runtime.executor = 'ray' needs {error.name}, which is not here: install croco[ray]"
@@ -186,6 +183,9 @@ def join(runtime: Runtime) -> None:
     if address is not None:
         environment["py_modules"] = [str(Path(croco.__file__).parent)]  # the nodes run the code that is here
     try:
+        if address not in (None, "auto"):  # Ray would look for two minutes
+            host, _, port = str(address).rpartition(":")
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
         ray.init(
             address=address or "local",
             include_dashboard=None if address else False,
@@ -193,10 +193,28 @@ def join(runtime: Runtime) -> None:
             logging_level=logging.ERROR,
             log_to_driver=False,
         )
-    except (ConnectionError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError, RayError) as error:
+        if address is None:
+            raise
         raise UserError(
-            f"runtime.ray.address = '{address}': no Ray cluster to join there: {_first_line(error)}"
+            f"runtime.ray.address = '{address}': cannot join a Ray cluster there: {_first_line(error)} "
+            f"(one with a token wants RAY_AUTH_MODE=token here, too)"
         ) from None
+
+
+def _settle(address: str | None) -> None:
+    """Environment that Ray reads when it is imported; a cluster of our own is on the loopback and has its own token."""
+    own = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_BACKEND_LOG_LEVEL": "fatal",
+    }
+    if address is None:  # else Ray leaves a token in the home directory, and asks every later cluster for it
+        own |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    if address is None or address.startswith(("127.", "localhost")):
+        own |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # "0" keeps all its servers on the loopback
+    for name, value in own.items():
+        os.environ.setdefault(name, value)
 
 
 def pool(runtime: Runtime, gpus_needed: int) -> tuple[int, float]:
