@@ -36,6 +36,7 @@ STAGE_COMMANDS = {
     "prompts": "Read and check the prompts to tune on.",
     "sample": "Let the policy answer every prompt N times.",
     "score": "Score the completions.",
+    "score-references": "Score the gold completions, where an arm sets them against the policy's.",
     "pair": "Choose a chosen and a rejected completion per pool.",
     "train": "Tune an adapter on an arm's pairs.",
     "eval-prompts": "Read and check the prompts to evaluate on.",

@@ -39,13 +39,32 @@ def all_arms(recipe: Recipe) -> list[str | None]:
 
 def scoring_arms(recipe: Recipe) -> list[str | None]:
     """None for the reward model's scores, shared; an arm with a scorer of its own has scores of its own."""
-    own: list[str | None] = [name for name, arm in recipe.arms.items() if arm.scorer != "reward"]
-    shared: list[str | None] = [None] if len(own) < len(recipe.arms) else []
+    scored = {
+        name: arm for name, arm in recipe.arms.items() if (arm.chosen, arm.rejected) != ("reference", "none")
+    }
+    own: list[str | None] = [name for name, arm in scored.items() if arm.scorer != "reward"]
+    shared: list[str | None] = [None] if len(own) < len(scored) else []
     return shared + own
 
 
 def scores_of(recipe: Recipe, arm: str | None) -> Reference:
     return ("score", None if science.arm_of(recipe, arm).scorer == "reward" else arm)
+
+
+def gold_arms(recipe: Recipe) -> list[str | None]:
+    """One run, shared, where an arm sets gold completions against the policy's and so needs their scores."""
+    needed = any(arm.chosen == "reference" and arm.rejected != "none" for arm in recipe.arms.values())
+    return [None] if needed else []
+
+
+def paired_from(recipe: Recipe, arm: str | None) -> list[Reference]:
+    """What an arm's pairs are made of; data for SFT on gold completions needs the prompts alone."""
+    section = science.arm_of(recipe, arm)
+    if section.chosen != "reference":
+        return [("prompts", None), ("sample", None), scores_of(recipe, arm)]
+    if section.rejected == "none":
+        return [("prompts", None)]
+    return [("prompts", None), ("sample", None), scores_of(recipe, arm), ("score-references", None)]
 
 
 STAGES: tuple[Stage, ...] = (
@@ -78,12 +97,21 @@ STAGES: tuple[Stage, ...] = (
         reads_all=("completion", "sample"),
     ),
     Stage(
-        name="pair",
+        name="score-references",
         version=1,
+        function="croco.scoring.score:score_references",
+        table="scores",
+        settings=science.references_settings,
+        follows=lambda recipe, arm: [("prompts", None)],
+        arms=gold_arms,
+    ),
+    Stage(
+        name="pair",
+        version=2,
         function="croco.pairing.pair:pair",
         table="pairs",
         settings=science.pair_settings,
-        follows=lambda recipe, arm: [("prompts", None), ("sample", None), scores_of(recipe, arm)],
+        follows=paired_from,
         arms=tuned_arms,
     ),
     Stage(

@@ -86,8 +86,15 @@ def score_settings(recipe: Recipe, arm: str | None) -> Settings:
     return {"scorer": scorer, "seed": recipe.run.seed}
 
 
+def references_settings(recipe: Recipe, arm: str | None) -> Settings:
+    return {"reward": reward_settings(recipe)}
+
+
 def pair_settings(recipe: Recipe, arm: str | None) -> Settings:
-    rules = arm_of(recipe, arm).model_dump(mode="json", include={"pool", "chosen", "rejected", "prompt"})
+    section = arm_of(recipe, arm)
+    rules = section.model_dump(mode="json", exclude={"scorer", "training"})
+    limit = section.training.max_tokens if section.guards.too_long != "off" else None
+    rules["guards"]["max_tokens"] = limit
     return rules | {"seed": recipe.run.seed}
 
 

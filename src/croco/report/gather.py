@@ -94,7 +94,9 @@ def _steps(folder: Path, recipe: Recipe, stages: Mapping[str, Mapping[str, Any]]
         counts, facts = stages[title]["counts"], stages[title].get("facts", {})
         kept = [(int(count), unit) for unit, count in counts.get("written", {}).items() if unit != "pool"]
         if stage == "pair":
-            kept = [(facts["candidates"], "candidate"), (facts["pools"], "pool"), (facts["pairs"], "pair")]
+            kept = [
+                (facts[f"{unit}s"], unit) for unit in ("candidate", "pool", "pair") if f"{unit}s" in facts
+            ]
         dropped = []
         if (folder / title / "dropped.parquet").is_file():
             ledger = (
@@ -123,11 +125,11 @@ def browser_pairs(run: Run, max_bytes: int = MAX_PAIR_BYTES) -> dict[str, Any]:
     At most `MAX_PAIRS` pairs and about `max_bytes` of JSON; when there are more, a spread by digest of arm
     and key.
     """
-    key, details = ("prompt_id", "language"), _DETAILS
+    key, details = ("prompt_id", "language", "pair_id"), _DETAILS
     ranked = []
     for arm in run.recipe.arms:
         rows = locate(run.folder / "pair" / arm, key)
-        ranked += [(digest("browser", arm, *row[:2]), arm, *row) for row in rows.iter_rows()]
+        ranked += [(digest("browser", arm, *row[:3]), arm, *row) for row in rows.iter_rows()]
     total, ranked = len(ranked), sorted(ranked)[:MAX_PAIRS]
     prompts: dict[tuple[str, str], int] = {}
     payload: dict[str, Any] = {
@@ -164,6 +166,7 @@ def browser_pairs(run: Run, max_bytes: int = MAX_PAIR_BYTES) -> dict[str, Any]:
 
 
 _DETAILS = (
-    "chosen", "rejected", "chosen_score", "rejected_score", "chosen_language", "rejected_language",
-    "chosen_sample_id", "rejected_sample_id", "pool_size", "pool_mean", "pool_std",
+    "chosen", "rejected", "chosen_score", "rejected_score", "chosen_calibrated", "rejected_calibrated",
+    "chosen_language", "rejected_language",
+    "chosen_sample_id", "rejected_sample_id", "pool_size", "pool_mean", "pool_std", "flags",
 )  # fmt: skip
