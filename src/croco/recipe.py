@@ -104,7 +104,7 @@ class Translate(Model):
     checks: TranslationChecks = get_args(TranslationCheck)  # those that a translation must pass
     # translated characters per character; for Chinese or Japanese other values are right
     min_length_ratio: Annotated[float, Field(ge=0)] = 0.5
-    max_length_ratio: Annotated[float, Field(gt=0)] = 2.0
+    max_length_ratio: Annotated[float, Field(gt=0)] = 2.5
 
     @field_validator("source")
     @classmethod

@@ -92,7 +92,8 @@ class TranslateWorker:
         requests = []
         for number, (text, language) in enumerate(texts):
             messages = FORMATS[self.settings.format](text, self.settings.source, language)
-            ids = prompt_ids(self.tokenizer, messages)
+            # an engine without a tokenizer here takes the messages
+            ids = prompt_ids(self.tokenizer, messages) if self.tokenizer is not None else []
             if len(ids) >= self.sampler.max_context:
                 reason = f"too long: its prompt has {len(ids)} tokens, the context {self.sampler.max_context}"
                 yield texts[number], (None, reason), 0
