@@ -10,7 +10,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -28,6 +28,9 @@ Temperatures = Annotated[tuple[Temperature, ...], Field(strict=False)]
 Action = Literal["drop", "flag", "off"]
 EngineName = Literal["transformers", "vllm", "server"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+TranslationFormat = Literal["instruct", "translategemma", "tower", "tower-instruct"]
+TranslationCheck = Literal["items", "numbers", "repetition", "length", "copy", "language"]
+TranslationChecks = Annotated[tuple[TranslationCheck, ...], Field(strict=False)]
 
 
 class Section(BaseModel):
@@ -90,6 +93,28 @@ class Policy(Model):
             except UserError as error:
                 raise ValueError(str(error)) from None
         return value
+
+
+class Translate(Model):
+    """Prompts are read in one language and translated into the others; without this section they are there already."""
+
+    source: str = "en"  # the language that [prompts] is read in
+    evaluation: bool = False  # the prompts of [evaluation] likewise
+    chat_template: str | None = None  # a Jinja file that replaces the tokenizer's own
+    format: TranslationFormat = "instruct"
+    max_new_tokens: Positive = 8192  # per stretch of text; one that has not ended by then goes to the ledger
+    checks: TranslationChecks = get_args(TranslationCheck)  # those that a translation must pass
+    # translated characters per character; for Chinese or Japanese other values are right
+    min_length_ratio: Annotated[float, Field(ge=0)] = 0.5
+    max_length_ratio: Annotated[float, Field(gt=0)] = 2.5
+
+    @field_validator("source")
+    @classmethod
+    def _check_code(cls, value: str) -> str:
+        try:
+            return languages.check(value)
+        except UserError as error:
+            raise ValueError(str(error)) from None
 
 
 class Reward(Model):
@@ -227,6 +252,7 @@ class Runtime(Section):
 class Recipe(Section):
     run: Run
     prompts: Prompts = Prompts()
+    translate: Translate | None = None
     policy: Policy = Policy()
     reward: Reward = Reward()
     sampling: Sampling = Sampling()
@@ -240,6 +266,17 @@ class Recipe(Section):
     def folder(self) -> Path:
         """The run's folder, as the recipe says it (relative to where the command runs)."""
         return Path(self.run.folder or f"runs/{self.run.name}")
+
+    @property
+    def prompts_languages(self) -> tuple[str, ...]:
+        """The languages that `[prompts]` is read in: the tuned ones, or the one they are translated from."""
+        return (self.translate.source,) if self.translate else self.run.languages
+
+    @property
+    def evaluation_languages(self) -> tuple[str, ...]:
+        """The languages that `[evaluation]` is read in."""
+        translated = self.translate and self.translate.evaluation
+        return (self.translate.source,) if self.translate and translated else self.run.evaluated
 
     @field_validator("arms")
     @classmethod
@@ -258,6 +295,14 @@ class Recipe(Section):
                         raise ValueError(
                             f"arms.{name}.pool.{group}: '{code}' is not tuned, expected of {known}"
                         )
+        return self
+
+    @model_validator(mode="after")
+    def _something_to_translate(self) -> Recipe:
+        if self.translate and not set(self.run.languages) - {self.translate.source}:
+            raise ValueError(
+                f"translate.source = '{self.translate.source}' is the only language of run.languages"
+            )
         return self
 
     @model_validator(mode="after")

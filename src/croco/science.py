@@ -38,6 +38,20 @@ def world_identity() -> str:
     )
 
 
+def translate_settings(recipe: Recipe, languages: Sequence[str]) -> Settings:
+    assert recipe.translate is not None
+    settings = recipe.translate.model_dump(
+        mode="json", exclude={"trust_remote_code", "evaluation", "revision"}
+    )
+    template = recipe.translate.chat_template
+    return settings | {
+        "model": model_identity(recipe.translate.model, recipe.translate.revision, "translate.model"),
+        "chat_template": file_identity(template, "translate.chat_template") if template else None,
+        "checks": sorted(recipe.translate.checks),
+        "languages": sorted(languages),
+    }
+
+
 def policy_settings(recipe: Recipe, languages: Sequence[str]) -> Settings:
     policy = recipe.policy
     return {

@@ -31,10 +31,11 @@ def test_by_hand():
 def test_it_takes_the_language_out_of_a_pool_over_languages():
     rng = np.random.default_rng(0)
     size = 2 * 200 * 16
-    table = pl.DataFrame({
-        "prompt_id": [f"p{i // 32}" for i in range(size)], "language": ["da" if i // 16 % 2 else "nl" for i in range(size)],
-        "sample_id": [i % 16 for i in range(size)], "score": rng.normal(size=size),
-    }).with_columns(score=pl.when(pl.col("language") == "da").then(pl.col("score") * 0.2 + 3).otherwise("score"))  # fmt: skip
+    row = np.arange(size)
+    score = np.where(row // 16 % 2, 3 + 0.2 * rng.normal(size=size), rng.normal(size=size))
+    table = pl.DataFrame({"prompt_id": row // 32, "sample_id": row % 16, "score": score}).with_columns(
+        pl.col("prompt_id").cast(pl.String), language=pl.Series(np.where(row // 16 % 2, "da", "nl"))
+    )
     shares = {
         kind: (croco.pairs(table, pool="all", calibration=kind)[0]["chosen_language"] == "da").mean()
         for kind in ("none", "zscore", "quantile", "centred")

@@ -81,7 +81,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _steps(folder: Path, recipe: Recipe, stages: Mapping[str, Mapping[str, Any]]) -> list[Step]:
-    shared = [name for name in ("prompts", "sample", "score") if name in stages]
+    shared = [name for name in ("prompts", "translate", "sample", "score") if name in stages]
     own = [
         f"{stage}/{arm}"
         for arm in recipe.arms
@@ -99,9 +99,10 @@ def _steps(folder: Path, recipe: Recipe, stages: Mapping[str, Mapping[str, Any]]
             ]
         dropped = []
         if (folder / title / "dropped.parquet").is_file():
-            ledger = (
-                store.read_dropped(folder / title).group_by("unit", "reason").len().sort("unit", "reason")
-            )
+            # a reason's details, after its colon, are for the ledger
+            kind = pl.col("reason").str.split(": ").list.first()
+            dropped_rows = store.read_dropped(folder / title).with_columns(kind)
+            ledger = dropped_rows.group_by("unit", "reason").len().sort("unit", "reason")
             dropped = [(unit, reason, int(count)) for unit, reason, count in ledger.iter_rows()]
         steps.append(Step(stage, arm, kept, dropped))
     return steps

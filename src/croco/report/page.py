@@ -123,7 +123,10 @@ def _facts(run: Run, board: Board) -> list[tuple[str, str]]:
             "evaluated only",
             " ".join((*recipe.run.low_resource_languages, *recipe.run.held_out_languages)) or "none",
         ),
-        ("prompts to tune on", f"{_written(run, 'prompts', 'prompt'):,}"),
+        (
+            "prompts to tune on",
+            f"{_written(run, 'translate' if recipe.translate else 'prompts', 'prompt'):,}",
+        ),
         (
             "completions",
             f"{_written(run, 'sample', 'completion'):,} ({recipe.sampling.completions} a prompt)",
