@@ -345,11 +345,12 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         except tomllib.TOMLDecodeError as error:
             raise UserError(f"{path}: not valid TOML: {error}") from None
     for override in overrides:
-        _override(values, override)
+        apply_override(values, override)
     return from_dict(values, str(path))
 
 
-def _override(values: dict[str, Any], override: str) -> None:
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set `a.b=value` in nested values; raises UserError when it does not fit."""
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
