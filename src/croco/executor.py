@@ -76,23 +76,24 @@ def compute(
     unit: str,
     *,
     role: str | None = None,
+    under: str | None = None,
     drafts: Callable[[int], Path] | None = None,
     here: bool = False,
 ) -> None:
     """Compute and write every shard that is not finished; shard i has `sizes[i]` rows of `unit`.
 
-    `role` is the workers' key in `[runtime.engines]`, if it is not the stage's name; what they did is then recorded
-    under it. `drafts` (picklable) names a file per shard, for tables that are a step on the way to the stage's own.
+    `role` is the workers' key in `[runtime.engines]`, if it is not the stage's name; `under`, where their facts are
+    recorded. `drafts` (picklable) names a file per shard, for tables that are a step on the way to the stage's own.
     `here` is for work that is done sooner than other processes have started.
     """
     file = drafts or partial(store.marker_path, work.folder)
     todo = [index for index in work.todo(len(sizes)) if not file(index).exists()]
     if not todo:
         return
-    own = work.title.partition("/")[0]
+    role = role or work.title.partition("/")[0]
     alone = work.runtime.model_copy(update={"executor": "local", "replicas": 1})
     runtime = alone if here else work.runtime
-    job = Job(work.title, work.folder, todo, file, open_worker, gpus_per_worker(runtime, role or own))
+    job = Job(work.title, work.folder, todo, file, open_worker, gpus_per_worker(runtime, role))
     done = sum(sizes) - sum(sizes[index] for index in todo)
     began, sums = time.monotonic(), Counter[str]()
     with (
@@ -108,7 +109,7 @@ def compute(
     seconds = max(time.monotonic() - began, 1e-9)
     rates = {f"{name}_per_second": round(total / seconds, 1) for name, total in sums.items()}
     facts = {"executor": runtime.executor, **_in_common(job.opened), **sums, **rates}
-    work.record(**(facts if role in (None, own) else {str(role): facts}))
+    work.record(**(facts if under is None else {under: facts}))
 
 
 def _stream(job: Job, runtime: Runtime, sizes: Sequence[int], advance: Advance) -> Stream:

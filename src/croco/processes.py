@@ -46,7 +46,8 @@ def processes(job: Job, shares: Sequence[Sequence[str]]) -> Stream:
     waiting, deaths, numbers = deque(groups(job.todo, len(shares))), Counter[int](), itertools.count()
     running: dict[Connection, Running] = {}
     leaving: list[Running] = []
-    cores = max(1, (os.cpu_count() or 1) // len(shares))
+    mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = max(1, mine // len(shares))
 
     def start(gpus: Sequence[str]) -> None:
         worker = _start(job.open_worker, next(numbers), gpus, cores)

@@ -60,7 +60,7 @@ def evaluate(work: Work) -> None:
     compute(work, partial(DrawWorker, recipe, batches, adapter), sizes, "completion", drafts=draft)
     lab = recipe.evaluation.source == "lab"
     judge = partial(JudgeWorker, recipe, str(work.arm), batches, draft)
-    compute(work, judge, sizes, "completion", role="judge" if lab else "score", here=lab)
+    compute(work, judge, sizes, "completion", role="score", under="judge", here=lab)
 
 
 def draft_path(folder: Path, index: int) -> Path:
