@@ -31,7 +31,9 @@ def _environment() -> Iterator[None]:
     import ray
 
     if ray.is_initialized():
-        started = [p for p in psutil.Process().children(recursive=True) if "ray" in " ".join(p.cmdline())]
+        family = psutil.Process().children(recursive=True)
+        names = ("ray::", "raylet", "gcs_server")
+        started = [child for child in family if any(name in " ".join(child.cmdline()) for name in names)]
         assert started
         ray.shutdown()
         assert psutil.wait_procs(started, timeout=20)[1] == []

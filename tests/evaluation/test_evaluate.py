@@ -161,7 +161,7 @@ def test_two_workers_draw_and_judge_as_one_does(run, tmp_path):
         evaluate(work)
         verdicts.append(store.read_table(work.folder))
         facts = work.record_file["facts"]
-        assert (facts["workers"], facts["score"]["workers"]) == (replicas, replicas)
+        assert (facts["workers"], facts["judge"]["workers"]) == (replicas, replicas)
     assert verdicts[0].equals(verdicts[1])
 
 
