@@ -32,8 +32,7 @@ def _environment() -> Iterator[None]:
 
     if ray.is_initialized():
         family = psutil.Process().children(recursive=True)
-        names = ("ray::", "raylet", "gcs_server")
-        started = [child for child in family if any(name in " ".join(child.cmdline()) for name in names)]
+        started = [child for child in family if child.name().startswith(("ray::", "raylet", "gcs_server"))]
         assert started
         ray.shutdown()
         assert psutil.wait_procs(started, timeout=20)[1] == []
