@@ -249,11 +249,17 @@ class HFScorer:
     def __init__(self, model: Any, tokenizer: Any, token_budget: int = 16384, name: str = "") -> None:
         self.model, self.token_budget = model, token_budget
         self.name = name or str(tokenizer.name_or_path)
-        self.max_context, self.facts = max_context(model), _facts(model)
+        self.reason = classifier.disagreement(model)
+        self.max_context, self.facts = max_context(model), _facts(model) | {"reason": self.reason}
+        if self.reason:
+            logger.warning(
+                "%s scores conversation by conversation, which is slower, because %s", self.name, self.reason
+            )
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[list[float]]:
         """Raw logits in the order of the requests; what they share is found here, `prompt_ids` may be empty."""
-        return _with_less_memory(self, lambda budget: classifier.logits(self.model, requests, budget))
+        plain = self.reason is not None
+        return _with_less_memory(self, lambda budget: classifier.logits(self.model, requests, budget, plain))
 
 
 class HFLikelihood:
