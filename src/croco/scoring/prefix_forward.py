@@ -49,7 +49,9 @@ def forward(
     prefix, stands alone). With `read_at`, the one place in each rest that is wanted, the others' output is arbitrary:
     the last layer is not finished there.
     """
-    ours = [g for g, group in enumerate(groups) if share and can_share(network) and not _slides(network, group)]
+    ours = [
+        g for g, group in enumerate(groups) if share and can_share(network) and not _slides(network, group)
+    ]
     shared = sorted((g for g in ours if _saves(groups[g])), key=lambda g: len(groups[g].prefix))
     for number, pool in enumerate(_pools([len(groups[g].prefix) for g in shared], token_budget)):
         stored = _store(network, groups, shared[pool], token_budget)
@@ -151,7 +153,9 @@ def _behind(
     at_B: torch.Tensor | None,
 ) -> Any:
     """The network over rows of which number b stands behind the stored prefix of group `owners[b]`, if there is one."""
-    start_B = torch.tensor([len(groups[g].prefix) if g in stored else 0 for g in owners], device=network.device)
+    start_B = torch.tensor(
+        [len(groups[g].prefix) if g in stored else 0 for g in owners], device=network.device
+    )
     prefixes = [
         Prefix(slice(owners.index(g), owners.index(g) + owners.count(g)), *stored[g])
         for g in sorted(set(owners) & stored.keys())
@@ -169,9 +173,10 @@ def _behind(
 def _last_layer_at(network: Any, at_B: torch.Tensor | None) -> Iterator[None]:
     """Within it, the last layer projects and feeds forward one token per row; what is added to all of the row's
     tokens is right at that one."""
-    last = (getattr(network, "layers", None) or [None])[-1]
-    parts = [getattr(last, "mlp", None), getattr(getattr(last, "self_attn", None), "o_proj", None)]
-    if at_B is None or None in parts:
+    layers = getattr(network, "layers", [])
+    inside = layers[-1].named_modules() if len(layers) else []
+    parts = [module for name, module in inside if name in ("self_attn.o_proj", "mlp")]
+    if at_B is None or len(parts) < 2:
         yield
         return
     line_B = torch.arange(len(at_B), device=at_B.device)

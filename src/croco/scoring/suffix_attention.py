@@ -22,7 +22,7 @@ _BLOCK = 64  # queries
 
 @dataclass(frozen=True)
 class Prefix:
-    """A prefix in the batch: the slice of rows that stand behind it, and its keys and values, (1, H, P, D) per layer."""
+    """A prefix in the batch: the rows that stand behind it, and its keys and values, (1, H, P, D) per layer."""
 
     rows: slice
     keys: list[torch.Tensor]
