@@ -199,6 +199,14 @@ def remove_unfinished(folder: Path) -> None:
             path.unlink()
 
 
+def read_parquet(path: Path) -> pl.DataFrame:
+    """A Parquet file; raises UserError when it is missing or broken."""
+    try:
+        return pl.DataFrame(pl.from_arrow(pq.ParquetFile(path).read()))
+    except (OSError, pa.ArrowInvalid) as error:
+        raise UserError(f"{path} cannot be read as Parquet: {error}") from None
+
+
 def read_table(folder: Path, columns: Sequence[str] | None = None) -> pl.DataFrame:
     """All finished shards of a stage's folder, in shard order."""
     paths = [shard.path for shard in shards(folder)]

@@ -17,11 +17,13 @@ if TYPE_CHECKING:
 def open_sampler(
     role: str, recipe: Recipe, seed: int, replica: int = 0, adapter: Path | None = None
 ) -> tuple[Sampler, Any]:
-    """The policy (with an adapter, if given) on the engine of a role ("sample", "evaluate"), and its tokenizer.
+    """The model of a role on its engine, and its tokenizer: the translation model for "translate", else the policy
+    (with an adapter, if given).
 
     `seed` and `replica` make the engine's own seed where completions have none of their own.
     """
-    policy, runtime = recipe.policy, recipe.runtime
+    runtime = recipe.runtime
+    policy = recipe.translate if role == "translate" and recipe.translate else recipe.policy
     from croco.engines.hf import HFSampler, load_policy
 
     model, tokenizer = load_policy(

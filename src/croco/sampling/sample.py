@@ -90,6 +90,7 @@ def sample_shards(
     found: dict[int, dict[int, list[Sampled]]] = {index: {} for index in shards}
     drops: dict[int, list[tuple[str, str, str, int | None, str]]] = {index: [] for index in shards}
     left = {index: len(rows) for index, rows in shards.items()}
+    prompt_tokens: dict[int, dict[int, int | None]] = {index: {} for index in shards}
     for index, rows in shards.items():
         for place, row in enumerate(rows):
             ids = _prompt_ids(tokenizer, row, instructions)
@@ -107,6 +108,7 @@ def sample_shards(
             seeds = [
                 sample_seed(run_seed, row["prompt_id"], row["language"], i) for i in range(num_completions)
             ]
+            prompt_tokens[index][place] = len(ids) or None
             requests.append(Request(len(requests), ids, seeds))
             owner.append((index, place))
     for index in [index for index, count in left.items() if count == 0]:
@@ -117,7 +119,7 @@ def sample_shards(
         left[index] -= 1
         on_prompt()
         if left[index] == 0:
-            table = _table(tokenizer, shards[index], found.pop(index), sampler.name)
+            table = _table(tokenizer, shards[index], found.pop(index), prompt_tokens[index], sampler.name)
             yield index, table, ledger(drops[index])
 
 
@@ -129,7 +131,11 @@ def _prompt_ids(tokenizer: Any, row: Prompt, instructions: Mapping[str, str]) ->
 
 
 def _table(
-    tokenizer: Any, rows: Sequence[Prompt], found: Mapping[int, list[Sampled]], policy: str
+    tokenizer: Any,
+    rows: Sequence[Prompt],
+    found: Mapping[int, list[Sampled]],
+    prompt_tokens: Mapping[int, int | None],
+    policy: str,
 ) -> pa.Table:
     """The completions table of one shard."""
     order = [(rows[place], i, one) for place in sorted(found) for i, one in enumerate(found[place])]
@@ -150,6 +156,7 @@ def _table(
             len(one.ids) + (one.finish_reason == "stop") if one.num_tokens is None else one.num_tokens
             for one in drawn
         ],
+        "prompt_tokens": [prompt_tokens[place] for place in sorted(found) for _ in found[place]],
         "finish_reason": [one.finish_reason for one in drawn],
         "policy": [policy] * len(order),
         "seed": [one.seed for one in drawn],
