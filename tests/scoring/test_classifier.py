@@ -39,7 +39,9 @@ def one_by_one(model, asked):
 @pytest.mark.parametrize("declared", [True, False])
 def test_equals_one_by_one(arch, token_budget, declared):
     model, asked = make_reward(arch, layers=3), requests(prompt_in_completions=not declared)
-    found = torch.tensor(HFScorer(model, make_tokenizer(), token_budget).score(asked))
+    scorer = HFScorer(model, make_tokenizer(), token_budget)
+    assert scorer.facts["scorer"] == "shared-prefix"
+    found = torch.tensor(scorer.score(asked))
     expected = one_by_one(model, asked)
     assert expected.std() > 0.05
     assert (found - expected).abs().max() < 1e-5
@@ -96,10 +98,10 @@ def test_out_of_memory_halves_the_budget(monkeypatch):
     model, asked = make_reward("qwen3"), requests()
     scorer, logits = HFScorer(model, make_tokenizer(), 1000), classifier.logits
 
-    def short_of_memory(model, asked, budget, plain):
+    def short_of_memory(model, asked, budget, share):
         if budget > 300:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return logits(model, asked, budget, plain)
+        return logits(model, asked, budget, share)
 
     monkeypatch.setattr(classifier, "logits", short_of_memory)
     assert (torch.tensor(scorer.score(asked)) - one_by_one(model, asked)).abs().max() < 1e-5
@@ -122,16 +124,16 @@ def test_a_window_that_ends_within_a_sequence_is_left_to_transformers_and_others
                 ).abs().max() < 1e-6  # norms are float32
 
 
-def test_a_model_that_computes_something_else_is_scored_plainly_and_says_so(caplog):
+def test_a_model_that_computes_something_else_is_scored_whole_and_says_so(caplog):
     model, asked = make_reward("qwen3", spread=0.3), requests()
     last = model.model.layers[-1]
 
-    class Scaled(torch.nn.Module):  # an MLP that looks at all tokens of its row
+    class Scaled(torch.nn.Module):  # an MLP that knows a token's place in its row
         def forward(self, hidden):
-            return last.own(hidden) * hidden.shape[1]
+            return last.own(hidden) * (1 + torch.arange(hidden.shape[1]))[:, None]
 
     last.own, last.mlp = last.mlp, Scaled()
     scorer = HFScorer(model, make_tokenizer())
-    assert "conversation by conversation" in caplog.text
-    assert "differs from a plain forward's" in str(scorer.facts["reason"])
-    assert (torch.tensor(scorer.score(asked)) - one_by_one(model, asked)).abs().max() < 1e-5
+    assert "scores without sharing prompts" in caplog.text
+    assert "differs by" in str(scorer.facts["reason"])
+    assert (torch.tensor(scorer.score(asked)) - one_by_one(model, asked)).abs().max() < 1e-4

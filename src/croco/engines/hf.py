@@ -21,7 +21,7 @@ from croco.sampling.architecture import disagreement, unsupported
 from croco.sampling.chat import end_ids
 from croco.sampling.shared_prefix import Decoder
 from croco.sampling.stops import Stops
-from croco.scoring import classifier, likelihood
+from croco.scoring import classifier, likelihood, prefix_forward
 
 logger = logging.getLogger(__name__)
 
@@ -247,23 +247,29 @@ class HFSampler:
         return decoder.run()
 
 
+def _sharing(network: Any, name: str) -> tuple[bool, dict[str, Any]]:
+    """Whether a network scores with shared prefixes, tried on it, and the facts that say so."""
+    reason = unsupported(network) or prefix_forward.disagreement(network)
+    if reason:
+        logger.warning("%s scores without sharing prompts, which is slower, because %s", name, reason)
+    scorer = "whole sequences" if reason else "shared-prefix"
+    return reason is None, _facts(network) | {"scorer": scorer, "reason": reason}
+
+
 class HFScorer:
     """Scores with a loaded sequence classifier of one logit: the raw logit of each conversation."""
 
     def __init__(self, model: Any, tokenizer: Any, token_budget: int = 16384, name: str = "") -> None:
         self.model, self.token_budget = model, token_budget
         self.name = name or str(tokenizer.name_or_path)
-        self.reason = classifier.disagreement(model)
-        self.max_context, self.facts = max_context(model), _facts(model) | {"reason": self.reason}
-        if self.reason:
-            logger.warning(
-                "%s scores conversation by conversation, which is slower, because %s", self.name, self.reason
-            )
+        self.max_context = max_context(model)
+        self.share, self.facts = _sharing(getattr(model, model.base_model_prefix, model), self.name)
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[list[float]]:
         """Raw logits in the order of the requests; what they share is found here, `prompt_ids` may be empty."""
-        plain = self.reason is not None
-        return _with_less_memory(self, lambda budget: classifier.logits(self.model, requests, budget, plain))
+        return _with_less_memory(
+            self, lambda budget: classifier.logits(self.model, requests, budget, self.share)
+        )
 
 
 class HFLikelihood:
@@ -272,7 +278,8 @@ class HFLikelihood:
     def __init__(self, model: Any, tokenizer: Any, token_budget: int = 16384, name: str = "") -> None:
         self.model, self.tokenizer, self.token_budget = model, tokenizer, token_budget
         self.name = name or str(tokenizer.name_or_path)
-        self.max_context, self.facts = max_context(model), _facts(model)
+        self.max_context = max_context(model)
+        self.share, self.facts = _sharing(model, self.name)
 
     def score(
         self, requests: Sequence[ScoreRequest], ended: Sequence[Sequence[bool]] | None = None
@@ -280,7 +287,9 @@ class HFLikelihood:
         """Mean log-probabilities in the order of the requests; `ended` False marks completions without an end token."""
         sums = _with_less_memory(
             self,
-            lambda budget: likelihood.completion_logps(self.model, self.tokenizer, requests, ended, budget),
+            lambda budget: likelihood.completion_logps(
+                self.model, self.tokenizer, requests, ended, budget, self.share
+            ),
         )
         return [
             [

@@ -47,8 +47,9 @@ def forward(
 
     `token_budget` bounds the tokens of a batch, and those of the prefixes stored at a time (a longer single row, or
     prefix, stands alone). With `read_at`, the one place in each rest that is wanted, the others' output is arbitrary:
-    the last layer is not finished there.
+    the last layer is not finished there. Without `share` whole sequences go the way of transformers.
     """
+    read_at = read_at if share else None
     ours = [
         g for g, group in enumerate(groups) if share and can_share(network) and not _slides(network, group)
     ]
@@ -59,6 +60,37 @@ def forward(
         yield from _rests(network, groups, [*stored, *alone], stored, token_budget, read_at)
     others = sorted(set(range(len(groups))) - set(ours))
     yield from _rests(network, groups, others, None, token_budget, read_at)
+
+
+@torch.inference_mode()
+def disagreement(network: Any) -> str | None:
+    """None when shared prefixes give on a trial what whole sequences give on this very network, else why not.
+
+    Compared is the relative difference of what is put out at the last token: rounding makes it 1e-6 in float32 and a
+    hundredth in bfloat16, a prefix that is not seen or a layer that is not finished makes it large.
+    """
+    vocabulary = network.config.get_text_config().vocab_size
+    groups = [
+        Group([(7 * i + k) % vocabulary for i in range(9 - k)], [[5, 6, 7], [8], [9, 4]]) for k in (0, 3)
+    ]
+    last = [[2, 0, 1]] * len(groups)
+
+    def found(share: bool) -> torch.Tensor:
+        rows = {
+            (g, i): output[0][line, last[g][i]].double()
+            for batch, output in forward(network, groups, 64, share, last)
+            for line, (g, i) in enumerate(batch)
+        }
+        return torch.stack([rows[row] for row in sorted(rows)])
+
+    try:
+        fast, slow = found(True), found(False)
+    except RuntimeError as error:
+        return f"a trial of shared prefixes failed: {str(error).splitlines()[0]}"
+    gap = ((fast - slow).norm() / slow.norm()).item()
+    if gap > (1e-3 if network.dtype == torch.float32 else 0.1):
+        return f"with shared prefixes a trial differs by {gap:.2g} from whole sequences"
+    return None  # broken weights give NaN either way: that is for the reader of the scores to name
 
 
 def can_share(network: Any) -> bool:
