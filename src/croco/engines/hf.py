@@ -5,7 +5,7 @@ another number of logits than one is a UserError before anything runs. Leaves ou
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 
 from croco.engines.base import Decoding, Request, Sampled, ScoreRequest
+from croco.engines.memory import halve_budget, with_less_memory
 from croco.errors import UserError
 from croco.identity import local_model
 from croco.sampling import plain
@@ -129,25 +130,6 @@ def max_context(model: Any) -> int:
     """The number of positions the model was made for."""
     positions: int = model.config.get_text_config().max_position_embeddings
     return positions
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether an allocation failed, on a GPU or (where torch raises a plain RuntimeError) on a CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def halve_budget(engine: Any, error: RuntimeError, least: int) -> None:
-    """Halve the engine's token budget if memory ran out and there is something to halve; else raise."""
-    if not out_of_memory(error):
-        raise error
-    if engine.token_budget <= least:
-        raise UserError(
-            f"{engine.name}: a single row does not fit in memory, expected a smaller model"
-        ) from error
-    engine.token_budget //= 2
-    logger.warning("%s: out of memory, going on with a budget of %d tokens", engine.name, engine.token_budget)
-    if engine.model.device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def _load(
@@ -267,7 +249,7 @@ class HFScorer:
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[list[float]]:
         """Raw logits in the order of the requests; what they share is found here, `prompt_ids` may be empty."""
-        return _with_less_memory(
+        return with_less_memory(
             self, lambda budget: classifier.logits(self.model, requests, budget, self.share)
         )
 
@@ -285,7 +267,7 @@ class HFLikelihood:
         self, requests: Sequence[ScoreRequest], ended: Sequence[Sequence[bool]] | None = None
     ) -> list[list[float]]:
         """Mean log-probabilities in the order of the requests; `ended` False marks completions without an end token."""
-        sums = _with_less_memory(
+        sums = with_less_memory(
             self,
             lambda budget: likelihood.completion_logps(
                 self.model, self.tokenizer, requests, ended, budget, self.share
@@ -298,12 +280,3 @@ class HFLikelihood:
             ]
             for k, request in enumerate(requests)
         ]
-
-
-def _with_less_memory(engine: Any, compute: Callable[[int], list[list[float]]]) -> list[list[float]]:
-    """Compute with the engine's token budget, halving it for as long as memory runs out."""
-    while True:
-        try:
-            return compute(engine.token_budget)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            halve_budget(engine, error, least=1)

@@ -21,11 +21,13 @@ from transformers import DynamicCache
 from croco.sampling.architecture import unsupported
 from croco.sampling.buckets import buckets
 from croco.sampling.prefix_attention import plugged_in
-from croco.scoring.suffix_attention import NAME, Batch, Prefix, for_heads
+from croco.scoring.suffix_attention import NAME, Batch, Prefix
 
 CPU_TOKENS = 2048  # computed at once: larger batches leave a CPU's caches and are up to a third slower
 Row = tuple[int, int]  # (group, sequence within it)
-KeysValues = tuple[list[torch.Tensor], list[torch.Tensor]]  # of one prefix, (1, H, P, D) per layer
+KeysValues = tuple[
+    list[torch.Tensor], list[torch.Tensor]
+]  # of one prefix, (1, key-value heads, P, D) per layer
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,6 @@ def _store(
 ) -> dict[int, KeysValues]:
     """Keys and values of each group's prefix, computed in batches of like length (members come sorted by it)."""
     stored: dict[int, KeysValues] = {}
-    heads = network.config.get_text_config().num_attention_heads
     for batch in buckets([len(groups[g].prefix) for g in members], _at_once(network, token_budget)):
         cache = DynamicCache()
         prefixes = _padded([groups[g].prefix for g in members[batch]], network.device)
@@ -139,8 +140,8 @@ def _store(
         for line, g in enumerate(members[batch]):
             here = slice(line, line + 1), slice(None), slice(len(groups[g].prefix))
             stored[g] = (
-                [for_heads(layer.keys[here], heads) for layer in cache.layers],
-                [for_heads(layer.values[here], heads) for layer in cache.layers],
+                [layer.keys[here].contiguous() for layer in cache.layers],
+                [layer.values[here].contiguous() for layer in cache.layers],
             )
     return stored
 
