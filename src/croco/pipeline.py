@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from croco import science, standing, store
+from croco import engines, science, standing, store
 from croco import stage as stages
 from croco.errors import StaleStage, UserError
 from croco.recipe import Recipe
@@ -174,6 +174,7 @@ def run(
     recipe: Recipe, *, rebuild: bool = False, until: str | None = None, say: Say = lambda line: None
 ) -> None:
     """Run what is not complete, in order. Raises StaleStage naming what changed, unless `rebuild` removes it."""
+    engines.check(recipe)
     todo = nodes(recipe)
     if until is not None:
         last = max(index for index, node in enumerate(todo) if node.stage.name == known_stage(until).name)
@@ -192,6 +193,7 @@ def run_stage(
     """Run one stage (of one arm, if named); what it reads must be complete."""
     if arm is not None and arm not in all_arms(recipe):
         raise UserError(f"--arm {arm}: no such arm, expected one of {', '.join(map(str, all_arms(recipe)))}")
+    engines.check(recipe)
     every = nodes(recipe)
     todo = [node for node in every if node.stage.name == known_stage(name).name]
     if arm is not None and todo:

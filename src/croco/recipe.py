@@ -161,10 +161,22 @@ class Engines(Section):
     judge: EngineName = "transformers"
 
 
+class Vllm(Section):
+    """vLLM in process, for every role that runs on it."""
+
+    tensor_parallel: Positive = 1  # GPUs that one engine takes
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9  # of each GPU, weights included
+    # of prompt and completion, null is the model's own: a longer prompt goes to the ledger, a longer completion is cut
+    max_model_len: Positive | None = None
+    enforce_eager: bool = False  # starts faster and runs slower
+    per_request_seeds: bool = False  # each completion from a seed of its own; slower, and not on a CPU
+
+
 class Runtime(Section):
     """How, never what: nothing here changes the tables, so nothing here enters a fingerprint."""
 
     engines: Engines = Engines()
+    vllm: Vllm = Vllm()
     device: str = "auto"
     token_budget: Positive = 16384  # tokens per sampling or scoring batch
     micro_batch_tokens: Positive = 4096  # tokens per training forward

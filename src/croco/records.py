@@ -60,7 +60,7 @@ COMPLETIONS = Table(
         ("completion_tokens", pa.int32()),  # the end token counted
         ("finish_reason", pa.string()),  # "stop" or "length"
         ("policy", pa.string()),
-        ("seed", pa.int64()),  # 63 bits
+        ("seed", pa.int64()),  # 63 bits; the engine's where completions have none of their own (vLLM)
     ),
     ("prompt_id", "language", "sample_id"),
     "completion",
