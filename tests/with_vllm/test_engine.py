@@ -152,7 +152,9 @@ def test_what_is_no_model_for_vllm_is_one_sentence(wide_models: TinyModels, tmp_
     before = engines_of(os.getpid())
     with pytest.raises(UserError, match=r"^model 'nobody/nothing': its tokenizer does not load"):
         open_policy(Policy(model="nobody/nothing"), EAGER, 0)
-    with pytest.raises(UserError, match=r"vLLM does not start with it: ValidationError .*max_model_len \(600\)"):
+    with pytest.raises(
+        UserError, match=r"vLLM does not start with it: ValidationError .*max_model_len \(600\)"
+    ):
         open_policy(Policy(model=str(wide_models.policy)), Vllm(max_model_len=600), 0)
     broken = save(tmp_path / "broken", make_policy("llama", hidden=WIDTH), make_tokenizer())
     (broken / "model.safetensors").write_bytes(b"no weights")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -16,8 +17,12 @@ def overrides(*roles: str) -> list[str]:
 
 def engines_of(parent: int) -> list[int]:
     """Processes of vLLM's that a process started and that live."""
-    below = psutil.Process(parent).children(recursive=True)
-    return [process.pid for process in below if "VLLM::" in " ".join(process.cmdline())]
+    found = []
+    for process in psutil.Process(parent).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # a zombie too
+            if "VLLM::" in " ".join(process.cmdline()):
+                found.append(process.pid)
+    return found
 
 
 def log_tail(path: Path, num_chars: int = 3000) -> str:

@@ -131,9 +131,7 @@ def _start(model: Model, settings: Vllm, **options: Any) -> vllm.LLM:
             use_tqdm_on_load=False,
             **options,
         )
-    except (
-        Exception
-    ) as error:  # of any kind: bad weights alone come as ValueError, RuntimeError or MemoryError
+    except Exception as error:  # bad weights alone come as ValueError, RuntimeError or MemoryError
         raise UserError(f"model {model.model!r}: vLLM does not start with it: {_reason(error)}") from error
 
 
