@@ -39,7 +39,8 @@ class Request:
 
 @dataclass(frozen=True)
 class Sampled:
-    """One completion: its ids without the end token, why it ended ("stop" or "length"), and its seed.
+    """One completion: its ids without the end token, why it ended ("stop" or "length"), and the seed it came from: its
+    own, or the engine's where completions have none.
 
     An engine that answers in text gives `text`, the number of tokens it counted, and no ids.
     """
