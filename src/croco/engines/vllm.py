@@ -96,7 +96,7 @@ def _config(model: Model) -> Any:
     )
 
 
-def _room_for(adapter: Path, policy: Policy) -> dict[str, Any]:
+def _room_for(adapter: Path, policy: Causal) -> dict[str, Any]:
     """What an engine must reserve for an adapter, once it is known to fit: vLLM takes one of another base's shapes."""
     from croco.training.lora import load_adapter
 
