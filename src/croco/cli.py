@@ -89,11 +89,11 @@ def one_sentence() -> Iterator[None]:
     except OSError as error:
         import errno
 
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        place = f" ({error.filename})" if error.filename else ""
         print(
-            f"croco: no space left on the disk{place}; free some and run the same command again",
+            f"croco: {error.filename or 'a file'} cannot be written ({str(error.strerror).lower()}); "
+            f"make room and run the same command again",
             file=sys.stderr,
         )
         raise SystemExit(2) from None

@@ -133,7 +133,8 @@ class Sampling(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0  # 0 is all
     max_new_tokens: Positive = 512
-    stop: Strings = ()  # strings that end a completion, left out of it
+    # strings that end a completion, left out of it
+    stop: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)] = ()
 
 
 class Lora(Section):

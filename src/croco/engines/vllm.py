@@ -42,7 +42,7 @@ from croco.errors import UserError
 from croco.recipe import Causal, Model, Reward, Vllm
 from croco.sampling.chat import end_ids
 from croco.sampling.seeds import digest
-from croco.sampling.stop import before_stop
+from croco.sampling.stops import Stops, finished
 
 CPU_CACHE_GIB = "4"  # of keys and values, where there is no GPU and VLLM_CPU_KVCACHE_SPACE does not say
 ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM reserves room for one of these
@@ -246,7 +246,7 @@ class VLLMSampler(_Engine):
         if reason == "length":
             return Sampled(ids, reason, seed)
         if isinstance(output.stop_reason, str):
-            return Sampled(before_stop(self.tokenizer, ids, decoding.stop), reason, seed, num_tokens=len(ids))
+            return finished(ids, reason, seed, Stops(self.tokenizer, decoding.stop))
         return Sampled(ids[:-1], reason, seed)
 
     def _put_on(self, adapter: Path) -> None:

@@ -56,7 +56,9 @@ class SampleWorker:
             self.sampler,
             self.tokenizer,
             asked,
-            Decoding(sampling.temperature, sampling.top_p, sampling.top_k, sampling.max_new_tokens),
+            Decoding(
+                sampling.temperature, sampling.top_p, sampling.top_k, sampling.max_new_tokens, sampling.stop
+            ),
             num_completions=sampling.completions,
             run_seed=self.seed,
             instructions=self.recipe.policy.instruction,
