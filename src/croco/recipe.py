@@ -79,9 +79,14 @@ class Model(Section):
     dtype: Dtype = "auto"
 
 
-class Policy(Model):
-    model: str = "lab:policy"
+class Causal(Model):
+    """A model that completes conversations."""
+
     chat_template: str | None = None  # a Jinja file that replaces the tokenizer's own
+
+
+class Policy(Causal):
+    model: str = "lab:policy"
     instruction: dict[str, str] = {}  # per language, appended to the last user turn after a blank line
 
     @field_validator("instruction")
@@ -95,12 +100,11 @@ class Policy(Model):
         return value
 
 
-class Translate(Model):
+class Translate(Causal):
     """Prompts are read in one language and translated into the others; without this section they are there already."""
 
     source: str = "en"  # the language that [prompts] is read in
     evaluation: bool = False  # the prompts of [evaluation] likewise
-    chat_template: str | None = None  # a Jinja file that replaces the tokenizer's own
     format: TranslationFormat = "instruct"
     max_new_tokens: Positive = 8192  # per stretch of text; one that has not ended by then goes to the ledger
     checks: TranslationChecks = get_args(TranslationCheck)  # those that a translation must pass
@@ -238,10 +242,22 @@ class Engines(Section):
     judge: EngineName = "transformers"
 
 
+class Vllm(Section):
+    """vLLM in process, for every role that runs on it."""
+
+    tensor_parallel: Positive = 1  # GPUs that one engine takes
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9  # of each GPU, weights included
+    # of prompt and completion, null is the model's own: a longer prompt goes to the ledger, a longer completion is cut
+    max_model_len: Positive | None = None
+    enforce_eager: bool = False  # starts faster and runs slower
+    per_request_seeds: bool = False  # each completion from a seed of its own; slower, and not on a CPU
+
+
 class Runtime(Section):
     """How, never what: nothing here changes the tables, so nothing here enters a fingerprint."""
 
     engines: Engines = Engines()
+    vllm: Vllm = Vllm()
     device: str = "auto"
     token_budget: Positive = 16384  # tokens per sampling or scoring batch
     micro_batch_tokens: Positive = 4096  # tokens per training forward

