@@ -14,9 +14,9 @@ import torch
 from safetensors import SafetensorError
 
 from croco.engines.base import Decoding, Request, Sampled, ScoreRequest
-from croco.engines.memory import halve_budget, with_less_memory
+from croco.engines.memory import halve_budget, out_of_memory, with_less_memory
 from croco.errors import UserError
-from croco.identity import local_model
+from croco.identity import check_adapter, local_model
 from croco.sampling import plain
 from croco.sampling.architecture import disagreement, unsupported
 from croco.sampling.chat import end_ids
@@ -90,6 +90,8 @@ def load_policy(
     """A causal model in eval mode and its tokenizer; an adapter folder, if given, is merged in memory."""
     from transformers import AutoModelForCausalLM
 
+    if adapter is not None:
+        check_adapter(adapter, model, revision)
     tokenizer = load_tokenizer(model, revision, chat_template, trust_remote_code)
     policy, missing = _load(AutoModelForCausalLM, model, revision, dtype, device, trust_remote_code)
     if missing:
@@ -146,9 +148,12 @@ def _load(
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            loaded = loaded.to(where)
+    except (OSError, ValueError, KeyError, RuntimeError, MemoryError, SafetensorError) as error:
+        if out_of_memory(error):
+            raise UserError(f"model {model!r}: its weights do not fit in the memory of {where}") from error
         raise UserError(f"model {model!r}: does not load as {auto.__name__}: {_first_line(error)}") from error
-    return loaded.to(where), sorted(report["missing_keys"])
+    return loaded, sorted(report["missing_keys"])
 
 
 @contextmanager

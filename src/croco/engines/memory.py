@@ -50,9 +50,10 @@ def _computed(config: Any, itemsize: int) -> int:
     return int((10 * text.hidden_size + 6 * inner) * itemsize)
 
 
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether an allocation failed, on a GPU or (where torch raises a plain RuntimeError) on a CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+def out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed, on a GPU or (where torch and the system only say so in words) on a CPU."""
+    said = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in said
 
 
 def halve_budget(engine: Any, error: RuntimeError, least: int) -> None:
