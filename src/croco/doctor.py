@@ -29,7 +29,7 @@ LIBRARIES = (
     "numpy",
     "pydantic",
 )
-ENGINES = ("vllm", "ray", "openai")
+ENGINES = ("vllm", "ray", "httpx2")
 
 
 def machine() -> Iterator[str]:
@@ -64,7 +64,7 @@ def _version(name: str) -> str | None:
 
 def models(recipe: Recipe) -> Iterator[str]:
     """Identity, size and chat template of the policy and the reward model; raises UserError at what does not work."""
-    from croco.engines.hf import load_tokenizer
+    from croco.engines.hf import generation_config, load_tokenizer
     from croco.prompts.load import load
     from croco.sampling.chat import check_prefix, conversation_ids, end_ids, prompt_ids, with_instruction
 
@@ -86,7 +86,7 @@ def models(recipe: Recipe) -> Iterator[str]:
     check_prefix(tokenizer, ids, conversation_ids(tokenizer, messages, "Ja."))
     yield f"policy        {_size(policy, 'policy', 'causal', recipe)}"
     yield f"  chat template: the first prompt is {len(ids)} tokens and a prefix of prompt + completion"
-    yield f"  a completion ends at {sorted(end_ids(tokenizer, _generation_config(policy)))}"
+    yield f"  a completion ends at {sorted(end_ids(tokenizer, generation_config(policy.model, policy.revision)))}"
     reward_tokenizer = load_tokenizer(reward.model, reward.revision, None, reward.trust_remote_code)
     whole = conversation_ids(reward_tokenizer, prompt["messages"], "Ja.")
     yield f"reward model  {_size(reward, 'reward', 'classifier', recipe)}"
@@ -137,18 +137,6 @@ def _config(section: Model, key: str) -> Any:
         raise UserError(
             f"{key}.model = '{section.model}' does not load: {str(error).splitlines()[0]}"
         ) from None
-
-
-def _generation_config(section: Model) -> Any:
-    """The model's generation config, or None where it has none."""
-    from transformers import GenerationConfig
-
-    from croco.engines.hf import resolve_model
-
-    try:
-        return GenerationConfig.from_pretrained(resolve_model(section.model), revision=section.revision)
-    except OSError:
-        return None
 
 
 def _gib(num_bytes: float) -> str:

@@ -11,6 +11,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -95,6 +96,13 @@ class Reward(Model):
     max_tokens: Positive = 8192  # a longer conversation goes to the ledger
 
 
+class Judge(Model):
+    """A model that is asked for verdicts, greedily."""
+
+    chat_template: str | None = None  # a Jinja file that replaces the tokenizer's own
+    max_new_tokens: Positive = 1024
+
+
 class Sampling(Section):
     completions: Annotated[int, Field(ge=2)] = 16
     # at temperature 0 all completions of a prompt are one
@@ -161,10 +169,48 @@ class Engines(Section):
     judge: EngineName = "transformers"
 
 
+class Server(Section):
+    """An OpenAI-compatible server for one role. Its key is in the environment; the recipe has the variable's name."""
+
+    url: str = ""  # with what it ends in, as in "http://localhost:8000/v1"
+    model: str | None = None  # the name it is served under; null is the recipe's own
+    adapters: dict[str, str] = {}  # arm -> the name that its adapter is served under (evaluate)
+    api: Literal["completions", "chat"] = "completions"  # token ids, or messages (no tokenizer needed here)
+    dialect: Literal["vllm", "openai"] = "vllm"  # "openai" sends no field that OpenAI's own API lacks
+    completions_per_request: Positive | None = None  # null is all of a prompt's; 1 where n > 1 is refused
+    seeds: bool = True  # send a seed with every request
+    concurrency: Positive = 32  # requests at once
+    timeout_seconds: Annotated[float, Field(gt=0)] = 600.0  # of one request, from connecting to the last byte
+    retries: Annotated[int, Field(ge=0)] = 8  # of one request, before the stage stops
+    retry_seconds: Annotated[float, Field(gt=0)] = 1.0  # before the first retry; doubles, up to a minute
+    key_variable: str | None = None  # the environment variable that holds the key
+    max_context: Positive | None = None  # tokens; null is what the server says
+    trust_scores: bool = False  # take scores from a server that cannot show that they are raw logits
+
+    @field_validator("url")
+    @classmethod
+    def _check_url(cls, url: str) -> str:
+        parts = urlsplit(url)
+        if url and (parts.scheme not in ("http", "https") or not parts.hostname):
+            raise ValueError(f"'{url}' is no address, expected one like 'http://localhost:8000/v1'")
+        if parts.username or parts.password or parts.query or parts.fragment:
+            raise ValueError("expected an address without user, query or fragment (see key_variable)")
+        return url
+
+
+class Servers(Section):
+    translate: Server = Server()
+    sample: Server = Server()
+    score: Server = Server()
+    evaluate: Server = Server()
+    judge: Server = Server()
+
+
 class Runtime(Section):
     """How, never what: nothing here changes the tables, so nothing here enters a fingerprint."""
 
     engines: Engines = Engines()
+    servers: Servers = Servers()
     device: str = "auto"
     token_budget: Positive = 16384  # tokens per sampling or scoring batch
     micro_batch_tokens: Positive = 4096  # tokens per training forward
@@ -172,12 +218,20 @@ class Runtime(Section):
     threads: Positive | None = None  # of torch; null leaves torch's own choice
     gradient_checkpointing: bool = False
 
+    @model_validator(mode="after")
+    def _servers_have_addresses(self) -> Runtime:
+        for role, engine in self.engines:
+            if engine == "server" and not getattr(self.servers, role).url:
+                raise ValueError(f"engines.{role} = 'server', but servers.{role}.url is missing")
+        return self
+
 
 class Recipe(Section):
     run: Run
     prompts: Prompts = Prompts()
     policy: Policy = Policy()
     reward: Reward = Reward()
+    judge: Judge | None = None
     sampling: Sampling = Sampling()
     training: Training = Training()
     evaluation: Evaluation = Evaluation()

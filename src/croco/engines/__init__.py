@@ -9,9 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from croco.errors import UserError
+
 if TYPE_CHECKING:
-    from croco.engines.base import Sampler, Scorer
-    from croco.recipe import Recipe
+    from croco.engines.base import Judge, Sampler, Scorer
+    from croco.recipe import Judge as JudgeModel
+    from croco.recipe import Policy, Recipe, Runtime
 
 
 def open_sampler(
@@ -21,24 +24,48 @@ def open_sampler(
 
     `seed` and `replica` make the engine's own seed where completions have none of their own.
     """
-    policy, runtime = recipe.policy, recipe.runtime
+    return _sampler(role, recipe.policy, recipe.runtime, adapter)
+
+
+def _sampler(
+    role: str, causal: Policy | JudgeModel, runtime: Runtime, adapter: Path | None = None
+) -> tuple[Sampler, Any]:
+    """A causal model on a role's engine, and its tokenizer: None where the sampler takes messages."""
+    template = Path(causal.chat_template) if causal.chat_template else None
+    if getattr(runtime.engines, role) == "server":
+        from croco.engines import server
+
+        return server.sampler(getattr(runtime.servers, role), role, causal, template, adapter)
     from croco.engines.hf import HFSampler, load_policy
 
     model, tokenizer = load_policy(
-        policy.model,
-        policy.revision,
-        policy.dtype,
+        causal.model,
+        causal.revision,
+        causal.dtype,
         runtime.device,
         adapter=adapter,
-        chat_template=Path(policy.chat_template) if policy.chat_template else None,
-        trust_remote_code=policy.trust_remote_code,
+        chat_template=template,
+        trust_remote_code=causal.trust_remote_code,
     )
-    return HFSampler(model, tokenizer, runtime.token_budget, name=policy.model), tokenizer
+    return HFSampler(model, tokenizer, runtime.token_budget, name=causal.model), tokenizer
+
+
+def open_judge(recipe: Recipe, replica: int = 0) -> Judge:
+    """The judge on the engine of the role "judge"; raises UserError for a recipe without [judge]."""
+    if recipe.judge is None:
+        raise UserError("the recipe has no [judge], expected one with a model")
+    from croco.engines.judge import SamplerJudge
+
+    return SamplerJudge(*_sampler("judge", recipe.judge, recipe.runtime))
 
 
 def open_scorer(recipe: Recipe, replica: int = 0) -> tuple[Scorer, Any]:
     """The reward model on the engine of the role "score", and its tokenizer."""
     reward, runtime = recipe.reward, recipe.runtime
+    if runtime.engines.score == "server":
+        from croco.engines import server
+
+        return server.scorer(runtime.servers.score, reward)
     from croco.engines.hf import HFScorer, load_reward
 
     model, tokenizer = load_reward(

@@ -76,6 +76,16 @@ def load_tokenizer(
     return tokenizer
 
 
+def generation_config(model: str, revision: str | None = None) -> Any:
+    """The model's generation config, or None where it has none."""
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(resolve_model(model), revision=revision)
+    except OSError:
+        return None
+
+
 def load_policy(
     model: str,
     revision: str | None = None,
