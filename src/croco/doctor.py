@@ -62,6 +62,24 @@ def _version(name: str) -> str | None:
         return None
 
 
+def servers(recipe: Recipe) -> Iterator[str]:
+    """Whether each server of the recipe is there and serves its model; raises UserError at one that does not."""
+    models = {
+        "sample": recipe.policy,
+        "evaluate": recipe.policy,
+        "score": recipe.reward,
+        "judge": recipe.judge,
+    }
+    for role, section in models.items():
+        if section is None or getattr(recipe.runtime.engines, role) != "server":
+            continue
+        from croco.engines.server import Connection
+
+        found = Connection(getattr(recipe.runtime.servers, role), role, section.model)
+        context = f", context {found.max_context} tokens" if found.max_context else ""
+        yield f"server        {role}: {found.url} serves {found.served}{context}"
+
+
 def models(recipe: Recipe) -> Iterator[str]:
     """Identity, size and chat template of the policy and the reward model; raises UserError at what does not work."""
     from croco.engines.hf import generation_config, load_tokenizer
@@ -99,9 +117,9 @@ def _size(section: Model, key: str, kind: str, recipe: Recipe) -> str:
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    from croco.engines.hf import pick_device, pick_dtype
+    from croco.engines.hf import load_config, pick_device, pick_dtype
 
-    config = _config(section, key)
+    config = load_config(section, key)
     if kind == "classifier" and config.num_labels != 1:
         raise UserError(f"{key}.model = '{section.model}' has {config.num_labels} logits, expected one")
     auto: Any = AutoModelForCausalLM if kind == "causal" else AutoModelForSequenceClassification
@@ -120,23 +138,6 @@ def _size(section: Model, key: str, kind: str, recipe: Recipe) -> str:
         f"{section.model} ({identity}), {type(model).__name__}, {parameters / 1e6:,.1f} M parameters, "
         f"weights {_gib(needed)} on {device.type}: {fits} ({_gib(free)} free)"
     )
-
-
-def _config(section: Model, key: str) -> Any:
-    from transformers import AutoConfig
-
-    from croco.engines.hf import resolve_model
-
-    try:
-        return AutoConfig.from_pretrained(
-            resolve_model(section.model),
-            revision=section.revision,
-            trust_remote_code=section.trust_remote_code,
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{key}.model = '{section.model}' does not load: {str(error).splitlines()[0]}"
-        ) from None
 
 
 def _gib(num_bytes: float) -> str:

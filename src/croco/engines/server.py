@@ -103,11 +103,12 @@ def sampler(
 def scorer(server: Server, reward: Reward) -> tuple[ServerScorer, Any]:
     """The scorer of the role "score", and its tokenizer: conversations are sent as token ids."""
     connection = Connection(server, "score", reward.model)
-    from croco.engines.hf import load_tokenizer
+    from croco.engines.hf import load_config, load_tokenizer
 
     tokenizer = load_tokenizer(reward.model, reward.revision, None, reward.trust_remote_code)
+    pad = load_config(reward, "reward").get_text_config().pad_token_id
     probe = tokenizer("Ja.", add_special_tokens=False)["input_ids"]
-    return ServerScorer(connection, reward.model, probe), tokenizer
+    return ServerScorer(connection, reward.model, probe, pad), tokenizer
 
 
 class Connection:
@@ -255,10 +256,15 @@ def _too_long(count: int, message: str) -> list[Sampled | str] | None:
 
 
 class ServerScorer:
-    """Scores with a reward model behind vLLM's /classify: raw logits, which its answers are not unless asked for."""
+    """Scores with a reward model behind vLLM's /classify: raw logits, which its answers are not unless asked for.
 
-    def __init__(self, connection: Connection, name: str, probe: list[int]) -> None:
+    vLLM reads a score at the last token, transformers at the last one that is not `pad`: so what comes after that is
+    not sent, which no causal model can tell.
+    """
+
+    def __init__(self, connection: Connection, name: str, probe: list[int], pad: int | None) -> None:
         """`probe` is any short text in tokens, scored with and without activation to see that this is a choice."""
+        self.pad = pad
         self.connection, self.name, self.facts = connection, name, connection.facts
         self.max_context = connection.known_context()
         self.url = f"{connection.url.removesuffix('/v1')}/classify"
@@ -290,10 +296,20 @@ class ServerScorer:
         return self.connection.wire.one(self._call(None, [ids], activation), OPENING_RETRIES)[0]
 
     def _call(self, key: Any, sequences: list[list[int]], activation: bool = False) -> Call[list[float]]:
-        body = {"model": self.connection.served, "input": sequences, "use_activation": activation}
+        body = {
+            "model": self.connection.served,
+            "input": [self._unpadded(ids) for ids in sequences],
+            "use_activation": activation,
+        }
         return Call(
             key, self.url, body, partial(self._read, len(sequences)), f"{len(sequences)} conversations"
         )
+
+    def _unpadded(self, ids: list[int]) -> list[int]:
+        end = len(ids)
+        while end > 1 and ids[end - 1] == self.pad:
+            end -= 1
+        return ids[:end]
 
     def _read(self, expected: int, content: bytes) -> list[float]:
         answer = _Classes.model_validate_json(content)

@@ -74,9 +74,8 @@ class Wire:
         self.key = _key(server.key_variable, place)
         self.counts: dict[str, Any] = {"requests": 0, "retries": 0, "request_seconds": 0.0}
         self.not_before = 0.0  # nothing is sent earlier: the server asked for a pause
-        self.loop = (
-            asyncio.new_event_loop()
-        )  # in a thread, so that it reads on while the caller writes shards
+        # in a thread of its own, so that it reads on while the caller writes shards
+        self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, name=place, daemon=True).start()
 
     def ask(self, calls: Iterable[Call[T]], retries: int | None = None) -> Iterator[tuple[Any, T]]:
@@ -160,7 +159,7 @@ class Wire:
         finally:
             self.counts["request_seconds"] += time.monotonic() - began
         status = response.status_code
-        if status in AGAIN or status >= 500:
+        if status in AGAIN or (status >= 500 and status != 501):  # 501: the server has no such thing
             reason = f"status {status} {self._safe(_message(response.content))!r}"
             raise _Again(reason, _retry_after(response.headers.get("retry-after", "")))
         if status != 200:
@@ -183,9 +182,8 @@ class Wire:
     def _refusal(self, what: str, status: int, message: str) -> UserError:
         hint, variable = "", self.server.key_variable
         if status in (401, 403):
-            hint = (
-                f"; expected a key that it takes in ${variable}" if variable else "; key_variable is not set"
-            )
+            expected = f"expected a key that it takes in ${variable}"
+            hint = f"; {expected}" if variable else "; key_variable is not set"
         return UserError(
             f"{self.place}: {self.url} refuses {what} with status {status} ({message or 'nothing said'}){hint}"
         )
