@@ -57,7 +57,8 @@ class Served:
             raise No(401, f"Incorrect API key provided: {headers.get('Authorization')}")
         if path == "/v1/models":
             return {"data": [{"id": name, "max_model_len": self.sampler.max_context} for name in self.names]}
-        assert body is not None
+        if body is None:
+            raise No(404, "Not Found")
         self.seen.append((path, body))
         if body["model"] not in self.names:
             raise No(404, f"The model `{body['model']}` does not exist.")

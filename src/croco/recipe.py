@@ -179,8 +179,8 @@ class Server(Section):
     dialect: Literal["vllm", "openai"] = "vllm"  # "openai" sends no field that OpenAI's own API lacks
     completions_per_request: Positive | None = None  # null is all of a prompt's; 1 where n > 1 is refused
     seeds: bool = True  # send a seed with every request
-    concurrency: Positive = 32  # requests at once
-    timeout_seconds: Annotated[float, Field(gt=0)] = 600.0  # of one request, from connecting to the last byte
+    concurrency: Positive = 16  # requests at once, each for all completions of a prompt
+    timeout_seconds: Annotated[float, Field(gt=0)] = 1800.0  # of one request, waiting in the server included
     retries: Annotated[int, Field(ge=0)] = 8  # of one request, before the stage stops
     retry_seconds: Annotated[float, Field(gt=0)] = 1.0  # before the first retry; doubles, up to a minute
     key_variable: str | None = None  # the environment variable that holds the key

@@ -218,6 +218,7 @@ def test_what_is_wrong_is_said_before_anything_is_asked(
             r"key_variable = 'CROCO_KEY', but \$CROCO_KEY is not set",
             {"key_variable": "CROCO_KEY"},
         ),
+        ("url", r"status 404 .*mostly ends in /v1", {"url": served.url.removesuffix("/v1")}),
         ("nobody", "no proper answer to the list of its models", {"url": "http://127.0.0.1:9/v1"}),
     ):
         with pytest.raises(UserError, match=reason):

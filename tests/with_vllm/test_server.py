@@ -110,7 +110,7 @@ def test_a_stop_string_is_left_out_and_has_no_ids(
 ) -> None:
     found = sampled(server_recipe(tmp_path, tiny_models, served.url, 'sampling.stop=["e"]'))
     assert not found["completion"].str.contains("e").any()
-    stopped = found.filter(completion_ids=None)
+    stopped = found.filter(pl.col("completion_ids").is_null())
     assert stopped.height > 50
     assert set(stopped["finish_reason"]) == {"stop"}
     before = stopped.join(calm, on=["prompt_id", "language", "sample_id"], suffix="_calm")

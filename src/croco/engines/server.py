@@ -31,6 +31,7 @@ SCORES_PER_REQUEST = 64
 
 class _Card(BaseModel):
     id: str
+    parent: str | None = None  # of an adapter: its model, which alone says how long the context is
     max_model_len: int | None = None
 
 
@@ -127,7 +128,9 @@ class Connection:
                 f"{self.place}: {self.url} serves {names}, not '{self.served}'; "
                 f"expected the name it serves in {self.place}.{key}"
             )
-        self.max_context = server.max_context or cards[self.served].max_model_len
+        card = cards[self.served]
+        whole = cards.get(card.parent or "", card)
+        self.max_context = server.max_context or card.max_model_len or whole.max_model_len
         # the counts stay the wire's own, so that they grow
         self.facts = self.wire.counts
         self.facts |= {"engine": "server", "url": self.url, "served_model": self.served}

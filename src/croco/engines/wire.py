@@ -181,6 +181,8 @@ class Wire:
 
     def _refusal(self, what: str, status: int, message: str) -> UserError:
         hint, variable = "", self.server.key_variable
+        if status == 404 and not self.url.endswith("/v1"):
+            hint = "; expected the whole address of the API, which mostly ends in /v1"
         if status in (401, 403):
             expected = f"expected a key that it takes in ${variable}"
             hint = f"; {expected}" if variable else "; key_variable is not set"
