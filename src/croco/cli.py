@@ -34,11 +34,14 @@ ArmName = Annotated[str | None, typer.Option("--arm", metavar="ARM", help="Only 
 # one command per stage; a test holds these against pipeline.STAGES, which is not imported to show a help page
 STAGE_COMMANDS = {
     "prompts": "Read and check the prompts to tune on.",
+    "translate": "Translate the prompts to tune on, if the recipe says so.",
     "sample": "Let the policy answer every prompt N times.",
     "score": "Score the completions.",
+    "score-references": "Score the gold completions, where an arm sets them against the policy's.",
     "pair": "Choose a chosen and a rejected completion per pool.",
     "train": "Tune an adapter on an arm's pairs.",
     "eval-prompts": "Read and check the prompts to evaluate on.",
+    "eval-translate": "Translate the prompts to evaluate on, if the recipe says so.",
     "evaluate": "Let an arm's policy answer the evaluation prompts, and judge them.",
     "results": "Aggregate verdicts, with intervals.",
 }

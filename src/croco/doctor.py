@@ -9,14 +9,14 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from croco.errors import UserError
 from croco.identity import model_identity
-from croco.recipe import Model, Recipe
+from croco.recipe import Model, Recipe, Translate
 
 LIBRARIES = (
     "transformers",
@@ -65,6 +65,7 @@ def _version(name: str) -> str | None:
 def servers(recipe: Recipe) -> Iterator[str]:
     """Whether each server of the recipe is there and serves its model; raises UserError at one that does not."""
     models = {
+        "translate": recipe.translate,
         "sample": recipe.policy,
         "evaluate": recipe.policy,
         "score": recipe.reward,
@@ -81,7 +82,7 @@ def servers(recipe: Recipe) -> Iterator[str]:
 
 
 def models(recipe: Recipe) -> Iterator[str]:
-    """Identity, size and chat template of the policy and the reward model; raises UserError at what does not work."""
+    """Identity, size and chat template of each model of the recipe; raises UserError at what does not work."""
     from croco.engines.hf import generation_config, load_tokenizer
     from croco.prompts.load import load
     from croco.sampling.chat import check_prefix, conversation_ids, end_ids, prompt_ids, with_instruction
@@ -90,7 +91,7 @@ def models(recipe: Recipe) -> Iterator[str]:
     prompt = load(
         recipe.prompts.source,
         split=recipe.prompts.split,
-        languages=recipe.run.languages,
+        languages=recipe.prompts_languages,
         limit=1,
         id_column=recipe.prompts.id_column,
         language_column=recipe.prompts.language_column,
@@ -105,10 +106,29 @@ def models(recipe: Recipe) -> Iterator[str]:
     yield f"policy        {_size(policy, 'policy', 'causal', recipe)}"
     yield f"  chat template: the first prompt is {len(ids)} tokens and a prefix of prompt + completion"
     yield f"  a completion ends at {sorted(end_ids(tokenizer, generation_config(policy.model, policy.revision)))}"
+    if recipe.translate is not None:
+        yield from _translation(recipe, recipe.translate, prompt["messages"])
     reward_tokenizer = load_tokenizer(reward.model, reward.revision, None, reward.trust_remote_code)
     whole = conversation_ids(reward_tokenizer, prompt["messages"], "Ja.")
     yield f"reward model  {_size(reward, 'reward', 'classifier', recipe)}"
     yield f"  one logit; the first prompt with a completion is {len(whole)} tokens of at most {reward.max_tokens}"
+
+
+def _translation(recipe: Recipe, section: Translate, messages: Sequence[Mapping[str, str]]) -> Iterator[str]:
+    """The translation model, and the first stretch of text of a prompt as it is asked for in every language."""
+    from croco.engines.hf import load_tokenizer
+    from croco.prompts.formats import FORMATS
+    from croco.prompts.protect import pieces
+    from croco.sampling.chat import prompt_ids
+
+    template = Path(section.chat_template) if section.chat_template else None
+    tokenizer = load_tokenizer(section.model, section.revision, template, section.trust_remote_code)
+    texts = [text for message in messages for text, sent in pieces(message["content"]) if sent]
+    targets = recipe.run.evaluated if section.evaluation else recipe.run.languages
+    asked = [FORMATS[section.format](texts[0] if texts else "Yes.", section.source, code) for code in targets]
+    longest = max(len(prompt_ids(tokenizer, each)) for each in asked)
+    yield f"translation   {_size(section, 'translate', 'causal', recipe)}"
+    yield f"  format {section.format}: the first text of the first prompt takes at most {longest} tokens"
 
 
 def _size(section: Model, key: str, kind: str, recipe: Recipe) -> str:

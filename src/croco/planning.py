@@ -7,7 +7,7 @@ of the lab are read to be counted, those of a hub dataset are not.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from croco import pipeline, store
@@ -43,8 +43,14 @@ def _standing(node: Node, status: Status) -> str:
 
 def cost(recipe: Recipe) -> Iterator[str]:
     """Counts of prompts × languages × completions, and what they may take at most."""
-    tuning = _num_prompts(recipe.prompts, "prompts", recipe.run.languages)
-    test = _num_prompts(recipe.evaluation, "evaluation", recipe.run.evaluated)
+    tuning = _num_prompts(recipe.prompts, "prompts", recipe.prompts_languages)
+    test = _num_prompts(recipe.evaluation, "evaluation", recipe.evaluation_languages)
+    if recipe.translate and tuning is not None:
+        yield _translations("translate", tuning, recipe.translate.source, recipe.run.languages)
+        tuning *= len(recipe.run.languages)
+    if recipe.translate and recipe.translate.evaluation and test is not None:
+        yield _translations("eval-translate", test, recipe.translate.source, recipe.run.evaluated)
+        test *= len(recipe.run.evaluated)
     tokens = rows = 0
     if tuning is not None:
         completions = tuning * recipe.sampling.completions
@@ -72,6 +78,12 @@ def cost(recipe: Recipe) -> Iterator[str]:
     free = shutil.disk_usage(there).free
     needed = tokens * TOKEN_BYTES + rows * ROW_BYTES
     yield f"disk: at most {_size(needed)} of tables, {_size(free)} free at {Path(there)}"
+
+
+def _translations(stage: str, prompts: int, source: str, languages: Sequence[str]) -> str:
+    """What a translating stage has to do; those that fail a check will be fewer further on."""
+    targets = len(set(languages) - {source})
+    return f"{stage}: {prompts:,} prompts from {source} into {targets} languages = {prompts * targets:,} translations"
 
 
 def _num_prompts(section: Prompts | Evaluation, key: str, languages: tuple[str, ...]) -> int | None:

@@ -14,21 +14,23 @@ from croco.errors import UserError
 if TYPE_CHECKING:
     from croco.engines.base import Judge, Sampler, Scorer
     from croco.recipe import Judge as JudgeModel
-    from croco.recipe import Policy, Recipe, Runtime
+    from croco.recipe import Policy, Recipe, Runtime, Translate
 
 
 def open_sampler(
     role: str, recipe: Recipe, seed: int, replica: int = 0, adapter: Path | None = None
 ) -> tuple[Sampler, Any]:
-    """The policy (with an adapter, if given) on the engine of a role ("sample", "evaluate"), and its tokenizer.
+    """The model of a role on its engine, and its tokenizer: the translation model for "translate", else the policy
+    (with an adapter, if given).
 
     `seed` and `replica` make the engine's own seed where completions have none of their own.
     """
-    return _sampler(role, recipe.policy, recipe.runtime, adapter)
+    model = recipe.translate if role == "translate" and recipe.translate else recipe.policy
+    return _sampler(role, model, recipe.runtime, adapter)
 
 
 def _sampler(
-    role: str, causal: Policy | JudgeModel, runtime: Runtime, adapter: Path | None = None
+    role: str, causal: Policy | Translate | JudgeModel, runtime: Runtime, adapter: Path | None = None
 ) -> tuple[Sampler, Any]:
     """A causal model on a role's engine, and its tokenizer: None where the sampler takes messages."""
     template = Path(causal.chat_template) if causal.chat_template else None

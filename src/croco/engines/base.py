@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-Message = dict[str, str]
+Message = dict[str, Any]  # role and content: text, or the parts a chat template takes
 
 
 @dataclass(frozen=True)

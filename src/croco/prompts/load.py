@@ -34,13 +34,13 @@ class Loaded:
 
 
 def prompts(work: Work) -> None:
-    """The prompts to tune on, in the tuned languages."""
-    _stage(work, work.recipe.prompts, "prompts", work.recipe.run.languages)
+    """The prompts to tune on, in the tuned languages or the one they are translated from."""
+    _stage(work, work.recipe.prompts, "prompts", work.recipe.prompts_languages)
 
 
 def eval_prompts(work: Work) -> None:
-    """The prompts to evaluate on, in all languages."""
-    _stage(work, work.recipe.evaluation, "evaluation", work.recipe.run.evaluated)
+    """The prompts to evaluate on, in all languages or the one they are translated from."""
+    _stage(work, work.recipe.evaluation, "evaluation", work.recipe.evaluation_languages)
 
 
 def _stage(work: Work, section: Prompts | Evaluation, key: str, languages: Sequence[str]) -> None:

@@ -91,6 +91,7 @@ def sample_shards(
     found: dict[int, dict[int, Sequence[Sampled | str]]] = {index: {} for index in shards}
     drops: dict[int, list[tuple[str, str, str, int | None, str]]] = {index: [] for index in shards}
     left = {index: len(rows) for index, rows in shards.items()}
+    prompt_tokens: dict[int, dict[int, int | None]] = {index: {} for index in shards}
     for index, rows in shards.items():
         for place, row in enumerate(rows):
             seeds = [
@@ -109,6 +110,7 @@ def sample_shards(
                 left[index] -= 1
                 on_prompt()
                 continue
+            prompt_tokens[index][place] = tokens or None
             requests.append(asked)
             owner.append((index, place))
     for index in [index for index, count in left.items() if count == 0]:
@@ -125,7 +127,7 @@ def sample_shards(
         left[index] -= 1
         on_prompt()
         if left[index] == 0:
-            table = _table(tokenizer, shards[index], found.pop(index), sampler.name)
+            table = _table(tokenizer, shards[index], found.pop(index), prompt_tokens[index], sampler.name)
             yield index, table, ledger(drops[index])
 
 
@@ -140,11 +142,15 @@ def _request(
 
 
 def _table(
-    tokenizer: Any, rows: Sequence[Prompt], found: Mapping[int, Sequence[Sampled | str]], policy: str
+    tokenizer: Any,
+    rows: Sequence[Prompt],
+    found: Mapping[int, Sequence[Sampled | str]],
+    prompt_tokens: Mapping[int, int | None],
+    policy: str,
 ) -> pa.Table:
     """The completions table of one shard."""
     order = [
-        (rows[place], i, one)
+        (place, i, one)
         for place in sorted(found)
         for i, one in enumerate(found[place])
         if not isinstance(one, str)
@@ -157,12 +163,13 @@ def _table(
         else []
     )
     columns = {
-        "prompt_id": [row["prompt_id"] for row, _, _ in order],
-        "language": [row["language"] for row, _, _ in order],
+        "prompt_id": [rows[place]["prompt_id"] for place, _, _ in order],
+        "language": [rows[place]["language"] for place, _, _ in order],
         "sample_id": [i for _, i, _ in order],
         "completion": [next(decoded) if one.text is None else one.text for one in drawn],
         "completion_ids": [one.ids if one.text is None else None for one in drawn],
         "completion_tokens": [one.completion_tokens for one in drawn],
+        "prompt_tokens": [prompt_tokens[place] for place, _, _ in order],
         "finish_reason": [one.finish_reason for one in drawn],
         "policy": [policy] * len(order),
         "seed": [one.seed for one in drawn],
