@@ -233,7 +233,7 @@ def doctor(
     for line in examination.machine():
         say(line)
     if loaded is not None:
-        for line in examination.models(loaded):
+        for line in (*examination.servers(loaded), *examination.models(loaded)):
             say(line)
 
 

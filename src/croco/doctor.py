@@ -30,7 +30,7 @@ LIBRARIES = (
     "numpy",
     "pydantic",
 )
-ENGINES = ("ray", "openai")
+ENGINES = ("ray", "httpx2")
 
 
 def machine() -> Iterator[str]:
@@ -80,9 +80,28 @@ def _vllm() -> str:
     return f"{found}, usable"
 
 
+def servers(recipe: Recipe) -> Iterator[str]:
+    """Whether each server of the recipe is there and serves its model; raises UserError at one that does not."""
+    models: dict[str, Model | None] = {
+        "translate": recipe.translate,
+        "sample": recipe.policy,
+        "evaluate": recipe.policy,
+        "score": recipe.reward,
+        "judge": recipe.judge,
+    }
+    for role, section in models.items():
+        if section is None or getattr(recipe.runtime.engines, role) != "server":
+            continue
+        from croco.engines.server import Connection
+
+        found = Connection(getattr(recipe.runtime.servers, role), role, section.model)
+        context = f", context {found.max_context} tokens" if found.max_context else ""
+        yield f"server        {role}: {found.url} serves {found.served}{context}"
+
+
 def models(recipe: Recipe) -> Iterator[str]:
     """Identity, size and chat template of each model of the recipe; raises UserError at what does not work."""
-    from croco.engines.hf import load_tokenizer
+    from croco.engines.hf import generation_config, load_tokenizer
     from croco.prompts.load import load
     from croco.sampling.chat import check_prefix, conversation_ids, end_ids, prompt_ids, with_instruction
 
@@ -104,7 +123,7 @@ def models(recipe: Recipe) -> Iterator[str]:
     check_prefix(tokenizer, ids, conversation_ids(tokenizer, messages, "Ja."))
     yield f"policy        {_size(policy, 'policy', 'causal', recipe)}"
     yield f"  chat template: the first prompt is {len(ids)} tokens and a prefix of prompt + completion"
-    yield f"  a completion ends at {sorted(end_ids(tokenizer, _generation_config(policy)))}"
+    yield f"  a completion ends at {sorted(end_ids(tokenizer, generation_config(policy.model, policy.revision)))}"
     if recipe.translate is not None:
         yield from _translation(recipe, recipe.translate, prompt["messages"])
     reward_tokenizer = load_tokenizer(reward.model, reward.revision, None, reward.trust_remote_code)
@@ -136,9 +155,9 @@ def _size(section: Model, key: str, kind: str, recipe: Recipe) -> str:
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    from croco.engines.hf import pick_device, pick_dtype
+    from croco.engines.hf import load_config, pick_device, pick_dtype
 
-    config = _config(section, key)
+    config = load_config(section, key)
     if kind == "classifier" and config.num_labels != 1:
         raise UserError(f"{key}.model = '{section.model}' has {config.num_labels} logits, expected one")
     auto: Any = AutoModelForCausalLM if kind == "causal" else AutoModelForSequenceClassification
@@ -157,35 +176,6 @@ def _size(section: Model, key: str, kind: str, recipe: Recipe) -> str:
         f"{section.model} ({identity}), {type(model).__name__}, {parameters / 1e6:,.1f} M parameters, "
         f"weights {_gib(needed)} on {device.type}: {fits} ({_gib(free)} free)"
     )
-
-
-def _config(section: Model, key: str) -> Any:
-    from transformers import AutoConfig
-
-    from croco.engines.hf import resolve_model
-
-    try:
-        return AutoConfig.from_pretrained(
-            resolve_model(section.model),
-            revision=section.revision,
-            trust_remote_code=section.trust_remote_code,
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{key}.model = '{section.model}' does not load: {str(error).splitlines()[0]}"
-        ) from None
-
-
-def _generation_config(section: Model) -> Any:
-    """The model's generation config, or None where it has none."""
-    from transformers import GenerationConfig
-
-    from croco.engines.hf import resolve_model
-
-    try:
-        return GenerationConfig.from_pretrained(resolve_model(section.model), revision=section.revision)
-    except OSError:
-        return None
 
 
 def _gib(num_bytes: float) -> str:

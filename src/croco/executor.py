@@ -65,6 +65,8 @@ def compute(work: Work, open_worker: OpenWorker, sizes: Sequence[int], unit: str
 def _here(work: Work, open_worker: OpenWorker, todo: Sequence[int], advance: Advance) -> Iterator[Finished]:
     """One worker in this process."""
     worker = open_worker(0)
-    work.record(**worker.facts)
-    for start in range(0, len(todo), SHARDS_AT_ONCE):
-        yield from worker.shards(todo[start : start + SHARDS_AT_ONCE], advance)
+    try:
+        for start in range(0, len(todo), SHARDS_AT_ONCE):
+            yield from worker.shards(todo[start : start + SHARDS_AT_ONCE], advance)
+    finally:  # at the end, because a server's counts grow
+        work.record(**worker.facts)
