@@ -151,7 +151,7 @@ def _table(
 ) -> pa.Table:
     """The completions table of one shard."""
     order = [
-        (rows[place], i, one)
+        (place, i, one)
         for place in sorted(found)
         for i, one in enumerate(found[place])
         if not isinstance(one, str)
@@ -164,18 +164,13 @@ def _table(
         else []
     )
     columns = {
-        "prompt_id": [row["prompt_id"] for row, _, _ in order],
-        "language": [row["language"] for row, _, _ in order],
+        "prompt_id": [rows[place]["prompt_id"] for place, _, _ in order],
+        "language": [rows[place]["language"] for place, _, _ in order],
         "sample_id": [i for _, i, _ in order],
         "completion": [next(decoded) if one.text is None else one.text for one in drawn],
         "completion_ids": [one.ids if one.text is None else None for one in drawn],
         "completion_tokens": [one.completion_tokens for one in drawn],
-        "prompt_tokens": [
-            prompt_tokens[place]
-            for place in sorted(found)
-            for one in found[place]
-            if not isinstance(one, str)
-        ],
+        "prompt_tokens": [prompt_tokens[place] for place, _, _ in order],
         "finish_reason": [one.finish_reason for one in drawn],
         "policy": [policy] * len(order),
         "seed": [one.seed for one in drawn],
