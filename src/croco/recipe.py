@@ -80,9 +80,14 @@ class Model(Section):
     dtype: Dtype = "auto"
 
 
-class Policy(Model):
-    model: str = "lab:policy"
+class Causal(Model):
+    """A model that completes conversations."""
+
     chat_template: str | None = None  # a Jinja file that replaces the tokenizer's own
+
+
+class Policy(Causal):
+    model: str = "lab:policy"
     instruction: dict[str, str] = {}  # per language, appended to the last user turn after a blank line
 
     @field_validator("instruction")
@@ -96,12 +101,11 @@ class Policy(Model):
         return value
 
 
-class Translate(Model):
+class Translate(Causal):
     """Prompts are read in one language and translated into the others; without this section they are there already."""
 
     source: str = "en"  # the language that [prompts] is read in
     evaluation: bool = False  # the prompts of [evaluation] likewise
-    chat_template: str | None = None  # a Jinja file that replaces the tokenizer's own
     format: TranslationFormat = "instruct"
     max_new_tokens: Positive = 8192  # per stretch of text; one that has not ended by then goes to the ledger
     checks: TranslationChecks = get_args(TranslationCheck)  # those that a translation must pass
@@ -123,10 +127,9 @@ class Reward(Model):
     max_tokens: Positive = 8192  # a longer conversation goes to the ledger
 
 
-class Judge(Model):
+class Judge(Causal):
     """A model that is asked for verdicts, greedily."""
 
-    chat_template: str | None = None  # a Jinja file that replaces the tokenizer's own
     max_new_tokens: Positive = 1024
 
 
@@ -137,7 +140,8 @@ class Sampling(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0  # 0 is all
     max_new_tokens: Positive = 512
-    stop: Strings = ()  # strings that end a completion, left out of it
+    # strings that end a completion, left out of it
+    stop: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)] = ()
 
 
 class Lora(Section):
@@ -245,6 +249,17 @@ class Engines(Section):
     judge: EngineName = "transformers"
 
 
+class Vllm(Section):
+    """vLLM in process, for every role that runs on it."""
+
+    tensor_parallel: Positive = 1  # GPUs that one engine takes
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9  # of each GPU, weights included
+    # of prompt and completion, null is the model's own: a longer prompt goes to the ledger, a longer completion is cut
+    max_model_len: Positive | None = None
+    enforce_eager: bool = False  # starts faster and runs slower
+    per_request_seeds: bool = False  # each completion from a seed of its own; slower, and not on a CPU
+
+
 class Server(Section):
     """An OpenAI-compatible server for one role. Its key is in the environment; the recipe has the variable's name."""
 
@@ -286,6 +301,7 @@ class Runtime(Section):
     """How, never what: nothing here changes the tables, so nothing here enters a fingerprint."""
 
     engines: Engines = Engines()
+    vllm: Vllm = Vllm()
     servers: Servers = Servers()
     device: str = "auto"
     token_budget: Positive = 16384  # tokens per sampling or scoring batch
@@ -399,11 +415,12 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         except tomllib.TOMLDecodeError as error:
             raise UserError(f"{path}: not valid TOML: {error}") from None
     for override in overrides:
-        _override(values, override)
+        apply_override(values, override)
     return from_dict(values, str(path))
 
 
-def _override(values: dict[str, Any], override: str) -> None:
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set `a.b=value` in nested values; raises UserError when it does not fit."""
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):

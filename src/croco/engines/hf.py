@@ -21,6 +21,7 @@ from croco.sampling import plain
 from croco.sampling.architecture import disagreement, unsupported
 from croco.sampling.chat import end_ids
 from croco.sampling.shared_prefix import Decoder
+from croco.sampling.stops import Stops
 from croco.scoring import classifier, likelihood
 
 logger = logging.getLogger(__name__)
@@ -225,7 +226,7 @@ class HFSampler:
     """
 
     def __init__(self, model: Any, tokenizer: Any, token_budget: int = 32768, name: str = "") -> None:
-        self.model, self.token_budget = model, token_budget
+        self.model, self.tokenizer, self.token_budget = model, tokenizer, token_budget
         self.name = name or str(tokenizer.name_or_path)
         self.max_context = max_context(model)
         self.end_tokens = end_ids(tokenizer, model.generation_config)
@@ -258,12 +259,15 @@ class HFSampler:
             left = [request for index, request in enumerate(left) if index not in done]
 
     def _run(self, requests: list[Request], decoding: Decoding) -> Iterator[tuple[int, list[Sampled]]]:
+        stops = Stops(self.tokenizer, decoding.stop) if decoding.stop else None
         if self.path == "plain":
             longest = max(len(request.prompt_ids) for request in requests) + decoding.max_new_tokens
             rows = max(1, self.token_budget // longest)
-            return plain.sample(self.model, self.end_tokens, decoding, requests, self.max_context, rows)
+            return plain.sample(
+                self.model, self.end_tokens, decoding, requests, self.max_context, rows, stops
+            )
         decoder = Decoder(
-            self.model, self.end_tokens, decoding, requests, self.max_context, self.token_budget
+            self.model, self.end_tokens, decoding, requests, self.max_context, self.token_budget, stops
         )
         return decoder.run()
 
@@ -274,11 +278,17 @@ class HFScorer:
     def __init__(self, model: Any, tokenizer: Any, token_budget: int = 16384, name: str = "") -> None:
         self.model, self.token_budget = model, token_budget
         self.name = name or str(tokenizer.name_or_path)
-        self.max_context, self.facts = max_context(model), _facts(model)
+        self.reason = classifier.disagreement(model)
+        self.max_context, self.facts = max_context(model), _facts(model) | {"reason": self.reason}
+        if self.reason:
+            logger.warning(
+                "%s scores conversation by conversation, which is slower, because %s", self.name, self.reason
+            )
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[list[float]]:
         """Raw logits in the order of the requests; what they share is found here, `prompt_ids` may be empty."""
-        return _with_less_memory(self, lambda budget: classifier.logits(self.model, requests, budget))
+        plain = self.reason is not None
+        return _with_less_memory(self, lambda budget: classifier.logits(self.model, requests, budget, plain))
 
 
 class HFLikelihood:

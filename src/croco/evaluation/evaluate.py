@@ -82,7 +82,7 @@ def evaluation_seed(run_seed: int) -> int:
 def _draw(work: Work, batches: Sequence[Batch], drafts: Mapping[int, Path]) -> None:
     """Answer the batches and keep each as a draft in the stage's scratch folder, whole or not at all."""
     adapter = None if work.arm == BASE else work.inputs["train"] / "adapter"
-    sampler, tokenizer = open_sampler("evaluate", work.recipe, work.seed, adapter=adapter)
+    sampler, tokenizer = open_sampler("evaluate", work.recipe, work.engine_seed, adapter=adapter)
     tokens, start = 0, time.monotonic()
     with work.progress(sum(batch.prompts.height for batch in batches), "prompt") as progress:
         for temperature in sorted({batch.temperature for batch in batches}):

@@ -135,19 +135,16 @@ def normalised(texts: pl.Series) -> pl.Series:
 
 # outlines -------------------------------------------------------------------------------------------------
 
-_WINDOW, _PREFIX = 32, 12  # bytes looked at on either end, and how many of their letters make the outline
-# each byte's part in an outline, 0 for those left out: white space, all bytes of non-ASCII characters, and k
-# and i, which are the lower case of non-ASCII characters too (K, İ). What is left is equal wherever the
-# normalised texts are equal.
+_WINDOW, _LETTERS = 40, 8  # bytes looked at on either end, and how many of their letters make the outline
+# each byte's letter, 0 for those left out: white space, all bytes of non-ASCII characters, and k and i, which are the
+# lower case of non-ASCII characters too (K, İ). What is left is equal wherever the normalised texts are equal.
 _FOLDED = np.array(
-    [ord(chr(b).lower()) if 33 <= b < 127 and chr(b) not in "kKiI" else 0 for b in range(256)], np.uint64
+    [ord(chr(b).lower()) if 33 <= b < 127 and chr(b) not in "kKiI" else 0 for b in range(256)], np.uint8
 )
-_PLACES = np.array([pow(0x9E3779B97F4A7C15, n + 1, 2**64) for n in range(_PREFIX)], np.uint64)
 
 
 def outlines(texts: pa.ChunkedArray) -> NDArray[np.uint64]:
-    """A number per text that is the same for near duplicates, from the letters at its ends; 0 where they are
-    too few.
+    """A number per text that is the same for near duplicates, from the letters at its ends; 0 where they are too few.
 
     Cheap on purpose: only texts of one prompt with the same outline, and those without, need be normalised.
     """
@@ -157,23 +154,29 @@ def outlines(texts: pa.ChunkedArray) -> NDArray[np.uint64]:
 def _outlines(chunk: pa.Array) -> NDArray[np.uint64]:
     chunk = chunk.cast(pa.large_string())
     _, offsets, data = chunk.buffers()
-    edges = np.frombuffer(offsets, np.int64)[chunk.offset : chunk.offset + len(chunk) + 1]
-    if data is None or data.size == 0:
+    if data is None or not len(chunk):
         return np.zeros(len(chunk), np.uint64)
-    content = np.frombuffer(data, np.uint8)
-    steps = np.arange(_WINDOW)
-    start, end = edges[:-1, None], edges[1:, None]
-    ends = []
-    for at in (start + steps, end - 1 - steps):
-        inside = (at >= start) & (at < end)
-        letters = _FOLDED[content[np.clip(at, 0, len(content) - 1)]] * inside
-        kept = letters != 0
-        place = np.cumsum(kept, axis=1, dtype=np.int8)
-        used = kept & (place <= _PREFIX)
-        weight = _PLACES[np.where(used, place - 1, 0)]
-        total = (letters * weight * used).sum(axis=1, dtype=np.uint64)
-        ends.append(np.where(place[:, -1] >= _PREFIX, total, 0))
-    return np.where((ends[0] != 0) & (ends[1] != 0), ends[0] * np.uint64(31) + ends[1], 0).astype(np.uint64)
+    edges = np.frombuffer(offsets, np.int64)[chunk.offset : chunk.offset + len(chunk) + 1]
+    content = np.pad(np.frombuffer(data, np.uint8)[edges[0] : edges[-1]], _WINDOW)
+    windows = np.lib.stride_tricks.sliding_window_view(content, _WINDOW)
+    begin, end, steps = edges[:-1] - edges[0], edges[1:] - edges[0], np.arange(_WINDOW)
+    inside = steps < (end - begin)[:, None]
+    first = _first_letters(windows[begin + _WINDOW], inside)
+    last = _first_letters(windows[end][:, ::-1], inside)
+    mixed = first * np.uint64(0x9E3779B97F4A7C15) ^ last * np.uint64(0xC2B2AE3D27D4EB4F)
+    return np.where((first != 0) & (last != 0), mixed, 0).astype(np.uint64)
+
+
+def _first_letters(window: NDArray[np.uint8], inside: NDArray[np.bool_]) -> NDArray[np.uint64]:
+    """The first letters of each row as one number, 0 where there are too few, (R,)."""
+    letters = _FOLDED[window]
+    kept = (letters != 0) & inside
+    kept &= np.cumsum(kept, axis=1, dtype=np.int8) <= _LETTERS
+    enough = kept.sum(axis=1, dtype=np.int8) == _LETTERS
+    kept[~enough] = False
+    found = np.zeros(len(window), np.uint64)
+    found[enough] = letters[kept].reshape(-1, _LETTERS).view(np.uint64)[:, 0]
+    return found
 
 
 # verdicts -------------------------------------------------------------------------------------------------

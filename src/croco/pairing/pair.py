@@ -34,7 +34,7 @@ from croco.records import DROPPED, PAIRS, ledger
 from croco.stage import Work
 from croco.standing import balance
 
-POOLS_PER_SHARD = 8192
+POOLS_PER_SHARD = 4096
 BLOCK_ROWS = 16384  # completions whose pools are decided at once, while their texts are in memory
 FAR_SHARDS = (
     16  # a block spread over more shards than this is not decided from memory: the table is not in key order

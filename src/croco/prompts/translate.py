@@ -101,11 +101,8 @@ class TranslateWorker:
             requests.append(asked)
         decoding = Decoding(0.0, top_p=1.0, top_k=0, max_new_tokens=self.settings.max_new_tokens)
         for key, (one,) in self.sampler.sample(requests, decoding):
-            if isinstance(one, str):
-                yield texts[key], (None, f"refused: {one}"), 0
-                continue
-            num_tokens = len(one.ids) if one.num_tokens is None else one.num_tokens
-            yield texts[key], _read(self.tokenizer, one, num_tokens), num_tokens
+            num_tokens = 0 if isinstance(one, str) else one.completion_tokens
+            yield texts[key], _read(self.tokenizer, one), num_tokens
 
     def _finish(
         self, index: int, rows: Sequence[Row], there: Mapping[Text, Translated], tokens: int, advance: Advance
@@ -115,9 +112,11 @@ class TranslateWorker:
         return Finished(index, table, dropped, {"prompt": len(rows)}, {"tokens": tokens})
 
 
-def _read(tokenizer: Any, one: Sampled, num_tokens: int) -> Translated:
+def _read(tokenizer: Any, one: Sampled | str) -> Translated:
+    if isinstance(one, str):
+        return None, f"engine: {one}"
     if one.finish_reason != "stop":
-        return None, f"cut: the translation has not ended after {num_tokens} tokens"
+        return None, f"cut: the translation has not ended after {one.completion_tokens} tokens"
     if one.text is not None:
         return one.text.strip(), ""
     text = tokenizer.decode(one.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

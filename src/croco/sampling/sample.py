@@ -34,18 +34,19 @@ def sample(work: Work) -> None:
     rows = read_table(work.inputs["prompts"], ["prompt_id"]).height
     sizes = [per_prompt * min(size, rows - start) for start in range(0, rows, size)]
     recipe = work.recipe.model_copy(update={"runtime": work.runtime})
-    compute(work, partial(SampleWorker, recipe, work.inputs["prompts"], work.seed), sizes, "completion")
+    prompts = work.inputs["prompts"]
+    compute(work, partial(SampleWorker, recipe, prompts, work.seed, work.engine_seed), sizes, "completion")
 
 
 class SampleWorker:
     """Samples shards of `runtime.shard_prompts` prompts, in the order of their keys."""
 
-    def __init__(self, recipe: Recipe, prompts: Path, seed: int, replica: int) -> None:
+    def __init__(self, recipe: Recipe, prompts: Path, seed: int, engine_seed: int, replica: int) -> None:
         self.recipe, self.seed = recipe, seed
         rows = read_table(prompts, ["prompt_id", "language", "messages"]).sort("prompt_id", "language")
         size = recipe.runtime.shard_prompts
         self.shard = lambda index: rows.slice(index * size, size).to_dicts()
-        self.sampler, self.tokenizer = open_sampler("sample", recipe, seed, replica)
+        self.sampler, self.tokenizer = open_sampler("sample", recipe, engine_seed, replica)
         self.facts = self.sampler.facts
 
     def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[Finished]:
