@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from croco.errors import UserError
+from croco.executor import examined
 from croco.identity import model_identity
 from croco.recipe import Model, Recipe, Translate
 
@@ -105,6 +106,8 @@ def models(recipe: Recipe) -> Iterator[str]:
     from croco.prompts.load import load
     from croco.sampling.chat import check_prefix, conversation_ids, end_ids, prompt_ids, with_instruction
 
+    for line in examined(recipe.runtime):
+        yield f"workers       {line}"
     policy, reward = recipe.policy, recipe.reward
     prompt = load(
         recipe.prompts.source,

@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from croco import languages
 from croco.errors import UserError
@@ -32,6 +40,15 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 TranslationFormat = Literal["instruct", "translategemma", "tower", "tower-instruct"]
 TranslationCheck = Literal["items", "numbers", "repetition", "length", "copy", "language"]
 TranslationChecks = Annotated[tuple[TranslationCheck, ...], Field(strict=False)]
+
+
+def _check_replicas(value: Any) -> Any:
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+        return value
+    raise ValueError(f"found {value!r}, expected a number of workers or 'auto'")
+
+
+Replicas = Annotated[int | Literal["auto"], PlainValidator(_check_replicas)]
 
 
 class Section(BaseModel):
@@ -297,12 +314,28 @@ class Servers(Section):
     judge: Server = Server()
 
 
+class Ray(Section):
+    """What each worker takes of a Ray cluster."""
+
+    address: str | None = (
+        None  # of a running cluster, "auto" for this machine's; null starts one on this machine
+    )
+    cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
+    gpus_per_worker: Annotated[float, Field(ge=0)] | None = None  # null is what the engine needs
+    memory_gib_per_worker: Annotated[float, Field(gt=0)] | None = None  # null reserves none
+
+
 class Runtime(Section):
     """How, never what: nothing here changes the tables, so nothing here enters a fingerprint."""
 
     engines: Engines = Engines()
     vllm: Vllm = Vllm()
     servers: Servers = Servers()
+    executor: Literal["local", "ray"] = "local"  # processes on this machine, or a Ray cluster
+    replicas: Replicas = (
+        1  # workers, each with an engine of its own; "auto" is one per GPU (or group of GPUs)
+    )
+    ray: Ray = Ray()
     device: str = "auto"
     token_budget: Positive = 16384  # tokens per sampling or scoring batch
     micro_batch_tokens: Positive = 4096  # tokens per training forward

@@ -43,7 +43,7 @@ def translate(work: Work) -> None:
     rows = len(languages) * read_table(prompts, ["prompt_id"]).height
     sizes = [min(size, rows - start) for start in range(0, rows, size)]
     recipe = work.recipe.model_copy(update={"runtime": work.runtime})
-    compute(work, partial(TranslateWorker, recipe, prompts, languages), sizes, "prompt")
+    compute(work, partial(TranslateWorker, recipe, prompts, languages), sizes, "prompt", role="translate")
 
 
 class TranslateWorker:
