@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tiny import make_policy, make_tokenizer, save
+
 SCRIPT = """
 import logging, resource, sys
 from croco.engines.base import Decoding, Request, ScoreRequest
@@ -50,3 +52,22 @@ def test_a_failed_allocation_halves_the_budget_and_loses_nothing(what: str) -> N
     assert 1000 < int(budget) < 500_000
     assert len(warnings) >= 1
     assert all("out of memory, going on with a budget of" in line for line in warnings)
+
+
+LOAD = """
+import resource, sys
+from croco.engines.hf import load_policy
+mapped = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (mapped + 2**25,) * 2)
+load_policy(sys.argv[1])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts what is mapped as Linux does")
+def test_weights_that_do_not_fit_are_one_sentence(tmp_path: Path) -> None:
+    large = save(tmp_path / "large", make_policy("llama", vocab_size=500_000), make_tokenizer())
+    words = [sys.executable, "-c", "import transformers.models.llama.modeling_llama\n" + LOAD, str(large)]
+    found = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    last = found.stderr.splitlines()[-1]
+    assert last == f"croco.errors.UserError: model '{large}': its weights do not fit in the memory of cpu"

@@ -15,7 +15,7 @@ import polars as pl
 import pytest
 
 from conftest import TinyModels, write_prompts, write_recipe
-from croco import doctor, pipeline, store
+from croco import checkup, pipeline, store
 from croco.engines import open_judge, open_sampler, open_scorer
 from croco.engines.base import JudgeRequest, ScoreRequest
 from croco.errors import UserError
@@ -319,7 +319,7 @@ def test_a_judge_says_the_same_here_and_there(
 
 def test_the_doctor_asks_the_servers(served: Served, tiny_models: TinyModels, tmp_path: Path) -> None:
     recipe = server_recipe(tmp_path, tiny_models, served.url)
-    assert list(doctor.servers(recipe)) == [
+    assert list(checkup.servers(recipe)) == [
         f"server        {role}: {served.url} serves {model}, context 512 tokens"
         for role, model in (
             ("sample", tiny_models.policy),
@@ -328,7 +328,7 @@ def test_the_doctor_asks_the_servers(served: Served, tiny_models: TinyModels, tm
         )
     ]
     with pytest.raises(UserError, match="not 'gpt-17'"):
-        list(doctor.servers(server_recipe(tmp_path, tiny_models, served.url, model="gpt-17")))
+        list(checkup.servers(server_recipe(tmp_path, tiny_models, served.url, model="gpt-17")))
 
 
 def test_without_the_client_there_is_one_sentence() -> None:

@@ -5,7 +5,7 @@ another number of logits than one is a UserError before anything runs. Leaves ou
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,16 @@ import torch
 from safetensors import SafetensorError
 
 from croco.engines.base import Decoding, Request, Sampled, ScoreRequest
+from croco.engines.memory import halve_budget, out_of_memory, with_less_memory
 from croco.errors import UserError
-from croco.identity import local_model
+from croco.identity import check_adapter, local_model
 from croco.recipe import Model
 from croco.sampling import plain
 from croco.sampling.architecture import disagreement, unsupported
 from croco.sampling.chat import end_ids
 from croco.sampling.shared_prefix import Decoder
 from croco.sampling.stops import Stops
-from croco.scoring import classifier, likelihood
+from croco.scoring import classifier, likelihood, prefix_forward
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +115,8 @@ def load_policy(
     """A causal model in eval mode and its tokenizer; an adapter folder, if given, is merged in memory."""
     from transformers import AutoModelForCausalLM
 
+    if adapter is not None:
+        check_adapter(adapter, model, revision)
     tokenizer = load_tokenizer(model, revision, chat_template, trust_remote_code)
     policy, missing = _load(AutoModelForCausalLM, model, revision, dtype, device, trust_remote_code)
     if missing:
@@ -156,25 +159,6 @@ def max_context(model: Any) -> int:
     return positions
 
 
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether an allocation failed, on a GPU or (where torch raises a plain RuntimeError) on a CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def halve_budget(engine: Any, error: RuntimeError, least: int) -> None:
-    """Halve the engine's token budget if memory ran out and there is something to halve; else raise."""
-    if not out_of_memory(error):
-        raise error
-    if engine.token_budget <= least:
-        raise UserError(
-            f"{engine.name}: a single row does not fit in memory, expected a smaller model"
-        ) from error
-    engine.token_budget //= 2
-    logger.warning("%s: out of memory, going on with a budget of %d tokens", engine.name, engine.token_budget)
-    if engine.model.device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
 def _load(
     auto: Any, model: str, revision: str | None, dtype: str, device: str, trust_remote_code: bool
 ) -> tuple[Any, list[str]]:
@@ -189,9 +173,12 @@ def _load(
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            loaded = loaded.to(where)
+    except (OSError, ValueError, KeyError, RuntimeError, MemoryError, SafetensorError) as error:
+        if out_of_memory(error):
+            raise UserError(f"model {model!r}: its weights do not fit in the memory of {where}") from error
         raise UserError(f"model {model!r}: does not load as {auto.__name__}: {_first_line(error)}") from error
-    return loaded.to(where), sorted(report["missing_keys"])
+    return loaded, sorted(report["missing_keys"])
 
 
 @contextmanager
@@ -272,23 +259,29 @@ class HFSampler:
         return decoder.run()
 
 
+def _sharing(network: Any, name: str) -> tuple[bool, dict[str, Any]]:
+    """Whether a network scores with shared prefixes, tried on it, and the facts that say so."""
+    reason = unsupported(network) or prefix_forward.disagreement(network)
+    if reason:
+        logger.warning("%s scores without sharing prompts, which is slower, because %s", name, reason)
+    scorer = "whole sequences" if reason else "shared-prefix"
+    return reason is None, _facts(network) | {"scorer": scorer, "reason": reason}
+
+
 class HFScorer:
     """Scores with a loaded sequence classifier of one logit: the raw logit of each conversation."""
 
     def __init__(self, model: Any, tokenizer: Any, token_budget: int = 16384, name: str = "") -> None:
         self.model, self.token_budget = model, token_budget
         self.name = name or str(tokenizer.name_or_path)
-        self.reason = classifier.disagreement(model)
-        self.max_context, self.facts = max_context(model), _facts(model) | {"reason": self.reason}
-        if self.reason:
-            logger.warning(
-                "%s scores conversation by conversation, which is slower, because %s", self.name, self.reason
-            )
+        self.max_context = max_context(model)
+        self.share, self.facts = _sharing(getattr(model, model.base_model_prefix, model), self.name)
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[list[float]]:
         """Raw logits in the order of the requests; what they share is found here, `prompt_ids` may be empty."""
-        plain = self.reason is not None
-        return _with_less_memory(self, lambda budget: classifier.logits(self.model, requests, budget, plain))
+        return with_less_memory(
+            self, lambda budget: classifier.logits(self.model, requests, budget, self.share)
+        )
 
 
 class HFLikelihood:
@@ -297,15 +290,18 @@ class HFLikelihood:
     def __init__(self, model: Any, tokenizer: Any, token_budget: int = 16384, name: str = "") -> None:
         self.model, self.tokenizer, self.token_budget = model, tokenizer, token_budget
         self.name = name or str(tokenizer.name_or_path)
-        self.max_context, self.facts = max_context(model), _facts(model)
+        self.max_context = max_context(model)
+        self.share, self.facts = _sharing(model, self.name)
 
     def score(
         self, requests: Sequence[ScoreRequest], ended: Sequence[Sequence[bool]] | None = None
     ) -> list[list[float]]:
         """Mean log-probabilities in the order of the requests; `ended` False marks completions without an end token."""
-        sums = _with_less_memory(
+        sums = with_less_memory(
             self,
-            lambda budget: likelihood.completion_logps(self.model, self.tokenizer, requests, ended, budget),
+            lambda budget: likelihood.completion_logps(
+                self.model, self.tokenizer, requests, ended, budget, self.share
+            ),
         )
         return [
             [
@@ -314,12 +310,3 @@ class HFLikelihood:
             ]
             for k, request in enumerate(requests)
         ]
-
-
-def _with_less_memory(engine: Any, compute: Callable[[int], list[list[float]]]) -> list[list[float]]:
-    """Compute with the engine's token budget, halving it for as long as memory runs out."""
-    while True:
-        try:
-            return compute(engine.token_budget)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            halve_budget(engine, error, least=1)

@@ -26,9 +26,12 @@ class Stops:
     strings: tuple[str, ...]
 
     def near_end(self, ids: Sequence[int]) -> bool:
-        """Whether a stop string stands in the latest tokens: only for ending early, a miss costs tokens, no more."""
+        """Whether a stop string stands in the latest tokens: only for ending early, a miss costs tokens, no more.
+
+        Text from the middle may begin with half a character or lack a space, so a find is looked at again in all.
+        """
         reach = LOOK_EVERY + 4 * max(map(len, self.strings))  # a character is at most four tokens
-        return self._ended(self._text(ids[-reach:]))
+        return self._ended(self._text(ids[-reach:])) and self._ended(self._text(ids))
 
     def cut(self, ids: Sequence[int]) -> tuple[int, int] | None:
         """(tokens kept, tokens drawn until a string was whole), or None when the text holds no stop string."""

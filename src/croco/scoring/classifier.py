@@ -5,7 +5,6 @@ the padding token. (Where a model pads with its end token and its template ends 
 Leaves out classifiers whose head is not `score` on the last hidden state: those are computed one by one, as they are.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,12 +16,12 @@ from croco.scoring.prefix_forward import Group, forward
 
 @torch.inference_mode()
 def logits(
-    model: Any, requests: Sequence[ScoreRequest], token_budget: int, plain: bool = False
+    model: Any, requests: Sequence[ScoreRequest], token_budget: int, share: bool = True
 ) -> list[list[float]]:
-    """Raw logits, float32, in the order of the requests and their completions; `plain` takes them one by one."""
+    """Raw logits, float32, in the order of the requests and their completions; without `share` whole conversations."""
     found = [[0.0] * len(request.completions) for request in requests]
     network = getattr(model, model.base_model_prefix, None)
-    if plain or network is None or not isinstance(getattr(model, "score", None), torch.nn.Linear):
+    if network is None or not isinstance(getattr(model, "score", None), torch.nn.Linear):
         return _one_by_one(model, requests, found)
     pad = model.config.get_text_config().pad_token_id
     groups, lasts = [], []
@@ -33,28 +32,12 @@ def logits(
         shared = min(_common(whole), *last) if len(whole) > 1 else 0
         groups.append(Group(whole[0][:shared] if whole else [], [ids[shared:] for ids in whole]))
         lasts.append([at - shared for at in last])
-    for rows, output in forward(network, groups, token_budget, read_at=lasts):
+    for rows, output in forward(network, groups, token_budget, share, lasts):
         at = torch.tensor([lasts[g][i] for g, i in rows], device=model.device)
         hidden = output.last_hidden_state[torch.arange(len(rows), device=model.device), at]
         for (g, i), score in zip(rows, model.score(hidden)[:, 0].float().tolist(), strict=True):
             found[g][i] = score
     return found
-
-
-def disagreement(model: Any) -> str | None:
-    """None when a trial gives what the model's own forward gives, conversation by conversation; else why not."""
-    vocabulary = model.config.get_text_config().vocab_size
-    requests = [
-        ScoreRequest(k, [(7 * i + k) % vocabulary for i in range(9 - k)], [[5, 6, 7], [8], [9, 4]])
-        for k in (0, 3)
-    ]
-    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
-    for fast, slow in zip(logits(model, requests, 64), logits(model, requests, 64, plain=True), strict=True):
-        for one, other in zip(fast, slow, strict=True):
-            # broken weights give NaN either way: that is for the reader of the scores to name
-            if math.isfinite(other) and not abs(one - other) <= tolerance * (1 + abs(other)):
-                return f"a trial conversation's score differs from a plain forward's: {one:.4g} against {other:.4g}"
-    return None
 
 
 def _last(ids: Sequence[int], pad: int | None) -> int:

@@ -21,11 +21,13 @@ from transformers import DynamicCache
 from croco.sampling.architecture import unsupported
 from croco.sampling.buckets import buckets
 from croco.sampling.prefix_attention import plugged_in
-from croco.scoring.suffix_attention import NAME, Batch, Prefix, for_heads
+from croco.scoring.suffix_attention import NAME, Batch, Prefix
 
 CPU_TOKENS = 2048  # computed at once: larger batches leave a CPU's caches and are up to a third slower
 Row = tuple[int, int]  # (group, sequence within it)
-KeysValues = tuple[list[torch.Tensor], list[torch.Tensor]]  # of one prefix, (1, H, P, D) per layer
+KeysValues = tuple[
+    list[torch.Tensor], list[torch.Tensor]
+]  # of one prefix, (1, key-value heads, P, D) per layer
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,9 @@ def forward(
 
     `token_budget` bounds the tokens of a batch, and those of the prefixes stored at a time (a longer single row, or
     prefix, stands alone). With `read_at`, the one place in each rest that is wanted, the others' output is arbitrary:
-    the last layer is not finished there.
+    the last layer is not finished there. Without `share` whole sequences go the way of transformers.
     """
+    read_at = read_at if share else None
     ours = [
         g for g, group in enumerate(groups) if share and can_share(network) and not _slides(network, group)
     ]
@@ -59,6 +62,37 @@ def forward(
         yield from _rests(network, groups, [*stored, *alone], stored, token_budget, read_at)
     others = sorted(set(range(len(groups))) - set(ours))
     yield from _rests(network, groups, others, None, token_budget, read_at)
+
+
+@torch.inference_mode()
+def disagreement(network: Any) -> str | None:
+    """None when shared prefixes give on a trial what whole sequences give on this very network, else why not.
+
+    Compared is the relative difference of what is put out at the last token: rounding makes it 1e-6 in float32 and a
+    hundredth in bfloat16, a prefix that is not seen or a layer that is not finished makes it large.
+    """
+    vocabulary = network.config.get_text_config().vocab_size
+    groups = [
+        Group([(7 * i + k) % vocabulary for i in range(9 - k)], [[5, 6, 7], [8], [9, 4]]) for k in (0, 3)
+    ]
+    last = [[2, 0, 1]] * len(groups)
+
+    def found(share: bool) -> torch.Tensor:
+        rows = {
+            (g, i): output[0][line, last[g][i]].double()
+            for batch, output in forward(network, groups, 64, share, last)
+            for line, (g, i) in enumerate(batch)
+        }
+        return torch.stack([rows[row] for row in sorted(rows)])
+
+    try:
+        fast, slow = found(True), found(False)
+    except RuntimeError as error:
+        return f"a trial of shared prefixes failed: {str(error).splitlines()[0]}"
+    gap = ((fast - slow).norm() / slow.norm()).item()
+    if gap > (1e-3 if network.dtype == torch.float32 else 0.1):
+        return f"with shared prefixes a trial differs by {gap:.2g} from whole sequences"
+    return None  # broken weights give NaN either way: that is for the reader of the scores to name
 
 
 def can_share(network: Any) -> bool:
@@ -97,7 +131,6 @@ def _store(
 ) -> dict[int, KeysValues]:
     """Keys and values of each group's prefix, computed in batches of like length (members come sorted by it)."""
     stored: dict[int, KeysValues] = {}
-    heads = network.config.get_text_config().num_attention_heads
     for batch in buckets([len(groups[g].prefix) for g in members], _at_once(network, token_budget)):
         cache = DynamicCache()
         prefixes = _padded([groups[g].prefix for g in members[batch]], network.device)
@@ -107,8 +140,8 @@ def _store(
         for line, g in enumerate(members[batch]):
             here = slice(line, line + 1), slice(None), slice(len(groups[g].prefix))
             stored[g] = (
-                [for_heads(layer.keys[here], heads) for layer in cache.layers],
-                [for_heads(layer.values[here], heads) for layer in cache.layers],
+                [layer.keys[here].contiguous() for layer in cache.layers],
+                [layer.values[here].contiguous() for layer in cache.layers],
             )
     return stored
 

@@ -22,7 +22,7 @@ _BLOCK = 64  # queries
 
 @dataclass(frozen=True)
 class Prefix:
-    """A prefix in the batch: the rows that stand behind it, and its keys and values, (1, H, P, D) per layer."""
+    """A prefix in the batch: the rows that stand behind it, and its keys and values per layer, of one row."""
 
     rows: slice
     keys: list[torch.Tensor]
@@ -53,7 +53,7 @@ def attend(
     layer: int = module.layer_idx  # type: ignore[assignment]
     rows, heads, tokens, width = query.shape
     scale = width**-0.5 if scaling is None else scaling
-    key, value = for_heads(key, heads), for_heads(value, heads)
+    key, value = _for_heads(key, heads), _for_heads(value, heads)
     if batch.read_at_B is not None and layer == batch.last_layer:
         query = query[torch.arange(rows, device=query.device), :, batch.read_at_B][:, :, None]
         own, own_lse = _attend_from(query, key, value, batch.read_at_B, scale)
@@ -61,7 +61,8 @@ def attend(
         own, own_lse = _attend(query, key, value, True, scale)
     for prefix in batch.prefixes:
         asked = query[prefix.rows].transpose(1, 2).reshape(1, -1, heads, width).transpose(1, 2)
-        seen, lse = _attend(asked, prefix.keys[layer], prefix.values[layer], False, scale)
+        stored = _for_heads(prefix.keys[layer], heads), _for_heads(prefix.values[layer], heads)
+        seen, lse = _attend(asked, *stored, False, scale)
         lse = lse.view(heads, -1, query.shape[2]).transpose(0, 1)
         share = (lse - own_lse[prefix.rows]).sigmoid().to(own.dtype)[..., None]
         seen = seen.transpose(1, 2).reshape(-1, query.shape[2], heads, seen.shape[-1]).transpose(1, 2)
@@ -69,7 +70,7 @@ def attend(
     return own.transpose(1, 2).expand(-1, tokens, -1, -1), None
 
 
-def for_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+def _for_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
     """Keys or values (B, key-value heads, T, D) repeated for their query heads."""
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
