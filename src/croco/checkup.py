@@ -14,6 +14,7 @@ from typing import Any
 
 from croco import engines, planning
 from croco.errors import UserError
+from croco.executor import examined
 from croco.identity import check_adapter, model_identity
 from croco.recipe import Model, Recipe, Translate
 
@@ -31,6 +32,7 @@ def examine(recipe: Recipe, measure: bool = False) -> Iterator[str]:
     wrong: list[str] = []
     for check in (
         lambda: _engines(recipe),
+        lambda: servers(recipe),
         lambda: _policy(recipe, rows),
         lambda: _translation(recipe, recipe.translate, rows[0]["messages"]) if recipe.translate else (),
         lambda: _reward(recipe, rows),
@@ -82,10 +84,31 @@ def _looked_at(rows: Sequence[Prompt]) -> list[Prompt]:
 def _engines(recipe: Recipe) -> Iterator[str]:
     engines.check(recipe)
     yield f"engines       {', '.join(f'{role}: {engine}' for role, engine in recipe.runtime.engines)}"
+    for line in examined(recipe.runtime):
+        yield f"workers       {line}"
+
+
+def servers(recipe: Recipe) -> Iterator[str]:
+    """Whether each server of the recipe is there and serves its model; raises UserError at one that does not."""
+    models: dict[str, Model | None] = {
+        "translate": recipe.translate,
+        "sample": recipe.policy,
+        "evaluate": recipe.policy,
+        "score": recipe.reward,
+        "judge": recipe.judge,
+    }
+    for role, section in models.items():
+        if section is None or getattr(recipe.runtime.engines, role) != "server":
+            continue
+        from croco.engines.server import Connection
+
+        found = Connection(getattr(recipe.runtime.servers, role), role, section.model)
+        context = f", context {found.max_context} tokens" if found.max_context else ""
+        yield f"server        {role}: {found.url} serves {found.served}{context}"
 
 
 def _policy(recipe: Recipe, rows: Sequence[Prompt]) -> Iterator[str]:
-    from croco.engines.hf import load_tokenizer
+    from croco.engines.hf import generation_config, load_tokenizer
     from croco.sampling.chat import end_ids, prompt_ids
     from croco.sampling.exactness import examine_policy
 
@@ -95,7 +118,7 @@ def _policy(recipe: Recipe, rows: Sequence[Prompt]) -> Iterator[str]:
     network = _network(policy, "policy", "causal")
     yield f"policy        {_what(policy, 'policy', network)}"
     yield from _memory(recipe, policy, network, "sample")
-    ends = end_ids(tokenizer, _generation_config(policy))
+    ends = end_ids(tokenizer, generation_config(policy.model, policy.revision))
     yield f"  a completion ends at {sorted(ends)}" + (f" or {list(sampling.stop)}" if sampling.stop else "")
     yield from examine_policy(tokenizer, ends, _looked_at(rows), policy.instruction)
     some = rows[:: -(-len(rows) // LENGTHS)]
@@ -238,38 +261,22 @@ def _memory(recipe: Recipe, section: Model, network: Any, role: str) -> Iterator
 def _network(section: Model, key: str, kind: str) -> Any:
     """The model without its weights; raises UserError for one that transformers does not know, or of several logits."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    from croco.engines.hf import resolve_model
+    from croco.engines.hf import load_config
 
     auto: Any = AutoModelForCausalLM if kind == "causal" else AutoModelForSequenceClassification
+    config = load_config(section, key)
     try:
-        config = AutoConfig.from_pretrained(
-            resolve_model(section.model),
-            revision=section.revision,
-            trust_remote_code=section.trust_remote_code,
-        )
         with torch.device("meta"):
             network = auto.from_config(config, trust_remote_code=section.trust_remote_code)
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise UserError(
             f"{key}.model = '{section.model}' does not load: {str(error).splitlines()[0]}"
         ) from None
     if kind == "classifier" and config.num_labels != 1:
         raise UserError(f"{key}.model = '{section.model}' has {config.num_labels} logits, expected one")
     return network
-
-
-def _generation_config(section: Model) -> Any:
-    """The model's generation config, or None where it has none."""
-    from transformers import GenerationConfig
-
-    from croco.engines.hf import resolve_model
-
-    try:
-        return GenerationConfig.from_pretrained(resolve_model(section.model), revision=section.revision)
-    except OSError:
-        return None
 
 
 def _gib(num_bytes: float) -> str:

@@ -20,7 +20,7 @@ LIBRARIES = (
     "numpy",
     "pydantic",
 )
-ENGINES = ("ray", "openai")
+ENGINES = ("ray", "httpx2")
 
 
 def machine() -> Iterator[str]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from croco import pipeline, store
+from croco.executor import described
 from croco.prompts import load as prompts_load
 from croco.recipe import Evaluation, Prompts, Recipe
 from croco.stage import Node
@@ -30,6 +31,7 @@ def describe(recipe: Recipe) -> Iterator[str]:
         yield f"  {node.title:<28} {_standing(node, status)}"
         for change in status.changes:
             yield f"      {change}"
+    yield f"workers: {described(recipe.runtime)}"
     yield from cost(recipe, rates(recipe))
 
 

@@ -50,6 +50,7 @@ def score(work: Work) -> None:
         partial(ScoreWorker, recipe, work.settings["scorer"], work.inputs["prompts"], work.inputs["sample"]),
         sizes,
         "completion",
+        here=work.settings["scorer"] == "random",
     )
 
 
@@ -80,7 +81,7 @@ def score_references(work: Work) -> None:
     """Write the scores of the prompts' gold completions by the reward model, under the sample_id -1."""
     sizes = [shard.rows for shard in shards(work.inputs["prompts"])]
     recipe = work.recipe.model_copy(update={"runtime": work.runtime})
-    compute(work, partial(ReferenceWorker, recipe, work.inputs["prompts"]), sizes, "prompt")
+    compute(work, partial(ReferenceWorker, recipe, work.inputs["prompts"]), sizes, "prompt", role="score")
 
 
 class ReferenceWorker:
