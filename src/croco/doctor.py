@@ -101,7 +101,8 @@ def servers(recipe: Recipe) -> Iterator[str]:
 
 def models(recipe: Recipe) -> Iterator[str]:
     """Identity, size and chat template of each model of the recipe; raises UserError at what does not work."""
-    from croco.engines.hf import generation_config, load_tokenizer
+    from croco.engines.config import generation_config
+    from croco.engines.hf import load_tokenizer
     from croco.prompts.load import load
     from croco.sampling.chat import check_prefix, conversation_ids, end_ids, prompt_ids, with_instruction
 
@@ -123,7 +124,7 @@ def models(recipe: Recipe) -> Iterator[str]:
     check_prefix(tokenizer, ids, conversation_ids(tokenizer, messages, "Ja."))
     yield f"policy        {_size(policy, 'policy', 'causal', recipe)}"
     yield f"  chat template: the first prompt is {len(ids)} tokens and a prefix of prompt + completion"
-    yield f"  a completion ends at {sorted(end_ids(tokenizer, generation_config(policy.model, policy.revision)))}"
+    yield f"  a completion ends at {sorted(end_ids(tokenizer, generation_config(policy)))}"
     if recipe.translate is not None:
         yield from _translation(recipe, recipe.translate, prompt["messages"])
     reward_tokenizer = load_tokenizer(reward.model, reward.revision, None, reward.trust_remote_code)
@@ -155,7 +156,8 @@ def _size(section: Model, key: str, kind: str, recipe: Recipe) -> str:
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    from croco.engines.hf import load_config, pick_device, pick_dtype
+    from croco.engines.config import load_config
+    from croco.engines.hf import pick_device, pick_dtype
 
     config = load_config(section, key)
     if kind == "classifier" and config.num_labels != 1:
