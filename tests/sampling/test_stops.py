@@ -1,8 +1,13 @@
 """Where a stop string cuts a completion: whole tokens before it, whatever came after."""
 
+import polars as pl
 import pytest
+from typer.testing import CliRunner
 
+from conftest import write_recipe
+from croco.cli import app
 from croco.sampling.stops import Stops, finished
+from croco.store import read_table
 from tiny import make_tokenizer
 
 
@@ -54,3 +59,16 @@ def test_without_a_stop_string_nothing_changes(tokenizer):
         found = finished(ids, "length", 1, stops)
         assert (found.ids, found.finish_reason, found.num_tokens) == (ids, "length", None)
     assert finished([], "stop", 1, Stops(tokenizer, ("x",))).ids == []
+
+
+def test_the_stage_ends_completions_at_the_recipes_strings(tmp_path, tiny_models):
+    path, stop = str(write_recipe(tmp_path, tiny_models)), ("e", "a", "n", "2")
+    for command in ("prompts", "sample"):
+        found = CliRunner().invoke(app, [command, path, "--set", f"sampling.stop={list(stop)}"])
+        assert found.exit_code == 0, found.output
+    table, tokenizer = read_table(tmp_path / "run" / "sample"), make_tokenizer()
+    assert table.filter(pl.col("finish_reason") == "stop").height > table.height / 2
+    for text, ids, tokens in table.select("completion", "completion_ids", "completion_tokens").iter_rows():
+        assert not set(stop) & set(text)
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text
+        assert tokens >= len(ids)
