@@ -108,7 +108,8 @@ def servers(recipe: Recipe) -> Iterator[str]:
 
 
 def _policy(recipe: Recipe, rows: Sequence[Prompt]) -> Iterator[str]:
-    from croco.engines.hf import generation_config, load_tokenizer
+    from croco.engines.config import generation_config
+    from croco.engines.hf import load_tokenizer
     from croco.sampling.chat import end_ids, prompt_ids
     from croco.sampling.exactness import examine_policy
 
@@ -118,7 +119,7 @@ def _policy(recipe: Recipe, rows: Sequence[Prompt]) -> Iterator[str]:
     network = _network(policy, "policy", "causal")
     yield f"policy        {_what(policy, 'policy', network)}"
     yield from _memory(recipe, policy, network, "sample")
-    ends = end_ids(tokenizer, generation_config(policy.model, policy.revision))
+    ends = end_ids(tokenizer, generation_config(policy))
     yield f"  a completion ends at {sorted(ends)}" + (f" or {list(sampling.stop)}" if sampling.stop else "")
     yield from examine_policy(tokenizer, ends, _looked_at(rows), policy.instruction)
     some = rows[:: -(-len(rows) // LENGTHS)]
@@ -263,7 +264,7 @@ def _network(section: Model, key: str, kind: str) -> Any:
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    from croco.engines.hf import load_config
+    from croco.engines.config import load_config
 
     auto: Any = AutoModelForCausalLM if kind == "causal" else AutoModelForSequenceClassification
     config = load_config(section, key)

@@ -102,21 +102,24 @@ def test_greedy_is_that_of_transformers_with_and_without_an_adapter(
     assert drawn["there", None] != drawn["there", adapter]
 
 
-def test_a_stop_string_is_left_out_and_has_no_ids(
-    served: Server,
-    calm: pl.DataFrame,
-    tiny_models: TinyModels,
-    tmp_path: Path,
+def test_a_stop_string_cuts_ids_as_in_process(
+    served: Server, tiny_models: TinyModels, tmp_path: Path
 ) -> None:
-    found = sampled(server_recipe(tmp_path, tiny_models, served.url, 'sampling.stop=["e"]'))
-    assert not found["completion"].str.contains("e").any()
-    stopped = found.filter(pl.col("completion_ids").is_null())
-    assert stopped.height > 50
-    assert set(stopped["finish_reason"]) == {"stop"}
-    before = stopped.join(calm, on=["prompt_id", "language", "sample_id"], suffix="_calm")
-    assert all(
-        whole.startswith(text) for text, whole in before.select("completion", "completion_calm").iter_rows()
-    )
+    requests = [Request(key, [1, 4, 20 + key, 2, 5], [0]) for key in range(30)]
+    drawn = {}
+    for recipe in (
+        server_recipe(tmp_path, tiny_models, served.url),
+        load(write_recipe(tmp_path, tiny_models)),
+    ):
+        sampler, tokenizer = open_sampler("sample", recipe, 0)
+        found = dict(sampler.sample(requests, Decoding(0.0, 1.0, 0, 24, ("e", "Qu"))))
+        drawn[sampler.facts["engine"]] = [
+            (one.ids, one.finish_reason, one.completion_tokens) for key in range(30) for one in found[key]
+        ]
+    assert sum(a == b for a, b in zip(drawn["server"], drawn["transformers"], strict=True)) >= 28  # near-ties
+    texts = [tokenizer.decode(ids) for ids, _, _ in drawn["server"]]
+    assert not any("e" in text or "Qu" in text for text in texts)
+    assert sum(reason == "stop" for _, reason, _ in drawn["server"]) > 10
 
 
 def test_the_chat_api_draws_what_token_ids_draw(

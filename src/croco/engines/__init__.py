@@ -83,9 +83,9 @@ def open_scorer(recipe: Recipe, replica: int = 0) -> tuple[Scorer, Any]:
 
         return open_reward(reward, runtime.vllm)
     if runtime.engines.score == "server":
-        from croco.engines import server
+        from croco.engines import server_scorer
 
-        return server.scorer(runtime.servers.score, reward)
+        return server_scorer.scorer(runtime.servers.score, reward)
     from croco.engines.hf import HFScorer, load_reward
 
     model, tokenizer = load_reward(

@@ -17,7 +17,6 @@ from croco.engines.base import Decoding, Request, Sampled, ScoreRequest
 from croco.engines.memory import halve_budget, out_of_memory, with_less_memory
 from croco.errors import UserError
 from croco.identity import check_adapter, local_model
-from croco.recipe import Model
 from croco.sampling import plain
 from croco.sampling.architecture import disagreement, unsupported
 from croco.sampling.chat import end_ids
@@ -77,30 +76,6 @@ def load_tokenizer(
                 f"chat template {str(chat_template)!r}: cannot be read: {_first_line(error)}"
             ) from error
     return tokenizer
-
-
-def load_config(section: Model, key: str) -> Any:
-    """The config of a recipe's model; raises UserError naming the key."""
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(
-            resolve_model(section.model, f"{key}.model"),
-            revision=section.revision,
-            trust_remote_code=section.trust_remote_code,
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(f"{key}.model = '{section.model}' does not load: {_first_line(error)}") from None
-
-
-def generation_config(model: str, revision: str | None = None) -> Any:
-    """The model's generation config, or None where it has none."""
-    from transformers import GenerationConfig
-
-    try:
-        return GenerationConfig.from_pretrained(resolve_model(model), revision=revision)
-    except OSError:
-        return None
 
 
 def load_policy(

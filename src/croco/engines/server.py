@@ -4,9 +4,9 @@ Two ways in. "completions" sends the very token ids that every other engine woul
 server has them to give (vLLM). "chat" sends messages, lets the server apply its template, and gets text: no tokenizer
 here. Sampling parameters are always sent, all of them: a vLLM server puts the model's `generation_config.json` in the
 place of what a request leaves out. What can be known before is checked when an engine opens: address, key, model name,
-context, and for a scorer that scores are raw logits.
+context.
 
-Leaves out starting servers and how requests survive faults, which is `wire.py`.
+Leaves out starting servers, how requests survive faults (`wire.py`), and scores (`server_scorer.py`).
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from croco.engines.base import Decoding, Request, Sampled, ScoreRequest
+from croco.engines.base import Decoding, Request, Sampled
+from croco.engines.config import generation_config
 from croco.engines.wire import Call, Wire
 from croco.errors import UserError
-from croco.recipe import Model, Reward, Server
+from croco.recipe import Model, Server
 from croco.sampling.chat import end_ids
+from croco.sampling.stops import Stops, finished
 
 OPENING_RETRIES = 2  # a wrong address should not take minutes to be found out
-SCORES_PER_REQUEST = 64
 
 
 class _Card(BaseModel):
@@ -52,24 +53,16 @@ class _Choice(BaseModel):
     token_ids: list[int] | None = None
 
 
-class _Usage(BaseModel):
+class Usage(BaseModel):
+    """The tokens that a request took, as the server counts them."""
+
     prompt_tokens: int
     completion_tokens: int = 0
 
 
 class _Completions(BaseModel):
     choices: list[_Choice]
-    usage: _Usage
-
-
-class _Class(BaseModel):
-    index: int
-    probs: list[float]  # vLLM's word, also for logits
-
-
-class _Classes(BaseModel):
-    data: list[_Class]
-    usage: _Usage
+    usage: Usage
 
 
 def sampler(
@@ -92,24 +85,13 @@ def sampler(
                 f"chat_template = '{template}', which runtime.servers.{role}.api = 'chat' leaves to the server; "
                 f"expected api = 'completions', or the template at the server"
             )
-        return ServerSampler(Connection(served, role, model.model, key), model.model, None), None
+        return ServerSampler(Connection(served, role, model.model, key), model.model), None
     connection = Connection(served, role, model.model, key)
-    from croco.engines.hf import generation_config, load_tokenizer
+    from croco.engines.hf import load_tokenizer
 
     tokenizer = load_tokenizer(model.model, model.revision, template, model.trust_remote_code)
-    ends = end_ids(tokenizer, generation_config(model.model, model.revision))
-    return ServerSampler(connection, model.model, ends), tokenizer
-
-
-def scorer(server: Server, reward: Reward) -> tuple[ServerScorer, Any]:
-    """The scorer of the role "score", and its tokenizer: conversations are sent as token ids."""
-    connection = Connection(server, "score", reward.model)
-    from croco.engines.hf import load_config, load_tokenizer
-
-    tokenizer = load_tokenizer(reward.model, reward.revision, None, reward.trust_remote_code)
-    pad = load_config(reward, "reward").get_text_config().pad_token_id
-    probe = tokenizer("Ja.", add_special_tokens=False)["input_ids"]
-    return ServerScorer(connection, reward.model, probe, pad), tokenizer
+    ends = end_ids(tokenizer, generation_config(model))
+    return ServerSampler(connection, model.model, tokenizer, ends), tokenizer
 
 
 class Connection:
@@ -135,7 +117,7 @@ class Connection:
         self.facts = self.wire.counts
         self.facts |= {"engine": "server", "url": self.url, "served_model": self.served}
 
-    def count(self, usage: _Usage) -> None:
+    def count(self, usage: Usage) -> None:
         for name in ("prompt_tokens", "completion_tokens"):
             self.facts[name] = self.facts.get(name, 0) + getattr(usage, name)
 
@@ -149,10 +131,14 @@ class Connection:
 
 
 class ServerSampler:
-    """Samples from a server. `ends` are the end tokens to leave out of ids; without them ("chat") messages are sent."""
+    """Samples from a server: with a tokenizer, and the end tokens to leave out of ids, by "completions"; without by
+    "chat"."""
 
-    def __init__(self, connection: Connection, name: str, ends: set[int] | None) -> None:
-        self.connection, self.server, self.name, self.ends = connection, connection.server, name, ends
+    def __init__(
+        self, connection: Connection, name: str, tokenizer: Any = None, ends: Iterable[int] = ()
+    ) -> None:
+        self.connection, self.server, self.name = connection, connection.server, name
+        self.tokenizer, self.ends = tokenizer, set(ends)
         self.chat = self.server.api == "chat"
         self.max_context = connection.max_context or sys.maxsize if self.chat else connection.known_context()
         self.facts = connection.facts
@@ -185,10 +171,15 @@ class ServerSampler:
                     (request.key, start),
                     url,
                     self._body(request, seeds, decoding),
-                    partial(self._read, seeds),
+                    partial(self._read, self._drawn_from(seeds), decoding),
                     request.name,
                     partial(_too_long, len(seeds)),
                 )
+
+    def _drawn_from(self, seeds: list[int]) -> list[int]:
+        """What vLLM makes of the first one's seed for the others."""
+        followed = self.server.seeds and self.server.dialect == "vllm"
+        return [seeds[0] + number for number in range(len(seeds))] if followed else seeds
 
     def _body(self, request: Request, seeds: Sequence[int], decoding: Decoding) -> dict[str, Any]:
         body: dict[str, Any] = {
@@ -207,24 +198,27 @@ class ServerSampler:
                 "min_p": 0.0,
                 "repetition_penalty": 1.0,
                 "return_token_ids": True,
+                "stop_token_ids": sorted(self.ends),  # the tokenizer's too, which the model's config may lack
             }
         if self.server.seeds:  # 31 bits are what every server takes
             body["seed"] = seeds[0] if self.server.dialect == "vllm" else seeds[0] % 2**31
         return body
 
-    def _read(self, seeds: Sequence[int], content: bytes) -> list[Sampled | str]:
+    def _read(self, seeds: Sequence[int], decoding: Decoding, content: bytes) -> list[Sampled | str]:
         answer = _Completions.model_validate_json(content)
         choices = sorted(answer.choices, key=lambda choice: choice.index)
         if [choice.index for choice in choices] != list(range(len(seeds))):
             raise ValueError(f"{len(choices)} choices, expected {len(seeds)}")
         read = [
-            self._sampled(one, seed, answer.usage, len(seeds))
+            self._sampled(one, seed, answer.usage, len(seeds), decoding.stop)
             for one, seed in zip(choices, seeds, strict=True)
         ]
         self.connection.count(answer.usage)
         return read
 
-    def _sampled(self, choice: _Choice, seed: int, usage: _Usage, of: int) -> Sampled | str:
+    def _sampled(
+        self, choice: _Choice, seed: int, usage: Usage, of: int, stop: tuple[str, ...]
+    ) -> Sampled | str:
         reason = choice.finish_reason
         if reason in ("abort", "error"):
             raise ValueError(f"a completion that ended with {reason!r}")
@@ -244,85 +238,14 @@ class ServerSampler:
         counted = usage.completion_tokens if ids is None else len(ids)
         if counted == 0 and reason == "length":
             return "the prompt leaves no room for a completion"
-        # a stop string ends within a token; an end token is at the end
-        if self.ends is None or ids is None or (reason == "stop" and not self.ends.intersection(ids[-1:])):
+        if self.tokenizer is None or ids is None:
             return Sampled([], reason, seed, text, counted, usage.prompt_tokens)
-        return Sampled(
-            ids[:-1] if reason == "stop" else ids, reason, seed, None, counted, usage.prompt_tokens
-        )
+        if reason == "stop" and self.ends.intersection(ids[-1:]):
+            return Sampled(ids[:-1], reason, seed)
+        return finished(ids, reason, seed, Stops(self.tokenizer, stop) if stop else None)
 
 
 def _too_long(count: int, message: str) -> list[Sampled | str] | None:
     """The reason why a prompt has no completions, where it is the prompt's length."""
     known = "maximum context length" in message  # OpenAI's words, which others repeat
     return [f"the server refuses the prompt: {message}"] * count if known else None
-
-
-class ServerScorer:
-    """Scores with a reward model behind vLLM's /classify: raw logits, which its answers are not unless asked for.
-
-    vLLM reads a score at the last token, transformers at the last one that is not `pad`: so what comes after that is
-    not sent, which no causal model can tell.
-    """
-
-    def __init__(self, connection: Connection, name: str, probe: list[int], pad: int | None) -> None:
-        """`probe` is any short text in tokens, scored with and without activation to see that this is a choice."""
-        self.pad = pad
-        self.connection, self.name, self.facts = connection, name, connection.facts
-        self.max_context = connection.known_context()
-        self.url = f"{connection.url.removesuffix('/v1')}/classify"
-        if not connection.server.trust_scores:
-            raw, activated = (self._probe(probe, activation) for activation in (False, True))
-            if raw == activated:
-                raise UserError(
-                    f"{connection.place}: {self.url} gives {raw} with and without activation, expected raw logits; "
-                    f"set {connection.place}.trust_scores = true if they are"
-                )
-
-    def score(self, requests: Sequence[ScoreRequest]) -> list[list[float]]:
-        """Raw logits in the order of the requests and their completions."""
-        found = [[0.0] * len(request.completions) for request in requests]
-        most = self.connection.server.completions_per_request or SCORES_PER_REQUEST
-        calls = (
-            self._call(
-                (number, start),
-                [request.prompt_ids + ids for ids in request.completions[start : start + most]],
-            )
-            for number, request in enumerate(requests)
-            for start in range(0, len(request.completions), most)
-        )
-        for (number, start), answer in self.connection.wire.ask(calls):
-            found[number][start : start + len(answer)] = answer
-        return found
-
-    def _probe(self, ids: list[int], activation: bool) -> float:
-        return self.connection.wire.one(self._call(None, [ids], activation), OPENING_RETRIES)[0]
-
-    def _call(self, key: Any, sequences: list[list[int]], activation: bool = False) -> Call[list[float]]:
-        body = {
-            "model": self.connection.served,
-            "input": [self._unpadded(ids) for ids in sequences],
-            "use_activation": activation,
-        }
-        return Call(
-            key, self.url, body, partial(self._read, len(sequences)), f"{len(sequences)} conversations"
-        )
-
-    def _unpadded(self, ids: list[int]) -> list[int]:
-        end = len(ids)
-        while end > 1 and ids[end - 1] == self.pad:
-            end -= 1
-        return ids[:end]
-
-    def _read(self, expected: int, content: bytes) -> list[float]:
-        answer = _Classes.model_validate_json(content)
-        classes = sorted(answer.data, key=lambda one: one.index)
-        if [one.index for one in classes] != list(range(expected)):
-            raise ValueError(f"{len(classes)} scores, expected {expected}")
-        labels = max(len(one.probs) for one in classes)
-        if labels != 1 or any(len(one.probs) != 1 for one in classes):
-            raise UserError(
-                f"{self.connection.place}: '{self.connection.served}' has {labels} logits, expected one"
-            )
-        self.connection.count(answer.usage)
-        return [one.probs[0] for one in classes]
