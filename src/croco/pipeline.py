@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from croco import science, standing, store
+from croco import engines, science, standing, store
 from croco import stage as stages
 from croco.errors import StaleStage, UserError
 from croco.recipe import Recipe
@@ -244,6 +244,7 @@ def run(
     recipe: Recipe, *, rebuild: bool = False, until: str | None = None, say: Say = lambda line: None
 ) -> None:
     """Run what is not complete, in order. Raises StaleStage naming what changed, unless `rebuild` removes it."""
+    engines.check(recipe)
     todo = nodes(recipe)
     if until is not None:
         last = todo.index(_of_stage(todo, until)[-1])
@@ -262,6 +263,7 @@ def run_stage(
     """Run one stage (of one arm, if named); what it reads must be complete."""
     if arm is not None and arm not in all_arms(recipe):
         raise UserError(f"--arm {arm}: no such arm, expected one of {', '.join(map(str, all_arms(recipe)))}")
+    engines.check(recipe)
     every = nodes(recipe)
     todo = _of_stage(every, name)
     if arm is not None:

@@ -11,6 +11,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
+from urllib.parse import urlsplit
 
 from pydantic import (
     BaseModel,
@@ -96,9 +97,14 @@ class Model(Section):
     dtype: Dtype = "auto"
 
 
-class Policy(Model):
-    model: str = "lab:policy"
+class Causal(Model):
+    """A model that completes conversations."""
+
     chat_template: str | None = None  # a Jinja file that replaces the tokenizer's own
+
+
+class Policy(Causal):
+    model: str = "lab:policy"
     instruction: dict[str, str] = {}  # per language, appended to the last user turn after a blank line
 
     @field_validator("instruction")
@@ -112,12 +118,11 @@ class Policy(Model):
         return value
 
 
-class Translate(Model):
+class Translate(Causal):
     """Prompts are read in one language and translated into the others; without this section they are there already."""
 
     source: str = "en"  # the language that [prompts] is read in
     evaluation: bool = False  # the prompts of [evaluation] likewise
-    chat_template: str | None = None  # a Jinja file that replaces the tokenizer's own
     format: TranslationFormat = "instruct"
     max_new_tokens: Positive = 8192  # per stretch of text; one that has not ended by then goes to the ledger
     checks: TranslationChecks = get_args(TranslationCheck)  # those that a translation must pass
@@ -139,6 +144,12 @@ class Reward(Model):
     max_tokens: Positive = 8192  # a longer conversation goes to the ledger
 
 
+class Judge(Causal):
+    """A model that is asked for verdicts, greedily."""
+
+    max_new_tokens: Positive = 1024
+
+
 class Sampling(Section):
     completions: Annotated[int, Field(ge=2)] = 16
     # at temperature 0 all completions of a prompt are one
@@ -146,7 +157,8 @@ class Sampling(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0  # 0 is all
     max_new_tokens: Positive = 512
-    stop: Strings = ()  # strings that end a completion, left out of it
+    # strings that end a completion, left out of it
+    stop: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)] = ()
 
 
 class Lora(Section):
@@ -258,6 +270,48 @@ class Vllm(Section):
     """vLLM in process, for every role that runs on it."""
 
     tensor_parallel: Positive = 1  # GPUs that one engine takes
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9  # of each GPU, weights included
+    # of prompt and completion, null is the model's own: a longer prompt goes to the ledger, a longer completion is cut
+    max_model_len: Positive | None = None
+    enforce_eager: bool = False  # starts faster and runs slower
+    per_request_seeds: bool = False  # each completion from a seed of its own; slower, and not on a CPU
+
+
+class Server(Section):
+    """An OpenAI-compatible server for one role. Its key is in the environment; the recipe has the variable's name."""
+
+    url: str = ""  # with what it ends in, as in "http://localhost:8000/v1"
+    model: str | None = None  # the name it is served under; null is the recipe's own
+    adapters: dict[str, str] = {}  # arm -> the name that its adapter is served under (evaluate)
+    api: Literal["completions", "chat"] = "completions"  # token ids, or messages (no tokenizer needed here)
+    dialect: Literal["vllm", "openai"] = "vllm"  # "openai" sends no field that OpenAI's own API lacks
+    completions_per_request: Positive | None = None  # null is all of a prompt's; 1 where n > 1 is refused
+    seeds: bool = True  # send a seed with every request
+    concurrency: Positive = 16  # requests at once, each for all completions of a prompt
+    timeout_seconds: Annotated[float, Field(gt=0)] = 1800.0  # of one request, waiting in the server included
+    retries: Annotated[int, Field(ge=0)] = 8  # of one request, before the stage stops
+    retry_seconds: Annotated[float, Field(gt=0)] = 1.0  # before the first retry; doubles, up to a minute
+    key_variable: str | None = None  # the environment variable that holds the key
+    max_context: Positive | None = None  # tokens; null is what the server says
+    trust_scores: bool = False  # take scores from a server that cannot show that they are raw logits
+
+    @field_validator("url")
+    @classmethod
+    def _check_url(cls, url: str) -> str:
+        parts = urlsplit(url)
+        if url and (parts.scheme not in ("http", "https") or not parts.hostname):
+            raise ValueError(f"'{url}' is no address, expected one like 'http://localhost:8000/v1'")
+        if parts.username or parts.password or parts.query or parts.fragment:
+            raise ValueError("expected an address without user, query or fragment (see key_variable)")
+        return url
+
+
+class Servers(Section):
+    translate: Server = Server()
+    sample: Server = Server()
+    score: Server = Server()
+    evaluate: Server = Server()
+    judge: Server = Server()
 
 
 class Ray(Section):
@@ -276,6 +330,7 @@ class Runtime(Section):
 
     engines: Engines = Engines()
     vllm: Vllm = Vllm()
+    servers: Servers = Servers()
     executor: Literal["local", "ray"] = "local"  # processes on this machine, or a Ray cluster
     replicas: Replicas = (
         1  # workers, each with an engine of its own; "auto" is one per GPU (or group of GPUs)
@@ -288,6 +343,13 @@ class Runtime(Section):
     threads: Positive | None = None  # of torch; null leaves torch's own choice
     gradient_checkpointing: bool = False
 
+    @model_validator(mode="after")
+    def _servers_have_addresses(self) -> Runtime:
+        for role, engine in self.engines:
+            if engine == "server" and not getattr(self.servers, role).url:
+                raise ValueError(f"engines.{role} = 'server', but servers.{role}.url is missing")
+        return self
+
 
 class Recipe(Section):
     run: Run
@@ -295,6 +357,7 @@ class Recipe(Section):
     translate: Translate | None = None
     policy: Policy = Policy()
     reward: Reward = Reward()
+    judge: Judge | None = None
     sampling: Sampling = Sampling()
     guards: Guards = Guards()
     training: Training = Training()

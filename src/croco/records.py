@@ -57,11 +57,11 @@ COMPLETIONS = Table(
             pa.list_(pa.int32()),
             True,
         ),  # as sampled, without the end token; null from text-only engines
-        ("completion_tokens", pa.int32()),  # the end token counted
+        ("completion_tokens", pa.int32()),  # drawn: the end token or the tokens of a stop string counted
         ("prompt_tokens", pa.int32(), True),  # null from engines that apply the chat template themselves
-        ("finish_reason", pa.string()),  # "stop" or "length"
+        ("finish_reason", pa.string()),  # "stop" (end token or stop string) or "length"
         ("policy", pa.string()),
-        ("seed", pa.int64()),  # 63 bits
+        ("seed", pa.int64()),  # 63 bits; the engine's where completions have none of their own (vLLM)
     ),
     ("prompt_id", "language", "sample_id"),
     "completion",

@@ -26,6 +26,7 @@ from croco.identity import digest
 from croco.progress import Progress, progress
 from croco.recipe import Recipe, Runtime
 from croco.records import DROPPED, TABLES, Table
+from croco.sampling import seeds
 
 Settings = dict[str, Any]
 Reference = tuple[str, str | None]  # a stage's name and its arm
@@ -95,6 +96,12 @@ class Work:
     table: Table | None
     title: str
     record_file: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def engine_seed(self) -> int:
+        """For an engine that draws from one stream: another for each stage, arm and start, so that a stage that goes on
+        does not repeat the noise it began with."""
+        return seeds.digest(self.seed, "engine", self.title, self.record_file["starts"])
 
     def todo(self, num_shards: int) -> list[int]:
         """Indices of the shards not yet finished, of `num_shards` that follow from the data and the shard size."""

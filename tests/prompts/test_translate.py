@@ -29,6 +29,7 @@ from croco.prompts.translate import TranslateWorker
 from croco.recipe import load
 from croco.sampling.chat import prompt_ids
 from croco.store import read_dropped, read_json, read_table
+from served import Served, serve
 
 LIMIT = 40  # new tokens
 PHRASES = {  # English: Danish, German
@@ -206,6 +207,27 @@ def test_every_prompt_is_translated_or_in_the_ledger(
     # what follows reads the translated prompts; the policy's context is too short for one of them
     sampled = set(read_table(tmp_path / "run" / "sample").select("prompt_id", "language").iter_rows())
     assert sampled == made.keys() - {("long", "en")}
+
+
+def test_a_server_translates_the_same(tmp_path: Path, tiny_models: TinyModels, phrasebook: Path) -> None:
+    found = {}
+    with serve(Served(phrasebook)) as served:
+        there = ["runtime.engines.translate=server", f"runtime.servers.translate.url={served.url}"]
+        for way, more in {
+            "here": [],
+            "completions": there,
+            "chat": [*there, "runtime.servers.translate.api=chat"],
+        }.items():
+            path = write_recipe(tmp_path, tiny_models, phrasebook, run=way)
+            pipeline.run(load(path, more), until="translate")
+            found[way] = [read(tmp_path / way / "translate") for read in (read_table, read_dropped)]
+    assert found["completions"][0].equals(found["here"][0])
+    assert found["completions"][1].equals(found["here"][1])
+    # without a tokenizer here it is the server that finds a prompt too long
+    assert found["chat"][0].equals(found["here"][0])
+    long = found["chat"][1].filter(prompt_id="long")
+    assert long["reason"].str.starts_with("refused: turn 1 (user), the server refuses the prompt").all()
+    assert long.height == 2
 
 
 def test_prompts_to_evaluate_on_are_translated_too(

@@ -57,7 +57,13 @@ def evaluate(work: Work) -> None:
     sizes = [batch.prompts.height * batch.samples for batch in batches()]
     adapter = None if work.arm == BASE else work.inputs["train"] / "adapter"
     draft = partial(draft_path, work.scratch())
-    compute(work, partial(DrawWorker, recipe, batches, adapter), sizes, "completion", drafts=draft)
+    compute(
+        work,
+        partial(DrawWorker, recipe, batches, adapter, work.engine_seed),
+        sizes,
+        "completion",
+        drafts=draft,
+    )
     lab = recipe.evaluation.source == "lab"
     judge = partial(JudgeWorker, recipe, str(work.arm), batches, draft)
     compute(work, judge, sizes, "completion", role="score", under="judge", here=lab)
@@ -99,10 +105,15 @@ class DrawWorker:
     """Answers the prompts of shards: drafts, which are not judged yet."""
 
     def __init__(
-        self, recipe: Recipe, batches: Callable[[], list[Batch]], adapter: Path | None, replica: int
+        self,
+        recipe: Recipe,
+        batches: Callable[[], list[Batch]],
+        adapter: Path | None,
+        engine_seed: int,
+        replica: int,
     ) -> None:
         self.recipe, self.batches = recipe, batches()
-        self.sampler, self.tokenizer = open_sampler("evaluate", recipe, recipe.run.seed, replica, adapter)
+        self.sampler, self.tokenizer = open_sampler("evaluate", recipe, engine_seed, replica, adapter)
         self.facts = self.sampler.facts
 
     def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[Finished]:

@@ -19,14 +19,14 @@ from typing import Any
 import pyarrow as pa
 
 from croco.engines import open_sampler
-from croco.engines.base import Decoding, Request, Sampled
+from croco.engines.base import Decoding, Sampled
 from croco.executor import Advance, Finished, compute
 from croco.prompts.checks import fault
 from croco.prompts.formats import FORMATS
 from croco.prompts.protect import pieces
 from croco.recipe import Recipe, Translate
 from croco.records import PROMPTS, ledger
-from croco.sampling.chat import prompt_ids
+from croco.sampling.chat import request
 from croco.stage import Work
 from croco.store import read_table
 
@@ -92,17 +92,17 @@ class TranslateWorker:
         requests = []
         for number, (text, language) in enumerate(texts):
             messages = FORMATS[self.settings.format](text, self.settings.source, language)
-            # an engine without a tokenizer here takes the messages
-            ids = prompt_ids(self.tokenizer, messages) if self.tokenizer is not None else []
-            if len(ids) >= self.sampler.max_context:
-                reason = f"too long: its prompt has {len(ids)} tokens, the context {self.sampler.max_context}"
+            asked = request(self.tokenizer, number, messages, [0], name=f"the {language} of {text[:40]!r}")
+            tokens = len(asked.prompt_ids)
+            if tokens >= self.sampler.max_context:
+                reason = f"too long: its prompt has {tokens} tokens, the context {self.sampler.max_context}"
                 yield texts[number], (None, reason), 0
                 continue
-            requests.append(Request(number, ids, [0], tuple(messages)))
+            requests.append(asked)
         decoding = Decoding(0.0, top_p=1.0, top_k=0, max_new_tokens=self.settings.max_new_tokens)
         for key, (one,) in self.sampler.sample(requests, decoding):
-            num_tokens = len(one.ids) if one.num_tokens is None else one.num_tokens
-            yield texts[key], _read(self.tokenizer, one, num_tokens), num_tokens
+            num_tokens = 0 if isinstance(one, str) else one.completion_tokens
+            yield texts[key], _read(self.tokenizer, one), num_tokens
 
     def _finish(
         self, index: int, rows: Sequence[Row], there: Mapping[Text, Translated], tokens: int, advance: Advance
@@ -112,9 +112,11 @@ class TranslateWorker:
         return Finished(index, table, dropped, {"prompt": len(rows)}, {"tokens": tokens})
 
 
-def _read(tokenizer: Any, one: Sampled, num_tokens: int) -> Translated:
+def _read(tokenizer: Any, one: Sampled | str) -> Translated:
+    if isinstance(one, str):
+        return None, f"engine: {one}"
     if one.finish_reason != "stop":
-        return None, f"cut: the translation has not ended after {num_tokens} tokens"
+        return None, f"cut: the translation has not ended after {one.completion_tokens} tokens"
     if one.text is not None:
         return one.text.strip(), ""
     text = tokenizer.decode(one.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

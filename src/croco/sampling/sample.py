@@ -20,7 +20,7 @@ from croco.errors import UserError
 from croco.executor import Advance, Finished, compute
 from croco.recipe import Recipe
 from croco.records import COMPLETIONS, ledger
-from croco.sampling.chat import prompt_ids
+from croco.sampling.chat import request
 from croco.sampling.seeds import sample_seed
 from croco.stage import Work
 from croco.store import read_table
@@ -34,18 +34,19 @@ def sample(work: Work) -> None:
     rows = read_table(work.inputs["prompts"], ["prompt_id"]).height
     sizes = [per_prompt * min(size, rows - start) for start in range(0, rows, size)]
     recipe = work.recipe.model_copy(update={"runtime": work.runtime})
-    compute(work, partial(SampleWorker, recipe, work.inputs["prompts"], work.seed), sizes, "completion")
+    prompts = work.inputs["prompts"]
+    compute(work, partial(SampleWorker, recipe, prompts, work.seed, work.engine_seed), sizes, "completion")
 
 
 class SampleWorker:
     """Samples shards of `runtime.shard_prompts` prompts, in the order of their keys."""
 
-    def __init__(self, recipe: Recipe, prompts: Path, seed: int, replica: int) -> None:
+    def __init__(self, recipe: Recipe, prompts: Path, seed: int, engine_seed: int, replica: int) -> None:
         self.recipe, self.seed = recipe, seed
         rows = read_table(prompts, ["prompt_id", "language", "messages"]).sort("prompt_id", "language")
         size = recipe.runtime.shard_prompts
         self.shard = lambda index: rows.slice(index * size, size).to_dicts()
-        self.sampler, self.tokenizer = open_sampler("sample", recipe, seed, replica)
+        self.sampler, self.tokenizer = open_sampler("sample", recipe, engine_seed, replica)
         self.facts = self.sampler.facts
 
     def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[Finished]:
@@ -55,7 +56,9 @@ class SampleWorker:
             self.sampler,
             self.tokenizer,
             asked,
-            Decoding(sampling.temperature, sampling.top_p, sampling.top_k, sampling.max_new_tokens),
+            Decoding(
+                sampling.temperature, sampling.top_p, sampling.top_k, sampling.max_new_tokens, sampling.stop
+            ),
             num_completions=sampling.completions,
             run_seed=self.seed,
             instructions=self.recipe.policy.instruction,
@@ -81,20 +84,25 @@ def sample_shards(
     """Yield (shard, completions, ledger) as shards finish, rows in the order of the prompts and their samples.
 
     `shards` maps a shard's index to rows with prompt_id, language and messages; `instructions` a language to the
-    sentence appended to the last user turn. Raises UserError naming the prompt that the chat template refuses.
+    sentence appended to the last user turn; `tokenizer` is None where the sampler takes messages. Raises UserError
+    naming the prompt that the chat template refuses.
     """
     requests: list[Request] = []
     owner: list[tuple[int, int]] = []  # of a request: its shard and its place there
-    found: dict[int, dict[int, list[Sampled]]] = {index: {} for index in shards}
+    found: dict[int, dict[int, Sequence[Sampled | str]]] = {index: {} for index in shards}
     drops: dict[int, list[tuple[str, str, str, int | None, str]]] = {index: [] for index in shards}
     left = {index: len(rows) for index, rows in shards.items()}
     prompt_tokens: dict[int, dict[int, int | None]] = {index: {} for index in shards}
     for index, rows in shards.items():
         for place, row in enumerate(rows):
-            ids = _prompt_ids(tokenizer, row, instructions)
-            if len(ids) >= sampler.max_context:
+            seeds = [
+                sample_seed(run_seed, row["prompt_id"], row["language"], i) for i in range(num_completions)
+            ]
+            asked = _request(tokenizer, len(requests), row, seeds, instructions)
+            tokens = len(asked.prompt_ids)
+            if tokens >= sampler.max_context:
                 reason = (
-                    f"the prompt has {len(ids)} tokens, the context of {sampler.name} {sampler.max_context}"
+                    f"the prompt has {tokens} tokens, the context of {sampler.name} {sampler.max_context}"
                 )
                 drops[index] += [
                     ("completion", row["prompt_id"], row["language"], i, reason)
@@ -103,17 +111,20 @@ def sample_shards(
                 left[index] -= 1
                 on_prompt()
                 continue
-            seeds = [
-                sample_seed(run_seed, row["prompt_id"], row["language"], i) for i in range(num_completions)
-            ]
-            prompt_tokens[index][place] = len(ids) or None
-            requests.append(Request(len(requests), ids, seeds))
+            prompt_tokens[index][place] = tokens or None
+            requests.append(asked)
             owner.append((index, place))
     for index in [index for index, count in left.items() if count == 0]:
         yield index, COMPLETIONS.schema.empty_table(), ledger(drops[index])
     for key, samples in sampler.sample(requests, decoding):
         index, place = owner[key]
         found[index][place] = samples
+        row = shards[index][place]
+        drops[index] += [
+            ("completion", row["prompt_id"], row["language"], i, one)
+            for i, one in enumerate(samples)
+            if isinstance(one, str)
+        ]
         left[index] -= 1
         on_prompt()
         if left[index] == 0:
@@ -121,22 +132,30 @@ def sample_shards(
             yield index, table, ledger(drops[index])
 
 
-def _prompt_ids(tokenizer: Any, row: Prompt, instructions: Mapping[str, str]) -> list[int]:
+def _request(
+    tokenizer: Any, key: int, row: Prompt, seeds: list[int], instructions: Mapping[str, str]
+) -> Request:
+    name = f"prompt {row['prompt_id']!r} in {row['language']}"
     try:
-        return prompt_ids(tokenizer, row["messages"], instructions.get(row["language"]))
+        return request(tokenizer, key, row["messages"], seeds, instructions.get(row["language"]), name)
     except UserError as error:
-        raise UserError(f"prompt {row['prompt_id']!r} in {row['language']}: {error}") from error
+        raise UserError(f"{name}: {error}") from error
 
 
 def _table(
     tokenizer: Any,
     rows: Sequence[Prompt],
-    found: Mapping[int, list[Sampled]],
+    found: Mapping[int, Sequence[Sampled | str]],
     prompt_tokens: Mapping[int, int | None],
     policy: str,
 ) -> pa.Table:
     """The completions table of one shard."""
-    order = [(rows[place], i, one) for place in sorted(found) for i, one in enumerate(found[place])]
+    order = [
+        (place, i, one)
+        for place in sorted(found)
+        for i, one in enumerate(found[place])
+        if not isinstance(one, str)
+    ]
     drawn = [one for _, _, one in order]
     ids = [one.ids for one in drawn if one.text is None]
     decoded = iter(
@@ -145,16 +164,13 @@ def _table(
         else []
     )
     columns = {
-        "prompt_id": [row["prompt_id"] for row, _, _ in order],
-        "language": [row["language"] for row, _, _ in order],
+        "prompt_id": [rows[place]["prompt_id"] for place, _, _ in order],
+        "language": [rows[place]["language"] for place, _, _ in order],
         "sample_id": [i for _, i, _ in order],
         "completion": [next(decoded) if one.text is None else one.text for one in drawn],
         "completion_ids": [one.ids if one.text is None else None for one in drawn],
-        "completion_tokens": [
-            len(one.ids) + (one.finish_reason == "stop") if one.num_tokens is None else one.num_tokens
-            for one in drawn
-        ],
-        "prompt_tokens": [prompt_tokens[place] for place in sorted(found) for _ in found[place]],
+        "completion_tokens": [one.completion_tokens for one in drawn],
+        "prompt_tokens": [prompt_tokens[place] for place, _, _ in order],
         "finish_reason": [one.finish_reason for one in drawn],
         "policy": [policy] * len(order),
         "seed": [one.seed for one in drawn],
