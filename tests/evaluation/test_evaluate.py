@@ -55,7 +55,8 @@ def work_of(
     out.mkdir(parents=True, exist_ok=True)
     temperatures = [0.0, 0.7, 1.0] if arm == "base" else [0.0, 1.0]
     return Work(recipe=recipe, arm=arm, folder=out, settings={"temperatures": temperatures}, runtime=recipe.runtime,
-                seed=recipe.run.seed, inputs=inputs, table=TABLES[table], title=stage)  # fmt: skip
+                seed=recipe.run.seed, inputs=inputs, table=TABLES[table], title=stage,
+                record_file={"starts": 1})  # fmt: skip
 
 
 def evaluated(run: tuple[Path, Recipe], arm: str) -> pl.DataFrame:
