@@ -96,20 +96,22 @@ def compute(
     job = Job(work.title, work.folder, todo, file, open_worker, gpus_per_worker(runtime, role))
     done = sum(sizes) - sum(sizes[index] for index in todo)
     began, sums = time.monotonic(), Counter[str]()
-    with (
-        work.progress(sum(sizes), unit, done) as bar,
-        closing(_stream(job, runtime, sizes, bar.advance)) as stream,
-    ):
-        for finished in stream:
-            if drafts is None:
-                work.write(finished.index, finished.table, read=finished.read, dropped=finished.dropped)
-            else:
-                store.write_parquet(drafts(finished.index), finished.table, finished.table.schema)
-            sums.update(finished.sums)
-    seconds = max(time.monotonic() - began, 1e-9)
-    rates = {f"{name}_per_second": round(total / seconds, 1) for name, total in sums.items()}
-    facts = {"executor": runtime.executor, **_in_common(job.opened), **sums, **rates}
-    work.record(**(facts if under is None else {under: facts}))
+    try:
+        with (
+            work.progress(sum(sizes), unit, done) as bar,
+            closing(_stream(job, runtime, sizes, bar.advance)) as stream,
+        ):
+            for finished in stream:
+                if drafts is None:
+                    work.write(finished.index, finished.table, read=finished.read, dropped=finished.dropped)
+                else:
+                    store.write_parquet(drafts(finished.index), finished.table, finished.table.schema)
+                sums.update(finished.sums)
+    finally:  # what a server was asked for has its price, also where it ends badly
+        seconds = max(time.monotonic() - began, 1e-9)
+        rates = {f"{name}_per_second": round(total / seconds, 1) for name, total in sums.items()}
+        facts = {"executor": runtime.executor, **_in_common(job.opened), **sums, **rates}
+        work.record(**(facts if under is None else {under: facts}))
 
 
 def _stream(job: Job, runtime: Runtime, sizes: Sequence[int], advance: Advance) -> Stream:
