@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from croco.engines.base import Decoding, Request, ScoreRequest
-from croco.engines.hf import HFSampler, HFScorer, load_policy, load_reward
+from croco.engines.hf import HFSampler, HFScorer
+from croco.engines.loading import load_policy, load_reward
 from croco.sampling.chat import prompt_ids
 
 OPENAI_FIELDS = {"model", "messages", "prompt", "n", "max_tokens", "temperature", "top_p", "stop", "seed"}

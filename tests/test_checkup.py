@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import tiny
 from conftest import TinyModels, write_recipe
 from croco.cli import app
-from croco.engines.hf import load_policy
+from croco.engines.loading import load_policy
 from croco.errors import UserError
 from croco.identity import check_adapter
 from croco.training.lora import apply_lora, save_adapter

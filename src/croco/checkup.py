@@ -109,7 +109,7 @@ def servers(recipe: Recipe) -> Iterator[str]:
 
 def _policy(recipe: Recipe, rows: Sequence[Prompt]) -> Iterator[str]:
     from croco.engines.config import generation_config
-    from croco.engines.hf import load_tokenizer
+    from croco.engines.loading import load_tokenizer
     from croco.sampling.chat import end_ids, prompt_ids
     from croco.sampling.exactness import examine_policy
 
@@ -135,7 +135,7 @@ def _policy(recipe: Recipe, rows: Sequence[Prompt]) -> Iterator[str]:
 
 
 def _reward(recipe: Recipe, rows: Sequence[Prompt]) -> Iterator[str]:
-    from croco.engines.hf import load_tokenizer
+    from croco.engines.loading import load_tokenizer
     from croco.sampling.chat import conversation_ids
     from croco.sampling.exactness import examine_reward
 
@@ -161,7 +161,7 @@ def _reward(recipe: Recipe, rows: Sequence[Prompt]) -> Iterator[str]:
 
 def _translation(recipe: Recipe, section: Translate, messages: Sequence[Mapping[str, str]]) -> Iterator[str]:
     """The translation model, and the first stretch of text of a prompt as it is asked for in every language."""
-    from croco.engines.hf import load_tokenizer
+    from croco.engines.loading import load_tokenizer
     from croco.prompts.formats import FORMATS
     from croco.prompts.protect import pieces
     from croco.sampling.chat import prompt_ids
@@ -234,7 +234,7 @@ def _what(section: Model, key: str, network: Any) -> str:
 def _memory(recipe: Recipe, section: Model, network: Any, role: str) -> Iterator[str]:
     """Weights, and what the token budget takes beside them, against what is free; other engines see to their own."""
     from croco.engines import memory
-    from croco.engines.hf import pick_device, pick_dtype
+    from croco.engines.loading import pick_device, pick_dtype
 
     if getattr(recipe.runtime.engines, role) != "transformers":
         return

@@ -107,7 +107,7 @@ def compute(
                 else:
                     store.write_parquet(drafts(finished.index), finished.table, finished.table.schema)
                 sums.update(finished.sums)
-    finally:  # what a server was asked for has its price, also where it ends badly
+    finally:  # what a stage that stops has cost is part of its account
         seconds = max(time.monotonic() - began, 1e-9)
         rates = {f"{name}_per_second": round(total / seconds, 1) for name, total in sums.items()}
         facts = {"executor": runtime.executor, **_in_common(job.opened), **sums, **rates}

@@ -56,7 +56,7 @@ def test_a_failed_allocation_halves_the_budget_and_loses_nothing(what: str) -> N
 
 LOAD = """
 import resource, sys
-from croco.engines.hf import load_policy
+from croco.engines.loading import load_policy
 mapped = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (mapped + 2**25,) * 2)
 load_policy(sys.argv[1])

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from croco import store
-from croco.engines.hf import load_reward
+from croco.engines.loading import load_reward
 from croco.evaluation.evaluate import evaluate, evaluation_seed, plan_batches, results
 from croco.lab import world
 from croco.recipe import Recipe, from_dict

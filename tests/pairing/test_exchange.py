@@ -59,7 +59,7 @@ def test_scored_conversations_become_pairs_that_datasets_loads(tmp_path):
     assert [first["chosen"][0]["role"], first["rejected"][0]["role"]] == ["assistant", "assistant"]
     assert first["score_chosen"] > first["score_rejected"]
     card = (out / "export/README.md").read_text()
-    assert "license: cc-by-4.0" in card
+    assert 'license: "cc-by-4.0"' in card
     assert "| da | 6 |" in card
     assert "| rejected | mean-2std |" in card
 

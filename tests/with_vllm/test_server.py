@@ -17,7 +17,7 @@ import torch
 from conftest import TinyModels, write_prompts, write_recipe
 from croco.engines import open_sampler
 from croco.engines.base import Decoding, Request
-from croco.engines.hf import load_policy
+from croco.engines.loading import load_policy
 from croco.recipe import load
 from croco.training.lora import apply_lora, save_adapter
 from croco.training.settings import LoraSettings

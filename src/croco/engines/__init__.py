@@ -52,7 +52,8 @@ def _sampler(
         from croco.engines import server
 
         return server.sampler(getattr(runtime.servers, role), role, causal, template, adapter)
-    from croco.engines.hf import HFSampler, load_policy
+    from croco.engines.hf import HFSampler
+    from croco.engines.loading import load_policy
 
     model, tokenizer = load_policy(
         causal.model,
@@ -86,7 +87,8 @@ def open_scorer(recipe: Recipe, replica: int = 0) -> tuple[Scorer, Any]:
         from croco.engines import server_scorer
 
         return server_scorer.scorer(runtime.servers.score, reward)
-    from croco.engines.hf import HFScorer, load_reward
+    from croco.engines.hf import HFScorer
+    from croco.engines.loading import load_reward
 
     model, tokenizer = load_reward(
         reward.model, reward.revision, reward.dtype, runtime.device, reward.trust_remote_code

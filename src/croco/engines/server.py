@@ -87,7 +87,7 @@ def sampler(
             )
         return ServerSampler(Connection(served, role, model.model, key), model.model), None
     connection = Connection(served, role, model.model, key)
-    from croco.engines.hf import load_tokenizer
+    from croco.engines.loading import load_tokenizer
 
     tokenizer = load_tokenizer(model.model, model.revision, template, model.trust_remote_code)
     ends = end_ids(tokenizer, generation_config(model))

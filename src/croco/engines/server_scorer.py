@@ -34,7 +34,7 @@ class _Classes(BaseModel):
 def scorer(server: Server, reward: Reward) -> tuple[ServerScorer, Any]:
     """The scorer of the role "score", and its tokenizer: conversations are sent as token ids."""
     connection = Connection(server, "score", reward.model)
-    from croco.engines.hf import load_tokenizer
+    from croco.engines.loading import load_tokenizer
 
     tokenizer = load_tokenizer(reward.model, reward.revision, None, reward.trust_remote_code)
     pad = load_config(reward, "reward").get_text_config().pad_token_id

@@ -38,7 +38,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from croco.engines import orphan
 from croco.engines.base import Decoding, Request, Sampled, ScoreRequest
 from croco.engines.config import load_config, read_part
-from croco.engines.hf import load_tokenizer, pick_device, pick_dtype, resolve_model
+from croco.engines.loading import load_tokenizer, pick_device, pick_dtype, resolve_model
 from croco.errors import UserError
 from croco.recipe import Causal, Model, Reward, Vllm
 from croco.sampling.chat import end_ids

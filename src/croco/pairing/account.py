@@ -20,15 +20,23 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from croco.pairing.contrast import Contrast
-from croco.pairing.rules import parse_chosen, parse_rejected
+from croco.pairing.rules import Rule, parse_chosen, parse_rejected
 from croco.pairing.select import expected_share, share_above_minimum
 from croco.store import shards
 
 SHORTCUT_AUC = 0.6  # above this a pair's label can be guessed without looking at quality
 SMALL_SHARE = 0.2  # under this the rule is the minimum under another name
+_ONE_PAIR = (
+    "prompt_id",
+    "pair_id",
+    "chosen_language",
+    "chosen_sample_id",
+    "rejected_language",
+    "rejected_sample_id",
+)
 _COLUMNS = (
-    "prompt_id", "pair_id", "chosen_language", "rejected_language", "chosen_finish_reason", "rejected_finish_reason",
-    "rejected_calibrated", "pool_size", "pool_min",
+    *_ONE_PAIR, "chosen_finish_reason", "rejected_finish_reason", "rejected_calibrated", "pool_size",
+    "pool_std", "pool_min",
 )  # fmt: skip
 
 
@@ -45,7 +53,8 @@ def facts(folder: Path, how: Contrast, completions: Mapping[str, int]) -> dict[s
     read = sum(completions.values())
     pools = sum(shard.read["pool"] for shard in shards(folder))
     size = int(np.median(pairs["pool_size"].to_numpy())) if pairs.height else 0
-    two = pairs.drop_nulls("rejected_calibrated")
+    # a pair that is shown under several prompts is one
+    two = pairs.drop_nulls("rejected_calibrated").unique(_ONE_PAIR, maintain_order=True)
     found: dict[str, Any] = {
         "completions": read,
         "candidates": read - sum(lost.values()),
@@ -65,13 +74,17 @@ def facts(folder: Path, how: Contrast, completions: Mapping[str, int]) -> dict[s
             for code, num in completions.items()
         },
     }
-    if two.height and how.chosen != "reference":
-        found["share_other_than_minimum"] = share_above_minimum(
-            two["rejected_calibrated"].to_numpy(), two["pool_min"].to_numpy()
-        )
-        rules = parse_chosen(how.chosen), parse_rejected(how.rejected)
-        found["expected_share_other_than_minimum"] = expected_share(*rules, size)
     if two.height:
+        first = two.filter(pl.col("pair_id") == 0)  # one of each pool
+        found["share_other_than_minimum"] = share_above_minimum(
+            first["rejected_calibrated"].to_numpy(), first["pool_min"].to_numpy()
+        )
+        rejected = parse_rejected(how.rejected)
+        if rejected.kind == "gap":  # a distance in scores, of which the simulation has others
+            rejected = Rule(
+                "gap", rejected.amount / max(float(np.median(first["pool_std"].to_numpy())), 1e-9)
+            )
+        found["expected_share_other_than_minimum"] = expected_share(parse_chosen(how.chosen), rejected, size)
         found["shortcuts"] = shortcuts(two)
     return found
 

@@ -17,6 +17,8 @@ from croco.science import pair_settings
 from croco.stage import Work
 
 ARM = "pairs"
+MADE = {"sources.json", "prompts", "sample", "score", "pairs", "export"}
+KNOWN = ("en",)
 
 
 def pairs_of_files(
@@ -35,20 +37,21 @@ def pairs_of_files(
     if form not in FORMATS:
         raise UserError(f"the format '{form}' is unknown, expected one of {', '.join(FORMATS)}")
     mapped = dict(_mapping(text) for text in columns)
-    if to.exists() and any(to.iterdir()) and not (to / "sources.json").exists():
-        raise UserError(f"{to} is not empty and no work of `croco pairs`, expected a new folder")
     if language is not None:
         languages.check(language)
-    shutil.rmtree(to, ignore_errors=True)
+    _recipe(KNOWN, form, overrides)  # what is wrong in the rules is said before anything is made
+    for source in sources:
+        if not source.is_file():
+            raise UserError(f"{source}: no such file")
+        if source.resolve().is_relative_to(to.resolve()):
+            raise UserError(f"{source} lies in {to}, which is made anew: expected another folder")
+    if to.exists() and not (to.is_dir() and {path.name for path in to.iterdir()} <= MADE):
+        raise UserError(f"{to} holds more than `croco pairs` made, expected a new folder")
+    for name in MADE - {"sources.json"}:
+        shutil.rmtree(to / name, ignore_errors=True)
     store.write_json(to / "sources.json", [str(source) for source in sources])
     found = import_scored(sources, to, mapped, language)
-    arm = {"training": {"method": "sft"}} if form == "prompt-completion" else {}
-    values = {"run": {"name": "pairs", "languages": sorted(found)}, "arms": {ARM: arm}}
-    for override in overrides:
-        apply_override(values, f"arms.{ARM}.{override}")
-    recipe = from_dict(values, "croco pairs")
-    if recipe.arms[ARM].chosen == "reference":
-        raise UserError("--set chosen=reference: files of scored completions hold no gold completions")
+    recipe = _recipe(sorted(found), form, overrides)
     work = Work(
         recipe=recipe,
         arm=ARM,
@@ -71,6 +74,20 @@ def pairs_of_files(
     store.write_json(to / "pairs" / "stage.json", record)
     facts = {"source": ", ".join(source.name for source in sources)} | _rule(recipe, ARM)
     return export_pairs(to / "pairs", to / "export", form, license=license, facts=facts)
+
+
+def _recipe(codes: Sequence[str], form: str, overrides: Sequence[str]) -> Recipe:
+    """A recipe whose one arm has the rules asked for; KNOWN stands for languages that are not read yet."""
+    arm = {"training": {"method": "sft"}} if form == "prompt-completion" else {}
+    values = {"run": {"name": "pairs", "languages": list(codes)}, "arms": {ARM: arm}}
+    for override in overrides:
+        if codes is KNOWN and override.partition("=")[0].startswith("pool."):
+            continue
+        apply_override(values, f"arms.{ARM}.{override}")
+    recipe = from_dict(values, "croco pairs")
+    if recipe.arms[ARM].chosen == "reference":
+        raise UserError("--set chosen=reference: files of scored completions hold no gold completions")
+    return recipe
 
 
 def _mapping(text: str) -> tuple[str, str]:

@@ -18,6 +18,7 @@ from croco.pairing.guards import (
     CANDIDATE,
     LENGTH_RATIO,
     REASONS,
+    SAME_TEXT,
     SMALL_GAP,
     Guards,
     Texts,
@@ -174,6 +175,10 @@ def _guarded(
     one, other = (scored.calibrated[pairs[side].to_numpy()] for side in ("chosen", "rejected"))
     hits.append((guards.score_gap, SMALL_GAP, two & (one - other < np.float32(guards.min_score_gap))))
     if traits is not None:
+        if len(traits.text) and guards.duplicate != "off":  # of two languages: one language holds a text once
+            both = (chosen < len(traits.text)) & (rejected < len(traits.text)) & two
+            one_text, other_text = (traits.text[np.where(both, picked, 0)] for picked in (chosen, rejected))
+            hits.append((guards.duplicate, SAME_TEXT, both & (one_text == other_text)))
         length = traits.characters.astype(np.float64)
         longer, shorter = (
             np.maximum(length[chosen], length[rejected]),

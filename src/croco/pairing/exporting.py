@@ -7,6 +7,7 @@ languages and the keys go along in columns of their own. Rows pass through shard
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,8 @@ def export_pairs(
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty, expected a new folder to export to")
     shards = store.shards(pairs)
-    if not shards or store.read_json(pairs / "stage.json")["state"] != "complete":
+    record = pairs / "stage.json"
+    if not shards or not record.exists() or store.read_json(record)["state"] != "complete":
         raise UserError(f"{pairs} holds no finished pairs: run `croco run` first")
     rows, languages = 0, pl.DataFrame(schema={"language": pl.String, "len": pl.UInt32})
     for number, shard in enumerate(shards):
@@ -91,7 +93,8 @@ def card(
     facts: Mapping[str, str],
 ) -> str:
     """The dataset card: front matter that the Hub reads, then counts, how it was made, and what was left out."""
-    lines = ["---", f"license: {license}", "language:", *(f"- {code.split('-')[0]}" for code in languages)]
+    lines = ["---", f"license: {json.dumps(license)}", "language:"]
+    lines += [f"- {json.dumps(code.split('-')[0])}" for code in languages]
     lines += ["tags:", "- croco", f"- {form}", "configs:", "- config_name: default", "  data_files:"]
     lines += ["  - split: train", "    path: data/train-*.parquet", "---", "", "# Pairs made by CroCo", ""]
     lines += [

@@ -35,6 +35,7 @@ WRONG_LANGUAGE = "wrong language"
 DUPLICATE = "duplicate of an earlier completion"
 NEAR_DUPLICATE = "near duplicate of an earlier completion"
 SMALL_GAP = "score gap is too small"
+SAME_TEXT = "chosen and rejected are the same text in two languages"
 LENGTH_RATIO = "chosen and rejected differ too much in length"
 
 IDENTIFIED_CHARACTERS, CONFIDENCE = 1000, 0.9

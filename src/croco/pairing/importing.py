@@ -108,7 +108,9 @@ def _completions(
     for where, row in file_rows(source):
         if not isinstance(row, Mapping):
             raise UserError(f"{where}: expected an object, found {kind(row)}")
-        key = _text(where, row, "prompt_id", columns), language or _text(where, row, "language", columns)
+        said = language is None or _named(row, "language", columns) is not None
+        spoken = _text(where, row, "language", columns) if said else str(language)
+        key = (_text(where, row, "prompt_id", columns), spoken)
         if "chosen" in row and "rejected" in row:
             yield from _of_pair(where, row, key)
         elif isinstance(row.get("completions"), list):
@@ -123,9 +125,8 @@ def _completions(
         else:
             prompt = _prompt(where, _needed(where, row, "prompt", columns))
             inner: Row = row
-            if prompt[-1]["role"] == "assistant" and _named(row, "completion", columns) is None:
+            if prompt[-1]["role"] == "assistant" and "completion" not in columns:
                 prompt, inner = prompt[:-1], {**row, "completion": prompt[-1]["content"]}
-                columns = {name: column for name, column in columns.items() if name != "completion"}
             yield where, key, prompt, _found(where, inner, columns, row)
 
 
@@ -134,16 +135,16 @@ def _of_pair(
 ) -> Iterator[tuple[str, Key, list[dict[str, str]], dict[str, Any]]]:
     """Both sides of a row in TRL's preference format, its prompt given or the part that both conversations share."""
     sides = {side: _prompt(where, row[side], role="assistant") for side in ("chosen", "rejected")}
-    prompt = _prompt(where, row["prompt"]) if row.get("prompt") else []
+    shared = sides["chosen"][:-1]
+    if sides["rejected"][:-1] != shared:
+        raise UserError(f"{where}: chosen and rejected differ before their last turn, expected one prompt")
+    # a column prompt may hold the first turn only: the conversations say more
+    prompt = shared or (_prompt(where, row["prompt"]) if row.get("prompt") else [])
     if not prompt:
-        prompt = sides["chosen"][:-1]
-        if not prompt or sides["rejected"][:-1] != prompt:
-            raise UserError(
-                f"{where}: chosen and rejected share no prompt, expected one before their last turn"
-            )
-    for number, (side, turns) in enumerate(sides.items()):
+        raise UserError(f"{where}: found no prompt, expected one before the last turns or in a column prompt")
+    for side, turns in sides.items():
         column = f"score_{side}" if f"score_{side}" in row else f"{side}_score"
-        values = {"completion": turns[-1]["content"], "score": row.get(column), "sample_id": number}
+        values = {"completion": turns[-1]["content"], "score": row.get(column)}
         yield where, key, prompt, _found(f"{where}, {side}", values, {}, {})
 
 
@@ -212,4 +213,7 @@ def _prompt(where: str, value: Any, role: str = "user") -> list[dict[str, str]]:
             raise UserError(
                 f"{where}: found the turn {json.dumps(turn, default=str)[:80]}, expected {{role, content}}"
             )
+        extra = [name for name in turn if name not in ("role", "content") and turn[name]]
+        if extra:
+            raise UserError(f"{where}: a turn has {', '.join(extra)}, which a prompt cannot carry")
     return [{"role": turn["role"], "content": turn["content"]} for turn in value]

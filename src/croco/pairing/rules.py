@@ -7,6 +7,7 @@ command line and a recipe say it alike. The recipe reads this file, so it import
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from croco.errors import UserError
@@ -18,7 +19,7 @@ _NUMBER = r"\d+(?:\.\d+)?"
 _MEAN = re.compile(rf"mean(?:([+-])({_NUMBER})\*?std)?")
 _QUANTILE = re.compile(rf"quantile:({_NUMBER})")
 _GAP = re.compile(rf"gap:({_NUMBER})")
-_FORMS = '"max", "min", "mean", "mean-K*std", "mean+K*std", "quantile:Q", "q1"'
+_FORMS = '"mean", "mean-K*std", "mean+K*std", "quantile:Q", "q1"'
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ def parse_chosen(text: str) -> Rule:
     if text == "reference":
         return Rule(text)
     rule = _target(text)
-    if rule is None:
-        raise UserError(f'the rule "{text}" for chosen is unknown, expected {_FORMS} or "reference"')
+    if rule is None or rule.kind == "min":
+        raise UserError(f'the rule "{text}" for chosen is unknown, expected "max", {_FORMS} or "reference"')
     return rule
 
 
@@ -54,8 +55,36 @@ def parse_rejected(text: str) -> Rule:
         return Rule("gap", float(match[1]))
     rule = _target(text)
     if rule is None or rule.kind == "max":
-        raise UserError(f'the rule "{text}" for rejected is unknown, expected {_FORMS}, "gap:X" or "none"')
+        raise UserError(
+            f'the rule "{text}" for rejected is unknown, expected "min", {_FORMS}, "gap:X" or "none"'
+        )
     return rule
+
+
+def check_groups(pool: str | Mapping[str, Sequence[str]], languages: Sequence[str]) -> dict[str, str]:
+    """The group of each language that is in one; raises UserError for an unknown pool, an empty group, a language in
+    two groups, and a group named like a language that is in none.
+    """
+    if isinstance(pool, str):
+        if pool not in ("all", "language"):
+            raise UserError(
+                f'the pool "{pool}" is unknown, expected "language", "all" or a table of named groups'
+            )
+        return {}
+    if not pool:
+        raise UserError('the pool has no groups, expected such as { nordic = ["da", "sv"] }')
+    owner: dict[str, str] = {}
+    for name, members in pool.items():
+        if not members:
+            raise UserError(f"the group {name} is empty, expected languages")
+        for code in members:
+            if code in owner:
+                raise UserError(f"'{code}' is in the groups {owner[code]} and {name}, expected it in one")
+            owner[code] = name
+    for name in pool:
+        if name in languages and name not in owner:
+            raise UserError(f"the group {name} has the name of a language in no group, expected another name")
+    return owner
 
 
 def _target(text: str) -> Rule | None:

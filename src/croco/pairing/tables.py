@@ -177,21 +177,6 @@ def flag_languages(table: pl.DataFrame, guards: Guards, among: Sequence[str]) ->
     return table.with_columns(pl.Series("flags", marks, dtype=pl.List(pl.String)))
 
 
-def flags_of(table: pl.DataFrame) -> pl.DataFrame:
-    """A ledger row per flag of a pair; nothing was left out, so its unit is "flag"."""
-    return (
-        table.select(
-            "prompt_id",
-            "language",
-            pl.col("chosen_sample_id").alias("sample_id"),
-            pl.col("flags").alias("reason"),
-        )
-        .explode("reason")
-        .drop_nulls("reason")
-        .select(pl.lit("flag").alias("unit"), "prompt_id", "language", "sample_id", "reason")
-    )
-
-
 def _rows(unit: str, scored: Scored, rows: NDArray[np.int64], reasons: pl.Series) -> pl.DataFrame:
     keys = scored.keys
     return pl.DataFrame(
@@ -203,6 +188,27 @@ def _rows(unit: str, scored: Scored, rows: NDArray[np.int64], reasons: pl.Series
             "reason": reasons,
         }
     )
+
+
+def flags_of(table: pl.DataFrame) -> pl.DataFrame:
+    """A ledger row per flag of a pair, under the completion it is about; nothing was left out: the unit is "flag"."""
+    flags = (
+        table.explode("flags")
+        .drop_nulls("flags")
+        .with_columns(
+            side=pl.when(pl.col("flags").str.starts_with("rejected: "))
+            .then(pl.lit("rejected"))
+            .otherwise(pl.lit("chosen"))
+        )
+    )
+    of_side = {
+        name: pl.when(pl.col("side") == "rejected")
+        .then(pl.col(f"rejected_{name}"))
+        .otherwise(pl.col(f"chosen_{name}"))
+        for name in ("language", "sample_id")
+    }
+    found = flags.select(pl.lit("flag").alias("unit"), "prompt_id", **of_side, reason=pl.col("flags"))
+    return found.unique(maintain_order=True)
 
 
 def gold_characters(scored: Scored, prompts: Path) -> NDArray[np.int32]:

@@ -257,7 +257,7 @@ def _data(run: Run) -> dict[str, Any]:
         )
         ridges.append(Panel(Markup(svg), f"{name}: {arm.scorer} score"))
         facts = run.stages[f"pair/{name}"]["facts"]
-        if "share_other_than_minimum" in facts:
+        if "share_other_than_minimum" in facts:  # an arm for SFT rejects nothing
             share = f"{100 * facts['share_other_than_minimum']:.0f}\u00a0%"
             guesses = ", ".join(f"{guess} {auc:.2f}" for guess, auc in facts.get("shortcuts", {}).items())
             notes.append((name, facts["median_pool_size"], share, guesses))

@@ -196,7 +196,8 @@ def score_conversations(
 
 
 def _likelihood(recipe: Recipe) -> tuple[ScoreShard, dict[str, Any]]:
-    from croco.engines.hf import HFLikelihood, load_policy
+    from croco.engines.hf import HFLikelihood
+    from croco.engines.loading import load_policy
 
     policy, runtime = recipe.policy, recipe.runtime
     model, tokenizer = load_policy(
