@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
+from typing import Any
 
 from croco.errors import UserError
 from croco.executor import Finished, Job, OpenWorker, Stream, groups
@@ -39,6 +40,7 @@ class Running:
     pipe: Connection
     gpus: Sequence[str]
     shards: list[int] = field(default_factory=list)
+    facts: dict[str, Any] | None = None  # once it is open; a server's counts grow
 
 
 def processes(job: Job, shares: Sequence[Sequence[str]]) -> Stream:
@@ -81,8 +83,11 @@ def processes(job: Job, shares: Sequence[Sequence[str]]) -> Stream:
                         yield message
                         continue
                     case dict():
-                        job.opened.append(message)
-                        deaths.pop(OPENING, None)
+                        if worker.facts is None:
+                            worker.facts = {}
+                            job.opened.append(worker.facts)
+                            deaths.pop(OPENING, None)
+                        worker.facts.update(message)
                 # it is open, or through with its shards
                 worker.shards = waiting.popleft() if waiting else []
                 if not worker.shards:
@@ -154,7 +159,7 @@ def _kill(worker: Running) -> None:
 
 
 def _serve(pipe: Connection, open_worker: OpenWorker, number: int) -> None:
-    """A worker process: its facts, then shard by shard what it is asked for, None after each group."""
+    """A worker process: its facts, then shard by shard what it is asked for, and after each group its facts again."""
     os.setpgid(0, 0)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
@@ -163,7 +168,7 @@ def _serve(pipe: Connection, open_worker: OpenWorker, number: int) -> None:
         while indices := pipe.recv():
             for finished in worker.shards(indices, lambda rows: None):
                 pipe.send(finished)
-            pipe.send(None)
+            pipe.send(dict(worker.facts))
     except UserError as error:
         pipe.send(error)
 

@@ -137,6 +137,18 @@ def test_killed_in_the_middle_it_goes_on(
     assert again == 20 - 2 * len(finished)  # nothing that was paid for is asked for again
 
 
+@pytest.mark.slow
+def test_two_processes_share_a_server(
+    served: Served, calm: pl.DataFrame, tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    recipe = server_recipe(tmp_path, tiny_models, served.url, "runtime.replicas=2", "runtime.shard_prompts=2")
+    assert sampled(recipe).equals(calm)
+    found = facts(recipe)
+    assert found["workers"] == 2
+    asked = found["requests"] if isinstance(found["requests"], list) else [found["requests"]] * 2
+    assert sum(asked) == 20 + 2  # each asks for the models first
+
+
 def shard_state(folder: Path, index: int) -> tuple[int, int, bytes]:
     path = store.shard_path(folder, index)
     return path.stat().st_ino, path.stat().st_mtime_ns, path.read_bytes()

@@ -226,7 +226,7 @@ def test_a_server_translates_the_same(tmp_path: Path, tiny_models: TinyModels, p
     # without a tokenizer here it is the server that finds a prompt too long
     assert found["chat"][0].equals(found["here"][0])
     long = found["chat"][1].filter(prompt_id="long")
-    assert long["reason"].str.starts_with("refused: turn 1 (user), the server refuses the prompt").all()
+    assert long["reason"].str.starts_with("engine: turn 1 (user), the server refuses the prompt").all()
     assert long.height == 2
 
 

@@ -55,8 +55,9 @@ def actors(job: Job, runtime: Runtime) -> Stream:
                     continue
                 said = json.loads(row["said"])
                 if said["worker"] not in opened:
-                    opened[said["worker"]] = said["facts"]
-                    job.opened.append(said["facts"])
+                    opened[said["worker"]] = {}
+                    job.opened.append(opened[said["worker"]])
+                opened[said["worker"]].update(said["facts"])  # a server's counts grow
                 yield Finished(
                     row["index"], _table(row["table"]), _table(row["dropped"]), said["read"], said["sums"]
                 )
