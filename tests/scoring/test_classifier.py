@@ -96,24 +96,44 @@ def test_the_score_is_read_where_transformers_reads_it_when_padding_ends_a_conve
 
 def test_out_of_memory_halves_the_budget(monkeypatch):
     model, asked = make_reward("qwen3"), requests()
-    scorer, attend = HFScorer(model, make_tokenizer(), 1000), prefix_forward._behind
+    scorer, logits = HFScorer(model, make_tokenizer(), 1000), classifier.logits
 
-    def short_of_memory(network, ids_BT, *rest):
-        if ids_BT.numel() > 300:
+    def short_of_memory(model, asked, budget, share):
+        if budget > 300:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return attend(network, ids_BT, *rest)
+        return logits(model, asked, budget, share)
 
-    monkeypatch.setattr(prefix_forward, "_behind", short_of_memory)
+    monkeypatch.setattr(classifier, "logits", short_of_memory)
     assert (torch.tensor(scorer.score(asked)) - one_by_one(model, asked)).abs().max() < 1e-5
     assert scorer.token_budget == 250
 
 
-def test_a_classifier_that_is_not_what_it_seems_is_scored_one_by_one(caplog):
-    model = make_reward("qwen3", spread=0.3)
-    model.score.register_forward_hook(
-        lambda head, args, logits: logits + args[0].shape[1] * 0.1
-    )  # of whole rows
+def test_a_window_that_ends_within_a_sequence_is_left_to_transformers_and_others_still_share():
+    model = make_policy("cohere2", layers=4, spread=0.3, sliding_window=24).model.double()
+    groups = [prefix_forward.Group(request.prompt_ids, request.completions) for request in requests()]
+    slides = [prefix_forward._slides(model, group) for group in groups]
+    assert True in slides
+    assert False in slides
+    places = [[len(rest) - 1 for rest in group.rests] for group in groups]
+    with torch.inference_mode():
+        for rows, output in prefix_forward.forward(model, groups, 400, read_at=places):
+            for line, (g, i) in enumerate(rows):
+                whole = model(torch.tensor([groups[g].prefix + groups[g].rests[i]])).last_hidden_state[0, -1]
+                assert (
+                    output.last_hidden_state[line, places[g][i]] - whole
+                ).abs().max() < 1e-6  # norms are float32
+
+
+def test_a_model_that_computes_something_else_is_scored_whole_and_says_so(caplog):
+    model, asked = make_reward("qwen3", spread=0.3), requests()
+    last = model.model.layers[-1]
+
+    class Scaled(torch.nn.Module):  # an MLP that knows a token's place in its row
+        def forward(self, hidden):
+            return last.own(hidden) * (1 + torch.arange(hidden.shape[1]))[:, None]
+
+    last.own, last.mlp = last.mlp, Scaled()
     scorer = HFScorer(model, make_tokenizer())
-    assert "differs from a plain forward's" in str(scorer.facts["reason"])
-    assert "conversation by conversation" in caplog.text
-    assert (torch.tensor(scorer.score(requests())) - one_by_one(model, requests())).abs().max() < 1e-6
+    assert "scores without sharing prompts" in caplog.text
+    assert "differs by" in str(scorer.facts["reason"])
+    assert (torch.tensor(scorer.score(asked)) - one_by_one(model, asked)).abs().max() < 1e-4

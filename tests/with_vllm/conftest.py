@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import pytest
 
@@ -14,6 +15,10 @@ import tiny
 from conftest import TinyModels, write_prompts
 from vllm_server import Server, serve
 from with_vllm.wide import WIDTH
+
+collect_ignore_glob = (
+    [] if find_spec("vllm") else ["test_*.py"]
+)  # `make test-vllm` has an environment for them
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB, of each engine
 os.environ.setdefault(
