@@ -250,6 +250,13 @@ def test_bad_scores_are_named():
         croco.pairs(table.with_columns(language=pl.Series([None, "da"])))
     with pytest.raises(UserError, match='pool "nordic" is unknown'):
         croco.pairs(table, pool="nordic")
+    with pytest.raises(UserError, match="prompt = 'Chosen'"):
+        croco.pairs(table, prompt="Chosen")
+    with pytest.raises(UserError, match="guard empty = 'remove'"):
+        croco.pairs(table, guards={"empty": "remove"})
+    with pytest.raises(UserError, match="languages names 'dk'"):
+        croco.pairs(table, languages=["dk"])
+    assert croco.pairs(table.with_columns(prompt_id=pl.lit(7)))[0]["prompt_id"].to_list() == ["7"]
     with pytest.raises(UserError, match="'da' is in the groups a and b"):
         croco.pairs(table, pool={"a": ["da"], "b": ["nl", "da"]})
 

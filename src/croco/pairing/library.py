@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from croco.pairing.contrast import Contrast, Scored, contrast
 from croco.pairing.guards import Guards, traits
 from croco.pairing.keys import KEY, Names, finish, number
 from croco.pairing.pools import Groups
+from croco.pairing.rules import PROMPTS
 from croco.pairing.scored import assemble
 from croco.pairing.tables import SIDES, flag_languages, flags_of, ledger_of, with_numbers
 
@@ -55,6 +57,8 @@ def pairs(
         raise UserError(
             f"row {(table['score'].is_null().arg_max() or 0) + 1} has no score, expected a number"
         )
+    table = table.with_columns(pl.col("prompt_id", "language").cast(pl.String))
+    _check(table, prompt, pairs_per_pool, guards or {}, languages)
     how = Contrast(
         pool, chosen, rejected, prompt, calibration, pairs_per_pool, Guards(**(guards or {})), seed
     )
@@ -86,6 +90,34 @@ def pairs(
         table = flag_languages(table, how.guards, among)
     hidden = ("pool", "chosen_row", "rejected_row")
     return table.select(*_FIRST, pl.exclude(*_FIRST, *hidden)), pl.concat([*left, flags_of(table)])
+
+
+def _check(
+    table: pl.DataFrame,
+    prompt: str,
+    pairs_per_pool: int,
+    guards: Mapping[str, Any],
+    languages: Sequence[str] | None,
+) -> None:
+    """Raise UserError for an argument that would quietly do something else."""
+    if prompt not in PROMPTS:
+        raise UserError(f"prompt = '{prompt}', expected one of {', '.join(PROMPTS)}")
+    if pairs_per_pool < 1:
+        raise UserError(f"pairs_per_pool = {pairs_per_pool}, expected at least 1")
+    known = {field.name for field in fields(Guards)}
+    for name, value in guards.items():
+        if name not in known:
+            raise UserError(f"the guard '{name}' is unknown, expected one of {', '.join(sorted(known))}")
+        if isinstance(value, str) and value not in ("drop", "flag", "off"):
+            raise UserError(f"the guard {name} = '{value}', expected 'drop', 'flag' or 'off'")
+    there = table["language"].unique()
+    for code in [languages] if isinstance(languages, str) else languages or ():
+        if isinstance(languages, str) or code not in there:
+            raise UserError(f"languages names '{code}', expected a list of those in the scores")
+    if "completion" in table.columns and table["completion"].null_count():
+        raise UserError(
+            f"row {(table['completion'].is_null().arg_max() or 0) + 1} has no completion, expected text"
+        )
 
 
 def _edges(scored: Scored) -> list[int]:
