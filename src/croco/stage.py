@@ -20,7 +20,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from croco import provenance, standing, store
+from croco import engines, provenance, standing, store
 from croco.errors import StaleStage, UserError
 from croco.identity import digest
 from croco.progress import Progress, progress
@@ -218,6 +218,7 @@ def execute(node: Node, recipe: Recipe) -> dict[str, Any]:
     try:
         getattr(import_module(module), name)(work)
     finally:
+        engines.release()
         found["seconds"] = round(earlier + time.monotonic() - started, 3)
         if node.folder.is_dir():
             store.write_json(node.folder / "stage.json", found)

@@ -18,7 +18,7 @@ from pathlib import Path
 import polars as pl
 import pyarrow.parquet as pq
 
-from croco.engines import open_sampler, open_scorer
+from croco.engines import open_sampler, open_scorer, release
 from croco.engines.base import Decoding
 from croco.evaluation.fidelity import language_mode
 from croco.evaluation.results import BASE, language_groups, on_common_prompts, summarise
@@ -103,6 +103,7 @@ def _draw(work: Work, batches: Sequence[Batch], drafts: Mapping[int, Path]) -> N
                 tokens += sum(table.column("completion_tokens").to_pylist())
     seconds = time.monotonic() - start
     work.record(**sampler.facts, tokens=tokens, tokens_per_second=round(tokens / max(seconds, 1e-9), 1))
+    release()
 
 
 def _judge_lab(work: Work, batches: Sequence[Batch], drafts: Mapping[int, Path]) -> None:
