@@ -1,6 +1,7 @@
 """Every benchmark here, one after the other, each written to `docs/results/bench-NAME.md` with versions and machine.
 
-    make bench
+    make bench                    # all of them
+    python -m bench pairing       # some
 
 A benchmark is a file of this folder that prints its figures when it is run; it runs in a process of its own, so that
 none inherits another's threads or memory. Nothing is written for one that fails.
@@ -41,9 +42,11 @@ def page(path: Path, figures: str) -> str:
 
 
 def main() -> None:
-    for path in sorted(HERE.glob("*.py")):
-        if path.name.startswith("_"):
-            continue
+    every = {path.stem: path for path in sorted(HERE.glob("*.py")) if not path.name.startswith("_")}
+    for name in sys.argv[1:] or every:
+        if name not in every:
+            sys.exit(f"no benchmark {name}, expected one of {', '.join(every)}")
+        path = every[name]
         print(f"bench/{path.name}", flush=True)
         done = subprocess.run([sys.executable, str(path)], stdout=subprocess.PIPE, text=True, check=True)
         print(done.stdout, flush=True)

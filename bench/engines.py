@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from croco.engines.base import Decoding, Request, ScoreRequest
-from croco.engines.hf import load_policy
+from croco.engines.loading import load_policy
 from croco.errors import UserError
 from croco.sampling.chat import end_ids, prompt_ids
 from croco.sampling.shared_prefix import Decoder

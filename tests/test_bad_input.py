@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from conftest import TinyModels, write_prompts, write_recipe
 from croco.cli import app
+from croco.store import read_dropped
 
 
 @dataclass(frozen=True)
@@ -156,3 +157,31 @@ def test_bad_rows(bench: Bench, spoil: Callable[[list[str]], None], parts: tuple
     found = bench.run(f"prompts.source={path}", command="prompts")
     assert found.exit_code == 0, found.output
     assert "20 prompts" in found.output
+
+
+def test_a_prompt_longer_than_the_context_is_in_the_ledger_once_per_completion(bench: Bench) -> None:
+    path = write_prompts(bench.folder / "long.jsonl", 3)
+    lines = path.read_text(encoding="utf-8").splitlines()
+    row = json.loads(lines[2])
+    row["messages"][0]["content"] *= 100
+    lines[2] = json.dumps(row)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    assert bench.run(f"prompts.source={path}", command="prompts").exit_code == 0
+    found = bench.run(f"prompts.source={path}", command="sample")
+    assert "60 completions, 12 completions dropped" in found.output
+    dropped = read_dropped(bench.folder / "run" / "sample")
+    assert dropped.select("prompt_id", "language").unique().rows() == [("p1", "en")]
+    assert dropped["reason"].str.contains(r"^the prompt has \d+ tokens, the context of .* 512$").all()
+
+
+def test_weights_that_are_no_numbers(bench: Bench) -> None:
+    import torch
+
+    import tiny
+
+    for key, model in (("policy", tiny.make_policy("llama")), ("reward", tiny.make_reward("qwen3"))):
+        with torch.no_grad():
+            model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
+        broken = tiny.save(bench.folder / key, model, tiny.make_tokenizer())
+        assert_one_sentence(bench.run(f"{key}.model={broken}"), "expected", str(broken), "finite")
+    assert complete_stages(bench.folder) == ["prompts", "sample"]

@@ -177,7 +177,7 @@ def test_interruption_and_a_full_disk_are_one_sentence(capsys: pytest.CaptureFix
 
     for error, code, words in (
         (KeyboardInterrupt(), 130, "interrupted; run the same command again to go on"),
-        (OSError(errno.ENOSPC, "No space left", "runs/x"), 2, "no space left on the disk (runs/x)"),
+        (OSError(errno.ENOSPC, "No space left", "runs/x"), 2, "runs/x cannot be written (no space left)"),
     ):
         with pytest.raises(SystemExit) as end, one_sentence():
             raise error

@@ -61,6 +61,20 @@ def test_the_papers_settings() -> None:
         ({"run": {"languages": ["en", "en"]}}, "'en' appears twice"),
         ({"run": {"held_out_languages": ["da"]}}, "'da' appears twice"),
         ({"run": {"name": "../x"}}, "run.name = '../x', expected small letters, digits and hyphens"),
+        ({"judge": {"modl": "x"}}, "unknown key 'judge.modl'; did you mean 'judge.model'?"),
+        (
+            {"runtime": {"engines": {"sample": "server"}}},
+            "runtime: engines.sample = 'server', but servers.sample.url is missing",
+        ),
+        ({"runtime": {"servers": {"sample": {"url": "localhost:8000"}}}}, "'localhost:8000' is no address"),
+        (
+            {"runtime": {"servers": {"sample": {"url": "http://me:secret@host/v1"}}}},
+            "runtime.servers.sample.url: expected an address without user",
+        ),
+        (
+            {"runtime": {"servers": {"sample": {"key": "x"}}}},
+            "unknown key 'runtime.servers.sample.key'; did you mean",
+        ),
         ({"arms": {"base": {}}}, "'base' is the untuned policy"),
         ({"arms": {"a/b": {}}}, "expected small letters, digits and hyphens"),
         ({"prompts": {"source": "x.jsonl", "split": "dev"}}, "'x.jsonl' is a file"),

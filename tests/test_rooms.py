@@ -15,6 +15,7 @@ ONLY_IN = {
     "vllm": ("engines/vllm.py",),
     "ray": ("engines/ray.py",),
     "peft": ("training/lora.py",),
+    "httpx2": ("engines/wire.py",),
     "euroeval": (),
     "trl": ("lab/build.py",),
 }

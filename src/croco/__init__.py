@@ -14,13 +14,14 @@ __version__ = "0.1.0"
 _WHERE = {
     "load": "croco.recipe",
     "Recipe": "croco.recipe",
+    "pairs": "croco.pairing.library",
     "plan": "croco.pipeline",
     "run": "croco.pipeline",
     "read_table": "croco.store",
     "UserError": "croco.errors",
 }
 
-__all__ = ["Recipe", "UserError", "__version__", "load", "plan", "read_table", "run"]
+__all__ = ["Recipe", "UserError", "__version__", "load", "pairs", "plan", "read_table", "run"]
 
 
 def __getattr__(name: str) -> Any:

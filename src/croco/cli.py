@@ -34,11 +34,14 @@ ArmName = Annotated[str | None, typer.Option("--arm", metavar="ARM", help="Only 
 # one command per stage; a test holds these against pipeline.STAGES, which is not imported to show a help page
 STAGE_COMMANDS = {
     "prompts": "Read and check the prompts to tune on.",
+    "translate": "Translate the prompts to tune on, if the recipe says so.",
     "sample": "Let the policy answer every prompt N times.",
     "score": "Score the completions.",
+    "score-references": "Score the gold completions, where an arm sets them against the policy's.",
     "pair": "Choose a chosen and a rejected completion per pool.",
     "train": "Tune an adapter on an arm's pairs.",
     "eval-prompts": "Read and check the prompts to evaluate on.",
+    "eval-translate": "Translate the prompts to evaluate on, if the recipe says so.",
     "evaluate": "Let an arm's policy answer the evaluation prompts, and judge them.",
     "results": "Aggregate verdicts, with intervals.",
 }
@@ -86,11 +89,11 @@ def one_sentence() -> Iterator[None]:
     except OSError as error:
         import errno
 
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        place = f" ({error.filename})" if error.filename else ""
         print(
-            f"croco: no space left on the disk{place}; free some and run the same command again",
+            f"croco: {error.filename or 'a file'} cannot be written ({str(error.strerror).lower()}); "
+            f"make room and run the same command again",
             file=sys.stderr,
         )
         raise SystemExit(2) from None
@@ -166,18 +169,82 @@ def report(
 
 
 @app.command()
-def doctor(
-    recipe: Annotated[Path | None, typer.Argument(metavar="[RECIPE]", help="Check its models too.")] = None,
-    overrides: Overrides = None,
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    arm: Annotated[str, typer.Option(help="The arm whose pairs to export.")],
+    to: Annotated[Path, typer.Option(help="A new folder.")],
+    form: Annotated[
+        str, typer.Option("--format", help="preference or prompt-completion (SFT).")
+    ] = "preference",
+    license: Annotated[str, typer.Option(help="The licence field of the dataset card.")] = "unknown",
 ) -> None:
-    """Say what this machine has, and whether a recipe's models and chat template work on it."""
+    """Write an arm's pairs in TRL's format, with a dataset card."""
+    if not (folder / "recipe.json").exists():
+        raise UserError(f"{folder} holds no recipe.json, expected the folder of a run")
+    loaded = load_recipe(folder / "recipe.json", [f'run.folder="{folder}"'])
+    if arm not in loaded.arms:
+        raise UserError(f"--arm {arm}: no such arm, expected one of {', '.join(loaded.arms)}")
+    from croco.pairing.command import facts_of
+    from croco.pairing.exporting import export_pairs
+
+    rows = export_pairs(
+        folder / "pair" / arm,
+        to,
+        form,
+        instructions=loaded.policy.instruction,
+        license=license,
+        facts=facts_of(loaded, arm),
+    )
+    say(f"{rows:,} rows in {to}")
+
+
+@app.command()
+def pairs(
+    sources: Annotated[list[Path], typer.Argument(metavar="FILE...", help="JSON lines or Parquet.")],
+    to: Annotated[Path, typer.Option(help="A new folder, for the pairs and what they were made from.")],
+    column: Annotated[
+        list[str] | None, typer.Option(metavar="OURS=THEIRS", help="Map a column, e.g. prompt_id=id.")
+    ] = None,
+    language: Annotated[str | None, typer.Option(help="Of all rows, where no column says it.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A value of an arm, e.g. pool=all.")
+    ] = None,
+    form: Annotated[
+        str, typer.Option("--format", help="preference or prompt-completion (SFT).")
+    ] = "preference",
+    license: Annotated[str, typer.Option(help="The licence field of the dataset card.")] = "unknown",
+) -> None:
+    """Make pairs from scored completions of another tool, and export them."""
+    from croco.pairing.command import pairs_of_files
+
+    rows = pairs_of_files(sources, to, column or [], language, overrides or [], form, license)
+    say(f"{rows:,} rows in {to / 'export'}")
+
+
+@app.command()
+def doctor(
+    recipe: Annotated[
+        Path | None, typer.Argument(metavar="[RECIPE]", help="Check what it needs too.")
+    ] = None,
+    overrides: Overrides = None,
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--measure", help="Load the models, sample and score a little, and say how long all takes."
+        ),
+    ] = False,
+) -> None:
+    """Say what this machine has, and whether a recipe's models and chat template work on it and fit."""
     loaded = load_recipe(recipe, overrides) if recipe is not None else None
     from croco import doctor as examination
 
     for line in examination.machine():
         say(line)
     if loaded is not None:
-        for line in examination.models(loaded):
+        from croco import checkup, pipeline
+
+        pipeline.set_threads(loaded)
+        for line in checkup.examine(loaded, measure):
             say(line)
 
 

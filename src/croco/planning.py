@@ -7,10 +7,11 @@ of the lab are read to be counted, those of a hub dataset are not.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from croco import pipeline, store
+from croco.executor import described
 from croco.prompts import load as prompts_load
 from croco.recipe import Evaluation, Prompts, Recipe
 from croco.stage import Node
@@ -19,6 +20,7 @@ from croco.standing import Status
 # in a table a token is its id (4 bytes) and about as much text, before compression
 TOKEN_BYTES = 8
 ROW_BYTES = 200
+MISFIT = "DOES NOT FIT"  # at most; what `croco doctor` ends on
 
 
 def describe(recipe: Recipe) -> Iterator[str]:
@@ -29,7 +31,8 @@ def describe(recipe: Recipe) -> Iterator[str]:
         yield f"  {node.title:<28} {_standing(node, status)}"
         for change in status.changes:
             yield f"      {change}"
-    yield from cost(recipe)
+    yield f"workers: {described(recipe.runtime)}"
+    yield from cost(recipe, rates(recipe))
 
 
 def _standing(node: Node, status: Status) -> str:
@@ -41,14 +44,32 @@ def _standing(node: Node, status: Status) -> str:
     return {"missing": "would run", "stale": "stale, would need --rebuild:"}[status.kind]
 
 
-def cost(recipe: Recipe) -> Iterator[str]:
-    """Counts of prompts × languages × completions, and what they may take at most."""
-    tuning = _num_prompts(recipe.prompts, "prompts", recipe.run.languages)
-    test = _num_prompts(recipe.evaluation, "evaluation", recipe.run.evaluated)
-    tokens = rows = 0
+def rates(recipe: Recipe) -> dict[str, float]:
+    """What stages of this run have recorded: tokens a second of "sample", completions a second of "score"."""
+    found = {}
+    for stage, fact in (("sample", "tokens_per_second"), ("score", "completions_per_second")):
+        path = recipe.folder / stage / "stage.json"
+        rate = store.read_json(path)["facts"].get(fact) if path.exists() else None
+        if rate:
+            found[stage] = float(rate)
+    return found
+
+
+def cost(recipe: Recipe, rates: Mapping[str, float]) -> Iterator[str]:
+    """Counts of prompts × languages × completions, and what they may take at most; hours where a rate is known."""
+    tuning = _num_prompts(recipe.prompts, "prompts", recipe.prompts_languages)
+    test = _num_prompts(recipe.evaluation, "evaluation", recipe.evaluation_languages)
+    if recipe.translate and tuning is not None:
+        yield _translations("translate", tuning, recipe.translate.source, recipe.run.languages)
+        tuning *= len(recipe.run.languages)
+    if recipe.translate and recipe.translate.evaluation and test is not None:
+        yield _translations("eval-translate", test, recipe.translate.source, recipe.run.evaluated)
+        test *= len(recipe.run.evaluated)
+    tokens = rows = scored = 0
     if tuning is not None:
         completions = tuning * recipe.sampling.completions
-        rows, tokens = completions, completions * recipe.sampling.max_new_tokens
+        rows = scored = completions
+        tokens = completions * recipe.sampling.max_new_tokens
         yield (
             f"sample: {tuning:,} prompts in {len(recipe.run.languages)} languages × {recipe.sampling.completions} "
             f"completions = {completions:,}, at most {tokens:,} tokens"
@@ -68,10 +89,28 @@ def cost(recipe: Recipe) -> Iterator[str]:
         )
     if tuning is None or test is None:
         yield "prompts of a hub dataset without a limit are not counted here"
+    hours = []
+    if "sample" in rates:
+        hours.append(
+            f"{tokens / rates['sample'] / 3600:,.2f} of sampling at {rates['sample']:,.0f} tokens a second"
+        )
+    if "score" in rates:
+        hours.append(
+            f"{scored / rates['score'] / 3600:,.2f} of scoring at {rates['score']:,.0f} completions a second"
+        )
+    if hours:
+        yield f"hours: at most {', '.join(hours)}"
     there = next(path for path in (recipe.folder, *recipe.folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(there).free
     needed = tokens * TOKEN_BYTES + rows * ROW_BYTES
-    yield f"disk: at most {_size(needed)} of tables, {_size(free)} free at {Path(there)}"
+    fits = "" if needed <= free else f": {MISFIT}"
+    yield f"disk: at most {_size(needed)} of tables, {_size(free)} free at {Path(there)}{fits}"
+
+
+def _translations(stage: str, prompts: int, source: str, languages: Sequence[str]) -> str:
+    """What a translating stage has to do; those that fail a check will be fewer further on."""
+    targets = len(set(languages) - {source})
+    return f"{stage}: {prompts:,} prompts from {source} into {targets} languages = {prompts * targets:,} translations"
 
 
 def _num_prompts(section: Prompts | Evaluation, key: str, languages: tuple[str, ...]) -> int | None:

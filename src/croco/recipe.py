@@ -10,12 +10,22 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from croco import languages
 from croco.errors import UserError
+from croco.pairing import rules
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -24,8 +34,21 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$")]
 # TOML has arrays, the frozen record has tuples
 Strings = Annotated[tuple[str, ...], Field(strict=False)]
 Temperatures = Annotated[tuple[Temperature, ...], Field(strict=False)]
+Action = Literal["drop", "flag", "off"]
 EngineName = Literal["transformers", "vllm", "server"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+TranslationFormat = Literal["instruct", "translategemma", "tower", "tower-instruct"]
+TranslationCheck = Literal["items", "numbers", "repetition", "length", "copy", "language"]
+TranslationChecks = Annotated[tuple[TranslationCheck, ...], Field(strict=False)]
+
+
+def _check_replicas(value: Any) -> Any:
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+        return value
+    raise ValueError(f"found {value!r}, expected a number of workers or 'auto'")
+
+
+Replicas = Annotated[int | Literal["auto"], PlainValidator(_check_replicas)]
 
 
 class Section(BaseModel):
@@ -74,9 +97,14 @@ class Model(Section):
     dtype: Dtype = "auto"
 
 
-class Policy(Model):
-    model: str = "lab:policy"
+class Causal(Model):
+    """A model that completes conversations."""
+
     chat_template: str | None = None  # a Jinja file that replaces the tokenizer's own
+
+
+class Policy(Causal):
+    model: str = "lab:policy"
     instruction: dict[str, str] = {}  # per language, appended to the last user turn after a blank line
 
     @field_validator("instruction")
@@ -90,9 +118,36 @@ class Policy(Model):
         return value
 
 
+class Translate(Causal):
+    """Prompts are read in one language and translated into the others; without this section they are there already."""
+
+    source: str = "en"  # the language that [prompts] is read in
+    evaluation: bool = False  # the prompts of [evaluation] likewise
+    format: TranslationFormat = "instruct"
+    max_new_tokens: Positive = 8192  # per stretch of text; one that has not ended by then goes to the ledger
+    checks: TranslationChecks = get_args(TranslationCheck)  # those that a translation must pass
+    # translated characters per character; for Chinese or Japanese other values are right
+    min_length_ratio: Annotated[float, Field(ge=0)] = 0.5
+    max_length_ratio: Annotated[float, Field(gt=0)] = 2.5
+
+    @field_validator("source")
+    @classmethod
+    def _check_code(cls, value: str) -> str:
+        try:
+            return languages.check(value)
+        except UserError as error:
+            raise ValueError(str(error)) from None
+
+
 class Reward(Model):
     model: str = "lab:reward"
     max_tokens: Positive = 8192  # a longer conversation goes to the ledger
+
+
+class Judge(Causal):
+    """A model that is asked for verdicts, greedily."""
+
+    max_new_tokens: Positive = 1024
 
 
 class Sampling(Section):
@@ -102,7 +157,8 @@ class Sampling(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0  # 0 is all
     max_new_tokens: Positive = 512
-    stop: Strings = ()  # strings that end a completion, left out of it
+    # strings that end a completion, left out of it
+    stop: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)] = ()
 
 
 class Lora(Section):
@@ -142,13 +198,62 @@ class Evaluation(Section):
     bootstrap: Positive = 2000  # resamples
 
 
+class Guards(Section):
+    """What becomes of a completion or pair that a guard catches: left out, marked in its pair, or nothing."""
+
+    cut: Action = "drop"  # at the token limit
+    empty: Action = "drop"
+    too_long: Action = "drop"  # prompt and completion, for training.max_tokens
+    wrong_language: Action = "flag"  # "drop" judges every completion, "flag" those that were picked
+    min_letters: Positive = 20  # a shorter text is in no language
+    duplicate: Action = "drop"  # of an earlier completion of the prompt
+    near_duplicate: Action = "drop"  # but for case and white space
+    score_gap: Action = "off"  # chosen above rejected by less than min_score_gap
+    min_score_gap: Annotated[float, Field(ge=0)] = 0.0
+    length_ratio: Action = "off"  # one side longer than max_length_ratio times the other
+    max_length_ratio: Annotated[float, Field(ge=1)] = 3.0
+
+
 class Arm(Section):
-    pool: Literal["language", "all"] = "language"
+    # one prompt in one language, in all languages, or named groups of languages: { nordic = ["da", "nb", "sv"] }
+    pool: Literal["language", "all"] | dict[Name, Strings] = "language"
     scorer: Literal["reward", "random", "likelihood"] = "reward"
-    chosen: Literal["max"] = "max"
-    rejected: Literal["mean-2std", "mean-1std", "mean", "q1", "min"] = "mean-2std"
-    prompt: Literal["chosen", "rejected", "random"] = "chosen"  # whose language the pair's prompt is in
+    calibration: Literal["none", "zscore", "quantile", "centred"] = "none"
+    chosen: str = "max"  # max, mean+K*std, quantile:Q, reference
+    rejected: str = (
+        "mean-2std"  # mean-K*std, quantile:Q, q1, mean, min, gap:X; none (the default of method "sft")
+    )
+    prompt: Literal["chosen", "rejected", "random", "each"] = (
+        "chosen"  # whose language the pair's prompt is in
+    )
+    pairs_per_pool: Positive = 1
+    guards: Guards = Guards()  # [guards] with this arm's values over it
     training: Training = Training()  # [training] with this arm's values over it
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sft_needs_no_rejected(cls, values: Any) -> Any:
+        training = values.get("training") if isinstance(values, dict) else None
+        method = training.get("method") if isinstance(training, dict) else getattr(training, "method", None)
+        return {"rejected": "none", **values} if method == "sft" else values
+
+    @model_validator(mode="after")
+    def _check_rules(self) -> Arm:
+        try:
+            chosen, rejected = rules.parse_chosen(self.chosen), rules.parse_rejected(self.rejected)
+        except UserError as error:
+            raise ValueError(str(error)) from None
+        if rejected.kind == "none" and self.training.method != "sft":
+            raise ValueError(
+                'rejected = "none" makes data for training.method = "sft", which this arm is not'
+            )
+        if rejected.kind == "none" and self.prompt in ("rejected", "random"):
+            raise ValueError(f'prompt = "{self.prompt}" needs a rejected completion, and rejected = "none"')
+        if chosen.kind == "reference" and self.scorer != "reward" and rejected.kind != "none":
+            raise ValueError(
+                f'chosen = "reference" is scored by the reward model, and scorer = "{self.scorer}"'
+            )
+        return self
 
 
 class Engines(Section):
@@ -172,11 +277,65 @@ class Vllm(Section):
     per_request_seeds: bool = False  # each completion from a seed of its own; slower, and not on a CPU
 
 
+class Server(Section):
+    """An OpenAI-compatible server for one role. Its key is in the environment; the recipe has the variable's name."""
+
+    url: str = ""  # with what it ends in, as in "http://localhost:8000/v1"
+    model: str | None = None  # the name it is served under; null is the recipe's own
+    adapters: dict[str, str] = {}  # arm -> the name that its adapter is served under (evaluate)
+    api: Literal["completions", "chat"] = "completions"  # token ids, or messages (no tokenizer needed here)
+    dialect: Literal["vllm", "openai"] = "vllm"  # "openai" sends no field that OpenAI's own API lacks
+    completions_per_request: Positive | None = None  # null is all of a prompt's; 1 where n > 1 is refused
+    seeds: bool = True  # send a seed with every request
+    concurrency: Positive = 16  # requests at once, each for all completions of a prompt
+    timeout_seconds: Annotated[float, Field(gt=0)] = 1800.0  # of one request, waiting in the server included
+    retries: Annotated[int, Field(ge=0)] = 8  # of one request, before the stage stops
+    retry_seconds: Annotated[float, Field(gt=0)] = 1.0  # before the first retry; doubles, up to a minute
+    key_variable: str | None = None  # the environment variable that holds the key
+    max_context: Positive | None = None  # tokens; null is what the server says
+    trust_scores: bool = False  # take scores from a server that cannot show that they are raw logits
+
+    @field_validator("url")
+    @classmethod
+    def _check_url(cls, url: str) -> str:
+        parts = urlsplit(url)
+        if url and (parts.scheme not in ("http", "https") or not parts.hostname):
+            raise ValueError(f"'{url}' is no address, expected one like 'http://localhost:8000/v1'")
+        if parts.username or parts.password or parts.query or parts.fragment:
+            raise ValueError("expected an address without user, query or fragment (see key_variable)")
+        return url
+
+
+class Servers(Section):
+    translate: Server = Server()
+    sample: Server = Server()
+    score: Server = Server()
+    evaluate: Server = Server()
+    judge: Server = Server()
+
+
+class Ray(Section):
+    """What each worker takes of a Ray cluster."""
+
+    address: str | None = (
+        None  # of a running cluster, "auto" for this machine's; null starts one on this machine
+    )
+    cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
+    gpus_per_worker: Annotated[float, Field(ge=0)] | None = None  # null is what the engine needs
+    memory_gib_per_worker: Annotated[float, Field(gt=0)] | None = None  # null reserves none
+
+
 class Runtime(Section):
     """How, never what: nothing here changes the tables, so nothing here enters a fingerprint."""
 
     engines: Engines = Engines()
     vllm: Vllm = Vllm()
+    servers: Servers = Servers()
+    executor: Literal["local", "ray"] = "local"  # processes on this machine, or a Ray cluster
+    replicas: Replicas = (
+        1  # workers, each with an engine of its own; "auto" is one per GPU (or group of GPUs)
+    )
+    ray: Ray = Ray()
     device: str = "auto"
     token_budget: Positive = 16384  # tokens per sampling or scoring batch
     micro_batch_tokens: Positive = 4096  # tokens per training forward
@@ -184,13 +343,23 @@ class Runtime(Section):
     threads: Positive | None = None  # of torch; null leaves torch's own choice
     gradient_checkpointing: bool = False
 
+    @model_validator(mode="after")
+    def _servers_have_addresses(self) -> Runtime:
+        for role, engine in self.engines:
+            if engine == "server" and not getattr(self.servers, role).url:
+                raise ValueError(f"engines.{role} = 'server', but servers.{role}.url is missing")
+        return self
+
 
 class Recipe(Section):
     run: Run
     prompts: Prompts = Prompts()
+    translate: Translate | None = None
     policy: Policy = Policy()
     reward: Reward = Reward()
+    judge: Judge | None = None
     sampling: Sampling = Sampling()
+    guards: Guards = Guards()
     training: Training = Training()
     evaluation: Evaluation = Evaluation()
     arms: dict[Name, Arm] = Field(default_factory=dict, min_length=1)
@@ -201,12 +370,43 @@ class Recipe(Section):
         """The run's folder, as the recipe says it (relative to where the command runs)."""
         return Path(self.run.folder or f"runs/{self.run.name}")
 
+    @property
+    def prompts_languages(self) -> tuple[str, ...]:
+        """The languages that `[prompts]` is read in: the tuned ones, or the one they are translated from."""
+        return (self.translate.source,) if self.translate else self.run.languages
+
+    @property
+    def evaluation_languages(self) -> tuple[str, ...]:
+        """The languages that `[evaluation]` is read in."""
+        translated = self.translate and self.translate.evaluation
+        return (self.translate.source,) if self.translate and translated else self.run.evaluated
+
     @field_validator("arms")
     @classmethod
     def _base_is_reserved(cls, arms: dict[str, Arm]) -> dict[str, Arm]:
         if "base" in arms:
             raise ValueError("'base' is the untuned policy, which is always there: expected another name")
         return arms
+
+    @model_validator(mode="after")
+    def _groups_are_tuned(self) -> Recipe:
+        for name, arm in self.arms.items():
+            for group, codes in arm.pool.items() if isinstance(arm.pool, dict) else ():
+                for code in codes:
+                    if code not in self.run.languages:
+                        known = ", ".join(self.run.languages)
+                        raise ValueError(
+                            f"arms.{name}.pool.{group}: '{code}' is not tuned, expected of {known}"
+                        )
+        return self
+
+    @model_validator(mode="after")
+    def _something_to_translate(self) -> Recipe:
+        if self.translate and not set(self.run.languages) - {self.translate.source}:
+            raise ValueError(
+                f"translate.source = '{self.translate.source}' is the only language of run.languages"
+            )
+        return self
 
     @model_validator(mode="after")
     def _test_prompts_apart(self) -> Recipe:
@@ -248,11 +448,12 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         except tomllib.TOMLDecodeError as error:
             raise UserError(f"{path}: not valid TOML: {error}") from None
     for override in overrides:
-        _override(values, override)
+        apply_override(values, override)
     return from_dict(values, str(path))
 
 
-def _override(values: dict[str, Any], override: str) -> None:
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set `a.b=value` in nested values; raises UserError when it does not fit."""
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
@@ -281,14 +482,15 @@ def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 def from_dict(values: Mapping[str, Any], file: str = "recipe") -> Recipe:
     """Check nested values as a recipe; `file` is what an error names."""
     values = dict(values)
-    training, arms = values.get("training", {}), values.get("arms", {})
-    if isinstance(training, dict) and isinstance(arms, dict):
-        values["arms"] = {
-            name: {**arm, "training": merged(training, arm.get("training", {}))}
-            if isinstance(arm, dict) and isinstance(arm.get("training", {}), dict)
-            else arm
-            for name, arm in arms.items()
-        }
+    for key in ("training", "guards"):  # each arm has them, with its own values over the common ones
+        common, arms = values.get(key, {}), values.get("arms", {})
+        if isinstance(common, dict) and isinstance(arms, dict):
+            values["arms"] = {
+                name: {**arm, key: merged(common, arm.get(key, {}))}
+                if isinstance(arm, dict) and isinstance(arm.get(key, {}), dict)
+                else arm
+                for name, arm in arms.items()
+            }
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:

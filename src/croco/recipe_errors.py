@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from types import UnionType
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -88,6 +89,8 @@ def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
         annotation: Any = field.annotation
         if name == "arms":
             annotation, key = annotation.__args__[1], key + ".*"
+        if isinstance(annotation, UnionType):  # a section that may be left out
+            annotation = annotation.__args__[0]
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             keys.extend(known_keys(annotation, key + "."))
     return keys

@@ -57,8 +57,9 @@ COMPLETIONS = Table(
             pa.list_(pa.int32()),
             True,
         ),  # as sampled, without the end token; null from text-only engines
-        ("completion_tokens", pa.int32()),  # the end token counted
-        ("finish_reason", pa.string()),  # "stop" or "length"
+        ("completion_tokens", pa.int32()),  # drawn: the end token or the tokens of a stop string counted
+        ("prompt_tokens", pa.int32(), True),  # null from engines that apply the chat template themselves
+        ("finish_reason", pa.string()),  # "stop" (end token or stop string) or "length"
         ("policy", pa.string()),
         ("seed", pa.int64()),  # 63 bits; the engine's where completions have none of their own (vLLM)
     ),
@@ -79,28 +80,37 @@ SCORES = Table(
     "completion",
 )
 
+# under the rule "none" (data for SFT) a pair has no rejected completion: its columns are null
 PAIRS = Table(
     "pairs",
     _schema(
         ("arm", pa.string()),
         ("prompt_id", pa.string()),
         ("language", pa.string()),  # of the prompt
+        ("pair_id", pa.int32()),  # 0, 1, … within a pool
         ("messages", MESSAGES),
         ("chosen", pa.string()),
-        ("rejected", pa.string()),
+        ("rejected", pa.string(), True),
         ("chosen_ids", pa.list_(pa.int32()), True),
         ("rejected_ids", pa.list_(pa.int32()), True),
-        ("chosen_score", pa.float32()),
-        ("rejected_score", pa.float32()),  # always below chosen_score
+        ("chosen_finish_reason", pa.string()),
+        ("rejected_finish_reason", pa.string(), True),
+        ("chosen_score", pa.float32(), True),  # raw; null for a gold completion that nobody scored
+        ("rejected_score", pa.float32(), True),
+        ("chosen_calibrated", pa.float32(), True),  # what was selected on: always above rejected_calibrated
+        ("rejected_calibrated", pa.float32(), True),
+        ("calibration", pa.string()),
         ("chosen_language", pa.string()),
-        ("rejected_language", pa.string()),
-        ("chosen_sample_id", pa.int32()),
-        ("rejected_sample_id", pa.int32()),
-        ("pool_size", pa.int32()),
-        ("pool_mean", pa.float64()),
-        ("pool_std", pa.float64()),  # ddof 0
+        ("rejected_language", pa.string(), True),
+        ("chosen_sample_id", pa.int32()),  # -1: the gold completion
+        ("rejected_sample_id", pa.int32(), True),
+        ("pool_size", pa.int32()),  # candidates
+        ("pool_mean", pa.float64(), True),  # of calibrated scores
+        ("pool_std", pa.float64(), True),  # ddof 0
+        ("pool_min", pa.float32(), True),
+        ("flags", pa.list_(pa.string())),  # what a guard marked, "chosen: wrong language"
     ),
-    ("arm", "prompt_id", "language"),
+    ("arm", "prompt_id", "language", "pair_id"),
     "pair",
 )
 

@@ -38,6 +38,20 @@ def world_identity() -> str:
     )
 
 
+def translate_settings(recipe: Recipe, languages: Sequence[str]) -> Settings:
+    assert recipe.translate is not None
+    settings = recipe.translate.model_dump(
+        mode="json", exclude={"trust_remote_code", "evaluation", "revision"}
+    )
+    template = recipe.translate.chat_template
+    return settings | {
+        "model": model_identity(recipe.translate.model, recipe.translate.revision, "translate.model"),
+        "chat_template": file_identity(template, "translate.chat_template") if template else None,
+        "checks": sorted(recipe.translate.checks),
+        "languages": sorted(languages),
+    }
+
+
 def policy_settings(recipe: Recipe, languages: Sequence[str]) -> Settings:
     policy = recipe.policy
     return {
@@ -86,8 +100,15 @@ def score_settings(recipe: Recipe, arm: str | None) -> Settings:
     return {"scorer": scorer, "seed": recipe.run.seed}
 
 
+def references_settings(recipe: Recipe, arm: str | None) -> Settings:
+    return {"reward": reward_settings(recipe)}
+
+
 def pair_settings(recipe: Recipe, arm: str | None) -> Settings:
-    rules = arm_of(recipe, arm).model_dump(mode="json", include={"pool", "chosen", "rejected", "prompt"})
+    section = arm_of(recipe, arm)
+    rules = section.model_dump(mode="json", exclude={"scorer", "training"})
+    limit = section.training.max_tokens if section.guards.too_long != "off" else None
+    rules["guards"]["max_tokens"] = limit
     return rules | {"seed": recipe.run.seed}
 
 

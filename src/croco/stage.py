@@ -20,7 +20,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from croco import engines, provenance, standing, store
+from croco import provenance, standing, store
 from croco.errors import StaleStage, UserError
 from croco.identity import digest
 from croco.progress import Progress, progress
@@ -119,13 +119,15 @@ class Work:
         table: pa.Table,
         *,
         read: Mapping[str, int] | None = None,
+        written: Mapping[str, int] | None = None,
         dropped: pa.Table | None = None,
     ) -> None:
         """One finished shard: ledger, shard, marker.
 
-        `read` maps a unit to how many of them the shard had to account for; each must equal written + dropped of that
-        unit. Written is the table's rows, or for the unit "prompt" the distinct (prompt_id, language) in it. Without
-        `read` the table's own unit is counted. Raises ValueError on an imbalance or a duplicate key.
+        `read` maps a unit to how many of them the shard had to account for; each must equal written + dropped
+        of that unit. Written is what `written` says of it, else the table's rows, or for the unit "prompt" the
+        distinct (prompt_id, language) in it. Without `read` the table's own unit is counted. Raises ValueError
+        on an imbalance or a duplicate key.
         """
         if self.table is None:
             raise ValueError(f"{self.title} writes no table")
@@ -133,21 +135,23 @@ class Work:
         keys = table.select(list(self.table.key))
         if keys.group_by(keys.column_names).aggregate([]).num_rows != table.num_rows:
             raise ValueError(f"{self.title}, shard {index}: duplicate key {self.table.key}")
-        written = {self.table.unit: table.num_rows}
+        counts = {self.table.unit: table.num_rows}
         for unit in read or {}:
-            if unit == "prompt" and self.table.unit != "prompt":
+            if written is not None and unit in written:
+                counts[unit] = written[unit]
+            elif unit == "prompt" and self.table.unit != "prompt":
                 prompts = table.select(["prompt_id", "language"])
-                written[unit] = prompts.group_by(prompts.column_names).aggregate([]).num_rows
+                counts[unit] = prompts.group_by(prompts.column_names).aggregate([]).num_rows
             else:
-                written[unit] = table.num_rows
+                counts[unit] = table.num_rows
         read = (
             dict(read)
             if read is not None
             else {self.table.unit: table.num_rows + drops.get(self.table.unit, 0)}
         )
-        standing.balance(self.title, read, written, drops)
+        standing.balance(self.title, read, counts, drops)
         store.write_shard(
-            self.folder, index, table, self.table.schema, read=read, written=written, dropped=dropped
+            self.folder, index, table, self.table.schema, read=read, written=counts, dropped=dropped
         )
 
     def account(
@@ -218,7 +222,6 @@ def execute(node: Node, recipe: Recipe) -> dict[str, Any]:
     try:
         getattr(import_module(module), name)(work)
     finally:
-        engines.release()
         found["seconds"] = round(earlier + time.monotonic() - started, 3)
         if node.folder.is_dir():
             store.write_json(node.folder / "stage.json", found)

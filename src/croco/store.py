@@ -65,8 +65,10 @@ def _write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a full disk does not say what did not fit
         raise
     sync_folder(path.parent)
 
@@ -195,6 +197,14 @@ def remove_unfinished(folder: Path) -> None:
         match = re.fullmatch(r"part-(\d{5,})(\.dropped)?\.parquet", path.name)
         if match and int(match[1]) not in finished:
             path.unlink()
+
+
+def read_parquet(path: Path) -> pl.DataFrame:
+    """A Parquet file; raises UserError when it is missing or broken."""
+    try:
+        return pl.DataFrame(pl.from_arrow(pq.ParquetFile(path).read()))
+    except (OSError, pa.ArrowInvalid) as error:
+        raise UserError(f"{path} cannot be read as Parquet: {error}") from None
 
 
 def read_table(folder: Path, columns: Sequence[str] | None = None) -> pl.DataFrame:

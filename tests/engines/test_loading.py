@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from conftest import TinyModels
-from croco.engines.hf import load_policy, load_reward, load_tokenizer, max_context, pick_device, pick_dtype
+from croco.engines.loading import (
+    load_policy,
+    load_reward,
+    load_tokenizer,
+    max_context,
+    pick_device,
+    pick_dtype,
+)
 from croco.errors import UserError
 from tiny import make_policy, make_reward, make_tokenizer, save
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from croco import store
-from croco.engines.hf import load_reward
+from croco.engines.loading import load_reward
 from croco.evaluation.evaluate import evaluate, evaluation_seed, plan_batches, results
 from croco.lab import world
 from croco.recipe import Recipe, from_dict
@@ -144,6 +144,25 @@ def test_real_prompts_are_scored_by_the_reward_model(run, tmp_path):
             assert row["value"] == pytest.approx(model(torch.tensor([ids])).logits.item(), abs=1e-5)
     assert set(verdicts["mode"]) <= {"right-language", "wrong-language", "unknown"}
     assert set(verdicts["benchmark"]) == {"reward"}
+
+
+@pytest.mark.slow
+def test_two_workers_draw_and_judge_as_one_does(run, tmp_path):
+    folder, recipe = run
+    save(tmp_path / "reward", make_reward("qwen3"), make_tokenizer())
+    values = recipe.model_dump(mode="json")
+    values["reward"] = {"model": str(tmp_path / "reward")}
+    values["evaluation"] |= {"source": "prompts.jsonl", "split": "test"}
+    verdicts = []
+    for replicas in (1, 2):
+        values["runtime"]["replicas"] = replicas
+        inputs = {"eval-prompts": folder / "eval-prompts", "train": folder / "train" / "arm"}
+        work = work_of((tmp_path / str(replicas), from_dict(values)), "evaluate", "arm", inputs, "verdicts")
+        evaluate(work)
+        verdicts.append(store.read_table(work.folder))
+        facts = work.record_file["facts"]
+        assert (facts["workers"], facts["score"]["workers"]) == (replicas, replicas)
+    assert verdicts[0].equals(verdicts[1])
 
 
 def test_batches_hold_parallel_prompts_together():

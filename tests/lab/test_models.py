@@ -5,7 +5,8 @@ import json
 import numpy as np
 
 from croco.engines.base import Decoding, Request
-from croco.engines.hf import HFSampler, HFScorer, load_policy, load_reward, resolve_model
+from croco.engines.hf import HFSampler, HFScorer
+from croco.engines.loading import load_policy, load_reward, resolve_model
 from croco.lab import world
 from croco.lab.gates import measure
 from croco.lab.pretrain import batches

@@ -1,26 +1,20 @@
 import pathlib
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
 import pytest
 
 from croco import store
 from croco.errors import UserError
-from croco.pairing.gather import locate
-from croco.pairing.pair import (
-    NO_CANDIDATE,
-    NONE_BELOW,
-    ONE_CANDIDATE,
-    Contrast,
-    choose,
-    ledger_of,
-    pair,
-    picks,
-    read_scored,
-    with_texts,
-)
+from croco.pairing import account
+from croco.pairing import pair as stage
+from croco.pairing.contrast import NO_CANDIDATE, NO_REFERENCE, NONE_BELOW, ONE_CANDIDATE, Contrast
+from croco.pairing.pair import pair
+from croco.pairing.scored import read_scored
 from croco.recipe import from_dict
 from croco.records import COMPLETIONS, PAIRS, PROMPTS, SCORES, TABLES, ledger
+from croco.science import pair_settings
 from croco.stage import Work
 
 RECIPE = {
@@ -29,6 +23,14 @@ RECIPE = {
         "mono": {"pool": "language"},
         "cross": {"pool": "all"},
         "other": {"pool": "all", "prompt": "random"},
+        "rejected": {"pool": "all", "prompt": "rejected"},
+        "each": {"pool": "all", "prompt": "each"},
+        "two": {"pool": "all", "pairs_per_pool": 2},
+        "group": {"pool": {"nordic": ["da"]}},
+        "calibrated": {"pool": "all", "calibration": "centred"},
+        "best": {"pool": "language", "training": {"method": "sft"}},
+        "gold": {"chosen": "reference", "rejected": "min"},
+        "gold-sft": {"chosen": "reference", "training": {"method": "sft"}},
     },
 }
 TURNS = [
@@ -102,7 +104,7 @@ def tables(folder: pathlib.Path, order: int = 1) -> dict[str, pathlib.Path]:
                     "prompt_id": p,
                     "language": c,
                     "messages": [*TURNS, {"role": "user", "content": f"{p} {c}"}],
-                    "reference": None,
+                    "reference": f"gold {p}" if (p, c) in (("p", "da"), ("q", "nl")) else None,
                     "source": "made",
                     "domain": None,
                 }
@@ -120,7 +122,7 @@ def run(folder: pathlib.Path, arm: str, inputs: dict[str, pathlib.Path]) -> pl.D
         recipe=recipe,
         arm=arm,
         folder=out,
-        settings={},
+        settings=pair_settings(recipe, arm),
         runtime=recipe.runtime,
         seed=0,
         inputs=inputs,
@@ -129,13 +131,22 @@ def run(folder: pathlib.Path, arm: str, inputs: dict[str, pathlib.Path]) -> pl.D
     )
     pair(work)
     store.merge_ledgers(out)
+    store.write_json(out / "facts.json", work.record_file["facts"])
     return store.read_table(out)
+
+
+def facts(folder: pathlib.Path, arm: str) -> dict:
+    return store.read_json(folder / "pair" / arm / "facts.json")
+
+
+def keys_and_texts(pairs: pl.DataFrame) -> list[tuple]:
+    return pairs.select("prompt_id", "language", "chosen", "rejected").rows()
 
 
 def test_monolingual_pairs_by_hand(tmp_path):
     pairs = run(tmp_path, "mono", tables(tmp_path))
     assert pairs.columns == PAIRS.schema.names
-    assert pairs.select("prompt_id", "language", "chosen", "rejected").rows() == [
+    assert keys_and_texts(pairs) == [
         ("p", "da", "p da 3", "p da 0"),
         ("p", "nl", "p nl 3", "p nl 0"),
         ("s", "da", "s 2", "s 0"),
@@ -143,7 +154,9 @@ def test_monolingual_pairs_by_hand(tmp_path):
     first = pairs.row(0, named=True)
     assert first["messages"] == [*TURNS, {"role": "user", "content": "p da"}]
     assert (first["chosen_ids"], first["rejected_ids"]) == ([3, 4], [0, 1])
+    assert (first["chosen_finish_reason"], first["rejected_finish_reason"]) == ("stop", "stop")
     assert (first["pool_size"], first["pool_mean"], first["pool_std"]) == (4, 1.5, pytest.approx(1.25**0.5))
+    assert (first["pool_min"], first["calibration"], first["chosen_calibrated"]) == (0.0, "none", 3.0)
     assert pairs.row(2, named=True)["pool_mean"] == 0.5  # the NaN entered neither mean nor size
     ledger_rows = store.read_dropped(tmp_path / "pair" / "mono")
     assert ledger_rows.filter(pl.col("unit") == "pool").select("prompt_id", "language", "reason").rows() == [
@@ -152,33 +165,78 @@ def test_monolingual_pairs_by_hand(tmp_path):
         ("r", "da", NONE_BELOW),
     ]
     assert ledger_rows.filter(pl.col("unit") == "completion").height == 5
-    facts = store.read_json(tmp_path / "pair" / "mono" / "part-00000.done")
-    assert facts["read"] == {"pool": 6}
+    marker = store.read_json(tmp_path / "pair" / "mono" / "part-00000.done")
+    assert marker["read"] == {"completion": 19, "pool": 6}
+    assert marker["written"] == {"completion": 14, "pool": 3, "pair": 3}
+    found = facts(tmp_path, "mono")
+    assert (found["completions"], found["candidates"], found["pools"], found["pairs"]) == (19, 14, 6, 3)
+    assert found["languages"]["nl"] == {"completions": 6, "candidates": 4, "chosen": 1, "rejected": 1}
 
 
 def test_pairs_across_languages_by_hand(tmp_path):
     inputs = tables(tmp_path)
     pairs = run(tmp_path, "cross", inputs)
+    assert keys_and_texts(pairs) == [("p", "nl", "p nl 3", "p da 0"), ("s", "da", "s 2", "s 0")]
     row = pairs.row(0, named=True)
-    assert (row["prompt_id"], row["language"], row["chosen"], row["rejected"]) == (
-        "p",
-        "nl",
-        "p nl 3",
-        "p da 0",
-    )
     assert (row["chosen_language"], row["rejected_language"], row["pool_size"]) == ("nl", "da", 8)
     assert row["messages"][-1]["content"] == "p nl"
     dropped = store.read_dropped(tmp_path / "pair" / "cross").filter(pl.col("unit") == "pool")
-    assert dropped.select("prompt_id", "language").rows() == [("q", "all"), ("r", "da")]
-    contrast = Contrast("all", "max", "min", prompt="rejected")
-    scored = choose(read_scored(inputs["sample"], inputs["score"], ["da", "nl"]), contrast)
-    table = with_texts(
-        picks(scored, contrast, 0, 4),
-        inputs["sample"],
-        inputs["prompts"],
-        locate(inputs["prompts"], ("prompt_id", "language")),
+    assert dropped.select("prompt_id", "language").rows() == [("q", "all"), ("r", "all")]
+    assert run(tmp_path, "rejected", inputs).row(0, named=True)["messages"][-1]["content"] == "p da"
+    each = run(tmp_path, "each", inputs)
+    assert each.select("prompt_id", "language", "chosen").rows() == [
+        ("p", "da", "p nl 3"), ("p", "nl", "p nl 3"), ("s", "da", "s 2"),
+    ]  # fmt: skip
+    assert [m[-1]["content"] for m in each["messages"]] == ["p da", "p nl", "s da"]
+
+
+def test_groups_several_pairs_and_calibration(tmp_path):
+    inputs = tables(tmp_path)
+    assert run(tmp_path, "group", inputs).equals(
+        run(tmp_path, "mono", inputs).with_columns(arm=pl.lit("group"))
     )
-    assert table.row(0, named=True)["messages"][-1]["content"] == "p da"
+    two = run(tmp_path, "two", inputs)
+    assert two.select("prompt_id", "pair_id", "chosen", "rejected").rows()[:2] == [
+        ("p", 0, "p nl 3", "p da 0"), ("p", 1, "p nl 2", "p da 1"),
+    ]  # fmt: skip
+    # in Dutch all scores are ten higher: raw scores choose Dutch, centred ones see two equal halves
+    calibrated = run(tmp_path, "calibrated", inputs).row(0, named=True)
+    assert (calibrated["calibration"], calibrated["chosen_language"]) == ("centred", "da")
+    assert (calibrated["chosen_score"], calibrated["chosen_calibrated"]) == (3.0, 1.5)
+
+
+def test_data_for_sft(tmp_path):
+    inputs = tables(tmp_path)
+    best = run(tmp_path, "best", inputs)
+    # with one candidate or equal scores there is nothing to reject, and still something to learn
+    assert keys_and_texts(best) == [
+        ("p", "da", "p da 3", None), ("p", "nl", "p nl 3", None), ("q", "da", "y", None), ("r", "da", "r 0", None),
+        ("s", "da", "s 2", None),
+    ]  # fmt: skip
+    gold = run(tmp_path, "gold-sft", {"prompts": inputs["prompts"]})
+    assert keys_and_texts(gold) == [("p", "da", "gold p", None), ("q", "nl", "gold q", None)]
+    assert gold["chosen_sample_id"].to_list() == [-1, -1]
+    assert store.read_dropped(tmp_path / "pair" / "gold-sft").height == 4
+    assert facts(tmp_path, "gold-sft") == {"pools": 6, "pairs": 2}
+
+
+def test_gold_completions_as_the_chosen(tmp_path):
+    inputs = tables(tmp_path)
+    scores = [score("p", "da", -1, 2.5), score("q", "nl", -1, 7.0)]
+    write(tmp_path / "gold", SCORES, [scores])
+    pairs = run(tmp_path, "gold", {**inputs, "score-references": tmp_path / "gold"})
+    # strictly below 2.5, so not the best completion; the gold completion is no member of its pool
+    assert keys_and_texts(pairs) == [("p", "da", "gold p", "p da 0")]
+    assert pairs.select("chosen_score", "chosen_sample_id", "pool_size", "pool_mean").row(0) == (
+        2.5,
+        -1,
+        4,
+        1.5,
+    )
+    reasons = (
+        store.read_dropped(tmp_path / "pair" / "gold").filter(pl.col("unit") == "pool")["reason"].to_list()
+    )
+    assert reasons == [NO_REFERENCE, NO_REFERENCE, NO_CANDIDATE, NO_REFERENCE, NO_REFERENCE]
 
 
 def test_a_random_prompt_language_is_one_of_the_two_and_the_same_every_time(tmp_path):
@@ -189,17 +247,23 @@ def test_a_random_prompt_language_is_one_of_the_two_and_the_same_every_time(tmp_
     assert (once["language"].is_in(["da", "nl"])).all()
 
 
-def test_the_order_of_the_input_does_not_matter(tmp_path):
-    for arm in ("mono", "cross"):
-        forward = run(tmp_path / "forward", arm, tables(tmp_path / "forward"))
-        backward = run(tmp_path / "backward", arm, tables(tmp_path / "backward", order=-1))
-        assert forward.equals(backward)
+@pytest.mark.parametrize("arm", ["mono", "cross", "two", "each", "calibrated", "group", "best"])
+@pytest.mark.parametrize("block_rows", [4, 16384])
+def test_neither_order_nor_layout_of_the_input_matters(tmp_path, monkeypatch, arm, block_rows):
+    forward = run(tmp_path / "forward", arm, tables(tmp_path / "forward"))
+    monkeypatch.setattr(stage, "BLOCK_ROWS", block_rows)
+    monkeypatch.setattr(stage, "POOLS_PER_SHARD", 2)
+    backward = run(tmp_path / "backward", arm, tables(tmp_path / "backward", order=-1))
+    assert forward.equals(backward)
+    ledgers = [store.read_dropped(tmp_path / side / "pair" / arm) for side in ("forward", "backward")]
+    assert ledgers[0].sort(pl.all()).equals(ledgers[1].sort(pl.all()))
+    assert facts(tmp_path / "forward", arm) == facts(tmp_path / "backward", arm)
 
 
 def test_a_language_that_is_not_tuned_takes_no_part(tmp_path):
     inputs = tables(tmp_path)
-    rows = choose(read_scored(inputs["sample"], inputs["score"], ["da"]), Contrast("all", "max", "min")).rows
-    assert rows["language"].unique().to_list() == ["da"]
+    scored, _ = read_scored(inputs["sample"], inputs["score"], ["da"], Contrast("all"))
+    assert {scored.keys.languages[code] for code in scored.keys.language} == {"da"}
 
 
 def test_a_completion_without_score_is_named_unless_the_ledger_explains_it(tmp_path):
@@ -207,14 +271,14 @@ def test_a_completion_without_score_is_named_unless_the_ledger_explains_it(tmp_p
     scores = store.read_table(inputs["score"]).filter(
         ~((pl.col("prompt_id") == "p") & (pl.col("sample_id") == 3))
     )
-    write(
-        tmp_path / "fewer",
-        SCORES,
-        [scores.to_dicts()],
-        [("completion", "p", "da", 3, "longer than the reward model's limit")],
-    )
+    reason = "longer than the reward model's limit"
+    left_out = [("completion", "p", "da", 3, reason), ("completion", "p", "nl", 3, reason)]
+    write(tmp_path / "fewer", SCORES, [scores.to_dicts()], left_out[:1])
     with pytest.raises(UserError, match="no score for prompt_id 'p', language 'nl', sample_id 3"):
-        read_scored(inputs["sample"], tmp_path / "fewer", ["da", "nl"])
+        read_scored(inputs["sample"], tmp_path / "fewer", ["da", "nl"], Contrast())
+    write(tmp_path / "explained", SCORES, [scores.to_dicts()], left_out)
+    pairs = run(tmp_path, "mono", {**inputs, "score": tmp_path / "explained"})
+    assert pairs["chosen"].to_list() == ["p da 2", "p nl 2", "s 2"]
 
 
 def test_a_score_without_completion_and_a_key_twice_are_named(tmp_path):
@@ -222,10 +286,10 @@ def test_a_score_without_completion_and_a_key_twice_are_named(tmp_path):
     rows = store.read_table(inputs["score"]).to_dicts()
     write(tmp_path / "more", SCORES, [[*rows, score("zz", "da", 0, 1.0)]])
     with pytest.raises(UserError, match="scores prompt_id 'zz'"):
-        read_scored(inputs["sample"], tmp_path / "more", ["da", "nl"])
+        read_scored(inputs["sample"], tmp_path / "more", ["da", "nl"], Contrast())
     write(tmp_path / "twice", SCORES, [[*rows, rows[2]]])
-    with pytest.raises(UserError, match="prompt_id 'p', language 'da', sample_id 2 more than once"):
-        read_scored(inputs["sample"], tmp_path / "twice", ["da", "nl"])
+    with pytest.raises(UserError, match="prompt_id 'p', language 'da', sample_id 2 occurs more than once"):
+        read_scored(inputs["sample"], tmp_path / "twice", ["da", "nl"], Contrast())
 
 
 def test_a_prompt_that_is_not_there_and_a_broken_shard_are_named(tmp_path):
@@ -240,22 +304,26 @@ def test_a_prompt_that_is_not_there_and_a_broken_shard_are_named(tmp_path):
         run(tmp_path / "again", "mono", inputs)
 
 
-def test_the_ledger_and_the_pairs_account_for_every_pool(tmp_path):
-    inputs = tables(tmp_path)
-    paired = choose(
-        read_scored(inputs["sample"], inputs["score"], ["da", "nl"]), Contrast("language", "max", "mean-2std")
-    )
-    for first, last in ((0, 3), (3, 6), (0, 6)):
-        pools = ledger_of(paired, first, last).to_pylist()
-        num_dropped = sum(row["unit"] == "pool" for row in pools)
-        assert (
-            picks(paired, Contrast("language", "max", "min"), first, last).height + num_dropped
-            == last - first
-        )
-
-
-def test_small_pools_are_reported(tmp_path, capsys):
+def test_small_pools_and_shortcuts_are_said(tmp_path, capsys):
     run(tmp_path, "mono", tables(tmp_path))
-    assert 'pair/mono: "mean-2std" picked another completion than the minimum in 0%' in " ".join(
-        capsys.readouterr().err.split()
-    )
+    said = " ".join(capsys.readouterr().err.split())
+    assert 'with 4 completions a pool "mean-2std" is expected to pick another than the minimum in 0%' in said
+    found = facts(tmp_path, "mono")
+    assert (found["share_other_than_minimum"], found["shortcuts"]["language"]) == (0.0, 0.5)
+
+
+def test_shortcuts_are_the_share_of_right_guesses():
+    rng = np.random.default_rng(0)
+    num = 400
+    table = pl.DataFrame({
+        "prompt_id": [f"p{i}" for i in range(num)], "chosen_characters": rng.integers(50, 100, num),
+        "rejected_characters": rng.integers(50, 100, num), "chosen_language": ["nl"] * num,
+        "rejected_language": ["da"] * (num // 2) + ["nl"] * (num // 2),
+        "chosen_finish_reason": ["stop"] * num, "rejected_finish_reason": ["stop", "length"] * (num // 2),
+    })  # fmt: skip
+    found = account.shortcuts(table)
+    assert found["language"] == 0.75  # half of the pairs are told by it, the other half a toss
+    assert found["finish reason"] == 0.75
+    assert found["length"] == pytest.approx(0.5, abs=0.06)
+    longer = table.with_columns(chosen_characters=pl.lit(30))
+    assert account.shortcuts(longer)["length"] == 1.0  # shorter is a shortcut too

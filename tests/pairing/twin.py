@@ -1,34 +1,87 @@
-"""The slow, obvious twin of selection: one pool at a time, plain Python, exact sums.
+"""The slow, obvious twin of the contrast: one pool at a time, plain Python, exact sums, texts compared as texts.
 
-Nearness is compared with a tolerance of 1e-9 of the scores' size, because the fast path adds in another
-order.
+Nearness is compared with a tolerance of 1e-9 of the scores' size, because the fast path adds in another order: the twin
+gives all rows that may be the rejected one.
 """
 
+from __future__ import annotations
+
 import math
+from dataclasses import dataclass
 from fractions import Fraction
 
-Row = tuple[str, str, int, float]  # prompt_id, language, sample_id, score
+
+@dataclass(frozen=True)
+class Row:
+    prompt_id: str
+    language: str
+    sample_id: int
+    score: float
+    completion: str = ""
+    finish_reason: str = "stop"
 
 
-def pools_of(rows: list[Row], pool: str) -> dict[tuple, list[Row]]:
+def candidates(rows: list[Row]) -> tuple[list[Row], dict[tuple, str]]:
+    """The rows that may be picked, and why the others may not."""
+    kept: list[Row] = []
+    dropped: dict[tuple, str] = {}
+    seen: dict[tuple, tuple[set[str], set[str]]] = {}
+    for row in sorted(rows, key=lambda row: (row.prompt_id, row.language, row.sample_id)):
+        texts, normals = seen.setdefault((row.prompt_id, row.language), (set(), set()))
+        reason = None
+        if not math.isfinite(row.score):
+            reason = "score is not finite"
+        elif row.completion.strip() == "":
+            reason = "completion is empty"
+        elif row.finish_reason == "length":
+            reason = "cut at the token limit"
+        elif row.completion in texts:
+            reason = "duplicate of an earlier completion"
+        else:
+            texts.add(row.completion)
+            if normal(row.completion) in normals:
+                reason = "near duplicate of an earlier completion"
+            normals.add(normal(row.completion))
+        if reason:
+            dropped[row.prompt_id, row.language, row.sample_id] = reason
+        else:
+            kept.append(row)
+    return kept, dropped
+
+
+def normal(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
+def pools_of(rows: list[Row], pool: str | dict[str, list[str]]) -> dict[tuple, list[Row]]:
     pools: dict[tuple, list[Row]] = {}
-    for row in sorted(rows, key=lambda row: (row[0].encode(), row[1].encode(), row[2])):
-        key = (row[0],) if pool == "all" else (row[0], row[1])
-        pools.setdefault(key, []).append(row)
-    return pools
+    for row in rows:
+        group = row.language
+        if pool == "all":
+            group = "all"
+        elif isinstance(pool, dict):
+            group = next((name for name, codes in pool.items() if row.language in codes), row.language)
+        pools.setdefault((row.prompt_id, group), []).append(row)
+    # of equally near rows the first by sample_id wins, then by language
+    return {
+        key: sorted(members, key=lambda row: (row.sample_id, row.language)) for key, members in pools.items()
+    }
 
 
-def target(members: list[Row], rule: str) -> float:
-    scores = [Fraction(row[3]) for row in members]
+def target(members: list[Row], rule: str, chosen_score: float = 0.0) -> float:
+    scores = [Fraction(row.score) for row in members]
     mean = sum(scores) / len(scores)
     std = math.sqrt(sum((score - mean) ** 2 for score in scores) / len(scores))
     if rule == "max":
         return float(max(scores))
     if rule == "min":
         return float(min(scores))
+    if rule.startswith("gap:"):
+        return chosen_score - float(rule[4:])
     if rule.startswith("mean"):
-        return float(mean) - float(rule[5:].removesuffix("std") or 0) * std
-    position = Fraction(1, 4) * (len(scores) - 1)  # q1, between two order statistics
+        return float(mean) + float(rule[4:].replace("*", "").removesuffix("std") or 0) * std
+    share = Fraction(1, 4) if rule == "q1" else Fraction(rule.removeprefix("quantile:"))
+    position = share * (len(scores) - 1)  # between two order statistics
     ordered = sorted(scores)
     below = math.floor(position)
     above = min(below + 1, len(scores) - 1)
@@ -36,23 +89,16 @@ def target(members: list[Row], rule: str) -> float:
 
 
 def pick(members: list[Row], aim: float) -> list[Row]:
-    """The nearest members, all that tie within the tolerance, in key order; empty when there are no
-    members.
-    """
+    """The nearest members, all that tie within the tolerance, in their order."""
     if not members:
         return []
-    slack = 1e-9 * max(1.0, *(abs(row[3]) for row in members))
-    nearest = min(abs(row[3] - aim) for row in members)
-    return [row for row in members if abs(row[3] - aim) <= nearest + slack]
+    slack = 1e-9 * max(1.0, abs(aim), *(abs(row.score) for row in members))
+    nearest = min(abs(row.score - aim) for row in members)
+    return [row for row in members if abs(row.score - aim) <= nearest + slack]
 
 
-def pairs(rows: list[Row], pool: str, rejected: str) -> dict[tuple, tuple[Row, list[Row]]]:
-    """For every pool with a pair, the chosen row and the rows that may be the rejected one."""
-    found = {}
-    for key, members in pools_of(rows, pool).items():
-        best = max(row[3] for row in members)
-        chosen = next(row for row in members if row[3] == best)
-        below = [row for row in members if row[3] < best]
-        if below:
-            found[key] = (chosen, pick(below, target(members, rejected)))
-    return found
+def pair(members: list[Row], chosen: str, rejected: str) -> tuple[list[Row], list[Row]]:
+    """The rows that may be chosen, and those that may be rejected if the first of them is; empty without a pair."""
+    first = pick(members, target(members, chosen))
+    below = [row for row in members if row.score < first[0].score]
+    return first, pick(below, target(members, rejected, first[0].score))

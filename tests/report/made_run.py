@@ -12,8 +12,7 @@ import pyarrow as pa
 
 from croco import store
 from croco.evaluation.results import language_groups, summarise
-from croco.pairing.pools import build_pools
-from croco.pairing.select import parse_rule, select
+from croco.pairing.library import pairs
 from croco.records import COMPLETIONS, PAIRS, PROMPTS, RESULTS, SCORES, Table, ledger
 
 TUNED, LOW, HELD = ["en", "da", "nl", "de", "fr", "it", "es"], ["gl", "cy", "mt", "ga"], ["nb", "sv", "pt"]
@@ -95,33 +94,21 @@ def make_run(
 
 def _pairs(folder: Path, arm: str, pool: str, samples: list, scores: np.ndarray) -> None:
     table = pl.DataFrame(samples, schema=["prompt_id", "language", "sample_id"], orient="row")
-    pools = build_pools(table.with_columns(score=pl.Series(scores, dtype=pl.Float32)), pool)
-    selection = select(pools, parse_rule("max"), parse_rule("mean-2std"))
-    rows = []
-    for number, (chosen, rejected) in enumerate(zip(selection.chosen, selection.rejected, strict=True)):
-        prompt, language, sample, score = pools.rows.row(int(chosen))
-        _, other, other_sample, other_score = pools.rows.row(int(rejected))
-        rows.append(
-            {
-                "arm": arm,
-                "prompt_id": prompt,
-                "language": language,
-                "messages": [{"role": "user", "content": f"{language}: what is {prompt} & <b>why</b>?"}],
-                "chosen": NASTY if number == 0 else f"Chosen completion of {prompt} in {language}.",
-                "rejected": f"Rejected completion in {other}.",
-                "chosen_ids": None,
-                "rejected_ids": None,
-                "chosen_score": score,
-                "rejected_score": other_score,
-                "chosen_language": language,
-                "rejected_language": other,
-                "chosen_sample_id": sample,
-                "rejected_sample_id": other_sample,
-                "pool_size": int(pools.sizes[number]),
-                "pool_mean": float(pools.mean[number]),
-                "pool_std": float(pools.std[number]),
-            }
-        )
+    found, _ = pairs(table.with_columns(score=pl.Series(scores, dtype=pl.Float32)), pool=pool)
+    rows = [
+        row
+        | {
+            "arm": arm,
+            "messages": [
+                {"role": "user", "content": f"{row['language']}: what is {row['prompt_id']} & <b>why</b>?"}
+            ],
+            "chosen": f"Chosen completion of {row['prompt_id']} in {row['language']}." if number else NASTY,
+            "rejected": f"Rejected completion in {row['rejected_language']}.",
+            "chosen_finish_reason": "stop",
+            "rejected_finish_reason": "stop",
+        }
+        for number, row in enumerate(found.iter_rows(named=True))
+    ]
     drops = [
         ("completion", "sum.1", "da", 3, "cut at the token limit"),
         ("completion", "sum.1", "nl", 3, "cut at the token limit"),
@@ -132,7 +119,7 @@ def _pairs(folder: Path, arm: str, pool: str, samples: list, scores: np.ndarray)
         "candidates": len(samples),
         "pools": len(rows),
         "pairs": len(rows),
-        "median_pool_size": int(np.median(pools.sizes)),
+        "median_pool_size": int(found["pool_size"].median()),
         "share_other_than_minimum": 0.04,
     }
     write(folder / "pair" / arm, PAIRS, rows, dropped=ledger(drops), facts=facts)

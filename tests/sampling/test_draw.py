@@ -95,3 +95,15 @@ def test_temperature_zero_is_argmax_whatever_the_seed():
     greedy = Decoding(temperature=0.0, top_p=0.5, top_k=3, max_new_tokens=1)
     drawn = draw(logits, torch.arange(50), torch.arange(50), greedy)
     assert drawn.tolist() == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize(
+    "decoding", [FULL, Decoding(0.0, 1.0, 0, 1), Decoding(0.7, 0.9, 5, 1), Decoding(1, 0.9, 0, 1)]
+)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_logits_that_are_no_numbers_are_marked_and_the_other_rows_are_drawn(decoding, bad):
+    logits = torch.randn(4, 130)
+    clean = draw(logits, torch.arange(4), torch.arange(4), decoding)
+    logits[1, 70] = bad
+    logits[3] = float("-inf")
+    assert draw(logits, torch.arange(4), torch.arange(4), decoding).tolist() == [clean[0], -1, clean[2], -1]

@@ -5,8 +5,10 @@ import torch
 
 from croco.engines.base import Decoding, Request
 from croco.engines.hf import HFSampler
+from croco.errors import UserError
 from croco.sampling import plain, shared_prefix
 from croco.sampling.architecture import disagreement, unsupported
+from croco.sampling.stops import Stops
 from tiny import make_policy, make_tokenizer
 
 ARCHITECTURES = ["llama", "cohere2", "qwen3"]
@@ -32,7 +34,8 @@ def requests(count: int = 9, rows: int = 7, longest: int = 40) -> list[Request]:
 
 def one_by_one(made: HFSampler, asked: list[Request], decoding: Decoding) -> dict:
     with torch.inference_mode():
-        found = plain.sample(made.model, made.end_tokens, decoding, asked, made.max_context, 100)
+        stops = Stops(made.tokenizer, decoding.stop) if decoding.stop else None
+        found = plain.sample(made.model, made.end_tokens, decoding, asked, made.max_context, 100, stops)
         return {asked[index].key: samples for index, samples in found}
 
 
@@ -155,3 +158,49 @@ def spoilt(forward):
         return forward(*args, **kwargs)
 
     return through_a_window
+
+
+@pytest.mark.parametrize("arch", ["llama", "cohere2"])
+def test_a_stop_string_ends_a_completion_whatever_the_batch(arch):
+    made, asked = sampler(arch), requests()
+
+    def decode(ids):
+        return made.tokenizer.decode(ids, skip_special_tokens=True)
+
+    free = dict(made.sample(asked, DECODINGS[0]))
+    text = {key: [decode(s.ids) for s in samples] for key, samples in free.items()}
+    decoding = Decoding(
+        1.0, 1.0, 0, 24, (text[0][1][2:5], "e")
+    )  # what a completion really says, and a letter
+    found = dict(made.sample(asked, decoding))
+    assert found == one_by_one(made, asked, decoding)
+    for budget in (60, 5000):
+        assert dict(sampler(arch, budget).sample(asked, decoding)) == found
+    changed = 0
+    for key, samples in found.items():
+        for sample, whole, before in zip(samples, free[key], text[key], strict=True):
+            here = decode(sample.ids)
+            assert sample.ids == whole.ids[: len(sample.ids)]
+            assert not any(string in here for string in decoding.stop)
+            if any(string in before for string in decoding.stop):
+                first = min(before.find(string) for string in decoding.stop if string in before)
+                assert before[:first].startswith(here)
+                assert sample.finish_reason == "stop"
+                # the next token reaches into the string, and the string is whole with the last one drawn
+                assert len(decode(whole.ids[: len(sample.ids) + 1])) > first
+                drawn = [decode(whole.ids[:n]) for n in (sample.num_tokens - 1, sample.num_tokens)]
+                assert [any(string in t for string in decoding.stop) for t in drawn] == [False, True]
+                changed += 1
+            else:
+                assert sample == whole
+    assert 0 < changed < 63
+
+
+@pytest.mark.parametrize("rope", ["default", "dynamic"])  # sampled with shared prefixes, and plainly
+def test_weights_that_are_nan_stop_at_the_first_token(rope):
+    model = make_policy("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[3, 3] = float("nan")
+    model.config.rope_parameters = {"rope_type": rope, "factor": 2.0, "rope_theta": 10000.0}
+    with pytest.raises(UserError, match="logits that are not finite numbers, expected whole weights"):
+        list(HFSampler(model, make_tokenizer()).sample(requests(count=2), DECODINGS[0]))

@@ -39,7 +39,9 @@ def one_by_one(model, asked):
 @pytest.mark.parametrize("declared", [True, False])
 def test_equals_one_by_one(arch, token_budget, declared):
     model, asked = make_reward(arch, layers=3), requests(prompt_in_completions=not declared)
-    found = torch.tensor(HFScorer(model, make_tokenizer(), token_budget).score(asked))
+    scorer = HFScorer(model, make_tokenizer(), token_budget)
+    assert scorer.facts["scorer"] == "shared-prefix"
+    found = torch.tensor(scorer.score(asked))
     expected = one_by_one(model, asked)
     assert expected.std() > 0.05
     assert (found - expected).abs().max() < 1e-5
@@ -94,13 +96,24 @@ def test_the_score_is_read_where_transformers_reads_it_when_padding_ends_a_conve
 
 def test_out_of_memory_halves_the_budget(monkeypatch):
     model, asked = make_reward("qwen3"), requests()
-    scorer, logits = HFScorer(model, make_tokenizer(), 1000), classifier.logits
+    scorer, attend = HFScorer(model, make_tokenizer(), 1000), prefix_forward._behind
 
-    def short_of_memory(model, asked, budget):
-        if budget > 300:
+    def short_of_memory(network, ids_BT, *rest):
+        if ids_BT.numel() > 300:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return logits(model, asked, budget)
+        return attend(network, ids_BT, *rest)
 
-    monkeypatch.setattr(classifier, "logits", short_of_memory)
+    monkeypatch.setattr(prefix_forward, "_behind", short_of_memory)
     assert (torch.tensor(scorer.score(asked)) - one_by_one(model, asked)).abs().max() < 1e-5
     assert scorer.token_budget == 250
+
+
+def test_a_classifier_that_is_not_what_it_seems_is_scored_one_by_one(caplog):
+    model = make_reward("qwen3", spread=0.3)
+    model.score.register_forward_hook(
+        lambda head, args, logits: logits + args[0].shape[1] * 0.1
+    )  # of whole rows
+    scorer = HFScorer(model, make_tokenizer())
+    assert "differs from a plain forward's" in str(scorer.facts["reason"])
+    assert "conversation by conversation" in caplog.text
+    assert (torch.tensor(scorer.score(requests())) - one_by_one(model, requests())).abs().max() < 1e-6

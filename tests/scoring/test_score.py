@@ -8,7 +8,8 @@ import torch
 
 from conftest import TinyModels, write_recipe
 from croco import pipeline, store
-from croco.engines.hf import HFScorer, load_policy, load_reward
+from croco.engines.hf import HFScorer
+from croco.engines.loading import load_policy, load_reward
 from croco.errors import UserError
 from croco.recipe import load
 from croco.sampling.chat import conversation_ids, prompt_ids

@@ -318,7 +318,15 @@ def test_the_stage_accounts_for_every_pair(tmp_path):
         **{name: pl.lit(0) for name in ("chosen_sample_id", "rejected_sample_id", "pool_size")},
         **{name: pl.lit(0.0) for name in ("chosen_score", "rejected_score", "pool_mean", "pool_std")},
         **{name: pl.col("language") for name in ("chosen_language", "rejected_language")},
+        **{name: pl.lit("stop") for name in ("chosen_finish_reason", "rejected_finish_reason")},
         arm=pl.lit("mono"),
+        pair_id=pl.lit(0),
+        calibration=pl.lit("none"),
+        flags=pl.lit([], pl.List(pl.String)),
+        **{
+            name: pl.lit(None, pl.Float32)
+            for name in ("chosen_calibrated", "rejected_calibrated", "pool_min")
+        },
     )
     table = pairs.select(TABLES["pairs"].schema.names).to_arrow()
     count = {"pair": 12}

@@ -15,7 +15,8 @@ pytest.importorskip("vllm", reason="vLLM has an environment of its own: make tes
 
 from conftest import TinyModels
 from croco.engines.base import Decoding, Request, ScoreRequest
-from croco.engines.hf import HFSampler, HFScorer, load_policy, load_reward
+from croco.engines.hf import HFSampler, HFScorer
+from croco.engines.loading import load_policy, load_reward
 from croco.engines.vllm import VLLMSampler, open_policy, open_reward
 from croco.errors import UserError
 from croco.recipe import Policy, Reward, Vllm

@@ -10,7 +10,8 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-vllm")
 
 from croco.engines.base import Decoding, Request
-from croco.engines.hf import HFSampler, load_policy
+from croco.engines.hf import HFSampler
+from croco.engines.loading import load_policy
 from vllm_server import Server
 
 

@@ -18,7 +18,8 @@ pytest.importorskip("vllm", reason="vLLM has an environment of its own: make tes
 from conftest import TinyModels, write_prompts, write_recipe
 from croco import pipeline, store
 from croco.engines.base import Decoding, Request
-from croco.engines.hf import HFSampler, load_policy, load_reward
+from croco.engines.hf import HFSampler
+from croco.engines.loading import load_policy, load_reward
 from croco.recipe import load
 from croco.sampling.chat import conversation_ids, prompt_ids
 from with_vllm.wide import engines_of, log_tail, overrides

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from croco.errors import UserError
 
 if TYPE_CHECKING:
-    from croco.engines.base import Sampler, Scorer
-    from croco.recipe import Recipe
+    from croco.engines.base import Judge, Sampler, Scorer
+    from croco.recipe import Causal, Recipe, Runtime
 
 
 def check(recipe: Recipe) -> None:
@@ -39,27 +39,50 @@ def release() -> None:
 def open_sampler(
     role: str, recipe: Recipe, seed: int, replica: int = 0, adapter: Path | None = None
 ) -> tuple[Sampler, Any]:
-    """The policy (with an adapter, if given) on the engine of a role ("sample", "evaluate"), and its tokenizer.
+    """The model of a role on its engine, and its tokenizer: the translation model for "translate", else the policy
+    (with an adapter, if given).
 
     `seed` and `replica` make the engine's own seed where completions have none of their own.
     """
-    policy, runtime = recipe.policy, recipe.runtime
+    policy = recipe.translate if role == "translate" and recipe.translate else recipe.policy
+    return _sampler(role, policy, recipe.runtime, seed, replica, adapter)
+
+
+def _sampler(
+    role: str, causal: Causal, runtime: Runtime, seed: int, replica: int, adapter: Path | None = None
+) -> tuple[Sampler, Any]:
+    """A causal model on a role's engine, and its tokenizer: None where the sampler takes messages."""
+    template = Path(causal.chat_template) if causal.chat_template else None
     if getattr(runtime.engines, role) == "vllm":
         from croco.engines.vllm import open_policy
 
-        return open_policy(policy, runtime.vllm, seed, replica, adapter)
-    from croco.engines.hf import HFSampler, load_policy
+        return open_policy(causal, runtime.vllm, seed, replica, adapter)
+    if getattr(runtime.engines, role) == "server":
+        from croco.engines import server
+
+        return server.sampler(getattr(runtime.servers, role), role, causal, template, adapter)
+    from croco.engines.hf import HFSampler
+    from croco.engines.loading import load_policy
 
     model, tokenizer = load_policy(
-        policy.model,
-        policy.revision,
-        policy.dtype,
+        causal.model,
+        causal.revision,
+        causal.dtype,
         runtime.device,
         adapter=adapter,
-        chat_template=Path(policy.chat_template) if policy.chat_template else None,
-        trust_remote_code=policy.trust_remote_code,
+        chat_template=template,
+        trust_remote_code=causal.trust_remote_code,
     )
-    return HFSampler(model, tokenizer, runtime.token_budget, name=policy.model), tokenizer
+    return HFSampler(model, tokenizer, runtime.token_budget, name=causal.model), tokenizer
+
+
+def open_judge(recipe: Recipe, seed: int = 0, replica: int = 0) -> Judge:
+    """The judge on the engine of the role "judge"; raises UserError for a recipe without [judge]."""
+    if recipe.judge is None:
+        raise UserError("the recipe has no [judge], expected one with a model")
+    from croco.engines.judge import SamplerJudge
+
+    return SamplerJudge(*_sampler("judge", recipe.judge, recipe.runtime, seed, replica))
 
 
 def open_scorer(recipe: Recipe, replica: int = 0) -> tuple[Scorer, Any]:
@@ -69,7 +92,12 @@ def open_scorer(recipe: Recipe, replica: int = 0) -> tuple[Scorer, Any]:
         from croco.engines.vllm import open_reward
 
         return open_reward(reward, runtime.vllm)
-    from croco.engines.hf import HFScorer, load_reward
+    if runtime.engines.score == "server":
+        from croco.engines import server_scorer
+
+        return server_scorer.scorer(runtime.servers.score, reward)
+    from croco.engines.hf import HFScorer
+    from croco.engines.loading import load_reward
 
     model, tokenizer = load_reward(
         reward.model, reward.revision, reward.dtype, runtime.device, reward.trust_remote_code

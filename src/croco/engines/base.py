@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-Message = dict[str, str]
+Message = dict[str, Any]  # role and content: text, or the parts a chat template takes
 
 
 @dataclass(frozen=True)
@@ -28,21 +28,23 @@ class Request:
     """One prompt in tokens and one continuation wanted per seed (each in [0, 2**63)).
 
     `messages` are the same prompt before the chat template, for engines that apply it themselves (a server's chat API);
-    they then get no ids.
+    they then get no ids. `name` is what an error calls the prompt.
     """
 
     key: int
     prompt_ids: list[int]
     seeds: list[int]
     messages: tuple[Message, ...] = ()
+    name: str = ""
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """One completion: its ids without the end token, why it ended ("stop" or "length"), and the seed it came from: its
-    own, or the engine's where completions have none.
+    """One completion: its ids without end token or stop string, why it ended ("stop" or "length"), and the seed it came
+    from: its own, or the engine's where completions have none.
 
-    An engine that answers in text gives `text`, the number of tokens it counted, and no ids.
+    `num_tokens` were drawn, where that is not the ids and an end token (a stop string takes several). An engine that
+    answers in text gives `text`, the numbers of tokens it counted, and no ids.
     """
 
     ids: list[int]
@@ -50,6 +52,12 @@ class Sampled:
     seed: int
     text: str | None = None
     num_tokens: int | None = None
+    num_prompt_tokens: int | None = None
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens it took, the end token counted."""
+        return len(self.ids) + (self.finish_reason == "stop") if self.num_tokens is None else self.num_tokens
 
 
 @dataclass(frozen=True)
@@ -66,10 +74,13 @@ class Sampler(Protocol):
 
     name: str
     max_context: int  # tokens of prompt and completion together
-    facts: dict[str, Any]  # for `stage.json`: engine, device, own seed
+    facts: dict[str, Any]  # for `stage.json`: engine, device, own seed; a server's counts grow as it is used
 
-    def sample(self, requests: Sequence[Request], decoding: Decoding) -> Iterator[tuple[int, list[Sampled]]]:
-        """Yield (key, completions in the order of the seeds) once per request, as requests finish.
+    def sample(
+        self, requests: Sequence[Request], decoding: Decoding
+    ) -> Iterator[tuple[int, Sequence[Sampled | str]]]:
+        """Yield (key, completions in the order of the seeds) once per request, as requests finish; in place of a
+        completion that there cannot be, the reason why.
 
         A completion ends with "length" at `max_new_tokens` or at the end of the context. Raises UserError on a prompt
         that leaves no room for a single token: the caller keeps those out, by `max_context`, and counts them.

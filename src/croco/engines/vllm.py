@@ -30,7 +30,7 @@ os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # Polars and tor
 
 import torch
 import vllm
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from vllm.inputs import tokens_input
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
@@ -38,12 +38,13 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from croco.engines import orphan
 from croco.engines.base import Decoding, Request, Sampled, ScoreRequest
-from croco.engines.hf import load_tokenizer, pick_device, pick_dtype, resolve_model
+from croco.engines.config import load_config, read_part
+from croco.engines.loading import load_tokenizer, pick_device, pick_dtype, resolve_model
 from croco.errors import UserError
-from croco.recipe import Model, Policy, Reward, Vllm
+from croco.recipe import Causal, Model, Reward, Vllm
 from croco.sampling.chat import end_ids
 from croco.sampling.seeds import digest
-from croco.sampling.stop import before_stop
+from croco.sampling.stops import Stops, finished
 
 CPU_CACHE_GIB = "4"  # of keys and values, where there is no GPU and VLLM_CPU_KVCACHE_SPACE does not say
 ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM reserves room for one of these
@@ -54,7 +55,7 @@ Prompt = tuple[str, list[int], vllm.SamplingParams]  # with the name that its ou
 
 
 def open_policy(
-    policy: Policy, settings: Vllm, seed: int, replica: int = 0, adapter: Path | None = None
+    policy: Causal, settings: Vllm, seed: int, replica: int = 0, adapter: Path | None = None
 ) -> tuple["VLLMSampler", Any]:
     """A causal model in an engine of its own, with an adapter if one is given, and its tokenizer.
 
@@ -84,7 +85,7 @@ def open_reward(reward: Reward, settings: Vllm) -> tuple["VLLMScorer", Any]:
     that vLLM refuses or that has another number of logits.
     """
     tokenizer = load_tokenizer(reward.model, reward.revision, None, reward.trust_remote_code)
-    config = _config(reward)
+    config = load_config(reward, "reward")
     if config.num_labels != 1:
         raise UserError(f"reward model {reward.model!r}: found {config.num_labels} logits, expected one")
     context = min(reward.max_tokens, config.get_text_config().max_position_embeddings)
@@ -92,22 +93,17 @@ def open_reward(reward: Reward, settings: Vllm) -> tuple["VLLMScorer", Any]:
     return VLLMScorer(engine, reward.model), tokenizer
 
 
-def _config(model: Model) -> Any:
-    return AutoConfig.from_pretrained(
-        resolve_model(model.model), revision=model.revision, trust_remote_code=model.trust_remote_code
-    )
-
-
-def _room_for(adapter: Path, policy: Policy) -> dict[str, Any]:
+def _room_for(adapter: Path, policy: Causal) -> dict[str, Any]:
     """What an engine must reserve for an adapter, once it is known to fit: vLLM takes one of another base's shapes."""
     from croco.training.lora import load_adapter
 
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that weights copied to nowhere are not there
-        model = AutoModelForCausalLM.from_config(_config(policy), trust_remote_code=policy.trust_remote_code)
+        config = load_config(policy, "policy")
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=policy.trust_remote_code)
         load_adapter(model, adapter)
-    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    rank = max([config["r"], *config.get("rank_pattern", {}).values()])
+    found = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    rank = max([found["r"], *found.get("rank_pattern", {}).values()])
     room = next((room for room in ADAPTER_RANKS if room >= rank), None)
     if room is None:
         raise UserError(f"the adapter in {adapter} has rank {rank}, vLLM takes at most {ADAPTER_RANKS[-1]}")
@@ -253,7 +249,7 @@ class VLLMSampler(_Engine):
         if reason == "length":
             return Sampled(ids, reason, seed)
         if isinstance(output.stop_reason, str):
-            return Sampled(before_stop(self.tokenizer, ids, decoding.stop), reason, seed, num_tokens=len(ids))
+            return finished(ids, reason, seed, Stops(self.tokenizer, decoding.stop))
         return Sampled(ids[:-1], reason, seed)
 
     def _put_on(self, adapter: Path) -> None:
@@ -285,7 +281,7 @@ class VLLMScorer(_Engine):
         """Raw logits in the order of the requests and their completions."""
         config = self.engine.model_config.hf_config.get_text_config()
         prompts = [
-            {"prompt_token_ids": _read_part(request.prompt_ids + completion, config.pad_token_id)}
+            {"prompt_token_ids": read_part(request.prompt_ids + completion, config.pad_token_id)}
             for request in requests
             for completion in request.completions
         ]
@@ -299,9 +295,3 @@ class VLLMScorer(_Engine):
             raise UserError(f"{self.name}: {DIED}") from error
         scores = iter([output.outputs.probs[0] for output in outputs])
         return [[next(scores) for _ in request.completions] for request in requests]
-
-
-def _read_part(ids: list[int], pad: int | None) -> list[int]:
-    """The ids up to the last that is no padding, where transformers reads a score: vLLM reads it at the last of all."""
-    end = next((at for at in range(len(ids), 1, -1) if ids[at - 1] != pad), 1)
-    return ids[:end]

@@ -9,28 +9,34 @@ counts as good is `lab`'s or the reward model's business, statistics are `result
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import polars as pl
+import pyarrow as pa
 import pyarrow.parquet as pq
 
-from croco.engines import open_sampler, open_scorer, release
-from croco.engines.base import Decoding
+from croco.engines import open_sampler, open_scorer
+from croco.engines.base import Decoding, Scorer
 from croco.evaluation.fidelity import language_mode
 from croco.evaluation.results import BASE, language_groups, on_common_prompts, summarise
-from croco.records import COMPLETIONS, RESULTS, ledger
+from croco.executor import Advance, Finished, compute
+from croco.recipe import Recipe
+from croco.records import RESULTS, ledger
 from croco.sampling.sample import sample_shards
 from croco.sampling.seeds import digest
 from croco.stage import Work
-from croco.store import read_table, write_parquet
+from croco.store import read_table
 
 TOO_LONG = "prompt leaves no room for a completion"
 PROMPT = ("prompt_id", "language")
 REWARD_BENCHMARK = "reward"
+# of each completion: its benchmark, its mode, and its value or the reason why there is none
+Judgement = tuple[Sequence[str], Sequence[str], Sequence[float | str]]
 
 
 @dataclass(frozen=True)
@@ -45,16 +51,32 @@ class Batch:
 
 def evaluate(work: Work) -> None:
     """Write the verdicts of `work.arm`: every test prompt, at every temperature, answered and judged."""
-    recipe, prompts = work.recipe, read_table(work.inputs["eval-prompts"])
+    recipe, prompts = work.recipe.model_copy(update={"runtime": work.runtime}), work.inputs["eval-prompts"]
     temperatures = sorted(work.settings["temperatures"])
-    batches = plan_batches(prompts, temperatures, recipe.evaluation.samples, work.runtime.shard_prompts)
-    todo = set(work.todo(len(batches)))
-    drafts = {b.index: work.scratch() / f"draft-{b.index:05d}.parquet" for b in batches if b.index in todo}
-    missing = [batch for batch in batches if batch.index in todo and not drafts[batch.index].exists()]
-    if missing:
-        _draw(work, missing, drafts)
-    judge = _judge_lab if recipe.evaluation.source == "lab" else _judge_by_reward
-    judge(work, [batch for batch in batches if batch.index in todo], drafts)
+    batches = partial(read_batches, prompts, temperatures, recipe)
+    sizes = [batch.prompts.height * batch.samples for batch in batches()]
+    adapter = None if work.arm == BASE else work.inputs["train"] / "adapter"
+    draft = partial(draft_path, work.scratch())
+    compute(
+        work,
+        partial(DrawWorker, recipe, batches, adapter, work.engine_seed),
+        sizes,
+        "completion",
+        drafts=draft,
+    )
+    lab = recipe.evaluation.source == "lab"
+    judge = partial(JudgeWorker, recipe, str(work.arm), batches, draft)
+    compute(work, judge, sizes, "completion", role="score", under="judge", here=lab)
+
+
+def draft_path(folder: Path, index: int) -> Path:
+    return folder / f"draft-{index:05d}.parquet"
+
+
+def read_batches(prompts: Path, temperatures: Sequence[float], recipe: Recipe) -> list[Batch]:
+    """The shards of an arm's evaluation, in the order of their numbers."""
+    samples, size = recipe.evaluation.samples, recipe.runtime.shard_prompts
+    return plan_batches(read_table(prompts), temperatures, samples, size)
 
 
 def plan_batches(
@@ -79,97 +101,112 @@ def evaluation_seed(run_seed: int) -> int:
     return digest("evaluation", run_seed)
 
 
-def _draw(work: Work, batches: Sequence[Batch], drafts: Mapping[int, Path]) -> None:
-    """Answer the batches and keep each as a draft in the stage's scratch folder, whole or not at all."""
-    adapter = None if work.arm == BASE else work.inputs["train"] / "adapter"
-    sampler, tokenizer = open_sampler("evaluate", work.recipe, work.engine_seed, adapter=adapter)
-    tokens, start = 0, time.monotonic()
-    with work.progress(sum(batch.prompts.height for batch in batches), "prompt") as progress:
-        for temperature in sorted({batch.temperature for batch in batches}):
-            same = [batch for batch in batches if batch.temperature == temperature]
-            for index, table, _ in sample_shards(
-                sampler,
-                tokenizer,
+class DrawWorker:
+    """Answers the prompts of shards: drafts, which are not judged yet."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        batches: Callable[[], list[Batch]],
+        adapter: Path | None,
+        engine_seed: int,
+        replica: int,
+    ) -> None:
+        self.recipe, self.batches = recipe, batches()
+        self.sampler, self.tokenizer = open_sampler("evaluate", recipe, engine_seed, replica, adapter)
+        self.facts = self.sampler.facts
+
+    def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[Finished]:
+        """Temperature by temperature, the shards of each in one stream."""
+        evaluation, asked = self.recipe.evaluation, [self.batches[index] for index in indices]
+        for temperature in sorted({batch.temperature for batch in asked}):
+            same = [batch for batch in asked if batch.temperature == temperature]
+            for index, table, dropped in sample_shards(
+                self.sampler,
+                self.tokenizer,
                 {batch.index: batch.prompts.to_dicts() for batch in same},
-                Decoding(
-                    temperature, top_p=1.0, top_k=0, max_new_tokens=work.recipe.evaluation.max_new_tokens
-                ),
+                Decoding(temperature, top_p=1.0, top_k=0, max_new_tokens=evaluation.max_new_tokens),
                 num_completions=same[0].samples,
-                run_seed=evaluation_seed(work.seed),
-                instructions=work.recipe.policy.instruction,
-                on_prompt=progress.advance,
+                run_seed=evaluation_seed(self.recipe.run.seed),
+                instructions=self.recipe.policy.instruction,
+                on_prompt=partial(advance, same[0].samples),
             ):
-                write_parquet(drafts[index], table, COMPLETIONS.schema)
-                tokens += sum(table.column("completion_tokens").to_pylist())
-    seconds = time.monotonic() - start
-    work.record(**sampler.facts, tokens=tokens, tokens_per_second=round(tokens / max(seconds, 1e-9), 1))
-    release()
+                tokens = sum(table["completion_tokens"].to_pylist())
+                yield Finished(index, table, dropped, {}, {"tokens": tokens})
 
 
-def _judge_lab(work: Work, batches: Sequence[Batch], drafts: Mapping[int, Path]) -> None:
+class JudgeWorker:
+    """Judges drafts: by the lab's program, or by the reward model.
+
+    A verdict of the reward model has its score as the value, and as the mode whether the language is the prompt's.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        arm: str,
+        batches: Callable[[], list[Batch]],
+        draft: Callable[[int], Path],
+        replica: int,
+    ) -> None:
+        self.recipe, self.arm, self.batches, self.draft = recipe, arm, batches(), draft
+        self.facts: dict[str, Any] = {}
+        self.judge = _judge_lab
+        if recipe.evaluation.source != "lab":
+            scorer, tokenizer = open_scorer(recipe, replica)
+            self.facts = scorer.facts
+            self.judge = partial(_judge_by_reward, recipe, scorer, tokenizer)
+
+    def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[Finished]:
+        """Shard by shard, each as it was drawn."""
+        for index in indices:
+            batch = self.batches[index]
+            answered = pl.DataFrame(pl.from_arrow(pq.ParquetFile(self.draft(index)).read()))
+            table, dropped = tabulate(self.arm, batch, answered, *self.judge(batch, answered))
+            size = batch.prompts.height * batch.samples
+            advance(size)
+            yield Finished(index, table, dropped, {"completion": size}, {"completions": answered.height})
+
+
+def _judge_lab(batch: Batch, answered: pl.DataFrame) -> Judgement:
     """Verdicts by the lab's program."""
     from croco.evaluation import lab
 
-    for batch in batches:
-        answered = _read(drafts[batch.index])
-        modes, values = lab.judge(
-            *(answered[name].to_list() for name in ("prompt_id", "language", "completion"))
-        )
-        domains = {row[0]: row[1] for row in batch.prompts.select("prompt_id", "domain").iter_rows()}
-        benchmarks = [lab.benchmark(domains[prompt_id]) for prompt_id in answered["prompt_id"]]
-        _write(work, batch, answered, benchmarks, modes, values)
+    modes, values = lab.judge(*(answered[name].to_list() for name in ("prompt_id", "language", "completion")))
+    domains = {row[0]: row[1] for row in batch.prompts.select("prompt_id", "domain").iter_rows()}
+    return [lab.benchmark(domains[prompt_id]) for prompt_id in answered["prompt_id"]], modes, values
 
 
-def _judge_by_reward(work: Work, batches: Sequence[Batch], drafts: Mapping[int, Path]) -> None:
-    """Verdicts of the reward model: the value is its score, the mode whether the language is the prompt's."""
-    if not batches:
-        return
+def _judge_by_reward(
+    recipe: Recipe, scorer: Scorer, tokenizer: Any, batch: Batch, answered: pl.DataFrame
+) -> Judgement:
+    """Verdicts of the reward model; a reason in place of a score where there is none."""
     from croco.scoring.score import score_conversations
 
-    scorer, tokenizer = open_scorer(work.recipe)
-    with work.progress(len(batches), "shard") as progress:
-        for batch in batches:
-            answered = _read(drafts[batch.index])
-            modes = [
-                language_mode(completion, language, work.recipe.run.evaluated)
-                for completion, language in answered.select("completion", "language").iter_rows()
-            ]
-            messages = {
-                tuple(row[:2]): row[2] for row in batch.prompts.select(*PROMPT, "messages").iter_rows()
-            }
-            groups = [
-                (messages[prompt_id, language], rows.to_dicts())
-                for (prompt_id, language), rows in answered.group_by(PROMPT, maintain_order=True)
-            ]
-            scored = score_conversations(scorer, tokenizer, groups, work.recipe.reward.max_tokens)
-            _write(
-                work,
-                batch,
-                answered,
-                [REWARD_BENCHMARK] * answered.height,
-                modes,
-                list(chain.from_iterable(scored)),
-            )
-            progress.advance()
+    modes = [
+        language_mode(completion, language, recipe.run.evaluated)
+        for completion, language in answered.select("completion", "language").iter_rows()
+    ]
+    messages = {tuple(row[:2]): row[2] for row in batch.prompts.select(*PROMPT, "messages").iter_rows()}
+    groups = [
+        (messages[prompt_id, language], rows.to_dicts())
+        for (prompt_id, language), rows in answered.group_by(PROMPT, maintain_order=True)
+    ]
+    scored = score_conversations(scorer, tokenizer, groups, recipe.reward.max_tokens)
+    return [REWARD_BENCHMARK] * answered.height, modes, list(chain.from_iterable(scored))
 
 
-def _read(draft: Path) -> pl.DataFrame:
-    return pl.DataFrame(pl.from_arrow(pq.ParquetFile(draft).read()))
-
-
-def _write(
-    work: Work,
+def tabulate(
+    arm: str,
     batch: Batch,
     answered: pl.DataFrame,
     benchmarks: Sequence[str],
     modes: Sequence[str],
     values: Sequence[float | str],
-) -> None:
-    """One finished shard of verdicts; a reason in place of a value, and a prompt without completions, go to
-    the ledger.
-    """
+) -> tuple[pa.Table, pa.Table]:
+    """One shard of verdicts and its ledger: a reason in place of a value, and a prompt without completions."""
     table = answered.select(*PROMPT, "sample_id", "completion", "finish_reason").with_columns(
-        arm=pl.lit(work.arm, pl.String),
+        arm=pl.lit(arm, pl.String),
         temperature=pl.lit(batch.temperature, pl.Float64),
         benchmark=pl.Series(benchmarks, dtype=pl.String),
         mode=pl.Series(modes, dtype=pl.String),
@@ -185,9 +222,7 @@ def _write(
         for prompt_id, language in silent.select(*PROMPT).iter_rows()
         for sample in range(batch.samples)
     ]
-    kept = table.filter(pl.col("value").is_not_null())
-    read = {"completion": batch.prompts.height * batch.samples}
-    work.write(batch.index, kept.to_arrow(), read=read, dropped=ledger(drops))
+    return table.filter(pl.col("value").is_not_null()).to_arrow(), ledger(drops)
 
 
 def results(work: Work) -> None:

@@ -14,7 +14,8 @@ import torch
 from rich.console import Console
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from croco.engines.hf import HFSampler, load_policy
+from croco.engines.hf import HFSampler
+from croco.engines.loading import load_policy
 from croco.errors import UserError
 from croco.lab import reward, world
 from croco.lab.gates import measure

@@ -11,7 +11,8 @@ import numpy as np
 from rich.table import Table
 
 from croco.engines.base import Decoding, Request, Sampled, ScoreRequest
-from croco.engines.hf import HFSampler, HFScorer, load_policy, load_reward
+from croco.engines.hf import HFSampler, HFScorer
+from croco.engines.loading import load_policy, load_reward
 from croco.evaluation.stats import bootstrap_mean
 from croco.lab import world
 from croco.lab.items import LANGUAGES

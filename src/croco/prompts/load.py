@@ -34,13 +34,13 @@ class Loaded:
 
 
 def prompts(work: Work) -> None:
-    """The prompts to tune on, in the tuned languages."""
-    _stage(work, work.recipe.prompts, "prompts", work.recipe.run.languages)
+    """The prompts to tune on, in the tuned languages or the one they are translated from."""
+    _stage(work, work.recipe.prompts, "prompts", work.recipe.prompts_languages)
 
 
 def eval_prompts(work: Work) -> None:
-    """The prompts to evaluate on, in all languages."""
-    _stage(work, work.recipe.evaluation, "evaluation", work.recipe.run.evaluated)
+    """The prompts to evaluate on, in all languages or the one they are translated from."""
+    _stage(work, work.recipe.evaluation, "evaluation", work.recipe.evaluation_languages)
 
 
 def _stage(work: Work, section: Prompts | Evaluation, key: str, languages: Sequence[str]) -> None:
@@ -113,12 +113,18 @@ def _rows(source: str, split: str, key: str) -> Iterator[tuple[str, Any]]:
     path = Path(source).expanduser()
     if not path.is_file():
         raise UserError(f"{key}.source = '{source}': no such file")
-    if path.suffix == ".jsonl":
-        yield from _jsonl_rows(path)
-    elif path.suffix == ".parquet":
-        yield from _parquet_rows(path)
-    else:
+    if path.suffix not in (".jsonl", ".parquet"):
         raise UserError(f"{key}.source = '{source}', expected 'lab', a .jsonl or .parquet file, or 'hf:NAME'")
+    yield from file_rows(path)
+
+
+def file_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """(where, row) of each row of a JSON lines or Parquet file; raises UserError naming what cannot be read."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    if path.suffix not in (".jsonl", ".parquet"):
+        raise UserError(f"{path}: expected a .jsonl or .parquet file")
+    yield from _jsonl_rows(path) if path.suffix == ".jsonl" else _parquet_rows(path)
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -204,7 +210,7 @@ def _checked(
 def _identity(where: str, row: Any, id_column: str, language_column: str, key: str) -> tuple[str, str]:
     """The key of a row. Never its text, never its number: both shift when a row is edited or lost."""
     if not isinstance(row, Mapping):
-        raise UserError(f"{where}: expected an object with messages, found {_kind(row)}")
+        raise UserError(f"{where}: expected an object with messages, found {kind(row)}")
     found = []
     for column, option in ((id_column, "id_column"), (language_column, "language_column")):
         if column not in row:
@@ -214,7 +220,7 @@ def _identity(where: str, row: Any, id_column: str, language_column: str, key: s
             )
         value = row[column]
         if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
-            raise UserError(f"{where}: {column} is {_kind(value)}, expected text or a whole number")
+            raise UserError(f"{where}: {column} is {kind(value)}, expected text or a whole number")
         found.append(str(value))
     return found[0], found[1]
 
@@ -223,12 +229,12 @@ def _messages(where: str, row: Mapping[str, Any]) -> tuple[list[dict[str, str]],
     """The conversation, and why it cannot be carried (or None)."""
     messages = row.get("messages")
     if not isinstance(messages, list) or not messages:
-        raise UserError(f"{where}: messages is {_kind(messages)}, expected a list of {{role, content}}")
+        raise UserError(f"{where}: messages is {kind(messages)}, expected a list of {{role, content}}")
     kept = []
     for number, message in enumerate(messages, start=1):
         here = f"{where}, message {number}"
         if not isinstance(message, Mapping):
-            raise UserError(f"{here}: expected {{role, content}}, found {_kind(message)}")
+            raise UserError(f"{here}: expected {{role, content}}, found {kind(message)}")
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
             raise UserError(f"{here}: role is {role!r}, expected one of {', '.join(ROLES)}")
@@ -240,7 +246,7 @@ def _messages(where: str, row: Mapping[str, Any]) -> tuple[list[dict[str, str]],
         if extra:
             return [], f"a message has {', '.join(extra)}, which a prompt cannot carry"
         if not isinstance(content, str):
-            raise UserError(f"{here}: content is {_kind(content)}, expected text")
+            raise UserError(f"{here}: content is {kind(content)}, expected text")
         kept.append({"role": role, "content": content})
     last = kept[-1]
     if last["role"] not in ("user", "tool"):
@@ -253,11 +259,11 @@ def _messages(where: str, row: Mapping[str, Any]) -> tuple[list[dict[str, str]],
 def _optional_text(where: str, row: Mapping[str, Any], column: str) -> str | None:
     value = row.get(column)
     if value is not None and not isinstance(value, str):
-        raise UserError(f"{where}: {column} is {_kind(value)}, expected text or nothing")
+        raise UserError(f"{where}: {column} is {kind(value)}, expected text or nothing")
     return value
 
 
-def _kind(value: Any) -> str:
+def kind(value: Any) -> str:
     """What a value is, in a person's words."""
     if value is None:
         return "missing"

@@ -222,14 +222,15 @@ def score_ridges(
     parts = {
         language: (
             scores.filter(pl.col("language") == language)["score"].to_numpy(),
-            pairs.filter(pl.col("chosen_language") == language)["chosen_score"].to_numpy(),
-            pairs.filter(pl.col("rejected_language") == language)["rejected_score"].to_numpy(),
+            pairs.filter(pl.col("chosen_language") == language)["chosen_score"].drop_nulls().to_numpy(),
+            pairs.filter(pl.col("rejected_language") == language)["rejected_score"].drop_nulls().to_numpy(),
         )
         for language in languages
     }
     ends = [scores["score"].quantile(q) or 0.0 for q in (0.001, 0.999)]
     if pairs.height:
-        ends += [pairs["rejected_score"].quantile(0.01) or 0.0, pairs["chosen_score"].quantile(0.99) or 0.0]
+        sides = (("rejected_score", 0.01), ("chosen_score", 0.99))
+        ends += [end for name, q in sides if (end := pairs[name].quantile(q)) is not None]
     air = 0.06 * ((max(ends) - min(ends)) or 1.0)
     edges = np.linspace(min(ends) - air, max(ends) + air, 61)
     centres = (edges[1:] + edges[:-1]) / 2

@@ -81,7 +81,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _steps(folder: Path, recipe: Recipe, stages: Mapping[str, Mapping[str, Any]]) -> list[Step]:
-    shared = [name for name in ("prompts", "sample", "score") if name in stages]
+    shared = [name for name in ("prompts", "translate", "sample", "score") if name in stages]
     own = [
         f"{stage}/{arm}"
         for arm in recipe.arms
@@ -94,12 +94,15 @@ def _steps(folder: Path, recipe: Recipe, stages: Mapping[str, Mapping[str, Any]]
         counts, facts = stages[title]["counts"], stages[title].get("facts", {})
         kept = [(int(count), unit) for unit, count in counts.get("written", {}).items() if unit != "pool"]
         if stage == "pair":
-            kept = [(facts["candidates"], "candidate"), (facts["pools"], "pool"), (facts["pairs"], "pair")]
+            kept = [
+                (facts[f"{unit}s"], unit) for unit in ("candidate", "pool", "pair") if f"{unit}s" in facts
+            ]
         dropped = []
         if (folder / title / "dropped.parquet").is_file():
-            ledger = (
-                store.read_dropped(folder / title).group_by("unit", "reason").len().sort("unit", "reason")
-            )
+            # a reason's details, after its colon, are for the ledger
+            kind = pl.col("reason").str.split(": ").list.first()
+            dropped_rows = store.read_dropped(folder / title).with_columns(kind)
+            ledger = dropped_rows.group_by("unit", "reason").len().sort("unit", "reason")
             dropped = [(unit, reason, int(count)) for unit, reason, count in ledger.iter_rows()]
         steps.append(Step(stage, arm, kept, dropped))
     return steps
@@ -123,11 +126,11 @@ def browser_pairs(run: Run, max_bytes: int = MAX_PAIR_BYTES) -> dict[str, Any]:
     At most `MAX_PAIRS` pairs and about `max_bytes` of JSON; when there are more, a spread by digest of arm
     and key.
     """
-    key, details = ("prompt_id", "language"), _DETAILS
+    key, details = ("prompt_id", "language", "pair_id"), _DETAILS
     ranked = []
     for arm in run.recipe.arms:
         rows = locate(run.folder / "pair" / arm, key)
-        ranked += [(digest("browser", arm, *row[:2]), arm, *row) for row in rows.iter_rows()]
+        ranked += [(digest("browser", arm, *row[:3]), arm, *row) for row in rows.iter_rows()]
     total, ranked = len(ranked), sorted(ranked)[:MAX_PAIRS]
     prompts: dict[tuple[str, str], int] = {}
     payload: dict[str, Any] = {
@@ -164,6 +167,7 @@ def browser_pairs(run: Run, max_bytes: int = MAX_PAIR_BYTES) -> dict[str, Any]:
 
 
 _DETAILS = (
-    "chosen", "rejected", "chosen_score", "rejected_score", "chosen_language", "rejected_language",
-    "chosen_sample_id", "rejected_sample_id", "pool_size", "pool_mean", "pool_std",
+    "chosen", "rejected", "chosen_score", "rejected_score", "chosen_calibrated", "rejected_calibrated",
+    "chosen_language", "rejected_language",
+    "chosen_sample_id", "rejected_sample_id", "pool_size", "pool_mean", "pool_std", "flags",
 )  # fmt: skip

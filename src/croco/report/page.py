@@ -123,7 +123,10 @@ def _facts(run: Run, board: Board) -> list[tuple[str, str]]:
             "evaluated only",
             " ".join((*recipe.run.low_resource_languages, *recipe.run.held_out_languages)) or "none",
         ),
-        ("prompts to tune on", f"{_written(run, 'prompts', 'prompt'):,}"),
+        (
+            "prompts to tune on",
+            f"{_written(run, 'translate' if recipe.translate else 'prompts', 'prompt'):,}",
+        ),
         (
             "completions",
             f"{_written(run, 'sample', 'completion'):,} ({recipe.sampling.completions} a prompt)",
@@ -247,13 +250,17 @@ def _modes(run: Run, board: Board) -> dict[str, Any]:
 def _data(run: Run) -> dict[str, Any]:
     ridges, notes = [], []
     for place, (name, arm) in enumerate(run.recipe.arms.items()):
+        if (arm.chosen, arm.rejected) == ("reference", "none"):
+            continue  # nothing was scored
         svg = figures.score_ridges(
             scores_of(run, name), pair_scores(run, name), run.recipe.run.languages, f"ridge{place}", name
         )
         ridges.append(Panel(Markup(svg), f"{name}: {arm.scorer} score"))
         facts = run.stages[f"pair/{name}"]["facts"]
-        share = f"{100 * facts['share_other_than_minimum']:.0f}\u00a0%"
-        notes.append((name, facts["median_pool_size"], share))
+        if "share_other_than_minimum" in facts:  # an arm for SFT rejects nothing
+            share = f"{100 * facts['share_other_than_minimum']:.0f}\u00a0%"
+            guesses = ", ".join(f"{guess} {auc:.2f}" for guess, auc in facts.get("shortcuts", {}).items())
+            notes.append((name, facts["median_pool_size"], share, guesses))
     legend = [
         (figures.variable(figures.MUTED), "area", "all completions"),
         (figures.variable(figures.CHOSEN), "line", "chosen"),

@@ -13,6 +13,7 @@ from typing import Any
 
 from jinja2.exceptions import TemplateError
 
+from croco.engines.base import Request
 from croco.errors import UserError
 
 Messages = Sequence[Mapping[str, str]]
@@ -38,6 +39,20 @@ def prompt_ids(tokenizer: Any, messages: Messages, instruction: str | None = Non
     text = _render(tokenizer, with_instruction(messages, instruction), add_generation_prompt=True)
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
+
+
+def request(
+    tokenizer: Any,
+    key: int,
+    messages: Messages,
+    seeds: list[int],
+    instruction: str | None = None,
+    name: str = "",
+) -> Request:
+    """What a sampler is asked: the prompt in tokens, or in messages where the sampler has no tokenizer here."""
+    if tokenizer is None:
+        return Request(key, [], seeds, tuple(with_instruction(messages, instruction)), name)
+    return Request(key, prompt_ids(tokenizer, messages, instruction), seeds, (), name)
 
 
 def conversation_ids(tokenizer: Any, messages: Messages, completion: str) -> list[int]:

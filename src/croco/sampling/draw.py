@@ -9,10 +9,14 @@ Leaves out repetition penalties, min-p and beams.
 Shapes: R rows, V vocabulary, K tokens left after truncation.
 """
 
+from typing import Any
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from croco.engines.base import Decoding
+from croco.errors import UserError
 
 # splitmix64 (Steele, Lea, Flood 2014); its unsigned constants written as the int64 of the same bits.
 _GAMMA = 0x9E3779B97F4A7C15 - 2**64
@@ -33,9 +37,13 @@ def uniforms(seeds_R: torch.Tensor, steps_R: torch.Tensor) -> torch.Tensor:
 def draw(
     logits_RV: torch.Tensor, seeds_R: torch.Tensor, steps_R: torch.Tensor, decoding: Decoding
 ) -> torch.Tensor:
-    """One token id per row, int64 (R,): argmax at temperature 0, else inverse CDF after temperature, top-k, top-p."""
+    """One token id per row, int64 (R,): argmax at temperature 0, else inverse CDF after temperature, top-k, top-p.
+
+    A row with a NaN, an infinity or no possible token gets −1, on which `tokens_drawn` raises.
+    """
     if decoding.temperature == 0:
-        return logits_RV.argmax(-1)
+        top_R, token_R = logits_RV.max(-1)
+        return torch.where(top_R.isfinite(), token_R, -1)
     scaled_RV = logits_RV.float()
     if decoding.temperature != 1:
         scaled_RV = scaled_RV / decoding.temperature
@@ -43,6 +51,17 @@ def draw(
     if decoding.top_k == 0 and decoding.top_p >= 1:
         return _invert(scaled_RV, u_R)
     return _invert_truncated(scaled_RV, u_R, decoding)
+
+
+def tokens_drawn(model: Any, token_R: torch.Tensor) -> np.ndarray:
+    """The drawn tokens on the host; raises UserError when the model gave no probabilities to draw one from."""
+    tokens: np.ndarray = token_R.cpu().numpy()
+    if (tokens < 0).any():
+        raise UserError(
+            f"model {model.name_or_path!r}: found logits that are not finite numbers, expected whole weights and a "
+            f"type that holds its activations (it computes in {str(model.dtype).removeprefix('torch.')})"
+        )
+    return tokens
 
 
 def _invert(scaled_RV: torch.Tensor, u_R: torch.Tensor) -> torch.Tensor:
@@ -56,7 +75,9 @@ def _invert(scaled_RV: torch.Tensor, u_R: torch.Tensor) -> torch.Tensor:
     mass_RBK = padded_RV.sub_(scaled_RV.amax(-1, keepdim=True)).exp_().view(len(u_R), -1, _BLOCK)
     cdf_RB = mass_RBK.sum(-1).to(torch.float64).cumsum(-1)
     target_R1 = (u_R * cdf_RB[:, -1]).unsqueeze(1)
-    block_R1 = torch.searchsorted(cdf_RB, target_R1, right=True)
+    block_R1 = torch.searchsorted(cdf_RB, target_R1, right=True).clamp_max(
+        cdf_RB.shape[1] - 1
+    )  # of NaN: the end
     upper_R1 = cdf_RB.gather(1, block_R1)
     lower_R1 = torch.where(block_R1 > 0, cdf_RB.gather(1, (block_R1 - 1).clamp_min(0)), 0.0)
     fraction_R1 = ((target_R1 - lower_R1) / (upper_R1 - lower_R1)).clamp(0.0, 1.0 - 2.0**-52)
@@ -64,7 +85,7 @@ def _invert(scaled_RV: torch.Tensor, u_R: torch.Tensor) -> torch.Tensor:
         mass_RBK[torch.arange(len(u_R), device=u_R.device), block_R1[:, 0]].to(torch.float64).cumsum(-1)
     )
     token_R1 = torch.searchsorted(inside_RK, fraction_R1 * inside_RK[:, -1:], right=True)
-    return (block_R1 * _BLOCK + token_R1)[:, 0]
+    return torch.where(cdf_RB[:, -1].isfinite(), (block_R1 * _BLOCK + token_R1)[:, 0], -1)
 
 
 def _invert_truncated(scaled_RV: torch.Tensor, u_R: torch.Tensor, decoding: Decoding) -> torch.Tensor:
@@ -77,7 +98,8 @@ def _invert_truncated(scaled_RV: torch.Tensor, u_R: torch.Tensor, decoding: Deco
     keep_RK[:, 0] = True
     cdf_RK = torch.where(keep_RK, mass_RK, 0.0).cumsum(-1)
     place_R1 = torch.searchsorted(cdf_RK, (u_R * cdf_RK[:, -1]).unsqueeze(1), right=True)
-    return ids_RK.gather(1, place_R1)[:, 0]
+    token_R = ids_RK.gather(1, place_R1.clamp_max(cdf_RK.shape[1] - 1))[:, 0]
+    return torch.where(cdf_RK[:, -1].isfinite(), token_R, -1)
 
 
 def _shift(z_R: torch.Tensor, bits: int) -> torch.Tensor:

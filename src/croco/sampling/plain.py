@@ -11,7 +11,8 @@ import torch
 from transformers import DynamicCache
 
 from croco.engines.base import Decoding, Request, Sampled
-from croco.sampling.draw import draw
+from croco.sampling.draw import draw, tokens_drawn
+from croco.sampling.stops import LOOK_EVERY, Stops, finished
 
 
 def sample(
@@ -21,19 +22,26 @@ def sample(
     requests: Sequence[Request],
     max_context: int,
     rows: int,
+    stops: Stops | None = None,
 ) -> Iterator[tuple[int, list[Sampled]]]:
     """Yield (index of the request, its completions), at most `rows` continuations computed at once."""
     for index, request in enumerate(requests):
         samples: list[Sampled] = []
         for start in range(0, len(request.seeds), rows):
             samples += _continue(
-                model, end_tokens, decoding, request, request.seeds[start : start + rows], max_context
+                model, end_tokens, decoding, request, request.seeds[start : start + rows], max_context, stops
             )
         yield index, samples
 
 
 def _continue(
-    model: Any, end_tokens: set[int], decoding: Decoding, request: Request, seeds: list[int], max_context: int
+    model: Any,
+    end_tokens: set[int],
+    decoding: Decoding,
+    request: Request,
+    seeds: list[int],
+    max_context: int,
+    stops: Stops | None,
 ) -> list[Sampled]:
     device = model.device
     limit = min(decoding.max_new_tokens, max_context - len(request.prompt_ids))
@@ -45,12 +53,15 @@ def _continue(
     while len(columns) < limit and len(ended) < len(seeds):
         logits = model(input_ids=fed, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
         token_R = draw(logits, seeds_R, torch.full_like(seeds_R, len(columns)), decoding)
-        columns.append(token_R.tolist())
+        columns.append(tokens_drawn(model, token_R).tolist())
         ended |= {row for row, token in enumerate(columns[-1]) if token in end_tokens}
+        if stops is not None and len(columns) % LOOK_EVERY == 0:
+            running = [row for row in range(len(seeds)) if row not in ended]
+            ended |= {row for row in running if stops.near_end([column[row] for column in columns])}
         fed = token_R[:, None]
     samples = []
     for row, seed in enumerate(seeds):
         ids = [column[row] for column in columns]
-        stop = next((place for place, token in enumerate(ids) if token in end_tokens), None)
-        samples.append(Sampled(ids, "length", seed) if stop is None else Sampled(ids[:stop], "stop", seed))
+        end = next((place for place, token in enumerate(ids) if token in end_tokens), None)
+        samples.append(finished(ids[:end], "length" if end is None else "stop", seed, stops))
     return samples

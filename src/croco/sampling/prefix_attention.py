@@ -152,14 +152,15 @@ AttentionInterface.register(NAME, attend)
 
 
 @contextmanager
-def plugged_in(model: Any) -> Iterator[None]:
-    """Within it, the model's attention is `attend`. Transformers makes no mask for an attention it does not know."""
+def plugged_in(model: Any, name: str = NAME) -> Iterator[None]:
+    """Within it, the model's attention is the one registered under the name. Transformers makes no mask for an
+    attention it does not know."""
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
     before = [(config, config._attn_implementation) for config in configs]
     for config in configs:
-        config._attn_implementation = NAME
+        config._attn_implementation = name
     try:
         yield
     finally:
-        for config, name in before:
-            config._attn_implementation = name
+        for config, earlier in before:
+            config._attn_implementation = earlier

@@ -20,7 +20,7 @@ from croco.errors import UserError
 from croco.executor import Advance, Finished, compute
 from croco.recipe import Recipe
 from croco.records import COMPLETIONS, ledger
-from croco.sampling.chat import prompt_ids
+from croco.sampling.chat import request
 from croco.sampling.seeds import sample_seed
 from croco.stage import Work
 from croco.store import read_table
@@ -56,7 +56,9 @@ class SampleWorker:
             self.sampler,
             self.tokenizer,
             asked,
-            Decoding(sampling.temperature, sampling.top_p, sampling.top_k, sampling.max_new_tokens),
+            Decoding(
+                sampling.temperature, sampling.top_p, sampling.top_k, sampling.max_new_tokens, sampling.stop
+            ),
             num_completions=sampling.completions,
             run_seed=self.seed,
             instructions=self.recipe.policy.instruction,
@@ -82,19 +84,25 @@ def sample_shards(
     """Yield (shard, completions, ledger) as shards finish, rows in the order of the prompts and their samples.
 
     `shards` maps a shard's index to rows with prompt_id, language and messages; `instructions` a language to the
-    sentence appended to the last user turn. Raises UserError naming the prompt that the chat template refuses.
+    sentence appended to the last user turn; `tokenizer` is None where the sampler takes messages. Raises UserError
+    naming the prompt that the chat template refuses.
     """
     requests: list[Request] = []
     owner: list[tuple[int, int]] = []  # of a request: its shard and its place there
-    found: dict[int, dict[int, list[Sampled]]] = {index: {} for index in shards}
+    found: dict[int, dict[int, Sequence[Sampled | str]]] = {index: {} for index in shards}
     drops: dict[int, list[tuple[str, str, str, int | None, str]]] = {index: [] for index in shards}
     left = {index: len(rows) for index, rows in shards.items()}
+    prompt_tokens: dict[int, dict[int, int | None]] = {index: {} for index in shards}
     for index, rows in shards.items():
         for place, row in enumerate(rows):
-            ids = _prompt_ids(tokenizer, row, instructions)
-            if len(ids) >= sampler.max_context:
+            seeds = [
+                sample_seed(run_seed, row["prompt_id"], row["language"], i) for i in range(num_completions)
+            ]
+            asked = _request(tokenizer, len(requests), row, seeds, instructions)
+            tokens = len(asked.prompt_ids)
+            if tokens >= sampler.max_context:
                 reason = (
-                    f"the prompt has {len(ids)} tokens, the context of {sampler.name} {sampler.max_context}"
+                    f"the prompt has {tokens} tokens, the context of {sampler.name} {sampler.max_context}"
                 )
                 drops[index] += [
                     ("completion", row["prompt_id"], row["language"], i, reason)
@@ -103,35 +111,51 @@ def sample_shards(
                 left[index] -= 1
                 on_prompt()
                 continue
-            seeds = [
-                sample_seed(run_seed, row["prompt_id"], row["language"], i) for i in range(num_completions)
-            ]
-            requests.append(Request(len(requests), ids, seeds))
+            prompt_tokens[index][place] = tokens or None
+            requests.append(asked)
             owner.append((index, place))
     for index in [index for index, count in left.items() if count == 0]:
         yield index, COMPLETIONS.schema.empty_table(), ledger(drops[index])
     for key, samples in sampler.sample(requests, decoding):
         index, place = owner[key]
         found[index][place] = samples
+        row = shards[index][place]
+        drops[index] += [
+            ("completion", row["prompt_id"], row["language"], i, one)
+            for i, one in enumerate(samples)
+            if isinstance(one, str)
+        ]
         left[index] -= 1
         on_prompt()
         if left[index] == 0:
-            table = _table(tokenizer, shards[index], found.pop(index), sampler.name)
+            table = _table(tokenizer, shards[index], found.pop(index), prompt_tokens[index], sampler.name)
             yield index, table, ledger(drops[index])
 
 
-def _prompt_ids(tokenizer: Any, row: Prompt, instructions: Mapping[str, str]) -> list[int]:
+def _request(
+    tokenizer: Any, key: int, row: Prompt, seeds: list[int], instructions: Mapping[str, str]
+) -> Request:
+    name = f"prompt {row['prompt_id']!r} in {row['language']}"
     try:
-        return prompt_ids(tokenizer, row["messages"], instructions.get(row["language"]))
+        return request(tokenizer, key, row["messages"], seeds, instructions.get(row["language"]), name)
     except UserError as error:
-        raise UserError(f"prompt {row['prompt_id']!r} in {row['language']}: {error}") from error
+        raise UserError(f"{name}: {error}") from error
 
 
 def _table(
-    tokenizer: Any, rows: Sequence[Prompt], found: Mapping[int, list[Sampled]], policy: str
+    tokenizer: Any,
+    rows: Sequence[Prompt],
+    found: Mapping[int, Sequence[Sampled | str]],
+    prompt_tokens: Mapping[int, int | None],
+    policy: str,
 ) -> pa.Table:
     """The completions table of one shard."""
-    order = [(rows[place], i, one) for place in sorted(found) for i, one in enumerate(found[place])]
+    order = [
+        (place, i, one)
+        for place in sorted(found)
+        for i, one in enumerate(found[place])
+        if not isinstance(one, str)
+    ]
     drawn = [one for _, _, one in order]
     ids = [one.ids for one in drawn if one.text is None]
     decoded = iter(
@@ -140,15 +164,13 @@ def _table(
         else []
     )
     columns = {
-        "prompt_id": [row["prompt_id"] for row, _, _ in order],
-        "language": [row["language"] for row, _, _ in order],
+        "prompt_id": [rows[place]["prompt_id"] for place, _, _ in order],
+        "language": [rows[place]["language"] for place, _, _ in order],
         "sample_id": [i for _, i, _ in order],
         "completion": [next(decoded) if one.text is None else one.text for one in drawn],
         "completion_ids": [one.ids if one.text is None else None for one in drawn],
-        "completion_tokens": [
-            len(one.ids) + (one.finish_reason == "stop") if one.num_tokens is None else one.num_tokens
-            for one in drawn
-        ],
+        "completion_tokens": [one.completion_tokens for one in drawn],
+        "prompt_tokens": [prompt_tokens[place] for place, _, _ in order],
         "finish_reason": [one.finish_reason for one in drawn],
         "policy": [policy] * len(order),
         "seed": [one.seed for one in drawn],

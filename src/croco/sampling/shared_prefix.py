@@ -26,8 +26,9 @@ from transformers import DynamicCache
 
 from croco.engines.base import Decoding, Request, Sampled
 from croco.sampling.buckets import buckets
-from croco.sampling.draw import draw
+from croco.sampling.draw import draw, tokens_drawn
 from croco.sampling.prefix_attention import Layout, OwnKeys, plugged_in
+from croco.sampling.stops import LOOK_EVERY, Stops, finished
 
 _CHUNK = 16  # own-token columns are added in chunks
 
@@ -43,8 +44,9 @@ class Decoder:
         requests: Sequence[Request],
         max_context: int,
         token_budget: int,
+        stops: Stops | None = None,
     ) -> None:
-        self.model, self.ends, self.decoding = model, end_tokens, decoding
+        self.model, self.ends, self.decoding, self.stops = model, end_tokens, decoding, stops
         self.device = model.device
         self.waiting = deque(range(len(requests)))
         self.requests, self.max_context, self.token_budget = requests, max_context, token_budget
@@ -153,7 +155,7 @@ class Decoder:
             drawn = draw(
                 first_GV.index_select(0, part), seeds[here], torch.zeros_like(seeds[here]), self.decoding
             )
-            tokens += drawn.tolist()
+            tokens += tokens_drawn(self.model, drawn).tolist()
         row = 0
         for i in bucket:
             request = self.requests[i]
@@ -231,7 +233,7 @@ class Decoder:
         assert layout is not None
         layout.age_R = layout.age_R + 1
         self.tokens = draw(logits_RV, self.seeds_R, layout.age_R, self.decoding)
-        self._take(self.tokens.cpu().numpy())
+        self._take(tokens_drawn(self.model, self.tokens))
         return logits_RV
 
     def _forward(self) -> torch.Tensor:
@@ -261,8 +263,11 @@ class Decoder:
         rows = np.arange(len(tokens))
         self.written[rows, np.minimum(self.count, self.decoding.max_new_tokens - 1)] = tokens
         self.count += 1
-        full = active & ~stopped & (self.count >= self.limit)
-        for slot in np.flatnonzero(stopped | full):
+        over = stopped | (active & (self.count >= self.limit))
+        if self.stops is not None:
+            for slot in np.flatnonzero(active & ~over & (self.count % LOOK_EVERY == 0)):
+                over[slot] = self.stops.near_end(self.written[slot, : self.count[slot]].tolist())
+        for slot in np.flatnonzero(over):
             i, j = self.row_of[slot].tolist()
             drawn = int(self.count[slot]) - int(stopped[slot])
             self._finish(i, j, self.written[slot, :drawn].tolist(), "stop" if stopped[slot] else "length")
@@ -270,7 +275,7 @@ class Decoder:
         self.count[~active] = 1
 
     def _finish(self, i: int, j: int, ids: list[int], reason: str) -> None:
-        self.finished[i][j] = Sampled(ids, reason, self.requests[i].seeds[j])
+        self.finished[i][j] = finished(ids, reason, self.requests[i].seeds[j], self.stops)
         self.open_rows[i] -= 1
 
 

@@ -26,6 +26,7 @@ def completion_logps(
     requests: Sequence[ScoreRequest],
     ended: Sequence[Sequence[bool]] | None = None,
     token_budget: int = 16384,
+    share: bool = True,
 ) -> list[list[float]]:
     """log p(completion | prompt) summed over its tokens, each completion closed by the end token.
 
@@ -43,7 +44,7 @@ def completion_logps(
     ]
     found = [[0.0] * len(request.completions) for request in requests]
     budget = min(token_budget, max(1, _LOGITS_AT_ONCE // model.config.get_text_config().vocab_size))
-    for rows, output in forward(model, groups, budget):
+    for rows, output in forward(model, groups, budget, share):
         logits_BTV = output.logits
         longest = max(len(targets[k][i]) for k, i in rows)
         wanted_BT = torch.zeros(len(rows), longest, dtype=torch.long)

@@ -24,6 +24,7 @@ from croco.engines import open_scorer
 from croco.engines.base import Scorer, ScoreRequest
 from croco.errors import UserError
 from croco.executor import Advance, Finished, compute
+from croco.pairing.keys import REFERENCE
 from croco.recipe import Recipe
 from croco.records import SCORES, ledger
 from croco.sampling.chat import conversations_ids, prompt_ids
@@ -49,6 +50,7 @@ def score(work: Work) -> None:
         partial(ScoreWorker, recipe, work.settings["scorer"], work.inputs["prompts"], work.inputs["sample"]),
         sizes,
         "completion",
+        here=work.settings["scorer"] == "random",
     )
 
 
@@ -73,6 +75,42 @@ class ScoreWorker:
             advance(rows.num_rows)
             counts = {"completion": rows.num_rows}
             yield Finished(index, table, dropped, counts, {"completions": rows.num_rows})
+
+
+def score_references(work: Work) -> None:
+    """Write the scores of the prompts' gold completions by the reward model, under the sample_id -1."""
+    sizes = [shard.rows for shard in shards(work.inputs["prompts"])]
+    recipe = work.recipe.model_copy(update={"runtime": work.runtime})
+    compute(work, partial(ReferenceWorker, recipe, work.inputs["prompts"]), sizes, "prompt", role="score")
+
+
+class ReferenceWorker:
+    """Scores gold completions, a shard per shard of prompts; a prompt without one goes to the ledger."""
+
+    def __init__(self, recipe: Recipe, prompts: Path, replica: int) -> None:
+        self.prompts, self.name = prompts, recipe.reward.model
+        self.score_shard, self.facts = _reward(recipe, replica)
+
+    def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[Finished]:
+        """Shard by shard."""
+        for index in indices:
+            columns = ["prompt_id", "language", "messages", "reference"]
+            prompts = pq.ParquetFile(shard_path(self.prompts, index)).read(columns=columns).to_pylist()
+            gold = [row for row in prompts if row["reference"] and row["reference"].strip()]
+            groups = [
+                (row["messages"], [{**row, "sample_id": REFERENCE, "completion": row["reference"]}])
+                for row in gold
+            ]
+            table, dropped = tabulate([rows for _, rows in groups], self.score_shard(groups), self.name)
+            without = [
+                ("prompt", row["prompt_id"], row["language"], None, "the prompt has no gold completion")
+                for row in prompts
+                if row not in gold
+            ]
+            # a gold completion that is too long leaves its prompt without one
+            drops = [("prompt", *row[1:]) for row in zip(*dropped.to_pydict().values(), strict=True)]
+            advance(len(prompts))
+            yield Finished(index, table, ledger([*without, *drops]), {"prompt": len(prompts)})
 
 
 def tabulate(
@@ -158,7 +196,8 @@ def score_conversations(
 
 
 def _likelihood(recipe: Recipe) -> tuple[ScoreShard, dict[str, Any]]:
-    from croco.engines.hf import HFLikelihood, load_policy
+    from croco.engines.hf import HFLikelihood
+    from croco.engines.loading import load_policy
 
     policy, runtime = recipe.policy, recipe.runtime
     model, tokenizer = load_policy(

@@ -19,7 +19,7 @@ import polars as pl
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from croco.engines.hf import load_policy
+from croco.engines.loading import load_policy
 from croco.errors import UserError
 from croco.ops.losses import LOSSES
 from croco.progress import Progress

@@ -21,7 +21,7 @@
     return value.toFixed(2).replace("-", "\u2212");
   }
   function languagesOf(pair) {
-    return [data.prompts[pair[at.prompt]][1], pair[at.chosen_language], pair[at.rejected_language]];
+    return [data.prompts[pair[at.prompt]][1], pair[at.chosen_language], pair[at.rejected_language]].filter((code) => code);
   }
   function allTexts() {
     texts = texts || data.pairs.map((pair) => {
@@ -33,17 +33,20 @@
   function side(pair, name) {
     const box = element("div", "side");
     box.style.setProperty("--c", `var(--${name})`);
-    const std = pair[at.pool_std];
-    const away = std > 0 ? (pair[at[`${name}_score`]] - pair[at.pool_mean]) / std : 0;
+    const std = pair[at.pool_std], score = pair[at[`${name}_score`]], sample = pair[at[`${name}_sample_id`]];
+    const away = std > 0 ? (pair[at[`${name}_calibrated`]] - pair[at.pool_mean]) / std : 0;
     const where = `${away < 0 ? "\u2212" : "+"}${Math.abs(away).toFixed(1)} std`;
-    const words = `${name}, ${pair[at[`${name}_language`]]}, score ${number(pair[at[`${name}_score`]])} (${where}), sample ${pair[at[`${name}_sample_id`]]}`;
+    const scored = score === null ? "not scored" : `score ${number(score)} (${where})`;
+    const words = `${name}, ${pair[at[`${name}_language`]]}, ${scored}, ${sample < 0 ? "gold completion" : `sample ${sample}`}`;
     box.append(element("b", "", words), element("p", "", pair[at[name]]));
     return box;
   }
   function show(pair) {
     const [id, code, turns] = data.prompts[pair[at.prompt]];
     const box = element("article", "pair");
-    box.append(element("p", "id", `${pair[at.arm]} · ${code} · ${id} · pool of ${pair[at.pool_size]}, mean ${number(pair[at.pool_mean])}, std ${number(pair[at.pool_std])}`));
+    const pool = pair[at.pool_mean] === null ? "" : ` · pool of ${pair[at.pool_size]}, mean ${number(pair[at.pool_mean])}, std ${number(pair[at.pool_std])}`;
+    const flags = pair[at.flags].length ? ` · ${pair[at.flags].join(", ")}` : "";
+    box.append(element("p", "id", `${pair[at.arm]} · ${code} · ${id}${pool}${flags}`));
     for (const [role, content] of turns) {
       const turn = element("p", "turn");
       if (turns.length > 1) turn.append(element("b", "", `${role} `));
@@ -51,7 +54,7 @@
       box.append(turn);
     }
     const sides = element("div", "sides");
-    sides.append(side(pair, "chosen"), side(pair, "rejected"));
+    sides.append(...["chosen", "rejected"].filter((name) => pair[at[name]] !== null).map((name) => side(pair, name)));
     box.append(sides);
     return box;
   }

@@ -1,0 +1,79 @@
+"""Memory of models in process: what is free, what a model is going to need, and going on with less when it runs out.
+
+The needs are estimates from the architecture's numbers, made before any weight is loaded: weights, keys and values of a
+token budget, and the largest intermediate tensors. They leave out fragmentation and what the libraries keep.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+import torch
+
+from croco.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can still be had on a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def sampling_bytes(config: Any, itemsize: int, token_budget: int, max_new_tokens: int) -> int:
+    """What sampling takes beside the weights: keys and values of the budget, a prefill, and the logits of its rows."""
+    vocabulary, rows = config.get_text_config().vocab_size, max(1, token_budget // max_new_tokens)
+    logits = rows * vocabulary * (itemsize + 8)  # and two copies in float32
+    return token_budget * _cached(config, itemsize) + max(logits, token_budget * _computed(config, itemsize))
+
+
+def scoring_bytes(config: Any, itemsize: int, token_budget: int) -> int:
+    """What scoring takes beside the weights: the stored prompts, and a batch of as many tokens."""
+    return token_budget * (_cached(config, itemsize) + _computed(config, itemsize))
+
+
+def _cached(config: Any, itemsize: int) -> int:
+    """Bytes of a token's keys and values in all layers."""
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return int(2 * text.num_hidden_layers * heads * width * itemsize)
+
+
+def _computed(config: Any, itemsize: int) -> int:
+    """Bytes of a token within one layer: about ten tensors of the hidden width and six of the MLP's (measured)."""
+    text = config.get_text_config()
+    inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    return int((10 * text.hidden_size + 6 * inner) * itemsize)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed, on a GPU or (where torch and the system only say so in words) on a CPU."""
+    said = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in said
+
+
+def halve_budget(engine: Any, error: RuntimeError, least: int) -> None:
+    """Halve the engine's token budget if memory ran out and there is something to halve; else raise."""
+    if not out_of_memory(error):
+        raise error
+    if engine.token_budget <= least:
+        raise UserError(
+            f"{engine.name}: a single row does not fit in memory, expected a smaller model"
+        ) from error
+    engine.token_budget //= 2
+    logger.warning("%s: out of memory, going on with a budget of %d tokens", engine.name, engine.token_budget)
+    if engine.model.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def with_less_memory(engine: Any, compute: Callable[[int], list[list[float]]]) -> list[list[float]]:
+    """Compute with the engine's token budget, halving it for as long as memory runs out."""
+    while True:
+        try:
+            return compute(engine.token_budget)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            halve_budget(engine, error, least=1)

@@ -1,0 +1,251 @@
+"""Any OpenAI-compatible server: vLLM's, a hosted one, or what stands in front of several.
+
+Two ways in. "completions" sends the very token ids that every other engine would see, and gets ids back where the
+server has them to give (vLLM). "chat" sends messages, lets the server apply its template, and gets text: no tokenizer
+here. Sampling parameters are always sent, all of them: a vLLM server puts the model's `generation_config.json` in the
+place of what a request leaves out. What can be known before is checked when an engine opens: address, key, model name,
+context.
+
+Leaves out starting servers, how requests survive faults (`wire.py`), and scores (`server_scorer.py`).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from croco.engines.base import Decoding, Request, Sampled
+from croco.engines.config import generation_config
+from croco.engines.wire import Call, Wire
+from croco.errors import UserError
+from croco.recipe import Model, Server
+from croco.sampling.chat import end_ids
+from croco.sampling.stops import Stops, finished
+
+OPENING_RETRIES = 2  # a wrong address should not take minutes to be found out
+
+
+class _Card(BaseModel):
+    id: str
+    parent: str | None = None  # of an adapter: its model, which alone says how long the context is
+    max_model_len: int | None = None
+
+
+class _Cards(BaseModel):
+    data: list[_Card]
+
+
+class _Message(BaseModel):
+    content: str | None = None
+    refusal: str | None = None
+
+
+class _Choice(BaseModel):
+    index: int
+    finish_reason: str
+    text: str | None = None
+    message: _Message | None = None
+    token_ids: list[int] | None = None
+
+
+class Usage(BaseModel):
+    """The tokens that a request took, as the server counts them."""
+
+    prompt_tokens: int
+    completion_tokens: int = 0
+
+
+class _Completions(BaseModel):
+    choices: list[_Choice]
+    usage: Usage
+
+
+def sampler(
+    server: Server, role: str, model: Model, template: Path | None, adapter: Path | None
+) -> tuple[ServerSampler, Any]:
+    """A role's sampler, and the tokenizer of its model: None where the server applies the chat template."""
+    key, served = "model", server
+    if adapter is not None:  # .../train/ARM/adapter
+        key = f"adapters.{adapter.parent.name}"
+        name = server.adapters.get(adapter.parent.name)
+        if name is None:
+            raise UserError(
+                f"runtime.servers.{role}.{key} is missing: a server cannot load {adapter}; expected the name that it "
+                f"serves this adapter under"
+            )
+        served = server.model_copy(update={"model": name})
+    if server.api == "chat":
+        if template is not None:
+            raise UserError(
+                f"chat_template = '{template}', which runtime.servers.{role}.api = 'chat' leaves to the server; "
+                f"expected api = 'completions', or the template at the server"
+            )
+        return ServerSampler(Connection(served, role, model.model, key), model.model), None
+    connection = Connection(served, role, model.model, key)
+    from croco.engines.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(model.model, model.revision, template, model.trust_remote_code)
+    ends = end_ids(tokenizer, generation_config(model))
+    return ServerSampler(connection, model.model, tokenizer, ends), tokenizer
+
+
+class Connection:
+    """A server that serves the model asked for: what samplers and scorers have in common."""
+
+    def __init__(self, server: Server, role: str, model: str, key: str = "model") -> None:
+        """`model` is the recipe's name, `server.model` another it is served under, which the recipe has in `key`."""
+        self.server, self.place = server, f"runtime.servers.{role}"
+        self.wire = Wire(server, self.place)
+        self.url, self.served = self.wire.url, server.model or model
+        listing = Call(None, f"{self.url}/models", None, _Cards.model_validate_json, "the list of its models")
+        cards = {card.id: card for card in self.wire.one(listing, OPENING_RETRIES).data}
+        if self.served not in cards:
+            names = ", ".join(sorted(cards)) or "nothing"
+            raise UserError(
+                f"{self.place}: {self.url} serves {names}, not '{self.served}'; "
+                f"expected the name it serves in {self.place}.{key}"
+            )
+        card = cards[self.served]
+        whole = cards.get(card.parent or "", card)
+        self.max_context = server.max_context or card.max_model_len or whole.max_model_len
+        # the counts stay the wire's own, so that they grow
+        self.facts = self.wire.counts
+        self.facts |= {"engine": "server", "url": self.url, "served_model": self.served}
+
+    def count(self, usage: Usage) -> None:
+        for name in ("prompt_tokens", "completion_tokens"):
+            self.facts[name] = self.facts.get(name, 0) + getattr(usage, name)
+
+    def known_context(self) -> int:
+        if self.max_context is None:
+            raise UserError(
+                f"{self.place}: {self.url} does not say how long the context of '{self.served}' is; "
+                f"expected it in {self.place}.max_context"
+            )
+        return self.max_context
+
+
+class ServerSampler:
+    """Samples from a server: with a tokenizer, and the end tokens to leave out of ids, by "completions"; without by
+    "chat"."""
+
+    def __init__(
+        self, connection: Connection, name: str, tokenizer: Any = None, ends: Iterable[int] = ()
+    ) -> None:
+        self.connection, self.server, self.name = connection, connection.server, name
+        self.tokenizer, self.ends = tokenizer, set(ends)
+        self.chat = self.server.api == "chat"
+        self.max_context = connection.max_context or sys.maxsize if self.chat else connection.known_context()
+        self.facts = connection.facts
+        self.facts |= {"api": self.server.api, "dialect": self.server.dialect}
+
+    def sample(
+        self, requests: Sequence[Request], decoding: Decoding
+    ) -> Iterator[tuple[int, list[Sampled | str]]]:
+        """Yield (key, completions) as requests finish; a prompt that the server finds too long gets its reason."""
+        if decoding.top_k and self.server.dialect == "openai":
+            raise UserError(
+                f"top_k = {decoding.top_k}, which {self.connection.place}.dialect = 'openai' cannot ask for; "
+                f"expected 0, or the dialect 'vllm'"
+            )
+        asked = {request.key: request for request in requests if request.seeds}
+        parts: dict[int, dict[int, list[Sampled | str]]] = {key: {} for key in asked}
+        for (key, start), answer in self.connection.wire.ask(self._calls(asked.values(), decoding)):
+            parts[key][start] = answer
+            if sum(map(len, parts[key].values())) == len(asked[key].seeds):
+                yield key, [one for _, part in sorted(parts.pop(key).items()) for one in part]
+
+    def _calls(self, requests: Iterable[Request], decoding: Decoding) -> Iterator[Call[list[Sampled | str]]]:
+        url = f"{self.connection.url}/{'chat/completions' if self.chat else 'completions'}"
+        for request in requests:
+            # greedy completions are one by one: vLLM refuses n > 1 at temperature 0
+            most = self.server.completions_per_request or len(request.seeds) if decoding.temperature else 1
+            for start in range(0, len(request.seeds), most):
+                seeds = request.seeds[start : start + most]
+                yield Call(
+                    (request.key, start),
+                    url,
+                    self._body(request, seeds, decoding),
+                    partial(self._read, self._drawn_from(seeds), decoding),
+                    request.name,
+                    partial(_too_long, len(seeds)),
+                )
+
+    def _drawn_from(self, seeds: list[int]) -> list[int]:
+        """What vLLM makes of the first one's seed for the others."""
+        followed = self.server.seeds and self.server.dialect == "vllm"
+        return [seeds[0] + number for number in range(len(seeds))] if followed else seeds
+
+    def _body(self, request: Request, seeds: Sequence[int], decoding: Decoding) -> dict[str, Any]:
+        body: dict[str, Any] = {
+            "model": self.connection.served,
+            "n": len(seeds),
+            "max_tokens": min(decoding.max_new_tokens, self.max_context - len(request.prompt_ids)),
+            "temperature": decoding.temperature,
+            "top_p": decoding.top_p,
+        }
+        body |= {"messages": list(request.messages)} if self.chat else {"prompt": request.prompt_ids}
+        if decoding.stop:
+            body["stop"] = list(decoding.stop)
+        if self.server.dialect == "vllm":
+            body |= {
+                "top_k": decoding.top_k,
+                "min_p": 0.0,
+                "repetition_penalty": 1.0,
+                "return_token_ids": True,
+                "stop_token_ids": sorted(self.ends),  # the tokenizer's too, which the model's config may lack
+            }
+        if self.server.seeds:  # 31 bits are what every server takes
+            body["seed"] = seeds[0] if self.server.dialect == "vllm" else seeds[0] % 2**31
+        return body
+
+    def _read(self, seeds: Sequence[int], decoding: Decoding, content: bytes) -> list[Sampled | str]:
+        answer = _Completions.model_validate_json(content)
+        choices = sorted(answer.choices, key=lambda choice: choice.index)
+        if [choice.index for choice in choices] != list(range(len(seeds))):
+            raise ValueError(f"{len(choices)} choices, expected {len(seeds)}")
+        read = [
+            self._sampled(one, seed, answer.usage, len(seeds), decoding.stop)
+            for one, seed in zip(choices, seeds, strict=True)
+        ]
+        self.connection.count(answer.usage)
+        return read
+
+    def _sampled(
+        self, choice: _Choice, seed: int, usage: Usage, of: int, stop: tuple[str, ...]
+    ) -> Sampled | str:
+        reason = choice.finish_reason
+        if reason in ("abort", "error"):
+            raise ValueError(f"a completion that ended with {reason!r}")
+        if reason not in ("stop", "length"):
+            return f"the server ended the completion with {reason!r}"
+        if choice.message is not None and choice.message.refusal:
+            return f"the model refused: {choice.message.refusal[:200]!r}"
+        text = choice.text if choice.message is None else choice.message.content or ""
+        if text is None:
+            raise ValueError("a choice without text")
+        ids = choice.token_ids
+        if ids is None and of > 1:
+            raise UserError(
+                f"{self.connection.place}: {self.connection.url} does not count the tokens of each of {of} "
+                f"completions; expected {self.connection.place}.completions_per_request = 1"
+            )
+        counted = usage.completion_tokens if ids is None else len(ids)
+        if counted == 0 and reason == "length":
+            return "the prompt leaves no room for a completion"
+        if self.tokenizer is None or ids is None:
+            return Sampled([], reason, seed, text, counted, usage.prompt_tokens)
+        if reason == "stop" and self.ends.intersection(ids[-1:]):
+            return Sampled(ids[:-1], reason, seed)
+        return finished(ids, reason, seed, Stops(self.tokenizer, stop) if stop else None)
+
+
+def _too_long(count: int, message: str) -> list[Sampled | str] | None:
+    """The reason why a prompt has no completions, where it is the prompt's length."""
+    known = "maximum context length" in message  # OpenAI's words, which others repeat
+    return [f"the server refuses the prompt: {message}"] * count if known else None

@@ -1,0 +1,127 @@
+"""`croco pairs` and what `croco export` says of a run: files of other tools in, pairs that every trainer reads out."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from croco import languages, provenance, store
+from croco.errors import UserError
+from croco.pairing.exporting import FORMATS, export_pairs
+from croco.pairing.importing import NAMES, import_scored
+from croco.pairing.pair import pair
+from croco.recipe import Recipe, apply_override, from_dict
+from croco.records import TABLES
+from croco.science import pair_settings
+from croco.stage import Work
+
+ARM = "pairs"
+MADE = {"sources.json", "prompts", "sample", "score", "pairs", "export"}
+KNOWN = ("en",)
+
+
+def pairs_of_files(
+    sources: Sequence[Path],
+    to: Path,
+    columns: Sequence[str],
+    language: str | None,
+    overrides: Sequence[str],
+    form: str,
+    license: str,
+) -> int:
+    """Import, pair and export; `to` then holds the tables, the ledger and `export/`. Returns the rows exported.
+
+    Whatever stops it, the folder is made anew by the next call: nothing in it took long to make.
+    """
+    if form not in FORMATS:
+        raise UserError(f"the format '{form}' is unknown, expected one of {', '.join(FORMATS)}")
+    mapped = dict(_mapping(text) for text in columns)
+    if language is not None:
+        languages.check(language)
+    _recipe(KNOWN, form, overrides)  # what is wrong in the rules is said before anything is made
+    for source in sources:
+        if not source.is_file():
+            raise UserError(f"{source}: no such file")
+        if source.resolve().is_relative_to(to.resolve()):
+            raise UserError(f"{source} lies in {to}, which is made anew: expected another folder")
+    if to.exists() and not (to.is_dir() and {path.name for path in to.iterdir()} <= MADE):
+        raise UserError(f"{to} holds more than `croco pairs` made, expected a new folder")
+    for name in MADE - {"sources.json"}:
+        shutil.rmtree(to / name, ignore_errors=True)
+    store.write_json(to / "sources.json", [str(source) for source in sources])
+    found = import_scored(sources, to, mapped, language)
+    recipe = _recipe(sorted(found), form, overrides)
+    work = Work(
+        recipe=recipe,
+        arm=ARM,
+        folder=to / "pairs",
+        settings=pair_settings(recipe, ARM),
+        runtime=recipe.runtime,
+        seed=recipe.run.seed,
+        inputs={name: to / name for name in ("prompts", "sample", "score")},
+        table=TABLES["pairs"],
+        title="pairs",
+    )
+    pair(work)
+    store.merge_ledgers(to / "pairs")
+    record = {
+        "state": "complete",
+        "science": {"settings": work.settings},
+        **work.record_file,
+        **provenance.here(),
+    }
+    store.write_json(to / "pairs" / "stage.json", record)
+    facts = {"source": ", ".join(source.name for source in sources)} | _rule(recipe, ARM)
+    return export_pairs(to / "pairs", to / "export", form, license=license, facts=facts)
+
+
+def _recipe(codes: Sequence[str], form: str, overrides: Sequence[str]) -> Recipe:
+    """A recipe whose one arm has the rules asked for; KNOWN stands for languages that are not read yet."""
+    arm = {"training": {"method": "sft"}} if form == "prompt-completion" else {}
+    values = {"run": {"name": "pairs", "languages": list(codes)}, "arms": {ARM: arm}}
+    for override in overrides:
+        if codes is KNOWN and override.partition("=")[0].startswith("pool."):
+            continue
+        apply_override(values, f"arms.{ARM}.{override}")
+    recipe = from_dict(values, "croco pairs")
+    if recipe.arms[ARM].chosen == "reference":
+        raise UserError("--set chosen=reference: files of scored completions hold no gold completions")
+    return recipe
+
+
+def _mapping(text: str) -> tuple[str, str]:
+    ours, equals, theirs = text.partition("=")
+    if not equals or not theirs or ours not in NAMES:
+        raise UserError(f"--column {text}: expected OURS=THEIRS, with one of {', '.join(NAMES)} for OURS")
+    return ours, theirs
+
+
+def facts_of(recipe: Recipe, arm: str) -> dict[str, str]:
+    """What a dataset card says of an arm: models, sampling and rule."""
+    sampling = recipe.sampling
+    decoding = (
+        f"{sampling.completions} a prompt, temperature {sampling.temperature:g}, top-p {sampling.top_p:g}"
+    )
+    scorer = recipe.arms[arm].scorer
+    return {
+        "policy": recipe.policy.model,
+        "scorer": recipe.reward.model if scorer == "reward" else scorer,
+        "completions": decoding,
+        "prompts": recipe.prompts.source,
+        "seed": str(recipe.run.seed),
+    } | _rule(recipe, arm)
+
+
+def _rule(recipe: Recipe, arm: str) -> dict[str, str]:
+    section = recipe.arms[arm]
+    guards = section.guards.model_dump()
+    acting = [f"{name} {action}" for name, action in guards.items() if action in ("drop", "flag")]
+    return {
+        "pool": str(section.pool),
+        "chosen": section.chosen,
+        "rejected": section.rejected,
+        "calibration": section.calibration,
+        "prompt in the language of": section.prompt,
+        "guards": ", ".join(acting) or "none",
+    }

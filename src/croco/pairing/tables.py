@@ -1,0 +1,228 @@
+"""The rows of the pairs table and of its ledger: names, texts and prompts put to the numbers of a contrast.
+
+Texts come for the completions that were picked and for nothing else. Nothing is joined on text or on row order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from croco.errors import UserError
+from croco.pairing.contrast import Contrast, Contrasted, Scored
+from croco.pairing.gather import gather, locate
+from croco.pairing.guards import CANDIDATE, NAMES, REASONS, WRONG_LANGUAGE, Guards, wrong_language
+from croco.pairing.texts import Texts
+from croco.records import PAIRS
+from croco.sampling.seeds import digest
+
+SIDES = ("chosen", "rejected")
+PROMPT = ("prompt_id", "language")
+
+
+def with_texts(
+    scored: Scored, found: Contrasted, how: Contrast, texts: Texts, prompts: Path, where: pl.DataFrame
+) -> pl.DataFrame:
+    """The pairs in the columns of the pairs table (without `arm`); `where` says which shard holds which prompt."""
+    pairs = with_numbers(scored, found, how)
+    located = pairs.select("prompt_id", "language").join(where, on=PROMPT, how="left", maintain_order="left")
+    if located["shard"].null_count():
+        prompt_id, language, _ = located.filter(pl.col("shard").is_null()).row(0)
+        raise UserError(
+            f"{prompts} holds no prompt {prompt_id!r} in {language!r}, which a completion answers"
+        )
+    pairs = pairs.with_columns(gather(prompts, located, PROMPT, ("messages",)))
+    for side in SIDES:
+        pairs = pairs.with_columns(_side(scored, pairs, side, texts, prompts, where))
+    return pairs.select(name for name in PAIRS.schema.names if name != "arm")
+
+
+def with_numbers(scored: Scored, found: Contrasted, how: Contrast) -> pl.DataFrame:
+    """The pairs with everything but texts: keys, scores and languages of both sides (null where there is no rejected
+    one), the language of the prompt, and the rows of both sides.
+    """
+    keys, pairs = scored.keys, found.pairs
+    columns: dict[str, pl.Series] = {}
+    for side in SIDES:
+        rows = pairs[side].to_numpy()
+        there = pl.Series(rows >= 0)
+        rows = np.where(rows >= 0, rows, 0)
+        values = {
+            "prompt_id": _named(keys.prompts, keys.prompt[rows])
+            if len(rows)
+            else pl.Series([], dtype=pl.String),
+            "language": _named(keys.languages, keys.language[rows]),
+            "sample_id": pl.Series(keys.sample[rows], dtype=pl.Int32),
+            "score": pl.Series(scored.score[rows], dtype=pl.Float32),
+            "calibrated": pl.Series(scored.calibrated[rows], dtype=pl.Float32),
+        }
+        columns |= {f"{side}_{name}": value.set(~there, None) for name, value in values.items()}
+    pairs = (
+        pairs.with_columns(**columns, calibration=pl.lit(how.calibration))
+        .drop("rejected_prompt_id")
+        .rename({"chosen_prompt_id": "prompt_id", "chosen": "chosen_row", "rejected": "rejected_row"})
+    )
+    return _prompted(pairs, scored, found, how)
+
+
+def _named(names: list[str], places: NDArray[np.integer]) -> pl.Series:
+    return pl.Series(names, dtype=pl.String).gather(pl.Series(places.astype(np.uint32)))
+
+
+def _prompted(pairs: pl.DataFrame, scored: Scored, found: Contrasted, how: Contrast) -> pl.DataFrame:
+    """The language of each pair's prompt: that of the chosen, of the rejected, of either by a seeded digest, or one row
+    for each language of the pool.
+    """
+    if how.prompt in SIDES:
+        return pairs.with_columns(language=pl.col(f"{how.prompt}_language"))
+    if how.prompt == "random":
+        columns = ("prompt_id", "pair_id", "chosen_language", "rejected_language")
+        drawn = [
+            sides[digest("prompt-language", how.seed, prompt, pair_id) % 2]
+            for prompt, pair_id, *sides in pairs.select(columns).rows()
+        ]
+        return pairs.with_columns(language=pl.Series(drawn, dtype=pl.String))
+    keys = scored.keys
+    spoken = pl.DataFrame({"pool": scored.pool[found.rows], "language": keys.language[found.rows]}).unique(
+        maintain_order=True
+    )
+    spoken = spoken.with_columns(
+        pl.col("pool").cast(pl.Int64), language=_named(keys.languages, spoken["language"].to_numpy())
+    )
+    return pairs.join(spoken, on="pool", how="left", maintain_order="left_right")
+
+
+def _side(
+    scored: Scored, pairs: pl.DataFrame, side: str, texts: Texts, prompts: Path, where: pl.DataFrame
+) -> pl.DataFrame:
+    """Text, ids and finish reason of one side; a gold completion has no ids and ended by itself."""
+    rows = pairs[f"{side}_row"].to_numpy()
+    drawn = (rows >= 0) & (rows < scored.num_completions)
+    empty: dict[str, Any] = {
+        "completion": pl.String,
+        "completion_ids": pl.List(pl.Int32),
+        "finish_reason": pl.String,
+    }
+    found = pl.DataFrame(schema={"at": pl.Int64, **empty})
+    if drawn.any():
+        at = np.flatnonzero(drawn)
+        taken = pl.DataFrame(pl.from_arrow(texts.take(scored.place[rows[at]])))
+        found = taken.with_columns(at=pl.Series(at)).select("at", *empty)
+    gold = np.flatnonzero(rows >= scored.num_completions)
+    if len(gold):
+        wanted = pairs[gold].select("prompt_id", pl.col(f"{side}_language").alias("language"))
+        located = wanted.join(where, on=PROMPT, how="left", maintain_order="left")
+        reference = gather(prompts, located, PROMPT, ("reference",))["reference"]
+        added = pl.DataFrame({"at": gold, "completion": reference}).with_columns(
+            completion_ids=pl.lit(None, pl.List(pl.Int32)), finish_reason=pl.lit("stop")
+        )
+        found = pl.concat([found, added.select("at", *empty)])
+    every = pl.DataFrame({"at": np.arange(len(rows))}).join(found, on="at", how="left", maintain_order="left")
+    return every.select(
+        pl.col("completion").alias(side),
+        pl.col("completion_ids").alias(f"{side}_ids"),
+        pl.col("finish_reason").alias(f"{side}_finish_reason"),
+    )
+
+
+def ledger_of(scored: Scored, found: Contrasted) -> pl.DataFrame:
+    """What a block left out: completions that are no candidates, pairs that a guard dropped, pools without a pair."""
+    keys, dropped = scored.keys, found.verdicts.dropped
+    out = np.flatnonzero(dropped != CANDIDATE)
+    reasons = pl.Series([REASONS[name] for name in NAMES])
+    refused = found.refused["chosen"].to_numpy()
+    left = found.left["pool"].to_numpy()
+    return pl.concat(
+        [
+            _rows(
+                "completion",
+                scored,
+                found.rows[out],
+                reasons.gather(pl.Series(dropped[out].astype(np.uint32))),
+            ),
+            _rows("pair", scored, refused, found.refused["reason"]),
+            pl.DataFrame(
+                {
+                    "unit": pl.repeat("pool", len(left), eager=True),
+                    "prompt_id": _named(keys.prompts, scored.prompt_of_pool[left]),
+                    "language": _named(scored.groups, scored.group_of_pool[left]),
+                    "sample_id": pl.repeat(None, len(left), dtype=pl.Int32, eager=True),
+                    "reason": found.left["reason"],
+                }
+            ),
+        ]
+    )
+
+
+def flag_languages(table: pl.DataFrame, guards: Guards, among: Sequence[str]) -> pl.DataFrame:
+    """The pairs with a flag for each side that is in another language than it should be, if the guard flags."""
+    if guards.wrong_language != "flag":
+        return table
+    marks: list[list[str]] = []
+    for row in table.select(
+        "flags", *(f"{side}{part}" for side in SIDES for part in ("", "_language"))
+    ).iter_rows():
+        sides = zip(SIDES, (row[1:3], row[3:5]), strict=True)
+        wrong = [
+            f"{side}: {WRONG_LANGUAGE}"
+            for side, (text, language) in sides
+            if text is not None and wrong_language(text, language, among, guards.min_letters) is not None
+        ]
+        marks.append([*row[0], *wrong])
+    return table.with_columns(pl.Series("flags", marks, dtype=pl.List(pl.String)))
+
+
+def _rows(unit: str, scored: Scored, rows: NDArray[np.int64], reasons: pl.Series) -> pl.DataFrame:
+    keys = scored.keys
+    return pl.DataFrame(
+        {
+            "unit": pl.repeat(unit, len(rows), eager=True),
+            "prompt_id": _named(keys.prompts, keys.prompt[rows]),
+            "language": _named(keys.languages, keys.language[rows]),
+            "sample_id": pl.Series(keys.sample[rows], dtype=pl.Int32),
+            "reason": reasons,
+        }
+    )
+
+
+def flags_of(table: pl.DataFrame) -> pl.DataFrame:
+    """A ledger row per flag of a pair, under the completion it is about; nothing was left out: the unit is "flag"."""
+    flags = (
+        table.explode("flags")
+        .drop_nulls("flags")
+        .with_columns(
+            side=pl.when(pl.col("flags").str.starts_with("rejected: "))
+            .then(pl.lit("rejected"))
+            .otherwise(pl.lit("chosen"))
+        )
+    )
+    of_side = {
+        name: pl.when(pl.col("side") == "rejected")
+        .then(pl.col(f"rejected_{name}"))
+        .otherwise(pl.col(f"chosen_{name}"))
+        for name in ("language", "sample_id")
+    }
+    found = flags.select(pl.lit("flag").alias("unit"), "prompt_id", **of_side, reason=pl.col("flags"))
+    return found.unique(maintain_order=True)
+
+
+def gold_characters(scored: Scored, prompts: Path) -> NDArray[np.int32]:
+    """The length of each gold completion of `scored`, (F,)."""
+    keys, gold = scored.keys, slice(scored.num_completions, None)
+    if scored.num_completions == len(keys):
+        return np.empty(0, np.int32)
+    length = pl.col("reference").str.len_chars().cast(pl.Int32).alias("length")
+    known = locate(prompts, PROMPT, ("reference",), lambda rows: rows.select(*PROMPT, length))
+    wanted = pl.DataFrame(
+        {
+            "prompt_id": _named(keys.prompts, keys.prompt[gold]),
+            "language": _named(keys.languages, keys.language[gold]),
+        }
+    )
+    found = wanted.join(known, on=PROMPT, how="left", maintain_order="left")
+    return found["length"].fill_null(0).to_numpy()
