@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
-from croco import store
+from croco import engines, store
 from croco.errors import UserError
 from croco.recipe import Runtime
 from croco.stage import Work
@@ -142,6 +142,7 @@ def _here(job: Job, advance: Advance) -> Stream:
             yield from worker.shards(group, advance)
     finally:  # at the end, because a server's counts grow
         job.opened.append(worker.facts)
+        engines.release()
 
 
 def groups(todo: Sequence[int], workers: int) -> list[list[int]]:

