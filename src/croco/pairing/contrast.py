@@ -8,6 +8,7 @@ Shapes: R completions, F references, P pools, K pairs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -73,7 +74,7 @@ class Scored:
 
     def rows(self, first: int, last: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The completions and the references of the pools from `first` up to `last`, as row numbers."""
-        edges = np.array([first, last])
+        edges = np.array([first, last], np.int32)  # the pools' own type: another would copy them all
         mine = np.searchsorted(self.pool[: self.num_completions], edges)
         gold = self.num_completions + np.searchsorted(self.pool[self.num_completions :], edges)
         return np.arange(*mine), np.arange(*gold)
@@ -92,6 +93,15 @@ class Contrasted:
     pairs: pl.DataFrame
     left: pl.DataFrame
     refused: pl.DataFrame
+
+    @classmethod
+    def joined(cls, parts: Sequence[Contrasted]) -> Contrasted:
+        """Those of successive pools as one (flags of completions are in the pairs by then)."""
+        return cls(
+            np.concatenate([part.rows for part in parts]),
+            Verdicts(np.concatenate([part.verdicts.dropped for part in parts]), {}),
+            *(pl.concat([getattr(part, name) for part in parts]) for name in ("pairs", "left", "refused")),
+        )
 
 
 def contrast(

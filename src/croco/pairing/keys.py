@@ -46,9 +46,9 @@ class Names:
 
 @dataclass(frozen=True)
 class Keys:
-    """The keys of R rows: places in the sorted `prompts` and `languages`, and sample ids; each int32 (R,)."""
+    """The keys of R rows: places in the sorted `prompts` (P,) and `languages`, and sample ids; each int32 (R,)."""
 
-    prompts: list[str]
+    prompts: pl.Series
     languages: list[str]
     prompt: NDArray[np.int32]
     language: NDArray[np.int32]
@@ -83,7 +83,7 @@ class Keys:
 
     def describe(self, row: int) -> str:
         """A key as error messages write it."""
-        prompt, language = self.prompts[self.prompt[row]], self.languages[self.language[row]]
+        prompt, language = self.prompts[int(self.prompt[row])], self.languages[self.language[row]]
         return f"prompt_id {prompt!r}, language {language!r}, sample_id {self.sample[row]}"
 
 
@@ -103,8 +103,9 @@ def finish(prompts: Names, languages: Names, numbered: Sequence[Numbered]) -> li
     """Keys from numbers of one numbering, once all names are known."""
     prompt_names, prompt_places = prompts.sorted()
     language_names, language_places = languages.sorted()
+    names = pl.Series(prompt_names, dtype=pl.String)  # once: a table is cut into many
     return [
-        Keys(prompt_names, language_names, prompt_places[prompt], language_places[language], sample)
+        Keys(names, language_names, prompt_places[prompt], language_places[language], sample)
         for prompt, language, sample in numbered
     ]
 

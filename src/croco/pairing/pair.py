@@ -13,7 +13,6 @@ a pair + dropped. A completion that the scorer left out stands in the scorer's l
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -28,7 +27,15 @@ from croco.pairing.gather import gather, locate
 from croco.pairing.guards import CANDIDATE, Guards
 from croco.pairing.keys import REFERENCE
 from croco.pairing.scored import Shards, read_scored
-from croco.pairing.tables import PROMPT, flag_languages, flags_of, gold_characters, ledger_of, with_texts
+from croco.pairing.tables import (
+    PROMPT,
+    Picked,
+    flag_languages,
+    flags_of,
+    gold_characters,
+    ledger_of,
+    with_texts,
+)
 from croco.pairing.texts import Texts
 from croco.records import DROPPED, PAIRS, ledger
 from croco.stage import Work
@@ -62,19 +69,29 @@ def pair(work: Work) -> None:
     with work.progress(num_shards, "shard", done=num_shards - len(todo)) as progress:
         for index in todo:
             first, last = index * POOLS_PER_SHARD, min((index + 1) * POOLS_PER_SHARD, scored.num_pools)
-            tables, ledgers, candidates = [], [], Counter[str]()
-            for found in _decided(scored, shards, first, last, how, texts, lengths):
-                tables.append(with_texts(scored, found, how, texts, prompts, where))
-                ledgers.append(ledger_of(scored, found))
-                candidates.update(_per_language(scored, found.rows[found.verdicts.dropped == CANDIDATE]))
-            table = flag_languages(pl.concat(tables), how.guards, among)
-            _write(
-                work, index, scored, (first, last), table, pl.concat([*ledgers, flags_of(table)]), candidates
-            )
+            here = _prompts_of(scored, where, first, last)
+            parts, picked = [], []
+            for part in _decided(scored, shards, first, last, how, texts, lengths):
+                parts.append(part)
+                picked.append(Picked.of(scored, part, texts))
+            found = Contrasted.joined(parts)
+            table = with_texts(scored, found, how, Picked.joined(picked), prompts, here)
+            table = flag_languages(table, how.guards, among)
+            dropped = pl.concat([ledger_of(scored, found), flags_of(table)])
+            candidates = _per_language(scored, found.rows[found.verdicts.dropped == CANDIDATE])
+            _write(work, index, scored, (first, last), table, dropped, candidates)
             texts.forget()
             progress.advance()
     work.record(**account.facts(work.folder, how, _per_language(scored, np.arange(scored.num_completions))))
     account.warn(work.title, how, work.record_file["facts"])
+
+
+def _prompts_of(scored: Scored, where: pl.DataFrame, first: int, last: int) -> pl.DataFrame:
+    """The rows of `where` that pools from `first` up to `last` can ask for."""
+    names = scored.keys.prompts.gather(
+        pl.Series(np.unique(scored.prompt_of_pool[first:last]).astype(np.uint32))
+    )
+    return where.join(names.to_frame("prompt_id"), on="prompt_id", how="semi")
 
 
 def contrast_of(work: Work) -> Contrast:
@@ -192,7 +209,9 @@ def blocks(scored: Scored, shards: Shards, first: int, last: int) -> list[int]:
     """Pool numbers that bound blocks of about BLOCK_ROWS completions, or the whole stretch where the rows of a
     block lie in many shards.
     """
-    begins = np.searchsorted(scored.pool[: scored.num_completions], np.arange(first, last + 1))
+    begins = np.searchsorted(
+        scored.pool[: scored.num_completions], np.arange(first, last + 1, dtype=np.int32)
+    )
     total = int(begins[-1] - begins[0])
     inner = np.searchsorted(begins - begins[0], np.arange(BLOCK_ROWS, total, BLOCK_ROWS))
     edges = sorted({first, last, *(first + inner).tolist()}) if last > first else [first, last]

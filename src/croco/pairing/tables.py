@@ -6,18 +6,19 @@ Texts come for the completions that were picked and for nothing else. Nothing is
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from croco.errors import UserError
 from croco.pairing.contrast import Contrast, Contrasted, Scored
 from croco.pairing.gather import gather, locate
 from croco.pairing.guards import CANDIDATE, NAMES, REASONS, WRONG_LANGUAGE, Guards, wrong_language
-from croco.pairing.texts import Texts
+from croco.pairing.texts import PICKED, Texts
 from croco.records import PAIRS
 from croco.sampling.seeds import digest
 
@@ -25,8 +26,29 @@ SIDES = ("chosen", "rejected")
 PROMPT = ("prompt_id", "language")
 
 
+@dataclass(frozen=True)
+class Picked:
+    """Texts of the completions that were picked: their rows in `Scored`, rising, and a table of the columns PICKED."""
+
+    rows: NDArray[np.int64]
+    table: pa.Table
+
+    @classmethod
+    def of(cls, scored: Scored, found: Contrasted, texts: Texts) -> Picked:
+        """The texts of a block's pairs, while their shards are in memory."""
+        rows = np.unique(np.concatenate([found.pairs[side].to_numpy() for side in SIDES]))
+        rows = rows[(rows >= 0) & (rows < scored.num_completions)]
+        return cls(rows, texts.take(scored.place[rows]))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Picked]) -> Picked:
+        """Those of successive blocks as one."""
+        tables = [part.table for part in parts if part.table.num_rows] or [parts[0].table]
+        return cls(np.concatenate([part.rows for part in parts]), pa.concat_tables(tables))
+
+
 def with_texts(
-    scored: Scored, found: Contrasted, how: Contrast, texts: Texts, prompts: Path, where: pl.DataFrame
+    scored: Scored, found: Contrasted, how: Contrast, picked: Picked, prompts: Path, where: pl.DataFrame
 ) -> pl.DataFrame:
     """The pairs in the columns of the pairs table (without `arm`); `where` says which shard holds which prompt."""
     pairs = with_numbers(scored, found, how)
@@ -37,8 +59,9 @@ def with_texts(
             f"{prompts} holds no prompt {prompt_id!r} in {language!r}, which a completion answers"
         )
     pairs = pairs.with_columns(gather(prompts, located, PROMPT, ("messages",)))
+    texts = pl.DataFrame(pl.from_arrow(picked.table))
     for side in SIDES:
-        pairs = pairs.with_columns(_side(scored, pairs, side, texts, prompts, where))
+        pairs = pairs.with_columns(_side(scored, pairs, side, picked.rows, texts, prompts, where))
     return pairs.select(name for name in PAIRS.schema.names if name != "arm")
 
 
@@ -53,9 +76,7 @@ def with_numbers(scored: Scored, found: Contrasted, how: Contrast) -> pl.DataFra
         there = pl.Series(rows >= 0)
         rows = np.where(rows >= 0, rows, 0)
         values = {
-            "prompt_id": _named(keys.prompts, keys.prompt[rows])
-            if len(rows)
-            else pl.Series([], dtype=pl.String),
+            "prompt_id": _named(keys.prompts, keys.prompt[rows]),
             "language": _named(keys.languages, keys.language[rows]),
             "sample_id": pl.Series(keys.sample[rows], dtype=pl.Int32),
             "score": pl.Series(scored.score[rows], dtype=pl.Float32),
@@ -70,7 +91,7 @@ def with_numbers(scored: Scored, found: Contrasted, how: Contrast) -> pl.DataFra
     return _prompted(pairs, scored, found, how)
 
 
-def _named(names: list[str], places: NDArray[np.integer]) -> pl.Series:
+def _named(names: pl.Series | list[str], places: NDArray[np.integer]) -> pl.Series:
     return pl.Series(names, dtype=pl.String).gather(pl.Series(places.astype(np.uint32)))
 
 
@@ -98,36 +119,28 @@ def _prompted(pairs: pl.DataFrame, scored: Scored, found: Contrasted, how: Contr
 
 
 def _side(
-    scored: Scored, pairs: pl.DataFrame, side: str, texts: Texts, prompts: Path, where: pl.DataFrame
+    scored: Scored,
+    pairs: pl.DataFrame,
+    side: str,
+    picked: NDArray[np.int64],
+    texts: pl.DataFrame,
+    prompts: Path,
+    where: pl.DataFrame,
 ) -> pl.DataFrame:
     """Text, ids and finish reason of one side; a gold completion has no ids and ended by itself."""
     rows = pairs[f"{side}_row"].to_numpy()
     drawn = (rows >= 0) & (rows < scored.num_completions)
-    empty: dict[str, Any] = {
-        "completion": pl.String,
-        "completion_ids": pl.List(pl.Int32),
-        "finish_reason": pl.String,
-    }
-    found = pl.DataFrame(schema={"at": pl.Int64, **empty})
-    if drawn.any():
-        at = np.flatnonzero(drawn)
-        taken = pl.DataFrame(pl.from_arrow(texts.take(scored.place[rows[at]])))
-        found = taken.with_columns(at=pl.Series(at)).select("at", *empty)
+    at = pl.Series(np.searchsorted(picked, rows)).set(pl.Series(~drawn), None)
+    found = {name: texts[name].gather(at) for name in PICKED}
     gold = np.flatnonzero(rows >= scored.num_completions)
     if len(gold):
         wanted = pairs[gold].select("prompt_id", pl.col(f"{side}_language").alias("language"))
         located = wanted.join(where, on=PROMPT, how="left", maintain_order="left")
         reference = gather(prompts, located, PROMPT, ("reference",))["reference"]
-        added = pl.DataFrame({"at": gold, "completion": reference}).with_columns(
-            completion_ids=pl.lit(None, pl.List(pl.Int32)), finish_reason=pl.lit("stop")
-        )
-        found = pl.concat([found, added.select("at", *empty)])
-    every = pl.DataFrame({"at": np.arange(len(rows))}).join(found, on="at", how="left", maintain_order="left")
-    return every.select(
-        pl.col("completion").alias(side),
-        pl.col("completion_ids").alias(f"{side}_ids"),
-        pl.col("finish_reason").alias(f"{side}_finish_reason"),
-    )
+        found["completion"] = found["completion"].scatter(gold, reference)
+        found["finish_reason"] = found["finish_reason"].scatter(gold, "stop")
+    names = {"completion": side, "completion_ids": f"{side}_ids", "finish_reason": f"{side}_finish_reason"}
+    return pl.DataFrame({name: found[column] for column, name in names.items()})
 
 
 def ledger_of(scored: Scored, found: Contrasted) -> pl.DataFrame:

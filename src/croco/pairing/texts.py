@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from croco.errors import UserError
 from croco.pairing.guards import Guards, Traits, traits
 from croco.pairing.scored import Shards, read_arrow
+from croco.records import COMPLETIONS
 
 COLUMNS = (
     "language",
@@ -79,6 +80,9 @@ class Texts:
 
     def take(self, rows: Rows, columns: Sequence[str] = PICKED) -> pa.Table:
         """The columns of the rows, in their order; a row may be asked for more than once."""
+        if not len(rows):
+            schema = COMPLETIONS.schema
+            return pa.schema([(name, schema.field(name).type) for name in columns]).empty_table()
         order = np.argsort(rows, kind="stable")
         parts = []
         for index in self.shards_of(rows):
