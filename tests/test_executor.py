@@ -13,7 +13,8 @@ import pytest
 from croco import stage, store
 from croco.errors import UserError
 from croco.executor import gpu_shares, groups
-from croco.recipe import Recipe, Runtime, from_dict
+from croco.recipe import Recipe, from_dict
+from croco.recipe_runtime import Runtime
 from croco.stage import Node, Stage
 from toy_workers import NUM_SHARDS, UNLUCKY
 

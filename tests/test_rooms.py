@@ -23,7 +23,16 @@ ONLY_IN = {
 PURE = ("ops/", "pairing/", "evaluation/stats.py")
 ENGINES = ("croco.engines", "transformers", "vllm", "ray", "peft", "openai", "accelerate")
 # the house loads with the command line, before anything heavy
-LIGHT = ("__init__.py", "__main__.py", "cli.py", "errors.py", "recipe.py", "recipe_errors.py", "languages.py")
+LIGHT = (
+    "__init__.py",
+    "__main__.py",
+    "cli.py",
+    "errors.py",
+    "recipe.py",
+    "recipe_runtime.py",
+    "recipe_errors.py",
+    "languages.py",
+)
 HEAVY = ("torch", "transformers", "polars", "pyarrow", "numpy", "datasets", "peft", "matplotlib")
 
 

@@ -23,7 +23,7 @@ import pyarrow as pa
 
 from croco import engines, store
 from croco.errors import UserError
-from croco.recipe import Runtime
+from croco.recipe_runtime import Runtime
 from croco.stage import Work
 
 SHARDS_AT_ONCE = 16  # shards a worker takes in one call: those in flight are what a kill costs

@@ -314,7 +314,8 @@ def counted(node: Node, found: dict[str, Any]) -> str:
     own = TABLES[node.stage.table].unit if node.stage.table else None
     written = [(count, unit) for unit, count in counts.get("written", {}).items() if own in (None, unit)]
     parts = [f"{count:,} {unit}s" for count, unit in written]
-    parts += [f"{count:,} {unit}s dropped" for unit, count in counts.get("dropped", {}).items()]
+    for unit, count in counts.get("dropped", {}).items():  # a flag marks, it drops nothing
+        parts.append(f"{count:,} {unit}s" + (" dropped" if unit != "flag" else ""))
     return "".join(f"{part}, " for part in parts)
 
 

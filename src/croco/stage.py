@@ -24,7 +24,8 @@ from croco import provenance, standing, store
 from croco.errors import StaleStage, UserError
 from croco.identity import digest
 from croco.progress import Progress, progress
-from croco.recipe import Recipe, Runtime
+from croco.recipe import Recipe
+from croco.recipe_runtime import Runtime
 from croco.records import DROPPED, TABLES, Table
 from croco.sampling import seeds
 

@@ -24,7 +24,7 @@ import croco
 from croco.errors import UserError
 from croco.executor import Finished, Job, OpenWorker, Stream, Worker, groups
 from croco.processes import LIVES
-from croco.recipe import Runtime
+from croco.recipe_runtime import Runtime
 from croco.store import read_json
 
 SHARD = pa.schema(

@@ -25,7 +25,7 @@ from typing import Any, Generic, TypeVar
 from pydantic import ValidationError
 
 from croco.errors import UserError
-from croco.recipe import Server
+from croco.recipe_runtime import Server
 
 try:
     import httpx2

@@ -1,0 +1,119 @@
+"""`[runtime]` of the recipe: on which engines, devices and machines a run computes, never what."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, field_validator, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+EngineName = Literal["transformers", "vllm", "server"]
+
+
+def _check_replicas(value: Any) -> Any:
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+        return value
+    raise ValueError(f"found {value!r}, expected a number of workers or 'auto'")
+
+
+Replicas = Annotated[int | Literal["auto"], PlainValidator(_check_replicas)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+
+class Engines(Section):
+    """Which engine each generating stage runs on."""
+
+    translate: EngineName = "transformers"
+    sample: EngineName = "transformers"
+    score: EngineName = "transformers"
+    evaluate: EngineName = "transformers"
+    judge: EngineName = "transformers"
+
+
+class Vllm(Section):
+    """vLLM in process, for every role that runs on it."""
+
+    tensor_parallel: Positive = 1  # GPUs that one engine takes
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9  # of each GPU, weights included
+    # of prompt and completion, null is the model's own: a longer prompt goes to the ledger, a longer completion is cut
+    max_model_len: Positive | None = None
+    enforce_eager: bool = False  # starts faster and runs slower
+    per_request_seeds: bool = False  # each completion from a seed of its own; slower, and not on a CPU
+
+
+class Server(Section):
+    """An OpenAI-compatible server for one role. Its key is in the environment; the recipe has the variable's name."""
+
+    url: str = ""  # with what it ends in, as in "http://localhost:8000/v1"
+    model: str | None = None  # the name it is served under; null is the recipe's own
+    adapters: dict[str, str] = {}  # arm -> the name that its adapter is served under (evaluate)
+    api: Literal["completions", "chat"] = "completions"  # token ids, or messages (no tokenizer needed here)
+    dialect: Literal["vllm", "openai"] = "vllm"  # "openai" sends no field that OpenAI's own API lacks
+    completions_per_request: Positive | None = None  # null is all of a prompt's; 1 where n > 1 is refused
+    seeds: bool = True  # send a seed with every request
+    concurrency: Positive = 16  # requests at once, each for all completions of a prompt
+    timeout_seconds: Annotated[float, Field(gt=0)] = 1800.0  # of one request, waiting in the server included
+    retries: Annotated[int, Field(ge=0)] = 8  # of one request, before the stage stops
+    retry_seconds: Annotated[float, Field(gt=0)] = 1.0  # before the first retry; doubles, up to a minute
+    key_variable: str | None = None  # the environment variable that holds the key
+    max_context: Positive | None = None  # tokens; null is what the server says
+    trust_scores: bool = False  # take scores from a server that cannot show that they are raw logits
+
+    @field_validator("url")
+    @classmethod
+    def _check_url(cls, url: str) -> str:
+        parts = urlsplit(url)
+        if url and (parts.scheme not in ("http", "https") or not parts.hostname):
+            raise ValueError(f"'{url}' is no address, expected one like 'http://localhost:8000/v1'")
+        if parts.username or parts.password or parts.query or parts.fragment:
+            raise ValueError("expected an address without user, query or fragment (see key_variable)")
+        return url
+
+
+class Servers(Section):
+    translate: Server = Server()
+    sample: Server = Server()
+    score: Server = Server()
+    evaluate: Server = Server()
+    judge: Server = Server()
+
+
+class Ray(Section):
+    """What each worker takes of a Ray cluster."""
+
+    address: str | None = (
+        None  # of a running cluster, "auto" for this machine's; null starts one on this machine
+    )
+    cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
+    gpus_per_worker: Annotated[float, Field(ge=0)] | None = None  # null is what the engine needs
+    memory_gib_per_worker: Annotated[float, Field(gt=0)] | None = None  # null reserves none
+
+
+class Runtime(Section):
+    """How, never what: nothing here changes the tables, so nothing here enters a fingerprint."""
+
+    engines: Engines = Engines()
+    vllm: Vllm = Vllm()
+    servers: Servers = Servers()
+    executor: Literal["local", "ray"] = "local"  # processes on this machine, or a Ray cluster
+    replicas: Replicas = (
+        1  # workers, each with an engine of its own; "auto" is one per GPU (or group of GPUs)
+    )
+    ray: Ray = Ray()
+    device: str = "auto"
+    token_budget: Positive = 16384  # tokens per sampling or scoring batch
+    micro_batch_tokens: Positive = 4096  # tokens per training forward
+    shard_prompts: Positive = 64
+    threads: Positive | None = None  # of torch; null leaves torch's own choice
+    gradient_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _servers_have_addresses(self) -> Runtime:
+        for role, engine in self.engines:
+            if engine == "server" and not getattr(self.servers, role).url:
+                raise ValueError(f"engines.{role} = 'server', but servers.{role}.url is missing")
+        return self
