@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerControl, TrainingArguments
 
 from croco.errors import UserError
-from croco.ops.losses import LOSSES, PairLogps, nll
+from croco.ops.losses import PairLogps, nll, preference_losses
 from croco.store import sync_files, sync_folder, write_text
 from croco.training.batches import Batch, collate, cut
 from croco.training.encode import Example
@@ -45,7 +45,13 @@ def pair_losses(
     if reference_logps_CP is None:
         return -policy_logps_CP[0], {"logps/chosen": policy_logps_CP[0].detach()}
     pairs = PairLogps(*policy_logps_CP, *reference_logps_CP, *tokens_CP)
-    losses_P = LOSSES[settings.loss](pairs, settings.beta)
+    losses_P = preference_losses(
+        settings.loss,
+        pairs,
+        beta=settings.beta,
+        label_smoothing=settings.label_smoothing,
+        simpo_gamma=settings.simpo_gamma,
+    )
     if settings.nll_weight:
         losses_P = losses_P + settings.nll_weight * nll(pairs.policy_chosen_logps, pairs.chosen_tokens)
     chosen, rejected = (
