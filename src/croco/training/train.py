@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from croco.engines.loading import load_policy
 from croco.errors import UserError
-from croco.ops.losses import LOSSES
+from croco.ops.losses import LOSSES, REFERENCE_FREE
 from croco.progress import Progress
 from croco.records import DROPPED
 from croco.sampling.chat import end_id
@@ -31,7 +31,7 @@ from croco.training.batches import plan_steps
 from croco.training.encode import Example, encode_pairs, held_out
 from croco.training.forward import shared_rows_differ
 from croco.training.lora import apply_lora, save_adapter
-from croco.training.reference import reference_logps, weights_digest
+from croco.training.reference import no_reference, reference_logps, weights_digest
 from croco.training.settings import TrainSettings
 from croco.training.trainer import (
     PairTrainer,
@@ -55,6 +55,8 @@ class TrainResult:
     pairs: int
     validation_pairs: int
     tokens: int
+    cut_pairs: int
+    cut_tokens: int
     seconds: float
     plain_rows: str | None
     metrics: dict[str, dict[str, float]]
@@ -94,7 +96,9 @@ def train_pairs(
     if plain_rows:
         Console(stderr=True).print(f"prompts are not shared between completions: {plain_rows}", markup=False)
     reference = None
-    if settings.method != "sft":
+    if settings.method != "sft" and settings.loss in REFERENCE_FREE:
+        reference = no_reference(examples)
+    elif settings.method != "sft":
         reference = reference_logps(
             model,
             examples,
@@ -141,6 +145,8 @@ def train_pairs(
         pairs=len(training),
         validation_pairs=len(validation),
         tokens=sum(examples[i].num_tokens for step in steps for i in step),
+        cut_pairs=sum(example.cut_tokens > 0 for example in examples),
+        cut_tokens=sum(example.cut_tokens for example in examples),
         seconds=time.monotonic() - start,
         plain_rows=plain_rows,
         metrics=last_metrics(folder / "metrics.jsonl"),
@@ -190,6 +196,8 @@ def train(work: Work) -> None:
         pairs=result.pairs,
         validation_pairs=result.validation_pairs,
         tokens=result.tokens,
+        cut_pairs=result.cut_pairs,
+        cut_tokens=result.cut_tokens,
         seconds=round(result.seconds, 1),
         plain_rows=result.plain_rows,
         metrics=result.metrics,
@@ -220,6 +228,7 @@ def _encode(
         tokenizer,
         end=end_id(tokenizer, model.generation_config),
         max_tokens=settings.max_tokens,
+        over_length=settings.over_length,
         chosen_only=settings.method == "sft",
         instructions=instructions,
     )
