@@ -95,7 +95,9 @@ def test_truncation_takes_the_end_of_completions_and_is_counted():
 
 
 def test_what_cannot_be_cut_to_fit_is_left_out():
-    pairs = make_pairs(2).with_columns(chosen=pl.lit("April " * 40 + "x"), rejected=pl.lit("April " * 40 + "y"))
+    pairs = make_pairs(2).with_columns(
+        chosen=pl.lit("April " * 40 + "x"), rejected=pl.lit("April " * 40 + "y")
+    )
     (first, second), _ = encode(pairs, max_tokens=1000)
     assert len(first.prompt) != len(second.prompt)
     limit = max(len(first.prompt), len(second.prompt))

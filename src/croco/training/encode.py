@@ -101,7 +101,7 @@ def _prompt_ids(
         if roles not in tried:
             tried.add(roles)
             whole = conversation_ids(tokenizer, with_instruction(row["messages"], instruction), "Ja.")
-            # Token for token, or at least in its text: ids may merge where both are tokenised as one, which we never do.
+            # In text at least: ids may merge where prompt and completion are tokenised as one, which we never do.
             if not tokenizer.decode(whole).startswith(tokenizer.decode(ids)):
                 check_prefix(tokenizer, ids, whole)
     except UserError as error:
