@@ -44,6 +44,7 @@ class Batch:
     source_M: Tensor
     target_M: Tensor
     sequence_M: Tensor
+    lengths: tuple[tuple[int, ...], ...]  # of every row: tokens of its prompt and of each completion in it
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
@@ -72,12 +73,13 @@ def collate(examples: Sequence[Example], *, shared: bool, pad_id: int = 0) -> Ba
     input_ids = np.full(shape, pad_id, dtype=np.int64)
     branch = np.full(shape, PADDING, dtype=np.int64)
     position = np.zeros(shape, dtype=np.int64)
-    source, target, sequence = [], [], []
+    source, target, sequence, lengths = [], [], [], []
     for row, (p, branches) in enumerate(groups):
         prompt = examples[p].prompt
         input_ids[row, : len(prompt)], branch[row, : len(prompt)] = prompt, PROMPT
         position[row, : len(prompt)] = np.arange(len(prompt))
         start = len(prompt)
+        lengths.append((start, *(len(examples[p].completions[c]) - 1 for c in branches)))
         for number, c in enumerate(branches, start=1):
             completion = examples[p].completions[c]
             stop = start + len(completion) - 1
@@ -90,7 +92,11 @@ def collate(examples: Sequence[Example], *, shared: bool, pad_id: int = 0) -> Ba
             start = stop
     tensors = (input_ids, branch, position, *(np.concatenate(parts) for parts in (source, target, sequence)))
     return Batch(
-        shared, num_pairs, num_completions, *(torch.from_numpy(array.astype(np.int64)) for array in tensors)
+        shared,
+        num_pairs,
+        num_completions,
+        *(torch.from_numpy(array.astype(np.int64)) for array in tensors),
+        lengths=tuple(lengths),
     )
 
 
