@@ -90,7 +90,7 @@ class _FrozenHead(torch.autograd.Function):
     """d logp / d hidden = scale * ((one-hot - softmax) * (1 - (logits / cap)²)) weight, known once the logits are."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         hidden_MD: Tensor,
         weight_VD: Tensor,
@@ -122,6 +122,6 @@ class _FrozenHead(torch.autograd.Function):
         return torch.cat(logps)
 
     @staticmethod
-    def backward(ctx: Any, gradient_M: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient_M: Tensor) -> tuple[Tensor | None, ...]:
         (slopes_MD,) = ctx.saved_tensors
         return (gradient_M[:, None].to(slopes_MD.dtype) * slopes_MD, None, None, None, None, None)

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PreTrainedModel
 
 from croco.ops.logps import head_logps, sequence_sums, token_logps
-from croco.ops.prefix_mask import PADDING, additive, prefix_mask
+from croco.ops.prefix_mask import BLOCK, PADDING, additive, prefix_mask, prefix_rule
 from croco.sampling.architecture import unsupported
 from croco.sampling.prefix_attention import plugged_in
 from croco.training import shared_attention
@@ -34,6 +35,7 @@ HEADS = (
     "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "cohere", "cohere2", "granite", "olmo2",
     "phi3", "smollm3",
 )  # fmt: skip
+FLEX = "flex_attention"
 LAYER_KINDS = ("full_attention", "sliding_attention")
 # Largest difference of a completion's mean token log-probability between shared and plain rows. Exact layouts differ by
 # rounding (1e-6 in float32, up to 1e-2 in bfloat16); a lost prompt or a leak differs by 0.1 and more.
@@ -99,15 +101,13 @@ def _segments(model: PreTrainedModel, batch: Batch) -> Segments | None:
 
     Not under checkpointing, which runs layers again after the attention function is unplugged.
     """
-    if batch.input_ids_BT.device.type != "cpu" or unsupported(model) is not None:
+    if not batch.by_segments or batch.input_ids_BT.device.type != "cpu" or unsupported(model) is not None:
         return None
     if model.config.get_text_config()._attn_implementation != "sdpa":
         return None
     if model.training and any(getattr(part, "gradient_checkpointing", False) for part in model.modules()):
         return None
-    segments = Segments.of(batch.lengths)
-    worth = batch.input_ids_BT.numel() >= shared_attention.LEAST_TOKENS * len(segments.groups)
-    return segments if worth else None
+    return Segments.of(batch.lengths)
 
 
 def token_counts(batch: Batch) -> Tensor:
@@ -144,14 +144,53 @@ def _head_at(model: PreTrainedModel, source_M: Tensor, whole: bool) -> Iterator[
         handle.remove()
 
 
+def packs(model: nn.Module) -> bool:
+    """Whether shared rows are packed into one: where FlexAttention skips what its blocks forbid."""
+    return bool(_unwrapped(model).config.get_text_config()._attn_implementation == FLEX)
+
+
+def try_packing(model: PreTrainedModel, examples: Sequence[Example], device: torch.device) -> str | None:
+    """Give the model FlexAttention, so that its rows are packed, if that is exact on real pairs; else why not.
+
+    On CUDA only: on a CPU FlexAttention has no backward. The model is left as it was where it fails, be it that its
+    kernels cannot be compiled there.
+    """
+    before = model.config.get_text_config()._attn_implementation
+    if device.type != "cuda" or before != "sdpa":
+        return f"rows are packed on CUDA and in place of sdpa, found {device.type} and {before}"
+    if getattr(model.config.get_text_config(), "attention_dropout", 0.0):
+        return "FlexAttention has no dropout, and the model's attention has"
+    try:
+        model.set_attn_implementation(FLEX)
+        reason = shared_rows_differ(model, examples, device) or _no_gradient(model, examples, device)
+    except (RuntimeError, ValueError, NotImplementedError) as error:  # compilers raise all of them
+        reason = f"FlexAttention does not run here: {' '.join(str(error).split())[:200]}"
+    if reason:
+        model.set_attn_implementation(before)
+    return reason
+
+
+def _no_gradient(model: PreTrainedModel, examples: Sequence[Example], device: torch.device) -> str | None:
+    """Why packed rows cannot be trained on, or None: a backward may fail to compile where a forward runs."""
+    weight = model.get_input_embeddings().weight
+    trained = weight.requires_grad
+    weight.requires_grad_(True)
+    try:
+        logps = completion_logps(model, collate(examples, shared=True, packed=True).to(device))
+        (gradient,) = torch.autograd.grad(logps.sum(), [weight])
+    finally:
+        weight.requires_grad_(trained)
+    return None if bool(gradient.isfinite().all()) else "FlexAttention's gradients are not finite"
+
+
 def why_not_shared(model: nn.Module) -> str | None:
     """Why shared rows cannot be tried on this architecture, or None. The proof on a batch is
     `shared_rows_differ`.
     """
     base = _unwrapped(model)
     config = base.config.get_text_config()
-    if config._attn_implementation not in ("sdpa", "eager"):
-        return f"attention is {config._attn_implementation}, an explicit mask needs sdpa or eager"
+    if config._attn_implementation not in ("sdpa", "eager", FLEX):
+        return f"attention is {config._attn_implementation}, an explicit mask needs sdpa, eager or {FLEX}"
     if unknown := sorted(set(_layer_kinds(base)) - set(LAYER_KINDS)):
         return f"{type(base).__name__} has layers of kind {', '.join(unknown)}"
     return None
@@ -164,15 +203,29 @@ def _layer_kinds(model: PreTrainedModel) -> list[str]:
     return ["sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"]
 
 
-def attention_masks(model: PreTrainedModel, batch: Batch) -> Tensor | dict[str, Tensor]:
-    """The explicit mask of shared rows, (B, 1, T, T); a mapping from layer kind to mask where a model mixes
-    kinds.
+def _blocks(batch: Batch, window: int | None) -> BlockMask:
+    rule = prefix_rule(batch.branch_BT, batch.position_BT, batch.pair_BT, window)
+    (num_rows, num_tokens), device = batch.input_ids_BT.shape, batch.input_ids_BT.device
+    compiled = device.type == "cuda"  # else the mask of the whole row is in memory for a moment
+    return create_block_mask(
+        rule, num_rows, None, num_tokens, num_tokens, device=device, BLOCK_SIZE=BLOCK, _compile=compiled
+    )
+
+
+def attention_masks(
+    model: PreTrainedModel, batch: Batch
+) -> Tensor | BlockMask | dict[str, Tensor | BlockMask]:
+    """The explicit mask of shared rows, (B, 1, T, T), or FlexAttention's blocks; a mapping from layer kind to mask
+    where a model mixes kinds.
     """
     config = model.config.get_text_config()
-    masks = {}
+    masks: dict[str, Tensor | BlockMask] = {}
     for kind in _layer_kinds(model):
         window = config.sliding_window if kind == "sliding_attention" else None
-        mask = prefix_mask(batch.branch_BT, batch.position_BT, window)
+        if config._attn_implementation == FLEX:
+            masks[kind] = _blocks(batch, window)
+            continue
+        mask = prefix_mask(batch.branch_BT, batch.position_BT, window, batch.pair_BT)
         masks[kind] = additive(mask, model.dtype) if config._attn_implementation == "eager" else mask
     return masks if len(masks) > 1 else next(iter(masks.values()))
 
@@ -190,16 +243,24 @@ def shared_rows_differ(model: nn.Module, examples: Sequence[Example], device: to
         return reason
     was_training = model.training
     model.eval()
-    shared, plain = (collate(examples, shared=layout).to(device) for layout in (True, False))
+    shared = collate(examples, shared=True, packed=packs(model)).to(device)
+    plain_logps = completion_logps(model, collate(examples, shared=False).to(device))
+    # On a CPU it depends on a batch's lengths which of two ways it goes.
+    ways = [replace(shared, by_segments=way) for way in (False, True)] if device.type == "cpu" else [shared]
+    reasons = [_differs(model, way, plain_logps) for way in ways]
+    model.train(was_training)
+    return next(filter(None, reasons), None)
+
+
+def _differs(model: nn.Module, shared: Batch, plain_logps: Tensor) -> str | None:
     counts = token_counts(shared)
     shared_logps = completion_logps(model, shared)
-    gap = ((shared_logps - completion_logps(model, plain)).abs() / counts).max().item()
+    gap = ((shared_logps - plain_logps).abs() / counts).max().item()
     # Only the first completion's ids change, and no shape does: nothing but a leak can move the others.
     first = shared.branch_BT == 1
-    flipped = torch.where(first, shared.input_ids_BT.flip(0).roll(1, 1), shared.input_ids_BT)
+    flipped = torch.where(first, shared.input_ids_BT.flip(0, 1).roll(1, 1), shared.input_ids_BT)
     moved_logps = completion_logps(model, replace(shared, input_ids_BT=flipped))
     leak = ((shared_logps - moved_logps).abs() / counts)[1:].max().item() if counts.shape[0] > 1 else 0.0
-    model.train(was_training)
     tolerance = TOLERANCE.get(_unwrapped(model).dtype, TOLERANCE_HALF)
     if not gap <= tolerance:
         return f"log-probabilities per token differ by {gap:.2g} from plain rows (allowed: {tolerance:.0e})"

@@ -20,7 +20,6 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 NAME = "croco_shared_rows"
-LEAST_TOKENS = 256  # of the rows computed in one call: below, the calls cost more than the mask
 
 
 @dataclass
