@@ -100,16 +100,17 @@ def collate(examples: Sequence[Example], *, shared: bool, packed: bool = False, 
                 target.append(np.asarray(completion))
                 sequence.append(np.full(len(completion), c * num_pairs + p))
             start = stop
-    arrays = [input_ids, branch, position, pair]
-    arrays += [np.concatenate(parts) for parts in (source, target, sequence)]
-    tensors = [torch.from_numpy(array.astype(np.int64)) for array in arrays]
+    arrays = {"input_ids_BT": input_ids, "branch_BT": branch, "position_BT": position, "pair_BT": pair}
+    for name, parts in (("source_M", source), ("target_M", target), ("sequence_M", sequence)):
+        arrays[name] = np.concatenate(parts)
+    tensors = {name: torch.from_numpy(array.astype(np.int64)) for name, array in arrays.items()}
     lengths = tuple(
         (len(examples[p].prompt), *(len(examples[p].completions[c]) - 1 for c in branches))
         for [(p, branches), *_] in rows
     )
     groups = len(list(groupby(lengths)))
     by_segments = shared and not packed and input_ids.size >= SEGMENT_TOKENS * groups
-    return Batch(shared, num_pairs, num_completions, *tensors, lengths=lengths, by_segments=by_segments)
+    return Batch(shared, num_pairs, num_completions, **tensors, lengths=lengths, by_segments=by_segments)
 
 
 def _tokens(example: Example, branches: Sequence[int]) -> int:

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from croco.errors import UserError
+from croco.ops.dropout import Dropout
 from croco.store import sync_files, sync_folder
 from croco.training.settings import LoraSettings
 
@@ -51,7 +52,16 @@ def apply_lora(model: PreTrainedModel, settings: LoraSettings, seed: int) -> Pef
     )
     with torch.random.fork_rng(), _quiet():
         torch.manual_seed(seed)
-        return get_peft_model(model, config)
+        return with_quick_dropout(get_peft_model(model, config))
+
+
+def with_quick_dropout(model: PeftModel) -> PeftModel:
+    """The model, the dropout of its adapters replaced by ours, which is the same and quicker on a CPU."""
+    for module in model.modules():
+        for name, layer in getattr(module, "lora_dropout", {}).items():
+            if type(layer) is nn.Dropout:
+                module.lora_dropout[name] = Dropout(layer.p)
+    return model
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
