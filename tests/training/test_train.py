@@ -74,7 +74,7 @@ def test_a_run_learns_its_pairs_and_says_what_it_did(undisturbed):
     assert train[-1]["loss"] < 0.5
     assert train[-1]["rewards/accuracies"] > 0.8
     assert validation[-1]["step"] == result.steps
-    assert len(validation) == 4
+    assert [line["step"] for line in validation] == [0, 2, 4, 6, 8]
     assert result.metrics["validation"]["loss"] == validation[-1]["loss"]
     assert result.pairs + result.validation_pairs == 36
     assert result.validation_pairs > 0
@@ -97,7 +97,14 @@ def test_sft_raises_the_likelihood_of_the_chosen(tmp_path):
     result = run(tmp_path, replace(SETTINGS, method="sft"))
     train = metrics(tmp_path, "train")
     assert train[-1]["loss"] < train[0]["loss"] - 0.3
-    assert set(result.metrics["train"]) == {"step", "loss", "grad_norm", "learning_rate", "logps/chosen"}
+    assert set(result.metrics["train"]) == {
+        "step",
+        "loss",
+        "grad_norm",
+        "learning_rate",
+        "logps/chosen",
+        "pairs",
+    }
 
 
 def assert_same_run(folder: Path, expected: Path) -> None:
@@ -127,7 +134,7 @@ def test_a_run_that_broke_after_its_last_step_only_writes_the_adapter(undisturbe
         raise OSError("the disk is full")
 
     with monkeypatch.context() as patched:
-        patched.setattr("croco.training.train.save_adapter", broken)
+        patched.setattr("croco.training.train.adopt", broken)
         with pytest.raises(OSError, match="disk"):
             run(tmp_path)
     steps = []
@@ -140,15 +147,15 @@ def test_a_run_that_broke_after_its_last_step_only_writes_the_adapter(undisturbe
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-import croco.training.trainer as trainer
+import croco.training.checkpoints as checkpoints
 from training.test_train import run
 
-sealed = trainer.write_text
+sealed = checkpoints.write_text
 def kill_before_the_second_seal(path, text):
-    if path.name == trainer.SEAL and path.parent.name != "checkpoint-2":
+    if path.name == checkpoints.SEAL and path.parent.name != "checkpoint-2":
         os.kill(os.getpid(), signal.SIGKILL)
     sealed(path, text)
-trainer.write_text = kill_before_the_second_seal
+checkpoints.write_text = kill_before_the_second_seal
 run(Path(sys.argv[1]))
 """
 
@@ -272,7 +279,7 @@ def test_broken_weights_stop_before_the_first_step(tmp_path):
 
 
 def test_a_loss_that_is_no_number_stops_and_says_the_step(tmp_path):
-    with pytest.raises(UserError, match=r"training stopped: the .* at step \d+ of"):
+    with pytest.raises(UserError, match=r"training stopped at step \d+ of 8: the .* is .*, expected a finite number"):
         run(tmp_path, replace(SETTINGS, learning_rate=1e30, max_grad_norm=1e30))
 
 

@@ -1,7 +1,7 @@
 """Low-rank adapters: the one room that knows PEFT.
 
-An adapter is put on, saved, and merged into the weights it was trained on; one that changes nothing is an
-error, because nothing after it would notice. Left out: full fine-tuning, and any other kind of adapter.
+An adapter is put on, taken up again, saved, and merged into the weights it was trained on. Left out: any other kind of
+adapter.
 """
 
 import shutil
@@ -127,13 +127,7 @@ def _put_on(model: PreTrainedModel, folder: Path, config: Any) -> PeftModel:
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Write the adapter (safetensors and its configuration) to `folder`, whole or not at all; replaces an
-    older one.
-
-    Raises `UserError` when the adapter is still the identity.
-    """
-    if not any(parameter.any() for name, parameter in model.named_parameters() if "lora_B" in name):
-        raise UserError("training changed nothing: every adapter is zero (is the learning rate 0?)")
+    """Write the adapter (safetensors and its configuration) to `folder`, whole or not at all; replaces an older one."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(str(partial), save_embedding_layers=False)
