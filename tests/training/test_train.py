@@ -15,10 +15,8 @@ from safetensors.torch import load_file
 
 from croco.errors import UserError
 from croco.recipe import load
-from croco.records import TABLES
 from croco.science import train_settings
 from croco.stage import Work
-from croco.store import write_shard
 from croco.training.encode import encode_pairs
 from croco.training.lora import apply_lora, load_adapter
 from croco.training.reference import reference_logps
@@ -26,7 +24,7 @@ from croco.training.settings import LoraSettings, TrainSettings
 from croco.training.train import train, train_pairs
 from croco.training.trainer import PairTrainer, training_arguments
 from tiny import make_policy, make_tokenizer, save
-from training.pairs import make_pairs
+from training.pairs import make_pairs, write_pairs
 
 TOKENIZER = make_tokenizer()
 SETTINGS = TrainSettings(
@@ -279,7 +277,9 @@ def test_broken_weights_stop_before_the_first_step(tmp_path):
 
 
 def test_a_loss_that_is_no_number_stops_and_says_the_step(tmp_path):
-    with pytest.raises(UserError, match=r"training stopped at step \d+ of 8: the .* is .*, expected a finite number"):
+    with pytest.raises(
+        UserError, match=r"training stopped at step \d+ of 8: the .* is .*, expected a finite number"
+    ):
         run(tmp_path, replace(SETTINGS, learning_rate=1e30, max_grad_norm=1e30))
 
 
@@ -319,25 +319,7 @@ def test_the_stage_accounts_for_every_pair(tmp_path):
     recipe_file = tmp_path / "toy.toml"
     recipe_file.write_text(RECIPE.format(policy=policy))
     recipe = load(recipe_file)
-    pairs = make_pairs(12).with_columns(
-        chosen_ids=pl.Series([None] * 12, dtype=pl.List(pl.Int32)),
-        rejected_ids=pl.Series([None] * 12, dtype=pl.List(pl.Int32)),
-        **{name: pl.lit(0) for name in ("chosen_sample_id", "rejected_sample_id", "pool_size")},
-        **{name: pl.lit(0.0) for name in ("chosen_score", "rejected_score", "pool_mean", "pool_std")},
-        **{name: pl.col("language") for name in ("chosen_language", "rejected_language")},
-        **{name: pl.lit("stop") for name in ("chosen_finish_reason", "rejected_finish_reason")},
-        arm=pl.lit("mono"),
-        pair_id=pl.lit(0),
-        calibration=pl.lit("none"),
-        flags=pl.lit([], pl.List(pl.String)),
-        **{
-            name: pl.lit(None, pl.Float32)
-            for name in ("chosen_calibrated", "rejected_calibrated", "pool_min")
-        },
-    )
-    table = pairs.select(TABLES["pairs"].schema.names).to_arrow()
-    count = {"pair": 12}
-    write_shard(tmp_path / "pair", 0, table, TABLES["pairs"].schema, read=count, written=count, dropped=None)
+    write_pairs(tmp_path / "pair", make_pairs(12))
     work = Work(
         recipe=recipe,
         arm="mono",

@@ -69,8 +69,3 @@ def _check_changed(folder: Path, before: Mapping[str, Tensor]) -> None:
             f"{folder} holds none of the tensors that were trained, {sorted(before)[:3]} and so on"
         )
     raise UserError("training changed nothing: every weight is what it was (is the learning rate 0?)")
-
-
-def tuned_weights(folder: Path) -> Path:
-    """Where a finished stage `train` keeps what it made: its adapter, or its model where all weights were tuned."""
-    return folder / "model" if (folder / "model").is_dir() else folder / "adapter"
