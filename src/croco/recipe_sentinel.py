@@ -19,7 +19,7 @@ class Sentinel(Section):
     max_chosen_drop: Annotated[float, Field(gt=0)] = (
         1.0  # of the chosen's log-probability under the reference's
     )
-    max_kl: Annotated[float, Field(gt=0)] = 3.0  # of the policy from the reference
+    max_kl: Annotated[float, Field(gt=0)] = 1.5  # of the policy from the reference
     max_grad_norm_factor: Annotated[float, Field(gt=1)] = 100.0  # times that of the first steps
     # every pair right within `early_steps`, while language, length or finish reason tells them apart with this AUC
     shortcut_auc: Annotated[float, Field(ge=0.5, le=1)] = 0.95  # 1 never stops

@@ -187,12 +187,12 @@ def test_checkpoints_of_other_settings_are_not_taken_up(tmp_path):
     assert steps[0] == 1
 
 
-def trainer_of(tmp_path, budget, shared=True, checkpointing=False):
+def trainer_of(tmp_path, budget, shared=True, checkpointing=False, num_pairs=9, **shape):
     torch.manual_seed(0)
-    model = make_policy("llama")
-    examples, _ = encode_pairs(make_pairs(9), TOKENIZER, end=2, max_tokens=200)
+    model = make_policy("llama", **shape)
+    examples, _ = encode_pairs(make_pairs(num_pairs), TOKENIZER, end=2, max_tokens=200)
     reference = reference_logps(
-        make_policy("llama", seed=1), examples, folder=tmp_path, shared=True, micro_batch_tokens=512
+        make_policy("llama", seed=1, **shape), examples, folder=tmp_path, shared=True, micro_batch_tokens=512
     )
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -203,7 +203,7 @@ def trainer_of(tmp_path, budget, shared=True, checkpointing=False):
         settings,
         examples=examples,
         reference_logps_CN=reference,
-        steps=[range(9)],
+        steps=[range(num_pairs)],
         validation=[],
         shared=shared,
         micro_batch_tokens=budget,

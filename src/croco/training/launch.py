@@ -25,10 +25,11 @@ import torch
 
 from croco import recipe as recipes
 from croco import store
-from croco.engines.loading import load_policy, pick_device
+from croco.engines.loading import load_policy, pick_device, pick_dtype
 from croco.errors import UserError
-from croco.recipe import Recipe
+from croco.recipe import Policy, Recipe
 from croco.records import DROPPED
+from croco.training.preflight import check_weights
 from croco.training.ranks import rank
 from croco.training.settings import TrainSettings
 from croco.training.train import TrainResult, train_pairs
@@ -77,6 +78,7 @@ def num_processes(wanted: int | str, device: str) -> int:
 def tune_here(job: Job, advance: Advance) -> TrainResult:
     """Run a job in this process, which may be one of several that all do."""
     policy, runtime = job.recipe.policy, job.recipe.runtime
+    _check_memory(policy, runtime.device)
     model, tokenizer = load_policy(
         policy.model,
         policy.revision,
@@ -96,11 +98,20 @@ def tune_here(job: Job, advance: Advance) -> TrainResult:
         reference="start" if job.reference == "start" else "base",
         on_step=advance,
         instructions=policy.instruction,
-        micro_batch_tokens=int(runtime.micro_batch_tokens),
-        gradient_checkpointing=bool(runtime.gradient_checkpointing),
+        micro_batch_tokens=runtime.micro_batch_tokens,
+        gradient_checkpointing=runtime.gradient_checkpointing,
         trackers=runtime.trackers,
         checkpoint_minutes=runtime.checkpoint_minutes,
     )
+
+
+def _check_memory(policy: Policy, device: str) -> None:
+    """Raise UserError for weights that are more than is free, before any is loaded."""
+    from croco.checkup import weightless
+
+    where = pick_device(device)
+    parameters = weightless(policy, "policy", "causal").num_parameters()
+    check_weights(parameters, pick_dtype(policy.dtype, where).itemsize, where, policy.model)
 
 
 # The process that starts the others ----------------------------------------------------------------------------------

@@ -134,6 +134,14 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     sync_folder(folder.parent)
 
 
+def without_adapter(adapted: PeftModel) -> PreTrainedModel:
+    """The model as it was before the adapter was put on."""
+    model: Any = adapted.unload()
+    vars(model).pop("peft_config", None)  # or PEFT warns of a second adapter
+    model.requires_grad_(True)
+    return model
+
+
 def put_adapter_on(model: PreTrainedModel, folder: Path) -> PeftModel:
     """The model with the adapter in `folder` beside its weights.
 

@@ -37,8 +37,8 @@ class SentinelSettings:
 
     enabled: bool = True
     evaluations: int = 4
-    max_chosen_drop: float = 1.0
-    max_kl: float = 3.0
+    max_chosen_drop: float = 0.5
+    max_kl: float = 1.5
     max_grad_norm_factor: float = 100.0
     shortcut_auc: float = 0.95
     early_steps: int = 20

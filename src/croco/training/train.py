@@ -30,6 +30,7 @@ from croco.training.adopt import adopt, samples
 from croco.training.batches import plan_steps
 from croco.training.forward import shared_rows_differ
 from croco.training.lora import apply_lora, continue_lora
+from croco.training.preflight import plan
 from croco.training.prepare import (
     checkpoint_to_go_on_from,
     contents,
@@ -78,8 +79,8 @@ def train_pairs(
     reference: Literal["base", "start"] = "base",
     on_step: Callable[[int, int], None] | None = None,
     instructions: Mapping[str, str] | None = None,
-    micro_batch_tokens: int = 8192,
-    gradient_checkpointing: bool = False,
+    micro_batch_tokens: int | Literal["auto"] = 8192,
+    gradient_checkpointing: bool | Literal["auto"] = False,
     trackers: tuple[str, ...] = (),
     checkpoint_minutes: float | None = None,
 ) -> TrainResult:
@@ -90,8 +91,9 @@ def train_pairs(
     from, and `reference` what the policy is held against: the base, or the policy as it starts. Also written:
     `folder/metrics.jsonl`, one line per step and evaluation, and `folder/scratch` (checkpoints, reference
     log-probabilities), which the caller may remove afterwards. A second call with the same arguments goes on
-    where the first was killed. `on_step(step, num_steps)` follows it. Raises `UserError` for settings out of
-    range, when no pair is left, and (as `Stopped`) when training was stopped before any good checkpoint.
+    where the first was killed. `on_step(step, num_steps)` follows it. "auto" is what fits in memory. Raises
+    `UserError` for settings out of range, when no pair is left, when it cannot fit, and (as `Stopped`) when
+    training was stopped before any good checkpoint.
     """
     began = time.monotonic()
     _check(settings, start)
@@ -119,17 +121,20 @@ def train_pairs(
     if plain_rows and rank() == 0:
         Console(stderr=True).print(f"prompts are not shared between completions: {plain_rows}", markup=False)
 
+    layout = plan(model, settings, examples, micro_batch_tokens, gradient_checkpointing, plain_rows is None)
+
     def logps(of: Any) -> Tensor | None:
         if settings.method == "sft":
             return None
-        return share_reference(of, examples, scratch / "reference", plain_rows is None, micro_batch_tokens)
+        tokens = layout.micro_batch_tokens
+        return share_reference(of, examples, scratch / "reference", plain_rows is None, tokens)
 
     reference_logps_CN = logps(model) if reference == "base" else None
     policy = _trainable(model, settings, start, seed)
     if reference == "start":
         reference_logps_CN = logps(policy)
     before = samples(policy.named_parameters())
-    if gradient_checkpointing:
+    if layout.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
 
     def follow(metrics: dict[str, Any]) -> None:
@@ -147,7 +152,7 @@ def train_pairs(
         steps=steps,
         validation=range(len(training), len(examples)),
         shared=plain_rows is None,
-        micro_batch_tokens=micro_batch_tokens,
+        micro_batch_tokens=layout.micro_batch_tokens,
         pad_id=tokenizer.pad_token_id or 0,
         metrics_file=metrics_file,
         lines=checkpoints.read_metrics(metrics_file),
