@@ -149,13 +149,18 @@ class Lora(Section):
 
 class Training(Section):
     method: Literal["dpo", "sft"] = "dpo"
-    loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    loss: Literal["sigmoid", "ipo", "hinge", "robust", "apo_zero", "simpo", "sigmoid_norm"] = "sigmoid"
     beta: Annotated[float, Field(gt=0)] = 0.1
+    # loss "robust": the share of pairs whose label is wrong
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    simpo_gamma: Annotated[float, Field(ge=0)] = 0.5  # loss "simpo": the margin aimed at
     nll_weight: Annotated[float, Field(ge=0)] = 0.0
     learning_rate: Annotated[float, Field(gt=0)] = 5e-6
     epochs: Positive = 1
     batch_pairs: Positive = 64  # pairs per optimiser step
-    max_tokens: Positive = 4096  # prompt and completion; a longer pair goes to the ledger
+    max_tokens: Positive = 4096  # prompt and completion
+    # what becomes of a longer pair: to the ledger, or its completions lose their ends (counted)
+    over_length: Literal["drop", "truncate"] = "drop"
     warmup_ratio: Share = 0.05
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     scheduler: Literal["cosine", "linear", "constant"] = "cosine"

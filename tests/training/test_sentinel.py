@@ -53,10 +53,13 @@ def test_one_evaluation_past_a_bound_stops():
     assert "held-out completions fell by 1.25" in found
 
 
-def test_supervised_tuning_is_held_against_its_beginning():
-    lines = [{"step": i, "split": "validation", "loss": loss} for i, loss in ((0, 2.0), (4, 2.25), (8, 3.25))]
+def test_without_a_reference_tuning_is_held_against_its_beginning():
+    lines = [
+        {"step": i, "split": "validation", "loss": 1.0, "nll": loss}
+        for i, loss in ((0, 2.0), (4, 2.25), (8, 3.25))
+    ]
     assert reason(lines[:2]) is None
-    assert "rose by 1.25 nats per token" in reason(lines)
+    assert "fell by 1.25 nats per token since the beginning" in reason(lines)
 
 
 def test_a_gradient_norm_far_above_the_first_steps_stops():

@@ -101,8 +101,19 @@ def test_sft_raises_the_likelihood_of_the_chosen(tmp_path):
         "grad_norm",
         "learning_rate",
         "logps/chosen",
+        "nll",
         "pairs",
     }
+
+
+def test_simpo_needs_no_reference_and_is_watched_without_one(tmp_path):
+    result = run(tmp_path, replace(SETTINGS, loss="simpo", beta=2.0))
+    train = metrics(tmp_path, "train")
+    assert result.stopped is None
+    assert train[-1]["loss"] < train[0]["loss"]
+    assert train[0]["nll"] > 2
+    assert "kl" not in train[0]
+    assert not (tmp_path / "scratch" / "reference").exists()
 
 
 def assert_same_run(folder: Path, expected: Path) -> None:

@@ -7,11 +7,15 @@ evaluation and stop; a run that goes on from a checkpoint writes the lines after
 import json
 import os
 import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainerCallback
+
 from croco.store import sync_files, sync_folder, write_text
+from croco.training.ranks import gathered
 from croco.training.sentinel import best_step
 
 SEAL = "complete"  # marker of a checkpoint written to its end
@@ -83,3 +87,20 @@ def last_metrics(lines: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]
     """The last line of each split."""
     found = {line["split"]: line for line in lines if line["split"] in ("train", "validation")}
     return {split: {k: v for k, v in line.items() if k != "split"} for split, line in found.items()}
+
+
+class ByTheClock(TrainerCallback):
+    """A checkpoint every so many minutes, beside those at evaluations: what a kill may cost. Changes no number."""
+
+    def __init__(self, minutes: float) -> None:
+        self.seconds, self.last = 60 * minutes, time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Ask for a checkpoint when it is time."""
+        due = time.monotonic() - self.last > self.seconds
+        if gathered(due)[0]:  # clocks differ, and all processes must save together
+            control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Count from here."""
+        self.last = time.monotonic()

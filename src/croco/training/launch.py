@@ -37,6 +37,7 @@ from croco.training.train import TrainResult, train_pairs
 PARENT = "CROCO_TRAIN_PARENT"  # the process that started this one
 POLL_SECONDS = 0.2
 LOG_LINES = 40  # of a launch that failed
+PATHS = ("folder", "pairs", "start", "reference_folder")  # of a job
 Advance = Callable[[int, int], None]
 
 
@@ -52,6 +53,7 @@ class Job:
     seed: int
     start: Path | None = None
     reference: str = "base"
+    reference_folder: Path | None = None  # where the reference's values are kept; None keeps none
 
 
 def tune(job: Job, advance: Advance) -> TrainResult:
@@ -102,6 +104,7 @@ def tune_here(job: Job, advance: Advance) -> TrainResult:
         gradient_checkpointing=runtime.gradient_checkpointing,
         trackers=runtime.trackers,
         checkpoint_minutes=runtime.checkpoint_minutes,
+        reference_folder=job.reference_folder,
     )
 
 
@@ -123,8 +126,7 @@ def _launch(job: Job, processes: int, advance: Advance) -> TrainResult:
     for name in ("result.json", "error.json"):
         (place / name).unlink(missing_ok=True)
     said = {**asdict(job), "recipe": job.recipe.model_dump(mode="json"), "settings": dict(job.settings)}
-    said |= {name: str(said[name]) for name in ("folder", "pairs")}
-    said["start"] = str(job.start) if job.start else None
+    said |= {name: str(said[name]) for name in PATHS if said[name] is not None}
     store.write_json(place / "job.json", said)
     config, words = job.recipe.runtime.accelerate_config, [sys.executable, "-m"]
     if config is not None:
@@ -183,9 +185,8 @@ def main(place: Path) -> int:
     parent = int(os.environ[PARENT])
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     said = store.read_json(place / "job.json")
-    paths = {name: Path(said[name]) for name in ("folder", "pairs")}
-    start = Path(said["start"]) if said["start"] else None
-    job = Job(**{**said, **paths, "start": start, "recipe": recipes.from_dict(said["recipe"])})
+    paths = {name: Path(said[name]) for name in PATHS if said[name] is not None}
+    job = Job(**{**said, **paths, "recipe": recipes.from_dict(said["recipe"])})
     first = os.environ.get("RANK", "0") == "0"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))

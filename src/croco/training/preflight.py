@@ -146,23 +146,26 @@ def count(
 
 
 def _saved_bytes(policy: Any, probe: Example, shared: bool) -> tuple[int, int, int]:
-    """What autograd keeps of a forward, its tokens, and its part that is logits (which their gradient takes again)."""
+    """What autograd keeps of a forward, its tokens, and how much of it is logits (whose gradient is as large)."""
     own = {p.untyped_storage().data_ptr() for p in policy.parameters()}
+    vocabulary = policy.config.get_text_config().vocab_size
     storages: dict[int, int] = {}
+    logits: dict[int, int] = {}
     alive = []  # a storage that is freed would lend its address to the next
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             storages[storage.data_ptr()] = storage.nbytes()
+            if tensor.ndim and tensor.shape[-1] == vocabulary:
+                logits[storage.data_ptr()] = storage.nbytes()
             alive.append(tensor)
         return tensor
 
     batch = collate([probe], shared=shared).to(policy.device)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         completion_logps(policy, batch).sum()
-    vocabulary = policy.config.get_text_config().vocab_size
-    return sum(storages.values()), batch.input_ids_BT.numel(), len(batch.target_M) * vocabulary * 4
+    return sum(storages.values()), batch.input_ids_BT.numel(), sum(logits.values())
 
 
 def trained_parameters(model: PreTrainedModel, lora: tuple[int, Sequence[str]] | None) -> int:

@@ -31,7 +31,7 @@ def share_reference(
     found = reference_logps(
         model,
         mine or examples[:1],
-        folder=folder / (f"process-{rank()}-of-{world()}" if world() > 1 else ""),
+        folder=folder,
         shared=shared,
         micro_batch_tokens=micro_batch_tokens,
     )
@@ -64,6 +64,7 @@ def encode(
         tokenizer,
         end=end_id(tokenizer, model.generation_config),
         max_tokens=settings.max_tokens,
+        over_length=settings.over_length,
         chosen_only=settings.method == "sft",
         instructions=instructions,
     )

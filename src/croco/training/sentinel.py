@@ -4,8 +4,8 @@ Pure functions of what the metrics file holds, one line per step and evaluation,
 kill decides as it would have. `Stopped` carries the reason in one sentence; what becomes of a stopped run (its best
 checkpoint is taken) is `train.py`'s business. Left out: choosing bounds from data.
 
-Log-probabilities are watched per token and against the reference (for supervised tuning against the first
-evaluation), so one bound serves short and long completions.
+Log-probabilities are watched per token and against the reference (without one, against the beginning), so one bound
+serves short and long completions.
 """
 
 from __future__ import annotations
@@ -76,12 +76,12 @@ def alarm(
 
 def _too_far(settings: SentinelSettings, lines: Sequence[Line], first: Line, where: str) -> str | None:
     """Whether the policy has left the neighbourhood of the reference, in every one of the lines."""
-    if "logratios/chosen" not in lines[-1]:  # supervised tuning: the loss is per token
-        rise = min(line["loss"] for line in lines) - first["loss"]
+    if "logratios/chosen" not in lines[-1]:  # no reference: the beginning stands for it
+        rise = min(line["nll"] for line in lines) - first["nll"]
         if rise > settings.max_chosen_drop:
             return (
-                f"the loss on the {where} completions rose by {rise:.3g} nats per token since the beginning, more than "
-                f"training.sentinel.max_chosen_drop = {settings.max_chosen_drop:g}"
+                f"the log-probability of the chosen {where} completions fell by {rise:.3g} nats per token since the "
+                f"beginning, more than training.sentinel.max_chosen_drop = {settings.max_chosen_drop:g}"
             )
         return None
     drop = min(-line["logratios/chosen"] for line in lines)

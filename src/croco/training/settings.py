@@ -29,19 +29,23 @@ class LoraSettings:
 class TrainSettings:
     """`[training]` of a recipe. `batch_pairs` is the effective batch of one optimizer step, over all devices.
 
-    `max_tokens` bounds prompt + completion, the end token included; a longer pair is left out and counted.
-    `beta`, `loss` and `nll_weight` are read by method "dpo" only; method "sft" trains the likelihood of the
+    `max_tokens` bounds prompt + completion, the end token included; a longer pair is left out and counted, or with
+    `over_length` "truncate" its completions lose their ends. `beta`, `loss` (with `label_smoothing` for "robust" and
+    `simpo_gamma` for "simpo") and `nll_weight` are read by method "dpo" only; method "sft" trains the likelihood of the
     chosen completions.
     """
 
     method: str = "dpo"
     loss: str = "sigmoid"
     beta: float = 0.1
+    label_smoothing: float = 0.0
+    simpo_gamma: float = 0.5
     nll_weight: float = 0.0
     learning_rate: float = 5e-6
     epochs: int = 1
     batch_pairs: int = 64
     max_tokens: int = 4096
+    over_length: str = "drop"
     warmup_ratio: float = 0.05
     weight_decay: float = 0.01
     scheduler: str = "cosine"

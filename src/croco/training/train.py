@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from croco.errors import UserError
-from croco.ops.losses import LOSSES
+from croco.ops.losses import LOSSES, REFERENCE_FREE
 from croco.progress import Progress
 from croco.records import DROPPED
 from croco.stage import Work
@@ -39,7 +39,7 @@ from croco.training.prepare import (
     share_reference,
 )
 from croco.training.ranks import barrier, gathered, rank
-from croco.training.reference import weights_digest
+from croco.training.reference import no_reference, weights_digest
 from croco.training.sentinel import Stopped, shortcuts_of
 from croco.training.settings import TrainSettings
 from croco.training.trainer import PairTrainer, training_arguments
@@ -61,6 +61,8 @@ class TrainResult:
     pairs: int
     validation_pairs: int
     tokens: int
+    cut_pairs: int
+    cut_tokens: int
     seconds: float
     plain_rows: str | None
     metrics: dict[str, dict[str, float]]
@@ -83,17 +85,18 @@ def train_pairs(
     gradient_checkpointing: bool | Literal["auto"] = False,
     trackers: tuple[str, ...] = (),
     checkpoint_minutes: float | None = None,
+    reference_folder: Path | None = None,
 ) -> TrainResult:
     """Tune `model` in place on preference pairs, with LoRA into `folder/adapter`, or whole into `folder/model`.
 
     `pairs` has the columns prompt_id, language, messages, chosen, rejected (with chosen_ids and rejected_ids
     where the sampled ids are known); method "sft" needs no rejected. `start` is the adapter that tuning goes on
     from, and `reference` what the policy is held against: the base, or the policy as it starts. Also written:
-    `folder/metrics.jsonl`, one line per step and evaluation, and `folder/scratch` (checkpoints, reference
-    log-probabilities), which the caller may remove afterwards. A second call with the same arguments goes on
-    where the first was killed. `on_step(step, num_steps)` follows it. "auto" is what fits in memory. Raises
-    `UserError` for settings out of range, when no pair is left, when it cannot fit, and (as `Stopped`) when
-    training was stopped before any good checkpoint.
+    `folder/metrics.jsonl`, one line per step and evaluation, and `folder/scratch` (checkpoints, and the reference's
+    log-probabilities unless `reference_folder` keeps them), which the caller may remove afterwards. A second call
+    with the same arguments goes on where the first was killed. `on_step(step, num_steps)` follows it. "auto" is
+    what fits in memory. Raises `UserError` for settings out of range, when no pair is left, when it cannot fit,
+    and (as `Stopped`) when training was stopped before any good checkpoint.
     """
     began = time.monotonic()
     _check(settings, start)
@@ -126,8 +129,12 @@ def train_pairs(
     def logps(of: Any) -> Tensor | None:
         if settings.method == "sft":
             return None
+        if settings.loss in REFERENCE_FREE:
+            return no_reference(examples)
         tokens = layout.micro_batch_tokens
-        return share_reference(of, examples, scratch / "reference", plain_rows is None, tokens)
+        return share_reference(
+            of, examples, reference_folder or scratch / "reference", plain_rows is None, tokens
+        )
 
     reference_logps_CN = logps(model) if reference == "base" else None
     policy = _trainable(model, settings, start, seed)
@@ -178,6 +185,8 @@ def train_pairs(
         pairs=len(training),
         validation_pairs=len(validation),
         tokens=sum(examples[i].num_tokens for step in steps for i in step),
+        cut_pairs=sum(example.cut_tokens > 0 for example in examples),
+        cut_tokens=sum(example.cut_tokens for example in examples),
         seconds=time.monotonic() - began,
         plain_rows=plain_rows,
         metrics=checkpoints.last_metrics(trainer.lines),
@@ -196,6 +205,7 @@ def train(work: Work) -> None:
         pairs=work.inputs["pair"],
         title=work.title,
         seed=work.seed,
+        reference_folder=work.recipe.folder / "reference",  # of every arm
     )
     with ExitStack() as stack:
         bars: list[Progress] = []
@@ -218,6 +228,8 @@ def train(work: Work) -> None:
         pairs=result.pairs,
         validation_pairs=result.validation_pairs,
         tokens=result.tokens,
+        cut_pairs=result.cut_pairs,
+        cut_tokens=result.cut_tokens,
         seconds=round(result.seconds, 1),
         plain_rows=result.plain_rows,
         metrics=result.metrics,

@@ -11,7 +11,6 @@ Shapes: P pairs of a micro-batch, C completions of a pair, N examples.
 import json
 import math
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -20,14 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerControl, TrainingArguments
 
-from croco.ops.losses import LOSSES, PairLogps, nll
+from croco.ops.losses import REFERENCE_FREE, PairLogps, nll, preference_losses
 from croco.training.batches import Batch, collate, cut
-from croco.training.checkpoints import seal
+from croco.training.checkpoints import ByTheClock, seal
 from croco.training.encode import Example
 from croco.training.forward import completion_logps, token_counts
-from croco.training.ranks import gathered, shares
+from croco.training.ranks import shares
 from croco.training.sentinel import Stopped, alarm
 from croco.training.settings import TrainSettings
 
@@ -41,26 +40,42 @@ def pair_losses(
     Method "dpo": the preference loss, plus `nll_weight` times the chosen's mean negative log-likelihood.
     """
     if reference_logps_CP is None:
-        return -policy_logps_CP[0], {"logps/chosen": policy_logps_CP[0].detach()}
+        chosen_logps = policy_logps_CP[0].detach()
+        return -policy_logps_CP[0], {"logps/chosen": chosen_logps, "nll": nll(chosen_logps, tokens_CP[0])}
     pairs = PairLogps(*policy_logps_CP, *reference_logps_CP, *tokens_CP)
-    losses_P = LOSSES[settings.loss](pairs, settings.beta)
+    losses_P = preference_losses(
+        settings.loss,
+        pairs,
+        beta=settings.beta,
+        label_smoothing=settings.label_smoothing,
+        simpo_gamma=settings.simpo_gamma,
+    )
     if settings.nll_weight:
         losses_P = losses_P + settings.nll_weight * nll(pairs.policy_chosen_logps, pairs.chosen_tokens)
     chosen, rejected = (
         settings.beta * pairs.chosen_logratios.detach(),
         settings.beta * pairs.rejected_logratios.detach(),
     )
-    logratios_P = pairs.chosen_logratios.detach() + pairs.rejected_logratios.detach()
-    return losses_P, {
+    watched = {
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
         "rewards/accuracies": (chosen > rejected).float(),
         "rewards/margins": chosen - rejected,
         "logps/chosen": pairs.policy_chosen_logps.detach(),
         "logps/rejected": pairs.policy_rejected_logps.detach(),
-        "logratios/chosen": pairs.chosen_logratios.detach() / pairs.chosen_tokens,
-        # KL(reference || policy) per token, on completions that the reference drew
-        "kl": -logratios_P / (pairs.chosen_tokens + pairs.rejected_tokens),
+    }
+    return losses_P, watched | _from_the_reference(settings, pairs)
+
+
+def _from_the_reference(settings: TrainSettings, pairs: PairLogps) -> dict[str, Tensor]:
+    """How far the policy has gone, per token (P,): from the reference where there is one, else the chosen's NLL."""
+    if settings.loss in REFERENCE_FREE:
+        return {"nll": nll(pairs.policy_chosen_logps, pairs.chosen_tokens).detach()}
+    chosen, rejected = pairs.chosen_logratios.detach(), pairs.rejected_logratios.detach()
+    return {
+        "logratios/chosen": chosen / pairs.chosen_tokens,
+        # KL(reference || policy), on completions that the reference drew
+        "kl": -(chosen + rejected) / (pairs.chosen_tokens + pairs.rejected_tokens),
     }
 
 
@@ -109,7 +124,7 @@ class PairTrainer(Trainer):
         )
         self.remove_callback(PrinterCallback)
         if checkpoint_minutes is not None:
-            self.add_callback(_ByTheClock(checkpoint_minutes))
+            self.add_callback(ByTheClock(checkpoint_minutes))
 
     def get_train_dataloader(self) -> DataLoader:
         """One item per optimizer step, in the planned order; every process sees them all."""
@@ -223,23 +238,6 @@ class PairTrainer(Trainer):
         if self.is_world_process_zero():
             seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}", self.metrics_file)
         self.accelerator.wait_for_everyone()
-
-
-class _ByTheClock(TrainerCallback):
-    """A checkpoint every so many minutes, beside those at evaluations: what a kill may cost. Changes no number."""
-
-    def __init__(self, minutes: float) -> None:
-        self.seconds, self.last = 60 * minutes, time.monotonic()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Ask for a checkpoint when it is time."""
-        due = time.monotonic() - self.last > self.seconds
-        if gathered(due)[0]:  # clocks differ, and all processes must save together
-            control.should_save = True
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Count from here."""
-        self.last = time.monotonic()
 
 
 def training_arguments(
