@@ -6,10 +6,12 @@ undisturbed run. What comes out is the checkpoint with the lowest held-out loss;
 best before. Every process of a `torchrun` may call it: they share each step's pairs.
 """
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +20,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import INTEGRATION_TO_CALLBACK
 
 from croco.errors import UserError
 from croco.ops.losses import LOSSES, REFERENCE_FREE
@@ -100,10 +103,13 @@ def train_pairs(
     """
     began = time.monotonic()
     _check(settings, start)
+    _check_trackers(trackers)
     training, validation, dropped = encode(model, tokenizer, pairs, settings, instructions)
     examples = training + validation
     steps = plan_steps(len(training), settings.batch_pairs, settings.epochs, seed)
     scratch, metrics_file = folder / "scratch", folder / "metrics.jsonl"
+    if "tensorboard" in trackers:  # transformers would write into scratch
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder / "tensorboard"))
     arguments = training_arguments(
         settings,
         scratch / "checkpoints",
@@ -260,6 +266,17 @@ def _check(settings: TrainSettings, start: Path | None) -> None:
         )
     if settings.full and start is not None:
         raise UserError(f"training.full tunes all weights, expected no adapter to start from, found {start}")
+
+
+def _check_trackers(names: tuple[str, ...]) -> None:
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+            raise UserError(f"runtime.trackers names {name!r}, expected some of {known}")
+        if find_spec(name) is None:
+            raise UserError(
+                f"runtime.trackers names {name!r}, which is not installed here, expected its package"
+            )
 
 
 def _trainable(model: PreTrainedModel, settings: TrainSettings, start: Path | None, seed: int) -> Any:
