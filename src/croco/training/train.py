@@ -8,8 +8,8 @@ best before. Every process of a `torchrun` may call it: they share each step's p
 
 import os
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -108,8 +108,6 @@ def train_pairs(
     examples = training + validation
     steps = plan_steps(len(training), settings.batch_pairs, settings.epochs, seed)
     scratch, metrics_file = folder / "scratch", folder / "metrics.jsonl"
-    if "tensorboard" in trackers:  # transformers would write into scratch
-        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder / "tensorboard"))
     arguments = training_arguments(
         settings,
         scratch / "checkpoints",
@@ -156,23 +154,24 @@ def train_pairs(
 
     checkpoint = checkpoint_to_go_on_from(scratch / "checkpoints", metrics_file)
     arguments.eval_on_start = bool(validation) and checkpoint is None
-    trainer = PairTrainer(
-        policy,
-        arguments,
-        settings,
-        examples=examples,
-        reference_logps_CN=reference_logps_CN,
-        steps=steps,
-        validation=range(len(training), len(examples)),
-        shared=plain_rows is None,
-        micro_batch_tokens=layout.micro_batch_tokens,
-        pad_id=tokenizer.pad_token_id or 0,
-        metrics_file=metrics_file,
-        lines=checkpoints.read_metrics(metrics_file),
-        shortcut_aucs={} if settings.method == "sft" else shortcuts_of(pairs),
-        checkpoint_minutes=checkpoint_minutes,
-        on_metrics=follow,
-    )
+    with _tensorboard_in(folder / "tensorboard"):
+        trainer = PairTrainer(
+            policy,
+            arguments,
+            settings,
+            examples=examples,
+            reference_logps_CN=reference_logps_CN,
+            steps=steps,
+            validation=range(len(training), len(examples)),
+            shared=plain_rows is None,
+            micro_batch_tokens=layout.micro_batch_tokens,
+            pad_id=tokenizer.pad_token_id or 0,
+            metrics_file=metrics_file,
+            lines=checkpoints.read_metrics(metrics_file),
+            shortcut_aucs={} if settings.method == "sft" else shortcuts_of(pairs),
+            checkpoint_minutes=checkpoint_minutes,
+            on_metrics=follow,
+        )
     stopped = _run(trainer, checkpoint)
     barrier()
     best = checkpoints.best_checkpoint(scratch / "checkpoints", metrics_file)
@@ -277,6 +276,20 @@ def _check_trackers(names: tuple[str, ...]) -> None:
             raise UserError(
                 f"runtime.trackers names {name!r}, which is not installed here, expected its package"
             )
+
+
+@contextmanager
+def _tensorboard_in(folder: Path) -> Iterator[None]:
+    """Where transformers looks for a place to log to: by itself it would log into the scratch folder."""
+    name = "TENSORBOARD_LOGGING_DIR"
+    if name in os.environ:  # a person's own choice
+        yield
+        return
+    os.environ[name] = str(folder)
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 def _trainable(model: PreTrainedModel, settings: TrainSettings, start: Path | None, seed: int) -> Any:
