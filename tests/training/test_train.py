@@ -109,6 +109,20 @@ def test_sft_raises_the_likelihood_of_the_chosen(tmp_path):
     }
 
 
+def test_all_weights_of_a_half_precision_model_move_by_steps_it_could_not_hold(tmp_path):
+    """A step of 1e-6 is below what bfloat16 tells apart, so the weights are kept in float32."""
+    model = make_policy("llama").to(torch.bfloat16)
+    settings = replace(SETTINGS, full=True, learning_rate=1e-6, epochs=1)
+    result = run(tmp_path, settings, model=model, num_pairs=12)
+    assert result.adapter == tmp_path / "model"
+    found, base = load_file(result.adapter / "model.safetensors"), make_policy("llama").to(torch.bfloat16)
+    moved = {name: (found[name] - p.float()).abs().max().item() for name, p in base.named_parameters()}
+    assert all(0 < most < 1e-5 for name, most in moved.items() if "proj" in name)
+    reloaded, tokenizer = load_policy(str(result.adapter))
+    assert tokenizer.chat_template
+    assert reloaded.generation_config.eos_token_id == 2
+
+
 def test_simpo_needs_no_reference_and_is_watched_without_one(tmp_path):
     result = run(tmp_path, replace(SETTINGS, loss="simpo", beta=2.0))
     train = metrics(tmp_path, "train")

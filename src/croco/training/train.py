@@ -6,12 +6,10 @@ undisturbed run. What comes out is the checkpoint with the lowest held-out loss;
 best before. Every process of a `torchrun` may call it: they share each step's pairs.
 """
 
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +18,6 @@ import torch
 from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.integrations import INTEGRATION_TO_CALLBACK
 
 from croco.errors import UserError
 from croco.ops.losses import LOSSES, REFERENCE_FREE
@@ -45,6 +42,7 @@ from croco.training.ranks import barrier, gathered, rank
 from croco.training.reference import no_reference, weights_digest
 from croco.training.sentinel import Stopped, shortcuts_of
 from croco.training.settings import TrainSettings
+from croco.training.trackers import check_trackers, tensorboard_in
 from croco.training.trainer import PairTrainer, training_arguments
 
 CHECKED_PAIRS = 4  # pairs of the first step on which shared rows are proven
@@ -103,7 +101,7 @@ def train_pairs(
     """
     began = time.monotonic()
     _check(settings, start)
-    _check_trackers(trackers)
+    check_trackers(trackers)
     training, validation, dropped = encode(model, tokenizer, pairs, settings, instructions)
     examples = training + validation
     steps = plan_steps(len(training), settings.batch_pairs, settings.epochs, seed)
@@ -154,7 +152,7 @@ def train_pairs(
 
     checkpoint = checkpoint_to_go_on_from(scratch / "checkpoints", metrics_file)
     arguments.eval_on_start = bool(validation) and checkpoint is None
-    with _tensorboard_in(folder / "tensorboard"):
+    with tensorboard_in(folder / "tensorboard"):
         trainer = PairTrainer(
             policy,
             arguments,
@@ -265,31 +263,6 @@ def _check(settings: TrainSettings, start: Path | None) -> None:
         )
     if settings.full and start is not None:
         raise UserError(f"training.full tunes all weights, expected no adapter to start from, found {start}")
-
-
-def _check_trackers(names: tuple[str, ...]) -> None:
-    for name in names:
-        if name not in INTEGRATION_TO_CALLBACK:
-            known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
-            raise UserError(f"runtime.trackers names {name!r}, expected some of {known}")
-        if find_spec(name) is None:
-            raise UserError(
-                f"runtime.trackers names {name!r}, which is not installed here, expected its package"
-            )
-
-
-@contextmanager
-def _tensorboard_in(folder: Path) -> Iterator[None]:
-    """Where transformers looks for a place to log to: by itself it would log into the scratch folder."""
-    name = "TENSORBOARD_LOGGING_DIR"
-    if name in os.environ:  # a person's own choice
-        yield
-        return
-    os.environ[name] = str(folder)
-    try:
-        yield
-    finally:
-        del os.environ[name]
 
 
 def _trainable(model: PreTrainedModel, settings: TrainSettings, start: Path | None, seed: int) -> Any:
