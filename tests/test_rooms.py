@@ -30,6 +30,7 @@ LIGHT = (
     "errors.py",
     "recipe.py",
     "recipe_runtime.py",
+    "recipe_sentinel.py",
     "recipe_errors.py",
     "languages.py",
 )

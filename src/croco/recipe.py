@@ -18,6 +18,7 @@ from croco import languages
 from croco.errors import UserError
 from croco.pairing import rules
 from croco.recipe_runtime import Positive, Runtime, Section
+from croco.recipe_sentinel import Sentinel
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Temperature = Annotated[float, Field(ge=0, le=10)]
@@ -164,7 +165,9 @@ class Training(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     scheduler: Literal["cosine", "linear", "constant"] = "cosine"
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    full: bool = False  # tune all weights instead of adapters; [training.lora] is not read then
     lora: Lora = Lora()
+    sentinel: Sentinel = Sentinel()
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 

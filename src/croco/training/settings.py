@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from croco.training.sentinel import SentinelSettings
+
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -49,10 +51,13 @@ class TrainSettings:
     scheduler: str = "cosine"
     max_grad_norm: float = 1.0
     validation_fraction: float = 0.0
+    full: bool = False  # all weights are tuned, and `lora` is not read
     lora: LoraSettings = field(default_factory=LoraSettings)
+    sentinel: SentinelSettings = field(default_factory=SentinelSettings)
 
     @classmethod
     def of(cls, section: Mapping[str, Any]) -> "TrainSettings":
         """The settings of a resolved `[training]` section (its lists may be tuples or lists)."""
         lora = LoraSettings(**{**section["lora"], "targets": tuple(section["lora"]["targets"])})
-        return cls(**{**section, "lora": lora})
+        sentinel = SentinelSettings(**section.get("sentinel", {}))
+        return cls(**{**section, "lora": lora, "sentinel": sentinel})
