@@ -28,7 +28,7 @@ from croco.store import shards
 from croco.training import checkpoints
 from croco.training.adopt import adopt, samples
 from croco.training.batches import plan_steps
-from croco.training.forward import shared_rows_differ
+from croco.training.forward import shared_rows_differ, try_packing
 from croco.training.lora import apply_lora, continue_lora
 from croco.training.preflight import plan
 from croco.training.prepare import (
@@ -120,9 +120,11 @@ def train_pairs(
     if rank() == 0:
         prepare_scratch(scratch, origin, settings, seed, examples)
     barrier()
-    plain_rows = gathered(
-        shared_rows_differ(model, [examples[i] for i in steps[0][:CHECKED_PAIRS]], model.device)
-    )[0]
+    first = [examples[i] for i in steps[0][:CHECKED_PAIRS]]
+    unpacked = try_packing(model, first, model.device)
+    if unpacked and model.device.type == "cuda" and rank() == 0:
+        Console(stderr=True).print(f"pairs are not packed into rows: {unpacked}", markup=False)
+    plain_rows = gathered(shared_rows_differ(model, first, model.device))[0]
     if plain_rows and rank() == 0:
         Console(stderr=True).print(f"prompts are not shared between completions: {plain_rows}", markup=False)
 
