@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from croco import engines, science, standing, store
+from croco import arms, engines, science, standing, store
 from croco import stage as stages
 from croco.errors import StaleStage, UserError
 from croco.recipe import Recipe
@@ -27,24 +27,6 @@ Say = Callable[[str], None]
 
 
 # What each stage reads from the others ------------------------------------------------------------------------------
-
-
-def tuned_arms(recipe: Recipe) -> list[str | None]:
-    return list(recipe.arms)
-
-
-def all_arms(recipe: Recipe) -> list[str | None]:
-    return ["base", *recipe.arms]
-
-
-def scoring_arms(recipe: Recipe) -> list[str | None]:
-    """None for the reward model's scores, shared; an arm with a scorer of its own has scores of its own."""
-    scored = {
-        name: arm for name, arm in recipe.arms.items() if (arm.chosen, arm.rejected) != ("reference", "none")
-    }
-    own: list[str | None] = [name for name, arm in scored.items() if arm.scorer != "reward"]
-    shared: list[str | None] = [None] if len(own) < len(scored) else []
-    return shared + own
 
 
 def translated(recipe: Recipe) -> list[str | None]:
@@ -67,24 +49,34 @@ def eval_prompts_of(recipe: Recipe) -> Reference:
     return ("eval-translate" if eval_translated(recipe) else "eval-prompts", None)
 
 
-def scores_of(recipe: Recipe, arm: str | None) -> Reference:
-    return ("score", None if science.arm_of(recipe, arm).scorer == "reward" else arm)
+def sampled_from(recipe: Recipe, arm: str | None) -> list[Reference]:
+    """The prompts, and the adapter of the arm whose policy samples."""
+    start = arms.arm_of(recipe, arm).start if arm else None
+    return [prompts_of(recipe)] + ([("train", start)] if start else [])
 
 
-def gold_arms(recipe: Recipe) -> list[str | None]:
-    """One run, shared, where an arm sets gold completions against the policy's and so needs their scores."""
-    needed = any(arm.chosen == "reference" and arm.rejected != "none" for arm in recipe.arms.values())
-    return [None] if needed else []
+def scored_from(recipe: Recipe, arm: str | None) -> list[Reference]:
+    """Prompts and completions, and the arm whose implicit reward is the score."""
+    if arm is None:
+        return [prompts_of(recipe), ("sample", None)]
+    implicit = arms.arm_of(recipe, arm).implicit
+    own: list[Reference] = [("train", implicit.arm)] if implicit else []
+    return [prompts_of(recipe), arms.samples_of(recipe, arm), *own]
 
 
 def paired_from(recipe: Recipe, arm: str | None) -> list[Reference]:
     """What an arm's pairs are made of; data for SFT on gold completions needs the prompts alone."""
-    section = science.arm_of(recipe, arm)
-    if section.chosen != "reference":
-        return [prompts_of(recipe), ("sample", None), scores_of(recipe, arm)]
-    if section.rejected == "none":
+    section = arms.arm_of(recipe, arm)
+    if not arms.contrasted(section):
         return [prompts_of(recipe)]
-    return [prompts_of(recipe), ("sample", None), scores_of(recipe, arm), ("score-references", None)]
+    gold: list[Reference] = [("score-references", None)] if section.chosen == "reference" else []
+    return [prompts_of(recipe), arms.samples_of(recipe, arm), arms.scores_of(recipe, arm), *gold]
+
+
+def trained_from(recipe: Recipe, arm: str | None) -> list[Reference]:
+    """An arm's pairs, and the adapter that it goes on training."""
+    start = arms.arm_of(recipe, arm).start
+    return [("pair", arm)] + ([("train", start)] if start else [])
 
 
 STAGES: tuple[Stage, ...] = (
@@ -113,7 +105,8 @@ STAGES: tuple[Stage, ...] = (
         function="croco.sampling.sample:sample",
         table="completions",
         settings=science.sample_settings,
-        follows=lambda recipe, arm: [prompts_of(recipe)],
+        follows=sampled_from,
+        arms=arms.sampling_arms,
     ),
     Stage(
         name="score",
@@ -121,8 +114,8 @@ STAGES: tuple[Stage, ...] = (
         function="croco.scoring.score:score",
         table="scores",
         settings=science.score_settings,
-        follows=lambda recipe, arm: [prompts_of(recipe), ("sample", None)],
-        arms=scoring_arms,
+        follows=scored_from,
+        arms=arms.scoring_arms,
         reads_all=("completion", "sample"),
     ),
     Stage(
@@ -132,7 +125,7 @@ STAGES: tuple[Stage, ...] = (
         table="scores",
         settings=science.references_settings,
         follows=lambda recipe, arm: [prompts_of(recipe)],
-        arms=gold_arms,
+        arms=arms.gold_arms,
     ),
     Stage(
         name="pair",
@@ -141,7 +134,7 @@ STAGES: tuple[Stage, ...] = (
         table="pairs",
         settings=science.pair_settings,
         follows=paired_from,
-        arms=tuned_arms,
+        arms=arms.tuned_arms,
     ),
     Stage(
         name="train",
@@ -149,8 +142,8 @@ STAGES: tuple[Stage, ...] = (
         function="croco.training.train:train",
         table="",
         settings=science.train_settings,
-        follows=lambda recipe, arm: [("pair", arm)],
-        arms=tuned_arms,
+        follows=trained_from,
+        arms=arms.tuned_arms,
     ),
     Stage(
         name="eval-prompts",
@@ -178,7 +171,7 @@ STAGES: tuple[Stage, ...] = (
         table="verdicts",
         settings=science.evaluate_settings,
         follows=lambda recipe, arm: [eval_prompts_of(recipe)] + ([] if arm == "base" else [("train", arm)]),
-        arms=all_arms,
+        arms=arms.evaluated_arms,
     ),
     Stage(
         name="results",
@@ -187,7 +180,7 @@ STAGES: tuple[Stage, ...] = (
         table="results",
         settings=science.results_settings,
         follows=lambda recipe, arm: (
-            [eval_prompts_of(recipe)] + [("evaluate", name) for name in all_arms(recipe)]
+            [eval_prompts_of(recipe)] + [("evaluate", name) for name in arms.evaluated_arms(recipe)]
         ),
     ),
     Stage(
@@ -216,23 +209,28 @@ _BY_NAME: dict[str, Stage] = {stage.name: stage for stage in STAGES}
 def nodes(recipe: Recipe) -> list[Node]:
     """Every stage of every arm, in an order that can be run; names what is missing before anything is written."""
     made: dict[Reference, Node] = {}
+
+    def make(name: str, arm: str | None) -> Node:
+        """The node, after all that it reads: an arm that starts from another one comes after its training."""
+        if (name, arm) not in made:
+            stage, folder = _BY_NAME[name], recipe.folder / name
+            inputs = {
+                _input_name(arm, before): make(*before) for before in stage.follows(recipe, arm)
+            }
+            where = folder if arm is None else folder / arm
+            made[name, arm] = Node(stage, arm, where, stage.settings(recipe, arm), inputs)
+        return made[name, arm]
+
     for stage in STAGES:
         for arm in stage.arms(recipe):
-            folder = recipe.folder / stage.name
-            made[stage.name, arm] = Node(
-                stage=stage,
-                arm=arm,
-                folder=folder if arm is None else folder / arm,
-                settings=stage.settings(recipe, arm),
-                inputs={_input_name(arm, before): made[before] for before in stage.follows(recipe, arm)},
-            )
+            make(stage.name, arm)
     return list(made.values())
 
 
 def _input_name(arm: str | None, before: Reference) -> str:
-    """A stage that reads one arm's table knows it as "pair"; one that reads several as "pair/monolingual"."""
+    """An arm's stage reads one table of a kind, "pair"; one for all arms reads several, "pair/monolingual"."""
     name, its_arm = STANDS_FOR.get(before[0], before[0]), before[1]
-    return name if its_arm is None or its_arm == arm else f"{name}/{its_arm}"
+    return name if its_arm is None or arm is not None else f"{name}/{its_arm}"
 
 
 def plan(recipe: Recipe) -> list[tuple[Node, Status]]:
@@ -261,8 +259,8 @@ def run_stage(
     recipe: Recipe, name: str, *, arm: str | None = None, rebuild: bool = False, say: Say = lambda line: None
 ) -> None:
     """Run one stage (of one arm, if named); what it reads must be complete."""
-    if arm is not None and arm not in all_arms(recipe):
-        raise UserError(f"--arm {arm}: no such arm, expected one of {', '.join(map(str, all_arms(recipe)))}")
+    if arm is not None and arm not in ("base", *recipe.arms):
+        raise UserError(f"--arm {arm}: no such arm, expected one of base, {', '.join(recipe.arms)}")
     engines.check(recipe)
     every = nodes(recipe)
     todo = _of_stage(every, name)

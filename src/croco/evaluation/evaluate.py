@@ -228,7 +228,7 @@ def tabulate(
 def results(work: Work) -> None:
     """Write the results table over all arms: shares or scores, mode shares, and differences from the base."""
     run = work.recipe.run
-    arms = [BASE, *work.recipe.arms]
+    arms = [BASE, *work.recipe.evaluated_arms]
     columns = ["arm", "prompt_id", "language", "temperature", "sample_id", "benchmark", "mode", "value"]
     todo = work.todo(1)
     if todo:

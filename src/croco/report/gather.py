@@ -18,8 +18,8 @@ import polars as pl
 from croco import store
 from croco.errors import UserError
 from croco.pairing.gather import gather, locate
+from croco.arms import scores_of as scores_read_by
 from croco.pipeline import STAGES
-from croco.pipeline import scores_of as scores_read_by
 from croco.recipe import Recipe, load
 from croco.sampling.seeds import digest
 
