@@ -359,3 +359,28 @@ def test_an_adapter_of_another_size_is_refused(undisturbed):
     folder, _ = undisturbed
     with pytest.raises(UserError, match="does not fit this LlamaForCausalLM"):
         load_adapter(make_policy("llama", hidden=64), folder / "adapter")
+
+
+def test_tuning_goes_on_from_an_adapter(undisturbed, tmp_path):
+    """Against the base the first step has the margins where the other arm ended; against the start it has none."""
+    start = undisturbed[0] / "adapter"
+    first, settings = {}, replace(SETTINGS, lora=replace(SETTINGS.lora, dropout=0.0))
+    for reference in ("base", "start"):
+        result = run(tmp_path / reference, settings, start=start, reference=reference)
+        first[reference] = metrics(tmp_path / reference, "train")[0]
+        before, after = (load_file(path / "adapter_model.safetensors") for path in (start, result.adapter))
+        assert before.keys() == after.keys()
+        assert not all(before[name].equal(after[name]) for name in before)
+    assert abs(first["start"]["rewards/margins"]) < 1e-3 < 0.1 < first["base"]["rewards/margins"]
+    assert first["start"]["loss"] == pytest.approx(0.693, abs=0.01)
+    assert first["base"]["loss"] < first["start"]["loss"]
+
+
+def test_a_start_that_is_another_adapter_than_the_settings_say_is_refused(undisturbed, tmp_path):
+    start = undisturbed[0] / "adapter"
+    with pytest.raises(UserError, match=r"has rank 4, expected training.lora.rank = 8"):
+        run(tmp_path, replace(SETTINGS, lora=replace(SETTINGS.lora, rank=8)), start=start)
+    with pytest.raises(UserError, match="no such folder, expected an adapter to start from"):
+        run(tmp_path, start=tmp_path / "nowhere")
+    with pytest.raises(UserError, match="of which the model has a place for"):
+        run(tmp_path, start=start, model=make_policy("llama", layers=1))

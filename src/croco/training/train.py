@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import polars as pl
 from rich.console import Console
@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from croco.engines.loading import load_policy
 from croco.errors import UserError
+from croco.identity import file_identity
 from croco.ops.losses import LOSSES
 from croco.progress import Progress
 from croco.records import DROPPED
@@ -30,7 +31,7 @@ from croco.store import read_table, write_text
 from croco.training.batches import plan_steps
 from croco.training.encode import Example, encode_pairs, held_out
 from croco.training.forward import shared_rows_differ
-from croco.training.lora import apply_lora, save_adapter
+from croco.training.lora import apply_lora, continue_lora, save_adapter
 from croco.training.reference import reference_logps, weights_digest
 from croco.training.settings import TrainSettings
 from croco.training.trainer import (
@@ -69,6 +70,8 @@ def train_pairs(
     settings: TrainSettings,
     folder: Path,
     seed: int,
+    start: Path | None = None,
+    reference: Literal["base", "start"] = "base",
     on_step: Callable[[int, int], None] | None = None,
     instructions: Mapping[str, str] | None = None,
     micro_batch_tokens: int = 8192,
@@ -77,26 +80,31 @@ def train_pairs(
     """Tune `model` in place with LoRA on preference pairs; the adapter is written to `folder/adapter`.
 
     `pairs` has the columns prompt_id, language, messages, chosen, rejected (with chosen_ids and rejected_ids
-    where the sampled ids are known); method "sft" needs no rejected. Also written: `folder/metrics.jsonl`,
-    one line per step and evaluation, and `folder/scratch` (checkpoints, reference log-probabilities), which
-    the caller may remove afterwards. A second call with the same arguments goes on where the first was
-    killed. `on_step(step, num_steps)` follows it. Raises `UserError` for settings out of range, when no pair
-    is left, or when the loss is no longer a number.
+    where the sampled ids are known); method "sft" needs no rejected. `start` is the adapter that tuning goes on
+    from, and `reference` what the policy is held against: the base, or the policy as it starts. Also written:
+    `folder/metrics.jsonl`, one line per step and evaluation, and `folder/scratch` (checkpoints, reference
+    log-probabilities), which the caller may remove afterwards. A second call with the same arguments goes on
+    where the first was killed. `on_step(step, num_steps)` follows it. Raises `UserError` for settings out of
+    range, when no pair is left, or when the loss is no longer a number.
     """
-    start = time.monotonic()
+    began = time.monotonic()
     _check(settings)
     training, validation, dropped = _encode(model, tokenizer, pairs, settings, instructions)
     examples = training + validation
-    scratch = _scratch(folder, weights_digest(model), settings, seed, examples)
+    origin = [weights_digest(model), reference, *(_contents(start) if start else ())]
+    scratch = _scratch(folder, origin, settings, seed, examples)
 
     steps = plan_steps(len(training), settings.batch_pairs, settings.epochs, seed)
     plain_rows = shared_rows_differ(model, [examples[i] for i in steps[0][:CHECKED_PAIRS]], model.device)
     if plain_rows:
         Console(stderr=True).print(f"prompts are not shared between completions: {plain_rows}", markup=False)
-    reference = None
+    adapted: Any = None
+    if start is not None and reference == "start":
+        adapted = continue_lora(model, start, settings.lora)
+    reference_logps_CN = None
     if settings.method != "sft":
-        reference = reference_logps(
-            model,
+        reference_logps_CN = reference_logps(
+            adapted or model,
             examples,
             folder=scratch / "reference",
             shared=plain_rows is None,
@@ -109,7 +117,10 @@ def train_pairs(
 
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    adapted = apply_lora(model, settings.lora, seed)
+    if adapted is None:
+        adapted = (
+            continue_lora(model, start, settings.lora) if start else apply_lora(model, settings.lora, seed)
+        )
     trainer = PairTrainer(
         adapted,
         training_arguments(
@@ -122,7 +133,7 @@ def train_pairs(
         ),
         settings,
         examples=examples,
-        reference_logps_CN=reference,
+        reference_logps_CN=reference_logps_CN,
         steps=steps,
         validation=range(len(training), len(examples)),
         shared=plain_rows is None,
@@ -141,7 +152,7 @@ def train_pairs(
         pairs=len(training),
         validation_pairs=len(validation),
         tokens=sum(examples[i].num_tokens for step in steps for i in step),
-        seconds=time.monotonic() - start,
+        seconds=time.monotonic() - began,
         plain_rows=plain_rows,
         metrics=last_metrics(folder / "metrics.jsonl"),
         dropped=dropped,
@@ -242,11 +253,20 @@ def _first(dropped: pl.DataFrame) -> str:
     return f" (the first, {row['prompt_id']} in {row['language']}, because {row['reason']})"
 
 
-def _scratch(folder: Path, base: str, settings: TrainSettings, seed: int, examples: list[Example]) -> Path:
+def _contents(folder: Path) -> list[str]:
+    """What the files of an adapter are, by name and content."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder, expected an adapter to start from")
+    return [f"{path.name} {file_identity(str(path))}" for path in sorted(folder.iterdir()) if path.is_file()]
+
+
+def _scratch(
+    folder: Path, origin: list[str], settings: TrainSettings, seed: int, examples: list[Example]
+) -> Path:
     """The folder of checkpoints and reference values, emptied of checkpoints that another run left there."""
     scratch = folder / "scratch"
     scratch.mkdir(parents=True, exist_ok=True)
-    run = blake2b(json.dumps([base, asdict(settings), seed]).encode(), digest_size=16)
+    run = blake2b(json.dumps([origin, asdict(settings), seed]).encode(), digest_size=16)
     for example in examples:
         run.update(repr((example.prompt, example.completions)).encode())
     key = scratch / "run.txt"
