@@ -116,6 +116,13 @@ def run(
 ) -> None:
     """Run everything of a recipe that is not complete yet."""
     loaded = load_recipe(recipe, overrides)
+    if loaded.study:
+        from croco.study import run as study
+
+        if until:
+            raise UserError(f"--until {until}: a study ends with its page; run the recipe of one seed, in its folder")
+        say(f"study: {study.run(loaded, rebuild=rebuild, say=say)}")
+        return
     from croco import pipeline
 
     pipeline.run(loaded, rebuild=rebuild, until=until, say=say)
@@ -159,6 +166,13 @@ def report(
     from croco import pipeline
 
     loaded = load_recipe(folder / "recipe.json", [f'run.folder="{folder}"'])
+    if loaded.study:
+        from croco.study.page import write
+
+        say(f"study: {write(loaded, say)}")
+        if markdown is not None:
+            markdown.write_bytes((folder / "study.md").read_bytes())
+        return
     say(f"report: {pipeline.rebuild_report(loaded, say)}")
     if markdown is not None:
         from croco.report.tables import results_markdown

@@ -25,6 +25,12 @@ MISFIT = "DOES NOT FIT"  # at most; what `croco doctor` ends on
 
 def describe(recipe: Recipe) -> Iterator[str]:
     """Lines for a person: the stages, then counts, tokens and disk."""
+    if recipe.study:
+        from croco.study.run import parts
+
+        for part, _ in parts(recipe):
+            yield from describe(part)
+        return
     planned = pipeline.plan(recipe)
     yield f"{recipe.folder}"
     for node, status in planned:

@@ -20,6 +20,7 @@ from croco.pairing import rules
 from croco.recipe_arms import Alignment, Name, Origin, Strings, Sweep, check_arms, expanded
 from croco.recipe_models import Causal, Model
 from croco.recipe_runtime import Positive, Runtime, Section
+from croco.recipe_study import Study, check_study
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Temperature = Annotated[float, Field(ge=0, le=10)]
@@ -61,7 +62,8 @@ class Run(Section):
 class Prompts(Section):
     source: str = "lab"  # "lab", a .jsonl or .parquet file with messages, or "hf:NAME"
     split: str = "train"  # of the lab or a hub dataset; files have none
-    limit: Positive | None = None  # prompts per language, the first ones in the source's order
+    limit: Positive | None = None  # prompts per language, the first ones
+    order: Literal["source", "seed"] = "source"  # "seed": shuffled by run.seed, so that another seed tunes on others
     id_column: str = "prompt_id"
     language_column: str = "language"
 
@@ -244,6 +246,7 @@ class Recipe(Section):
     evaluation: Evaluation = Evaluation()
     arms: dict[Name, Arm] = Field(default_factory=dict, min_length=1)
     sweep: dict[str, Sweep] = Field(default_factory=dict)  # grids of arms, as they were made
+    study: Study | None = None
     runtime: Runtime = Runtime()
 
     @property
@@ -289,6 +292,8 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _arms_fit_together(self) -> Recipe:
         check_arms(self)
+        if self.study:
+            check_study(self)
         return self
 
     @model_validator(mode="after")

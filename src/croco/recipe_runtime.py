@@ -104,6 +104,7 @@ class Runtime(Section):
         1  # workers, each with an engine of its own; "auto" is one per GPU (or group of GPUs)
     )
     ray: Ray = Ray()
+    seeds_at_once: Positive = 1  # of a study, each in a process of its own
     device: str = "auto"
     token_budget: Positive = 16384  # tokens per sampling or scoring batch
     micro_batch_tokens: Positive = 4096  # tokens per training forward

@@ -24,6 +24,8 @@ def prompts_settings(
 ) -> Settings:
     source = section.source
     settings: Settings = {"languages": sorted(languages), "limit": section.limit}
+    if isinstance(section, Prompts) and section.order == "seed":
+        settings["order"] = ["seed", recipe.run.seed]
     if source == "lab":
         return settings | {"source": f"lab {world_identity()}", "split": section.split}
     settings |= {"id_column": section.id_column, "language_column": section.language_column}
