@@ -20,7 +20,7 @@ ONLY_IN = {
     "trl": ("lab/build.py",),
 }
 # rooms of pure numbers: no engine, no model library
-PURE = ("ops/", "pairing/", "evaluation/stats.py")
+PURE = ("ops/", "pairing/", "evaluation/stats.py", "evaluation/winrate.py")
 ENGINES = ("croco.engines", "transformers", "vllm", "ray", "peft", "openai", "accelerate")
 # the house loads with the command line, before anything heavy
 LIGHT = (
