@@ -63,7 +63,9 @@ class Prompts(Section):
     source: str = "lab"  # "lab", a .jsonl or .parquet file with messages, or "hf:NAME"
     split: str = "train"  # of the lab or a hub dataset; files have none
     limit: Positive | None = None  # prompts per language, the first ones
-    order: Literal["source", "seed"] = "source"  # "seed": shuffled by run.seed, so that another seed tunes on others
+    order: Literal["source", "seed"] = (
+        "source"  # "seed": shuffled by run.seed, so that another seed tunes on others
+    )
     id_column: str = "prompt_id"
     language_column: str = "language"
 

@@ -22,8 +22,12 @@ class Comparison(Section):
     arm: Name
     than: Name = BASE
     at_best: bool = False  # `than` at whichever of its temperatures is best, on these very prompts
-    on: Annotated[tuple[str, ...], Field(strict=False)] = ("tuned",)  # groups or languages, each a test of its own
-    temperatures: Annotated[tuple[float, ...], Field(strict=False)] = ()  # () is all of evaluation.temperatures
+    on: Annotated[tuple[str, ...], Field(strict=False)] = (
+        "tuned",
+    )  # groups or languages, each a test of its own
+    temperatures: Annotated[
+        tuple[float, ...], Field(strict=False)
+    ] = ()  # () is all of evaluation.temperatures
     benchmark: str = "lab"
     metric: str | None = None  # "good" or "score" if not given; "mode:wrong-language", …
     want: Literal["higher", "lower", "not higher", "not lower"] = "higher"
@@ -77,7 +81,9 @@ def check_study(recipe: Recipe) -> None:
                     raise ValueError(f"{where}: '{arm}' is not evaluated, expected one of {', '.join(arms)}")
             for scope in test.on:
                 if scope not in (*GROUPS, *run.evaluated):
-                    raise ValueError(f"{where}: on = '{scope}', expected a group ({', '.join(GROUPS)}) or a language")
+                    raise ValueError(
+                        f"{where}: on = '{scope}', expected a group ({', '.join(GROUPS)}) or a language"
+                    )
             for temperature in test.temperatures:
                 if temperature not in recipe.evaluation.temperatures:
                     raise ValueError(f"{where}: temperature {temperature} is not in evaluation.temperatures")

@@ -18,7 +18,7 @@ HOLDS, FAILS, OPEN = "holds", "does not hold", "not resolved"
 
 @dataclass(frozen=True)
 class Tested:
-    """A comparison on one scope at one temperature: the difference (interval over seeds and prompts) and each seed's."""
+    """A comparison on one scope at one temperature: the difference over seeds and prompts, and each seed's."""
 
     comparison: Comparison
     scope: str

@@ -29,9 +29,18 @@ def draw(curve: Curve, name: str) -> str:
         axes = figure.add_subplot()
         for place, (title, points) in enumerate(curve.series.items()):
             xs, values = [x for x, _ in points], [100 * i.value for _, i in points]
-            errors = [[100 * (i.value - i.low) for _, i in points], [100 * (i.high - i.value) for _, i in points]]
-            style = {"color": COLOURS[place % 6], "marker": MARKERS[place % 6], "markersize": 4, "linewidth": 1.3}
-            axes.errorbar(xs, values, yerr=errors, capsize=2, elinewidth=0.8, label=title, **style)
+            errors = [
+                [100 * (i.value - i.low) for _, i in points],
+                [100 * (i.high - i.value) for _, i in points],
+            ]
+            style: dict[str, Any] = {
+                "color": COLOURS[place % 6],
+                "marker": MARKERS[place % 6],
+                "label": title,
+            }
+            axes.errorbar(
+                xs, values, yerr=errors, capsize=2, elinewidth=0.8, markersize=4, linewidth=1.3, **style
+            )
         ticks = sorted({x for points in curve.series.values() for x, _ in points})
         if len(ticks) > 2 and ticks[-1] / max(ticks[0], 1e-9) >= 8:
             axes.set_xscale("log", base=2)

@@ -27,7 +27,9 @@ STYLE = Path(__file__).parent / "style.css"
 def write(recipe: Recipe, say: Callable[[str], None] = lambda line: None) -> Path:
     """Write RUN/study.md and RUN/study.html; returns the latter. Raises UserError naming a part that is missing."""
     assert recipe.study is not None
-    made_of = digest([VERSION, complete(recipe), recipe.study.model_dump(mode="json"), recipe.evaluation.bootstrap])
+    made_of = digest(
+        [VERSION, complete(recipe), recipe.study.model_dump(mode="json"), recipe.evaluation.bootstrap]
+    )
     page, stamp = recipe.folder / "study.html", recipe.folder / "study.json"
     if stamp.exists() and page.exists() and store.read_json(stamp)["made_of"] == made_of:
         say("study: complete, skipped")
@@ -66,17 +68,21 @@ def markdown(recipe: Recipe, found: list[Part]) -> str:
     assert recipe.study is not None
     here = provenance.here()
     versions = ", ".join(f"{name} {version}" for name, version in here["libraries"].items())
-    lines = [f"# {recipe.run.name}", recipe.study.introduction] if recipe.study.introduction else [f"# {recipe.run.name}"]
-    lines.append(
-        f"Made by `croco run`, never by hand. Seeds {', '.join(map(str, recipe.study.seeds))}; values with 95 % intervals "
-        f"over seeds and prompts. {here['machine']}; {versions}."
-    )
+    introduction = [recipe.study.introduction] if recipe.study.introduction else []
+    made = f"Made by `croco run`, never by hand. {_how(recipe)} {here['machine']}; {versions}."
+    lines = [f"# {recipe.run.name}", *introduction, made]
     for part in found:
         lines += [f"## {part.title}", *part.text]
         if remark := recipe.study.remarks.get(part.name):
             lines.append(remark)
         lines += [_markdown_table(table) for table in part.tables]
     return "\n\n".join(lines) + "\n"
+
+
+def _how(recipe: Recipe) -> str:
+    assert recipe.study is not None
+    seeds = ", ".join(map(str, recipe.study.seeds))
+    return f"Seeds {seeds}; values with 95 % intervals over seeds and prompts."
 
 
 def _markdown_table(table: Table) -> str:
@@ -105,8 +111,7 @@ def html(recipe: Recipe, found: list[Part]) -> str:
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{name}</title>'
         f'<meta name="viewport" content="width=device-width"><style>{style}</style></head><body>'
-        f"<header><h1>{name}</h1><p>Seeds {', '.join(map(str, recipe.study.seeds))}; values with 95 % intervals over seeds "
-        f"and prompts.</p></header><nav><ol>{contents}</ol></nav><main>{''.join(body)}</main>"
+        f"<header><h1>{name}</h1><p>{_how(recipe)}</p></header><nav><ol>{contents}</ol></nav><main>{''.join(body)}</main>"
         f"<footer><p>{escape(here['machine'])}; {escape(versions)}</p></footer></body></html>\n"
     )
 
@@ -114,8 +119,12 @@ def html(recipe: Recipe, found: list[Part]) -> str:
 def _html_table(table: Table) -> str:
     def row(cells: list[str], tag: str) -> str:
         kinds = ["word"] * table.left + ["number"] * (len(cells) - table.left)
-        inside = "".join(f'<{tag} class="{kind}">{escape(cell)}</{tag}>' for kind, cell in zip(kinds, cells, strict=True))
+        inside = "".join(
+            f'<{tag} class="{kind}">{escape(cell)}</{tag}>' for kind, cell in zip(kinds, cells, strict=True)
+        )
         return f"<tr>{inside}</tr>"
 
     rows = "".join(row(cells, "td") for cells in table.rows)
-    return f'<div class="wide"><table><thead>{row(table.head, "th")}</thead><tbody>{rows}</tbody></table></div>'
+    return (
+        f'<div class="wide"><table><thead>{row(table.head, "th")}</thead><tbody>{rows}</tbody></table></div>'
+    )

@@ -72,21 +72,41 @@ def claims_table(judged: Mapping[str, tuple[Claim, str, list[Tested]]]) -> Part:
     return Part("claims", "Claim by claim", [], [Table(["claim", "in this study"], rows, 2)])
 
 
-def claim_part(name: str, claim: Claim, verdict: str, tests: Sequence[Tested], pooled: Mapping[str, Pooled]) -> Part:
+def claim_part(
+    name: str, claim: Claim, verdict: str, tests: Sequence[Tested], pooled: Mapping[str, Pooled]
+) -> Part:
     """One claim: its comparisons, and why it came out so."""
     rows = []
     for test in tests:
         one, share = test.comparison, pooled[test.comparison.benchmark].headline == "good"
         share = share or (one.metric or "").startswith("mode:")
         rival = f"{test.rival[0]} ({decoding(test.rival[1])})" if one.at_best else test.rival[0]
-        measure = (one.metric or pooled[one.benchmark].headline) + (f", {one.benchmark}" if one.benchmark != "lab" else "")
+        measure = (one.metric or pooled[one.benchmark].headline) + (
+            f", {one.benchmark}" if one.benchmark != "lab" else ""
+        )
         wanted = one.want + (f" by {100 * one.margin:g}" if one.margin and share else "")
-        seeds = ", ".join(f"{100 * x if share else x:+.{0 if share else 2}f}".replace("-", "−") for x in test.by_seed)
+        seeds = ", ".join(
+            f"{100 * x if share else x:+.{0 if share else 2}f}".replace("-", "−") for x in test.by_seed
+        )
         difference = shown(test.difference, share, signed=True)
-        rows.append([one.arm, rival, measure, test.scope, decoding(test.temperature), difference, seeds, wanted, test.verdict])
+        rows.append(
+            [
+                one.arm,
+                rival,
+                measure,
+                test.scope,
+                decoding(test.temperature),
+                difference,
+                seeds,
+                wanted,
+                test.verdict,
+            ]
+        )
     head = ["arm", "than", "measure", "on", "decoding", "difference", "each seed", "claimed", "verdict"]
     text = [f"**{verdict[0].upper()}{verdict[1:]}** ({claim.need} of {len(rows)} comparisons are needed)."]
-    return Part(f"claim-{name}", claim.says, text + ([claim.why] if claim.why else []), [Table(head, rows, 5)])
+    return Part(
+        f"claim-{name}", claim.says, text + ([claim.why] if claim.why else []), [Table(head, rows, 5)]
+    )
 
 
 def arms_part(pooled: Pooled, arms: Sequence[str]) -> Part:
@@ -105,14 +125,19 @@ def arms_part(pooled: Pooled, arms: Sequence[str]) -> Part:
                     best = pooled.difference(mine, pooled.best(BASE, scope), scope)
                     cells.append(f"{shown(same, share, True)} / {shown(best, share, True)}")
                 gains.append([arm, decoding(temperature), *cells])
-    best = ", ".join(f"{scope}: {decoding(pooled.best(BASE, scope)[1])}" for scope in scopes)
+    rivals = ", ".join(f"{scope}: {decoding(pooled.best(BASE, scope)[1])}" for scope in scopes)
     unit = "Percent of completions that are good" if share else "Mean score"
     text = [
         f"{unit}; {pooled.values.shape[0]} seeds, {pooled.num_prompts} test prompts a language.",
-        f"Second table: gain over the base at the same temperature / at the base's best temperature ({best}).",
+        f"Second table: gain over the base at the same temperature / at the base's best temperature ({rivals}).",
     ]
     head = ["arm", "decoding", *scopes]
-    return Part(f"arms-{pooled.benchmark}", f"All arms: {pooled.benchmark}", text, [Table(head, values, 2), Table(head, gains, 2)])
+    return Part(
+        f"arms-{pooled.benchmark}",
+        f"All arms: {pooled.benchmark}",
+        text,
+        [Table(head, values, 2), Table(head, gains, 2)],
+    )
 
 
 def languages_part(pooled: Pooled, arms: Sequence[str]) -> Part:
@@ -121,8 +146,15 @@ def languages_part(pooled: Pooled, arms: Sequence[str]) -> Part:
     for arm in [BASE, *arms]:
         for temperature in pooled.temperatures(arm):
             means = [pooled.of((arm, temperature), code).mean() for code in pooled.languages]
-            rows.append([arm, decoding(temperature), *(f"{100 * x:.0f}" if share else f"{x:.2f}" for x in means)])
-    return Part(f"languages-{pooled.benchmark}", f"By language: {pooled.benchmark}", [], [Table(["arm", "decoding", *pooled.languages], rows, 2)])
+            rows.append(
+                [arm, decoding(temperature), *(f"{100 * x:.0f}" if share else f"{x:.2f}" for x in means)]
+            )
+    return Part(
+        f"languages-{pooled.benchmark}",
+        f"By language: {pooled.benchmark}",
+        [],
+        [Table(["arm", "decoding", *pooled.languages], rows, 2)],
+    )
 
 
 def modes_part(pooled: Pooled, arms: Sequence[str]) -> Part:
@@ -135,7 +167,9 @@ def modes_part(pooled: Pooled, arms: Sequence[str]) -> Part:
                 means = [pooled.of((arm, temperature), scope, mode).mean() for mode in modes]
                 rows.append([arm, decoding(temperature), scope, *(f"{100 * x:.0f}" for x in means)])
     head = ["arm", "decoding", "languages", *(mode.removeprefix("mode:") for mode in modes)]
-    return Part("modes", "Where the mass went", ["Percent of completions in each mode."], [Table(head, rows, 3)])
+    return Part(
+        "modes", "Where the mass went", ["Percent of completions in each mode."], [Table(head, rows, 3)]
+    )
 
 
 def sweep_parts(recipe: Recipe, pooled: Pooled) -> Iterator[Part]:
@@ -144,15 +178,29 @@ def sweep_parts(recipe: Recipe, pooled: Pooled) -> Iterator[Part]:
     for name, sweep in recipe.sweep.items():
         keys, rows = list(sweep.grid), []
         series: dict[str, list[tuple[float, Interval]]] = {}
-        points = sorted(sweep.arms.items(), key=lambda point: [sweep.grid[key].index(point[1][key]) for key in keys])
+        points = sorted(
+            sweep.arms.items(), key=lambda point: [sweep.grid[key].index(point[1][key]) for key in keys]
+        )
         for arm, place in points:
             for temperature in pooled.temperatures(arm):
                 cells = [pooled.mean((arm, temperature), scope) for scope in scopes]
-                rows.append([*(_value(place[key]) for key in keys), decoding(temperature), *(shown(c, share) for c in cells)])
+                rows.append(
+                    [
+                        *(_value(place[key]) for key in keys),
+                        decoding(temperature),
+                        *(shown(c, share) for c in cells),
+                    ]
+                )
                 if len(keys) == 1 and isinstance(place[keys[0]], int | float):
                     for scope, cell in zip(scopes, cells, strict=True):
-                        series.setdefault(f"{scope}, {decoding(temperature)}", []).append((float(place[keys[0]]), cell))
-        curves = [Curve(f"{sweep.of}: {keys[0]}", keys[0], "% good" if share else "mean score", series)] if series else []
+                        series.setdefault(f"{scope}, {decoding(temperature)}", []).append(
+                            (float(place[keys[0]]), cell)
+                        )
+        curves = (
+            [Curve(f"{sweep.of}: {keys[0]}", keys[0], "% good" if share else "mean score", series)]
+            if series
+            else []
+        )
         table = Table([*keys, "decoding", *scopes], rows, len(keys) + 1)
         yield Part(f"sweep-{name}", f"Sweep: {', '.join(keys)} of {sweep.of}", [], [table], curves)
 
@@ -181,8 +229,20 @@ def pairs_part(recipe: Recipe) -> Part:
             _mix(pairs, "chosen"), _mix(pairs, "rejected"),
             f"{np.mean([t['facts']['steps'] for t in tuned]):.0f}", f"{np.mean([t['seconds'] for t in tuned]):.0f}",
         ])  # fmt: skip
-    head = ["arm", "pairs", "not the minimum", "AUC language", "AUC length", "languages of chosen", "of rejected", "updates", "seconds"]
-    text = ["Means over seeds. AUC: how well language or length alone tells chosen from rejected (0.5: not at all)."]
+    head = [
+        "arm",
+        "pairs",
+        "not the minimum",
+        "AUC language",
+        "AUC length",
+        "languages of chosen",
+        "of rejected",
+        "updates",
+        "seconds",
+    ]
+    text = [
+        "Means over seeds. AUC: how well language or length alone tells chosen from rejected (0.5: not at all)."
+    ]
     return Part("pairs", "What the arms were tuned on", text, [Table(head, rows, 1)])
 
 
@@ -211,11 +271,16 @@ def transfer_part(found: Mapping[tuple[str, str, str], Interval], scorers: Seque
     }
     tables = []
     for figure in FIGURES:
+        # the truth ranks itself right; as a picker it is the ceiling
+        shown_here = [scorer for scorer in scorers if scorer != "verified" or figure == "best"]
         rows = [
             [languages.name(code)]
-            + [shown(found[key], figure != "tau") if (key := (scorer, code, figure)) in found else "" for scorer in scorers]
+            + [
+                shown(found[key], figure != "tau") if (key := (scorer, code, figure)) in found else ""
+                for scorer in shown_here
+            ]
             for code in codes
         ]
-        tables.append(Table([titles[figure], *scorers], rows))
-    text = ["Within one prompt in one language; dev prompts, intervals over prompts, the completions of all seeds together."]
+        tables.append(Table([titles[figure], *shown_here], rows))
+    text = ["Within one prompt in one language, on dev prompts; the completions of all seeds together."]
     return Part("transfer", "Does the reward model transfer?", text, tables)

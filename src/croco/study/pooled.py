@@ -97,7 +97,11 @@ def pool(
 
 
 def _pooled(
-    benchmark: str, verdicts: pl.DataFrame, num_seeds: int, groups: Mapping[str, Sequence[str]], resamples: int
+    benchmark: str,
+    verdicts: pl.DataFrame,
+    num_seeds: int,
+    groups: Mapping[str, Sequence[str]],
+    resamples: int,
 ) -> Pooled:
     modes = verdicts["mode"].unique().sort().to_list()
     metrics = [headline(benchmark), *(f"mode:{mode}" for mode in modes)]
@@ -111,7 +115,10 @@ def _pooled(
     if common.is_empty():
         raise UserError(f"no prompt of '{benchmark}' was evaluated in every arm under every seed")
     cells = cells.join(common, on=prompt)
-    prompts, codes = common["prompt_id"].unique().sort().to_list(), common["language"].unique().sort().to_list()
+    prompts, codes = (
+        common["prompt_id"].unique().sort().to_list(),
+        common["language"].unique().sort().to_list(),
+    )
     languages = [code for code in groups["all"] if code in codes]
     values = np.full((num_seeds, len(settings), len(prompts), len(languages), len(metrics)), np.nan)
     places = [

@@ -1,7 +1,7 @@
 """`croco run` of a recipe with `[study]`: one run per seed in RUN/seed-N, some at once, then the page over all of them.
 
-A seed's run is an ordinary run: its recipe is in its folder, it can be looked at, reported and gone on with alone. Seeds
-that run beside each other are processes of their own, which end with this one.
+A seed's run is an ordinary run: its recipe is in its folder, it can be looked at, reported and gone on with alone.
+Seeds that run beside each other are processes of their own, which end with this one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,13 @@ from croco.recipe_arms import Origin
 from croco.stage import lock
 
 Say = Callable[[str], None]
-SCORERS = ("reward", "likelihood", "likelihood-sum", "random", "verified")  # held against each other in the transfer
+SCORERS = (
+    "reward",
+    "likelihood",
+    "likelihood-sum",
+    "random",
+    "verified",
+)  # held against each other in the transfer
 PR_SET_PDEATHSIG = 1
 
 
@@ -32,8 +38,9 @@ def of_seed(recipe: Recipe, seed: int) -> Recipe:
 
 
 def transfer_of(recipe: Recipe, seed: int) -> Recipe:
-    """A recipe that only samples and scores, in every evaluated language: what the reward model's transfer is read from."""
-    assert recipe.study is not None and recipe.study.transfer is not None
+    """A recipe that only samples and scores, in every evaluated language, for the reward model's transfer."""
+    assert recipe.study is not None
+    assert recipe.study.transfer is not None
     wanted, some = recipe.study.transfer, next(iter(recipe.arms.values()))
     run = recipe.run.model_copy(update={
         "seed": seed, "folder": str(recipe.folder / f"transfer-{seed}"), "languages": recipe.run.evaluated,
@@ -87,7 +94,9 @@ def _beside(todo: Sequence[tuple[Recipe, str | None]], at_once: int, rebuild: bo
             for process in [one for one in running if one.poll() is not None]:
                 part = running.pop(process)
                 if process.returncode != 0:
-                    lines = (part.folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
+                    lines = (
+                        (part.folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
+                    )
                     last = lines[-1].removeprefix("croco: ") if lines else f"exit status {process.returncode}"
                     raise UserError(f"{part.folder}: {last}")
                 say(f"seed {part.run.seed} in {part.folder}: complete")
@@ -104,7 +113,9 @@ def _start(part: Recipe, until: str | None, rebuild: bool) -> subprocess.Popen[b
     command += ["--until", until] if until else []
     command += ["--rebuild"] if rebuild else []
     with (part.folder / "log.txt").open("ab") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, preexec_fn=_end_with_parent)
+        return subprocess.Popen(
+            command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, preexec_fn=_end_with_parent
+        )
 
 
 def _end_with_parent() -> None:

@@ -1,8 +1,8 @@
 """Does a reward model that learnt from English preferences rank completions of other languages? Against verified truth.
 
-Three figures per language and scorer, each with an interval over prompts (completions of all seeds pooled): the share of
-pairs of one prompt's completions, one verified good and one not, that the scorer ranks right; the share of prompts whose
-best-scored completion is good; and Kendall's τ-b between scores and verified quality.
+Three figures per language and scorer, each with an interval over prompts (completions of all seeds pooled): the share
+of pairs of one prompt's completions, verified of unequal quality, that the scorer ranks right; the share of prompts
+whose best-scored completion is of the highest quality there is; and Kendall's τ-b between scores and verified quality.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ FIGURES = ("ranking", "best", "tau")
 Values = NDArray[np.float64]
 
 
-def ranking(scores: Values, quality: Values) -> tuple[float, float, float]:
-    """(share of unequal pairs ranked right, quality of the best-scored, Kendall's τ-b) of one pool; NaN where undefined.
+def ranking(scores: Values, quality: Values, top: float) -> tuple[float, float, float]:
+    """One pool's (share of unequal pairs ranked right, best-scored at the top, Kendall's τ-b), NaN where undefined.
 
     A pair with equal scores counts half, as do several best-scored completions each by its share.
     """
@@ -33,7 +33,7 @@ def ranking(scores: Values, quality: Values) -> tuple[float, float, float]:
     unequal, agreement = (better != 0).sum(), (above * better).sum()
     spread = np.sqrt((above != 0).sum() * unequal)
     right = 0.5 + 0.5 * agreement / unequal if unequal else np.nan
-    best = quality[scores == scores.max()].mean()
+    best = (quality[scores == scores.max()] == top).mean()
     return float(right), float(best), float(agreement / spread) if spread else float("nan")
 
 
@@ -44,16 +44,24 @@ def transfer(folders: Sequence[Path], scorers: Sequence[str], languages: Sequenc
     per_prompt: dict[tuple[str, str, str], dict[str, list[tuple[float, float, float]]]] = {}
     for folder in folders:
         verified = scores_of(folder, "verified").rename({"score": "quality"})
+        top = float(verified["quality"].to_numpy().max())
         for scorer in scorers:
             joined = scores_of(folder, scorer).join(verified, on=KEY, validate="1:1")
             for (prompt, language), pool in joined.group_by("prompt_id", "language", maintain_order=True):
-                found = ranking(pool["score"].to_numpy().astype(float), pool["quality"].to_numpy().astype(float))
-                per_prompt.setdefault((scorer, str(language), ""), {}).setdefault(str(prompt), []).append(found)
+                scores, quality = (pool[name].to_numpy().astype(float) for name in ("score", "quality"))
+                found = ranking(scores, quality, top)
+                per_prompt.setdefault((scorer, str(language), ""), {}).setdefault(str(prompt), []).append(
+                    found
+                )
     result = {}
     for (scorer, language, _), prompts in per_prompt.items():
         values = [np.array(found) for found in prompts.values()]
         for place, figure in enumerate(FIGURES):
-            means = [column[~np.isnan(column)].mean() for one in values if not np.isnan(column := one[:, place]).all()]
+            means = [
+                column[~np.isnan(column)].mean()
+                for one in values
+                if not np.isnan(column := one[:, place]).all()
+            ]
             if means:
                 result[scorer, language, figure] = bootstrap_mean(means, seed=0)
     return {key: result[key] for key in sorted(result, key=lambda key: (languages.index(key[1]), key[0]))}
@@ -62,5 +70,4 @@ def transfer(folders: Sequence[Path], scorers: Sequence[str], languages: Sequenc
 def scores_of(folder: Path, scorer: str) -> pl.DataFrame:
     """The scores of one scorer: the reward model's lie in no arm's folder."""
     own = folder / "score" / scorer
-    table = read_table(own if own.is_dir() else folder / "score", [*KEY, "score"])
-    return table
+    return read_table(own if own.is_dir() else folder / "score", [*KEY, "score"])
