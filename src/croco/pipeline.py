@@ -214,9 +214,7 @@ def nodes(recipe: Recipe) -> list[Node]:
         """The node, after all that it reads: an arm that starts from another one comes after its training."""
         if (name, arm) not in made:
             stage, folder = _BY_NAME[name], recipe.folder / name
-            inputs = {
-                _input_name(arm, before): make(*before) for before in stage.follows(recipe, arm)
-            }
+            inputs = {_input_name(arm, before): make(*before) for before in stage.follows(recipe, arm)}
             where = folder if arm is None else folder / arm
             made[name, arm] = Node(stage, arm, where, stage.settings(recipe, arm), inputs)
         return made[name, arm]

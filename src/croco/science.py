@@ -199,4 +199,3 @@ def results_settings(recipe: Recipe, arm: str | None) -> Settings:
 
 def report_settings(recipe: Recipe, arm: str | None) -> Settings:
     return {"name": recipe.run.name}
-

@@ -69,8 +69,8 @@ def read_scored(
         kept = kept & (keys.sample < first)
     if prompts is not None:
         kept = kept & keys.prompts.is_in(prompts.implode()).to_numpy()[keys.prompt]
-    num_tokens = num_tokens if lengths else None
-    return assemble(keys, value, languages, how, reference, kept, str(samples), num_tokens), shards
+    long = num_tokens if lengths else None
+    return assemble(keys, value, languages, how, reference, kept, str(samples), long), shards
 
 
 def assemble(
