@@ -61,7 +61,12 @@ ALL: dict[str, Any] = {
     "iterative": {"start": "monolingual", "reference": "start", "languages": ["en", "da"], "completions": 4},
     "online": {"rounds": 2, "completions": 2, "rejected": "min", "languages": ["en", "da"]},
     "off-policy": {"sampler": {"model": "lab:other"}, "languages": ["da"], "completions": 4},
-    "off-policy-min": {"sampler": {"model": "lab:other"}, "languages": ["da"], "rejected": "min", "completions": 3},
+    "off-policy-min": {
+        "sampler": {"model": "lab:other"},
+        "languages": ["da"],
+        "rejected": "min",
+        "completions": 3,
+    },
     "icr": {
         "scorer": "implicit",
         "implicit": {"arm": "english"},
@@ -186,7 +191,9 @@ def test_an_alignment_has_no_english_side(study: Recipe) -> None:
 def test_verified_scores_are_the_labs_own_tiers(study: Recipe) -> None:
     from croco.lab.world import verify
 
-    scored = table(study, "score/verified").join(table(study, "sample"), on=["prompt_id", "language", "sample_id"])
+    scored = table(study, "score/verified").join(
+        table(study, "sample"), on=["prompt_id", "language", "sample_id"]
+    )
     assert set(scored["score"]) <= {0.0, 0.5, 3.0}
     for row in scored.iter_rows(named=True):
         good = verify(row["prompt_id"], row["language"], row["completion"]).good
@@ -210,7 +217,10 @@ EN = {"languages": ["en"]}
         ({"a": {"completions": 1}}, "arms.a.completions = 1, expected at least 2"),
         ({"a": {"scorer": "implicit"}}, "implicit is missing"),
         ({"a": {"implicit": {"arm": "b"}}, "b": EN}, "implicit is there, and scorer"),
-        ({"a": {"scorer": "implicit", "implicit": {"arm": "b"}}}, "arms.a.implicit.arm = 'b', expected an arm"),
+        (
+            {"a": {"scorer": "implicit", "implicit": {"arm": "b"}}},
+            "arms.a.implicit.arm = 'b', expected an arm",
+        ),
         (
             {"a": {"scorer": "implicit", "implicit": {"arm": "b"}}, "b": {}},
             'expected an arm that is tuned by DPO from the base on languages = ["en"]',
@@ -294,7 +304,10 @@ def test_a_sweep_is_a_grid_of_arms_and_the_arm_itself_is_a_point(tmp_path: Path)
     [
         ({"of": "x", "rejected": ["min"]}, "sweep.x.of = 'x', expected an arm: one of mono"),
         ({"of": "mono", "rejectd": ["min"]}, "sweep.mono.rejectd = ['min'], expected a key of an arm"),
-        ({"of": "mono", "rejected": "min"}, "sweep.mono.rejected = 'min', expected a key of an arm with a list"),
+        (
+            {"of": "mono", "rejected": "min"},
+            "sweep.mono.rejected = 'min', expected a key of an arm with a list",
+        ),
         ({"of": "mono", "rejected": ["min", "min"]}, "makes arms.mono-min twice"),
         ({"of": "mono", "rejected": ["worst"]}, 'the rule "worst" for rejected is unknown'),
         ({"a": {"of": "mono"}}, "sweep.a.grid"),

@@ -263,7 +263,8 @@ def run_stage(
     every = nodes(recipe)
     todo = _of_stage(every, name)
     if arm is not None:
-        mine = [node for node in todo if node.arm == arm]
+        read = [before for node in every if node.arm == arm for before in node.inputs.values()]
+        mine = [node for node in todo if node.arm == arm] or [node for node in todo if node in read]
         todo = mine or [node for node in todo if node.arm is None]
         if not todo:
             raise UserError(f"--arm {arm}: {name} has no such arm")

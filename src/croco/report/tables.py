@@ -206,7 +206,9 @@ def results_markdown(run_folder: Path) -> str:
         num_prompts = max(cell.num_prompts for cell in board.cells.values())
         unit = "percent of completions that are good" if board.is_share else "mean score"
         parts.append(f"### {board.title}\n\nIn {unit}; {num_prompts} prompts, 95 % intervals over prompts.\n")
-        parts.append("\n".join(f"- **{arm}**: {sentence(board, arm)}" for arm in recipe.evaluated_arms) + "\n")
+        parts.append(
+            "\n".join(f"- **{arm}**: {sentence(board, arm)}" for arm in recipe.evaluated_arms) + "\n"
+        )
         parts.append(_markdown_table(board, board.groups, differences=False))
         parts.append("Differences from the base at the same temperature, and from the base at its best temperature ("
                      + ", ".join(f"{scope}: {temperature_name(board.best_base[scope])}" for scope in board.groups
