@@ -56,7 +56,7 @@ ALL: dict[str, Any] = {
     "gold-chosen": {"chosen": "reference", "rejected": "mean"},
     "random": {"scorer": "random", "languages": ["da"]},
     "likelihood": {"scorer": "likelihood", "languages": ["da"]},
-    "likelihood-sum": {"scorer": "likelihood-sum", "languages": ["da"]},
+    "likelihood-sum": {"scorer": "likelihood-sum", "languages": ["da"], "completions": 4},
     "verified": {"scorer": "verified", "pool": "all", "rejected": "min"},
     "iterative": {"start": "monolingual", "reference": "start", "languages": ["en", "da"], "completions": 4},
     "online": {"rounds": 2, "completions": 2, "rejected": "min", "languages": ["en", "da"]},
@@ -138,6 +138,12 @@ def test_own_completions_are_only_those_that_are_asked_for(study: Recipe) -> Non
     assert (online.height, set(online["language"])) == (3 * 2 * 2, {"en", "da"})
     # of two arms that share them, the larger number
     assert table(study, "sample/off-policy").height == 6 * 4
+
+
+def test_scores_are_of_those_completions_that_are_asked_for(study: Recipe) -> None:
+    assert table(study, "score").height == 6 * 3 * 6
+    assert table(study, "score/likelihood-sum").height == 6 * 3 * 4
+    assert table(study, "score/likelihood-sum")["sample_id"].max() == 3
 
 
 def test_a_later_round_samples_from_the_policy_before_it_with_other_noise(study: Recipe) -> None:

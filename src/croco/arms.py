@@ -98,6 +98,16 @@ def num_completions(recipe: Recipe, owner: str | None) -> int:
     return max(arm.completions or recipe.sampling.completions for arm in sharing(recipe, owner))
 
 
+def num_scored(recipe: Recipe, owner: str | None) -> int | None:
+    """Completions per prompt that a scoring stage looks at, the first ones; None is all that were sampled."""
+    if owner is None:
+        return None
+    mine, (_, sampler) = _scores(recipe.arms[owner]), samples_of(recipe, owner)
+    theirs = [arm for arm in recipe.arms.values() if contrasted(arm) and _scores(arm) == mine]
+    wanted = max(arm.completions or num_completions(recipe, sampler) for arm in theirs)
+    return wanted if wanted < num_completions(recipe, sampler) else None
+
+
 def sampled_languages(recipe: Recipe, owner: str | None) -> tuple[str, ...]:
     """The languages that a sampling stage asks in: of an arm's own, those that any arm of it is tuned on."""
     arms = sharing(recipe, owner)

@@ -78,7 +78,9 @@ def cost(recipe: Recipe, rates: Mapping[str, float]) -> Iterator[str]:
                 f"languages × {count} completions = {completions:,}, at most {limit:,} tokens"
             )
         for arm in arms.scoring_arms(recipe):
-            scored += sampled[arms.samples_of(recipe, arm)[1] if arm else None][1]
+            owner = arms.samples_of(recipe, arm)[1] if arm else None
+            count = arms.num_completions(recipe, owner)
+            scored += sampled[owner][1] // count * (arms.num_scored(recipe, arm) or count)
         yield _trained(recipe, tuning)
     if test is not None:
         evaluation = recipe.evaluation

@@ -92,7 +92,7 @@ def test_a_score_is_the_mean_of_one_over_the_loss_and_english_has_none() -> None
 def test_a_language_without_a_token_is_one_sentence() -> None:
     translator = tiny_translator()
     assert translator.encode(["Ja."], "de")[0][0] == translator.tokenizer.convert_tokens_to_ids("__de__")
-    with pytest.raises(UserError, match="has no token '__fr__' for 'fr', expected one in alignment.codes"):
+    with pytest.raises(UserError, match=r"has no token '__fr__' for 'fr', expected one in alignment\.codes"):
         translator.encode(["Oui."], "fr")
 
 

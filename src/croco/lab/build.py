@@ -1,7 +1,8 @@
 """`croco lab build`: makes the shipped weights again from nothing, in the order they depend on each other.
 
 Policy (pretrained from scratch) → its samples → teacher (English preferences) → reward model (distilled) → the gates;
-and with the policy's tokenizer, what rival methods need (`rivals.py`). The policy is rounded to bfloat16 before anything is derived from it, since that is what ships.
+and with the policy's tokenizer, what rival methods need (`rivals.py`). The policy is rounded to bfloat16 before
+anything is derived from it, since that is what ships.
 """
 
 import time

@@ -2,8 +2,8 @@
 
 `lab:other` is another policy in every way but its tokenizer: architecture (Qwen3), size, seed, and which bad habits
 it has; so completions of it are off-policy for `lab:policy`, and their ids need no translation. `lab:translator` is a
-small M2M100 that puts completions of all 14 languages into English, whether they are true or not: it learnt from the world's
-parallel sentences with values drawn at random, so it knows words and no facts.
+small M2M100 that puts completions of all 14 languages into English, whether they are true or not: it learnt from the
+world's parallel sentences with values drawn at random, so it knows words and no facts.
 """
 
 import math
@@ -27,7 +27,7 @@ from croco.lab.items import LANGUAGES, Item, items
 from croco.lab.pretrain import MAX_TOKENS, pretrain
 from croco.scoring.alignment import language_token
 
-OTHER_TOKENS, OTHER_PLAIN = 2_000_000, 20_000
+OTHER_TOKENS, OTHER_PLAIN = 1_000_000, 9_000
 TRANSLATOR_TOKENS = 1_200_000  # of sources and targets
 # about as often good as the policy, but its bad habit is to say too little or too much, seldom to evade
 OTHER_MIXTURE: Mixture = {
@@ -49,6 +49,7 @@ def pretrain_other(
         seed,
         OTHER_TOKENS,
         OTHER_PLAIN,
+        tokens_per_batch=2048,  # a small corpus: twice the steps
         on_step=on_step,
         tokenizer=tokenizer,
         make=_new_other,

@@ -4,9 +4,10 @@ Scorers: "reward" is the raw logit of a sequence classifier on the whole convers
 instruction a recipe may add for the policy is not shown to it). Controls: "likelihood" and "likelihood-sum" are the
 policy's own log-probability, mean and summed (`by_policy.py`); "random" is a standard normal number that follows from
 the run's seed and the completion's key, a reward that knows nothing, normal so that pools look like pools; "verified"
-is the lab's program, a reward that knows everything. Rivals: "implicit" (`implicit.py`) and "alignment" (`alignment.py`).
+is the lab's program, a reward that knows everything. Rivals: "implicit" (`implicit.py`), "alignment" (`alignment.py`).
 
-A shard mirrors the shard of completions it scores. What does not fit the model goes to the ledger; a score that is no
+A shard mirrors the shard of completions it scores; where the arms of a scorer look at some completions of each prompt
+only, at their part of it. What does not fit the model goes to the ledger; a score that is no
 number stops the stage, because it would poison its pool's mean.
 """
 
@@ -19,6 +20,7 @@ from typing import Any
 
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from croco.engines import open_scorer
@@ -72,7 +74,7 @@ class ScoreWorker:
         adapter: Path | None,
         replica: int,
     ) -> None:
-        self.samples = samples
+        self.samples, self.first = samples, settings.get("completions")
         self.prompts = {
             (row["prompt_id"], row["language"]): row["messages"]
             for row in read_table(prompts, ["prompt_id", "language", "messages"]).iter_rows(named=True)
@@ -88,6 +90,8 @@ class ScoreWorker:
         """Shard by shard, each the mirror of a shard of completions."""
         for index in indices:
             rows = pq.ParquetFile(shard_path(self.samples, index)).read(columns=COLUMNS)
+            if self.first is not None:
+                rows = rows.filter(pc.field("sample_id") < self.first)
             groups = _groups(pl.DataFrame(pl.from_arrow(rows)), self.prompts)
             scored = self.score_shard(groups)
             table, dropped = tabulate([group for _, group in groups], scored, self.name)
