@@ -1,7 +1,7 @@
 """What arms share: whose completions an arm reads, whose scores, and which stages run for which arm.
 
-Completions of one policy on the same prompts are sampled once, scores of one scorer on them computed once; what two arms
-need lives in the folder of the first of them, what only the base and the reward model make, in no arm's.
+Completions of one policy on the same prompts are sampled once, scores of one scorer on them computed once; what two
+arms need lives in the folder of the first of them, what only the base and the reward model make, in no arm's.
 """
 
 from __future__ import annotations
@@ -96,6 +96,16 @@ def num_completions(recipe: Recipe, owner: str | None) -> int:
     if owner is None:
         return recipe.sampling.completions
     return max(arm.completions or recipe.sampling.completions for arm in sharing(recipe, owner))
+
+
+def num_scored(recipe: Recipe, owner: str | None) -> int | None:
+    """Completions per prompt that a scoring stage looks at, the first ones; None is all that were sampled."""
+    if owner is None:
+        return None
+    mine, (_, sampler) = _scores(recipe.arms[owner]), samples_of(recipe, owner)
+    theirs = [arm for arm in recipe.arms.values() if contrasted(arm) and _scores(arm) == mine]
+    wanted = max(arm.completions or num_completions(recipe, sampler) for arm in theirs)
+    return wanted if wanted < num_completions(recipe, sampler) else None
 
 
 def sampled_languages(recipe: Recipe, owner: str | None) -> tuple[str, ...]:

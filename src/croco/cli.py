@@ -268,11 +268,15 @@ def build(
     seed: Annotated[
         int | None, typer.Option(help="Seed of everything; that of the shipped models if not given.")
     ] = None,
+    rivals: Annotated[
+        bool, typer.Option("--rivals", help="Only the other policy and the translator of the rival methods.")
+    ] = False,
 ) -> None:
-    """Make the lab's policy and reward model again from nothing."""
+    """Make the lab's models again from nothing."""
     from croco.lab import build as building
 
-    building.build(folder, building.SEED if seed is None else seed)
+    make = building.build_rivals if rivals else building.build
+    make(folder, building.SEED if seed is None else seed)
 
 
 @lab.command()

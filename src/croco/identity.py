@@ -35,8 +35,8 @@ def digest(value: Any) -> str:
 def local_model(name: str, key: str = "model") -> Path | None:
     """The directory that a model's name stands for, or None for a hub id.
 
-    `lab:policy`, `lab:reward`, `lab:other` and `lab:translator` are package data. Raises UserError naming the key for a directory that is not there or
-    holds no model.
+    Those of LAB_NAMES are package data, as in `lab:policy`. Raises UserError naming the key for a directory that is not
+    there or holds no model.
     """
     if name.startswith("lab:"):
         folder = LAB_MODELS / name.removeprefix("lab:")

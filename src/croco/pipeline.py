@@ -214,9 +214,7 @@ def nodes(recipe: Recipe) -> list[Node]:
         """The node, after all that it reads: an arm that starts from another one comes after its training."""
         if (name, arm) not in made:
             stage, folder = _BY_NAME[name], recipe.folder / name
-            inputs = {
-                _input_name(arm, before): make(*before) for before in stage.follows(recipe, arm)
-            }
+            inputs = {_input_name(arm, before): make(*before) for before in stage.follows(recipe, arm)}
             where = folder if arm is None else folder / arm
             made[name, arm] = Node(stage, arm, where, stage.settings(recipe, arm), inputs)
         return made[name, arm]
@@ -265,7 +263,8 @@ def run_stage(
     every = nodes(recipe)
     todo = _of_stage(every, name)
     if arm is not None:
-        mine = [node for node in todo if node.arm == arm]
+        read = [before for node in every if node.arm == arm for before in node.inputs.values()]
+        mine = [node for node in todo if node.arm == arm] or [node for node in todo if node in read]
         todo = mine or [node for node in todo if node.arm is None]
         if not todo:
             raise UserError(f"--arm {arm}: {name} has no such arm")

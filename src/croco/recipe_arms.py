@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$")]
 Strings = Annotated[tuple[str, ...], Field(strict=False)]
 Part = Annotated[tuple[Positive, Positive], Field(strict=False)]
-Scorer = Literal[
-    "reward", "random", "likelihood", "likelihood-sum", "verified", "implicit", "alignment"
-]
+Scorer = Literal["reward", "random", "likelihood", "likelihood-sum", "verified", "implicit", "alignment"]
 ENGLISH = "en"
 Values = dict[str, Any]
 
@@ -76,7 +74,9 @@ class Origin(Section):
             raise ValueError("rounds have their own parts of the prompts: expected no part here")
         if (self.scorer == "implicit") != (self.implicit is not None):
             needed = "is missing" if self.scorer == "implicit" else f'is there, and scorer = "{self.scorer}"'
-            raise ValueError(f'implicit {needed}: scorer = "implicit" and implicit = {{ arm = … }} go together')
+            raise ValueError(
+                f'implicit {needed}: scorer = "implicit" and implicit = {{ arm = … }} go together'
+            )
         return self
 
 
@@ -118,16 +118,19 @@ def _check_start(recipe: Recipe, name: str, arm: Arm) -> None:
     if arm.start is None:
         return
     other = _known(recipe, f"arms.{name}.start", arm.start)
-    if other.training.lora != arm.training.lora:
-        raise ValueError(
-            f"arms.{name} goes on training the adapter of '{arm.start}': expected the same training.lora in both"
-        )
+    for key in ("rank", "alpha", "targets"):
+        if getattr(other.training.lora, key) != getattr(arm.training.lora, key):
+            raise ValueError(
+                f"arms.{name} goes on training the adapter of '{arm.start}': expected the same training.lora.{key}"
+            )
 
 
 def _check_scorer(recipe: Recipe, name: str, arm: Arm) -> None:
     languages = languages_of(recipe, arm)
     if arm.scorer == "verified" and recipe.prompts.source != "lab":
-        raise ValueError(f"arms.{name}.scorer = 'verified' is the lab's program: expected prompts.source = 'lab'")
+        raise ValueError(
+            f"arms.{name}.scorer = 'verified' is the lab's program: expected prompts.source = 'lab'"
+        )
     if arm.scorer == "alignment":
         if recipe.alignment is None:
             raise ValueError(f"arms.{name}.scorer = 'alignment' needs [alignment] with a translation model")
@@ -189,7 +192,13 @@ def _expand_rounds(arms: Mapping[str, Any]) -> Values:
     result: Values = {}
     for name, arm in arms.items():
         rounds = arm.get("rounds", 1) if isinstance(arm, dict) else 1
-        if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 2 or "part" in arm or arm.get("sampler"):
+        if (
+            isinstance(rounds, bool)
+            or not isinstance(rounds, int)
+            or rounds < 2
+            or "part" in arm
+            or arm.get("sampler")
+        ):
             result[name] = arm  # what is wrong with it, the arm's own checks say
             continue
         before, reference = arm.get("start"), arm.get("reference", "base")
@@ -198,8 +207,15 @@ def _expand_rounds(arms: Mapping[str, Any]) -> Values:
             mine = name if last else f"{name}-{number}"
             if not last and mine in arms:
                 raise ValueError(f"arms.{mine} is a round of arms.{name}: expected another name")
-            made = {**arm, "rounds": 1, "part": [number, rounds], "reference": reference if before else "base"}
-            result[mine] = made | ({"start": before} if before else {}) | ({} if last else {"evaluated": False})
+            made = {
+                **arm,
+                "rounds": 1,
+                "part": [number, rounds],
+                "reference": reference if before else "base",
+            }
+            result[mine] = (
+                made | ({"start": before} if before else {}) | ({} if last else {"evaluated": False})
+            )
             before = mine
     return result
 
@@ -217,20 +233,24 @@ def _expand_sweeps(values: Values, defaults: Mapping[str, Any]) -> None:
         made[name], new = _grid(name, sweep, values, defaults)
         for arm, section in new.items():
             if arm in arms:
-                raise ValueError(f"sweep.{name} makes arms.{arm}, which is there already: expected another name")
+                raise ValueError(
+                    f"sweep.{name} makes arms.{arm}, which is there already: expected another name"
+                )
             arms[arm] = section
     values["sweep"], values["arms"] = made, arms
 
 
 def _grid(name: str, sweep: Values, values: Values, defaults: Mapping[str, Any]) -> tuple[Values, Values]:
     """A resolved sweep, and its new arms; a point that is the arm itself makes none."""
-    of, arms = sweep.get("of"), values["arms"]
+    of, arms = str(sweep.get("of")), values["arms"]
     if of not in arms or not isinstance(arms[of], dict):
-        raise ValueError(f"sweep.{name}.of = {of!r}, expected an arm: one of {', '.join(arms)}")
+        raise ValueError(f"sweep.{name}.of = '{of}', expected an arm: one of {', '.join(arms)}")
     grid = {key: value for key, value in sweep.items() if key != "of"}
     for key, options in grid.items():
         if key.split(".")[0] not in defaults or not isinstance(options, list) or not options:
-            raise ValueError(f"sweep.{name}.{key} = {options!r}, expected a key of an arm with a list of its values")
+            raise ValueError(
+                f"sweep.{name}.{key} = {options!r}, expected a key of an arm with a list of its values"
+            )
     places: dict[str, Values] = {}
     new: Values = {}
     for point in itertools.product(*grid.values()):
@@ -250,7 +270,9 @@ def _value(values: Values, of: str, key: str, defaults: Mapping[str, Any]) -> An
     if key == "languages":
         return values["arms"][of].get(key) or values.get("run", {}).get("languages")
     if key == "completions":
-        return values["arms"][of].get(key) or values.get("sampling", {}).get(key, defaults["sampling.completions"])
+        return values["arms"][of].get(key) or values.get("sampling", {}).get(
+            key, defaults["sampling.completions"]
+        )
     for source in (values["arms"][of], values, defaults):
         found: Any = source
         for part in key.split("."):
@@ -284,4 +306,3 @@ def _set(arm: Values, place: Mapping[str, Any]) -> Values:
             below = below[part]
         below[parts[-1]] = value
     return result
-

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from croco.arms import arm_of, num_completions, num_rounds_before, sampled_languages
+from croco.arms import arm_of, num_completions, num_rounds_before, num_scored, sampled_languages
 from croco.errors import UserError
 from croco.identity import digest, file_identity, folder_identity, local_model, model_identity
 from croco.recipe import Evaluation, Policy, Prompts, Recipe
@@ -133,7 +133,8 @@ def score_settings(recipe: Recipe, arm: str | None) -> Settings:
             own = {"alignment": alignment_settings(recipe)}
         case _:
             own = {"seed": recipe.run.seed}
-    return {"scorer": section.scorer} | own
+    first = num_scored(recipe, arm)
+    return {"scorer": section.scorer} | own | ({"completions": first} if first else {})
 
 
 def alignment_settings(recipe: Recipe) -> Settings:
@@ -201,4 +202,3 @@ def results_settings(recipe: Recipe, arm: str | None) -> Settings:
 
 def report_settings(recipe: Recipe, arm: str | None) -> Settings:
     return {"name": recipe.run.name}
-

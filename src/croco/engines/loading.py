@@ -132,7 +132,9 @@ def load_translator(
     tokenizer = load_tokenizer(model, revision, None, trust_remote_code)
     translator, missing = _load(AutoModelForSeq2SeqLM, model, revision, dtype, device, trust_remote_code)
     if missing:
-        raise UserError(f"model {model!r}: found no weights for {missing[0]}, expected a whole translation model")
+        raise UserError(
+            f"model {model!r}: found no weights for {missing[0]}, expected a whole translation model"
+        )
     return translator.eval(), tokenizer
 
 

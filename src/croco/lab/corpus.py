@@ -70,9 +70,7 @@ def _languages(rng: Random, turns: int) -> tuple[list[str], bool]:
     return rng.choices(LANGUAGES, weights, k=turns), kind >= 0.7
 
 
-def documents(
-    seed: int, num_plain: int = 0, mixture: Mixture = MIXTURE
-) -> Iterator[list[dict[str, str]]]:
+def documents(seed: int, num_plain: int = 0, mixture: Mixture = MIXTURE) -> Iterator[list[dict[str, str]]]:
     """Endless documents as messages, the first `num_plain` of them plain facts, the rest in the modes of `mixture`."""
     rng = Random(f"croco-lab-corpus-{seed}")
     for number in itertools.count():

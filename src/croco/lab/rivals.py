@@ -1,9 +1,9 @@
 """The two models beside the lab's policy that rival methods need: another policy, and a translation model.
 
-`lab:other` is another policy in every way but its tokenizer: architecture (Qwen3), size, seed, and which bad habits it
-has; so completions of it are off-policy for `lab:policy`, and their ids need no translation. `lab:translator` is a small
-M2M100 that puts completions of all 14 languages into English, whether they are true or not: it learnt from the world's
-parallel sentences with values drawn at random, so it knows words and no facts.
+`lab:other` is another policy in every way but its tokenizer: architecture (Qwen3), size, seed, and which bad habits
+it has; so completions of it are off-policy for `lab:policy`, and their ids need no translation. `lab:translator` is a
+small M2M100 that puts completions of all 14 languages into English, whether they are true or not: it learnt from the
+world's parallel sentences with values drawn at random, so it knows words and no facts.
 """
 
 import math
@@ -27,8 +27,8 @@ from croco.lab.items import LANGUAGES, Item, items
 from croco.lab.pretrain import MAX_TOKENS, pretrain
 from croco.scoring.alignment import language_token
 
-OTHER_TOKENS, OTHER_PLAIN = 4_000_000, 40_000
-TRANSLATOR_TOKENS = 3_000_000  # of sources and targets
+OTHER_TOKENS, OTHER_PLAIN = 1_000_000, 9_000
+TRANSLATOR_TOKENS = 1_200_000  # of sources and targets
 # about as often good as the policy, but its bad habit is to say too little or too much, seldom to evade
 OTHER_MIXTURE: Mixture = {
     "careful": (0.30, 0.9),
@@ -41,16 +41,21 @@ KINDS = {"careful": 0.7, "terse": 0.1, "rambling": 0.1, "evasive": 0.1}  # of se
 OnStep = Callable[[int, int, float], None]
 
 
-def pretrain_other(tokenizer: PreTrainedTokenizerFast, seed: int, on_step: OnStep | None = None) -> PreTrainedModel:
+def pretrain_other(
+    tokenizer: PreTrainedTokenizerFast, seed: int, on_step: OnStep | None = None
+) -> PreTrainedModel:
     """The other policy, pretrained from nothing on another mix of the same world."""
     return pretrain(
         seed,
         OTHER_TOKENS,
         OTHER_PLAIN,
+        tokens_per_batch=2048,  # a small corpus: twice the steps
         on_step=on_step,
         tokenizer=tokenizer,
         make=_new_other,
         mixture=OTHER_MIXTURE,
+        bfloat16=False,
+        compiled=False,
     )[0]
 
 
@@ -90,8 +95,7 @@ def train_translator(
         progress = done / num_tokens
         optimizer.param_groups[0]["lr"] = peak * min(1.0, progress / 0.03 + 0.02) * (1 - 0.97 * progress)
         source, target = next(stream)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = model(**source, labels=target).loss
+        loss = model(**source, labels=target).loss
         if not math.isfinite(loss.item()):
             raise FloatingPointError(f"training of the lab translator diverged after {done} tokens")
         loss.backward()
@@ -136,7 +140,9 @@ def _batches(
     token = {code: tokenizer.convert_tokens_to_ids(language_token(code)) for code in LANGUAGES}
     while True:
         drawn = [_parallel(rng) for _ in range(1024)]
-        texts = tokenizer([text for pair in drawn for text in pair[1:]], add_special_tokens=False)["input_ids"]
+        texts = tokenizer([text for pair in drawn for text in pair[1:]], add_special_tokens=False)[
+            "input_ids"
+        ]
         rows = [
             ([token[code], *texts[2 * i], end], [token["en"], *texts[2 * i + 1], end])
             for i, (code, _, _) in enumerate(drawn)

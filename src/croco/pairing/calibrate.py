@@ -84,7 +84,9 @@ def without_length(
     return (score - alpha * num_tokens.astype(np.float64)).astype(np.float32)
 
 
-def length_weight(value: NDArray[np.float64], length: NDArray[np.float64], starts: NDArray[np.int64]) -> float:
+def length_weight(
+    value: NDArray[np.float64], length: NDArray[np.float64], starts: NDArray[np.int64]
+) -> float:
     """The alpha at which best and worst of the pools (rows from each of `starts` on) have equal mean length."""
     sizes = np.diff(starts, append=len(value))
     pool = np.repeat(np.arange(len(starts)), sizes)

@@ -64,13 +64,13 @@ def read_scored(
         numbered.append(gold)
     keys, scored_keys, left_out, *gold_keys = finish(names, codes, numbered)
     reference = None if gold_score is None else (gold_keys[0], gold_score)
-    value, kept = _join(keys, scored_keys, score, left_out, str(samples), str(scores))
-    if first is not None:
-        kept = kept & (keys.sample < first)
+    asked = np.ones(len(keys), np.bool_) if first is None else keys.sample < first
+    value, kept = _join(keys, scored_keys, score, left_out, str(samples), str(scores), asked)
+    kept = kept & asked
     if prompts is not None:
         kept = kept & keys.prompts.is_in(prompts.implode()).to_numpy()[keys.prompt]
-    num_tokens = num_tokens if lengths else None
-    return assemble(keys, value, languages, how, reference, kept, str(samples), num_tokens), shards
+    long = num_tokens if lengths else None
+    return assemble(keys, value, languages, how, reference, kept, str(samples), long), shards
 
 
 def assemble(
@@ -139,9 +139,9 @@ def _by_pool(keys: Keys, group_of: NDArray[np.int32], part: Flags, table: str) -
 
 
 def _join(
-    keys: Keys, scored: Keys, score: Scores, left_out: Keys, samples: str, scores: str
+    keys: Keys, scored: Keys, score: Scores, left_out: Keys, samples: str, scores: str, asked: Flags
 ) -> tuple[Scores, Flags]:
-    """The score of every completion, and whether it has one, (R,)."""
+    """The score of every completion, and whether it has one, (R,); those that are `asked` for must be explained."""
     span = max(table.span for table in (keys, scored, left_out))
     wanted, there, explained = (table.packed(span) for table in (keys, scored, left_out))
     if len(wanted) == len(there) and (wanted == there).all():
@@ -151,7 +151,7 @@ def _join(
     check_unique(scored, rising, order, scores)
     at = np.minimum(np.searchsorted(rising, wanted), max(len(rising) - 1, 0))
     found = rising[at] == wanted if len(rising) else np.zeros(len(wanted), np.bool_)
-    unexplained = np.flatnonzero(~found & ~np.isin(wanted, explained))
+    unexplained = np.flatnonzero(~found & ~np.isin(wanted, explained) & asked)
     if unexplained.size:
         raise UserError(f"{scores} holds no score for {keys.describe(int(unexplained[0]))}, expected one")
     stray = np.flatnonzero(~np.isin(there, wanted))

@@ -1,7 +1,7 @@
 """Which prompts a stage takes: those in some languages, and of an arm's part of them.
 
-Parts are dealt out in the order of prompt_id, so they differ by at most one prompt, prompts that belong together by name
-are spread over all of them, and every stage that reads the prompts finds the same ones.
+Parts are dealt out in the order of prompt_id, so they differ by at most one prompt, prompts that belong together by
+name are spread over all of them, and every stage that reads the prompts finds the same ones.
 """
 
 from __future__ import annotations

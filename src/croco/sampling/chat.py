@@ -75,7 +75,7 @@ def same_ids(one: Any, other: Any) -> bool:
     """Whether two tokenizers cut every text into the same ids: the same words, and the same rules to find them."""
     if one.get_vocab() != other.get_vocab():
         return False
-    backends = [getattr(tokenizer, "backend_tokenizer", None) for tokenizer in (one, other)]
+    backends: list[Any] = [getattr(tokenizer, "backend_tokenizer", None) for tokenizer in (one, other)]
     if None in backends:
         return type(one) is type(other) and backends == [None, None]
     rules = [json.loads(backend.to_str()) for backend in backends]

@@ -41,7 +41,7 @@ def score_implicit(
 ) -> list[Scored]:
     """log p_dpo - log p_reference of every completion under its English prompt; a reason where there is none.
 
-    `dpo` and `reference` are scorers of summed log-probabilities, `prompts` the conversations by prompt_id and language.
+    `dpo` and `reference` score summed log-probabilities, `prompts` are the conversations by prompt_id and language.
     """
     asked: list[tuple[Messages, list[Completion]]] = []
     places: list[int] = []
@@ -62,4 +62,3 @@ def _difference(one: float | str, other: float | str) -> float | str:
     if isinstance(one, str) or isinstance(other, str):
         return one if isinstance(one, str) else other
     return one - other
-

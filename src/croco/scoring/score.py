@@ -2,11 +2,12 @@
 
 Scorers: "reward" is the raw logit of a sequence classifier on the whole conversation, as the user wrote it (the
 instruction a recipe may add for the policy is not shown to it). Controls: "likelihood" and "likelihood-sum" are the
-policy's own log-probability, mean and summed (`by_policy.py`); "random" is a standard normal number that follows from the
-run's seed and the completion's key, a reward that knows nothing, normal so that pools look like pools; "verified" is the
-lab's program, a reward that knows everything. Rivals: "implicit" (`implicit.py`) and "alignment" (`alignment.py`).
+policy's own log-probability, mean and summed (`by_policy.py`); "random" is a standard normal number that follows from
+the run's seed and the completion's key, a reward that knows nothing, normal so that pools look like pools; "verified"
+is the lab's program, a reward that knows everything. Rivals: "implicit" (`implicit.py`), "alignment" (`alignment.py`).
 
-A shard mirrors the shard of completions it scores. What does not fit the model goes to the ledger; a score that is no
+A shard mirrors the shard of completions it scores; where the arms of a scorer look at some completions of each prompt
+only, at their part of it. What does not fit the model goes to the ledger; a score that is no
 number stops the stage, because it would poison its pool's mean.
 """
 
@@ -19,6 +20,7 @@ from typing import Any
 
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from croco.engines import open_scorer
@@ -30,7 +32,15 @@ from croco.recipe import Recipe
 from croco.records import SCORES, ledger
 from croco.sampling.chat import conversations_ids
 from croco.sampling.seeds import digest
-from croco.scoring.by_policy import Completion, Groups, Messages, Scored, open_likelihood, score_likelihood, too_long
+from croco.scoring.by_policy import (
+    Completion,
+    Groups,
+    Messages,
+    Scored,
+    open_likelihood,
+    score_likelihood,
+    too_long,
+)
 from croco.stage import Work
 from croco.store import read_table, shard_path, shards
 
@@ -64,7 +74,7 @@ class ScoreWorker:
         adapter: Path | None,
         replica: int,
     ) -> None:
-        self.samples = samples
+        self.samples, self.first = samples, settings.get("completions")
         self.prompts = {
             (row["prompt_id"], row["language"]): row["messages"]
             for row in read_table(prompts, ["prompt_id", "language", "messages"]).iter_rows(named=True)
@@ -80,6 +90,8 @@ class ScoreWorker:
         """Shard by shard, each the mirror of a shard of completions."""
         for index in indices:
             rows = pq.ParquetFile(shard_path(self.samples, index)).read(columns=COLUMNS)
+            if self.first is not None:
+                rows = rows.filter(pc.field("sample_id") < self.first)
             groups = _groups(pl.DataFrame(pl.from_arrow(rows)), self.prompts)
             scored = self.score_shard(groups)
             table, dropped = tabulate([group for _, group in groups], scored, self.name)
@@ -172,7 +184,11 @@ def _scorer(recipe: Recipe, kind: str, replica: int) -> tuple[str, ScoreShard, d
             own.facts,
         )
     if kind == "verified":
-        return "the lab's program", lambda groups: [[verified_score(row) for row in rows] for _, rows in groups], {}
+        return (
+            "the lab's program",
+            lambda groups: [[verified_score(row) for row in rows] for _, rows in groups],
+            {},
+        )
     seed = recipe.run.seed
     return "random", lambda groups: [[random_score(seed, row) for row in rows] for _, rows in groups], {}
 
@@ -238,9 +254,7 @@ def _reward(recipe: Recipe, replica: int) -> tuple[ScoreShard, dict[str, Any]]:
     return lambda groups: score_conversations(scorer, tokenizer, groups, limit), scorer.facts
 
 
-def score_conversations(
-    scorer: Scorer, tokenizer: Any, groups: Groups, max_tokens: int
-) -> list[Scored]:
+def score_conversations(scorer: Scorer, tokenizer: Any, groups: Groups, max_tokens: int) -> list[Scored]:
     """Scores of whole conversations; one longer than `max_tokens` or the model's context gets the reason instead."""
     limit = min(max_tokens, scorer.max_context)
     requests, places = [], []

@@ -186,6 +186,8 @@ def train(work: Work) -> None:
             settings=section,
             folder=work.folder,
             seed=work.seed,
+            start=work.inputs["train"] / "adapter" if "train" in work.inputs else None,
+            reference=work.settings.get("reference", "base"),
             on_step=advance,
             instructions=policy.instruction,
             micro_batch_tokens=work.runtime.micro_batch_tokens,
