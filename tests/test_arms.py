@@ -28,7 +28,7 @@ WORLD: dict[str, Any] = {
         "lora": {"rank": 2, "alpha": 4, "dropout": 0.0},
     },
     "evaluation": {"source": "lab", "limit": 2, "temperatures": [0.0], "max_new_tokens": 8, "bootstrap": 20},
-    "runtime": {"device": "cpu", "threads": 1},
+    "runtime": {"device": "cpu", "threads": 1, "shard_prompts": 6},
 }
 
 
@@ -37,9 +37,9 @@ def world(folder: Path, arms: dict[str, Any], **more: Any) -> Recipe:
     return from_dict(merged(WORLD, {"run": {"folder": str(folder)}, "arms": arms} | more))
 
 
-def run(recipe: Recipe) -> list[str]:
+def run(recipe: Recipe, until: str = "results", rebuild: bool = False) -> list[str]:
     said: list[str] = []
-    pipeline.run(recipe, say=said.append)
+    pipeline.run(recipe, until=until, rebuild=rebuild, say=said.append)
     return said
 
 
@@ -79,10 +79,13 @@ ALL: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    """One run of every arm."""
+    """One run of every arm; before it, of three of them up to the page (drawing all takes longer than all the rest)."""
     folder = tmp_path_factory.mktemp("arms") / "run"
+    few = {name: ALL[name] for name in ("english", "icr", "off-policy")}
+    run(world(folder, few), until="report")
     recipe = world(folder, ALL, alignment={"model": "lab:translator", "targets": 2})
-    run(recipe)
+    said = run(recipe, rebuild=True)
+    assert "train/icr" in {line.split()[0] for line in said if line.endswith("complete, skipped")}
     return recipe
 
 
@@ -91,13 +94,27 @@ def test_every_arm_is_trained_and_those_that_count_are_evaluated(study: Recipe) 
         assert (study.folder / "train" / arm / "adapter" / "adapter_model.safetensors").is_file()
     found = set(table(study, "results")["arm"])
     assert found == {"base", *study.arms} - {"english", "online-1"}
-    assert (study.folder / "report" / "report.html").is_file()
+    page = (study.folder / "report" / "report.html").read_text()
+    assert "off-policy" in page
+    assert "implicit reward" in page
 
 
 def test_a_second_run_computes_nothing(study: Recipe) -> None:
     said = run(study)
     assert len(said) > 60
     assert all(line.endswith("complete, skipped") for line in said)
+
+
+def test_own_completions_go_on_where_they_were_cut_off(study: Recipe) -> None:
+    """As if killed between the shards: the rest is made again, the same to the last bit, and nothing else."""
+    folder = study.folder / "sample" / "iterative"
+    before, kept = table(study, "sample/iterative"), store.read_json(folder / "stage.json")
+    store.marker_path(folder, 1).unlink()
+    store.write_json(folder / "stage.json", kept | {"state": "running"})
+    said = [line for line in run(study) if not line.endswith("complete, skipped")]
+    assert said[0] == f"{'sample/iterative':<24} unfinished, going on"
+    assert len(said) == 2
+    assert table(study, "sample/iterative").equals(before)
 
 
 def test_nothing_is_computed_twice(study: Recipe) -> None:

@@ -29,7 +29,10 @@ LIGHT = (
     "cli.py",
     "errors.py",
     "recipe.py",
+    "recipe_arms.py",
+    "recipe_models.py",
     "recipe_runtime.py",
+    "recipe_sweep.py",
     "recipe_errors.py",
     "languages.py",
 )

@@ -17,10 +17,11 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from croco import languages
 from croco.errors import UserError
 from croco.pairing import rules
-from croco.recipe_arms import Alignment, Name, Origin, Strings, Sweep, check_arms, expanded
+from croco.recipe_arms import Alignment, Name, Origin, Strings, Sweep, check_arms
 from croco.recipe_models import Causal, Model
 from croco.recipe_runtime import Positive, Runtime, Section
 from croco.recipe_study import Study, check_study
+from croco.recipe_sweep import expanded
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Temperature = Annotated[float, Field(ge=0, le=10)]
