@@ -33,6 +33,7 @@ LIGHT = (
     "recipe_models.py",
     "recipe_runtime.py",
     "recipe_sweep.py",
+    "recipe_sentinel.py",
     "recipe_errors.py",
     "languages.py",
 )

@@ -105,6 +105,16 @@ def load_recipe(path: Path, overrides: list[str] | None) -> Recipe:
     return recipe.load(path, overrides or [])
 
 
+def load_run(folder: Path, arm: str) -> Recipe:
+    """The recipe of a run's folder, which has this arm."""
+    if not (folder / "recipe.json").exists():
+        raise UserError(f"{folder} holds no recipe.json, expected the folder of a run")
+    loaded = load_recipe(folder / "recipe.json", [f'run.folder="{folder}"'])
+    if arm not in loaded.arms:
+        raise UserError(f"--arm {arm}: no such arm, expected one of {', '.join(loaded.arms)}")
+    return loaded
+
+
 @app.command()
 def run(
     recipe: RecipePath,
@@ -193,11 +203,7 @@ def export(
     license: Annotated[str, typer.Option(help="The licence field of the dataset card.")] = "unknown",
 ) -> None:
     """Write an arm's pairs in TRL's format, with a dataset card."""
-    if not (folder / "recipe.json").exists():
-        raise UserError(f"{folder} holds no recipe.json, expected the folder of a run")
-    loaded = load_recipe(folder / "recipe.json", [f'run.folder="{folder}"'])
-    if arm not in loaded.arms:
-        raise UserError(f"--arm {arm}: no such arm, expected one of {', '.join(loaded.arms)}")
+    loaded = load_run(folder, arm)
     from croco.pairing.command import facts_of
     from croco.pairing.exporting import export_pairs
 
@@ -210,6 +216,22 @@ def export(
         facts=facts_of(loaded, arm),
     )
     say(f"{rows:,} rows in {to}")
+
+
+@app.command()
+def merge(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    arm: Annotated[str, typer.Option(help="The arm whose policy to write.")],
+    to: Annotated[Path, typer.Option(help="A new folder.")],
+    license: Annotated[str, typer.Option(help="The licence field of the model card.")] = "unknown",
+) -> None:
+    """Merge an arm's adapter into its base: a model folder with a card, proven to be base + adapter."""
+    loaded = load_run(folder, arm)
+    from croco import pipeline
+    from croco.training.merge import merge as write
+
+    pipeline.set_threads(loaded)
+    write(loaded, arm, to, license, say)
 
 
 @app.command()
@@ -308,8 +330,44 @@ def stage_command(name: str, text: str) -> Callable[..., None]:
     return command
 
 
+def train(
+    sources: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RECIPE|FILE...", help="A recipe, or preference pairs (JSON lines or Parquet)."
+        ),
+    ],
+    overrides: Overrides = None,
+    arm: ArmName = None,
+    rebuild: Rebuild = False,
+    model: Annotated[str | None, typer.Option(help="With pairs: the policy to tune.")] = None,
+    to: Annotated[Path | None, typer.Option(help="With pairs: a new folder.")] = None,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(metavar="OURS=THEIRS", help="With pairs: map a column, e.g. prompt_id=id."),
+    ] = None,
+    language: Annotated[str | None, typer.Option(help="With pairs: where no column says it.")] = None,
+    license: Annotated[str, typer.Option(help="With pairs: the licence field of the card.")] = "unknown",
+) -> None:
+    """Tune an arm of a recipe, or (with --model and --to) a model on any preference pairs."""
+    if len(sources) == 1 and (sources[0].suffix == ".toml" or sources[0].name == "recipe.json"):
+        given = {"--model": model, "--to": to, "--column": column, "--language": language}
+        if wrong := [name for name, value in given.items() if value]:
+            raise UserError(f"{', '.join(wrong)}: for files of pairs, and {sources[0]} is a recipe")
+        stage_command("train", "")(sources[0], overrides, arm, rebuild)
+        return
+    if arm is not None or rebuild:
+        raise UserError("--arm and --rebuild are for a recipe (.toml), and these are files of pairs")
+    if model is None or to is None:
+        raise UserError(f"{sources[0]} is no recipe (.toml): pairs need --model MODEL and --to FOLDER")
+    from croco.training.command import train_on_files
+
+    train_on_files(sources, model, to, column or [], language, overrides or [], license, say)
+
+
 for _name, _text in STAGE_COMMANDS.items():
-    app.command(_name, rich_help_panel="Stages")(stage_command(_name, _text))
+    made = train if _name == "train" else stage_command(_name, _text)
+    app.command(_name, rich_help_panel="Stages")(made)
 
 
 def version(show: bool) -> None:

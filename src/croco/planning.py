@@ -141,7 +141,9 @@ def _trained(recipe: Recipe, tuning: int) -> str:
         pools = {"language": languages, "all": 1}[arm.pool] if isinstance(arm.pool, str) else len(arm.pool)
         prompts = tuning // len(recipe.run.languages) // (arm.part[1] if arm.part else 1)
         shown = languages if arm.prompt == "each" and arm.pool == "all" else 1
-        total += prompts * pools * arm.pairs_per_pool * shown * arm.training.epochs
+        training = arm.training
+        whole = prompts * pools * arm.pairs_per_pool * shown * training.epochs
+        total += training.updates * training.batch_pairs if training.updates else whole
     return f"train: {len(recipe.arms)} arms, at most {total:,} pairs, epochs counted"
 
 

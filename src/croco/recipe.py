@@ -20,6 +20,7 @@ from croco.pairing import rules
 from croco.recipe_arms import Alignment, Name, Origin, Strings, Sweep, check_arms
 from croco.recipe_models import Causal, Model
 from croco.recipe_runtime import Positive, Runtime, Section
+from croco.recipe_sentinel import Sentinel
 from croco.recipe_study import Study, check_study
 from croco.recipe_sweep import expanded
 
@@ -139,18 +140,26 @@ class Lora(Section):
 
 class Training(Section):
     method: Literal["dpo", "sft"] = "dpo"
-    loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    loss: Literal["sigmoid", "ipo", "hinge", "robust", "apo_zero", "simpo", "sigmoid_norm"] = "sigmoid"
     beta: Annotated[float, Field(gt=0)] = 0.1
+    # loss "robust": the share of pairs whose label is wrong
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    simpo_gamma: Annotated[float, Field(ge=0)] = 0.5  # loss "simpo": the margin aimed at
     nll_weight: Annotated[float, Field(ge=0)] = 0.0
     learning_rate: Annotated[float, Field(gt=0)] = 5e-6
     epochs: Positive = 1
+    updates: Positive | None = None  # optimiser steps, whatever the number of pairs; null is what epochs make
     batch_pairs: Positive = 64  # pairs per optimiser step
-    max_tokens: Positive = 4096  # prompt and completion; a longer pair goes to the ledger
+    max_tokens: Positive = 4096  # prompt and completion
+    # what becomes of a longer pair: to the ledger, or its completions lose their ends (counted)
+    over_length: Literal["drop", "truncate"] = "drop"
     warmup_ratio: Share = 0.05
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     scheduler: Literal["cosine", "linear", "constant"] = "cosine"
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    full: bool = False  # tune all weights instead of adapters; [training.lora] is not read then
     lora: Lora = Lora()
+    sentinel: Sentinel = Sentinel()
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 

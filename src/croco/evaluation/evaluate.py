@@ -20,7 +20,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from croco.engines import open_sampler, open_scorer
+from croco.engines import open_sampler, open_scorer, tuned_weights
 from croco.engines.base import Decoding, Scorer
 from croco.evaluation.fidelity import language_mode
 from croco.evaluation.results import BASE, language_groups, on_common_prompts, summarise
@@ -55,7 +55,7 @@ def evaluate(work: Work) -> None:
     temperatures = sorted(work.settings["temperatures"])
     batches = partial(read_batches, prompts, temperatures, recipe)
     sizes = [batch.prompts.height * batch.samples for batch in batches()]
-    adapter = None if work.arm == BASE else work.inputs["train"] / "adapter"
+    adapter = None if work.arm == BASE else tuned_weights(work.inputs["train"])
     draft = partial(draft_path, work.scratch())
     compute(
         work,
