@@ -43,6 +43,7 @@ STAGE_COMMANDS = {
     "eval-prompts": "Read and check the prompts to evaluate on.",
     "eval-translate": "Translate the prompts to evaluate on, if the recipe says so.",
     "evaluate": "Let an arm's policy answer the evaluation prompts, and judge them.",
+    "euroeval": "Let EuroEval evaluate an arm's policy, if the recipe says so.",
     "results": "Aggregate verdicts, with intervals.",
 }
 
@@ -68,6 +69,12 @@ lab = typer.Typer(
     help="The small world shipped inside the package.", no_args_is_help=True, rich_markup_mode=None
 )
 app.add_typer(lab, name="lab")
+euroeval = typer.Typer(
+    help="EuroEval's structured tasks: its environment, and the stage.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(euroeval, name="euroeval")
 
 
 def say(line: str) -> None:
@@ -277,6 +284,21 @@ def gates(
     Console().print(measure(found / "policy", found / "reward", building.SEED)[0])
 
 
+@euroeval.command()
+def install(
+    to: Annotated[
+        Path | None, typer.Option(help="A new folder; .venv-euroeval here if not given.", show_default=False)
+    ] = None,
+    python: Annotated[
+        str | None, typer.Option(help="A Python of 3.12 or later; looked for if not given.")
+    ] = None,
+) -> None:
+    """Make EuroEval's environment: 7 GB, some minutes, once."""
+    from croco.evaluation import euroeval_install
+
+    say(f"euroeval: {euroeval_install.install(to, python, say)}")
+
+
 def stage_command(name: str, text: str) -> Callable[..., None]:
     def command(
         recipe: RecipePath, overrides: Overrides = None, arm: ArmName = None, rebuild: Rebuild = False
@@ -291,7 +313,10 @@ def stage_command(name: str, text: str) -> Callable[..., None]:
 
 
 for _name, _text in STAGE_COMMANDS.items():
-    app.command(_name, rich_help_panel="Stages")(stage_command(_name, _text))
+    if _name == "euroeval":  # beside `croco euroeval install`
+        euroeval.command("run")(stage_command(_name, _text))
+    else:
+        app.command(_name, rich_help_panel="Stages")(stage_command(_name, _text))
 
 
 def version(show: bool) -> None:

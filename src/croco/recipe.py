@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from croco import languages
 from croco.errors import UserError
 from croco.pairing import rules
+from croco.recipe_euroeval import EuroEval
 from croco.recipe_runtime import Positive, Runtime, Section
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -245,6 +246,7 @@ class Recipe(Section):
     guards: Guards = Guards()
     training: Training = Training()
     evaluation: Evaluation = Evaluation()
+    euroeval: EuroEval | None = None
     arms: dict[Name, Arm] = Field(default_factory=dict, min_length=1)
     runtime: Runtime = Runtime()
 
@@ -281,6 +283,22 @@ class Recipe(Section):
                         raise ValueError(
                             f"arms.{name}.pool.{group}: '{code}' is not tuned, expected of {known}"
                         )
+        return self
+
+    @model_validator(mode="after")
+    def _euroeval_has_something_to_do(self) -> Recipe:
+        if self.euroeval is None:
+            return self
+        for code in self.euroeval.datasets or ():
+            if code not in self.run.evaluated:
+                known = ", ".join(self.run.evaluated)
+                raise ValueError(f"euroeval.datasets.{code}: not evaluated, expected of {known}")
+        if not any(self.euroeval.datasets_of(code) for code in self.run.evaluated):
+            raise ValueError(f"euroeval has no dataset in {', '.join(self.run.evaluated)}")
+        for arm in self.runtime.euroeval.urls:
+            if arm not in ("base", *self.arms):
+                known = ", ".join(("base", *self.arms))
+                raise ValueError(f"runtime.euroeval.urls.{arm}: no such arm, expected of {known}")
         return self
 
     @model_validator(mode="after")

@@ -12,6 +12,7 @@ from pathlib import Path
 from croco.errors import UserError
 from croco.identity import digest, file_identity, folder_identity, local_model, model_identity
 from croco.recipe import Arm, Evaluation, Prompts, Recipe
+from croco.recipe_euroeval import VERSION as EUROEVAL_VERSION
 from croco.stage import Settings
 from croco.store import read_json
 
@@ -133,6 +134,26 @@ def evaluate_settings(recipe: Recipe, arm: str | None) -> Settings:
         "reward": None if evaluation.source == "lab" else reward_settings(recipe),
         "seed": recipe.run.seed,
     }
+
+
+def euroeval_settings(recipe: Recipe, arm: str | None) -> Settings:
+    """What EuroEval is asked; the instruction of [policy] is not part of its prompts."""
+    section = recipe.euroeval
+    assert section is not None
+    return section.model_dump(mode="json", exclude={"datasets", "local"}) | {
+        "version": EUROEVAL_VERSION,
+        "policy": policy_settings(recipe, ()),
+        "datasets": {code: sorted(section.datasets_of(code)) for code in sorted(recipe.run.evaluated)},
+        "local": local_datasets(section.local) if section.local else None,
+    }
+
+
+def local_datasets(name: str) -> str:
+    """The identity of a folder with EuroEval datasets; raises UserError when it has none."""
+    folder = Path(name).expanduser()
+    if not (folder / "custom_datasets.py").is_file():
+        raise UserError(f"euroeval.local = '{name}': expected a folder with custom_datasets.py")
+    return folder_identity(folder.resolve())
 
 
 def results_settings(recipe: Recipe, arm: str | None) -> Settings:

@@ -1,0 +1,280 @@
+"""The stage `euroeval`: structured tasks, by EuroEval as a program of its own, against a server of an arm's policy.
+
+One shard per dataset. EuroEval appends to its results file when a dataset is done, and the shard is written from that
+line; so a run that was killed goes on with the next dataset, and inside a dataset EuroEval's own cache of completions
+helps. What is in the file is checked by `euroeval_records`, EuroEval's environment is made by `euroeval_install`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import polars as pl
+import pyarrow as pa
+
+from croco import store
+from croco.engines import serving
+from croco.errors import UserError
+from croco.evaluation.euroeval_records import Record, read_records, rows_of
+from croco.evaluation.results import BASE
+from croco.recipe import Recipe
+from croco.recipe_euroeval import VERSION
+from croco.recipe_runtime import EuroEvalRuntime
+from croco.records import RESULTS, ledger
+from croco.stage import Work
+
+PROGRAM = Path(__file__).with_name("euroeval_program.py")
+RESULTS_FILE = "euroeval_benchmark_results.jsonl"  # EuroEval's own name for it
+NOT_COVERED = "EuroEval has no dataset in this language"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One dataset of one language; its number is its shard's."""
+
+    index: int
+    language: str
+    dataset: str
+
+
+def check(recipe: Recipe) -> None:
+    """Raise UserError when what the stage runs on is not there: before the stages in front of it take days."""
+    runtime = recipe.runtime.euroeval
+    if not Path(runtime.python).exists():
+        raise UserError(
+            f"runtime.euroeval.python = '{runtime.python}': no such program, "
+            f"expected EuroEval's Python: run `croco euroeval install`"
+        )
+    _key(runtime)
+    if set(runtime.urls) != {BASE, *recipe.arms}:
+        serving.check(runtime.vllm_python, "runtime.euroeval.vllm_python")
+
+
+def model_name(arm: str) -> str:
+    """The name that a server has an arm's policy under, and EuroEval knows it by."""
+    return f"openai/croco-{arm}"
+
+
+def euroeval(work: Work) -> None:
+    """Write EuroEval's results of `work.arm`, dataset by dataset; languages without any go to the ledger."""
+    arm, runtime = str(work.arm), work.runtime.euroeval
+    tasks = tasks_of(work.settings["datasets"])
+    todo = [tasks[index] for index in work.todo(len(tasks))]
+    if not todo:
+        return
+    folder = work_folder(work)
+    results = folder / RESULTS_FILE
+    drop_unfinished_line(results)
+    done = read_records(results, model_name(arm))  # killed between EuroEval's line and our shard
+    with work.progress(len(tasks), "dataset", len(tasks) - len(todo)) as bar:
+        for task in [task for task in todo if task.dataset in done]:
+            write(work, task, done[task.dataset])
+            bar.advance(1)
+        failed: dict[str, str] = {}
+        for task, reason in run(work, folder, [task for task in todo if task.dataset not in done]):
+            if reason is None:
+                reason = _write_new(work, task, results)
+            if reason is not None and runtime.keep_going:
+                write_failed(work, task, reason)
+            elif reason is not None:
+                failed[task.dataset] = reason
+            bar.advance(1)
+    if failed:
+        name, reason = next(iter(failed.items()))
+        others = f"; neither could {', '.join(list(failed)[1:])}" if len(failed) > 1 else ""
+        raise UserError(
+            f"{work.title}: '{name}' could not be evaluated: {reason}{others}. The other datasets are kept: run again, "
+            f"or set runtime.euroeval.keep_going = true, which puts it into the ledger (see {folder / 'log.txt'})"
+        )
+    store.write_text(work.folder / RESULTS_FILE, results.read_text(encoding="utf-8") if results.exists() else "")
+
+
+def tasks_of(datasets: Mapping[str, Sequence[str]]) -> list[Task]:
+    """Every dataset of every language, numbered."""
+    pairs = [(language, dataset) for language, names in datasets.items() for dataset in names]
+    return [Task(index, *pair) for index, pair in enumerate(pairs)]
+
+
+def work_folder(work: Work) -> Path:
+    """Where EuroEval runs: it finds its results so far and local datasets in its working directory."""
+    folder = work.scratch() / "work"
+    folder.mkdir(exist_ok=True)
+    section = work.recipe.euroeval
+    if section is not None and section.local is not None:
+        shutil.copytree(Path(section.local).expanduser(), folder, dirs_exist_ok=True)
+    return folder
+
+
+def drop_unfinished_line(path: Path) -> None:
+    """Cut what a killed EuroEval had only half written."""
+    if path.exists():
+        content = path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if whole != content:
+            path.write_bytes(whole)
+
+
+def _write_new(work: Work, task: Task, results: Path) -> str | None:
+    """The shard of a dataset that EuroEval says is done; the reason why not when its file does not have it."""
+    record = read_records(results, model_name(str(work.arm))).get(task.dataset)
+    if record is None:
+        return "EuroEval skipped it"
+    write(work, task, record)
+    return None
+
+
+def write(work: Work, task: Task, record: Record) -> None:
+    """The shard of a dataset."""
+    rows = rows_of(record, str(work.arm), task.language, work.settings)
+    if record.failed_instances:
+        failed = work.record_file["facts"].get("failed_instances", {})
+        work.record(failed_instances=failed | {task.dataset: record.failed_instances})
+    _write_shard(work, task, pa.Table.from_pylist(rows, schema=RESULTS.schema), [])
+
+
+def write_failed(work: Work, task: Task, reason: str) -> None:
+    """The shard of a dataset that EuroEval could not do: a line in the ledger."""
+    drop = ("dataset", task.dataset, task.language, None, reason)
+    _write_shard(work, task, RESULTS.schema.empty_table(), [drop])
+
+
+def _write_shard(
+    work: Work, task: Task, table: pa.Table, drops: list[tuple[str, str, str, int | None, str]]
+) -> None:
+    """A shard accounts for its dataset, the first one for all languages."""
+    read, written = {"dataset": 1}, {"dataset": 1 - len(drops)}
+    if task.index == 0:
+        datasets = work.settings["datasets"]
+        none = [language for language, names in datasets.items() if not names]
+        read["language"], written["language"] = len(datasets), len(datasets) - len(none)
+        drops = drops + [("language", "", language, None, NOT_COVERED) for language in none]
+    work.write(task.index, table, read=read, written=written, dropped=ledger(drops) if drops else None)
+
+
+# The program ---------------------------------------------------------------------------------------------------------
+
+
+def run(work: Work, folder: Path, tasks: Sequence[Task]) -> Iterator[tuple[Task, str | None]]:
+    """Yield every dataset when EuroEval is through with it, with the reason why it could not do it, if so."""
+    if not tasks:
+        return
+    runtime, log = work.runtime.euroeval, folder / "log.txt"
+    with served(work, folder) as server:
+        work.record(server={"url": server.url, "ours": server.process is not None})
+        asked = {key: work.settings[key] for key in ("version", "iterations", "split", "few_shot", "generative_type")}
+        asked |= {"model": model_name(str(work.arm)), "url": server.url, "max_context": server.max_context}
+        asked["datasets"] = [task.dataset for task in tasks]
+        words = [str(Path(runtime.python).absolute()), str(PROGRAM)]
+        pipe = subprocess.PIPE
+        with (
+            log.open("ab") as file,
+            serving.started(
+                words, _environment(runtime), file, stdin=pipe, stdout=pipe, cwd=folder
+            ) as process,
+        ):
+            assert process.stdin is not None and process.stdout is not None
+            process.stdin.write(json.dumps(asked).encode())
+            process.stdin.close()
+            for task, reason in _said(work, process.stdout, list(tasks)):
+                if not server.alive:
+                    raise UserError(
+                        f"{work.title}: the server ended at '{task.dataset}': {serving.last_line(folder / 'server.txt')}"
+                    )
+                yield task, reason
+            if process.wait():
+                raise UserError(
+                    f"{work.title}: EuroEval ended with exit code {process.returncode}: {serving.last_line(log)} "
+                    f"(see {log}); what is finished is kept"
+                )
+
+
+def _said(work: Work, lines: IO[bytes], tasks: Sequence[Task]) -> Iterator[tuple[Task, str | None]]:
+    """What the program says: its libraries, the datasets it does not know, then one line per dataset."""
+    by_name = {task.dataset: task for task in tasks}
+    for line in lines:
+        said: dict[str, Any] = json.loads(line)
+        if "libraries" in said:
+            work.record(euroeval=said["libraries"])
+            if said["libraries"]["euroeval"] != VERSION:
+                raise UserError(
+                    f"runtime.euroeval.python has EuroEval {said['libraries']['euroeval']}, expected {VERSION}: "
+                    f"run `croco euroeval install`"
+                )
+        elif "unknown" in said:
+            if said["unknown"]:
+                raise UserError(
+                    f"euroeval.datasets: EuroEval {VERSION} has no {', '.join(said['unknown'])}, "
+                    f"and neither has euroeval.local"
+                )
+        else:
+            reason = said.get("error")
+            yield by_name[said["dataset"]], None if reason is None else " ".join(reason.split())[:500]
+
+
+def _environment(runtime: EuroEvalRuntime) -> dict[str, str]:
+    """What EuroEval's process sees: nothing of our Python, and LiteLLM's list of models as installed, not as on the web."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    key = _key(runtime) or "none"  # the client wants one, a vLLM of ours does not
+    return environment | {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "OPENAI_API_KEY": key}
+
+
+def _key(runtime: EuroEvalRuntime) -> str | None:
+    if runtime.key_variable is None:
+        return None
+    if not (key := os.environ.get(runtime.key_variable)):
+        raise UserError(
+            f"runtime.euroeval.key_variable: the environment has no {runtime.key_variable}, expected the key in it"
+        )
+    return key
+
+
+@contextmanager
+def served(work: Work, folder: Path) -> Iterator[serving.Serving]:
+    """The server that the recipe names for the arm, or one of ours."""
+    arm, runtime = str(work.arm), work.runtime.euroeval
+    name = model_name(arm)
+    if url := runtime.urls.get(arm):
+        yield serving.Serving(url.rstrip("/"), serving.served_context(url.rstrip("/"), name, _key(runtime)))
+        return
+    from croco.engines.loading import pick_device, pick_dtype
+
+    policy = work.recipe.policy
+    dtype = str(pick_dtype(policy.dtype, pick_device(work.runtime.device))).removeprefix("torch.")
+    merged = None
+    if arm != BASE:
+        merged = serving.merge(policy, dtype, work.inputs["train"] / "adapter", work.scratch() / "merged")
+    with serving.serve(
+        policy,
+        merged,
+        name,
+        dtype,
+        vllm=work.runtime.vllm,
+        python=runtime.vllm_python,
+        seconds=runtime.start_seconds,
+        log=folder / "server.txt",
+    ) as server:
+        yield server
+
+
+# In the results of the run -------------------------------------------------------------------------------------------
+
+
+def in_all_arms(results: pl.DataFrame, num_arms: int) -> tuple[pl.DataFrame, list[str]]:
+    """The rows of those datasets that every arm has, in the same metrics, and the names of the other datasets."""
+    key = ["language", "benchmark"]
+    metrics = results.group_by("arm", *key).agg(pl.col("metric").sort(), pl.col("n").min())
+    whole = (
+        metrics.group_by(key)
+        .agg(pl.len().alias("arms"), pl.struct("metric", "n").n_unique().alias("kinds"))
+        .filter((pl.col("arms") == num_arms) & (pl.col("kinds") == 1))
+    )
+    left_out = results.join(whole, on=key, how="anti")["benchmark"].unique().sort().to_list()
+    return results.join(whole, on=key, how="semi"), left_out
