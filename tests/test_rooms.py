@@ -16,7 +16,7 @@ ONLY_IN = {
     "ray": ("engines/ray.py",),
     "peft": ("training/lora.py",),
     "httpx2": ("engines/wire.py",),
-    "euroeval": (),
+    "euroeval": ("evaluation/euroeval_program.py",),
     "trl": ("lab/build.py",),
 }
 # rooms of pure numbers: no engine, no model library
@@ -29,6 +29,7 @@ LIGHT = (
     "cli.py",
     "errors.py",
     "recipe.py",
+    "recipe_euroeval.py",
     "recipe_runtime.py",
     "recipe_errors.py",
     "languages.py",

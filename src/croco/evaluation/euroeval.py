@@ -172,7 +172,8 @@ def run(work: Work, folder: Path, tasks: Sequence[Task]) -> Iterator[tuple[Task,
         asked = {key: work.settings[key] for key in ("version", "iterations", "split", "few_shot", "generative_type")}
         asked |= {"model": model_name(str(work.arm)), "url": server.url, "max_context": server.max_context}
         asked["datasets"] = [task.dataset for task in tasks]
-        words = [str(Path(runtime.python).absolute()), str(PROGRAM)]
+        # -P: beside the program lie modules of ours, one called euroeval
+        words = [str(Path(runtime.python).absolute()), "-P", str(PROGRAM)]
         pipe = subprocess.PIPE
         with (
             log.open("ab") as file,
