@@ -134,10 +134,13 @@ def show_end(folder: Path) -> None:
     if (folder / "results" / "dropped.parquet").exists():
         from rich.console import Console
 
+        from croco.report.tasks import tasks_table
         from croco.report.terminal import results_table
 
         console = Console()
         console.print(results_table(folder))
+        if (tasks := tasks_table(folder)) is not None:
+            console.print(tasks)
     page = folder / "report" / "report.html"
     if page.exists():
         say(f"report: {page}")

@@ -38,8 +38,12 @@ OURS = ("lab", "reward", "arena")  # benchmarks of the results table that are no
 class EuroEval(Section):
     """Structured tasks, evaluated by EuroEval in an environment of its own; without this section there are none."""
 
-    datasets: dict[str, Names] | None = None  # per language; null is the paper's, for every evaluated language
-    local: str | None = None  # a folder with custom_datasets.py and what it needs, for datasets that are your own
+    datasets: dict[str, Names] | None = (
+        None  # per language; null is the paper's, for every evaluated language
+    )
+    local: str | None = (
+        None  # a folder with custom_datasets.py and what it needs, for datasets that are your own
+    )
     iterations: Annotated[int, Field(ge=2)] = 3  # of each dataset; one alone has no interval
     split: Literal["test", "val"] = "test"
     few_shot: bool = True  # examples in the prompt; a task that allows none has none
@@ -47,7 +51,9 @@ class EuroEval(Section):
 
     @field_validator("datasets")
     @classmethod
-    def _each_dataset_once(cls, value: dict[str, tuple[str, ...]] | None) -> dict[str, tuple[str, ...]] | None:
+    def _each_dataset_once(
+        cls, value: dict[str, tuple[str, ...]] | None
+    ) -> dict[str, tuple[str, ...]] | None:
         every = [name for names in (value or {}).values() for name in names]
         for name in every:
             if every.count(name) > 1:

@@ -85,7 +85,9 @@ class EuroEvalRuntime(Section):
     key_variable: str | None = None  # the environment variable that holds the key of those servers
     vllm_python: str | None = None  # of an environment with vLLM; null is this one
     start_seconds: Positive = 1800  # that our server may take to load
-    keep_going: bool = False  # a dataset that EuroEval cannot finish goes to the ledger and does not stop the stage
+    keep_going: bool = (
+        False  # a dataset that EuroEval cannot finish goes to the ledger and does not stop the stage
+    )
 
 
 class Servers(Section):

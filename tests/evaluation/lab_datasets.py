@@ -82,5 +82,7 @@ def make(folder: Path, codes: Sequence[str] = ("da", "de"), limit: int | None = 
     (folder / "custom_datasets.py").write_text(text, encoding="utf-8")
     for name, function in (("matthews_correlation", "matthews_corrcoef"), ("f1", "f1_score")):
         (folder / name).mkdir(exist_ok=True)
-        (folder / name / f"{name}.py").write_text(METRIC.format(name=name, function=function), encoding="utf-8")
+        (folder / name / f"{name}.py").write_text(
+            METRIC.format(name=name, function=function), encoding="utf-8"
+        )
     return folder

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import IO
 
 from croco.errors import UserError
 from croco.identity import local_model
@@ -61,7 +62,7 @@ def merge(policy: Policy, dtype: str, adapter: Path, folder: Path) -> Path:
     done = folder / "merged.done"
     if done.exists():
         return folder
-    from croco.engines.loading import load_policy
+    from croco.engines.loading import load_policy, quiet_loading
 
     template = Path(policy.chat_template) if policy.chat_template else None
     model, tokenizer = load_policy(
@@ -73,7 +74,8 @@ def merge(policy: Policy, dtype: str, adapter: Path, folder: Path) -> Path:
         template,
         policy.trust_remote_code,
     )
-    model.save_pretrained(folder)
+    with quiet_loading():
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     done.touch()
     return folder
@@ -131,20 +133,20 @@ def vllm_words(vllm: Vllm) -> list[str]:
 def started(
     words: list[str],
     environment: Mapping[str, str],
-    log: object,
+    log: IO[bytes],
     *,
     stdin: int = subprocess.DEVNULL,
-    stdout: int | None = None,
+    stdout: int | IO[bytes] | None = None,
     cwd: Path | None = None,
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A program in a session of its own that is ended with the context, and with this process; its words go to `log`."""
+    """A program in a session of its own, ended with the context and with this process; its words go to `log`."""
     process = subprocess.Popen(
         words,
         env=dict(environment),
         cwd=cwd,
         stdin=stdin,
-        stdout=log if stdout is None else stdout,  # type: ignore[arg-type]
-        stderr=log,  # type: ignore[arg-type]
+        stdout=log if stdout is None else stdout,
+        stderr=log,
         start_new_session=True,
         preexec_fn=_end_with_parent(),
     )
@@ -184,7 +186,9 @@ def served_context(url: str, name: str, key: str | None = None) -> int | None:
     """The longest context that a server says it takes; raises UserError when it is away or does not serve the name."""
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
-        with urllib.request.urlopen(urllib.request.Request(f"{url}/models", headers=headers), timeout=60) as answer:
+        with urllib.request.urlopen(
+            urllib.request.Request(f"{url}/models", headers=headers), timeout=60
+        ) as answer:
             cards = {card["id"]: card for card in json.load(answer)["data"]}
     except (urllib.error.URLError, OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{url}/models gives no list of models: {error}") from None

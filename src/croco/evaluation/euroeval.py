@@ -94,7 +94,9 @@ def euroeval(work: Work) -> None:
             f"{work.title}: '{name}' could not be evaluated: {reason}{others}. The other datasets are kept: run again, "
             f"or set runtime.euroeval.keep_going = true, which puts it into the ledger (see {folder / 'log.txt'})"
         )
-    store.write_text(work.folder / RESULTS_FILE, results.read_text(encoding="utf-8") if results.exists() else "")
+    store.write_text(
+        work.folder / RESULTS_FILE, results.read_text(encoding="utf-8") if results.exists() else ""
+    )
 
 
 def tasks_of(datasets: Mapping[str, Sequence[str]]) -> list[Task]:
@@ -169,7 +171,10 @@ def run(work: Work, folder: Path, tasks: Sequence[Task]) -> Iterator[tuple[Task,
     runtime, log = work.runtime.euroeval, folder / "log.txt"
     with served(work, folder) as server:
         work.record(server={"url": server.url, "ours": server.process is not None})
-        asked = {key: work.settings[key] for key in ("version", "iterations", "split", "few_shot", "generative_type")}
+        asked = {
+            key: work.settings[key]
+            for key in ("version", "iterations", "split", "few_shot", "generative_type")
+        }
         asked |= {"model": model_name(str(work.arm)), "url": server.url, "max_context": server.max_context}
         asked["datasets"] = [task.dataset for task in tasks]
         # -P: beside the program lie modules of ours, one called euroeval
@@ -181,14 +186,14 @@ def run(work: Work, folder: Path, tasks: Sequence[Task]) -> Iterator[tuple[Task,
                 words, _environment(runtime), file, stdin=pipe, stdout=pipe, cwd=folder
             ) as process,
         ):
-            assert process.stdin is not None and process.stdout is not None
+            assert process.stdin is not None
+            assert process.stdout is not None
             process.stdin.write(json.dumps(asked).encode())
             process.stdin.close()
             for task, reason in _said(work, process.stdout, list(tasks)):
                 if not server.alive:
-                    raise UserError(
-                        f"{work.title}: the server ended at '{task.dataset}': {serving.last_line(folder / 'server.txt')}"
-                    )
+                    why = serving.last_line(folder / "server.txt")
+                    raise UserError(f"{work.title}: the server ended at '{task.dataset}': {why}")
                 yield task, reason
             if process.wait():
                 raise UserError(
@@ -221,7 +226,7 @@ def _said(work: Work, lines: IO[bytes], tasks: Sequence[Task]) -> Iterator[tuple
 
 
 def _environment(runtime: EuroEvalRuntime) -> dict[str, str]:
-    """What EuroEval's process sees: nothing of our Python, and LiteLLM's list of models as installed, not as on the web."""
+    """What EuroEval's process sees: nothing of our Python, and LiteLLM's list of models as it is installed."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     key = _key(runtime) or "none"  # the client wants one, a vLLM of ours does not
     return environment | {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "OPENAI_API_KEY": key}

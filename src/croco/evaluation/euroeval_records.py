@@ -140,10 +140,10 @@ def rows_of(record: Record, arm: str, language: str, asked: Mapping[str, Any]) -
         raise UserError(f"'{name}' has results of the other split, expected those of '{asked['split']}'")
     if len(record.iterations) != asked["iterations"]:
         raise UserError(f"'{name}' has {len(record.iterations)} iterations, expected {asked['iterations']}")
-    metrics = [metric.evaluation_name for metric in record.evaluation_results]
-    for metric, times in Counter(metrics).items():
+    names = Counter(metric.evaluation_name for metric in record.evaluation_results)
+    for metric_name, times in names.items():
         if times > 1:
-            raise UserError(f"'{name}' has '{metric}' {times} times, expected each metric once")
+            raise UserError(f"'{name}' has '{metric_name}' {times} times, expected each metric once")
     rows = []
     for metric in record.evaluation_results:
         _check_whole(name, metric.evaluation_name, record.iterations)
