@@ -213,6 +213,12 @@ class Place:
         text = text.replace(
             'languages = ["en", "da"]', 'languages = ["en", "da"]\nheld_out_languages = ["de", "ga"]'
         )
+        prompts = models.test_prompts.read_text(encoding="utf-8")
+        for code in ("de", "ga"):
+            prompts += models.test_prompts.read_text(encoding="utf-8").replace('"en"', f'"{code}"')
+        rows = {(row["prompt_id"], row["language"]): row for row in map(json.loads, prompts.splitlines())}
+        written(folder / "test.jsonl", *rows.values())
+        text = text.replace(str(models.test_prompts), str(folder / "test.jsonl"))
         text += f'\n[euroeval]\nfew_shot = false\ndatasets = {{ da = ["{DA}"], de = ["{DE}"] }}\n'
         text += f'[runtime.euroeval]\npython = "{python}"\n[runtime.euroeval.urls]\n'
         text += "".join(f'{arm} = "{url}"\n' for arm in ("base", "monolingual", "likelihood"))
