@@ -14,6 +14,9 @@ import polars as pl
 import psutil
 import pytest
 
+from croco.engines import serving
+from croco.identity import folder_identity
+from croco.recipe import load
 from croco.store import read_dropped, read_json, read_table
 from evaluation.lab_datasets import make, name_of
 from with_euroeval.conftest import PYTHON
@@ -52,7 +55,6 @@ bootstrap = 50
 local = "{folder}/local"
 datasets = {{ da = ["{da}"], de = ["{de}"] }}
 iterations = 3
-few_shot = false
 
 [arms.tuned]
 
@@ -106,6 +108,11 @@ def test_a_killed_evaluation_goes_on_with_the_next_dataset_and_both_arms_are_in_
 
     made = read_json(base / "stage.json")
     assert made["facts"]["euroeval"]["euroeval"] == "18.3.0"
+    tuned = read_json(tmp_path / "run/euroeval/tuned/stage.json")["facts"]
+    assert made["facts"]["served_model"] == made["science"]["settings"]["policy"]["model"]
+    adapter = tmp_path / "run/train/tuned/adapter"
+    merged = serving.merge(load(recipe).policy, "float32", adapter, tmp_path / "merged")
+    assert tuned["served_model"] == folder_identity(merged) != made["facts"]["served_model"]
     assert made["counts"]["read"] == {"dataset": 2, "language": 4}
     assert read_dropped(base)["language"].to_list() == ["ga", "mt"]
     results = read_table(tmp_path / "run/results").filter(pl.col("benchmark").str.starts_with("croco-"))

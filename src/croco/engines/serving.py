@@ -30,7 +30,8 @@ from croco.recipe_runtime import Vllm
 
 PATIENCE = 60.0  # seconds that a server has to end by itself
 # what a model's generation_config.json would add to requests that do not say it; its end tokens stay
-NEUTRAL = {"repetition_penalty": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+NEUTRAL = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+NEUTRAL |= {"top_p": 1.0, "top_k": 0, "min_p": 0.0}
 
 
 @dataclass(frozen=True)

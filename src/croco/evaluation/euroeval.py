@@ -25,6 +25,7 @@ from croco.engines import serving
 from croco.errors import UserError
 from croco.evaluation.euroeval_records import Record, read_records, rows_of
 from croco.evaluation.results import BASE
+from croco.identity import folder_identity
 from croco.recipe import Recipe
 from croco.recipe_euroeval import VERSION
 from croco.recipe_runtime import EuroEvalRuntime
@@ -33,6 +34,7 @@ from croco.stage import Work
 
 PROGRAM = Path(__file__).with_name("euroeval_program.py")
 RESULTS_FILE = "euroeval_benchmark_results.jsonl"  # EuroEval's own name for it
+FACTS_FILE = "facts.json"
 NOT_COVERED = "EuroEval has no dataset in this language"
 
 
@@ -136,9 +138,6 @@ def _write_new(work: Work, task: Task, results: Path) -> str | None:
 def write(work: Work, task: Task, record: Record) -> None:
     """The shard of a dataset."""
     rows = rows_of(record, str(work.arm), task.language, work.settings)
-    if record.failed_instances:
-        failed = work.record_file["facts"].get("failed_instances", {})
-        work.record(failed_instances=failed | {task.dataset: record.failed_instances})
     _write_shard(work, task, pa.Table.from_pylist(rows, schema=RESULTS.schema), [])
 
 
@@ -169,8 +168,7 @@ def run(work: Work, folder: Path, tasks: Sequence[Task]) -> Iterator[tuple[Task,
     if not tasks:
         return
     runtime, log = work.runtime.euroeval, folder / "log.txt"
-    with served(work, folder) as server:
-        work.record(server={"url": server.url, "ours": server.process is not None})
+    with served(work, folder) as (server, facts):
         asked = {
             key: work.settings[key]
             for key in ("version", "iterations", "split", "few_shot", "generative_type")
@@ -190,7 +188,7 @@ def run(work: Work, folder: Path, tasks: Sequence[Task]) -> Iterator[tuple[Task,
             assert process.stdout is not None
             process.stdin.write(json.dumps(asked).encode())
             process.stdin.close()
-            for task, reason in _said(work, process.stdout, list(tasks)):
+            for task, reason in _said(folder, process.stdout, list(tasks), facts):
                 if not server.alive:
                     why = serving.last_line(folder / "server.txt")
                     raise UserError(f"{work.title}: the server ended at '{task.dataset}': {why}")
@@ -202,13 +200,15 @@ def run(work: Work, folder: Path, tasks: Sequence[Task]) -> Iterator[tuple[Task,
                 )
 
 
-def _said(work: Work, lines: IO[bytes], tasks: Sequence[Task]) -> Iterator[tuple[Task, str | None]]:
+def _said(
+    folder: Path, lines: IO[bytes], tasks: Sequence[Task], facts: Mapping[str, Any]
+) -> Iterator[tuple[Task, str | None]]:
     """What the program says: its libraries, the datasets it does not know, then one line per dataset."""
     by_name = {task.dataset: task for task in tasks}
     for line in lines:
         said: dict[str, Any] = json.loads(line)
         if "libraries" in said:
-            work.record(euroeval=said["libraries"])
+            store.write_json(folder / FACTS_FILE, {"euroeval": said["libraries"], **facts})
             if said["libraries"]["euroeval"] != VERSION:
                 raise UserError(
                     f"runtime.euroeval.python has EuroEval {said['libraries']['euroeval']}, expected {VERSION}: "
@@ -243,12 +243,14 @@ def _key(runtime: EuroEvalRuntime) -> str | None:
 
 
 @contextmanager
-def served(work: Work, folder: Path) -> Iterator[serving.Serving]:
-    """The server that the recipe names for the arm, or one of ours."""
+def served(work: Work, folder: Path) -> Iterator[tuple[serving.Serving, dict[str, Any]]]:
+    """The server that the recipe names for the arm, or one of ours; and what `stage.json` says of it."""
     arm, runtime = str(work.arm), work.runtime.euroeval
     name = model_name(arm)
     if url := runtime.urls.get(arm):
-        yield serving.Serving(url.rstrip("/"), serving.served_context(url.rstrip("/"), name, _key(runtime)))
+        url = url.rstrip("/")
+        context = serving.served_context(url, name, _key(runtime))
+        yield serving.Serving(url, context), {"server": url, "max_context": context}
         return
     from croco.engines.loading import pick_device, pick_dtype
 
@@ -257,6 +259,7 @@ def served(work: Work, folder: Path) -> Iterator[serving.Serving]:
     merged = None
     if arm != BASE:
         merged = serving.merge(policy, dtype, work.inputs["train"] / "adapter", work.scratch() / "merged")
+    identity = folder_identity(merged) if merged else work.settings["policy"]["model"]
     with serving.serve(
         policy,
         merged,
@@ -267,7 +270,7 @@ def served(work: Work, folder: Path) -> Iterator[serving.Serving]:
         seconds=runtime.start_seconds,
         log=folder / "server.txt",
     ) as server:
-        yield server
+        yield server, {"served_model": identity, "served_dtype": dtype, "max_context": server.max_context}
 
 
 # In the results of the run -------------------------------------------------------------------------------------------
