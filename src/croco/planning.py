@@ -14,6 +14,7 @@ from croco import pipeline, store
 from croco.executor import described
 from croco.prompts import load as prompts_load
 from croco.recipe import Evaluation, Prompts, Recipe
+from croco.recipe_euroeval import EuroEval
 from croco.stage import Node
 from croco.standing import Status
 
@@ -87,6 +88,8 @@ def cost(recipe: Recipe, rates: Mapping[str, float]) -> Iterator[str]:
             f"evaluate: {test:,} prompts in {len(recipe.run.evaluated)} languages, {len(recipe.arms)} arms and "
             f"the base: {completions:,} completions, at most {completions * evaluation.max_new_tokens:,} tokens"
         )
+    if recipe.euroeval is not None:
+        yield _structured_tasks(recipe, recipe.euroeval)
     if tuning is None or test is None:
         yield "prompts of a hub dataset without a limit are not counted here"
     hours = []
@@ -105,6 +108,16 @@ def cost(recipe: Recipe, rates: Mapping[str, float]) -> Iterator[str]:
     needed = tokens * TOKEN_BYTES + rows * ROW_BYTES
     fits = "" if needed <= free else f": {MISFIT}"
     yield f"disk: at most {_size(needed)} of tables, {_size(free)} free at {Path(there)}{fits}"
+
+
+def _structured_tasks(recipe: Recipe, section: EuroEval) -> str:
+    """What EuroEval is asked to do, and the languages that it has nothing for."""
+    datasets = {language: section.datasets_of(language) for language in recipe.run.evaluated}
+    none = ", ".join(language for language, names in datasets.items() if not names)
+    return (
+        f"euroeval: {sum(map(len, datasets.values()))} datasets × {section.iterations} iterations, {len(recipe.arms)} "
+        f"arms and the base" + (f"; not covered: {none}" if none else "")
+    )
 
 
 def _translations(stage: str, prompts: int, source: str, languages: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ ends with this process, however this one ends. vLLM is started, never imported: 
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import os
 import signal
@@ -82,6 +83,14 @@ def merge(policy: Policy, dtype: str, adapter: Path, folder: Path) -> Path:
     return folder
 
 
+def free_gpu() -> None:
+    """Give back what earlier stages of this process left reserved on the GPU: a server takes its share of the whole."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
 @contextmanager
 def serve(
     policy: Policy,
@@ -95,6 +104,7 @@ def serve(
     log: Path,
 ) -> Iterator[Serving]:
     """vLLM's server of a merged policy, or of the policy itself, under one name, while the context lasts."""
+    free_gpu()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
