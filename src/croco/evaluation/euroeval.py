@@ -67,24 +67,21 @@ def model_name(arm: str) -> str:
 
 def euroeval(work: Work) -> None:
     """Write EuroEval's results of `work.arm`, dataset by dataset; languages without any go to the ledger."""
-    arm, runtime = str(work.arm), work.runtime.euroeval
     tasks = tasks_of(work.settings["datasets"])
     todo = [tasks[index] for index in work.todo(len(tasks))]
-    if not todo:
-        return
     folder = work_folder(work)
     results = folder / RESULTS_FILE
     drop_unfinished_line(results)
-    done = read_records(results, model_name(arm))  # killed between EuroEval's line and our shard
+    done = read_records(results, model_name(str(work.arm)))  # killed between EuroEval's line and our shard
+    failed: dict[str, str] = {}
     with work.progress(len(tasks), "dataset", len(tasks) - len(todo)) as bar:
         for task in [task for task in todo if task.dataset in done]:
             write(work, task, done[task.dataset])
             bar.advance(1)
-        failed: dict[str, str] = {}
         for task, reason in run(work, folder, [task for task in todo if task.dataset not in done]):
             if reason is None:
                 reason = _write_new(work, task, results)
-            if reason is not None and runtime.keep_going:
+            if reason is not None and work.runtime.euroeval.keep_going:
                 write_failed(work, task, reason)
             elif reason is not None:
                 failed[task.dataset] = reason
@@ -96,9 +93,18 @@ def euroeval(work: Work) -> None:
             f"{work.title}: '{name}' could not be evaluated: {reason}{others}. The other datasets are kept: run again, "
             f"or set runtime.euroeval.keep_going = true, which puts it into the ledger (see {folder / 'log.txt'})"
         )
-    store.write_text(
-        work.folder / RESULTS_FILE, results.read_text(encoding="utf-8") if results.exists() else ""
-    )
+    finish(work, folder)
+
+
+def finish(work: Work, folder: Path) -> None:
+    """Keep EuroEval's own file, and what is to be said of the whole, whichever start of the stage saw it."""
+    results = folder / RESULTS_FILE
+    text = results.read_text(encoding="utf-8") if results.exists() else ""
+    store.write_text(work.folder / RESULTS_FILE, text)
+    records = read_records(results, model_name(str(work.arm)))
+    counts = {name: record.failed_instances for name, record in sorted(records.items())}
+    facts = store.read_json(folder / FACTS_FILE)
+    work.record(failed_instances={name: count for name, count in counts.items() if count}, **facts)
 
 
 def tasks_of(datasets: Mapping[str, Sequence[str]]) -> list[Task]:
@@ -113,7 +119,8 @@ def work_folder(work: Work) -> Path:
     folder.mkdir(exist_ok=True)
     section = work.recipe.euroeval
     if section is not None and section.local is not None:
-        shutil.copytree(Path(section.local).expanduser(), folder, dirs_exist_ok=True)
+        ours = shutil.ignore_patterns(RESULTS_FILE)
+        shutil.copytree(Path(section.local).expanduser(), folder, ignore=ours, dirs_exist_ok=True)
     return folder
 
 

@@ -99,6 +99,8 @@ def read_records(path: Path, model: str) -> dict[str, Record]:
                 raise UserError(
                     f"{path}, line {number}: results of '{record.model_info.name}', expected '{model}'"
                 )
+            if len({metric.source_data.dataset_name for metric in record.evaluation_results}) > 1:
+                raise UserError(f"{path}, line {number}: metrics of several datasets, expected those of one")
             if record.dataset in found:
                 raise UserError(f"{path}, line {number}: '{record.dataset}' a second time, expected it once")
             found[record.dataset] = record
