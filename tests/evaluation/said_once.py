@@ -35,6 +35,8 @@ def main(folder: Path) -> None:
         with Path("euroeval_benchmark_results.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
         say(dataset=name)
+    if habits.get("dies_at") == "end":
+        sys.exit(3)
 
 
 def say(**what: object) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from conftest import TinyModels, write_recipe
-from croco import pipeline
+from croco import pipeline, store
 from croco.engines import serving
 from croco.engines.loading import load_policy
 from croco.errors import UserError
@@ -299,6 +299,21 @@ def test_a_line_that_has_no_shard_yet_is_taken_as_it_is(place: Place) -> None:
     place.habits()
     assert read_table(place.run()).height == 4
     assert place.asked[-1]["datasets"] == [DE]
+
+
+def test_a_kill_behind_the_last_dataset_loses_nothing(place: Place) -> None:
+    place.habits(dies_at="end")
+    with pytest.raises(UserError, match="exit code 3"):
+        place.run()
+    folder = place.run()
+    made = read_json(folder / "stage.json")
+    assert made["facts"]["euroeval"]["euroeval"] == VERSION
+    assert made["facts"]["failed_instances"]
+    store.write_json(folder / "stage.json", made | {"state": "running"})  # killed once more, scratch gone
+    again = read_json(place.run() / "stage.json")
+    assert (again["state"], again["facts"]) == ("complete", made["facts"])
+    assert list(read_records(folder / euroeval.RESULTS_FILE, MODEL)) == [DA, DE]
+    assert len(place.asked) == 1
 
 
 def test_keep_going_puts_what_failed_into_the_ledger(place: Place) -> None:

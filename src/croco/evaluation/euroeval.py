@@ -93,7 +93,8 @@ def euroeval(work: Work) -> None:
             f"{work.title}: '{name}' could not be evaluated: {reason}{others}. The other datasets are kept: run again, "
             f"or set runtime.euroeval.keep_going = true, which puts it into the ledger (see {folder / 'log.txt'})"
         )
-    finish(work, folder)
+    if todo or results.exists():  # else a kill came when all this was done and its scratch gone
+        finish(work, folder)
 
 
 def finish(work: Work, folder: Path) -> None:
