@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import polars as pl
 import pyarrow as pa
 
 from croco import store
@@ -58,6 +57,12 @@ def check(recipe: Recipe) -> None:
     _key(runtime)
     if set(runtime.urls) != {BASE, *recipe.arms}:
         serving.check(runtime.vllm_python, "runtime.euroeval.vllm_python")
+
+
+def named_server(runtime: EuroEvalRuntime, arm: str) -> serving.Serving:
+    """The recipe's server of an arm; raises UserError when it is away or does not serve the arm."""
+    url = runtime.urls[arm].rstrip("/")
+    return serving.Serving(url, serving.served_context(url, model_name(arm), _key(runtime)))
 
 
 def model_name(arm: str) -> str:
@@ -254,11 +259,9 @@ def _key(runtime: EuroEvalRuntime) -> str | None:
 def served(work: Work, folder: Path) -> Iterator[tuple[serving.Serving, dict[str, Any]]]:
     """The server that the recipe names for the arm, or one of ours; and what `stage.json` says of it."""
     arm, runtime = str(work.arm), work.runtime.euroeval
-    name = model_name(arm)
-    if url := runtime.urls.get(arm):
-        url = url.rstrip("/")
-        context = serving.served_context(url, name, _key(runtime))
-        yield serving.Serving(url, context), {"server": url, "max_context": context}
+    if arm in runtime.urls:
+        server = named_server(runtime, arm)
+        yield server, {"server": server.url, "max_context": server.max_context}
         return
     from croco.engines.loading import pick_device, pick_dtype
 
@@ -271,7 +274,7 @@ def served(work: Work, folder: Path) -> Iterator[tuple[serving.Serving, dict[str
     with serving.serve(
         policy,
         merged,
-        name,
+        model_name(arm),
         dtype,
         vllm=work.runtime.vllm,
         python=runtime.vllm_python,
@@ -279,19 +282,3 @@ def served(work: Work, folder: Path) -> Iterator[tuple[serving.Serving, dict[str
         log=folder / "server.txt",
     ) as server:
         yield server, {"served_model": identity, "served_dtype": dtype, "max_context": server.max_context}
-
-
-# In the results of the run -------------------------------------------------------------------------------------------
-
-
-def in_all_arms(results: pl.DataFrame, num_arms: int) -> tuple[pl.DataFrame, list[str]]:
-    """The rows of those datasets that every arm has, in the same metrics, and the names of the other datasets."""
-    key = ["language", "benchmark"]
-    metrics = results.group_by("arm", *key).agg(pl.col("metric").sort(), pl.col("n").min())
-    whole = (
-        metrics.group_by(key)
-        .agg(pl.len().alias("arms"), pl.struct("metric", "n").n_unique().alias("kinds"))
-        .filter((pl.col("arms") == num_arms) & (pl.col("kinds") == 1))
-    )
-    left_out = results.join(whole, on=key, how="anti")["benchmark"].unique().sort().to_list()
-    return results.join(whole, on=key, how="semi"), left_out

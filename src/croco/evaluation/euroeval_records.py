@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 from pydantic import BaseModel, Field, ValidationError
 
 from croco.errors import UserError
@@ -178,3 +179,16 @@ def _check_whole(dataset: str, metric: str, iterations: Sequence[Mapping[str, An
         raise UserError(
             f"'{dataset}': '{metric}' is a mean over {len(good)} of {len(values)} iterations, expected all"
         )
+
+
+def in_all_arms(results: pl.DataFrame, num_arms: int) -> tuple[pl.DataFrame, list[str]]:
+    """The rows of those datasets that every arm has, in the same metrics, and the names of the other datasets."""
+    key = ["language", "benchmark"]
+    metrics = results.group_by("arm", *key).agg(pl.col("metric").sort(), pl.col("n").min())
+    whole = (
+        metrics.group_by(key)
+        .agg(pl.len().alias("arms"), pl.struct("metric", "n").n_unique().alias("kinds"))
+        .filter((pl.col("arms") == num_arms) & (pl.col("kinds") == 1))
+    )
+    left_out = results.join(whole, on=key, how="anti")["benchmark"].unique().sort().to_list()
+    return results.join(whole, on=key, how="semi"), left_out

@@ -238,7 +238,7 @@ def results(work: Work) -> None:
         work.record(prompts_left_out=num_left_out)
         table = summarise(verdicts, groups, work.seed, work.recipe.evaluation.bootstrap)
         if work.recipe.euroeval is not None:
-            from croco.evaluation.euroeval import in_all_arms
+            from croco.evaluation.euroeval_records import in_all_arms
 
             tables = [read_table(work.inputs[f"euroeval/{arm}"]) for arm in arms]
             tasks, left_out = in_all_arms(pl.concat(tables), len(arms))
