@@ -16,7 +16,7 @@ ONLY_IN = {
     "ray": ("engines/ray.py",),
     "peft": ("training/lora.py",),
     "httpx2": ("engines/wire.py",),
-    "euroeval": (),
+    "euroeval": ("evaluation/euroeval_program.py",),
     "trl": ("lab/build.py",),
 }
 # rooms of pure numbers: no engine, no model library
@@ -31,6 +31,7 @@ LIGHT = (
     "recipe.py",
     "recipe_arms.py",
     "recipe_models.py",
+    "recipe_euroeval.py",
     "recipe_runtime.py",
     "recipe_sweep.py",
     "recipe_sentinel.py",

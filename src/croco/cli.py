@@ -43,6 +43,7 @@ STAGE_COMMANDS = {
     "eval-prompts": "Read and check the prompts to evaluate on.",
     "eval-translate": "Translate the prompts to evaluate on, if the recipe says so.",
     "evaluate": "Let an arm's policy answer the evaluation prompts, and judge them.",
+    "euroeval": "Let EuroEval evaluate an arm's policy, if the recipe says so.",
     "results": "Aggregate verdicts, with intervals.",
 }
 
@@ -68,6 +69,12 @@ lab = typer.Typer(
     help="The small world shipped inside the package.", no_args_is_help=True, rich_markup_mode=None
 )
 app.add_typer(lab, name="lab")
+euroeval = typer.Typer(
+    help="EuroEval's structured tasks: its environment, and the stage.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(euroeval, name="euroeval")
 
 
 def say(line: str) -> None:
@@ -130,7 +137,9 @@ def run(
         from croco.study import run as study
 
         if until:
-            raise UserError(f"--until {until}: a study ends with its page; run the recipe of one seed, in its folder")
+            raise UserError(
+                f"--until {until}: a study ends with its page; run the recipe of one seed, in its folder"
+            )
         say(f"study: {study.run(loaded, rebuild=rebuild, say=say)}")
         return
     from croco import pipeline
@@ -144,10 +153,13 @@ def show_end(folder: Path) -> None:
     if (folder / "results" / "dropped.parquet").exists():
         from rich.console import Console
 
+        from croco.report.tasks import tasks_table
         from croco.report.terminal import results_table
 
         console = Console()
         console.print(results_table(folder))
+        if (tasks := tasks_table(folder)) is not None:
+            console.print(tasks)
     page = folder / "report" / "report.html"
     if page.exists():
         say(f"report: {page}")
@@ -317,6 +329,21 @@ def gates(
     Console().print(measure(found / "policy", found / "reward", building.SEED)[0])
 
 
+@euroeval.command()
+def install(
+    to: Annotated[
+        Path | None, typer.Option(help="A new folder; .venv-euroeval here if not given.", show_default=False)
+    ] = None,
+    python: Annotated[
+        str | None, typer.Option(help="A Python of 3.12 or later; looked for if not given.")
+    ] = None,
+) -> None:
+    """Make EuroEval's environment: 7 GB, some minutes, once."""
+    from croco.evaluation import euroeval_install
+
+    say(f"euroeval: {euroeval_install.install(to, python, say)}")
+
+
 def stage_command(name: str, text: str) -> Callable[..., None]:
     def command(
         recipe: RecipePath, overrides: Overrides = None, arm: ArmName = None, rebuild: Rebuild = False
@@ -367,7 +394,10 @@ def train(
 
 for _name, _text in STAGE_COMMANDS.items():
     made = train if _name == "train" else stage_command(_name, _text)
-    app.command(_name, rich_help_panel="Stages")(made)
+    if _name == "euroeval":  # beside `croco euroeval install`
+        euroeval.command("run")(made)
+    else:
+        app.command(_name, rich_help_panel="Stages")(made)
 
 
 def version(show: bool) -> None:

@@ -1,7 +1,7 @@
 """The stages in order, on one screen; then what a recipe makes of them: plan them, run them.
 
     prompts (→ translate) → sample → score → pair → train ─┐
-    eval-prompts (→ eval-translate) ───────────────────────┴→ evaluate → results → report
+    eval-prompts (→ eval-translate) ───────────────────────┴→ evaluate (+ euroeval) → results → report
 
 What enters a stage's fingerprint is `science.py`, what a stage is `stage.py`. Nothing here computes: a stage's function
 is imported when it runs.
@@ -35,6 +35,10 @@ def translated(recipe: Recipe) -> list[str | None]:
 
 def eval_translated(recipe: Recipe) -> list[str | None]:
     return [None] if recipe.translate and recipe.translate.evaluation else []
+
+
+def euroeval_arms(recipe: Recipe) -> list[str | None]:
+    return arms.evaluated_arms(recipe) if recipe.euroeval else []
 
 
 # a translated table stands in for the one it was made from: those that read it know it by the same name
@@ -174,13 +178,24 @@ STAGES: tuple[Stage, ...] = (
         arms=arms.evaluated_arms,
     ),
     Stage(
+        name="euroeval",
+        version=1,
+        function="croco.evaluation.euroeval:euroeval",
+        table="results",
+        settings=science.euroeval_settings,
+        follows=lambda recipe, arm: [] if arm == "base" else [("train", arm)],
+        arms=euroeval_arms,
+    ),
+    Stage(
         name="results",
         version=1,
         function="croco.evaluation.evaluate:results",
         table="results",
         settings=science.results_settings,
         follows=lambda recipe, arm: (
-            [eval_prompts_of(recipe)] + [("evaluate", name) for name in arms.evaluated_arms(recipe)]
+            [eval_prompts_of(recipe)]
+            + [("evaluate", name) for name in arms.evaluated_arms(recipe)]
+            + [("euroeval", name) for name in euroeval_arms(recipe)]
         ),
     ),
     Stage(
@@ -246,6 +261,7 @@ def run(
         last = todo.index(_of_stage(todo, until)[-1])
         todo = todo[: last + 1]
     set_threads(recipe)
+    check_euroeval(todo, recipe)
     with stages.lock(recipe.folder):
         _stop_or_clear(todo, rebuild, say)
         keep_recipe(recipe)
@@ -269,6 +285,7 @@ def run_stage(
         if not todo:
             raise UserError(f"--arm {arm}: {name} has no such arm")
     set_threads(recipe)
+    check_euroeval(todo, recipe)
     with stages.lock(recipe.folder):
         for node in todo:
             for before in node.inputs.values():
@@ -283,12 +300,20 @@ def run_stage(
             run_node(node, recipe, say)
 
 
+def check_euroeval(todo: Sequence[Node], recipe: Recipe) -> None:
+    """Raise UserError when the stage euroeval would run and lacks its environment or servers."""
+    if any(node.stage.name == "euroeval" and standing.status(node).kind != "complete" for node in todo):
+        from croco.evaluation import euroeval
+
+        euroeval.check(recipe)
+
+
 def _of_stage(every: Sequence[Node], name: str) -> list[Node]:
     """The nodes of one stage; raises UserError when there is no such stage or the recipe has no use for it."""
     found = [node for node in every if node.stage.name == known_stage(name).name]
     if not found:
         raise UserError(
-            f"{name}: nothing to do, the recipe does not ask for it (see its section [translate])"
+            f"{name}: nothing to do, the recipe does not ask for it (see its sections [translate] and [euroeval])"
         )
     return found
 

@@ -15,6 +15,7 @@ from croco.executor import described
 from croco.prompts import load as prompts_load
 from croco.recipe import Evaluation, Prompts, Recipe
 from croco.recipe_arms import languages_of
+from croco.recipe_euroeval import EuroEval
 from croco.stage import Node
 from croco.standing import Status
 
@@ -102,6 +103,8 @@ def cost(recipe: Recipe, rates: Mapping[str, float]) -> Iterator[str]:
             f"evaluate: {test:,} prompts in {len(recipe.run.evaluated)} languages, {num_arms} arms and "
             f"the base: {completions:,} completions, at most {completions * evaluation.max_new_tokens:,} tokens"
         )
+    if recipe.euroeval is not None:
+        yield _structured_tasks(recipe, recipe.euroeval)
     if tuning is None or test is None:
         yield "prompts of a hub dataset without a limit are not counted here"
     hours = []
@@ -145,6 +148,15 @@ def _trained(recipe: Recipe, tuning: int) -> str:
         whole = prompts * pools * arm.pairs_per_pool * shown * training.epochs
         total += training.updates * training.batch_pairs if training.updates else whole
     return f"train: {len(recipe.arms)} arms, at most {total:,} pairs, epochs counted"
+
+
+def _structured_tasks(recipe: Recipe, section: EuroEval) -> str:
+    """What EuroEval is asked to do, and the languages that it has nothing for."""
+    datasets = {language: section.datasets_of(language) for language in recipe.run.evaluated}
+    none = ", ".join(language for language, names in datasets.items() if not names)
+    count, num_arms = sum(map(len, datasets.values())), len(recipe.evaluated_arms)
+    uncovered = f"; not covered: {none}" if none else ""
+    return f"euroeval: {count} datasets × {section.iterations} iterations, {num_arms} arms and the base{uncovered}"
 
 
 def _translations(stage: str, prompts: int, source: str, languages: Sequence[str]) -> str:

@@ -18,6 +18,7 @@ from croco import languages
 from croco.errors import UserError
 from croco.pairing import rules
 from croco.recipe_arms import Alignment, Name, Origin, Strings, Sweep, check_arms
+from croco.recipe_euroeval import EuroEval
 from croco.recipe_models import Causal, Model
 from croco.recipe_runtime import Positive, Runtime, Section
 from croco.recipe_sentinel import Sentinel
@@ -256,6 +257,7 @@ class Recipe(Section):
     guards: Guards = Guards()
     training: Training = Training()
     evaluation: Evaluation = Evaluation()
+    euroeval: EuroEval | None = None
     arms: dict[Name, Arm] = Field(default_factory=dict, min_length=1)
     sweep: dict[str, Sweep] = Field(default_factory=dict)  # grids of arms, as they were made
     study: Study | None = None
@@ -306,6 +308,22 @@ class Recipe(Section):
         check_arms(self)
         if self.study:
             check_study(self)
+        return self
+
+    @model_validator(mode="after")
+    def _euroeval_has_something_to_do(self) -> Recipe:
+        if self.euroeval is None:
+            return self
+        for code in self.euroeval.datasets or ():
+            if code not in self.run.evaluated:
+                known = ", ".join(self.run.evaluated)
+                raise ValueError(f"euroeval.datasets.{code}: not evaluated, expected of {known}")
+        if not any(self.euroeval.datasets_of(code) for code in self.run.evaluated):
+            raise ValueError(f"euroeval has no dataset in {', '.join(self.run.evaluated)}")
+        for arm in self.runtime.euroeval.urls:
+            if arm not in ("base", *self.evaluated_arms):
+                known = ", ".join(("base", *self.evaluated_arms))
+                raise ValueError(f"runtime.euroeval.urls.{arm}: no such arm, expected of {known}")
         return self
 
     @model_validator(mode="after")

@@ -14,6 +14,7 @@ from croco.errors import UserError
 from croco.identity import digest, file_identity, folder_identity, local_model, model_identity
 from croco.recipe import Evaluation, Policy, Prompts, Recipe
 from croco.recipe_arms import Alignment, Origin
+from croco.recipe_euroeval import VERSION as EUROEVAL_VERSION
 from croco.sampling.seeds import digest as seed_digest
 from croco.stage import Settings
 from croco.store import read_json
@@ -191,6 +192,26 @@ def evaluate_settings(recipe: Recipe, arm: str | None) -> Settings:
         "reward": None if evaluation.source == "lab" else reward_settings(recipe),
         "seed": recipe.run.seed,
     }
+
+
+def euroeval_settings(recipe: Recipe, arm: str | None) -> Settings:
+    """What EuroEval is asked; the instruction of [policy] is not part of its prompts."""
+    section = recipe.euroeval
+    assert section is not None
+    return section.model_dump(mode="json", exclude={"datasets", "local"}) | {
+        "version": EUROEVAL_VERSION,
+        "policy": policy_settings(recipe, ()),
+        "datasets": {code: sorted(section.datasets_of(code)) for code in sorted(recipe.run.evaluated)},
+        "local": local_datasets(section.local) if section.local else None,
+    }
+
+
+def local_datasets(name: str) -> str:
+    """The identity of a folder with EuroEval datasets; raises UserError when it has none."""
+    folder = Path(name).expanduser()
+    if not (folder / "custom_datasets.py").is_file():
+        raise UserError(f"euroeval.local = '{name}': expected a folder with custom_datasets.py")
+    return folder_identity(folder.resolve())
 
 
 def results_settings(recipe: Recipe, arm: str | None) -> Settings:

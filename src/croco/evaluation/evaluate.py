@@ -237,4 +237,11 @@ def results(work: Work) -> None:
         verdicts, num_left_out = on_common_prompts(verdicts)
         work.record(prompts_left_out=num_left_out)
         table = summarise(verdicts, groups, work.seed, work.recipe.evaluation.bootstrap)
+        if work.recipe.euroeval is not None:
+            from croco.evaluation.euroeval_records import in_all_arms
+
+            tables = [read_table(work.inputs[f"euroeval/{arm}"]) for arm in arms]
+            tasks, left_out = in_all_arms(pl.concat(tables), len(arms))
+            work.record(datasets_left_out=left_out)
+            table = pl.concat([table, tasks.select(table.columns)], how="vertical_relaxed")
         work.write(0, table.to_arrow().select(RESULTS.schema.names))
