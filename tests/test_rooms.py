@@ -29,6 +29,7 @@ LIGHT = (
     "cli.py",
     "errors.py",
     "recipe.py",
+    "recipe_arena.py",
     "recipe_runtime.py",
     "recipe_errors.py",
     "languages.py",

@@ -43,6 +43,9 @@ STAGE_COMMANDS = {
     "eval-prompts": "Read and check the prompts to evaluate on.",
     "eval-translate": "Translate the prompts to evaluate on, if the recipe says so.",
     "evaluate": "Let an arm's policy answer the evaluation prompts, and judge them.",
+    "arena-prompts": "Read and check the arena's own prompts, if the recipe has them.",
+    "arena-sample": "Let an arm's policy answer the arena's prompts, where `evaluate` has not done so already.",
+    "arena": "Let a judge compare an arm's completions with the base's, in both orders.",
     "results": "Aggregate verdicts, with intervals.",
 }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 from croco.errors import UserError
@@ -56,6 +56,7 @@ def _identifier(codes: tuple[str, ...] | None) -> Any:
     return identifier
 
 
+@cache
 def identifiable(code: str) -> bool:
     """Whether the identifier knows a language."""
     return _identifier_code(code) in _identifier(None).labels

@@ -1,7 +1,9 @@
 """The stages in order, on one screen; then what a recipe makes of them: plan them, run them.
 
     prompts (→ translate) → sample → score → pair → train ─┐
-    eval-prompts (→ eval-translate) ───────────────────────┴→ evaluate → results → report
+    eval-prompts (→ eval-translate) ───────────────────────┴→ evaluate (→ arena) → results → report
+
+[arena] may have prompts of its own, or completions of its own: then arena-prompts and arena-sample come before it.
 
 What enters a stage's fingerprint is `science.py`, what a stage is `stage.py`. Nothing here computes: a stage's function
 is imported when it runs.
@@ -55,6 +57,29 @@ def eval_translated(recipe: Recipe) -> list[str | None]:
     return [None] if recipe.translate and recipe.translate.evaluation else []
 
 
+def arena_arms(recipe: Recipe) -> list[str | None]:
+    return tuned_arms(recipe) if recipe.arena else []
+
+
+def arena_prompts(recipe: Recipe) -> list[str | None]:
+    return [None] if recipe.arena and recipe.arena.source else []
+
+
+def arena_sampled(recipe: Recipe) -> list[str | None]:
+    """Nothing is sampled again where `evaluate` has drawn the same greedy completions."""
+    if recipe.arena is None:
+        return []
+    evaluation, limit = recipe.evaluation, recipe.arena.max_new_tokens
+    same = 0.0 in evaluation.temperatures and limit in (None, evaluation.max_new_tokens)
+    return [] if same and not recipe.arena.source else all_arms(recipe)
+
+
+def compared_from(recipe: Recipe, arm: str | None) -> list[Reference]:
+    """What an arm's comparisons are made of: prompts, and the completions of the base and of the arm."""
+    drawn = "arena-sample" if arena_sampled(recipe) else "evaluate"
+    return [arena_prompts_of(recipe), (drawn, "base"), (drawn, arm)]
+
+
 # a translated table stands in for the one it was made from: those that read it know it by the same name
 STANDS_FOR = {"translate": "prompts", "eval-translate": "eval-prompts"}
 
@@ -65,6 +90,10 @@ def prompts_of(recipe: Recipe) -> Reference:
 
 def eval_prompts_of(recipe: Recipe) -> Reference:
     return ("eval-translate" if eval_translated(recipe) else "eval-prompts", None)
+
+
+def arena_prompts_of(recipe: Recipe) -> Reference:
+    return ("arena-prompts", None) if arena_prompts(recipe) else eval_prompts_of(recipe)
 
 
 def scores_of(recipe: Recipe, arm: str | None) -> Reference:
@@ -173,7 +202,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         name="evaluate",
-        version=1,
+        version=2,
         function="croco.evaluation.evaluate:evaluate",
         table="verdicts",
         settings=science.evaluate_settings,
@@ -181,13 +210,42 @@ STAGES: tuple[Stage, ...] = (
         arms=all_arms,
     ),
     Stage(
-        name="results",
+        name="arena-prompts",
         version=1,
+        function="croco.prompts.load:arena_prompts",
+        table="prompts",
+        settings=science.arena_prompts_settings,
+        follows=lambda recipe, arm: [],
+        arms=arena_prompts,
+    ),
+    Stage(
+        name="arena-sample",
+        version=1,
+        function="croco.evaluation.arena:sample",
+        table="completions",
+        settings=science.arena_sample_settings,
+        follows=lambda recipe, arm: [arena_prompts_of(recipe)] + ([] if arm == "base" else [("train", arm)]),
+        arms=arena_sampled,
+    ),
+    Stage(
+        name="arena",
+        version=1,
+        function="croco.evaluation.arena:arena",
+        table="comparisons",
+        settings=science.arena_settings,
+        follows=compared_from,
+        arms=arena_arms,
+    ),
+    Stage(
+        name="results",
+        version=2,
         function="croco.evaluation.evaluate:results",
         table="results",
         settings=science.results_settings,
         follows=lambda recipe, arm: (
-            [eval_prompts_of(recipe)] + [("evaluate", name) for name in all_arms(recipe)]
+            [eval_prompts_of(recipe)]
+            + [("evaluate", name) for name in all_arms(recipe)]
+            + [("arena", name) for name in arena_arms(recipe)]
         ),
     ),
     Stage(
@@ -291,7 +349,7 @@ def _of_stage(every: Sequence[Node], name: str) -> list[Node]:
     found = [node for node in every if node.stage.name == known_stage(name).name]
     if not found:
         raise UserError(
-            f"{name}: nothing to do, the recipe does not ask for it (see its section [translate])"
+            f"{name}: nothing to do, the recipe does not ask for it (see its sections [translate] and [arena])"
         )
     return found
 

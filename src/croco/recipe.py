@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from croco import languages
 from croco.errors import UserError
 from croco.pairing import rules
+from croco.recipe_arena import Arena
 from croco.recipe_runtime import Positive, Runtime, Section
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -245,6 +246,7 @@ class Recipe(Section):
     guards: Guards = Guards()
     training: Training = Training()
     evaluation: Evaluation = Evaluation()
+    arena: Arena | None = None
     arms: dict[Name, Arm] = Field(default_factory=dict, min_length=1)
     runtime: Runtime = Runtime()
 
@@ -264,6 +266,11 @@ class Recipe(Section):
         translated = self.translate and self.translate.evaluation
         return (self.translate.source,) if self.translate and translated else self.run.evaluated
 
+    @property
+    def arena_languages(self) -> tuple[str, ...]:
+        """The languages that [arena] compares in."""
+        return (self.arena.languages if self.arena else ()) or self.run.evaluated
+
     @field_validator("arms")
     @classmethod
     def _base_is_reserved(cls, arms: dict[str, Arm]) -> dict[str, Arm]:
@@ -281,6 +288,25 @@ class Recipe(Section):
                         raise ValueError(
                             f"arms.{name}.pool.{group}: '{code}' is not tuned, expected of {known}"
                         )
+        return self
+
+    @model_validator(mode="after")
+    def _arena_has_a_judge(self) -> Recipe:
+        arena = self.arena
+        if arena is None:
+            return self
+        for code in arena.languages:
+            if code not in self.run.evaluated:
+                known = ", ".join(self.run.evaluated)
+                raise ValueError(f"arena.languages: '{code}' is not evaluated, expected of {known}")
+        source = arena.source or self.evaluation.source
+        if arena.judge == "lab" and source != "lab":
+            raise ValueError(f"arena.judge = 'lab' judges prompts of the lab, and they are of '{source}'")
+        if arena.judge == "model" and self.judge is None:
+            raise ValueError("arena.judge = 'model' is the model of [judge], which is missing")
+        splits = (self.prompts.split, arena.split) if has_splits(source) else ("", "")
+        if arena.source == self.prompts.source and splits[0] == splits[1]:
+            raise ValueError(f"arena.source is '{arena.source}', the prompts tuned on: expected others")
         return self
 
     @model_validator(mode="after")

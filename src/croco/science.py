@@ -11,15 +11,17 @@ from pathlib import Path
 
 from croco.errors import UserError
 from croco.identity import digest, file_identity, folder_identity, local_model, model_identity
-from croco.recipe import Arm, Evaluation, Prompts, Recipe
+from croco.recipe import Arm, Evaluation, Judge, Prompts, Recipe
+from croco.recipe_arena import Arena
 from croco.stage import Settings
 from croco.store import read_json
 
 
 def prompts_settings(
-    recipe: Recipe, section: Prompts | Evaluation, key: str, languages: Sequence[str]
+    recipe: Recipe, section: Prompts | Evaluation | Arena, key: str, languages: Sequence[str]
 ) -> Settings:
     source = section.source
+    assert source is not None
     settings: Settings = {"languages": sorted(languages), "limit": section.limit}
     if source == "lab":
         return settings | {"source": f"lab {world_identity()}", "split": section.split}
@@ -132,6 +134,43 @@ def evaluate_settings(recipe: Recipe, arm: str | None) -> Settings:
         "max_new_tokens": evaluation.max_new_tokens,
         "reward": None if evaluation.source == "lab" else reward_settings(recipe),
         "seed": recipe.run.seed,
+    }
+
+
+def arena_prompts_settings(recipe: Recipe, arm: str | None) -> Settings:
+    assert recipe.arena is not None
+    return prompts_settings(recipe, recipe.arena, "arena", recipe.arena_languages)
+
+
+def arena_sample_settings(recipe: Recipe, arm: str | None) -> Settings:
+    assert recipe.arena is not None
+    return {
+        "policy": policy_settings(recipe, recipe.arena_languages),
+        "max_new_tokens": recipe.arena.max_new_tokens or recipe.evaluation.max_new_tokens,
+        "languages": sorted(recipe.arena_languages),
+        "limit": recipe.arena.limit,
+    }
+
+
+def arena_settings(recipe: Recipe, arm: str | None) -> Settings:
+    assert recipe.arena is not None
+    lab = recipe.arena.judge == "lab"
+    return {
+        "judge": f"lab {world_identity()}" if lab else judge_settings(recipe.judge),
+        "languages": sorted(recipe.arena_languages),
+        "limit": recipe.arena.limit,
+    }
+
+
+def judge_settings(judge: Judge | None) -> Settings:
+    assert judge is not None
+    return {
+        "model": model_identity(judge.model, judge.revision, "judge.model"),
+        "dtype": judge.dtype,
+        "chat_template": file_identity(judge.chat_template, "judge.chat_template")
+        if judge.chat_template
+        else None,
+        "max_new_tokens": judge.max_new_tokens,
     }
 
 
