@@ -36,7 +36,7 @@ STAGE_COMMANDS = {
     "prompts": "Read and check the prompts to tune on.",
     "translate": "Translate the prompts to tune on, if the recipe says so.",
     "sample": "Let the policy answer every prompt N times.",
-    "score": "Score the completions.",
+    "score": "Score the completions; with --diagnose, measure reward models on preference pairs.",
     "score-references": "Score the gold completions, where an arm sets them against the policy's.",
     "pair": "Choose a chosen and a rejected completion per pool.",
     "train": "Tune an adapter on an arm's pairs.",
@@ -280,7 +280,7 @@ def gates(
     Console().print(measure(found / "policy", found / "reward", building.SEED)[0])
 
 
-def stage_command(name: str, text: str) -> Callable[..., None]:
+def stage_command(name: str) -> Callable[..., None]:
     def command(
         recipe: RecipePath, overrides: Overrides = None, arm: ArmName = None, rebuild: Rebuild = False
     ) -> None:
@@ -289,12 +289,52 @@ def stage_command(name: str, text: str) -> Callable[..., None]:
 
         pipeline.run_stage(loaded, name, arm=arm, rebuild=rebuild, say=say)
 
-    command.__doc__ = text
     return command
 
 
+def score(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RECIPE | FILE...", help="A recipe; with --diagnose preference pairs.", show_default=False
+        ),
+    ],
+    overrides: Overrides = None,
+    arm: ArmName = None,
+    rebuild: Rebuild = False,
+    diagnose: Annotated[
+        bool, typer.Option("--diagnose", help="Measure how reward models rank the pairs of files.")
+    ] = False,
+    reward: Annotated[
+        list[str] | None, typer.Option(metavar="MODEL", help="With --diagnose: a reward model; may repeat.")
+    ] = None,
+    to: Annotated[
+        Path | None, typer.Option(help="With --diagnose: a new folder.", show_default=False)
+    ] = None,
+    language: Annotated[
+        str | None, typer.Option(help="With --diagnose: of all rows, where no column says it.")
+    ] = None,
+) -> None:
+    if not diagnose:
+        if len(paths) != 1 or reward or to or language:
+            raise UserError(
+                "croco score takes one recipe; FILE..., --reward, --to and --language go with --diagnose"
+            )
+        stage_command("score")(paths[0], overrides, arm, rebuild)
+        return
+    if arm or rebuild:
+        raise UserError("croco score --diagnose reads files of pairs: --arm and --rebuild go with a recipe")
+    if to is None:
+        raise UserError("croco score --diagnose: expected --to FOLDER")
+    from croco.evaluation import ranking
+
+    ranking.diagnose(paths, reward or [], to, language, overrides or [])
+    say((to / "ranking.md").read_text(encoding="utf-8"))
+
+
 for _name, _text in STAGE_COMMANDS.items():
-    app.command(_name, rich_help_panel="Stages")(stage_command(_name, _text))
+    _function = score if _name == "score" else stage_command(_name)
+    app.command(_name, help=_text, rich_help_panel="Stages")(_function)
 
 
 def version(show: bool) -> None:

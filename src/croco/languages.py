@@ -30,6 +30,16 @@ def check(code: str) -> str:
     return code
 
 
+def normal(code: str) -> str:
+    """The BCP-47 code that a code of ISO 639-3 stands for, alone or with its script as FLORES has it: 'deu_Latn' → 'de',
+    'arb' → 'ar', 'da' → 'da'. Raises UserError as `check` does.
+    """
+    from babel.core import get_global
+
+    found = code.split("_")[0] if re.fullmatch(r"[a-z]{3}_[A-Z][a-z]{3}", code) else code
+    return check(str(get_global("language_aliases").get(found, found)))
+
+
 def name(code: str) -> str:
     """English name of a language: 'da' → 'Danish', 'pt-BR' → 'Portuguese (Brazil)'."""
     from babel import Locale

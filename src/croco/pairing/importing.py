@@ -114,7 +114,7 @@ def _completions(
         if "chosen" in row and "rejected" in row:
             yield from _of_pair(where, row, key)
         elif isinstance(row.get("completions"), list):
-            prompt = _prompt(where, _needed(where, row, "prompt", columns))
+            prompt = turns_of(where, _needed(where, row, "prompt", columns))
             for number, one in enumerate(row["completions"]):
                 here = f"{where}, completion {number + 1}"
                 if not isinstance(one, Mapping):
@@ -123,7 +123,7 @@ def _completions(
                     )
                 yield here, key, prompt, _found(here, one, columns, one)
         else:
-            prompt = _prompt(where, _needed(where, row, "prompt", columns))
+            prompt = turns_of(where, _needed(where, row, "prompt", columns))
             inner: Row = row
             if prompt[-1]["role"] == "assistant" and "completion" not in columns:
                 prompt, inner = prompt[:-1], {**row, "completion": prompt[-1]["content"]}
@@ -134,18 +134,25 @@ def _of_pair(
     where: str, row: Row, key: Key
 ) -> Iterator[tuple[str, Key, list[dict[str, str]], dict[str, Any]]]:
     """Both sides of a row in TRL's preference format, its prompt given or the part that both conversations share."""
-    sides = {side: _prompt(where, row[side], role="assistant") for side in ("chosen", "rejected")}
+    prompt, sides = sides_of(where, row)
+    for side, completion in sides.items():
+        column = f"score_{side}" if f"score_{side}" in row else f"{side}_score"
+        values = {"completion": completion, "score": row.get(column)}
+        yield where, key, prompt, _found(f"{where}, {side}", values, {}, {})
+
+
+def sides_of(where: str, row: Row) -> tuple[list[dict[str, str]], dict[str, str]]:
+    """The prompt of a row in the preference format, and the text of its chosen and its rejected completion."""
+    sides = {side: turns_of(where, row[side], role="assistant") for side in ("chosen", "rejected")}
     shared = sides["chosen"][:-1]
     if sides["rejected"][:-1] != shared:
         raise UserError(f"{where}: chosen and rejected differ before their last turn, expected one prompt")
     # a column prompt may hold the first turn only: the conversations say more
-    prompt = shared or (_prompt(where, row["prompt"]) if row.get("prompt") else [])
+    given = row.get("prompt") or row.get("messages")
+    prompt = shared or (turns_of(where, given) if given else [])
     if not prompt:
         raise UserError(f"{where}: found no prompt, expected one before the last turns or in a column prompt")
-    for side, turns in sides.items():
-        column = f"score_{side}" if f"score_{side}" in row else f"{side}_score"
-        values = {"completion": turns[-1]["content"], "score": row.get(column)}
-        yield where, key, prompt, _found(f"{where}, {side}", values, {}, {})
+    return prompt, {side: turns[-1]["content"] for side, turns in sides.items()}
 
 
 def _found(where: str, values: Row, columns: Mapping[str, str], row: Row) -> dict[str, Any]:
@@ -155,7 +162,7 @@ def _found(where: str, values: Row, columns: Mapping[str, str], row: Row) -> dic
         _needed(where, values, "score", columns),
     )
     if isinstance(completion, list):
-        turns = _prompt(where, completion, role="assistant")
+        turns = turns_of(where, completion, role="assistant")
         completion = turns[0]["content"] if len(turns) == 1 else None
     if not isinstance(completion, str):
         raise UserError(f"{where}: completion is {kind(completion)}, expected text")
@@ -198,7 +205,7 @@ def _text(where: str, row: Row, name: str, columns: Mapping[str, str]) -> str:
     return str(value)
 
 
-def _prompt(where: str, value: Any, role: str = "user") -> list[dict[str, str]]:
+def turns_of(where: str, value: Any, role: str = "user") -> list[dict[str, str]]:
     """Messages as they are, or a text as one turn."""
     if isinstance(value, str):
         return [{"role": role, "content": value}]
