@@ -31,8 +31,8 @@ def check(code: str) -> str:
 
 
 def normal(code: str) -> str:
-    """The BCP-47 code that a code of ISO 639-3 stands for, alone or with its script as FLORES has it: 'deu_Latn' → 'de',
-    'arb' → 'ar', 'da' → 'da'. Raises UserError as `check` does.
+    """The BCP-47 code that a code of ISO 639-3 stands for, alone or with a script as in FLORES: 'deu_Latn' →
+    'de', 'arb' → 'ar', 'da' → 'da'. Raises UserError as `check` does.
     """
     from babel.core import get_global
 

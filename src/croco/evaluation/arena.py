@@ -104,10 +104,11 @@ def arena(work: Work) -> None:
     compute(work, worker, sizes, "comparison", role="judge", here=recipe.arena.judge == "lab")
     found = account(work.folder)
     work.record(**found)
-    if not found["comparisons"]:
-        reasons = ", ".join(f"{count} × {reason}" for reason, count in found["without_verdict"].items())
+    unjudged = {reason: count for reason, count in found["without_verdict"].items() if reason != ABSENT}
+    if unjudged and found["comparisons"] == found["same_text"]:
+        reasons = ", ".join(f"{count} × {reason}" for reason, count in sorted(unjudged.items()))
         raise UserError(
-            f"{work.title}: no comparison got two verdicts ({reasons}); {work.folder} has the ledger"
+            f"{work.title}: no comparison got two verdicts ({reasons}); the ledger in {work.folder} says more"
         )
 
 

@@ -2,8 +2,7 @@
 
 Any file of pairs: M-RewardBench's columns (prompt, chosen, rejected, language, subset), ours, or TRL's preference
 format. Every completion is scored once by every model. What the models say is measured on the pairs that all of them
-could score; the others are in the ledger.
-Measured is what `ranking_rows` says.
+could score; the others are in the ledger. What is measured, `ranking_rows` says.
 """
 
 from __future__ import annotations
