@@ -5,15 +5,19 @@ from typing import Any
 
 import polars as pl
 import pytest
+import torch
 
-from conftest import TinyModels, write_recipe
+import tiny
+from conftest import TinyModels, write_prompts, write_recipe
 from croco import pipeline, store
 from croco.errors import UserError
-from croco.evaluation import arena, lab
+from croco.evaluation import arena, judging, lab
 from croco.evaluation.arena import HOPELESS, ArenaWorker, account, matches
+from croco.evaluation.arena_results import arena_rows
 from croco.lab import world
 from croco.recipe import Recipe, from_dict, load
 from croco.records import TABLES, ledger
+from croco.sampling.chat import prompt_ids
 from croco.stage import Work
 
 LANGUAGES = ("da", "en")
@@ -114,8 +118,6 @@ def test_limit_and_languages_choose_the_prompts(evaluated: dict[str, Path]) -> N
 def test_a_tiny_model_as_judge_writes_garbage_and_that_is_counted(
     evaluated: dict[str, Path], tiny_models: TinyModels, tmp_path: Path
 ) -> None:
-    import tiny
-
     judge = tiny.save(
         tmp_path / "judge", tiny.make_policy("llama", max_positions=2048), tiny.make_tokenizer()
     )
@@ -136,6 +138,50 @@ def test_a_tiny_model_as_judge_writes_garbage_and_that_is_counted(
     assert 0 < facts["judge_completion_tokens"] <= 12 * facts["judgements"]
     # the same text twice is a tie that nobody was asked about
     assert facts["same_text"] == store.read_table(work.folder).height
+
+
+def teach(model: Any, tokenizer: Any, questions: list[str], saying: str) -> None:
+    """Train a tiny model to end every question in the same words."""
+    model.train()
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    said = tokenizer(saying, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    for step in range(150):
+        prompt = prompt_ids(tokenizer, [{"role": "user", "content": questions[step % len(questions)]}])
+        logits = model(torch.tensor([prompt + said])).logits[0, len(prompt) - 1 : -1]
+        loss = torch.nn.functional.cross_entropy(logits, torch.tensor(said))
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    model.eval()
+
+
+def test_a_real_judge_that_always_takes_the_first(evaluated: dict[str, Path], tmp_path: Path) -> None:
+    model, tokenizer = tiny.make_policy("llama", max_positions=2048), tiny.make_tokenizer()
+    rows = matches(made_recipe(), evaluated).to_dicts()
+    questions = [
+        judging.question(row["messages"], row["language"], *arena.shown(row, first))
+        for row in rows if arena.is_asked(row) for first in (True, False)
+    ]  # fmt: skip
+    teach(model, tokenizer, questions, "Verdict: 1")
+    tiny.save(tmp_path / "judge", model, tokenizer)
+    recipe = made_recipe(arena={}, judge={"model": str(tmp_path / "judge"), "max_new_tokens": 30})
+    work = work_of(recipe, tmp_path / "arena", evaluated)
+    arena.arena(work)
+    table = store.read_table(work.folder)
+    asked = table.filter(pl.col("judgement_arm_first").is_not_null())
+    assert asked.height == 20
+    assert set(asked["judgement_arm_first"]) == {"Verdict: 1"}
+    assert set(asked.select("verdict_arm_first", "verdict_base_first", "value").iter_rows()) == {
+        ("arm", "base", 0.5)
+    }
+    assert (asked["judge_completion_tokens"] > 2 * 3).all()
+    assert work.record_file["facts"]["inconsistent"] == 20
+    found = {
+        row["metric"]: row["value"]
+        for row in arena_rows(table, {"all": list(LANGUAGES)}, seed=0, num_resamples=50).to_dicts()
+        if row["language"] == "all"
+    }
+    assert (found["position-bias"], found["self-consistency"], found["win-rate"]) == (1.0, 0.0, 0.5)
 
 
 def test_a_conversation_that_does_not_fit_the_judge_is_in_the_ledger(
@@ -165,12 +211,10 @@ def test_a_hopeless_judge_is_not_asked_for_ever(evaluated: dict[str, Path], tiny
 
 def test_a_whole_run_with_prompts_of_its_own(tiny_models: TinyModels, tmp_path: Path) -> None:
     """Samples for the arena, judges with a model that could be read, and puts rows into the results."""
-    from conftest import write_prompts
-
     own = write_prompts(tmp_path / "own.jsonl", 3, start=200)
     path = write_recipe(tmp_path, tiny_models)
     given = ["arena.judge=model", f"arena.source={own}", "arena.max_new_tokens=8", "arena.languages=['da']",
-             f"judge.model={tiny_models.policy}"]  # fmt: skip
+             f"judge.model={tiny_models.policy}", "sampling.completions=6", "training.epochs=1"]  # fmt: skip
     nodes = {node.title: node for node in pipeline.nodes(load(path, given))}
     assert set(nodes["arena/monolingual"].inputs) == {"arena-prompts", "arena-sample/base", "arena-sample"}
     assert "arena/likelihood" in nodes["results"].inputs
@@ -179,12 +223,12 @@ def test_a_whole_run_with_prompts_of_its_own(tiny_models: TinyModels, tmp_path: 
     assert base.height == 3
     assert base["completion_tokens"].max() <= 8
     # the fixture's reused path: greedy completions are those of `evaluate`
-    again = {node.title: node for node in pipeline.nodes(load(path, [given[0], given[-1]]))}
+    again = {node.title: node for node in pipeline.nodes(load(path, [given[0], given[4]]))}
     assert set(again["arena/monolingual"].inputs) == {"eval-prompts", "evaluate/base", "evaluate"}
     assert not any(title.startswith("arena-sample") for title in again)
     assert any(
         node.title == "arena-sample/base"
-        for node in pipeline.nodes(load(path, [given[0], given[-1], "evaluation.temperatures=[1.0]"]))
+        for node in pipeline.nodes(load(path, [given[0], given[4], "evaluation.temperatures=[1.0]"]))
     )
 
 

@@ -22,7 +22,7 @@ def markdown(ranking: pl.DataFrame, rewards: Sequence[str], num_dropped: int) ->
     """Accuracy with intervals, scores, length; then categories; then how the models agree."""
     parts = ["# Reward models on preference pairs\n"]
     if num_dropped:
-        parts.append(f"{num_dropped} pairs were left out, see `dropped.parquet`.\n")
+        parts.append(f"Pairs were left out: {num_dropped} rows of the ledger, `dropped.parquet`.\n")
     for reward in rewards:
         own = ranking.filter(pl.col("reward") == reward)
         parts.append(f"## {escaped(reward)}\n")
