@@ -32,6 +32,7 @@ LIGHT = (
     "recipe_arms.py",
     "recipe_models.py",
     "recipe_euroeval.py",
+    "recipe_arena.py",
     "recipe_runtime.py",
     "recipe_sweep.py",
     "recipe_sentinel.py",

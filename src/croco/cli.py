@@ -36,7 +36,7 @@ STAGE_COMMANDS = {
     "prompts": "Read and check the prompts to tune on.",
     "translate": "Translate the prompts to tune on, if the recipe says so.",
     "sample": "Let the policy answer every prompt N times.",
-    "score": "Score the completions.",
+    "score": "Score the completions; with --diagnose, measure reward models on preference pairs.",
     "score-references": "Score the gold completions, where an arm sets them against the policy's.",
     "pair": "Choose a chosen and a rejected completion per pool.",
     "train": "Tune an adapter on an arm's pairs.",
@@ -44,6 +44,9 @@ STAGE_COMMANDS = {
     "eval-translate": "Translate the prompts to evaluate on, if the recipe says so.",
     "evaluate": "Let an arm's policy answer the evaluation prompts, and judge them.",
     "euroeval": "Let EuroEval evaluate an arm's policy, if the recipe says so.",
+    "arena-prompts": "Read and check the arena's own prompts, if the recipe has them.",
+    "arena-sample": "Let an arm's policy answer the arena's prompts, where `evaluate` has not done so already.",
+    "arena": "Let a judge compare an arm's completions with the base's, in both orders.",
     "results": "Aggregate verdicts, with intervals.",
 }
 
@@ -344,7 +347,7 @@ def install(
     say(f"euroeval: {euroeval_install.install(to, python, say)}")
 
 
-def stage_command(name: str, text: str) -> Callable[..., None]:
+def stage_command(name: str) -> Callable[..., None]:
     def command(
         recipe: RecipePath, overrides: Overrides = None, arm: ArmName = None, rebuild: Rebuild = False
     ) -> None:
@@ -353,8 +356,47 @@ def stage_command(name: str, text: str) -> Callable[..., None]:
 
         pipeline.run_stage(loaded, name, arm=arm, rebuild=rebuild, say=say)
 
-    command.__doc__ = text
     return command
+
+
+def score(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RECIPE | FILE...", help="A recipe; with --diagnose preference pairs.", show_default=False
+        ),
+    ],
+    overrides: Overrides = None,
+    arm: ArmName = None,
+    rebuild: Rebuild = False,
+    diagnose: Annotated[
+        bool, typer.Option("--diagnose", help="Measure how reward models rank the pairs of files.")
+    ] = False,
+    reward: Annotated[
+        list[str] | None, typer.Option(metavar="MODEL", help="With --diagnose: a reward model; may repeat.")
+    ] = None,
+    to: Annotated[
+        Path | None, typer.Option(help="With --diagnose: a new folder.", show_default=False)
+    ] = None,
+    language: Annotated[
+        str | None, typer.Option(help="With --diagnose: of all rows, where no column says it.")
+    ] = None,
+) -> None:
+    if not diagnose:
+        if len(paths) != 1 or reward or to or language:
+            raise UserError(
+                "croco score takes one recipe; FILE..., --reward, --to and --language go with --diagnose"
+            )
+        stage_command("score")(paths[0], overrides, arm, rebuild)
+        return
+    if arm or rebuild:
+        raise UserError("croco score --diagnose reads files of pairs: --arm and --rebuild go with a recipe")
+    if to is None:
+        raise UserError("croco score --diagnose: expected --to FOLDER")
+    from croco.evaluation import ranking
+
+    ranking.diagnose(paths, reward or [], to, language, overrides or [])
+    say((to / "ranking.md").read_text(encoding="utf-8"))
 
 
 def train(
@@ -381,7 +423,7 @@ def train(
         given = {"--model": model, "--to": to, "--column": column, "--language": language}
         if wrong := [name for name, value in given.items() if value]:
             raise UserError(f"{', '.join(wrong)}: for files of pairs, and {sources[0]} is a recipe")
-        stage_command("train", "")(sources[0], overrides, arm, rebuild)
+        stage_command("train")(sources[0], overrides, arm, rebuild)
         return
     if arm is not None or rebuild:
         raise UserError("--arm and --rebuild are for a recipe (.toml), and these are files of pairs")
@@ -392,12 +434,13 @@ def train(
     train_on_files(sources, model, to, column or [], language, overrides or [], license, say)
 
 
+OWN_COMMANDS: dict[str, Callable[..., None]] = {"train": train, "score": score}
 for _name, _text in STAGE_COMMANDS.items():
-    made = train if _name == "train" else stage_command(_name, _text)
+    _function = OWN_COMMANDS.get(_name) or stage_command(_name)
     if _name == "euroeval":  # beside `croco euroeval install`
-        euroeval.command("run")(made)
+        euroeval.command("run", help=_text)(_function)
     else:
-        app.command(_name, rich_help_panel="Stages")(made)
+        app.command(_name, help=_text, rich_help_panel="Stages")(_function)
 
 
 def version(show: bool) -> None:

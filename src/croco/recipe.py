@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from croco import languages
 from croco.errors import UserError
 from croco.pairing import rules
+from croco.recipe_arena import Arena
 from croco.recipe_arms import Alignment, Name, Origin, Strings, Sweep, check_arms
 from croco.recipe_euroeval import EuroEval
 from croco.recipe_models import Causal, Model
@@ -258,6 +259,7 @@ class Recipe(Section):
     training: Training = Training()
     evaluation: Evaluation = Evaluation()
     euroeval: EuroEval | None = None
+    arena: Arena | None = None
     arms: dict[Name, Arm] = Field(default_factory=dict, min_length=1)
     sweep: dict[str, Sweep] = Field(default_factory=dict)  # grids of arms, as they were made
     study: Study | None = None
@@ -283,6 +285,11 @@ class Recipe(Section):
     def evaluated_arms(self) -> list[str]:
         """The arms whose policies answer the test prompts; the others are steps on the way to them."""
         return [name for name, arm in self.arms.items() if arm.evaluated]
+
+    @property
+    def arena_languages(self) -> tuple[str, ...]:
+        """The languages that [arena] compares in."""
+        return (self.arena.languages if self.arena else ()) or self.run.evaluated
 
     @field_validator("arms")
     @classmethod
@@ -324,6 +331,25 @@ class Recipe(Section):
             if arm not in ("base", *self.evaluated_arms):
                 known = ", ".join(("base", *self.evaluated_arms))
                 raise ValueError(f"runtime.euroeval.urls.{arm}: no such arm, expected of {known}")
+        return self
+
+    @model_validator(mode="after")
+    def _arena_has_a_judge(self) -> Recipe:
+        arena = self.arena
+        if arena is None:
+            return self
+        for code in arena.languages:
+            if code not in self.run.evaluated:
+                known = ", ".join(self.run.evaluated)
+                raise ValueError(f"arena.languages: '{code}' is not evaluated, expected of {known}")
+        source = arena.source or self.evaluation.source
+        if arena.judge == "lab" and source != "lab":
+            raise ValueError(f"arena.judge = 'lab' judges prompts of the lab, and they are of '{source}'")
+        if arena.judge == "model" and self.judge is None:
+            raise ValueError("arena.judge = 'model' is the model of [judge], which is missing")
+        splits = (self.prompts.split, arena.split) if has_splits(source) else ("", "")
+        if arena.source == self.prompts.source and splits[0] == splits[1]:
+            raise ValueError(f"arena.source is '{arena.source}', the prompts tuned on: expected others")
         return self
 
     @model_validator(mode="after")

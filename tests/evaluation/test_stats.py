@@ -12,10 +12,12 @@ from croco.evaluation.stats import (
     bootstrap_seeds,
     decision,
     holm,
+    kendall,
     mcnemar,
     prompts_to_resolve,
     resample_counts,
     sign_flip,
+    spearman,
     verdict,
 )
 
@@ -198,3 +200,24 @@ def test_decisions():
     assert decision(0.1, 0.04) == "better"
     assert decision(-0.1, 0.04) == "worse"
     assert decision(0.1, 0.06) == "not resolved"
+
+
+def test_rank_correlations_by_hand():
+    assert kendall([1, 2, 3, 4], [1, 2, 4, 3]) == pytest.approx((5 - 1) / 6)
+    assert kendall([1, 2, 3], [3, 2, 1]) == -1
+    assert spearman([1, 2, 3, 4], [10, 20, 40, 30]) == pytest.approx(1 - 6 * 2 / (4 * 15))
+    assert np.isnan(kendall([1, 1, 1], [1, 2, 3]))
+    assert np.isnan(spearman([1, 1, 1], [1, 2, 3]))
+
+
+@pytest.mark.parametrize("levels", [2, 5, 40, 10**9])
+@pytest.mark.parametrize("size", [2, 3, 17, 400])
+def test_rank_correlations_agree_with_scipy(size, levels):
+    generator = np.random.default_rng(size + levels)
+    a = generator.integers(levels, size=size)
+    b = a // 2 + generator.integers(levels, size=size)
+    if len(set(a)) > 1 and len(set(b)) > 1:
+        assert kendall(a, b) == pytest.approx(scipy_stats.kendalltau(a, b).statistic)
+        assert spearman(a, b) == pytest.approx(scipy_stats.spearmanr(a, b).statistic)
+    else:
+        assert np.isnan(kendall(a, b))

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from croco.errors import UserError
 from croco.recipe import Evaluation, Prompts
+from croco.recipe_arena import Arena
 from croco.records import PROMPTS, ROLES, ledger
 from croco.sampling.seeds import digest
 from croco.stage import Work
@@ -46,9 +47,20 @@ def eval_prompts(work: Work) -> None:
     _stage(work, work.recipe.evaluation, "evaluation", work.recipe.evaluation_languages)
 
 
+def arena_prompts(work: Work) -> None:
+    """The arena's own prompts, in the languages it compares in."""
+    assert work.recipe.arena is not None
+    _stage(work, work.recipe.arena, "arena", work.recipe.arena_languages)
+
+
 def _stage(
-    work: Work, section: Prompts | Evaluation, key: str, languages: Sequence[str], shuffled: int | None = None
+    work: Work,
+    section: Prompts | Evaluation | Arena,
+    key: str,
+    languages: Sequence[str],
+    shuffled: int | None = None,
 ) -> None:
+    assert section.source is not None
     loaded = load(
         section.source,
         split=section.split,

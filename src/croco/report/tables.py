@@ -97,6 +97,8 @@ def boards(results: pl.DataFrame, arms: Sequence[str], codes: Sequence[str]) -> 
                 num_prompts,
             )
         metric = headline(benchmark)
+        if not any(metric in metrics for metrics in values.values()):
+            continue  # what it measures is no share of good completions and no mean score
         cells = {
             key: Cell(metrics[metric][0], _interval(metrics, "difference"),
                       _interval(metrics, "difference-to-best-base"), metrics[metric][1])
