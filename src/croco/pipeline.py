@@ -299,7 +299,7 @@ def nodes(recipe: Recipe) -> list[Node]:
 
 
 def _input_name(arm: str | None, before: Reference, follows: Sequence[Reference]) -> str:
-    """The only table of a kind that an arm's stage reads is "pair", of several its own; others are "pair/monolingual"."""
+    """An arm's own table of a kind is "pair", as is the only one that it reads; others are "pair/monolingual"."""
     name, its_arm = STANDS_FOR.get(before[0], before[0]), before[1]
     only = arm is not None and [kind for kind, _ in follows].count(before[0]) == 1
     return name if its_arm in (None, arm) or only else f"{name}/{its_arm}"
