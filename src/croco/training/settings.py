@@ -43,6 +43,7 @@ class TrainSettings:
     nll_weight: float = 0.0
     learning_rate: float = 5e-6
     epochs: int = 1
+    updates: int | None = None
     batch_pairs: int = 64
     max_tokens: int = 4096
     over_length: str = "drop"
