@@ -33,6 +33,7 @@ def examine(recipe: Recipe, measure: bool = False) -> Iterator[str]:
     for check in (
         lambda: _engines(recipe),
         lambda: servers(recipe),
+        lambda: _euroeval(recipe) if recipe.euroeval else (),
         lambda: _policy(recipe, rows),
         lambda: _translation(recipe, recipe.translate, rows[0]["messages"]) if recipe.translate else (),
         lambda: _reward(recipe, rows),
@@ -106,6 +107,17 @@ def servers(recipe: Recipe) -> Iterator[str]:
         found = Connection(getattr(recipe.runtime.servers, role), role, section.model)
         context = f", context {found.max_context} tokens" if found.max_context else ""
         yield f"server        {role}: {found.url} serves {found.served}{context}"
+
+
+def _euroeval(recipe: Recipe) -> Iterator[str]:
+    """EuroEval's environment, and what serves the policies that it asks."""
+    from croco.evaluation import euroeval
+
+    euroeval.check(recipe)
+    yield f"euroeval      {recipe.runtime.euroeval.python}"
+    for arm in recipe.runtime.euroeval.urls:
+        found = euroeval.named_server(recipe.runtime.euroeval, arm)
+        yield f"  {found.url} serves '{euroeval.model_name(arm)}', {found.max_context or 'unknown'} tokens at most"
 
 
 def _policy(recipe: Recipe, rows: Sequence[Prompt]) -> Iterator[str]:

@@ -103,3 +103,10 @@ def test_long_rows_go_by_segments_and_short_ones_by_a_mask():
     assert collate([pair(10, 10)] * 10, shared=True).by_segments  # one call for all of them
     assert not collate([pair(100, 100)], shared=True, packed=True).by_segments
     assert not collate([pair(100, 100)], shared=False).by_segments
+
+
+def test_as_many_updates_as_asked_for_whatever_the_number_of_pairs():
+    few, many = plan_steps(10, 4, 1, seed=0, updates=7), plan_steps(100, 4, 9, seed=0, updates=7)
+    assert (len(few), len(many)) == (7, 7)
+    assert few == plan_steps(10, 4, 3, seed=0)[:7]
+    assert sorted(pair for step in few[:3] for pair in step) == list(range(10))  # an epoch is an epoch

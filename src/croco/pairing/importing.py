@@ -115,7 +115,7 @@ def _completions(
         if "chosen" in row and "rejected" in row:
             yield from _of_pair(where, row, key)
         elif isinstance(row.get("completions"), list):
-            prompt = _prompt(where, _needed(where, row, "prompt", columns))
+            prompt = turns_of(where, _needed(where, row, "prompt", columns))
             for number, one in enumerate(row["completions"]):
                 here = f"{where}, completion {number + 1}"
                 if not isinstance(one, Mapping):
@@ -124,7 +124,7 @@ def _completions(
                     )
                 yield here, key, prompt, _found(here, one, columns, one)
         else:
-            prompt = _prompt(where, _needed(where, row, "prompt", columns))
+            prompt = turns_of(where, _needed(where, row, "prompt", columns))
             inner: Row = row
             if prompt[-1]["role"] == "assistant" and "completion" not in columns:
                 prompt, inner = prompt[:-1], {**row, "completion": prompt[-1]["content"]}
@@ -135,16 +135,16 @@ def _of_pair(
     where: str, row: Row, key: Key
 ) -> Iterator[tuple[str, Key, list[dict[str, str]], dict[str, Any]]]:
     """Both sides of a row in TRL's preference format, its prompt given or the part that both conversations share."""
-    prompt, sides = _sides(where, row)
+    prompt, sides = sides_of(where, row)
     for side, completion in sides.items():
         column = f"score_{side}" if f"score_{side}" in row else f"{side}_score"
         values = {"completion": completion, "score": row.get(column)}
         yield where, key, prompt, _found(f"{where}, {side}", values, {}, {})
 
 
-def _sides(where: str, row: Row) -> tuple[list[dict[str, str]], dict[str, str]]:
-    """The prompt of a row in TRL's preference format, and the completion of each side."""
-    turns = {side: _prompt(where, row[side], role="assistant") for side in ("chosen", "rejected")}
+def sides_of(where: str, row: Row) -> tuple[list[dict[str, str]], dict[str, str]]:
+    """The prompt of a row in the preference format, and the text of its chosen and its rejected completion."""
+    turns = {side: turns_of(where, row[side], role="assistant") for side in ("chosen", "rejected")}
     shared = turns["chosen"][:-1]
     if turns["rejected"][:-1] != shared:
         raise UserError(f"{where}: chosen and rejected differ before their last turn, expected one prompt")
@@ -155,7 +155,7 @@ def _sides(where: str, row: Row) -> tuple[list[dict[str, str]], dict[str, str]]:
             )
     # a column prompt may hold the first turn only: the conversations say more
     given = next((row[name] for name in NAMES["prompt"] if row.get(name)), None)
-    prompt = shared or (_prompt(where, given) if given is not None else [])
+    prompt = shared or (turns_of(where, given) if given is not None else [])
     if not prompt:
         raise UserError(f"{where}: found no prompt, expected one before the last turns or in a column prompt")
     return prompt, {side: said[-1]["content"] for side, said in turns.items()}
@@ -179,7 +179,7 @@ def import_pairs(
             if row.get("chosen") is None or row.get("rejected") is None:
                 there = ", ".join(map(str, row)) or "none"
                 raise UserError(f"{where}: no columns chosen and rejected with values (found: {there})")
-            prompt, sides = _sides(where, row)
+            prompt, sides = sides_of(where, row)
             named = {name: _named(row, name, columns) for name in ("prompt_id", "language")}
             for name, column in named.items():
                 if name in columns and column is None:
@@ -214,7 +214,7 @@ def _found(where: str, values: Row, columns: Mapping[str, str], row: Row) -> dic
         _needed(where, values, "score", columns),
     )
     if isinstance(completion, list):
-        turns = _prompt(where, completion, role="assistant")
+        turns = turns_of(where, completion, role="assistant")
         completion = turns[0]["content"] if len(turns) == 1 else None
     if not isinstance(completion, str):
         raise UserError(f"{where}: completion is {kind(completion)}, expected text")
@@ -257,7 +257,7 @@ def _text(where: str, row: Row, name: str, columns: Mapping[str, str]) -> str:
     return str(value)
 
 
-def _prompt(where: str, value: Any, role: str = "user") -> list[dict[str, str]]:
+def turns_of(where: str, value: Any, role: str = "user") -> list[dict[str, str]]:
     """Messages as they are, or a text as one turn."""
     if isinstance(value, str):
         return [{"role": role, "content": value}]

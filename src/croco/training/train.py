@@ -104,7 +104,7 @@ def train_pairs(
     check_trackers(trackers)
     training, validation, dropped = encode(model, tokenizer, pairs, settings, instructions)
     examples = training + validation
-    steps = plan_steps(len(training), settings.batch_pairs, settings.epochs, seed)
+    steps = plan_steps(len(training), settings.batch_pairs, settings.epochs, seed, settings.updates)
     scratch, metrics_file = folder / "scratch", folder / "metrics.jsonl"
     arguments = training_arguments(
         settings,
@@ -210,6 +210,8 @@ def train(work: Work) -> None:
         pairs=work.inputs["pair"],
         title=work.title,
         seed=work.seed,
+        start=work.inputs["train"] / "adapter" if "train" in work.inputs else None,
+        reference=work.settings.get("reference", "base"),
         reference_folder=work.recipe.folder / "reference",  # of every arm
     )
     with ExitStack() as stack:
