@@ -218,6 +218,7 @@ def theirs(case: Case, batch: int, *, cached: bool = True, grouped: bool = False
             use_cpu=case.device == "cpu", gradient_checkpointing=case.checkpointing, max_length=None,
             precompute_ref_log_probs=cached, precompute_ref_batch_size=batch, report_to="none", disable_tqdm=True,
             save_strategy="no", logging_strategy="no", seed=SEED, length_column_name="length",
+            remove_unused_columns=not grouped,  # or the lengths go before the sampler reads them
             train_sampling_strategy="group_by_length" if grouped else "random", dataloader_pin_memory=False,
         )  # fmt: skip
         began = now(case.device)
