@@ -1,8 +1,8 @@
 """The stage `euroeval`: structured tasks, by EuroEval as a program of its own, against a server of an arm's policy.
 
 One shard per dataset. EuroEval appends to its results file when a dataset is done, and the shard is written from that
-line; so a run that was killed goes on with the next dataset, and inside a dataset EuroEval's own cache of completions
-helps. What is in the file is checked by `euroeval_records`, EuroEval's environment is made by `euroeval_install`.
+line; so a run that was killed goes on with the next dataset, and inside a dataset EuroEval keeps the completions of
+finished iterations. What is in the file is checked by `euroeval_records`, EuroEval's environment is made by `euroeval_install`.
 """
 
 from __future__ import annotations
