@@ -20,6 +20,22 @@ def _check_replicas(value: Any) -> Any:
 Replicas = Annotated[int | Literal["auto"], PlainValidator(_check_replicas)]
 
 
+def _check_tokens(value: Any) -> Any:
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+        return value
+    raise ValueError(f"found {value!r}, expected a number of tokens or 'auto'")
+
+
+def _check_switch(value: Any) -> Any:
+    if value == "auto" or isinstance(value, bool):
+        return value
+    raise ValueError(f"found {value!r}, expected true, false or 'auto'")
+
+
+Tokens = Annotated[int | Literal["auto"], PlainValidator(_check_tokens)]
+Switch = Annotated[bool | Literal["auto"], PlainValidator(_check_switch)]
+
+
 def _check_address(url: str) -> str:
     parts = urlsplit(url)
     if url and (parts.scheme not in ("http", "https") or not parts.hostname):
@@ -121,12 +137,18 @@ class Runtime(Section):
         1  # workers, each with an engine of its own; "auto" is one per GPU (or group of GPUs)
     )
     ray: Ray = Ray()
+    seeds_at_once: Positive = 1  # of a study, each in a process of its own
     device: str = "auto"
     token_budget: Positive = 16384  # tokens per sampling or scoring batch
-    micro_batch_tokens: Positive = 4096  # tokens per training forward
+    # tokens per training forward; "auto" is what the free memory holds, of 16384 at most
+    micro_batch_tokens: Tokens = 4096
     shard_prompts: Positive = 64
     threads: Positive | None = None  # of torch; null leaves torch's own choice
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Switch = False  # "auto" is where it is needed to fit
+    train_processes: Replicas = 1  # that tune one policy together; "auto" is one per GPU
+    accelerate_config: str | None = None  # a file of `accelerate config`: FSDP, DeepSpeed, several machines
+    trackers: Annotated[tuple[str, ...], Field(strict=False)] = ()  # "tensorboard", "wandb", "trackio", …
+    checkpoint_minutes: Annotated[float, Field(gt=0)] = 15.0  # of tuning that a kill may cost
 
     @model_validator(mode="after")
     def _servers_have_addresses(self) -> Runtime:

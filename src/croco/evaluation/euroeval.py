@@ -55,7 +55,7 @@ def check(recipe: Recipe) -> None:
             f"expected EuroEval's Python: run `croco euroeval install`"
         )
     _key(runtime)
-    if set(runtime.urls) != {BASE, *recipe.arms}:
+    if set(runtime.urls) != {BASE, *recipe.evaluated_arms}:
         serving.check(runtime.vllm_python, "runtime.euroeval.vllm_python")
 
 

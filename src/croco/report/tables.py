@@ -97,6 +97,8 @@ def boards(results: pl.DataFrame, arms: Sequence[str], codes: Sequence[str]) -> 
                 num_prompts,
             )
         metric = headline(benchmark)
+        if not any(metric in metrics for metrics in values.values()):
+            continue  # what it measures is no share of good completions and no mean score
         cells = {
             key: Cell(metrics[metric][0], _interval(metrics, "difference"),
                       _interval(metrics, "difference-to-best-base"), metrics[metric][1])
@@ -205,11 +207,13 @@ def results_markdown(run_folder: Path) -> str:
         f"# {recipe.run.name}\n\nMade by `croco run` and `croco report {recipe.folder} --markdown FILE`, never "
         f"by hand. {made['machine']}; {versions}.\n"
     ]
-    for board in boards(results, list(recipe.arms), recipe.run.evaluated):
+    for board in boards(results, recipe.evaluated_arms, recipe.run.evaluated):
         num_prompts = max(cell.num_prompts for cell in board.cells.values())
         unit = "percent of completions that are good" if board.is_share else "mean score"
         parts.append(f"### {board.title}\n\nIn {unit}; {num_prompts} prompts, 95 % intervals over prompts.\n")
-        parts.append("\n".join(f"- **{arm}**: {sentence(board, arm)}" for arm in recipe.arms) + "\n")
+        parts.append(
+            "\n".join(f"- **{arm}**: {sentence(board, arm)}" for arm in recipe.evaluated_arms) + "\n"
+        )
         parts.append(_markdown_table(board, board.groups, differences=False))
         parts.append("Differences from the base at the same temperature, and from the base at its best temperature ("
                      + ", ".join(f"{scope}: {temperature_name(board.best_base[scope])}" for scope in board.groups
