@@ -14,6 +14,7 @@ from croco import pipeline, store
 from croco.executor import described
 from croco.prompts import load as prompts_load
 from croco.recipe import Evaluation, Prompts, Recipe
+from croco.recipe_arena import Arena
 from croco.stage import Node
 from croco.standing import Status
 
@@ -87,6 +88,8 @@ def cost(recipe: Recipe, rates: Mapping[str, float]) -> Iterator[str]:
             f"evaluate: {test:,} prompts in {len(recipe.run.evaluated)} languages, {len(recipe.arms)} arms and "
             f"the base: {completions:,} completions, at most {completions * evaluation.max_new_tokens:,} tokens"
         )
+    if recipe.arena is not None:
+        yield _comparisons(recipe, test)
     if tuning is None or test is None:
         yield "prompts of a hub dataset without a limit are not counted here"
     hours = []
@@ -113,8 +116,28 @@ def _translations(stage: str, prompts: int, source: str, languages: Sequence[str
     return f"{stage}: {prompts:,} prompts from {source} into {targets} languages = {prompts * targets:,} translations"
 
 
-def _num_prompts(section: Prompts | Evaluation, key: str, languages: tuple[str, ...]) -> int | None:
+def _comparisons(recipe: Recipe, test: int | None) -> str:
+    """What a judge is asked at most; the same text twice is not asked about."""
+    arena = recipe.arena
+    assert arena is not None
+    languages, judge = (
+        recipe.arena_languages,
+        "the lab" if arena.judge == "lab" else str(recipe.judge and recipe.judge.model),
+    )
+    if arena.source:
+        prompts = _num_prompts(arena, "arena", languages)
+    else:
+        prompts = None if test is None else test // len(recipe.run.evaluated) * len(languages)
+        if arena.limit is not None and prompts is not None:
+            prompts = min(prompts, arena.limit * len(languages))
+    count = "prompts" if prompts is None else f"{prompts:,} prompts"
+    asked = "" if prompts is None else f": at most {2 * prompts * len(recipe.arms):,} judgements"
+    return f"arena: {count} in {len(languages)} languages, {len(recipe.arms)} arms, both orders, by {judge}{asked}"
+
+
+def _num_prompts(section: Prompts | Evaluation | Arena, key: str, languages: tuple[str, ...]) -> int | None:
     """Rows (prompts × languages) that a section gives; None when only the hub knows."""
+    assert section.source is not None
     if section.source.startswith("hf:"):
         return None if section.limit is None else section.limit * len(languages)
     loaded = prompts_load.load(

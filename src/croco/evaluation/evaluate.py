@@ -243,7 +243,7 @@ def results(work: Work) -> None:
         table = summarise(verdicts, groups, work.seed, work.recipe.evaluation.bootstrap)
         if work.recipe.arena is not None:
             compared = pl.concat([read_table(work.inputs[f"arena/{arm}"]) for arm in work.recipe.arms])
-            compared, num_left_out = compared_in_all_arms(compared)
+            compared, num_left_out = compared_in_all_arms(compared, list(work.recipe.arms))
             work.record(comparisons_left_out=num_left_out)
             rows = arena_rows(compared, groups, work.seed, work.recipe.evaluation.bootstrap)
             table = pl.concat([table, rows.select(table.columns)], how="vertical_relaxed")
