@@ -16,7 +16,7 @@ ONLY_IN = {
     "ray": ("engines/ray.py",),
     "peft": ("training/lora.py",),
     "httpx2": ("engines/wire.py",),
-    "euroeval": (),
+    "euroeval": ("evaluation/euroeval_program.py",),
     "trl": ("lab/build.py",),
 }
 # rooms of pure numbers: no engine, no model library
@@ -29,8 +29,13 @@ LIGHT = (
     "cli.py",
     "errors.py",
     "recipe.py",
+    "recipe_arms.py",
+    "recipe_models.py",
+    "recipe_euroeval.py",
     "recipe_arena.py",
     "recipe_runtime.py",
+    "recipe_sweep.py",
+    "recipe_sentinel.py",
     "recipe_errors.py",
     "languages.py",
 )

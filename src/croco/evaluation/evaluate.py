@@ -20,7 +20,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from croco.engines import open_sampler, open_scorer
+from croco.engines import open_sampler, open_scorer, tuned_weights
 from croco.engines.base import Decoding, Scorer
 from croco.evaluation.arena_results import arena_rows, compared_in_all_arms
 from croco.evaluation.fidelity import found_languages, language_mode
@@ -56,7 +56,7 @@ def evaluate(work: Work) -> None:
     temperatures = sorted(work.settings["temperatures"])
     batches = partial(read_batches, prompts, temperatures, recipe)
     sizes = [batch.prompts.height * batch.samples for batch in batches()]
-    adapter = None if work.arm == BASE else work.inputs["train"] / "adapter"
+    adapter = None if work.arm == BASE else tuned_weights(work.inputs["train"])
     draft = partial(draft_path, work.scratch())
     compute(
         work,
@@ -232,7 +232,7 @@ def tabulate(
 def results(work: Work) -> None:
     """Write the results table over all arms: shares or scores, mode shares, and differences from the base."""
     run = work.recipe.run
-    arms = [BASE, *work.recipe.arms]
+    arms = [BASE, *work.recipe.evaluated_arms]
     columns = [name for name in VERDICTS.schema.names if name not in ("completion", "finish_reason")]
     todo = work.todo(1)
     if todo:
@@ -241,9 +241,16 @@ def results(work: Work) -> None:
         verdicts, num_left_out = on_common_prompts(verdicts)
         work.record(prompts_left_out=num_left_out)
         table = summarise(verdicts, groups, work.seed, work.recipe.evaluation.bootstrap)
+        if work.recipe.euroeval is not None:
+            from croco.evaluation.euroeval_records import in_all_arms
+
+            tables = [read_table(work.inputs[f"euroeval/{arm}"]) for arm in arms]
+            tasks, left_out = in_all_arms(pl.concat(tables), len(arms))
+            work.record(datasets_left_out=left_out)
+            table = pl.concat([table, tasks.select(table.columns)], how="vertical_relaxed")
         if work.recipe.arena is not None:
-            compared = pl.concat([read_table(work.inputs[f"arena/{arm}"]) for arm in work.recipe.arms])
-            compared, num_left_out = compared_in_all_arms(compared, list(work.recipe.arms))
+            compared = pl.concat([read_table(work.inputs[f"arena/{arm}"]) for arm in arms[1:]])
+            compared, num_left_out = compared_in_all_arms(compared, arms[1:])
             work.record(comparisons_left_out=num_left_out)
             rows = arena_rows(compared, groups, work.seed, work.recipe.evaluation.bootstrap)
             table = pl.concat([table, rows.select(table.columns)], how="vertical_relaxed")

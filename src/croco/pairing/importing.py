@@ -20,6 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pyarrow as pa
 
 from croco import store
@@ -143,16 +144,67 @@ def _of_pair(
 
 def sides_of(where: str, row: Row) -> tuple[list[dict[str, str]], dict[str, str]]:
     """The prompt of a row in the preference format, and the text of its chosen and its rejected completion."""
-    sides = {side: turns_of(where, row[side], role="assistant") for side in ("chosen", "rejected")}
-    shared = sides["chosen"][:-1]
-    if sides["rejected"][:-1] != shared:
+    turns = {side: turns_of(where, row[side], role="assistant") for side in ("chosen", "rejected")}
+    shared = turns["chosen"][:-1]
+    if turns["rejected"][:-1] != shared:
         raise UserError(f"{where}: chosen and rejected differ before their last turn, expected one prompt")
+    for side, said in turns.items():
+        if said[-1]["role"] != "assistant":
+            raise UserError(
+                f"{where}: {side} ends with the {said[-1]['role']}'s turn, expected the assistant's"
+            )
     # a column prompt may hold the first turn only: the conversations say more
-    given = row.get("prompt") or row.get("messages")
-    prompt = shared or (turns_of(where, given) if given else [])
+    given = next((row[name] for name in NAMES["prompt"] if row.get(name)), None)
+    prompt = shared or (turns_of(where, given) if given is not None else [])
     if not prompt:
         raise UserError(f"{where}: found no prompt, expected one before the last turns or in a column prompt")
-    return prompt, {side: turns[-1]["content"] for side, turns in sides.items()}
+    return prompt, {side: said[-1]["content"] for side, said in turns.items()}
+
+
+def import_pairs(
+    sources: Sequence[Path], columns: Mapping[str, str] | None = None, language: str | None = None
+) -> pl.DataFrame:
+    """Preference pairs of any tool, chosen and rejected in a row, as a table that training reads.
+
+    Columns: prompt_id, language, messages, chosen, rejected, and where a file has them chosen_ids, rejected_ids, and
+    language and finish reason of each side. Without an id a prompt is known by a digest of its messages, since nothing
+    is joined here; without a language it is "und". Raises UserError naming file and row for what is missing.
+    """
+    columns = columns or {}
+    found = []
+    for source in sources:
+        for where, row in file_rows(source):
+            if not isinstance(row, Mapping):
+                raise UserError(f"{where}: expected an object, found {kind(row)}")
+            if row.get("chosen") is None or row.get("rejected") is None:
+                there = ", ".join(map(str, row)) or "none"
+                raise UserError(f"{where}: no columns chosen and rejected with values (found: {there})")
+            prompt, sides = sides_of(where, row)
+            named = {name: _named(row, name, columns) for name in ("prompt_id", "language")}
+            for name, column in named.items():
+                if name in columns and column is None:
+                    raise UserError(f"{where}: no {name} in column {columns[name]}")
+            found.append(
+                {
+                    "prompt_id": _text(where, row, "prompt_id", columns)
+                    if named["prompt_id"]
+                    else digest(prompt),
+                    "language": _text(where, row, "language", columns)
+                    if named["language"]
+                    else language or "und",
+                    "messages": prompt,
+                    **sides,
+                    **{name: row[name] for name in _BESIDE if row.get(name) is not None},
+                }
+            )
+    if not found:
+        raise UserError(f"{', '.join(map(str, sources))}: no rows, expected preference pairs")
+    return pl.DataFrame(found, infer_schema_length=None)
+
+
+_BESIDE = tuple(
+    f"{side}_{name}" for side in ("chosen", "rejected") for name in ("ids", "language", "finish_reason")
+)
 
 
 def _found(where: str, values: Row, columns: Mapping[str, str], row: Row) -> dict[str, Any]:

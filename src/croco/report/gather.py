@@ -16,10 +16,10 @@ from typing import Any
 import polars as pl
 
 from croco import store
+from croco.arms import scores_of as scores_read_by
 from croco.errors import UserError
 from croco.pairing.gather import gather, locate
 from croco.pipeline import STAGES
-from croco.pipeline import scores_of as scores_read_by
 from croco.recipe import Recipe, load
 from croco.sampling.seeds import digest
 
@@ -64,7 +64,6 @@ def read_run(folder: Path) -> Run:
                 stages[title] = store.read_json(folder / title / "stage.json")
     for needed in [
         "prompts",
-        "sample",
         "results",
         *(f"{s}/{arm}" for arm in recipe.arms for s in ("pair", "train")),
     ]:
@@ -85,7 +84,7 @@ def _steps(folder: Path, recipe: Recipe, stages: Mapping[str, Mapping[str, Any]]
     own = [
         f"{stage}/{arm}"
         for arm in recipe.arms
-        for stage in ("score", "pair", "train")
+        for stage in ("sample", "score", "pair", "train")
         if f"{stage}/{arm}" in stages
     ]
     steps = []

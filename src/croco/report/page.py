@@ -72,7 +72,7 @@ def report(work: Work) -> None:
 def build_page(run_folder: Path) -> str:
     """The page of a finished run, as HTML. Raises UserError when the run is not complete."""
     run = read_run(run_folder)
-    found = boards(run.results, list(run.recipe.arms), run.recipe.run.evaluated)
+    found = boards(run.results, run.recipe.evaluated_arms, run.recipe.run.evaluated)
     environment = Environment(
         autoescape=True,
         undefined=StrictUndefined,
@@ -129,7 +129,7 @@ def _facts(run: Run, board: Board) -> list[tuple[str, str]]:
         ),
         (
             "completions",
-            f"{_written(run, 'sample', 'completion'):,} ({recipe.sampling.completions} a prompt)",
+            f"{_sampled(run):,} ({recipe.sampling.completions} a prompt)",
         ),
         ("test prompts", f"{num_tests:,} per language"),
         ("time of all stages", duration(seconds)),
@@ -146,12 +146,26 @@ def _written(run: Run, stage: str, unit: str) -> int:
     return int(run.stages[stage]["counts"].get("written", {}).get(unit, 0))
 
 
+def _sampled(run: Run) -> int:
+    """Completions of the base and of arms that have their own."""
+    return sum(_written(run, name, "completion") for name in run.stages if name.split("/")[0] == "sample")
+
+
+SCORERS = {
+    "reward": "reward model",
+    "random": "random score",
+    "likelihood": "policy's own likelihood",
+    "likelihood-sum": "policy's own likelihood, summed",
+    "verified": "verified quality",
+    "implicit": "implicit reward",
+    "alignment": "alignment with English",
+}
+
+
 def about(arm: Arm) -> str:
     """An arm in a few words: its pool, scorer, rule and method."""
     pool = "all languages" if arm.pool == "all" else "one language"
-    scorer = {"reward": "reward model", "random": "random score", "likelihood": "policy's own likelihood"}[
-        arm.scorer
-    ]
+    scorer = SCORERS[arm.scorer]
     loss = (
         arm.training.method
         if arm.training.method == "sft"
@@ -179,7 +193,8 @@ def _scope_sizes(run: Run) -> dict[str, str]:
 def _verdicts(run: Run, found: list[Board]) -> dict[str, Any]:
     board = found[0]
     arms = []
-    for name, arm in run.recipe.arms.items():
+    for name in run.recipe.evaluated_arms:
+        arm = run.recipe.arms[name]
         to_best = sentence(board, name, to_best=True)
         to_best = to_best[:1].lower() + to_best[1:] if board.best_base else ""
         arms.append(

@@ -104,6 +104,8 @@ def boards(results: pl.DataFrame, arms: Sequence[str], codes: Sequence[str]) -> 
                       _interval(metrics, "difference-to-best-base"), metrics[metric][1])
             for key, metrics in values.items() if metric in metrics
         }  # fmt: skip
+        if not cells:  # EuroEval's, which `tasks` shows
+            continue
         settings = sorted({key[:2] for key in cells}, key=lambda s: (order.get(s[0], len(order)), s))
         scopes = sorted({key[2] for key in cells}, key=lambda s: (scope_order.get(s, len(scope_order)), s))
         if len([scope for scope in scopes if scope in GROUPS]) == 2:
@@ -195,6 +197,7 @@ def results_markdown(run_folder: Path) -> str:
     intervals.
     """
     from croco.recipe import load
+    from croco.report.tasks import tasks_markdown
 
     recipe = load(run_folder / "recipe.json")
     results = read_table(run_folder / "results")
@@ -204,11 +207,13 @@ def results_markdown(run_folder: Path) -> str:
         f"# {recipe.run.name}\n\nMade by `croco run` and `croco report {recipe.folder} --markdown FILE`, never "
         f"by hand. {made['machine']}; {versions}.\n"
     ]
-    for board in boards(results, list(recipe.arms), recipe.run.evaluated):
+    for board in boards(results, recipe.evaluated_arms, recipe.run.evaluated):
         num_prompts = max(cell.num_prompts for cell in board.cells.values())
         unit = "percent of completions that are good" if board.is_share else "mean score"
         parts.append(f"### {board.title}\n\nIn {unit}; {num_prompts} prompts, 95 % intervals over prompts.\n")
-        parts.append("\n".join(f"- **{arm}**: {sentence(board, arm)}" for arm in recipe.arms) + "\n")
+        parts.append(
+            "\n".join(f"- **{arm}**: {sentence(board, arm)}" for arm in recipe.evaluated_arms) + "\n"
+        )
         parts.append(_markdown_table(board, board.groups, differences=False))
         parts.append("Differences from the base at the same temperature, and from the base at its best temperature ("
                      + ", ".join(f"{scope}: {temperature_name(board.best_base[scope])}" for scope in board.groups
@@ -216,6 +221,7 @@ def results_markdown(run_folder: Path) -> str:
         parts.append(_markdown_table(board, board.groups, differences=True))
         parts.append(_markdown_table(board, board.languages, differences=False))
         parts.append(_mode_table(board, mode_shares(results, board.benchmark)))
+    parts.append(tasks_markdown(run_folder, recipe))
     return "\n".join(parts)
 
 

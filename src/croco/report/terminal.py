@@ -21,7 +21,7 @@ def results_table(run_folder: Path) -> Table:
     beneath.
     """
     recipe = load(run_folder / "recipe.json")
-    found = boards(read_table(run_folder / "results"), list(recipe.arms), recipe.run.evaluated)
+    found = boards(read_table(run_folder / "results"), recipe.evaluated_arms, recipe.run.evaluated)
     scopes = found[0].groups
     unit = "% good" if found[0].is_share else "mean score"
     table = Table(
