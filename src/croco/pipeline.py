@@ -171,7 +171,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         name="train",
-        version=1,
+        version=2,
         function="croco.training.train:train",
         table="",
         settings=science.train_settings,
