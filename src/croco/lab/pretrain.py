@@ -128,8 +128,9 @@ def batches(
 
 def new_optimizers(model: torch.nn.Module, peak: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the layers, AdamW for embeddings and norms."""
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
-    others = [p for n, p in model.named_parameters() if not (p.ndim == 2 and "embed" not in n)]
+    matrices, others = [], []
+    for name, p in model.named_parameters():  # "shared" is the embedding of encoder and decoder
+        (matrices if p.ndim == 2 and "embed" not in name and "shared" not in name else others).append(p)
     return [
         torch.optim.Muon(matrices, lr=peak, weight_decay=0.0),
         torch.optim.AdamW(others, lr=0.25 * peak, betas=(0.9, 0.98), weight_decay=0.0),
