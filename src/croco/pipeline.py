@@ -1,7 +1,9 @@
 """The stages in order, on one screen; then what a recipe makes of them: plan them, run them.
 
     prompts (→ translate) → sample → score → pair → train ─┐
-    eval-prompts (→ eval-translate) ───────────────────────┴→ evaluate → results → report
+    eval-prompts (→ eval-translate) ───────────────────────┴→ evaluate (→ arena, euroeval) → results → report
+
+[arena] may have prompts of its own, or completions of its own: then arena-prompts and arena-sample come before it.
 
 What enters a stage's fingerprint is `science.py`, what a stage is `stage.py`. Nothing here computes: a stage's function
 is imported when it runs.
@@ -37,6 +39,33 @@ def eval_translated(recipe: Recipe) -> list[str | None]:
     return [None] if recipe.translate and recipe.translate.evaluation else []
 
 
+def euroeval_arms(recipe: Recipe) -> list[str | None]:
+    return arms.evaluated_arms(recipe) if recipe.euroeval else []
+
+
+def arena_arms(recipe: Recipe) -> list[str | None]:
+    return [*recipe.evaluated_arms] if recipe.arena else []
+
+
+def arena_prompts(recipe: Recipe) -> list[str | None]:
+    return [None] if recipe.arena and recipe.arena.source else []
+
+
+def arena_sampled(recipe: Recipe) -> list[str | None]:
+    """Nothing is sampled again where `evaluate` has drawn the same greedy completions."""
+    if recipe.arena is None:
+        return []
+    evaluation, limit = recipe.evaluation, recipe.arena.max_new_tokens
+    same = 0.0 in evaluation.temperatures and limit in (None, evaluation.max_new_tokens)
+    return [] if same and not recipe.arena.source else arms.evaluated_arms(recipe)
+
+
+def compared_from(recipe: Recipe, arm: str | None) -> list[Reference]:
+    """What an arm's comparisons are made of: prompts, and the completions of the base and of the arm."""
+    drawn = "arena-sample" if arena_sampled(recipe) else "evaluate"
+    return [arena_prompts_of(recipe), (drawn, "base"), (drawn, arm)]
+
+
 # a translated table stands in for the one it was made from: those that read it know it by the same name
 STANDS_FOR = {"translate": "prompts", "eval-translate": "eval-prompts"}
 
@@ -53,6 +82,10 @@ def sampled_from(recipe: Recipe, arm: str | None) -> list[Reference]:
     """The prompts, and the adapter of the arm whose policy samples."""
     start = arms.arm_of(recipe, arm).start if arm else None
     return [prompts_of(recipe)] + ([("train", start)] if start else [])
+
+
+def arena_prompts_of(recipe: Recipe) -> Reference:
+    return ("arena-prompts", None) if arena_prompts(recipe) else eval_prompts_of(recipe)
 
 
 def scored_from(recipe: Recipe, arm: str | None) -> list[Reference]:
@@ -166,7 +199,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         name="evaluate",
-        version=1,
+        version=2,
         function="croco.evaluation.evaluate:evaluate",
         table="verdicts",
         settings=science.evaluate_settings,
@@ -174,13 +207,52 @@ STAGES: tuple[Stage, ...] = (
         arms=arms.evaluated_arms,
     ),
     Stage(
-        name="results",
+        name="euroeval",
         version=1,
+        function="croco.evaluation.euroeval:euroeval",
+        table="results",
+        settings=science.euroeval_settings,
+        follows=lambda recipe, arm: [] if arm == "base" else [("train", arm)],
+        arms=euroeval_arms,
+    ),
+    Stage(
+        name="arena-prompts",
+        version=1,
+        function="croco.prompts.load:arena_prompts",
+        table="prompts",
+        settings=science.arena_prompts_settings,
+        follows=lambda recipe, arm: [],
+        arms=arena_prompts,
+    ),
+    Stage(
+        name="arena-sample",
+        version=1,
+        function="croco.evaluation.arena:sample",
+        table="completions",
+        settings=science.arena_sample_settings,
+        follows=lambda recipe, arm: [arena_prompts_of(recipe)] + ([] if arm == "base" else [("train", arm)]),
+        arms=arena_sampled,
+    ),
+    Stage(
+        name="arena",
+        version=1,
+        function="croco.evaluation.arena:arena",
+        table="comparisons",
+        settings=science.arena_settings,
+        follows=compared_from,
+        arms=arena_arms,
+    ),
+    Stage(
+        name="results",
+        version=2,
         function="croco.evaluation.evaluate:results",
         table="results",
         settings=science.results_settings,
         follows=lambda recipe, arm: (
-            [eval_prompts_of(recipe)] + [("evaluate", name) for name in arms.evaluated_arms(recipe)]
+            [eval_prompts_of(recipe)]
+            + [("evaluate", name) for name in arms.evaluated_arms(recipe)]
+            + [("euroeval", name) for name in euroeval_arms(recipe)]
+            + [("arena", name) for name in arena_arms(recipe)]
         ),
     ),
     Stage(
@@ -214,7 +286,8 @@ def nodes(recipe: Recipe) -> list[Node]:
         """The node, after all that it reads: an arm that starts from another one comes after its training."""
         if (name, arm) not in made:
             stage, folder = _BY_NAME[name], recipe.folder / name
-            inputs = {_input_name(arm, before): make(*before) for before in stage.follows(recipe, arm)}
+            follows = stage.follows(recipe, arm)
+            inputs = {_input_name(arm, before, follows): make(*before) for before in follows}
             where = folder if arm is None else folder / arm
             made[name, arm] = Node(stage, arm, where, stage.settings(recipe, arm), inputs)
         return made[name, arm]
@@ -225,10 +298,11 @@ def nodes(recipe: Recipe) -> list[Node]:
     return list(made.values())
 
 
-def _input_name(arm: str | None, before: Reference) -> str:
-    """An arm's stage reads one table of a kind, "pair"; one for all arms reads several, "pair/monolingual"."""
+def _input_name(arm: str | None, before: Reference, follows: Sequence[Reference]) -> str:
+    """An arm's own table of a kind is "pair", as is the only one that it reads; others are "pair/monolingual"."""
     name, its_arm = STANDS_FOR.get(before[0], before[0]), before[1]
-    return name if its_arm is None or arm is not None else f"{name}/{its_arm}"
+    only = arm is not None and [kind for kind, _ in follows].count(before[0]) == 1
+    return name if its_arm in (None, arm) or only else f"{name}/{its_arm}"
 
 
 def plan(recipe: Recipe) -> list[tuple[Node, Status]]:
@@ -246,6 +320,7 @@ def run(
         last = todo.index(_of_stage(todo, until)[-1])
         todo = todo[: last + 1]
     set_threads(recipe)
+    check_euroeval(todo, recipe)
     with stages.lock(recipe.folder):
         _stop_or_clear(todo, rebuild, say)
         keep_recipe(recipe)
@@ -269,6 +344,7 @@ def run_stage(
         if not todo:
             raise UserError(f"--arm {arm}: {name} has no such arm")
     set_threads(recipe)
+    check_euroeval(todo, recipe)
     with stages.lock(recipe.folder):
         for node in todo:
             for before in node.inputs.values():
@@ -283,12 +359,20 @@ def run_stage(
             run_node(node, recipe, say)
 
 
+def check_euroeval(todo: Sequence[Node], recipe: Recipe) -> None:
+    """Raise UserError when the stage euroeval would run and lacks its environment or servers."""
+    if any(node.stage.name == "euroeval" and standing.status(node).kind != "complete" for node in todo):
+        from croco.evaluation import euroeval
+
+        euroeval.check(recipe)
+
+
 def _of_stage(every: Sequence[Node], name: str) -> list[Node]:
     """The nodes of one stage; raises UserError when there is no such stage or the recipe has no use for it."""
     found = [node for node in every if node.stage.name == known_stage(name).name]
     if not found:
         raise UserError(
-            f"{name}: nothing to do, the recipe does not ask for it (see its section [translate])"
+            f"{name}: nothing to do, the recipe does not ask for it (see [translate], [arena] and [euroeval])"
         )
     return found
 

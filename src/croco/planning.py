@@ -15,6 +15,7 @@ from croco.executor import described
 from croco.prompts import load as prompts_load
 from croco.recipe import Evaluation, Prompts, Recipe
 from croco.recipe_arms import languages_of
+from croco.recipe_euroeval import EuroEval
 from croco.stage import Node
 from croco.standing import Status
 
@@ -26,6 +27,12 @@ MISFIT = "DOES NOT FIT"  # at most; what `croco doctor` ends on
 
 def describe(recipe: Recipe) -> Iterator[str]:
     """Lines for a person: the stages, then counts, tokens and disk."""
+    if recipe.study:
+        from croco.study.run import parts
+
+        for part, _ in parts(recipe):
+            yield from describe(part)
+        return
     planned = pipeline.plan(recipe)
     yield f"{recipe.folder}"
     for node, status in planned:
@@ -96,6 +103,8 @@ def cost(recipe: Recipe, rates: Mapping[str, float]) -> Iterator[str]:
             f"evaluate: {test:,} prompts in {len(recipe.run.evaluated)} languages, {num_arms} arms and "
             f"the base: {completions:,} completions, at most {completions * evaluation.max_new_tokens:,} tokens"
         )
+    if recipe.euroeval is not None:
+        yield _structured_tasks(recipe, recipe.euroeval)
     if tuning is None or test is None:
         yield "prompts of a hub dataset without a limit are not counted here"
     hours = []
@@ -135,8 +144,19 @@ def _trained(recipe: Recipe, tuning: int) -> str:
         pools = {"language": languages, "all": 1}[arm.pool] if isinstance(arm.pool, str) else len(arm.pool)
         prompts = tuning // len(recipe.run.languages) // (arm.part[1] if arm.part else 1)
         shown = languages if arm.prompt == "each" and arm.pool == "all" else 1
-        total += prompts * pools * arm.pairs_per_pool * shown * arm.training.epochs
+        training = arm.training
+        whole = prompts * pools * arm.pairs_per_pool * shown * training.epochs
+        total += training.updates * training.batch_pairs if training.updates else whole
     return f"train: {len(recipe.arms)} arms, at most {total:,} pairs, epochs counted"
+
+
+def _structured_tasks(recipe: Recipe, section: EuroEval) -> str:
+    """What EuroEval is asked to do, and the languages that it has nothing for."""
+    datasets = {language: section.datasets_of(language) for language in recipe.run.evaluated}
+    none = ", ".join(language for language, names in datasets.items() if not names)
+    count, num_arms = sum(map(len, datasets.values())), len(recipe.evaluated_arms)
+    uncovered = f"; not covered: {none}" if none else ""
+    return f"euroeval: {count} datasets × {section.iterations} iterations, {num_arms} arms and the base{uncovered}"
 
 
 def _translations(stage: str, prompts: int, source: str, languages: Sequence[str]) -> str:

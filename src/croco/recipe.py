@@ -17,9 +17,13 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from croco import languages
 from croco.errors import UserError
 from croco.pairing import rules
+from croco.recipe_arena import Arena
 from croco.recipe_arms import Alignment, Name, Origin, Strings, Sweep, check_arms
+from croco.recipe_euroeval import EuroEval
 from croco.recipe_models import Causal, Model
 from croco.recipe_runtime import Positive, Runtime, Section
+from croco.recipe_sentinel import Sentinel
+from croco.recipe_study import Study, check_study
 from croco.recipe_sweep import expanded
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -62,7 +66,10 @@ class Run(Section):
 class Prompts(Section):
     source: str = "lab"  # "lab", a .jsonl or .parquet file with messages, or "hf:NAME"
     split: str = "train"  # of the lab or a hub dataset; files have none
-    limit: Positive | None = None  # prompts per language, the first ones in the source's order
+    limit: Positive | None = None  # prompts per language, the first ones
+    order: Literal["source", "seed"] = (
+        "source"  # "seed": shuffled by run.seed, so that another seed tunes on others
+    )
     id_column: str = "prompt_id"
     language_column: str = "language"
 
@@ -135,18 +142,26 @@ class Lora(Section):
 
 class Training(Section):
     method: Literal["dpo", "sft"] = "dpo"
-    loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    loss: Literal["sigmoid", "ipo", "hinge", "robust", "apo_zero", "simpo", "sigmoid_norm"] = "sigmoid"
     beta: Annotated[float, Field(gt=0)] = 0.1
+    # loss "robust": the share of pairs whose label is wrong
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    simpo_gamma: Annotated[float, Field(ge=0)] = 0.5  # loss "simpo": the margin aimed at
     nll_weight: Annotated[float, Field(ge=0)] = 0.0
     learning_rate: Annotated[float, Field(gt=0)] = 5e-6
     epochs: Positive = 1
+    updates: Positive | None = None  # optimiser steps, whatever the number of pairs; null is what epochs make
     batch_pairs: Positive = 64  # pairs per optimiser step
-    max_tokens: Positive = 4096  # prompt and completion; a longer pair goes to the ledger
+    max_tokens: Positive = 4096  # prompt and completion
+    # what becomes of a longer pair: to the ledger, or its completions lose their ends (counted)
+    over_length: Literal["drop", "truncate"] = "drop"
     warmup_ratio: Share = 0.05
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     scheduler: Literal["cosine", "linear", "constant"] = "cosine"
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    full: bool = False  # tune all weights instead of adapters; [training.lora] is not read then
     lora: Lora = Lora()
+    sentinel: Sentinel = Sentinel()
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
@@ -243,8 +258,11 @@ class Recipe(Section):
     guards: Guards = Guards()
     training: Training = Training()
     evaluation: Evaluation = Evaluation()
+    euroeval: EuroEval | None = None
+    arena: Arena | None = None
     arms: dict[Name, Arm] = Field(default_factory=dict, min_length=1)
     sweep: dict[str, Sweep] = Field(default_factory=dict)  # grids of arms, as they were made
+    study: Study | None = None
     runtime: Runtime = Runtime()
 
     @property
@@ -268,6 +286,11 @@ class Recipe(Section):
         """The arms whose policies answer the test prompts; the others are steps on the way to them."""
         return [name for name, arm in self.arms.items() if arm.evaluated]
 
+    @property
+    def arena_languages(self) -> tuple[str, ...]:
+        """The languages that [arena] compares in."""
+        return (self.arena.languages if self.arena else ()) or self.run.evaluated
+
     @field_validator("arms")
     @classmethod
     def _base_is_reserved(cls, arms: dict[str, Arm]) -> dict[str, Arm]:
@@ -290,6 +313,43 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _arms_fit_together(self) -> Recipe:
         check_arms(self)
+        if self.study:
+            check_study(self)
+        return self
+
+    @model_validator(mode="after")
+    def _euroeval_has_something_to_do(self) -> Recipe:
+        if self.euroeval is None:
+            return self
+        for code in self.euroeval.datasets or ():
+            if code not in self.run.evaluated:
+                known = ", ".join(self.run.evaluated)
+                raise ValueError(f"euroeval.datasets.{code}: not evaluated, expected of {known}")
+        if not any(self.euroeval.datasets_of(code) for code in self.run.evaluated):
+            raise ValueError(f"euroeval has no dataset in {', '.join(self.run.evaluated)}")
+        for arm in self.runtime.euroeval.urls:
+            if arm not in ("base", *self.evaluated_arms):
+                known = ", ".join(("base", *self.evaluated_arms))
+                raise ValueError(f"runtime.euroeval.urls.{arm}: no such arm, expected of {known}")
+        return self
+
+    @model_validator(mode="after")
+    def _arena_has_a_judge(self) -> Recipe:
+        arena = self.arena
+        if arena is None:
+            return self
+        for code in arena.languages:
+            if code not in self.run.evaluated:
+                known = ", ".join(self.run.evaluated)
+                raise ValueError(f"arena.languages: '{code}' is not evaluated, expected of {known}")
+        source = arena.source or self.evaluation.source
+        if arena.judge == "lab" and source != "lab":
+            raise ValueError(f"arena.judge = 'lab' judges prompts of the lab, and they are of '{source}'")
+        if arena.judge == "model" and self.judge is None:
+            raise ValueError("arena.judge = 'model' is the model of [judge], which is missing")
+        splits = (self.prompts.split, arena.split) if has_splits(source) else ("", "")
+        if arena.source == self.prompts.source and splits[0] == splits[1]:
+            raise ValueError(f"arena.source is '{arena.source}', the prompts tuned on: expected others")
         return self
 
     @model_validator(mode="after")

@@ -12,18 +12,23 @@ from pathlib import Path
 from croco.arms import arm_of, num_completions, num_rounds_before, num_scored, sampled_languages
 from croco.errors import UserError
 from croco.identity import digest, file_identity, folder_identity, local_model, model_identity
-from croco.recipe import Evaluation, Policy, Prompts, Recipe
+from croco.recipe import Evaluation, Judge, Policy, Prompts, Recipe
+from croco.recipe_arena import Arena
 from croco.recipe_arms import Alignment, Origin
+from croco.recipe_euroeval import VERSION as EUROEVAL_VERSION
 from croco.sampling.seeds import digest as seed_digest
 from croco.stage import Settings
 from croco.store import read_json
 
 
 def prompts_settings(
-    recipe: Recipe, section: Prompts | Evaluation, key: str, languages: Sequence[str]
+    recipe: Recipe, section: Prompts | Evaluation | Arena, key: str, languages: Sequence[str]
 ) -> Settings:
     source = section.source
+    assert source is not None
     settings: Settings = {"languages": sorted(languages), "limit": section.limit}
+    if isinstance(section, Prompts) and section.order == "seed":
+        settings["order"] = ["seed", recipe.run.seed]
     if source == "lab":
         return settings | {"source": f"lab {world_identity()}", "split": section.split}
     settings |= {"id_column": section.id_column, "language_column": section.language_column}
@@ -188,6 +193,63 @@ def evaluate_settings(recipe: Recipe, arm: str | None) -> Settings:
         "max_new_tokens": evaluation.max_new_tokens,
         "reward": None if evaluation.source == "lab" else reward_settings(recipe),
         "seed": recipe.run.seed,
+    }
+
+
+def euroeval_settings(recipe: Recipe, arm: str | None) -> Settings:
+    """What EuroEval is asked; the instruction of [policy] is not part of its prompts."""
+    section = recipe.euroeval
+    assert section is not None
+    return section.model_dump(mode="json", exclude={"datasets", "local"}) | {
+        "version": EUROEVAL_VERSION,
+        "policy": policy_settings(recipe, ()),
+        "datasets": {code: sorted(section.datasets_of(code)) for code in sorted(recipe.run.evaluated)},
+        "local": local_datasets(section.local) if section.local else None,
+    }
+
+
+def local_datasets(name: str) -> str:
+    """The identity of a folder with EuroEval datasets; raises UserError when it has none."""
+    folder = Path(name).expanduser()
+    if not (folder / "custom_datasets.py").is_file():
+        raise UserError(f"euroeval.local = '{name}': expected a folder with custom_datasets.py")
+    return folder_identity(folder.resolve())
+
+
+def arena_prompts_settings(recipe: Recipe, arm: str | None) -> Settings:
+    assert recipe.arena is not None
+    return prompts_settings(recipe, recipe.arena, "arena", recipe.arena_languages)
+
+
+def arena_sample_settings(recipe: Recipe, arm: str | None) -> Settings:
+    assert recipe.arena is not None
+    return {
+        "policy": policy_settings(recipe, recipe.arena_languages),
+        "max_new_tokens": recipe.arena.max_new_tokens or recipe.evaluation.max_new_tokens,
+        "languages": sorted(recipe.arena_languages),
+        "limit": recipe.arena.limit,
+    }
+
+
+def arena_settings(recipe: Recipe, arm: str | None) -> Settings:
+    assert recipe.arena is not None
+    lab = recipe.arena.judge == "lab"
+    return {
+        "judge": f"lab {world_identity()}" if lab else judge_settings(recipe.judge),
+        "languages": sorted(recipe.arena_languages),
+        "limit": recipe.arena.limit,
+    }
+
+
+def judge_settings(judge: Judge | None) -> Settings:
+    assert judge is not None
+    return {
+        "model": model_identity(judge.model, judge.revision, "judge.model"),
+        "dtype": judge.dtype,
+        "chat_template": file_identity(judge.chat_template, "judge.chat_template")
+        if judge.chat_template
+        else None,
+        "max_new_tokens": judge.max_new_tokens,
     }
 
 

@@ -150,7 +150,7 @@ def _load(
     """The model on its device and the parameters its files had no weights for (transformers only warns)."""
     place, where = resolve_model(model), pick_device(device)
     try:
-        with _quiet_loading():
+        with quiet_loading():
             loaded, report = auto.from_pretrained(
                 place,
                 revision=revision,
@@ -167,7 +167,7 @@ def _load(
 
 
 @contextmanager
-def _quiet_loading() -> Iterator[None]:
+def quiet_loading() -> Iterator[None]:
     """Without transformers' bars and tables: what is wrong with a model is said in our one sentence."""
     from transformers.utils import logging
 

@@ -97,11 +97,15 @@ def boards(results: pl.DataFrame, arms: Sequence[str], codes: Sequence[str]) -> 
                 num_prompts,
             )
         metric = headline(benchmark)
+        if not any(metric in metrics for metrics in values.values()):
+            continue  # what it measures is no share of good completions and no mean score
         cells = {
             key: Cell(metrics[metric][0], _interval(metrics, "difference"),
                       _interval(metrics, "difference-to-best-base"), metrics[metric][1])
             for key, metrics in values.items() if metric in metrics
         }  # fmt: skip
+        if not cells:  # EuroEval's, which `tasks` shows
+            continue
         settings = sorted({key[:2] for key in cells}, key=lambda s: (order.get(s[0], len(order)), s))
         scopes = sorted({key[2] for key in cells}, key=lambda s: (scope_order.get(s, len(scope_order)), s))
         if len([scope for scope in scopes if scope in GROUPS]) == 2:
@@ -193,6 +197,7 @@ def results_markdown(run_folder: Path) -> str:
     intervals.
     """
     from croco.recipe import load
+    from croco.report.tasks import tasks_markdown
 
     recipe = load(run_folder / "recipe.json")
     results = read_table(run_folder / "results")
@@ -216,6 +221,7 @@ def results_markdown(run_folder: Path) -> str:
         parts.append(_markdown_table(board, board.groups, differences=True))
         parts.append(_markdown_table(board, board.languages, differences=False))
         parts.append(_mode_table(board, mode_shares(results, board.benchmark)))
+    parts.append(tasks_markdown(run_folder, recipe))
     return "\n".join(parts)
 
 

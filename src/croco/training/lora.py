@@ -1,7 +1,7 @@
 """Low-rank adapters: the one room that knows PEFT.
 
-An adapter is put on, saved, and merged into the weights it was trained on; one that changes nothing is an
-error, because nothing after it would notice. Left out: full fine-tuning, and any other kind of adapter.
+An adapter is put on, taken up again, saved, and merged into the weights it was trained on. Left out: any other kind of
+adapter.
 """
 
 import shutil
@@ -74,8 +74,7 @@ def continue_lora(model: PreTrainedModel, folder: Path, settings: LoraSettings) 
                 f"the adapter in {folder} has {name} {found[name]}, expected training.lora.{name} = {value}"
             )
     config.lora_dropout = settings.dropout
-    config.inference_mode = False
-    return _put_on(model, folder, config)
+    return _put_on(model, folder, config, trainable=True)
 
 
 def _adapter_config(folder: Path) -> Any:
@@ -92,7 +91,7 @@ def _adapter_config(folder: Path) -> Any:
     return config
 
 
-def _put_on(model: PreTrainedModel, folder: Path, config: Any) -> PeftModel:
+def _put_on(model: PreTrainedModel, folder: Path, config: Any, trainable: bool = False) -> PeftModel:
     """The adapter on the model, every tensor of it a finite number and in its place."""
     path = folder / "adapter_model.safetensors"
     try:
@@ -105,9 +104,7 @@ def _put_on(model: PreTrainedModel, folder: Path, config: Any) -> PeftModel:
     try:
         with _quiet(), warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always", UserWarning)
-            adapted = PeftModel.from_pretrained(
-                model, str(folder), config=config, is_trainable=not config.inference_mode
-            )
+            adapted = PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=trainable)
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
@@ -127,13 +124,7 @@ def _put_on(model: PreTrainedModel, folder: Path, config: Any) -> PeftModel:
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Write the adapter (safetensors and its configuration) to `folder`, whole or not at all; replaces an
-    older one.
-
-    Raises `UserError` when the adapter is still the identity.
-    """
-    if not any(parameter.any() for name, parameter in model.named_parameters() if "lora_B" in name):
-        raise UserError("training changed nothing: every adapter is zero (is the learning rate 0?)")
+    """Write the adapter (safetensors and its configuration) to `folder`, whole or not at all; replaces an older one."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(str(partial), save_embedding_layers=False)
@@ -143,12 +134,29 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     sync_folder(folder.parent)
 
 
-def load_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """The model with the adapter in `folder` merged into its weights, in the model's type.
+def without_adapter(adapted: PeftModel) -> PreTrainedModel:
+    """The model as it was before the adapter was put on."""
+    model: Any = adapted.unload()
+    vars(model).pop("peft_config", None)  # or PEFT warns of a second adapter
+    model.requires_grad_(True)
+    return model
 
-    Raises `UserError` when the folder holds no adapter or the adapter was made for another architecture or
-    size.
+
+def put_adapter_on(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """The model with the adapter in `folder` beside its weights.
+
+    Raises `UserError` when the folder holds no adapter, or one of another architecture or size, or numbers that are not
+    finite.
     """
-    adapted = _put_on(model, folder, _adapter_config(folder))
-    merged: PreTrainedModel = adapted.merge_and_unload()
-    return merged.eval()
+    return _put_on(model, folder, _adapter_config(folder))
+
+
+def merged(adapted: PeftModel) -> PreTrainedModel:
+    """The adapter added to the weights, in the model's type."""
+    model: PreTrainedModel = adapted.merge_and_unload()
+    return model.eval()
+
+
+def load_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """The model with the adapter in `folder` merged into its weights; raises as `put_adapter_on`."""
+    return merged(put_adapter_on(model, folder))
