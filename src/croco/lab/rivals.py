@@ -24,11 +24,11 @@ from transformers import (
 from croco.lab import world
 from croco.lab.corpus import Mixture
 from croco.lab.items import LANGUAGES, Item, items
-from croco.lab.pretrain import MAX_TOKENS, new_optimizers, pretrain
+from croco.lab.pretrain import MAX_TOKENS, pretrain
 from croco.scoring.alignment import language_token
 
 OTHER_TOKENS, OTHER_PLAIN = 1_000_000, 9_000
-TRANSLATOR_TOKENS = 1_000_000  # of sources and targets
+TRANSLATOR_TOKENS = 2_000_000  # of sources and targets
 # about as often good as the policy, but its bad habit is to say too little or too much, seldom to evade
 OTHER_MIXTURE: Mixture = {
     "careful": (0.30, 0.9),
@@ -37,7 +37,8 @@ OTHER_MIXTURE: Mixture = {
     "wrong-language": (0.04, 0.9),
     "evasive": (0.08, 0.0),
 }
-KINDS = {"careful": 0.7, "terse": 0.1, "rambling": 0.1, "evasive": 0.1}  # of sentences that are translated
+# of sentences that are translated; a word alone can only be had from its source, so words teach it to look there
+KINDS = {"careful": 0.4, "terse": 0.35, "rambling": 0.1, "evasive": 0.15}
 OnStep = Callable[[int, int, float], None]
 
 
@@ -83,29 +84,25 @@ def train_translator(
     seed: int,
     num_tokens: int = TRANSLATOR_TOKENS,
     tokens_per_batch: int = 1024,
-    peak: float = 0.02,
+    peak: float = 3e-3,
     on_step: OnStep | None = None,
 ) -> M2M100ForConditionalGeneration:
     """A translation model into English; `tokenizer` gets one token per language, as M2M100 names them."""
     tokenizer.add_special_tokens({"extra_special_tokens": [language_token(code) for code in LANGUAGES]})
     model = _new_translator(tokenizer, seed).train()
-    optimizers = new_optimizers(model, peak)
-    bases = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.0)
     stream, done = _batches(tokenizer, seed, tokens_per_batch), 0
     while done < num_tokens:
         progress = done / num_tokens
-        scale = min(1.0, progress / 0.03 + 0.02) * (1 - 0.97 * progress)
-        for optimizer, base in zip(optimizers, bases, strict=True):
-            optimizer.param_groups[0]["lr"] = base * scale
+        optimizer.param_groups[0]["lr"] = peak * min(1.0, progress / 0.03 + 0.02) * (1 - 0.97 * progress)
         source, target = next(stream)
         loss = model(**source, labels=target).loss
         if not math.isfinite(loss.item()):
             raise FloatingPointError(f"training of the lab translator diverged after {done} tokens")
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         done += int(source["attention_mask"].sum() + (target >= 0).sum())
         if on_step:
             on_step(done, num_tokens, loss.item())
