@@ -5,7 +5,8 @@ The model runs its own forward. A hook gathers the hidden states that predict co
 layer, so the vocabulary meets only those; where it is known what an architecture makes of its logits (Cohere scales
 them, Gemma caps them) the output layer is `logps.head_logps`, which never holds all of them. Shared rows need a mask
 per kind of attention layer, or on a CPU attention that goes by segments (`shared_attention.py`); a model for which they
-cannot be proven exact on real pairs, against its own head on plain rows, is run on plain rows.
+cannot be proven exact on real pairs, against its own head on plain rows, is run on plain rows. The last layer of the
+same architectures is finished where it is read only (`last_layer.py`).
 
 Shapes: B rows, T tokens, M completion tokens, V vocabulary, D width, P pairs, C completions of a pair.
 """
@@ -28,6 +29,7 @@ from croco.sampling.prefix_attention import plugged_in
 from croco.training import shared_attention
 from croco.training.batches import Batch, collate
 from croco.training.encode import Example
+from croco.training.last_layer import finished_at
 from croco.training.shared_attention import Segments
 
 # Architectures (model_type) that do no more to their logits than `_known_head` says.
@@ -86,7 +88,9 @@ def _run(model: nn.Module, batch: Batch, whole_head: bool) -> Tensor:
         inputs = {"attention_mask": attention_masks(base, batch)}
     else:
         inputs = {"attention_mask": (batch.branch_BT != PADDING).long()}
+    known = batch.shared and base.config.get_text_config().model_type in HEADS and not _recomputed(base)
     with (
+        finished_at(base, batch.source_M, batch.input_ids_BT.numel()) if known else nullcontext(),
         nullcontext() if segments is None else plugged_in(base, shared_attention.NAME),
         _head_at(base, batch.source_M, whole_head) as gathered,
     ):
@@ -97,17 +101,17 @@ def _run(model: nn.Module, batch: Batch, whole_head: bool) -> Tensor:
 
 
 def _segments(model: PreTrainedModel, batch: Batch) -> Segments | None:
-    """How attention goes by segments, where that is quicker than a mask: long rows on a CPU.
-
-    Not under checkpointing, which runs layers again after the attention function is unplugged.
-    """
+    """How attention goes by segments, where that is quicker than a mask: long rows on a CPU."""
     if not batch.by_segments or batch.input_ids_BT.device.type != "cpu" or unsupported(model) is not None:
         return None
     if model.config.get_text_config()._attn_implementation != "sdpa":
         return None
-    if model.training and any(getattr(part, "gradient_checkpointing", False) for part in model.modules()):
-        return None
-    return Segments.of(batch.lengths)
+    return None if _recomputed(model) else Segments.of(batch.lengths)
+
+
+def _recomputed(model: PreTrainedModel) -> bool:
+    """Whether layers run again in the backward pass, when what is plugged in for a forward is gone."""
+    return model.training and any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
 
 
 def token_counts(batch: Batch) -> Tensor:
