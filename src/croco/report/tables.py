@@ -65,6 +65,10 @@ class Board:
     def languages(self) -> list[str]:
         return [scope for scope in self.scopes if scope not in GROUPS]
 
+    def by_arm(self) -> list[tuple[str, list[float]]]:
+        """Every arm with its temperatures, in order."""
+        return [(arm, self.temperatures(arm)) for arm in dict.fromkeys(arm for arm, _ in self.settings)]
+
     def temperatures(self, arm: str) -> list[float]:
         return [temperature for name, temperature in self.settings if name == arm]
 
