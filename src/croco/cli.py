@@ -161,7 +161,7 @@ def report(
     loaded = load_recipe(folder / "recipe.json", [f'run.folder="{folder}"'])
     say(f"report: {pipeline.rebuild_report(loaded, say)}")
     if markdown is not None:
-        from croco.report.tables import results_markdown
+        from croco.report.markdown import results_markdown
         from croco.store import write_text
 
         write_text(markdown, results_markdown(folder))

@@ -1,9 +1,8 @@
-"""The rows that the page lets people look at: pairs, judged comparisons, evaluated completions, what was left out.
+"""What the page lets people look at: rows of several kinds, packed into the page within a budget of bytes.
 
-Every kind is brought to one form, two captioned texts beside each other under a prompt, so that the page needs one
-list. All texts are kept once and the whole is deflated and written in base64, which also means that nothing a model
-wrote stands in the page as markup. When all would make the page too large, a spread by digest is taken. Columns that a
-table does not have (an older run, another judge) are left out, not guessed.
+Every kind is brought to one form, two captioned texts beside each other under a prompt (`rows.py`), so that the page
+needs one list. All texts are kept once and the whole is deflated and written in base64, which also means that nothing a
+model wrote stands in the page as markup. When all would make the page too large, a spread by digest is taken.
 """
 
 from __future__ import annotations
@@ -11,43 +10,27 @@ from __future__ import annotations
 import base64
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import polars as pl
-
-from croco import store
-from croco.evaluation.results import BASE
-from croco.pairing.gather import gather, locate
-from croco.pipeline import eval_prompts_of, prompts_of
 from croco.report.gather import Run
-from croco.sampling.seeds import digest
+from croco.report.rows import Row, kinds_of
 
-MAX_ROWS = 10_000  # of one kind
 # deflated bytes of one kind; a third more in the page
 MAX_BYTES = {"pairs": 1_100_000, "comparisons": 700_000, "evaluations": 500_000, "left out": 250_000}
-COLUMNS = ("arm", "prompt", "tags", "languages", "note", "first", "first text", "second", "second text", "order")
-_CHUNK = 500
-_PAIR = ("prompt_id", "language", "pair_id")
-_PROMPT = ("prompt_id", "language")
-Texts = Mapping[tuple[str, str], Sequence[Mapping[str, str]]]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One entry of the list: what it is of, and one or two captioned texts."""
-
-    arm: str
-    prompt_id: str
-    language: str
-    messages: Sequence[Mapping[str, str]] | None
-    tags: list[str]  # what the third filter finds: flags, verdicts, reasons
-    languages: list[str]  # of its texts, where they differ from the prompt's
-    note: str
-    sides: list[tuple[str, str]]  # caption, text
-    order: float | None  # the number that the list can be sorted by
+COLUMNS = (
+    "arm",
+    "prompt",
+    "tags",
+    "languages",
+    "note",
+    "first",
+    "first text",
+    "second",
+    "second text",
+    "order",
+)
 
 
 @dataclass
@@ -71,6 +54,8 @@ class Pack:
             used += len(squeeze.compress(json.dumps([packed[-1], self.fresh]).encode()))
             if used > budget:
                 break
+        keys, names = list(self.prompts), list(self.texts)
+        packed.sort(key=lambda row: (names[row[0]], keys[row[1]]))
         self.kinds[kind] = {**about, "total": total, "rows": packed}
 
     def _text(self, text: str) -> int:
@@ -84,7 +69,9 @@ class Pack:
         if place == len(self.turns):
             self.turns.append([])
         if row.messages and not self.turns[place]:
-            self.turns[place] = [self._text(m[part] or "") for m in row.messages for part in ("role", "content")]
+            self.turns[place] = [
+                self._text(m[part] or "") for m in row.messages for part in ("role", "content")
+            ]
         sides = [self._text(text) for side in row.sides for text in side]
         return [
             self._text(row.arm),
@@ -111,230 +98,7 @@ def packed(data: Mapping[str, Any]) -> str:
 def browse(run: Run, budgets: Mapping[str, int] = MAX_BYTES) -> dict[str, Any]:
     """All kinds of rows that a run has, each a spread of at most `MAX_ROWS` and about its budget of bytes."""
     pack = Pack()
-    for kind, (about, total, rows) in _kinds(run).items():
+    for kind, (about, total, rows) in kinds_of(run).items():
         if total:
             pack.add(kind, about, total, rows, budgets[kind])
     return pack.data()
-
-
-def _kinds(run: Run) -> dict[str, tuple[dict[str, str], int, Iterable[Row]]]:
-    pairs, comparisons = _located(run, "pair", _PAIR), _located(run, "arena", _comparison_key(run))
-    evaluations, left_out = _evaluated(run), _left_out(run)
-    return {
-        "pairs": (
-            {"title": "Pairs", "tag": "Flag", "order": "Score gap"},
-            pairs.height,
-            _pairs(run, pairs),
-        ),
-        "comparisons": (
-            {"title": "Judged comparisons", "tag": "Verdict", "order": ""},
-            comparisons.height,
-            _comparisons(run, comparisons),
-        ),
-        "evaluations": (
-            {"title": "Test completions", "tag": "Outcome", "order": ""},
-            evaluations.height,
-            _evaluations(run, evaluations),
-        ),
-        "left out": ({"title": "Left out", "tag": "Reason", "order": ""}, left_out.height, _losses(run, left_out)),
-    }
-
-
-def _located(run: Run, stage: str, key: Sequence[str]) -> pl.DataFrame:
-    """Where an arm's rows lie, for all arms that have them."""
-    folders = {arm: run.folder / stage / arm for arm in run.recipe.arms}
-    parts = [
-        locate(folder, key).with_columns(arm=pl.lit(arm))
-        for arm, folder in folders.items()
-        if (folder / "stage.json").is_file() and store.shards(folder)
-    ]
-    return pl.concat(parts) if parts else pl.DataFrame(schema={"arm": pl.String})
-
-
-def _spread(rows: pl.DataFrame, key: Sequence[str]) -> Iterator[tuple[str, pl.DataFrame]]:
-    """At most MAX_ROWS rows in the order of a digest of arm and key, in blocks of one arm each."""
-    if rows.height > 20 * MAX_ROWS:  # digests of millions of rows would take longer than all the rest
-        rows = rows.gather_every(rows.height // (10 * MAX_ROWS))
-    names = rows.select("arm", *key)
-    ranks = pl.Series("rank", [digest("browser", *row) for row in names.iter_rows()], dtype=pl.UInt64)
-    ranked = rows.with_columns(ranks).sort("rank").head(MAX_ROWS)
-    for start in range(0, ranked.height, _CHUNK):
-        for (arm,), block in ranked[start : start + _CHUNK].group_by("arm", maintain_order=True):
-            yield str(arm), block
-
-
-def _pairs(run: Run, found: pl.DataFrame) -> Iterator[Row]:
-    columns = ("messages", "flags", "pool_size", "pool_mean", "pool_std", *(
-        f"{side}{part}"
-        for side in ("chosen", "rejected")
-        for part in ("", "_score", "_calibrated", "_language", "_sample_id", "_finish_reason")
-    ))  # fmt: skip
-    for arm, block in _spread(found, _PAIR):
-        texts = gather(run.folder / "pair" / arm, block, _PAIR, columns)
-        for (prompt_id, language), row in zip(
-            block.select(*_PROMPT).iter_rows(), texts.iter_rows(named=True), strict=True
-        ):
-            sides = [name for name in ("chosen", "rejected") if row[name] is not None]
-            scores = [row[f"{name}_score"] for name in sides]
-            gap = scores[0] - scores[1] if len(sides) == 2 and None not in scores else None
-            pool = f"pool of {row['pool_size']}"
-            if row["pool_mean"] is not None:
-                pool += f", mean {_number(row['pool_mean'])}, std {_number(row['pool_std'])}"
-            yield Row(
-                arm,
-                prompt_id,
-                language,
-                row["messages"],
-                list(row["flags"]),
-                _others(language, [row[f"{name}_language"] for name in sides]),
-                pool,
-                [(_pair_caption(row, name), row[name]) for name in sides],
-                None if gap is None else round(gap, 3),
-            )
-
-
-def _pair_caption(row: Mapping[str, Any], name: str) -> str:
-    score, sample, std = row[f"{name}_score"], row[f"{name}_sample_id"], row["pool_std"]
-    words = [row[f"{name}_language"], "not scored" if score is None else f"score {_number(score)}"]
-    if std and row[f"{name}_calibrated"] is not None:
-        away = (row[f"{name}_calibrated"] - row["pool_mean"]) / std
-        words.append(f"{_number(away, 1, '+')} std from the pool's mean")
-    words.append("gold completion" if sample < 0 else f"sample {sample}")
-    if row[f"{name}_finish_reason"] == "length":
-        words.append("cut at the token limit")
-    return f"{name}: {', '.join(words)}"
-
-
-def _comparison_key(run: Run) -> list[str]:
-    """The key columns that the table of comparisons has: those that tell its rows apart."""
-    columns = _comparison_columns(run)
-    return [name for name in (*_PROMPT, "sample_id", "temperature") if name in columns]
-
-
-def _comparison_columns(run: Run) -> list[str]:
-    for arm in run.recipe.arms:
-        folder = run.folder / "arena" / arm
-        if (folder / "stage.json").is_file() and (found := store.shards(folder)):
-            import pyarrow.parquet as pq
-
-            return list(pq.read_schema(found[0].path).names)
-    return []
-
-
-def _comparisons(run: Run, found: pl.DataFrame) -> Iterator[Row]:
-    if found.is_empty():
-        return
-    key, names = _comparison_key(run), set(_comparison_columns(run))
-    wanted = [name for name in ("base", "tuned", "domain", "verdict", "outcome", "base_first", "tuned_first")
-              if name in names]  # fmt: skip
-    messages = _messages(run, evaluation=True)
-    for arm, block in _spread(found, key):
-        texts = gather(run.folder / "arena" / arm, block, key, wanted)
-        for name, row in zip(block.select(*_PROMPT).iter_rows(), texts.iter_rows(named=True), strict=True):
-            both = [f"judged {order.replace('_', ' ')}: {row[order]}"
-                    for order in ("base_first", "tuned_first") if row.get(order) is not None]  # fmt: skip
-            tags = [_outcome(row), *([str(row["domain"])] if row.get("domain") else [])]
-            sides = [(side, row[name]) for side, name in (("base", "base"), (arm, "tuned")) if row.get(name) is not None]
-            yield Row(arm, *name, messages.get(name), tags, [], "; ".join(both), sides, None)
-
-
-def _outcome(row: Mapping[str, Any]) -> str:
-    """The verdict of both orders together: the judge must agree with itself, anything else is a tie."""
-    for name in ("verdict", "outcome"):
-        if row.get(name) is not None:
-            return str(row[name])
-    first, second = row.get("base_first"), row.get("tuned_first")
-    if first == second and first in ("base", "tuned", "tie"):
-        return f"{first} wins" if first != "tie" else "tie"
-    if None in (first, second):
-        return "not judged in both orders"
-    return "the two orders disagree"
-
-
-def _evaluated(run: Run) -> pl.DataFrame:
-    """The keys of what an arm and the base both answered, the first sample of each."""
-    key = ["prompt_id", "language", "temperature", "sample_id", "benchmark"]
-    parts = []
-    for arm in (BASE, *run.recipe.arms):
-        folder = run.folder / "evaluate" / arm
-        if (folder / "stage.json").is_file() and store.shards(folder):
-            parts.append(locate(folder, key).filter(pl.col("sample_id") == 0).with_columns(arm=pl.lit(arm)))
-        elif arm == BASE:
-            break
-    if len(parts) < 2:
-        return pl.DataFrame(schema={"arm": pl.String})
-    base = parts[0].select(*key, pl.col("shard").alias("base_shard"))
-    return pl.concat(parts[1:]).join(base, on=key, how="inner")
-
-
-def _evaluations(run: Run, found: pl.DataFrame) -> Iterator[Row]:
-    if found.is_empty():
-        return
-    key = ["prompt_id", "language", "temperature", "sample_id", "benchmark"]
-    columns = ("completion", "mode", "value", "finish_reason")
-    messages = _messages(run, evaluation=True)
-    for arm, block in _spread(found, key):
-        tuned = gather(run.folder / "evaluate" / arm, block, key, columns)
-        base = gather(run.folder / "evaluate" / BASE, block.with_columns(shard="base_shard"), key, columns)
-        for name, before, after in zip(
-            block.select(*key).iter_rows(), base.iter_rows(named=True), tuned.iter_rows(named=True), strict=True
-        ):
-            change = after["value"] - before["value"]
-            outcome = "better" if change > 0 else "worse" if change < 0 else "same"
-            decoding = "greedy" if name[2] == 0 else f"T = {name[2]:g}"
-            sides = [
-                (f"{who}: {row['mode'].replace('-', ' ')}, value {_number(row['value'])}", row["completion"])
-                for who, row in ((BASE, before), (arm, after))
-            ]
-            tags = [f"{outcome} than the base" if outcome != "same" else "same as the base"]
-            tags.append(f"{before['mode']} → {after['mode']}".replace("-", " "))
-            yield Row(arm, *name[:2], messages.get(name[:2]), tags, [], decoding, sides, None)
-
-
-def _left_out(run: Run) -> pl.DataFrame:
-    """The ledgers of all stages together, flags not: what they mark was kept."""
-    parts = []
-    for title in run.stages:
-        stage, _, arm = title.partition("/")
-        if (run.folder / title / "dropped.parquet").is_file():
-            rows = store.read_dropped(run.folder / title).filter(pl.col("unit") != "flag")
-            parts.append(rows.with_columns(stage=pl.lit(stage), arm=pl.lit(arm or "all arms")))
-    return pl.concat(parts) if parts else pl.DataFrame(schema={"arm": pl.String})
-
-
-def _losses(run: Run, found: pl.DataFrame) -> Iterator[Row]:
-    if found.is_empty():
-        return
-    messages = _messages(run, evaluation=True) | dict(_messages(run, evaluation=False))
-    key = ("prompt_id", "language", "sample_id")
-    sampled = locate(run.folder / "sample", key)
-    for arm, block in _spread(found, ("stage", "unit", "prompt_id", "language", "sample_id", "reason")):
-        numbered = block.with_row_index("place")
-        of_samples = numbered.filter((pl.col("unit") == "completion") & pl.col("stage").is_in(["score", "pair"]))
-        held = of_samples.join(sampled, on=key, how="inner")
-        texts = dict(zip(held["place"], gather(run.folder / "sample", held, key, ("completion",))["completion"], strict=True))
-        for place, row in enumerate(numbered.iter_rows(named=True)):
-            name = (row["prompt_id"], row["language"])
-            sample = "" if row["sample_id"] is None else f", sample {row['sample_id']}"
-            side = [(f"{row['unit']}{sample}", texts[place])] if place in texts else []
-            tags = [row["reason"].split(": ")[0]]
-            yield Row(arm, *name, messages.get(name), tags, [],
-                      f"{row['stage']}: {row['unit']}{sample} left out, {row['reason']}", side, None)  # fmt: skip
-
-
-def _messages(run: Run, evaluation: bool) -> dict[tuple[str, str], Any]:
-    """The turns of every prompt, of those to tune on or of those to evaluate on."""
-    stage, _ = (eval_prompts_of if evaluation else prompts_of)(run.recipe)
-    folder: Path = run.folder / stage
-    if not (folder / "stage.json").is_file():
-        return {}
-    rows = store.read_table(folder, [*_PROMPT, "messages"])
-    return {(prompt_id, language): messages for prompt_id, language, messages in rows.iter_rows()}
-
-
-def _others(language: str, codes: Sequence[str | None]) -> list[str]:
-    return [code for code in dict.fromkeys(codes) if code and code != language]
-
-
-def _number(value: float, places: int = 2, sign: str = "-") -> str:
-    return f"{value:{sign}.{places}f}".replace("-", "\u2212")

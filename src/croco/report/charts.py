@@ -15,7 +15,16 @@ from croco.evaluation.results import BASE
 from croco.evaluation.stats import Interval, verdict
 from croco.report.tables import Board, Cell, interval_text, temperature_name
 
-MODES = ("good", "right-language", "careful-wrong", "terse", "rambling", "wrong-language", "evasive", "malformed")
+MODES = (
+    "good",
+    "right-language",
+    "careful-wrong",
+    "terse",
+    "rambling",
+    "wrong-language",
+    "evasive",
+    "malformed",
+)
 _MODE_PLACES = {"good": 1, "right-language": 1, "careful-wrong": 2, "terse": 3, "rambling": 4, "wrong-language": 5,
                 "evasive": 6}  # fmt: skip
 SHAPES = ("circle", "square", "diamond", "triangle", "ring", "frame")
@@ -97,9 +106,9 @@ def forests(board: Board, arms: Sequence[str], scopes: Sequence[str]) -> list[Fo
 
 
 def _mark(board: Board, scale: Axis, series: int, arm: str, difference: Interval) -> Mark:
-    places = [scale.place(end) for end in difference]
+    value, low, high = (scale.place(end) for end in difference)
     text = f"{arm} {interval_text(board, difference, signed=True)}, {verdict(difference)}"
-    return Mark(series, *places, board.signed(difference.value), text, verdict(difference))
+    return Mark(series, value, low, high, board.signed(difference.value), text, verdict(difference))
 
 
 # a temperature by name, and per scope the text, the step of colour and the words of a cell, or null
@@ -119,9 +128,13 @@ class Heat:
 
 def heats(board: Board, members: Mapping[str, Sequence[str]]) -> list[Heat]:
     """Change from the base, and level, of every arm in every group and language."""
-    groups = [scope for scope in board.groups]
+    groups = board.groups
     columns = [("group", groups)] if groups else []
-    columns += [(name, here) for name, codes in members.items() if (here := [c for c in codes if c in board.languages])]
+    columns += [
+        (name, here)
+        for name, codes in members.items()
+        if (here := [c for c in codes if c in board.languages])
+    ]
     rest = [c for c in board.languages if not any(c in codes for codes in members.values())]
     columns += [("other", rest)] if rest else []
     scopes = [scope for _, block in columns for scope in block]
@@ -135,8 +148,8 @@ def heats(board: Board, members: Mapping[str, Sequence[str]]) -> list[Heat]:
             if arm != BASE and any((cell := board.cell(arm, t, s)) and cell.difference for s in scopes)
         ]
         ends = [top * step / STEPS for step in range(1, STEPS + 1)]
-        scale = [(f"d{sign}{step}", board.signed((-1 if sign == "m" else 1) * ends[step - 1]))
-                 for sign, steps in (("m", range(STEPS, 0, -1)), ("p", range(1, STEPS + 1))) for step in steps]  # fmt: skip
+        scale = [(f"dm{step}", board.signed(-ends[step - 1])) for step in range(STEPS, 0, -1)]
+        scale += [(f"dp{step}", board.signed(ends[step - 1])) for step in range(1, STEPS + 1)]
         made.append(Heat("Change from the base", "difference", columns, _by_arm(rows), scale))
     values = [cell.value.value for cell in board.cells.values()]
     low, high = (0.0, max([*values, 0.01])) if board.is_share else (min(values), max(values))
@@ -150,7 +163,9 @@ def heats(board: Board, members: Mapping[str, Sequence[str]]) -> list[Heat]:
     return made
 
 
-def _by_arm(rows: Sequence[tuple[str, str, list[tuple[str, str, str] | None]]]) -> list[tuple[str, list[HeatRow]]]:
+def _by_arm(
+    rows: Sequence[tuple[str, str, list[tuple[str, str, str] | None]]],
+) -> list[tuple[str, list[HeatRow]]]:
     return [(arm, [row[1:] for row in block]) for arm, block in groupby(rows, key=lambda row: row[0])]
 
 
@@ -164,7 +179,16 @@ def _change(board: Board, cell: Cell | None, top: float) -> tuple[str, str, str]
     else:
         step = min(STEPS, max(1, math.ceil(STEPS * abs(difference.value) / top - 1e-9)))
         name = f"d{'p' if difference.value > 0 else 'm'}{step}"
-    return board.signed(difference.value), name, f"{interval_text(board, difference, signed=True)}, {found}"
+    words = f"{interval_text(board, difference, signed=True)}, {found}{remark(cell)}"
+    return board.signed(difference.value), name, words
+
+
+def remark(cell: Cell) -> str:
+    """What the tests add to an interval: the p-value over all languages and arms, the prompts that would settle it."""
+    words = "" if cell.holm is None else f"; p = {cell.holm:.3g} (Holm)"
+    if cell.needed is not None and cell.difference is not None and verdict(cell.difference) == "not resolved":
+        words += f"; about {cell.needed:,.0f} prompts would resolve it"
+    return words
 
 
 def _level(board: Board, cell: Cell | None, low: float, high: float) -> tuple[str, str, str] | None:

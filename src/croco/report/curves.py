@@ -28,8 +28,8 @@ class Ridge:
     everything: str  # lines; empty without rows
     chosen: str
     rejected: str
-    counts: tuple[int, int, int]
-    means: tuple[float | None, float | None, float | None]
+    counts: list[int]  # of all, chosen, rejected
+    means: list[float | None]
 
 
 def ridges(
@@ -51,16 +51,10 @@ def ridges(
         ]
         densities = [_density(column.to_numpy(), edges) for column in columns]
         top = max(float(density.max()) for density in densities) or 1.0
-        paths = [_outline(density / top) for density in densities]
+        everything, chosen, rejected = (_outline(density / top) for density in densities)
+        counts = [len(column) for column in columns]
         means = [None if column.is_empty() else float(np.mean(column.to_numpy())) for column in columns]
-        made.append(
-            Ridge(
-                language,
-                *paths,
-                (len(columns[0]), len(columns[1]), len(columns[2])),
-                (means[0], means[1], means[2]),
-            )
-        )
+        made.append(Ridge(language, everything, chosen, rejected, counts, means))
     return made, [(scale.place(tick), _tick(tick)) for tick in scale.ticks]
 
 
@@ -112,7 +106,9 @@ def panels(metrics: Mapping[str, Sequence[Mapping[str, Any]]], titles: Mapping[s
     steps = [line["step"] for lines in metrics.values() for line in lines if "step" in line]
     made = []
     for column, title in titles.items():
-        values = [v for lines in metrics.values() for line in lines if _finite(v := line.get(column))]
+        values = [
+            float(line[column]) for lines in metrics.values() for line in lines if _finite(line.get(column))
+        ]
         if not values:
             continue
         across = Axis(0, max(steps), axis([0, max(steps)], num_ticks=4).ticks)
@@ -123,19 +119,28 @@ def panels(metrics: Mapping[str, Sequence[Mapping[str, Any]]], titles: Mapping[s
                 split: [
                     (across.place(line["step"]), 100 - up.place(line[column]))
                     for line in lines
-                    if _finite(line.get(column)) and (line.get("split", "train") == "train") == (split == "train")
+                    if _finite(line.get(column))
+                    and (line.get("split", "train") == "train") == (split == "train")
                 ]
                 for split in ("train", "validation")
             }
             last = next((line[column] for line in reversed(lines) if _finite(line.get(column))), None)
             if last is not None:
                 path = _line(points["train"]) if points["train"] else ""
-                curves.append(Curve(series, arm, path, points["validation"], f"{last:.3g}".replace("-", "\u2212")))
+                curves.append(
+                    Curve(series, arm, path, points["validation"], f"{last:.3g}".replace("-", "\u2212"))
+                )
         marks = [(across.place(step), series, f"{arm}, step {step}: {text}")
                  for series, arm, step, text in sentinel(metrics)]  # fmt: skip
         rows = [(100 - up.place(tick), _tick(tick)) for tick in up.ticks]
         made.append(
-            Panel(title, curves, rows, [(across.place(t), _tick(t)) for t in across.ticks if 0 <= t <= across.high], marks)
+            Panel(
+                title,
+                curves,
+                rows,
+                [(across.place(t), _tick(t)) for t in across.ticks if 0 <= t <= across.high],
+                marks,
+            )
         )
     return made
 

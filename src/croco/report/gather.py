@@ -18,6 +18,7 @@ from croco.pipeline import STAGES
 from croco.pipeline import scores_of as scores_read_by
 from croco.recipe import Recipe, load
 
+
 @dataclass(frozen=True)
 class Flow:
     """What a stage did with one kind of row: read = written + dropped."""
@@ -97,9 +98,18 @@ def _step(folder: Path, stage: str, arm: str, made: Mapping[str, Any]) -> Step:
     reasons: dict[str, list[tuple[str, int]]] = {}
     if (folder / "dropped.parquet").is_file():
         # a reason's details, after its colon, are for the ledger; those of a flag say which completion it marks
-        kind = pl.when(pl.col("unit") == "flag").then("reason").otherwise(pl.col("reason").str.split(": ").list.first())
+        kind = (
+            pl.when(pl.col("unit") == "flag")
+            .then("reason")
+            .otherwise(pl.col("reason").str.split(": ").list.first())
+        )
         ledger = store.read_dropped(folder).with_columns(kind.alias("reason"))
-        for unit, reason, count in ledger.group_by("unit", "reason").len().sort("len", "reason", descending=[True, False]).iter_rows():
+        for unit, reason, count in (
+            ledger.group_by("unit", "reason")
+            .len()
+            .sort("len", "reason", descending=[True, False])
+            .iter_rows()
+        ):
             reasons.setdefault(unit, []).append((reason, int(count)))
     flows = [
         Flow(unit, int(read), int(counts.get("written", {}).get(unit, 0)), reasons.get(unit, []))

@@ -37,13 +37,16 @@ def build_page(run_folder: Path) -> str:
 def _context(run: Run) -> dict[str, Any]:
     found = boards(run.results, list(run.recipe.arms), run.recipe.run.evaluated)
     data = browse(run)
+    others = sections.other_results(run)
+    present = [heading for heading in sections.HEADINGS if others.get(heading[0], True)]
     return {
         "name": run.recipe.run.name,
-        "headings": sections.HEADINGS,
+        "headings": present,
         "facts": sections.facts(run, found[0]),
         "boards": found,
         **sections.verdicts(run, found[0]),
         **sections.results(run, found),
+        **others,
         "modes": sections.modes(run, found[0]),
         **sections.distributions(run),
         "steps": run.steps,
@@ -63,7 +66,14 @@ def render(template: str, **context: Any) -> str:
         lstrip_blocks=True,
         loader=FileSystemLoader(TEMPLATES),
     )
-    words = {"scope_name": scope_name, "temperature_name": temperature_name, "verdict": verdict, "count_of": count_of}
+    words = {
+        "scope_name": scope_name,
+        "temperature_name": temperature_name,
+        "verdict": verdict,
+        "count_of": count_of,
+    }
     style = "".join((TEMPLATES / name).read_text(encoding="utf-8") for name in ("style.css", "charts.css"))
-    scripts = {name: Markup((TEMPLATES / f"{name}.js").read_text(encoding="utf-8")) for name in ("page", "browser")}
+    scripts = {
+        name: Markup((TEMPLATES / f"{name}.js").read_text(encoding="utf-8")) for name in ("page", "browser")
+    }
     return environment.get_template(template).render(**words, style=Markup(style), scripts=scripts, **context)

@@ -7,14 +7,24 @@ from typing import Any
 
 from croco.evaluation.results import BASE, language_groups
 from croco.recipe import Arm
-from croco.report import charts, curves
+from croco.report import charts, curves, others
 from croco.report.gather import Run, pair_scores, scores_of
-from croco.report.tables import Board, count_of, duration, mode_shares, sentence, temperature_name
+from croco.report.tables import (
+    Board,
+    arena_board,
+    count_of,
+    duration,
+    mode_shares,
+    sentence,
+    temperature_name,
+)
 
 HEADINGS = (
     ("verdict", "Verdict"),
     ("results", "Results"),
     ("gains", "Intervals"),
+    ("arena", "Arena"),
+    ("tasks", "Tasks"),
     ("modes", "Completions"),
     ("scores", "Scores"),
     ("funnel", "Funnel"),
@@ -47,7 +57,10 @@ def facts(run: Run, board: Board) -> list[tuple[str, str]]:
         ("tuned on", " ".join(recipe.run.languages)),
         ("evaluated only", " ".join(untuned) or "none"),
         ("prompts to tune on", f"{prompts:,}"),
-        ("completions", f"{_written(run, 'sample', 'completion'):,} ({recipe.sampling.completions} a prompt)"),
+        (
+            "completions",
+            f"{_written(run, 'sample', 'completion'):,} ({recipe.sampling.completions} a prompt)",
+        ),
         ("test prompts", f"{num_tests:,} per language"),
         ("time of all stages", duration(seconds)),
     ]
@@ -99,7 +112,11 @@ def verdicts(run: Run, board: Board) -> dict[str, Any]:
                 or run.stages[f"train/{name}"].get("stopped"),
             }
         )
-    best = [f"{scope} {temperature_name(board.best_base[scope])}" for scope in board.groups if scope in board.best_base]
+    best = [
+        f"{scope} {temperature_name(board.best_base[scope])}"
+        for scope in board.groups
+        if scope in board.best_base
+    ]
     return {
         "arms": arms,
         "scale": drawn[0] if drawn else None,
@@ -118,9 +135,32 @@ def results(run: Run, found: list[Board]) -> dict[str, Any]:
     arms = list(run.recipe.arms)
     drawn = []
     for board in found:
-        scopes = [*board.groups, *(code for codes in members.values() for code in codes if code in board.languages)]
+        scopes = [
+            *board.groups,
+            *(code for codes in members.values() for code in codes if code in board.languages),
+        ]
         drawn.append((board, charts.heats(board, members), charts.forests(board, arms, scopes)))
     return {"drawn": drawn, "scope_sizes": sizes, "series": list(enumerate(arms)), "members": members}
+
+
+def other_results(run: Run) -> dict[str, Any]:
+    """The arena and the structured tasks; null and empty in a run without them."""
+    arms, codes = list(run.recipe.arms), run.recipe.run.evaluated
+    board, arena = arena_board(run.results, arms, codes), None
+    if board is not None:
+        members = {name: codes for name, codes in groups_of(run).items() if name != "all"}
+        arena = {
+            "arms": [
+                {"name": arm, "series": place, "sentence": sentence(board, arm)}
+                for place, arm in enumerate(arms)
+            ],
+            "heat": charts.heats(board, members)[0],
+            "forests": charts.forests(board, arms, [*board.groups, *board.languages]),
+            "judged": others.judged(run.results, arms),
+            "domains": others.domains(run.results, arms),
+            "costs": others.costs(run),
+        }
+    return {"arena": arena, "tasks": others.tasks(run.results, arms, codes)}
 
 
 def modes(run: Run, board: Board) -> dict[str, Any]:
@@ -178,7 +218,9 @@ def provenance(run: Run) -> dict[str, Any]:
         {
             "title": title,
             "seconds": f"{float(stage.get('seconds') or 0):,.1f}",
-            "written": ", ".join(count_of(int(n), unit) for unit, n in stage["counts"].get("written", {}).items()),
+            "written": ", ".join(
+                count_of(int(n), unit) for unit, n in stage["counts"].get("written", {}).items()
+            ),
             "fingerprint": stage["fingerprint"],
         }
         for title, stage in run.stages.items()

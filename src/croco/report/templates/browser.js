@@ -25,11 +25,11 @@
     const turns = promptOf(row)[2];
     return turns.length ? texts[turns[turns.length - 1]] : "";
   }
-  function fill(select, values) {
+  function fill(select, values, fewest) {
     const before = select.value;
     select.replaceChildren(new Option("all", ""), ...values.map((value) => new Option(value, value)));
     select.value = values.includes(before) ? before : "";
-    select.parentElement.hidden = values.length < 2 && !before;
+    select.parentElement.hidden = values.length < fewest;
   }
 
   // which texts hold the words: each is looked at once, however many rows have it
@@ -130,9 +130,9 @@
     kind = kinds[name];
     get("tag-name").textContent = kind.tag;
     get("sorting").hidden = !kind.order;
-    fill(arm, [...new Set(kind.rows.map((row) => texts[row[ARM]]))]);
-    fill(language, [...new Set(kind.rows.flatMap(languagesOf))].sort());
-    fill(tag, [...new Set(kind.rows.flatMap((row) => row[TAGS].map((place) => texts[place])))].sort());
+    fill(arm, [...new Set(kind.rows.map((row) => texts[row[ARM]]))], 2);
+    fill(language, [...new Set(kind.rows.flatMap(languagesOf))].sort(), 2);
+    fill(tag, [...new Set(kind.rows.flatMap((row) => row[TAGS].map((place) => texts[place])))].sort(), 1);
     list.setAttribute("aria-label", kind.title);
     filter();
   }

@@ -40,8 +40,5 @@
       strip.scrollLeft = link.offsetLeft - strip.offsetLeft - strip.clientWidth / 2 + link.offsetWidth / 2;
     }
   }, { rootMargin: "-20% 0px -75% 0px" });
-  for (const id of links.keys()) {
-    const section = document.getElementById(id);
-    if (section) watch.observe(section); else links.get(id).remove();
-  }
+  for (const id of links.keys()) watch.observe(document.getElementById(id));
 })();
