@@ -43,6 +43,11 @@ COMPARISONS = Table(
     "comparison",
 )
 
+ARENA = {
+    "win-rate": 0.64, "lc-win-rate": 0.61, "tie": 0.2, "self-consistency": 0.8, "position-bias": -0.03,
+    "win-rate:sum": 0.64, "win-rate-p-holm": 0.004,
+}  # fmt: skip
+
 
 def make_run(
     folder: Path, num_prompts: int = 40, num_samples: int = 16, num_tests: int = 60, seed: int = 0
@@ -134,8 +139,7 @@ def add_arena(folder: Path, num_prompts: int = 30, seed: int = 1) -> None:
     added = []
     for place, arm in enumerate(("monolingual", "multilingual")):
         for scope in ["tuned", "all", *TUNED]:
-            for metric, value in {"win-rate": 0.64, "lc-win-rate": 0.61, "tie": 0.2, "self-consistency": 0.8,
-                                  "position-bias": -0.03, "win-rate:sum": 0.64, "win-rate-p-holm": 0.004}.items():  # fmt: skip
+            for metric, value in ARENA.items():
                 value = value - 0.1 * place if metric.startswith(("win", "lc")) else value
                 added.append((arm, scope, "arena", metric, value, value - 0.06, value + 0.06))
     for place, arm in enumerate(("base", "monolingual", "multilingual")):
@@ -267,9 +271,9 @@ def _verdicts(folder: Path, rows: list[tuple]) -> None:
     keys = ["arm", "prompt_id", "language", "temperature", "sample_id", "mode", "benchmark", "value"]
     for arm in MIX:
         own = [dict(zip(keys, row, strict=True)) for row in rows if row[0] == arm]
-        texts = [f"A completion of {arm}, {row['mode']}." for row in own]
-        write(folder / "evaluate" / arm, VERDICTS,
-              [row | {"completion": text, "finish_reason": "stop"} for row, text in zip(own, texts, strict=True)])  # fmt: skip
+        for row in own:
+            row |= {"completion": f"A completion of {arm}, {row['mode']}.", "finish_reason": "stop"}
+        write(folder / "evaluate" / arm, VERDICTS, own)
 
 
 def write(

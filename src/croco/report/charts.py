@@ -126,7 +126,11 @@ class Heat:
     scale: list[tuple[str, str]]  # CSS class, label
 
 
-def heats(board: Board, members: Mapping[str, Sequence[str]]) -> list[Heat]:
+def heats(
+    board: Board,
+    members: Mapping[str, Sequence[str]],
+    titles: tuple[str, str] = ("Change from the base", "Level"),
+) -> list[Heat]:
     """Change from the base, and level, of every arm in every group and language."""
     groups = board.groups
     columns = [("group", groups)] if groups else []
@@ -150,7 +154,7 @@ def heats(board: Board, members: Mapping[str, Sequence[str]]) -> list[Heat]:
         ends = [top * step / STEPS for step in range(1, STEPS + 1)]
         scale = [(f"dm{step}", board.signed(-ends[step - 1])) for step in range(STEPS, 0, -1)]
         scale += [(f"dp{step}", board.signed(ends[step - 1])) for step in range(1, STEPS + 1)]
-        made.append(Heat("Change from the base", "difference", columns, _by_arm(rows), scale))
+        made.append(Heat(titles[0], "difference", columns, _by_arm(rows), scale))
     values = [cell.value.value for cell in board.cells.values()]
     low, high = (0.0, max([*values, 0.01])) if board.is_share else (min(values), max(values))
     rows = [
@@ -159,7 +163,7 @@ def heats(board: Board, members: Mapping[str, Sequence[str]]) -> list[Heat]:
     ]
     span = (high - low) or 1.0
     scale = [(f"s{step}", board.number(low + span * step / 5)) for step in range(6)]
-    made.append(Heat("Level", "level", columns, _by_arm(rows), scale))
+    made.append(Heat(titles[1], "level", columns, _by_arm(rows), scale))
     return made
 
 

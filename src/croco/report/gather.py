@@ -5,7 +5,7 @@ stage. Texts are `browser.py`'s. Nothing is drawn or worded here.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import polars as pl
 
 from croco import store
 from croco.errors import UserError
+from croco.evaluation.results import BASE
 from croco.pipeline import STAGES
 from croco.pipeline import scores_of as scores_read_by
 from croco.recipe import Recipe, load
@@ -52,30 +53,54 @@ class Run:
     steps: list[Step]
 
 
-def read_run(folder: Path) -> Run:
-    """Read a run's folder; raises UserError when a stage that the page shows is not complete."""
+def read_recipe(folder: Path) -> Recipe:
+    """The resolved recipe of a run; raises UserError when the folder is none."""
     if not (folder / "recipe.json").is_file():
         raise UserError(f"{folder} is no run: found no recipe.json")
-    recipe = load(folder / "recipe.json")
+    return load(folder / "recipe.json")
+
+
+def require(folder: Path, titles: Sequence[str]) -> None:
+    """Raise UserError naming the stages (with arms) of a run that are not complete."""
+    missing = [title for title in titles if _stage_json(folder / title).get("state") != "complete"]
+    if missing:
+        stages = "stage" if len(missing) == 1 else "stages"
+        raise UserError(f"{folder} has no complete {stages} {', '.join(missing)}: run `croco run` first")
+
+
+def _stage_json(folder: Path) -> dict[str, Any]:
+    path = folder / "stage.json"
+    return dict(store.read_json(path)) if path.is_file() else {}
+
+
+def read_results(folder: Path) -> tuple[Recipe, pl.DataFrame]:
+    """The recipe and the results of a run; raises UserError when they are not there or lack an arm."""
+    recipe = read_recipe(folder)
+    require(folder, ["results"])
+    results = store.read_table(folder / "results")
+    present = set(results["arm"].to_list())
+    if absent := [arm for arm in (BASE, *recipe.arms) if arm not in present]:
+        arms = "arm" if len(absent) == 1 else "arms"
+        raise UserError(f"the results of {folder} lack the {arms} {', '.join(absent)}: run `croco run` again")
+    return recipe, results
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run's folder; raises UserError when a stage that the page shows is not complete."""
+    recipe = read_recipe(folder)
     stages = {}
     # by the recipe, not by what lies there: an arm that was taken out, or scored otherwise before, left its folders
     for stage in STAGES:
         for arm in stage.arms(recipe) if stage.name != "report" else ():
             title = stage.name if arm is None else f"{stage.name}/{arm}"
-            if (folder / title / "stage.json").is_file():
-                stages[title] = store.read_json(folder / title / "stage.json")
-    for needed in [
-        "prompts",
-        "sample",
-        "results",
-        *(f"{s}/{arm}" for arm in recipe.arms for s in ("pair", "train")),
-    ]:
-        if stages.get(needed, {}).get("state") != "complete":
-            raise UserError(f"{folder} has no complete stage {needed}: run `croco run` first")
-    metrics = {arm: _lines(folder / "train" / arm / "metrics.jsonl") for arm in recipe.arms}
-    return Run(
-        folder, recipe, stages, store.read_table(folder / "results"), metrics, _steps(folder, recipe, stages)
+            if found := _stage_json(folder / title):
+                stages[title] = found
+    require(
+        folder,
+        ["prompts", "sample", "results", *(f"{s}/{arm}" for arm in recipe.arms for s in ("pair", "train"))],
     )
+    metrics = {arm: _lines(folder / "train" / arm / "metrics.jsonl") for arm in recipe.arms}
+    return Run(folder, recipe, stages, read_results(folder)[1], metrics, _steps(folder, recipe, stages))
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

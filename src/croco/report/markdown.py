@@ -6,17 +6,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from croco.evaluation.results import BASE
-from croco.recipe import load
+from croco.report.gather import read_results
 from croco.report.tables import Board, Cell, boards, interval_text, mode_shares, sentence, temperature_name
-from croco.store import read_json, read_table
+from croco.store import read_json
 
 
 def results_markdown(run_folder: Path) -> str:
     """The main tables of a run as Markdown: one sentence per arm, arms by groups, arms by language; 95 %
     intervals.
     """
-    recipe = load(run_folder / "recipe.json")
-    results = read_table(run_folder / "results")
+    recipe, results = read_results(run_folder)
     made = read_json(run_folder / "results" / "stage.json")
     versions = ", ".join(f"{name} {version}" for name, version in made["libraries"].items())
     parts = [

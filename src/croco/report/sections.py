@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from croco.evaluation.results import BASE, language_groups
@@ -93,13 +94,7 @@ def verdicts(run: Run, board: Board) -> dict[str, Any]:
     drawn = charts.forests(board, names, scopes)
     for series, (name, arm) in enumerate(run.recipe.arms.items()):
         to_best = sentence(board, name, to_best=True) if board.best_base else ""
-        strips = [
-            (scope, temperature_name(forest.temperature), mark)
-            for place, scope in enumerate(scopes)
-            for forest in drawn
-            for mark in forest.rows[place][2]
-            if mark.series == series
-        ]
+        strips = strips_of(drawn, series)
         arms.append(
             {
                 "name": name,
@@ -125,6 +120,17 @@ def verdicts(run: Run, board: Board) -> dict[str, Any]:
         "judged_on": board.title,
         "left_out": run.stages["results"].get("facts", {}).get("prompts_left_out", 0),
     }
+
+
+def strips_of(drawn: Sequence[charts.Forest], series: int) -> list[tuple[str, str, charts.Mark]]:
+    """The marks of one arm, by group or language and temperature."""
+    return [
+        (scope, temperature_name(forest.temperature), mark)
+        for place, (scope, _, _) in enumerate(drawn[0].rows if drawn else [])
+        for forest in drawn
+        for mark in forest.rows[place][2]
+        if mark.series == series
+    ]
 
 
 def results(run: Run, found: list[Board]) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def boards(results: pl.DataFrame, arms: Sequence[str], codes: Sequence[str]) -> 
         }
         if cells:  # what has no share of good completions and no mean score is shown by `other`
             best = {key[2]: key[1] for key, of in metrics.items() if "best-temperature" in of}
-            found.append(_board(benchmark, cells, arms, codes, best))
+            found.append(board_of(benchmark, cells, arms, codes, best))
     return found
 
 
@@ -120,7 +120,7 @@ def arena_board(results: pl.DataFrame, arms: Sequence[str], codes: Sequence[str]
             over = Interval(*(end - 0.5 for end in value))
             tests = (_value(of, "win-rate-p-holm"), _value(of, "prompts-to-resolve"))
             cells[key] = Cell(value, over, None, num_prompts, *tests)
-    return _board(ARENA, cells, arms, codes, {}) if cells else None
+    return board_of(ARENA, cells, arms, codes, {}) if cells else None
 
 
 Metrics = Mapping[str, tuple[Interval, int]]
@@ -135,13 +135,14 @@ def _metrics(part: pl.DataFrame) -> dict[tuple[str, float, str], dict[str, tuple
     return values
 
 
-def _board(
+def board_of(
     benchmark: str,
     cells: Mapping[tuple[str, float, str], Cell],
     arms: Sequence[str],
     codes: Sequence[str],
     best: Mapping[str, float],
 ) -> Board:
+    """Cells in the order that tables show them: the base, the arms, groups, languages."""
     order = {name: place for place, name in enumerate([BASE, *arms])}
     scope_order = {name: place for place, name in enumerate([*GROUPS, *codes])}
     settings = sorted({key[:2] for key in cells}, key=lambda s: (order.get(s[0], len(order)), s))
@@ -223,12 +224,13 @@ def sentence(board: Board, arm: str, to_best: bool = False) -> str:
         "not resolved": "not resolved on",
         "worse": "worse on",
     }
-    parts = [f"{words[kind]} {_enumerate(scopes)}" for kind, scopes in clauses.items() if scopes]
+    parts = [f"{words[kind]} {enumerate_words(scopes)}" for kind, scopes in clauses.items() if scopes]
     text = "; ".join(parts)
     return f"{text[:1].upper()}{text[1:]}." if text else "Not compared with the base."
 
 
-def _enumerate(items: Sequence[str]) -> str:
+def enumerate_words(items: Sequence[str]) -> str:
+    """ "a", "a and b", "a, b and c"."""
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
 
 
