@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from croco.report import charts, curves, sections
-from croco.report.compare import Comparison, compare
+from croco.report.compare import UNTUNED, Comparison, compare
 from croco.report.gather import Run, read_run
 from croco.report.page import render
 from croco.report.tables import Board, board_of, boards, sentence
@@ -87,7 +87,8 @@ def _training(found: Comparison, runs: list[Run]) -> dict[str, Any]:
     """The curves of both runs in one panel each."""
     metrics = {
         f"{name}: {arm}": run.metrics[arm]
-        for arm in found.arms[1:]
+        for arm in found.arms
+        if arm != UNTUNED
         for name, run in zip(found.names, runs, strict=True)
     }
     return {

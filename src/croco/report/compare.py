@@ -85,7 +85,7 @@ def compare(first: Path, second: Path) -> Comparison:
         found.append(part)
         firsts.update(values)
     codes = [code for code in recipes[0].run.evaluated if code in recipes[1].run.evaluated]
-    shown = [UNTUNED, *arms]
+    shown = [*arms, UNTUNED]
     return Comparison(names, _settings(recipes), notes, shown, _merged(found, shown, codes), firsts, groups)
 
 
