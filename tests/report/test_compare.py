@@ -121,7 +121,7 @@ def test_what_one_run_has_alone_is_named(runs):
         "The arm other is only in second and left out.",
     ]
     assert found.notes[2].endswith("not compared as a group: tuned and low-resource.")
-    assert found.boards[0].groups == ["held-out"]  # "all" of a single group says nothing new
+    assert found.boards[0].groups == ["held-out", "all"]
 
 
 def test_arenas_are_compared_too(runs):

@@ -147,7 +147,10 @@ def board_of(
     scope_order = {name: place for place, name in enumerate([*GROUPS, *codes])}
     settings = sorted({key[:2] for key in cells}, key=lambda s: (order.get(s[0], len(order)), s))
     scopes = sorted({key[2] for key in cells}, key=lambda s: (scope_order.get(s, len(scope_order)), s))
-    if len([scope for scope in scopes if scope in GROUPS]) == 2:
+    groups = [scope for scope in scopes if scope in GROUPS]
+    if len(groups) == 2 and all(
+        cells[arm, t, "all"].value == cells[arm, t, groups[0]].value for arm, t in settings
+    ):
         scopes.remove("all")  # of a single group it says nothing new
     return Board(benchmark, settings, scopes, cells, best)
 

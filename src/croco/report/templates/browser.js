@@ -3,6 +3,10 @@
 // ten. Everything a model or a file wrote is set with textContent, never as markup.
 (async function () {
   const get = (id) => document.getElementById(id);
+  if (!window.DecompressionStream) {
+    get("too-old").hidden = false;
+    return;
+  }
   const packed = Uint8Array.from(atob(get("rows-data").textContent), (c) => c.charCodeAt(0));
   const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("deflate"));
   const { texts, prompts, kinds } = JSON.parse(await new Response(stream).text());
