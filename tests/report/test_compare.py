@@ -103,7 +103,7 @@ def test_the_same_id_in_other_words_is_another_prompt(runs):
     for row in rows:
         row["messages"][0]["content"] += "!"
     write(folder, PROMPTS, rows)
-    with pytest.raises(UserError, match="first and second share no prompt of 'lab.*' in the same words"):
+    with pytest.raises(UserError, match=r"first and second share no prompt of 'lab.*' in the same words"):
         compare(*runs)
 
 

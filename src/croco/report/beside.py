@@ -1,4 +1,4 @@
-"""The page of two runs: each one's verdicts, what differs in their recipes, and the second's results against the first's."""
+"""The page of two runs: each one's verdicts, what differs in their recipes and results, the training of both."""
 
 from __future__ import annotations
 

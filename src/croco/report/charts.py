@@ -44,7 +44,7 @@ class Axis:
         return round(100 * (value - self.low) / (self.high - self.low), 2)
 
 
-def axis(values: Sequence[float], with_zero: bool = True, num_ticks: int = 5) -> Axis:
+def axis(values: Sequence[float], with_zero: bool = True, num_ticks: int = 7) -> Axis:
     """An axis that holds all values, its ends a little beyond them and its ticks at 1, 2 or 5 times a power of ten."""
     low, high = min([*values, 0.0] if with_zero else values), max([*values, 0.0] if with_zero else values)
     span = (high - low) or abs(high) or 1.0
