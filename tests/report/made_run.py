@@ -143,6 +143,7 @@ def add_arena(folder: Path, num_prompts: int = 30, seed: int = 1) -> None:
                 value = value - 0.1 * place if metric.startswith(("win", "lc")) else value
                 added.append((arm, scope, "arena", metric, value, value - 0.06, value + 0.06))
     for place, arm in enumerate(("base", "monolingual", "multilingual")):
+        added += [(arm, scope, "lab", "right-language", 0.9, 0.88, 0.92) for scope in ("tuned", "held-out")]
         added.append((arm, "da", "scala-da", "test_mcc", 20.5 + place, 18.0 + place, 23.0 + place))
     rows = [
         {"arm": arm, "language": scope, "benchmark": benchmark, "metric": metric, "temperature": 0.0,

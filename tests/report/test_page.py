@@ -164,6 +164,8 @@ def test_an_arena_tasks_and_the_sentinel_are_shown_where_there_are_any(tmp_path)
     assert "Better on tuned (+14 greedy)." in text
     assert "Not resolved on tuned (+4 greedy)." in text
     assert "test_mcc" in text
+    assert "<b>90 %</b><br><small>88 to 92</small>" in text  # in the right language
+    assert "p = 0.004 (Holm)" in text
     assert "<b>22.5</b> <small>20.0 to 25.0</small>" in text  # the highest of its row
     assert "step 12: the reward of chosen falls below that of the start" in text
     comparisons = unpacked(page)["kinds"]["comparisons"]
@@ -185,7 +187,7 @@ def test_axes_hold_their_values_and_have_round_ticks():
     assert found.ticks == [0, 10, 20, 30, 40]
     assert 0 < found.place(-3.0) < found.place(0) < found.place(41.0) < 100
     assert 0.0 in axis([0.0, 0.0]).ticks
-    assert axis([0.213, 0.214], with_zero=False).ticks == [0.213, 0.2135, 0.214]
+    assert axis([0.213, 0.214], with_zero=False).ticks == [0.213, 0.2132, 0.2134, 0.2136, 0.2138, 0.214]
 
 
 def test_a_run_that_is_not_finished_is_named(tmp_path):

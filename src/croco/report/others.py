@@ -13,8 +13,9 @@ import polars as pl
 
 from croco.evaluation.results import BASE, GROUPS, headline
 from croco.report.gather import Run
-from croco.report.tables import ARENA, MINUS, scope_name
+from croco.report.tables import ARENA, MINUS, Board, scope_name, temperature_name
 
+RIGHT = "right-language"
 # metric -> heading, factor, how it is written
 JUDGED = {
     "win-rate": ("win rate", 100, "{:.0f} %"),
@@ -80,6 +81,27 @@ def _text(found: tuple[float, float, float] | None, factor: float, form: str) ->
     value, low, high = (factor * end for end in found)
     ends = form.split("}")[0] + "}"
     return form.format(value).replace("-", MINUS), f"{ends} to {ends}".format(low, high).replace("-", MINUS)
+
+
+def fidelity(results: pl.DataFrame, board: Board) -> Grid | None:
+    """The share of completions in the right language, of those whose language could be told, by group."""
+    rows = results.filter(
+        (pl.col("benchmark") == board.benchmark)
+        & (pl.col("metric") == RIGHT)
+        & pl.col("language").is_in(board.groups)
+    )
+    if rows.is_empty():
+        return None
+    found = []
+    for arm, temperature in board.settings:
+        part = rows.filter((pl.col("arm") == arm) & (pl.col("temperature") == temperature))
+        values = {
+            row["language"]: (row["value"], row["ci_low"], row["ci_high"])
+            for row in part.iter_rows(named=True)
+        }
+        texts = [_text(values.get(scope), 100, "{:.0f} %") for scope in board.groups]
+        found.append((f"{arm}, {temperature_name(temperature)}", texts))
+    return Grid(board.groups, found)
 
 
 def costs(run: Run) -> list[tuple[str, str]]:

@@ -16,7 +16,9 @@ from markupsafe import Markup
 from croco.evaluation.stats import verdict
 from croco.report import sections
 from croco.report.browser import browse, packed
+from croco.report.charts import remark
 from croco.report.gather import Run, read_run
+from croco.report.others import fidelity
 from croco.report.tables import boards, count_of, scope_name, temperature_name
 from croco.stage import Work
 from croco.store import write_text
@@ -48,6 +50,7 @@ def _context(run: Run) -> dict[str, Any]:
         **sections.results(run, found),
         **others,
         "modes": sections.modes(run, found[0]),
+        "fidelity": fidelity(run.results, found[0]),
         **sections.distributions(run),
         "steps": run.steps,
         **sections.training(run),
@@ -71,6 +74,7 @@ def render(template: str, **context: Any) -> str:
         "temperature_name": temperature_name,
         "verdict": verdict,
         "count_of": count_of,
+        "remark": remark,
     }
     style = "".join((TEMPLATES / name).read_text(encoding="utf-8") for name in ("style.css", "charts.css"))
     scripts = {

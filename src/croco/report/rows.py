@@ -152,11 +152,12 @@ def _comparisons(run: Run, found: pl.DataFrame) -> Iterator[Row]:
                 outcome = "tie: the two orders disagree"
             names = {"arm": arm, "base": BASE, "tie": "tie"}
             note = "; ".join(f"{arm} {shown}: {names.get(v, v)}" for shown, v in verdicts.items())
-            said = [row[f"judgement_{order}"] for order in orders.values() if row[f"judgement_{order}"]]
+            said = [f"{arm} {shown}: {row[f'judgement_{order}']}" for shown, order in orders.items()
+                    if row[f"judgement_{order}"]]  # fmt: skip
             yield Row(
                 arm, prompt_id, language, messages.get((prompt_id, language)),
                 [outcome, *([row["domain"]] if row["domain"] else [])], [],
-                note + "".join(f"\n\nJudge: {text}" for text in said),
+                note + "".join(f"\n\nThe judge, {text}" for text in said),
                 [(BASE, row["base_completion"]), (arm, row["completion"])], None,
             )  # fmt: skip
 

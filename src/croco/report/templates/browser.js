@@ -111,8 +111,8 @@
       detail.replaceChildren(element("p", "none", "Nothing matches these filters."));
       return;
     }
-    const [id, code, turns] = promptOf(row), parts = [];
-    parts.push(element("p", "id", [texts[row[ARM]], code, id, texts[row[NOTE]]].filter(Boolean).join(" · ")));
+    const [id, code, turns] = promptOf(row), parts = [], [note, ...said] = texts[row[NOTE]].split("\n\n");
+    parts.push(element("p", "id", [texts[row[ARM]], code, id, note].filter(Boolean).join(" · ")));
     if (row[TAGS].length) {
       const tags = element("p", "tags");
       for (const place of row[TAGS]) tags.append(element("span", "", texts[place]));
@@ -127,7 +127,7 @@
     const sides = element("div", "sides");
     if (row[FIRST] >= 0) sides.append(side(row, FIRST, FIRST_TEXT, "first"));
     if (row[SECOND] >= 0) sides.append(side(row, SECOND, SECOND_TEXT, "second"));
-    detail.replaceChildren(...parts, sides);
+    detail.replaceChildren(...parts, sides, ...said.map((paragraph) => element("p", "said", paragraph)));
     detail.scrollTop = 0;
   }
   function open(name) {
