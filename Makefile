@@ -6,8 +6,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 VLLM_VENV ?= .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/installed
+EUROEVAL_VENV ?= .venv-euroeval
+EUROEVAL_STAMP := $(EUROEVAL_VENV)/installed
 
-.PHONY: install quickstart lab-check test test-vllm check format bench clean python
+.PHONY: install quickstart lab-check test test-vllm test-euroeval check format bench clean python
 
 install: $(STAMP)
 
@@ -23,12 +25,20 @@ $(STAMP): pyproject.toml constraints.txt | python
 quickstart: $(STAMP)
 	$(BIN)/croco run recipes/quickstart.toml
 
-lab-check: $(STAMP)
+lab-# EuroEval wants a Python of 3.12 or later and pins other libraries (7 GB, some minutes, once)
+$(EUROEVAL_STAMP): $(STAMP) src/croco/evaluation/euroeval-constraints.txt
+	$(BIN)/croco euroeval install --to $(EUROEVAL_VENV)
+	touch $@
+
+test-euroeval: $(VLLM_STAMP) $(EUROEVAL_STAMP)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VLLM_VENV)/bin/python -m pytest -q -m euroeval tests/with_euroeval
+
+check: $(STAMP)
 	$(BIN)/croco run recipes/lab-check.toml
 
 # one thread: several OpenMP threads beside a busy process cost more than they give
 test: $(STAMP)
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "not gpu"
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "not gpu and not euroeval"
 
 # vLLM's CPU build pins its own torch and transformers: an environment of its own (3.5 GB, some minutes, once)
 $(VLLM_STAMP): pyproject.toml constraints-vllm.txt | python

@@ -16,11 +16,11 @@ ONLY_IN = {
     "ray": ("engines/ray.py",),
     "peft": ("training/lora.py",),
     "httpx2": ("engines/wire.py",),
-    "euroeval": (),
+    "euroeval": ("evaluation/euroeval_program.py",),
     "trl": ("lab/build.py",),
 }
 # rooms of pure numbers: no engine, no model library
-PURE = ("ops/", "pairing/", "evaluation/stats.py")
+PURE = ("ops/", "pairing/", "evaluation/stats.py", "evaluation/winrate.py")
 ENGINES = ("croco.engines", "transformers", "vllm", "ray", "peft", "openai", "accelerate")
 # the house loads with the command line, before anything heavy
 LIGHT = (
@@ -29,7 +29,13 @@ LIGHT = (
     "cli.py",
     "errors.py",
     "recipe.py",
+    "recipe_arms.py",
+    "recipe_models.py",
+    "recipe_euroeval.py",
+    "recipe_arena.py",
     "recipe_runtime.py",
+    "recipe_sweep.py",
+    "recipe_sentinel.py",
     "recipe_errors.py",
     "languages.py",
 )

@@ -33,9 +33,11 @@ def examine(recipe: Recipe, measure: bool = False) -> Iterator[str]:
     for check in (
         lambda: _engines(recipe),
         lambda: servers(recipe),
+        lambda: _euroeval(recipe) if recipe.euroeval else (),
         lambda: _policy(recipe, rows),
         lambda: _translation(recipe, recipe.translate, rows[0]["messages"]) if recipe.translate else (),
         lambda: _reward(recipe, rows),
+        lambda: _tuning(recipe),
         lambda: _adapters(recipe),
         lambda: _measured(recipe, rows, rates) if measure else (),
         lambda: planning.cost(recipe, rates),
@@ -107,6 +109,17 @@ def servers(recipe: Recipe) -> Iterator[str]:
         yield f"server        {role}: {found.url} serves {found.served}{context}"
 
 
+def _euroeval(recipe: Recipe) -> Iterator[str]:
+    """EuroEval's environment, and what serves the policies that it asks."""
+    from croco.evaluation import euroeval
+
+    euroeval.check(recipe)
+    yield f"euroeval      {recipe.runtime.euroeval.python}"
+    for arm in recipe.runtime.euroeval.urls:
+        found = euroeval.named_server(recipe.runtime.euroeval, arm)
+        yield f"  {found.url} serves '{euroeval.model_name(arm)}', {found.max_context or 'unknown'} tokens at most"
+
+
 def _policy(recipe: Recipe, rows: Sequence[Prompt]) -> Iterator[str]:
     from croco.engines.config import generation_config
     from croco.engines.loading import load_tokenizer
@@ -116,7 +129,7 @@ def _policy(recipe: Recipe, rows: Sequence[Prompt]) -> Iterator[str]:
     policy, sampling = recipe.policy, recipe.sampling
     template = Path(policy.chat_template) if policy.chat_template else None
     tokenizer = load_tokenizer(policy.model, policy.revision, template, policy.trust_remote_code)
-    network = _network(policy, "policy", "causal")
+    network = weightless(policy, "policy", "causal")
     yield f"policy        {_what(policy, 'policy', network)}"
     yield from _memory(recipe, policy, network, "sample")
     ends = end_ids(tokenizer, generation_config(policy))
@@ -141,7 +154,7 @@ def _reward(recipe: Recipe, rows: Sequence[Prompt]) -> Iterator[str]:
 
     reward = recipe.reward
     tokenizer = load_tokenizer(reward.model, reward.revision, None, reward.trust_remote_code)
-    network = _network(reward, "reward", "classifier")
+    network = weightless(reward, "reward", "classifier")
     yield f"reward model  {_what(reward, 'reward', network)}"
     yield from _memory(recipe, reward, network, "score")
     limit = min(reward.max_tokens, network.config.get_text_config().max_position_embeddings)
@@ -172,10 +185,35 @@ def _translation(recipe: Recipe, section: Translate, messages: Sequence[Mapping[
     targets = recipe.run.evaluated if section.evaluation else recipe.run.languages
     asked = [FORMATS[section.format](texts[0] if texts else "Yes.", section.source, code) for code in targets]
     longest = max(len(prompt_ids(tokenizer, each)) for each in asked)
-    network = _network(section, "translate", "causal")
+    network = weightless(section, "translate", "causal")
     yield f"translation   {_what(section, 'translate', network)}"
     yield from _memory(recipe, section, network, "translate")
     yield f"  format {section.format}: the first text of the first prompt takes at most {longest} tokens"
+
+
+def _tuning(recipe: Recipe) -> Iterator[str]:
+    """The policy's weights and what is trained of them, with gradients and AdamW's moments, against what is free."""
+    from croco.engines import memory
+    from croco.engines.loading import pick_device, pick_dtype
+    from croco.training.preflight import STATE_BYTES, trained_parameters
+
+    device = pick_device(recipe.runtime.device)
+    itemsize, free = pick_dtype(recipe.policy.dtype, device).itemsize, memory.free_bytes(device)
+    for whole in sorted({arm.training.full for arm in recipe.arms.values()}):
+        model = weightless(recipe.policy, "policy", "causal")
+        ranks = [arm.training.lora.rank for arm in recipe.arms.values() if arm.training.full == whole]
+        targets = next(
+            arm.training.lora.targets for arm in recipe.arms.values() if arm.training.full == whole
+        )
+        trained = trained_parameters(model, None if whole else (max(ranks), targets))
+        needed = model.num_parameters() * (4 if whole else itemsize)
+        needed += trained * (STATE_BYTES + (0 if whole else 4))
+        what = "all weights" if whole else f"adapters of rank {max(ranks)}"
+        fits = "fits" if needed <= free else planning.MISFIT
+        yield (
+            f"tuning        {what}: {trained / 1e6:,.1f} M trained, {_gib(needed)} before activations; "
+            f"{_gib(free)} are free: {fits}"
+        )
 
 
 def _adapters(recipe: Recipe) -> Iterator[str]:
@@ -259,7 +297,7 @@ def _memory(recipe: Recipe, section: Model, network: Any, role: str) -> Iterator
         )
 
 
-def _network(section: Model, key: str, kind: str) -> Any:
+def weightless(section: Model, key: str, kind: str) -> Any:
     """The model without its weights; raises UserError for one that transformers does not know, or of several logits."""
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification

@@ -36,13 +36,17 @@ STAGE_COMMANDS = {
     "prompts": "Read and check the prompts to tune on.",
     "translate": "Translate the prompts to tune on, if the recipe says so.",
     "sample": "Let the policy answer every prompt N times.",
-    "score": "Score the completions.",
+    "score": "Score the completions; with --diagnose, measure reward models on preference pairs.",
     "score-references": "Score the gold completions, where an arm sets them against the policy's.",
     "pair": "Choose a chosen and a rejected completion per pool.",
     "train": "Tune an adapter on an arm's pairs.",
     "eval-prompts": "Read and check the prompts to evaluate on.",
     "eval-translate": "Translate the prompts to evaluate on, if the recipe says so.",
     "evaluate": "Let an arm's policy answer the evaluation prompts, and judge them.",
+    "euroeval": "Let EuroEval evaluate an arm's policy, if the recipe says so.",
+    "arena-prompts": "Read and check the arena's own prompts, if the recipe has them.",
+    "arena-sample": "Let an arm's policy answer the arena's prompts, where `evaluate` has not done so already.",
+    "arena": "Let a judge compare an arm's completions with the base's, in both orders.",
     "results": "Aggregate verdicts, with intervals.",
 }
 
@@ -68,6 +72,12 @@ lab = typer.Typer(
     help="The small world shipped inside the package.", no_args_is_help=True, rich_markup_mode=None
 )
 app.add_typer(lab, name="lab")
+euroeval = typer.Typer(
+    help="EuroEval's structured tasks: its environment, and the stage.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(euroeval, name="euroeval")
 
 
 def say(line: str) -> None:
@@ -105,6 +115,16 @@ def load_recipe(path: Path, overrides: list[str] | None) -> Recipe:
     return recipe.load(path, overrides or [])
 
 
+def load_run(folder: Path, arm: str) -> Recipe:
+    """The recipe of a run's folder, which has this arm."""
+    if not (folder / "recipe.json").exists():
+        raise UserError(f"{folder} holds no recipe.json, expected the folder of a run")
+    loaded = load_recipe(folder / "recipe.json", [f'run.folder="{folder}"'])
+    if arm not in loaded.arms:
+        raise UserError(f"--arm {arm}: no such arm, expected one of {', '.join(loaded.arms)}")
+    return loaded
+
+
 @app.command()
 def run(
     recipe: RecipePath,
@@ -116,6 +136,15 @@ def run(
 ) -> None:
     """Run everything of a recipe that is not complete yet."""
     loaded = load_recipe(recipe, overrides)
+    if loaded.study:
+        from croco.study import run as study
+
+        if until:
+            raise UserError(
+                f"--until {until}: a study ends with its page; run the recipe of one seed, in its folder"
+            )
+        say(f"study: {study.run(loaded, rebuild=rebuild, say=say)}")
+        return
     from croco import pipeline
 
     pipeline.run(loaded, rebuild=rebuild, until=until, say=say)
@@ -125,12 +154,9 @@ def run(
 def show_end(folder: Path) -> None:
     """The last table and the path of the page, when the run has come so far."""
     if (folder / "results" / "dropped.parquet").exists():
-        from rich.console import Console
+        from croco.report import command
 
-        from croco.report.terminal import results_table
-
-        console = Console()
-        console.print(results_table(folder))
+        command.show(folder)
     page = folder / "report" / "report.html"
     if page.exists():
         say(f"report: {page}")
@@ -176,7 +202,7 @@ def report(
     if terminal:
         command.show(folder)
     else:
-        say(f"report: {command.page(folder, say)}")
+        say(command.page(folder, say))
     for written in command.export(folder, markdown, csv, latex, intervals):
         say(f"tables: {written}")
 
@@ -203,11 +229,7 @@ def export(
     license: Annotated[str, typer.Option(help="The licence field of the dataset card.")] = "unknown",
 ) -> None:
     """Write an arm's pairs in TRL's format, with a dataset card."""
-    if not (folder / "recipe.json").exists():
-        raise UserError(f"{folder} holds no recipe.json, expected the folder of a run")
-    loaded = load_recipe(folder / "recipe.json", [f'run.folder="{folder}"'])
-    if arm not in loaded.arms:
-        raise UserError(f"--arm {arm}: no such arm, expected one of {', '.join(loaded.arms)}")
+    loaded = load_run(folder, arm)
     from croco.pairing.command import facts_of
     from croco.pairing.exporting import export_pairs
 
@@ -220,6 +242,22 @@ def export(
         facts=facts_of(loaded, arm),
     )
     say(f"{rows:,} rows in {to}")
+
+
+@app.command()
+def merge(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    arm: Annotated[str, typer.Option(help="The arm whose policy to write.")],
+    to: Annotated[Path, typer.Option(help="A new folder.")],
+    license: Annotated[str, typer.Option(help="The licence field of the model card.")] = "unknown",
+) -> None:
+    """Merge an arm's adapter into its base: a model folder with a card, proven to be base + adapter."""
+    loaded = load_run(folder, arm)
+    from croco import pipeline
+    from croco.training.merge import merge as write
+
+    pipeline.set_threads(loaded)
+    write(loaded, arm, to, license, say)
 
 
 @app.command()
@@ -278,11 +316,15 @@ def build(
     seed: Annotated[
         int | None, typer.Option(help="Seed of everything; that of the shipped models if not given.")
     ] = None,
+    rivals: Annotated[
+        bool, typer.Option("--rivals", help="Only the other policy and the translator of the rival methods.")
+    ] = False,
 ) -> None:
-    """Make the lab's policy and reward model again from nothing."""
+    """Make the lab's models again from nothing."""
     from croco.lab import build as building
 
-    building.build(folder, building.SEED if seed is None else seed)
+    make = building.build_rivals if rivals else building.build
+    make(folder, building.SEED if seed is None else seed)
 
 
 @lab.command()
@@ -301,7 +343,22 @@ def gates(
     Console().print(measure(found / "policy", found / "reward", building.SEED)[0])
 
 
-def stage_command(name: str, text: str) -> Callable[..., None]:
+@euroeval.command()
+def install(
+    to: Annotated[
+        Path | None, typer.Option(help="A new folder; .venv-euroeval here if not given.", show_default=False)
+    ] = None,
+    python: Annotated[
+        str | None, typer.Option(help="A Python of 3.12 or later; looked for if not given.")
+    ] = None,
+) -> None:
+    """Make EuroEval's environment: 7 GB, some minutes, once."""
+    from croco.evaluation import euroeval_install
+
+    say(f"euroeval: {euroeval_install.install(to, python, say)}")
+
+
+def stage_command(name: str) -> Callable[..., None]:
     def command(
         recipe: RecipePath, overrides: Overrides = None, arm: ArmName = None, rebuild: Rebuild = False
     ) -> None:
@@ -310,12 +367,91 @@ def stage_command(name: str, text: str) -> Callable[..., None]:
 
         pipeline.run_stage(loaded, name, arm=arm, rebuild=rebuild, say=say)
 
-    command.__doc__ = text
     return command
 
 
+def score(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RECIPE | FILE...", help="A recipe; with --diagnose preference pairs.", show_default=False
+        ),
+    ],
+    overrides: Overrides = None,
+    arm: ArmName = None,
+    rebuild: Rebuild = False,
+    diagnose: Annotated[
+        bool, typer.Option("--diagnose", help="Measure how reward models rank the pairs of files.")
+    ] = False,
+    reward: Annotated[
+        list[str] | None, typer.Option(metavar="MODEL", help="With --diagnose: a reward model; may repeat.")
+    ] = None,
+    to: Annotated[
+        Path | None, typer.Option(help="With --diagnose: a new folder.", show_default=False)
+    ] = None,
+    language: Annotated[
+        str | None, typer.Option(help="With --diagnose: of all rows, where no column says it.")
+    ] = None,
+) -> None:
+    if not diagnose:
+        if len(paths) != 1 or reward or to or language:
+            raise UserError(
+                "croco score takes one recipe; FILE..., --reward, --to and --language go with --diagnose"
+            )
+        stage_command("score")(paths[0], overrides, arm, rebuild)
+        return
+    if arm or rebuild:
+        raise UserError("croco score --diagnose reads files of pairs: --arm and --rebuild go with a recipe")
+    if to is None:
+        raise UserError("croco score --diagnose: expected --to FOLDER")
+    from croco.evaluation import ranking
+
+    ranking.diagnose(paths, reward or [], to, language, overrides or [])
+    say((to / "ranking.md").read_text(encoding="utf-8"))
+
+
+def train(
+    sources: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RECIPE|FILE...", help="A recipe, or preference pairs (JSON lines or Parquet)."
+        ),
+    ],
+    overrides: Overrides = None,
+    arm: ArmName = None,
+    rebuild: Rebuild = False,
+    model: Annotated[str | None, typer.Option(help="With pairs: the policy to tune.")] = None,
+    to: Annotated[Path | None, typer.Option(help="With pairs: a new folder.")] = None,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(metavar="OURS=THEIRS", help="With pairs: map a column, e.g. prompt_id=id."),
+    ] = None,
+    language: Annotated[str | None, typer.Option(help="With pairs: where no column says it.")] = None,
+    license: Annotated[str, typer.Option(help="With pairs: the licence field of the card.")] = "unknown",
+) -> None:
+    """Tune an arm of a recipe, or (with --model and --to) a model on any preference pairs."""
+    if len(sources) == 1 and (sources[0].suffix == ".toml" or sources[0].name == "recipe.json"):
+        given = {"--model": model, "--to": to, "--column": column, "--language": language}
+        if wrong := [name for name, value in given.items() if value]:
+            raise UserError(f"{', '.join(wrong)}: for files of pairs, and {sources[0]} is a recipe")
+        stage_command("train")(sources[0], overrides, arm, rebuild)
+        return
+    if arm is not None or rebuild:
+        raise UserError("--arm and --rebuild are for a recipe (.toml), and these are files of pairs")
+    if model is None or to is None:
+        raise UserError(f"{sources[0]} is no recipe (.toml): pairs need --model MODEL and --to FOLDER")
+    from croco.training.command import train_on_files
+
+    train_on_files(sources, model, to, column or [], language, overrides or [], license, say)
+
+
+OWN_COMMANDS: dict[str, Callable[..., None]] = {"train": train, "score": score}
 for _name, _text in STAGE_COMMANDS.items():
-    app.command(_name, rich_help_panel="Stages")(stage_command(_name, _text))
+    _function = OWN_COMMANDS.get(_name) or stage_command(_name)
+    if _name == "euroeval":  # beside `croco euroeval install`
+        euroeval.command("run", help=_text)(_function)
+    else:
+        app.command(_name, help=_text, rich_help_panel="Stages")(_function)
 
 
 def version(show: bool) -> None:

@@ -19,6 +19,7 @@ LARGE_BYTES = 256 * 2**20  # above this a file is known by its size and a block 
 STRETCH_BYTES, BLOCK_BYTES = 4 * 2**20, 4096  # tuning that moves a tensor of some megabytes moves a block
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 LAB_MODELS = Path(__file__).parent / "lab" / "models"
+LAB_NAMES = ("policy", "reward", "other", "translator")
 
 
 def canonical(value: Any) -> str:
@@ -34,13 +35,14 @@ def digest(value: Any) -> str:
 def local_model(name: str, key: str = "model") -> Path | None:
     """The directory that a model's name stands for, or None for a hub id.
 
-    `lab:policy` and `lab:reward` are package data. Raises UserError naming the key for a directory that is not there or
-    holds no model.
+    Those of LAB_NAMES are package data, as in `lab:policy`. Raises UserError naming the key for a directory that is not
+    there or holds no model.
     """
     if name.startswith("lab:"):
         folder = LAB_MODELS / name.removeprefix("lab:")
-        if name not in ("lab:policy", "lab:reward"):
-            raise UserError(f"{key} = '{name}', expected 'lab:policy', 'lab:reward', a directory or a hub id")
+        if name.removeprefix("lab:") not in LAB_NAMES:
+            known = ", ".join(f"'lab:{one}'" for one in LAB_NAMES)
+            raise UserError(f"{key} = '{name}', expected {known}, a directory or a hub id")
         if not (folder / "config.json").exists():
             raise UserError(f"{key} = '{name}', but the lab's models are not built: run `croco lab build`")
         return folder

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 from croco.errors import UserError
@@ -28,6 +28,16 @@ def check(code: str) -> str:
     if code.split("-")[0] not in Locale("en").languages:
         raise UserError(f"'{code}' is no language that CLDR knows (expected such as 'da', 'nb', 'pt-BR')")
     return code
+
+
+def normal(code: str) -> str:
+    """The BCP-47 code that a code of ISO 639-3 stands for, alone or with a script as in FLORES: 'deu_Latn' →
+    'de', 'arb' → 'ar', 'da' → 'da'. Raises UserError as `check` does.
+    """
+    from babel.core import get_global
+
+    found = code.split("_")[0] if re.fullmatch(r"[a-z]{3}_[A-Z][a-z]{3}", code) else code
+    return check(str(get_global("language_aliases").get(found, found)))
 
 
 def name(code: str) -> str:
@@ -56,6 +66,7 @@ def _identifier(codes: tuple[str, ...] | None) -> Any:
     return identifier
 
 
+@cache
 def identifiable(code: str) -> bool:
     """Whether the identifier knows a language."""
     return _identifier_code(code) in _identifier(None).labels

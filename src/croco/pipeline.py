@@ -1,7 +1,9 @@
 """The stages in order, on one screen; then what a recipe makes of them: plan them, run them.
 
     prompts (→ translate) → sample → score → pair → train ─┐
-    eval-prompts (→ eval-translate) ───────────────────────┴→ evaluate → results → report
+    eval-prompts (→ eval-translate) ───────────────────────┴→ evaluate (→ arena, euroeval) → results → report
+
+[arena] may have prompts of its own, or completions of its own: then arena-prompts and arena-sample come before it.
 
 What enters a stage's fingerprint is `science.py`, what a stage is `stage.py`. Nothing here computes: a stage's function
 is imported when it runs.
@@ -15,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from croco import engines, science, standing, store
+from croco import arms, engines, science, standing, store
 from croco import stage as stages
 from croco.errors import StaleStage, UserError
 from croco.recipe import Recipe
@@ -29,30 +31,39 @@ Say = Callable[[str], None]
 # What each stage reads from the others ------------------------------------------------------------------------------
 
 
-def tuned_arms(recipe: Recipe) -> list[str | None]:
-    return list(recipe.arms)
-
-
-def all_arms(recipe: Recipe) -> list[str | None]:
-    return ["base", *recipe.arms]
-
-
-def scoring_arms(recipe: Recipe) -> list[str | None]:
-    """None for the reward model's scores, shared; an arm with a scorer of its own has scores of its own."""
-    scored = {
-        name: arm for name, arm in recipe.arms.items() if (arm.chosen, arm.rejected) != ("reference", "none")
-    }
-    own: list[str | None] = [name for name, arm in scored.items() if arm.scorer != "reward"]
-    shared: list[str | None] = [None] if len(own) < len(scored) else []
-    return shared + own
-
-
 def translated(recipe: Recipe) -> list[str | None]:
     return [None] if recipe.translate else []
 
 
 def eval_translated(recipe: Recipe) -> list[str | None]:
     return [None] if recipe.translate and recipe.translate.evaluation else []
+
+
+def euroeval_arms(recipe: Recipe) -> list[str | None]:
+    return arms.evaluated_arms(recipe) if recipe.euroeval else []
+
+
+def arena_arms(recipe: Recipe) -> list[str | None]:
+    return [*recipe.evaluated_arms] if recipe.arena else []
+
+
+def arena_prompts(recipe: Recipe) -> list[str | None]:
+    return [None] if recipe.arena and recipe.arena.source else []
+
+
+def arena_sampled(recipe: Recipe) -> list[str | None]:
+    """Nothing is sampled again where `evaluate` has drawn the same greedy completions."""
+    if recipe.arena is None:
+        return []
+    evaluation, limit = recipe.evaluation, recipe.arena.max_new_tokens
+    same = 0.0 in evaluation.temperatures and limit in (None, evaluation.max_new_tokens)
+    return [] if same and not recipe.arena.source else arms.evaluated_arms(recipe)
+
+
+def compared_from(recipe: Recipe, arm: str | None) -> list[Reference]:
+    """What an arm's comparisons are made of: prompts, and the completions of the base and of the arm."""
+    drawn = "arena-sample" if arena_sampled(recipe) else "evaluate"
+    return [arena_prompts_of(recipe), (drawn, "base"), (drawn, arm)]
 
 
 # a translated table stands in for the one it was made from: those that read it know it by the same name
@@ -67,24 +78,38 @@ def eval_prompts_of(recipe: Recipe) -> Reference:
     return ("eval-translate" if eval_translated(recipe) else "eval-prompts", None)
 
 
-def scores_of(recipe: Recipe, arm: str | None) -> Reference:
-    return ("score", None if science.arm_of(recipe, arm).scorer == "reward" else arm)
+def sampled_from(recipe: Recipe, arm: str | None) -> list[Reference]:
+    """The prompts, and the adapter of the arm whose policy samples."""
+    start = arms.arm_of(recipe, arm).start if arm else None
+    return [prompts_of(recipe)] + ([("train", start)] if start else [])
 
 
-def gold_arms(recipe: Recipe) -> list[str | None]:
-    """One run, shared, where an arm sets gold completions against the policy's and so needs their scores."""
-    needed = any(arm.chosen == "reference" and arm.rejected != "none" for arm in recipe.arms.values())
-    return [None] if needed else []
+def arena_prompts_of(recipe: Recipe) -> Reference:
+    return ("arena-prompts", None) if arena_prompts(recipe) else eval_prompts_of(recipe)
+
+
+def scored_from(recipe: Recipe, arm: str | None) -> list[Reference]:
+    """Prompts and completions, and the arm whose implicit reward is the score."""
+    if arm is None:
+        return [prompts_of(recipe), ("sample", None)]
+    implicit = arms.arm_of(recipe, arm).implicit
+    own: list[Reference] = [("train", implicit.arm)] if implicit else []
+    return [prompts_of(recipe), arms.samples_of(recipe, arm), *own]
 
 
 def paired_from(recipe: Recipe, arm: str | None) -> list[Reference]:
     """What an arm's pairs are made of; data for SFT on gold completions needs the prompts alone."""
-    section = science.arm_of(recipe, arm)
-    if section.chosen != "reference":
-        return [prompts_of(recipe), ("sample", None), scores_of(recipe, arm)]
-    if section.rejected == "none":
+    section = arms.arm_of(recipe, arm)
+    if not arms.contrasted(section):
         return [prompts_of(recipe)]
-    return [prompts_of(recipe), ("sample", None), scores_of(recipe, arm), ("score-references", None)]
+    gold: list[Reference] = [("score-references", None)] if section.chosen == "reference" else []
+    return [prompts_of(recipe), arms.samples_of(recipe, arm), arms.scores_of(recipe, arm), *gold]
+
+
+def trained_from(recipe: Recipe, arm: str | None) -> list[Reference]:
+    """An arm's pairs, and the adapter that it goes on training."""
+    start = arms.arm_of(recipe, arm).start
+    return [("pair", arm)] + ([("train", start)] if start else [])
 
 
 STAGES: tuple[Stage, ...] = (
@@ -113,7 +138,8 @@ STAGES: tuple[Stage, ...] = (
         function="croco.sampling.sample:sample",
         table="completions",
         settings=science.sample_settings,
-        follows=lambda recipe, arm: [prompts_of(recipe)],
+        follows=sampled_from,
+        arms=arms.sampling_arms,
     ),
     Stage(
         name="score",
@@ -121,8 +147,8 @@ STAGES: tuple[Stage, ...] = (
         function="croco.scoring.score:score",
         table="scores",
         settings=science.score_settings,
-        follows=lambda recipe, arm: [prompts_of(recipe), ("sample", None)],
-        arms=scoring_arms,
+        follows=scored_from,
+        arms=arms.scoring_arms,
         reads_all=("completion", "sample"),
     ),
     Stage(
@@ -132,7 +158,7 @@ STAGES: tuple[Stage, ...] = (
         table="scores",
         settings=science.references_settings,
         follows=lambda recipe, arm: [prompts_of(recipe)],
-        arms=gold_arms,
+        arms=arms.gold_arms,
     ),
     Stage(
         name="pair",
@@ -141,7 +167,7 @@ STAGES: tuple[Stage, ...] = (
         table="pairs",
         settings=science.pair_settings,
         follows=paired_from,
-        arms=tuned_arms,
+        arms=arms.tuned_arms,
     ),
     Stage(
         name="train",
@@ -149,8 +175,8 @@ STAGES: tuple[Stage, ...] = (
         function="croco.training.train:train",
         table="",
         settings=science.train_settings,
-        follows=lambda recipe, arm: [("pair", arm)],
-        arms=tuned_arms,
+        follows=trained_from,
+        arms=arms.tuned_arms,
     ),
     Stage(
         name="eval-prompts",
@@ -173,21 +199,60 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         name="evaluate",
-        version=1,
+        version=2,
         function="croco.evaluation.evaluate:evaluate",
         table="verdicts",
         settings=science.evaluate_settings,
         follows=lambda recipe, arm: [eval_prompts_of(recipe)] + ([] if arm == "base" else [("train", arm)]),
-        arms=all_arms,
+        arms=arms.evaluated_arms,
+    ),
+    Stage(
+        name="euroeval",
+        version=1,
+        function="croco.evaluation.euroeval:euroeval",
+        table="results",
+        settings=science.euroeval_settings,
+        follows=lambda recipe, arm: [] if arm == "base" else [("train", arm)],
+        arms=euroeval_arms,
+    ),
+    Stage(
+        name="arena-prompts",
+        version=1,
+        function="croco.prompts.load:arena_prompts",
+        table="prompts",
+        settings=science.arena_prompts_settings,
+        follows=lambda recipe, arm: [],
+        arms=arena_prompts,
+    ),
+    Stage(
+        name="arena-sample",
+        version=1,
+        function="croco.evaluation.arena:sample",
+        table="completions",
+        settings=science.arena_sample_settings,
+        follows=lambda recipe, arm: [arena_prompts_of(recipe)] + ([] if arm == "base" else [("train", arm)]),
+        arms=arena_sampled,
+    ),
+    Stage(
+        name="arena",
+        version=1,
+        function="croco.evaluation.arena:arena",
+        table="comparisons",
+        settings=science.arena_settings,
+        follows=compared_from,
+        arms=arena_arms,
     ),
     Stage(
         name="results",
-        version=1,
+        version=2,
         function="croco.evaluation.evaluate:results",
         table="results",
         settings=science.results_settings,
         follows=lambda recipe, arm: (
-            [eval_prompts_of(recipe)] + [("evaluate", name) for name in all_arms(recipe)]
+            [eval_prompts_of(recipe)]
+            + [("evaluate", name) for name in arms.evaluated_arms(recipe)]
+            + [("euroeval", name) for name in euroeval_arms(recipe)]
+            + [("arena", name) for name in arena_arms(recipe)]
         ),
     ),
     Stage(
@@ -216,23 +281,28 @@ _BY_NAME: dict[str, Stage] = {stage.name: stage for stage in STAGES}
 def nodes(recipe: Recipe) -> list[Node]:
     """Every stage of every arm, in an order that can be run; names what is missing before anything is written."""
     made: dict[Reference, Node] = {}
+
+    def make(name: str, arm: str | None) -> Node:
+        """The node, after all that it reads: an arm that starts from another one comes after its training."""
+        if (name, arm) not in made:
+            stage, folder = _BY_NAME[name], recipe.folder / name
+            follows = stage.follows(recipe, arm)
+            inputs = {_input_name(arm, before, follows): make(*before) for before in follows}
+            where = folder if arm is None else folder / arm
+            made[name, arm] = Node(stage, arm, where, stage.settings(recipe, arm), inputs)
+        return made[name, arm]
+
     for stage in STAGES:
         for arm in stage.arms(recipe):
-            folder = recipe.folder / stage.name
-            made[stage.name, arm] = Node(
-                stage=stage,
-                arm=arm,
-                folder=folder if arm is None else folder / arm,
-                settings=stage.settings(recipe, arm),
-                inputs={_input_name(arm, before): made[before] for before in stage.follows(recipe, arm)},
-            )
+            make(stage.name, arm)
     return list(made.values())
 
 
-def _input_name(arm: str | None, before: Reference) -> str:
-    """A stage that reads one arm's table knows it as "pair"; one that reads several as "pair/monolingual"."""
+def _input_name(arm: str | None, before: Reference, follows: Sequence[Reference]) -> str:
+    """An arm's own table of a kind is "pair", as is the only one that it reads; others are "pair/monolingual"."""
     name, its_arm = STANDS_FOR.get(before[0], before[0]), before[1]
-    return name if its_arm is None or its_arm == arm else f"{name}/{its_arm}"
+    only = arm is not None and [kind for kind, _ in follows].count(before[0]) == 1
+    return name if its_arm in (None, arm) or only else f"{name}/{its_arm}"
 
 
 def plan(recipe: Recipe) -> list[tuple[Node, Status]]:
@@ -250,6 +320,7 @@ def run(
         last = todo.index(_of_stage(todo, until)[-1])
         todo = todo[: last + 1]
     set_threads(recipe)
+    check_euroeval(todo, recipe)
     with stages.lock(recipe.folder):
         _stop_or_clear(todo, rebuild, say)
         keep_recipe(recipe)
@@ -261,17 +332,19 @@ def run_stage(
     recipe: Recipe, name: str, *, arm: str | None = None, rebuild: bool = False, say: Say = lambda line: None
 ) -> None:
     """Run one stage (of one arm, if named); what it reads must be complete."""
-    if arm is not None and arm not in all_arms(recipe):
-        raise UserError(f"--arm {arm}: no such arm, expected one of {', '.join(map(str, all_arms(recipe)))}")
+    if arm is not None and arm not in ("base", *recipe.arms):
+        raise UserError(f"--arm {arm}: no such arm, expected one of base, {', '.join(recipe.arms)}")
     engines.check(recipe)
     every = nodes(recipe)
     todo = _of_stage(every, name)
     if arm is not None:
-        mine = [node for node in todo if node.arm == arm]
+        read = [before for node in every if node.arm == arm for before in node.inputs.values()]
+        mine = [node for node in todo if node.arm == arm] or [node for node in todo if node in read]
         todo = mine or [node for node in todo if node.arm is None]
         if not todo:
             raise UserError(f"--arm {arm}: {name} has no such arm")
     set_threads(recipe)
+    check_euroeval(todo, recipe)
     with stages.lock(recipe.folder):
         for node in todo:
             for before in node.inputs.values():
@@ -286,12 +359,20 @@ def run_stage(
             run_node(node, recipe, say)
 
 
+def check_euroeval(todo: Sequence[Node], recipe: Recipe) -> None:
+    """Raise UserError when the stage euroeval would run and lacks its environment or servers."""
+    if any(node.stage.name == "euroeval" and standing.status(node).kind != "complete" for node in todo):
+        from croco.evaluation import euroeval
+
+        euroeval.check(recipe)
+
+
 def _of_stage(every: Sequence[Node], name: str) -> list[Node]:
     """The nodes of one stage; raises UserError when there is no such stage or the recipe has no use for it."""
     found = [node for node in every if node.stage.name == known_stage(name).name]
     if not found:
         raise UserError(
-            f"{name}: nothing to do, the recipe does not ask for it (see its section [translate])"
+            f"{name}: nothing to do, the recipe does not ask for it (see [translate], [arena] and [euroeval])"
         )
     return found
 

@@ -10,10 +10,12 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from croco import pipeline, store
+from croco import arms, pipeline, store
 from croco.executor import described
 from croco.prompts import load as prompts_load
 from croco.recipe import Evaluation, Prompts, Recipe
+from croco.recipe_arms import languages_of
+from croco.recipe_euroeval import EuroEval
 from croco.stage import Node
 from croco.standing import Status
 
@@ -25,6 +27,12 @@ MISFIT = "DOES NOT FIT"  # at most; what `croco doctor` ends on
 
 def describe(recipe: Recipe) -> Iterator[str]:
     """Lines for a person: the stages, then counts, tokens and disk."""
+    if recipe.study:
+        from croco.study.run import parts
+
+        for part, _ in parts(recipe):
+            yield from describe(part)
+        return
     planned = pipeline.plan(recipe)
     yield f"{recipe.folder}"
     for node, status in planned:
@@ -67,13 +75,20 @@ def cost(recipe: Recipe, rates: Mapping[str, float]) -> Iterator[str]:
         test *= len(recipe.run.evaluated)
     tokens = rows = scored = 0
     if tuning is not None:
-        completions = tuning * recipe.sampling.completions
-        rows = scored = completions
-        tokens = completions * recipe.sampling.max_new_tokens
-        yield (
-            f"sample: {tuning:,} prompts in {len(recipe.run.languages)} languages × {recipe.sampling.completions} "
-            f"completions = {completions:,}, at most {tokens:,} tokens"
-        )
+        sampled = _sampled(recipe, tuning)
+        for owner, (prompts, completions) in sampled.items():
+            languages, count = arms.sampled_languages(recipe, owner), arms.num_completions(recipe, owner)
+            limit = completions * recipe.sampling.max_new_tokens
+            rows, tokens = rows + completions, tokens + limit
+            yield (
+                f"{'sample' if owner is None else f'sample/{owner}'}: {prompts:,} prompts in {len(languages)} "
+                f"languages × {count} completions = {completions:,}, at most {limit:,} tokens"
+            )
+        for arm in arms.scoring_arms(recipe):
+            owner = arms.samples_of(recipe, arm)[1] if arm else None
+            count = arms.num_completions(recipe, owner)
+            scored += sampled[owner][1] // count * (arms.num_scored(recipe, arm) or count)
+        yield _trained(recipe, tuning)
     if test is not None:
         evaluation = recipe.evaluation
         tuned = [1 if t == 0 else evaluation.samples for t in set(evaluation.temperatures)]
@@ -81,12 +96,15 @@ def cost(recipe: Recipe, rates: Mapping[str, float]) -> Iterator[str]:
             1 if t == 0 else evaluation.samples
             for t in {*evaluation.temperatures, *evaluation.base_temperatures}
         ]
-        completions = test * (sum(base) + len(recipe.arms) * sum(tuned))
+        num_arms = len(recipe.evaluated_arms)
+        completions = test * (sum(base) + num_arms * sum(tuned))
         rows, tokens = rows + completions, tokens + completions * evaluation.max_new_tokens
         yield (
-            f"evaluate: {test:,} prompts in {len(recipe.run.evaluated)} languages, {len(recipe.arms)} arms and "
+            f"evaluate: {test:,} prompts in {len(recipe.run.evaluated)} languages, {num_arms} arms and "
             f"the base: {completions:,} completions, at most {completions * evaluation.max_new_tokens:,} tokens"
         )
+    if recipe.euroeval is not None:
+        yield _structured_tasks(recipe, recipe.euroeval)
     if tuning is None or test is None:
         yield "prompts of a hub dataset without a limit are not counted here"
     hours = []
@@ -105,6 +123,40 @@ def cost(recipe: Recipe, rates: Mapping[str, float]) -> Iterator[str]:
     needed = tokens * TOKEN_BYTES + rows * ROW_BYTES
     fits = "" if needed <= free else f": {MISFIT}"
     yield f"disk: at most {_size(needed)} of tables, {_size(free)} free at {Path(there)}{fits}"
+
+
+def _sampled(recipe: Recipe, tuning: int) -> dict[str | None, tuple[int, int]]:
+    """Of each sampling stage: how many of the `tuning` prompts × languages it asks, and the completions it draws."""
+    found = {}
+    for owner in arms.sampling_arms(recipe):
+        prompts = tuning * len(arms.sampled_languages(recipe, owner)) // len(recipe.run.languages)
+        part = recipe.arms[owner].part if owner and recipe.arms[owner].start else None
+        prompts = -(-prompts // part[1]) if part else prompts
+        found[owner] = prompts, prompts * arms.num_completions(recipe, owner)
+    return found
+
+
+def _trained(recipe: Recipe, tuning: int) -> str:
+    """What all arms are tuned on at most: a pair per pool, or as many as the arm asks for."""
+    total = 0
+    for arm in recipe.arms.values():
+        languages = len(languages_of(recipe, arm))
+        pools = {"language": languages, "all": 1}[arm.pool] if isinstance(arm.pool, str) else len(arm.pool)
+        prompts = tuning // len(recipe.run.languages) // (arm.part[1] if arm.part else 1)
+        shown = languages if arm.prompt == "each" and arm.pool == "all" else 1
+        training = arm.training
+        whole = prompts * pools * arm.pairs_per_pool * shown * training.epochs
+        total += training.updates * training.batch_pairs if training.updates else whole
+    return f"train: {len(recipe.arms)} arms, at most {total:,} pairs, epochs counted"
+
+
+def _structured_tasks(recipe: Recipe, section: EuroEval) -> str:
+    """What EuroEval is asked to do, and the languages that it has nothing for."""
+    datasets = {language: section.datasets_of(language) for language in recipe.run.evaluated}
+    none = ", ".join(language for language, names in datasets.items() if not names)
+    count, num_arms = sum(map(len, datasets.values())), len(recipe.evaluated_arms)
+    uncovered = f"; not covered: {none}" if none else ""
+    return f"euroeval: {count} datasets × {section.iterations} iterations, {num_arms} arms and the base{uncovered}"
 
 
 def _translations(stage: str, prompts: int, source: str, languages: Sequence[str]) -> str:

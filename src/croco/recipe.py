@@ -17,16 +17,20 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from croco import languages
 from croco.errors import UserError
 from croco.pairing import rules
+from croco.recipe_arena import Arena
+from croco.recipe_arms import Alignment, Name, Origin, Strings, Sweep, check_arms
+from croco.recipe_euroeval import EuroEval
+from croco.recipe_models import Causal, Model
 from croco.recipe_runtime import Positive, Runtime, Section
+from croco.recipe_sentinel import Sentinel
+from croco.recipe_study import Study, check_study
+from croco.recipe_sweep import expanded
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Temperature = Annotated[float, Field(ge=0, le=10)]
-Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$")]
 # TOML has arrays, the frozen record has tuples
-Strings = Annotated[tuple[str, ...], Field(strict=False)]
 Temperatures = Annotated[tuple[Temperature, ...], Field(strict=False)]
 Action = Literal["drop", "flag", "off"]
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 TranslationFormat = Literal["instruct", "translategemma", "tower", "tower-instruct"]
 TranslationCheck = Literal["items", "numbers", "repetition", "length", "copy", "language"]
 TranslationChecks = Annotated[tuple[TranslationCheck, ...], Field(strict=False)]
@@ -62,22 +66,12 @@ class Run(Section):
 class Prompts(Section):
     source: str = "lab"  # "lab", a .jsonl or .parquet file with messages, or "hf:NAME"
     split: str = "train"  # of the lab or a hub dataset; files have none
-    limit: Positive | None = None  # prompts per language, the first ones in the source's order
+    limit: Positive | None = None  # prompts per language, the first ones
+    order: Literal["source", "seed"] = (
+        "source"  # "seed": shuffled by run.seed, so that another seed tunes on others
+    )
     id_column: str = "prompt_id"
     language_column: str = "language"
-
-
-class Model(Section):
-    model: str  # "lab:policy", a directory, or a hub id
-    revision: str | None = None
-    trust_remote_code: bool = False
-    dtype: Dtype = "auto"
-
-
-class Causal(Model):
-    """A model that completes conversations."""
-
-    chat_template: str | None = None  # a Jinja file that replaces the tokenizer's own
 
 
 class Policy(Causal):
@@ -148,18 +142,26 @@ class Lora(Section):
 
 class Training(Section):
     method: Literal["dpo", "sft"] = "dpo"
-    loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    loss: Literal["sigmoid", "ipo", "hinge", "robust", "apo_zero", "simpo", "sigmoid_norm"] = "sigmoid"
     beta: Annotated[float, Field(gt=0)] = 0.1
+    # loss "robust": the share of pairs whose label is wrong
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    simpo_gamma: Annotated[float, Field(ge=0)] = 0.5  # loss "simpo": the margin aimed at
     nll_weight: Annotated[float, Field(ge=0)] = 0.0
     learning_rate: Annotated[float, Field(gt=0)] = 5e-6
     epochs: Positive = 1
+    updates: Positive | None = None  # optimiser steps, whatever the number of pairs; null is what epochs make
     batch_pairs: Positive = 64  # pairs per optimiser step
-    max_tokens: Positive = 4096  # prompt and completion; a longer pair goes to the ledger
+    max_tokens: Positive = 4096  # prompt and completion
+    # what becomes of a longer pair: to the ledger, or its completions lose their ends (counted)
+    over_length: Literal["drop", "truncate"] = "drop"
     warmup_ratio: Share = 0.05
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     scheduler: Literal["cosine", "linear", "constant"] = "cosine"
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    full: bool = False  # tune all weights instead of adapters; [training.lora] is not read then
     lora: Lora = Lora()
+    sentinel: Sentinel = Sentinel()
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
@@ -192,11 +194,10 @@ class Guards(Section):
     max_length_ratio: Annotated[float, Field(ge=1)] = 3.0
 
 
-class Arm(Section):
+class Arm(Origin):
     # one prompt in one language, in all languages, or named groups of languages: { nordic = ["da", "nb", "sv"] }
     pool: Literal["language", "all"] | dict[Name, Strings] = "language"
-    scorer: Literal["reward", "random", "likelihood"] = "reward"
-    calibration: Literal["none", "zscore", "quantile", "centred"] = "none"
+    calibration: Literal["none", "zscore", "quantile", "centred", "length"] = "none"
     chosen: str = "max"  # max, mean+K*std, quantile:Q, reference
     rejected: str = (
         "mean-2std"  # mean-K*std, quantile:Q, q1, mean, min, gap:X; none (the default of method "sft")
@@ -215,6 +216,12 @@ class Arm(Section):
         method = training.get("method") if isinstance(training, dict) else getattr(training, "method", None)
         return {"rejected": "none", **values} if method == "sft" else values
 
+    @model_validator(mode="before")
+    @classmethod
+    def _implicit_scores_are_length_controlled(cls, values: Any) -> Any:
+        implicit = isinstance(values, dict) and values.get("scorer") == "implicit"
+        return {"rejected": "min", "calibration": "length", **values} if implicit else values
+
     @model_validator(mode="after")
     def _check_rules(self) -> Arm:
         try:
@@ -227,6 +234,11 @@ class Arm(Section):
             )
         if rejected.kind == "none" and self.prompt in ("rejected", "random"):
             raise ValueError(f'prompt = "{self.prompt}" needs a rejected completion, and rejected = "none"')
+        if self.calibration == "length" and (chosen.kind, rejected.kind) != ("max", "min"):
+            raise ValueError(
+                f'calibration = "length" evens out the lengths of best and worst: expected chosen = "max" and '
+                f'rejected = "min", found "{self.chosen}" and "{self.rejected}"'
+            )
         if chosen.kind == "reference" and self.scorer != "reward" and rejected.kind != "none":
             raise ValueError(
                 f'chosen = "reference" is scored by the reward model, and scorer = "{self.scorer}"'
@@ -241,11 +253,16 @@ class Recipe(Section):
     policy: Policy = Policy()
     reward: Reward = Reward()
     judge: Judge | None = None
+    alignment: Alignment | None = None  # for scorer "alignment"
     sampling: Sampling = Sampling()
     guards: Guards = Guards()
     training: Training = Training()
     evaluation: Evaluation = Evaluation()
+    euroeval: EuroEval | None = None
+    arena: Arena | None = None
     arms: dict[Name, Arm] = Field(default_factory=dict, min_length=1)
+    sweep: dict[str, Sweep] = Field(default_factory=dict)  # grids of arms, as they were made
+    study: Study | None = None
     runtime: Runtime = Runtime()
 
     @property
@@ -264,6 +281,16 @@ class Recipe(Section):
         translated = self.translate and self.translate.evaluation
         return (self.translate.source,) if self.translate and translated else self.run.evaluated
 
+    @property
+    def evaluated_arms(self) -> list[str]:
+        """The arms whose policies answer the test prompts; the others are steps on the way to them."""
+        return [name for name, arm in self.arms.items() if arm.evaluated]
+
+    @property
+    def arena_languages(self) -> tuple[str, ...]:
+        """The languages that [arena] compares in."""
+        return (self.arena.languages if self.arena else ()) or self.run.evaluated
+
     @field_validator("arms")
     @classmethod
     def _base_is_reserved(cls, arms: dict[str, Arm]) -> dict[str, Arm]:
@@ -276,11 +303,53 @@ class Recipe(Section):
         for name, arm in self.arms.items():
             for group, codes in arm.pool.items() if isinstance(arm.pool, dict) else ():
                 for code in codes:
-                    if code not in self.run.languages:
-                        known = ", ".join(self.run.languages)
+                    if code not in (arm.languages or self.run.languages):
+                        known = ", ".join(arm.languages or self.run.languages)
                         raise ValueError(
                             f"arms.{name}.pool.{group}: '{code}' is not tuned, expected of {known}"
                         )
+        return self
+
+    @model_validator(mode="after")
+    def _arms_fit_together(self) -> Recipe:
+        check_arms(self)
+        if self.study:
+            check_study(self)
+        return self
+
+    @model_validator(mode="after")
+    def _euroeval_has_something_to_do(self) -> Recipe:
+        if self.euroeval is None:
+            return self
+        for code in self.euroeval.datasets or ():
+            if code not in self.run.evaluated:
+                known = ", ".join(self.run.evaluated)
+                raise ValueError(f"euroeval.datasets.{code}: not evaluated, expected of {known}")
+        if not any(self.euroeval.datasets_of(code) for code in self.run.evaluated):
+            raise ValueError(f"euroeval has no dataset in {', '.join(self.run.evaluated)}")
+        for arm in self.runtime.euroeval.urls:
+            if arm not in ("base", *self.evaluated_arms):
+                known = ", ".join(("base", *self.evaluated_arms))
+                raise ValueError(f"runtime.euroeval.urls.{arm}: no such arm, expected of {known}")
+        return self
+
+    @model_validator(mode="after")
+    def _arena_has_a_judge(self) -> Recipe:
+        arena = self.arena
+        if arena is None:
+            return self
+        for code in arena.languages:
+            if code not in self.run.evaluated:
+                known = ", ".join(self.run.evaluated)
+                raise ValueError(f"arena.languages: '{code}' is not evaluated, expected of {known}")
+        source = arena.source or self.evaluation.source
+        if arena.judge == "lab" and source != "lab":
+            raise ValueError(f"arena.judge = 'lab' judges prompts of the lab, and they are of '{source}'")
+        if arena.judge == "model" and self.judge is None:
+            raise ValueError("arena.judge = 'model' is the model of [judge], which is missing")
+        splits = (self.prompts.split, arena.split) if has_splits(source) else ("", "")
+        if arena.source == self.prompts.source and splits[0] == splits[1]:
+            raise ValueError(f"arena.source is '{arena.source}', the prompts tuned on: expected others")
         return self
 
     @model_validator(mode="after")
@@ -306,6 +375,13 @@ class Recipe(Section):
                         f"{key}.split is for the lab and for hub datasets, and '{section.source}' is a file"
                     )
         return self
+
+
+# what an arm has when nobody says otherwise
+ARM_DEFAULTS = {
+    **{name: field.default for name, field in Arm.model_fields.items()},
+    "sampling.completions": Sampling.model_fields["completions"].default,
+}
 
 
 def has_splits(source: str) -> bool:
@@ -364,7 +440,10 @@ def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 def from_dict(values: Mapping[str, Any], file: str = "recipe") -> Recipe:
     """Check nested values as a recipe; `file` is what an error names."""
-    values = dict(values)
+    try:
+        values = expanded(values, ARM_DEFAULTS)
+    except ValueError as error:
+        raise UserError(f"{file}: {error}") from None
     for key in ("training", "guards"):  # each arm has them, with its own values over the common ones
         common, arms = values.get(key, {}), values.get("arms", {})
         if isinstance(common, dict) and isinstance(arms, dict):

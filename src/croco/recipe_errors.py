@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from types import UnionType
-from typing import Any
+from typing import Any, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -64,8 +64,10 @@ def shown(value: Any) -> str:
 
 def unknown_key(location: Sequence[str], root: type[BaseModel]) -> str:
     known = known_keys(root)
-    # names of arms and of instruction languages are the user's own
-    pattern = ["*" if index == 1 and location[0] == "arms" else part for index, part in enumerate(location)]
+    pattern: list[str] = []
+    for part in location:  # names of arms, sweeps and claims are the user's own
+        any_name = ".".join([*pattern, "*."])
+        pattern.append("*" if any(key.startswith(any_name) for key in known) else part)
     wanted, parent = ".".join(pattern), ".".join(pattern[:-1])
     siblings = [key for key in known if key.rpartition(".")[0] == parent]
     near = difflib.get_close_matches(wanted, siblings, n=1, cutoff=0.7)
@@ -73,24 +75,25 @@ def unknown_key(location: Sequence[str], root: type[BaseModel]) -> str:
     near = near or difflib.get_close_matches(wanted, known, n=1, cutoff=0.6)
     hint = ""
     if near:
-        name = near[0].replace("*", location[1]) if len(location) > 1 else near[0]
-        hint = f"; did you mean '{name}'?"
+        names = near[0].split(".")
+        names = [location[i] if name == "*" and i < len(location) else name for i, name in enumerate(names)]
+        hint = f"; did you mean '{'.'.join(names)}'?"
     elif siblings:
         hint = f"; expected one of {', '.join(key.rpartition('.')[2] for key in siblings)}"
     return f"unknown key '{'.'.join(location)}'{hint}"
 
 
 def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """Every dotted key of a recipe, sections included; `arms.*` stands for any arm."""
+    """Every dotted key of a recipe, sections included; `arms.*` stands for any arm, and so for all tables of them."""
     keys = []
     for name, field in model.model_fields.items():
         key = prefix + name
         keys.append(key)
         annotation: Any = field.annotation
-        if name == "arms":
-            annotation, key = annotation.__args__[1], key + ".*"
         if isinstance(annotation, UnionType):  # a section that may be left out
             annotation = annotation.__args__[0]
+        if get_origin(annotation) is dict and isinstance(annotation.__args__[1], type):
+            annotation, key = annotation.__args__[1], key + ".*"
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             keys.extend(known_keys(annotation, key + "."))
     return keys

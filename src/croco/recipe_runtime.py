@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 EngineName = Literal["transformers", "vllm", "server"]
@@ -18,6 +18,34 @@ def _check_replicas(value: Any) -> Any:
 
 
 Replicas = Annotated[int | Literal["auto"], PlainValidator(_check_replicas)]
+
+
+def _check_tokens(value: Any) -> Any:
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+        return value
+    raise ValueError(f"found {value!r}, expected a number of tokens or 'auto'")
+
+
+def _check_switch(value: Any) -> Any:
+    if value == "auto" or isinstance(value, bool):
+        return value
+    raise ValueError(f"found {value!r}, expected true, false or 'auto'")
+
+
+Tokens = Annotated[int | Literal["auto"], PlainValidator(_check_tokens)]
+Switch = Annotated[bool | Literal["auto"], PlainValidator(_check_switch)]
+
+
+def _check_address(url: str) -> str:
+    parts = urlsplit(url)
+    if url and (parts.scheme not in ("http", "https") or not parts.hostname):
+        raise ValueError(f"'{url}' is no address, expected one like 'http://localhost:8000/v1'")
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise ValueError("expected an address without user, query or fragment (see key_variable)")
+    return url
+
+
+Address = Annotated[str, AfterValidator(_check_address)]
 
 
 class Section(BaseModel):
@@ -48,7 +76,7 @@ class Vllm(Section):
 class Server(Section):
     """An OpenAI-compatible server for one role. Its key is in the environment; the recipe has the variable's name."""
 
-    url: str = ""  # with what it ends in, as in "http://localhost:8000/v1"
+    url: Address = ""  # with what it ends in, as in "http://localhost:8000/v1"
     model: str | None = None  # the name it is served under; null is the recipe's own
     adapters: dict[str, str] = {}  # arm -> the name that its adapter is served under (evaluate)
     api: Literal["completions", "chat"] = "completions"  # token ids, or messages (no tokenizer needed here)
@@ -63,15 +91,19 @@ class Server(Section):
     max_context: Positive | None = None  # tokens; null is what the server says
     trust_scores: bool = False  # take scores from a server that cannot show that they are raw logits
 
-    @field_validator("url")
-    @classmethod
-    def _check_url(cls, url: str) -> str:
-        parts = urlsplit(url)
-        if url and (parts.scheme not in ("http", "https") or not parts.hostname):
-            raise ValueError(f"'{url}' is no address, expected one like 'http://localhost:8000/v1'")
-        if parts.username or parts.password or parts.query or parts.fragment:
-            raise ValueError("expected an address without user, query or fragment (see key_variable)")
-        return url
+
+class EuroEvalRuntime(Section):
+    """Where EuroEval runs, and what serves the policies that it asks."""
+
+    python: str = ".venv-euroeval/bin/python"  # of its environment (`croco euroeval install`)
+    # arm -> the address of a server of its policy under the name "openai/croco-ARM"; a vLLM of ours serves the others
+    urls: dict[str, Address] = {}
+    key_variable: str | None = None  # the environment variable that holds the key of those servers
+    vllm_python: str | None = None  # of an environment with vLLM; null is this one
+    start_seconds: Positive = 1800  # that our server may take to load
+    keep_going: bool = (
+        False  # a dataset that EuroEval cannot finish goes to the ledger and does not stop the stage
+    )
 
 
 class Servers(Section):
@@ -98,18 +130,25 @@ class Runtime(Section):
 
     engines: Engines = Engines()
     vllm: Vllm = Vllm()
+    euroeval: EuroEvalRuntime = EuroEvalRuntime()
     servers: Servers = Servers()
     executor: Literal["local", "ray"] = "local"  # processes on this machine, or a Ray cluster
     replicas: Replicas = (
         1  # workers, each with an engine of its own; "auto" is one per GPU (or group of GPUs)
     )
     ray: Ray = Ray()
+    seeds_at_once: Positive = 1  # of a study, each in a process of its own
     device: str = "auto"
     token_budget: Positive = 16384  # tokens per sampling or scoring batch
-    micro_batch_tokens: Positive = 4096  # tokens per training forward
+    # tokens per training forward; "auto" is what the free memory holds, of 16384 at most
+    micro_batch_tokens: Tokens = 4096
     shard_prompts: Positive = 64
     threads: Positive | None = None  # of torch; null leaves torch's own choice
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Switch = False  # "auto" is where it is needed to fit
+    train_processes: Replicas = 1  # that tune one policy together; "auto" is one per GPU
+    accelerate_config: str | None = None  # a file of `accelerate config`: FSDP, DeepSpeed, several machines
+    trackers: Annotated[tuple[str, ...], Field(strict=False)] = ()  # "tensorboard", "wandb", "trackio", …
+    checkpoint_minutes: Annotated[float, Field(gt=0)] = 15.0  # of tuning that a kill may cost
 
     @model_validator(mode="after")
     def _servers_have_addresses(self) -> Runtime:

@@ -126,10 +126,36 @@ VERDICTS = Table(
         ("finish_reason", pa.string()),
         ("benchmark", pa.string()),
         ("mode", pa.string()),
+        ("found_language", pa.string(), True),  # null where the text is too short or too mixed to tell
         ("value", pa.float64()),
     ),
     ("arm", "prompt_id", "language", "temperature", "sample_id", "benchmark"),
     "completion",
+)
+
+# an arm's greedy completion against the base's, judged in both orders; what has no two verdicts is in the ledger
+COMPARISONS = Table(
+    "comparisons",
+    _schema(
+        ("arm", pa.string()),
+        ("prompt_id", pa.string()),
+        ("language", pa.string()),
+        ("domain", pa.string(), True),
+        ("completion", pa.string()),
+        ("base_completion", pa.string()),
+        ("found_language", pa.string(), True),
+        ("base_found_language", pa.string(), True),
+        ("verdict_arm_first", pa.string()),  # "arm", "base" or "tie", when the arm's was shown first
+        ("verdict_base_first", pa.string()),
+        ("value", pa.float64()),  # 1 the arm's in both orders, 0 the base's, else ½
+        ("judgement_arm_first", pa.string(), True),  # what the judge wrote; null for the same text twice
+        ("judgement_base_first", pa.string(), True),
+        ("judge", pa.string()),
+        ("judge_prompt_tokens", pa.int64()),  # of both orders
+        ("judge_completion_tokens", pa.int64()),
+    ),
+    ("arm", "prompt_id", "language"),
+    "comparison",
 )
 
 RESULTS = Table(
@@ -164,7 +190,8 @@ DROPPED = Table(
 )
 
 TABLES: dict[str, Table] = {
-    table.name: table for table in (PROMPTS, COMPLETIONS, SCORES, PAIRS, VERDICTS, RESULTS, DROPPED)
+    table.name: table
+    for table in (PROMPTS, COMPLETIONS, SCORES, PAIRS, VERDICTS, COMPARISONS, RESULTS, DROPPED)
 }
 
 

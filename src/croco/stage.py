@@ -259,7 +259,9 @@ def _start(node: Node, recipe: Recipe, resume: bool) -> dict[str, Any]:
 def _finish(node: Node, found: dict[str, Any]) -> dict[str, Any]:
     """Check every count, merge the ledgers, and only then say "complete"."""
     counts = standing.verify(node, found)
-    if node.stage.reads_all is not None:
+    if (
+        node.stage.reads_all is not None and "completions" not in node.settings
+    ):  # it asks for some of them only
         unit, name = node.stage.reads_all
         there = store.read_json(node.inputs[name].folder / "stage.json")["counts"]["written"][unit]
         if counts["read"].get(unit) != there:

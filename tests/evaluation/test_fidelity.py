@@ -1,6 +1,6 @@
 import pytest
 
-from croco.evaluation.fidelity import RIGHT, UNKNOWN, WRONG, language_mode
+from croco.evaluation.fidelity import RIGHT, UNKNOWN, WRONG, found_language, found_languages, language_mode
 
 AMONG = ["da", "nl", "en", "fr", "nb"]
 
@@ -16,4 +16,14 @@ AMONG = ["da", "nl", "en", "fr", "nb"]
     ],
 )
 def test_languages_are_told_apart_and_short_texts_are_not_judged(completion, language, mode):
-    assert language_mode(completion, language, AMONG) == mode
+    assert language_mode(found_language(completion, AMONG), language) == mode
+
+
+def test_many_at_once_are_what_they_are_alone():
+    texts = [
+        "Amsterdam.",
+        "The capital of Denmark is Copenhagen.",
+        "Amsterdam.",
+        "La capitale du Danemark est Copenhague.",
+    ]
+    assert found_languages(texts, AMONG) == [found_language(text, AMONG) for text in texts]

@@ -13,7 +13,7 @@ import pyarrow as pa
 from croco import store
 from croco.evaluation.results import language_groups, summarise
 from croco.pairing.library import pairs
-from croco.records import COMPLETIONS, PAIRS, PROMPTS, RESULTS, SCORES, VERDICTS, Table, ledger
+from croco.records import COMPARISONS, COMPLETIONS, PAIRS, PROMPTS, RESULTS, SCORES, VERDICTS, Table, ledger
 
 TUNED, LOW, HELD = ["en", "da", "nl", "de", "fr", "it", "es"], ["gl", "cy", "mt", "ga"], ["nb", "sv", "pt"]
 MODES = ["good", "careful-wrong", "terse", "rambling", "wrong-language", "evasive", "malformed"]
@@ -23,25 +23,6 @@ MIX = {
     "multilingual": [0.52, 0.05, 0.14, 0.06, 0.19, 0.03, 0.01],
 }
 NASTY = "<script>document.title='owned'</script></script><!-- & \u2028 \"quoted\" 'text'"
-
-# the arena's table, as its stage writes it
-COMPARISONS = Table(
-    "comparisons",
-    pa.schema(
-        [
-            (name, pa.string())
-            for name in ("arm", "prompt_id", "language", "domain", "completion", "base_completion")
-        ]
-        + [
-            (f"{part}_{order}", pa.string())
-            for part in ("verdict", "judgement")
-            for order in ("arm_first", "base_first")
-        ]
-        + [("value", pa.float64()), ("judge", pa.string())]
-    ),
-    ("arm", "prompt_id", "language"),
-    "comparison",
-)
 
 ARENA = {
     "win-rate": 0.64, "lc-win-rate": 0.61, "tie": 0.2, "self-consistency": 0.8, "position-bias": -0.03,
@@ -132,7 +113,7 @@ def add_arena(folder: Path, num_prompts: int = 30, seed: int = 1) -> None:
                         "verdict_arm_first": first, "verdict_base_first": second,
                         "judgement_arm_first": f"Verdict: {first}", "judgement_base_first": f"Verdict: {second}",
                         "value": {"arm": 1.0, "base": 0.0}.get(first, 0.5) if first == second else 0.5,
-                        "judge": "made",
+                        "judge": "made", "judge_prompt_tokens": 90, "judge_completion_tokens": 9,
                     }
                 )  # fmt: skip
         write(folder / "arena" / arm, COMPARISONS, rows, facts={"comparisons": len(rows), "inconsistent": 9})

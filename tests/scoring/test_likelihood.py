@@ -27,6 +27,7 @@ def test_equals_its_twin(arch):
         ended.append([n % 2 == 0 for n in lengths])  # an empty completion is its end token
     found = HFLikelihood(model, tokenizer, token_budget=200).score(asked, ended)
     sums = completion_logps(model, tokenizer, asked, ended, token_budget=200)
+    assert HFLikelihood(model, tokenizer, token_budget=200, mean=False).score(asked, ended) == sums
     for k, request in enumerate(asked):
         for i, ids in enumerate(request.completions):
             logps = twin(model, request.prompt_ids, ids + [2] * ended[k][i])

@@ -1,8 +1,12 @@
 """Pairs for the tests: random words, several languages, completions of spread lengths."""
 
 import random
+from pathlib import Path
 
 import polars as pl
+
+from croco.records import TABLES
+from croco.store import write_shard
 
 WORDS = (
     "March",
@@ -39,3 +43,27 @@ def make_pairs(num_pairs: int, seed: int = 0, longest: int = 9) -> pl.DataFrame:
         for i in range(num_pairs)
     ]
     return pl.DataFrame(rows)
+
+
+def write_pairs(folder: Path, pairs: pl.DataFrame) -> None:
+    """The pairs as a finished table of an arm "mono"; what training does not read has some value."""
+    num_pairs = pairs.height
+    full = pairs.with_columns(
+        chosen_ids=pl.Series([None] * num_pairs, dtype=pl.List(pl.Int32)),
+        rejected_ids=pl.Series([None] * num_pairs, dtype=pl.List(pl.Int32)),
+        **{name: pl.lit(0) for name in ("chosen_sample_id", "rejected_sample_id", "pool_size")},
+        **{name: pl.lit(0.0) for name in ("chosen_score", "rejected_score", "pool_mean", "pool_std")},
+        **{name: pl.col("language") for name in ("chosen_language", "rejected_language")},
+        **{name: pl.lit("stop") for name in ("chosen_finish_reason", "rejected_finish_reason")},
+        arm=pl.lit("mono"),
+        pair_id=pl.lit(0),
+        calibration=pl.lit("none"),
+        flags=pl.lit([], pl.List(pl.String)),
+        **{
+            name: pl.lit(None, pl.Float32)
+            for name in ("chosen_calibrated", "rejected_calibrated", "pool_min")
+        },
+    )
+    table = full.select(TABLES["pairs"].schema.names).to_arrow()
+    count = {"pair": num_pairs}
+    write_shard(folder, 0, table, TABLES["pairs"].schema, read=count, written=count, dropped=None)

@@ -75,3 +75,10 @@ def test_every_completion_token_is_predicted_from_the_token_before_it(shared):
     }
     assert batch.input_ids_BT.numel() == (2 * 8 if shared else 4 * 8)
     assert np.prod(batch.input_ids_BT.shape) >= sum(example.num_tokens for example in examples)
+
+
+def test_as_many_updates_as_asked_for_whatever_the_number_of_pairs():
+    few, many = plan_steps(10, 4, 1, seed=0, updates=7), plan_steps(100, 4, 9, seed=0, updates=7)
+    assert (len(few), len(many)) == (7, 7)
+    assert few == plan_steps(10, 4, 3, seed=0)[:7]
+    assert sorted(pair for step in few[:3] for pair in step) == list(range(10))  # an epoch is an epoch

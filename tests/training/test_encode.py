@@ -66,6 +66,91 @@ def test_the_longer_completion_counts_to_the_last_token():
     assert len(encode(make_pairs(1), max_tokens=longest - 1)[0]) == 0
 
 
+def test_a_completion_that_was_stopped_gets_no_end_token():
+    pairs = make_pairs(2).with_columns(
+        chosen_finish_reason=pl.Series(["stop", "length"]), rejected_finish_reason=pl.Series(["length", None])
+    )
+    first, second = encode(pairs)[0]
+    assert [ids[-1] == END for ids in first.completions] == [True, False]
+    assert [ids[-1] == END for ids in second.completions] == [False, True]
+    assert TOKENIZER.decode(second.completions[0]) == pairs["chosen"][1]
+
+
+def test_a_stopped_completion_without_tokens_is_empty_too():
+    pairs = make_pairs(1).with_columns(chosen=pl.lit(""), chosen_finish_reason=pl.lit("length"))
+    assert "empty" in encode(pairs)[1]["reason"][0]
+
+
+def test_truncation_takes_the_end_of_completions_and_is_counted():
+    pairs = make_pairs(1).with_columns(chosen=pl.lit("April " * 40), rejected=pl.lit("maj"))
+    (whole,), _ = encode(pairs, max_tokens=1000)
+    limit = len(whole.prompt) + 12
+    (cut,), dropped = encode(pairs, max_tokens=limit, over_length="truncate")
+    assert dropped.is_empty()
+    assert cut.prompt == whole.prompt
+    assert cut.completions == (whole.completions[0][:12], whole.completions[1])
+    assert cut.completions[0][-1] != END
+    assert cut.cut_tokens == len(whole.completions[0]) - 12
+    assert whole.cut_tokens == 0
+
+
+def test_what_cannot_be_cut_to_fit_is_left_out():
+    pairs = make_pairs(2).with_columns(
+        chosen=pl.lit("April " * 40 + "x"), rejected=pl.lit("April " * 40 + "y")
+    )
+    (first, second), _ = encode(pairs, max_tokens=1000)
+    assert len(first.prompt) != len(second.prompt)
+    limit = max(len(first.prompt), len(second.prompt))
+    examples, dropped = encode(pairs, max_tokens=limit, over_length="truncate")
+    assert not examples
+    reasons = dict(zip((len(first.prompt), len(second.prompt)), dropped["reason"], strict=True))
+    assert f"leaves none of max_tokens {limit}" in reasons.pop(limit)
+    assert reasons.popitem()[1] == "chosen and rejected are the same tokens"
+
+
+def test_system_tool_and_earlier_turns_are_part_of_the_prompt():
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hej."},
+        {"role": "assistant", "content": "Hej!"},
+        {"role": "user", "content": "Hvad nu?"},
+        {"role": "tool", "content": "42"},
+    ]
+    pairs = make_pairs(1).with_columns(messages=pl.Series([turns]))
+    (example,), _ = encode(pairs)
+    assert TOKENIZER.decode(example.prompt) == (
+        "<|bos|><|system|>Be brief.<|end|><|user|>Hej.<|end|><|assistant|>Hej!<|end|>"
+        "<|user|>Hvad nu?<|end|><|tool|>42<|end|><|assistant|>"
+    )
+
+
+def test_a_tokenizer_without_template_is_an_error_that_names_the_prompt():
+    with pytest.raises(UserError, match=r"prompt 'p0' in en: .*no chat template"):
+        encode_pairs(make_pairs(1), make_tokenizer(chat_template=None), end=END, max_tokens=200)
+
+
+def test_a_template_whose_prompt_is_no_prefix_is_an_error_that_shows_both():
+    # Sound for a user turn alone, broken after a system turn: the mistake shows at the second pair.
+    broken = make_tokenizer(
+        chat_template=(
+            "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+            "{% if add_generation_prompt %}"
+            "{% if messages[0]['role'] == 'system' %}<|tool|>{% else %}<|assistant|>{% endif %}{% endif %}"
+        )
+    )
+    user = {"role": "user", "content": "Hej."}
+    pairs = make_pairs(2).with_columns(
+        messages=pl.Series([[user], [{"role": "system", "content": "Kort."}, user]])
+    )
+    assert encode_pairs(pairs[:1], broken, end=END, max_tokens=200)[1].is_empty()
+    with pytest.raises(UserError) as caught:
+        encode_pairs(pairs, broken, end=END, max_tokens=200)
+    message = str(caught.value)
+    assert "prompt 'p0' in da" in message
+    assert "<|user|>Hej.<|end|><|tool|>'" in message
+    assert "<|user|>Hej.<|end|><|assistant|>Ja." in message
+
+
 def test_a_missing_column_is_named():
     with pytest.raises(UserError, match="no column 'rejected'"):
         encode(make_pairs(1).drop("rejected"))

@@ -15,10 +15,8 @@ from safetensors.torch import load_file
 
 from croco.errors import UserError
 from croco.recipe import load
-from croco.records import TABLES
 from croco.science import train_settings
 from croco.stage import Work
-from croco.store import write_shard
 from croco.training.encode import encode_pairs
 from croco.training.lora import apply_lora, load_adapter
 from croco.training.reference import reference_logps
@@ -26,7 +24,7 @@ from croco.training.settings import LoraSettings, TrainSettings
 from croco.training.train import train, train_pairs
 from croco.training.trainer import PairTrainer, training_arguments
 from tiny import make_policy, make_tokenizer, save
-from training.pairs import make_pairs
+from training.pairs import make_pairs, write_pairs
 
 TOKENIZER = make_tokenizer()
 SETTINGS = TrainSettings(
@@ -74,7 +72,7 @@ def test_a_run_learns_its_pairs_and_says_what_it_did(undisturbed):
     assert train[-1]["loss"] < 0.5
     assert train[-1]["rewards/accuracies"] > 0.8
     assert validation[-1]["step"] == result.steps
-    assert len(validation) == 4
+    assert [line["step"] for line in validation] == [0, 2, 4, 6, 8]
     assert result.metrics["validation"]["loss"] == validation[-1]["loss"]
     assert result.pairs + result.validation_pairs == 36
     assert result.validation_pairs > 0
@@ -97,7 +95,25 @@ def test_sft_raises_the_likelihood_of_the_chosen(tmp_path):
     result = run(tmp_path, replace(SETTINGS, method="sft"))
     train = metrics(tmp_path, "train")
     assert train[-1]["loss"] < train[0]["loss"] - 0.3
-    assert set(result.metrics["train"]) == {"step", "loss", "grad_norm", "learning_rate", "logps/chosen"}
+    assert set(result.metrics["train"]) == {
+        "step",
+        "loss",
+        "grad_norm",
+        "learning_rate",
+        "logps/chosen",
+        "nll",
+        "pairs",
+    }
+
+
+def test_simpo_needs_no_reference_and_is_watched_without_one(tmp_path):
+    result = run(tmp_path, replace(SETTINGS, loss="simpo", beta=2.0))
+    train = metrics(tmp_path, "train")
+    assert result.stopped is None
+    assert train[-1]["loss"] < train[0]["loss"]
+    assert train[0]["nll"] > 2
+    assert "kl" not in train[0]
+    assert not (tmp_path / "scratch" / "reference").exists()
 
 
 def assert_same_run(folder: Path, expected: Path) -> None:
@@ -127,7 +143,7 @@ def test_a_run_that_broke_after_its_last_step_only_writes_the_adapter(undisturbe
         raise OSError("the disk is full")
 
     with monkeypatch.context() as patched:
-        patched.setattr("croco.training.train.save_adapter", broken)
+        patched.setattr("croco.training.train.adopt", broken)
         with pytest.raises(OSError, match="disk"):
             run(tmp_path)
     steps = []
@@ -140,15 +156,15 @@ def test_a_run_that_broke_after_its_last_step_only_writes_the_adapter(undisturbe
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-import croco.training.trainer as trainer
+import croco.training.checkpoints as checkpoints
 from training.test_train import run
 
-sealed = trainer.write_text
+sealed = checkpoints.write_text
 def kill_before_the_second_seal(path, text):
-    if path.name == trainer.SEAL and path.parent.name != "checkpoint-2":
+    if path.name == checkpoints.SEAL and path.parent.name != "checkpoint-2":
         os.kill(os.getpid(), signal.SIGKILL)
     sealed(path, text)
-trainer.write_text = kill_before_the_second_seal
+checkpoints.write_text = kill_before_the_second_seal
 run(Path(sys.argv[1]))
 """
 
@@ -182,12 +198,12 @@ def test_checkpoints_of_other_settings_are_not_taken_up(tmp_path):
     assert steps[0] == 1
 
 
-def trainer_of(tmp_path, budget, shared=True, checkpointing=False):
+def trainer_of(tmp_path, budget, shared=True, checkpointing=False, num_pairs=9, **shape):
     torch.manual_seed(0)
-    model = make_policy("llama")
-    examples, _ = encode_pairs(make_pairs(9), TOKENIZER, end=2, max_tokens=200)
+    model = make_policy("llama", **shape)
+    examples, _ = encode_pairs(make_pairs(num_pairs), TOKENIZER, end=2, max_tokens=200)
     reference = reference_logps(
-        make_policy("llama", seed=1), examples, folder=tmp_path, shared=True, micro_batch_tokens=512
+        make_policy("llama", seed=1, **shape), examples, folder=tmp_path, shared=True, micro_batch_tokens=512
     )
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -198,7 +214,7 @@ def trainer_of(tmp_path, budget, shared=True, checkpointing=False):
         settings,
         examples=examples,
         reference_logps_CN=reference,
-        steps=[range(9)],
+        steps=[range(num_pairs)],
         validation=[],
         shared=shared,
         micro_batch_tokens=budget,
@@ -272,7 +288,9 @@ def test_broken_weights_stop_before_the_first_step(tmp_path):
 
 
 def test_a_loss_that_is_no_number_stops_and_says_the_step(tmp_path):
-    with pytest.raises(UserError, match=r"training stopped: the .* at step \d+ of"):
+    with pytest.raises(
+        UserError, match=r"training stopped at step \d+ of 8: the .* is .*, expected a finite number"
+    ):
         run(tmp_path, replace(SETTINGS, learning_rate=1e30, max_grad_norm=1e30))
 
 
@@ -312,25 +330,7 @@ def test_the_stage_accounts_for_every_pair(tmp_path):
     recipe_file = tmp_path / "toy.toml"
     recipe_file.write_text(RECIPE.format(policy=policy))
     recipe = load(recipe_file)
-    pairs = make_pairs(12).with_columns(
-        chosen_ids=pl.Series([None] * 12, dtype=pl.List(pl.Int32)),
-        rejected_ids=pl.Series([None] * 12, dtype=pl.List(pl.Int32)),
-        **{name: pl.lit(0) for name in ("chosen_sample_id", "rejected_sample_id", "pool_size")},
-        **{name: pl.lit(0.0) for name in ("chosen_score", "rejected_score", "pool_mean", "pool_std")},
-        **{name: pl.col("language") for name in ("chosen_language", "rejected_language")},
-        **{name: pl.lit("stop") for name in ("chosen_finish_reason", "rejected_finish_reason")},
-        arm=pl.lit("mono"),
-        pair_id=pl.lit(0),
-        calibration=pl.lit("none"),
-        flags=pl.lit([], pl.List(pl.String)),
-        **{
-            name: pl.lit(None, pl.Float32)
-            for name in ("chosen_calibrated", "rejected_calibrated", "pool_min")
-        },
-    )
-    table = pairs.select(TABLES["pairs"].schema.names).to_arrow()
-    count = {"pair": 12}
-    write_shard(tmp_path / "pair", 0, table, TABLES["pairs"].schema, read=count, written=count, dropped=None)
+    write_pairs(tmp_path / "pair", make_pairs(12))
     work = Work(
         recipe=recipe,
         arm="mono",
@@ -359,3 +359,28 @@ def test_an_adapter_of_another_size_is_refused(undisturbed):
     folder, _ = undisturbed
     with pytest.raises(UserError, match="does not fit this LlamaForCausalLM"):
         load_adapter(make_policy("llama", hidden=64), folder / "adapter")
+
+
+def test_tuning_goes_on_from_an_adapter(undisturbed, tmp_path):
+    """Against the base the first step has the margins where the other arm ended; against the start it has none."""
+    start = undisturbed[0] / "adapter"
+    first, settings = {}, replace(SETTINGS, lora=replace(SETTINGS.lora, dropout=0.0))
+    for reference in ("base", "start"):
+        result = run(tmp_path / reference, settings, start=start, reference=reference)
+        first[reference] = metrics(tmp_path / reference, "train")[0]
+        before, after = (load_file(path / "adapter_model.safetensors") for path in (start, result.adapter))
+        assert before.keys() == after.keys()
+        assert not all(before[name].equal(after[name]) for name in before)
+    assert abs(first["start"]["rewards/margins"]) < 1e-3 < 0.1 < first["base"]["rewards/margins"]
+    assert first["start"]["loss"] == pytest.approx(0.693, abs=0.01)
+    assert first["base"]["loss"] < first["start"]["loss"]
+
+
+def test_a_start_that_is_another_adapter_than_the_settings_say_is_refused(undisturbed, tmp_path):
+    start = undisturbed[0] / "adapter"
+    with pytest.raises(UserError, match=r"has rank 4, expected training.lora.rank = 8"):
+        run(tmp_path, replace(SETTINGS, lora=replace(SETTINGS.lora, rank=8)), start=start)
+    with pytest.raises(UserError, match="no such folder, expected an adapter to start from"):
+        run(tmp_path, start=tmp_path / "nowhere")
+    with pytest.raises(UserError, match="of which the model has a place for"):
+        run(tmp_path, start=start, model=make_policy("llama", layers=1))

@@ -27,7 +27,7 @@ from engines.test_server import (
     server_recipe,
     test_a_prompt_longer_than_the_context_goes_to_the_ledger,
     test_a_server_that_keeps_failing_stops_the_stage_which_goes_on_later,
-    test_killed_in_the_middle_it_goes_on,
+    test_killed_again_and_again_it_goes_on,
     test_no_fault_loses_or_doubles_a_row,
     test_scores_are_the_raw_logits_whatever_the_network_does,
 )

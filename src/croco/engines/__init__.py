@@ -53,6 +53,8 @@ def _sampler(
     role: str, causal: Causal, runtime: Runtime, seed: int, replica: int, adapter: Path | None = None
 ) -> tuple[Sampler, Any]:
     """A causal model on a role's engine, and its tokenizer: None where the sampler takes messages."""
+    if adapter is not None and getattr(runtime.engines, role) != "server" and _is_whole(adapter):
+        causal, adapter = causal.model_copy(update={"model": str(adapter), "revision": None}), None
     template = Path(causal.chat_template) if causal.chat_template else None
     if getattr(runtime.engines, role) == "vllm":
         from croco.engines.vllm import open_policy
@@ -75,6 +77,15 @@ def _sampler(
         trust_remote_code=causal.trust_remote_code,
     )
     return HFSampler(model, tokenizer, runtime.token_budget, name=causal.model), tokenizer
+
+
+def tuned_weights(folder: Path) -> Path:
+    """What a finished stage `train` made: its adapter, or its model where all weights were tuned."""
+    return folder / "model" if _is_whole(folder / "model") else folder / "adapter"
+
+
+def _is_whole(folder: Path) -> bool:
+    return (folder / "config.json").is_file()
 
 
 def open_judge(recipe: Recipe, seed: int = 0, replica: int = 0) -> Judge:

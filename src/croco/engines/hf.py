@@ -103,10 +103,13 @@ class HFScorer:
 
 
 class HFLikelihood:
-    """Scores with the policy itself: the mean log-probability of a completion's tokens, its end token included."""
+    """Scores with the policy itself: the log-probability of a completion, its end token included, as the mean over its
+    tokens or summed."""
 
-    def __init__(self, model: Any, tokenizer: Any, token_budget: int = 16384, name: str = "") -> None:
-        self.model, self.tokenizer, self.token_budget = model, tokenizer, token_budget
+    def __init__(
+        self, model: Any, tokenizer: Any, token_budget: int = 16384, name: str = "", mean: bool = True
+    ) -> None:
+        self.model, self.tokenizer, self.token_budget, self.mean = model, tokenizer, token_budget, mean
         self.name = name or str(tokenizer.name_or_path)
         self.max_context = max_context(model)
         self.share, self.facts = _sharing(model, self.name)
@@ -114,13 +117,15 @@ class HFLikelihood:
     def score(
         self, requests: Sequence[ScoreRequest], ended: Sequence[Sequence[bool]] | None = None
     ) -> list[list[float]]:
-        """Mean log-probabilities in the order of the requests; `ended` False marks completions without an end token."""
+        """Log-probabilities in the order of the requests; `ended` False marks completions without an end token."""
         sums = with_less_memory(
             self,
             lambda budget: likelihood.completion_logps(
                 self.model, self.tokenizer, requests, ended, budget, self.share
             ),
         )
+        if not self.mean:
+            return sums
         return [
             [
                 total / (len(request.completions[i]) + (ended is None or ended[k][i]))

@@ -119,6 +119,25 @@ def load_reward(
     return reward.eval(), tokenizer
 
 
+def load_translator(
+    model: str,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any]:
+    """A sequence-to-sequence model in eval mode and its tokenizer."""
+    from transformers import AutoModelForSeq2SeqLM
+
+    tokenizer = load_tokenizer(model, revision, None, trust_remote_code)
+    translator, missing = _load(AutoModelForSeq2SeqLM, model, revision, dtype, device, trust_remote_code)
+    if missing:
+        raise UserError(
+            f"model {model!r}: found no weights for {missing[0]}, expected a whole translation model"
+        )
+    return translator.eval(), tokenizer
+
+
 def max_context(model: Any) -> int:
     """The number of positions the model was made for."""
     positions: int = model.config.get_text_config().max_position_embeddings
@@ -131,7 +150,7 @@ def _load(
     """The model on its device and the parameters its files had no weights for (transformers only warns)."""
     place, where = resolve_model(model), pick_device(device)
     try:
-        with _quiet_loading():
+        with quiet_loading():
             loaded, report = auto.from_pretrained(
                 place,
                 revision=revision,
@@ -148,7 +167,7 @@ def _load(
 
 
 @contextmanager
-def _quiet_loading() -> Iterator[None]:
+def quiet_loading() -> Iterator[None]:
     """Without transformers' bars and tables: what is wrong with a model is said in our one sentence."""
     from transformers.utils import logging
 

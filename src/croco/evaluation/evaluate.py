@@ -20,13 +20,14 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from croco.engines import open_sampler, open_scorer
+from croco.engines import open_sampler, open_scorer, tuned_weights
 from croco.engines.base import Decoding, Scorer
-from croco.evaluation.fidelity import language_mode
+from croco.evaluation.arena_results import arena_rows, compared_in_all_arms
+from croco.evaluation.fidelity import found_languages, language_mode
 from croco.evaluation.results import BASE, language_groups, on_common_prompts, summarise
 from croco.executor import Advance, Finished, compute
 from croco.recipe import Recipe
-from croco.records import RESULTS, ledger
+from croco.records import RESULTS, VERDICTS, ledger
 from croco.sampling.sample import sample_shards
 from croco.sampling.seeds import digest
 from croco.stage import Work
@@ -55,7 +56,7 @@ def evaluate(work: Work) -> None:
     temperatures = sorted(work.settings["temperatures"])
     batches = partial(read_batches, prompts, temperatures, recipe)
     sizes = [batch.prompts.height * batch.samples for batch in batches()]
-    adapter = None if work.arm == BASE else work.inputs["train"] / "adapter"
+    adapter = None if work.arm == BASE else tuned_weights(work.inputs["train"])
     draft = partial(draft_path, work.scratch())
     compute(
         work,
@@ -162,6 +163,8 @@ class JudgeWorker:
         for index in indices:
             batch = self.batches[index]
             answered = pl.DataFrame(pl.from_arrow(pq.ParquetFile(self.draft(index)).read()))
+            found = found_languages(answered["completion"], self.recipe.run.evaluated)
+            answered = answered.with_columns(found_language=pl.Series(found, dtype=pl.String))
             table, dropped = tabulate(self.arm, batch, answered, *self.judge(batch, answered))
             size = batch.prompts.height * batch.samples
             advance(size)
@@ -184,8 +187,8 @@ def _judge_by_reward(
     from croco.scoring.score import score_conversations
 
     modes = [
-        language_mode(completion, language, recipe.run.evaluated)
-        for completion, language in answered.select("completion", "language").iter_rows()
+        language_mode(found, language)
+        for found, language in answered.select("found_language", "language").iter_rows()
     ]
     messages = {tuple(row[:2]): row[2] for row in batch.prompts.select(*PROMPT, "messages").iter_rows()}
     groups = [
@@ -205,7 +208,8 @@ def tabulate(
     values: Sequence[float | str],
 ) -> tuple[pa.Table, pa.Table]:
     """One shard of verdicts and its ledger: a reason in place of a value, and a prompt without completions."""
-    table = answered.select(*PROMPT, "sample_id", "completion", "finish_reason").with_columns(
+    columns = (*PROMPT, "sample_id", "completion", "finish_reason", "found_language")
+    table = answered.select(columns).with_columns(
         arm=pl.lit(arm, pl.String),
         temperature=pl.lit(batch.temperature, pl.Float64),
         benchmark=pl.Series(benchmarks, dtype=pl.String),
@@ -228,8 +232,8 @@ def tabulate(
 def results(work: Work) -> None:
     """Write the results table over all arms: shares or scores, mode shares, and differences from the base."""
     run = work.recipe.run
-    arms = [BASE, *work.recipe.arms]
-    columns = ["arm", "prompt_id", "language", "temperature", "sample_id", "benchmark", "mode", "value"]
+    arms = [BASE, *work.recipe.evaluated_arms]
+    columns = [name for name in VERDICTS.schema.names if name not in ("completion", "finish_reason")]
     todo = work.todo(1)
     if todo:
         verdicts = pl.concat([read_table(work.inputs[f"evaluate/{arm}"], columns) for arm in arms])
@@ -237,4 +241,17 @@ def results(work: Work) -> None:
         verdicts, num_left_out = on_common_prompts(verdicts)
         work.record(prompts_left_out=num_left_out)
         table = summarise(verdicts, groups, work.seed, work.recipe.evaluation.bootstrap)
+        if work.recipe.euroeval is not None:
+            from croco.evaluation.euroeval_records import in_all_arms
+
+            tables = [read_table(work.inputs[f"euroeval/{arm}"]) for arm in arms]
+            tasks, left_out = in_all_arms(pl.concat(tables), len(arms))
+            work.record(datasets_left_out=left_out)
+            table = pl.concat([table, tasks.select(table.columns)], how="vertical_relaxed")
+        if work.recipe.arena is not None:
+            compared = pl.concat([read_table(work.inputs[f"arena/{arm}"]) for arm in arms[1:]])
+            compared, num_left_out = compared_in_all_arms(compared)
+            work.record(comparisons_left_out=num_left_out)
+            rows = arena_rows(compared, groups, work.seed, work.recipe.evaluation.bootstrap)
+            table = pl.concat([table, rows.select(table.columns)], how="vertical_relaxed")
         work.write(0, table.to_arrow().select(RESULTS.schema.names))

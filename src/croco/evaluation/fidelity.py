@@ -6,7 +6,7 @@ whichever of them it resembles most, or as unknown when it resembles none.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from croco.languages import identify
 
@@ -14,11 +14,26 @@ RIGHT, WRONG, UNKNOWN = "right-language", "wrong-language", "unknown"
 MIN_LETTERS = 20  # a name or a number says nothing about the language it stands in
 
 
-def language_mode(completion: str, language: str, among: Sequence[str]) -> str:
-    """ "right-language", "wrong-language", or "unknown" for a text too short or too mixed to judge."""
+def found_language(completion: str, among: Sequence[str]) -> str | None:
+    """The language a completion is in; None for a text too short or too mixed to judge."""
     if sum(character.isalpha() for character in completion) < MIN_LETTERS:
-        return UNKNOWN
-    found = identify(completion, among)
+        return None
+    return identify(completion, among)
+
+
+def found_languages(completions: Iterable[str], among: Sequence[str]) -> list[str | None]:
+    """`found_language` of many completions, each text looked at once."""
+    known: dict[str, str | None] = {}
+    found = []
+    for completion in completions:
+        if completion not in known:
+            known[completion] = found_language(completion, among)
+        found.append(known[completion])
+    return found
+
+
+def language_mode(found: str | None, language: str) -> str:
+    """ "right-language", "wrong-language", or "unknown", of a completion found to be in a language."""
     if found is None:
         return UNKNOWN
     return RIGHT if found == language else WRONG

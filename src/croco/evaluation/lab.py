@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from croco.engines.base import Judged
 from croco.lab import world
 
 BENCHMARK = "lab"
 HELD_OUT_BENCHMARK = "lab-held-out-task"
+USABLE = ("good", "terse", "rambling")
 
 
 def benchmark(domain: str | None) -> str:
@@ -26,3 +28,14 @@ def judge(
     """Mode and value (1.0 when good, else 0.0) of each completion."""
     verdicts = [world.verify(*row) for row in zip(prompt_ids, languages, completions, strict=True)]
     return [verdict.mode for verdict in verdicts], [float(verdict.good) for verdict in verdicts]
+
+
+def compare(prompt_id: str, language: str, first: str, second: str) -> Judged:
+    """The judgement of a judge that can check: a good completion beats one that is correct but terse or rambling, which
+    beats all others; in the words a model judge would use, so that it is read the same way.
+    """
+    found = [world.verify(prompt_id, language, text) for text in (first, second)]
+    one, two = ((verdict.correct and verdict.mode in USABLE) + verdict.good for verdict in found)
+    verdict = "tie" if one == two else "1" if one > two else "2"
+    text = f"1 is {found[0].mode}, 2 is {found[1].mode}.\nVerdict: {verdict}"
+    return Judged(text, "stop", prompt_tokens=0, completion_tokens=0)

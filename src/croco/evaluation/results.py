@@ -9,6 +9,12 @@ Two differences are reported, at every temperature of the arm: "difference", aga
 temperature, and "difference-to-best-base", against the base at whichever of its temperatures scored best on
 these very prompts. The latter picks the rival on the test prompts, which can only flatter the base, so it is
 the conservative one.
+
+Of the first, "difference-p" is McNemar's exact p-value where a prompt is right or wrong, else that of sign
+flips; "difference-p-holm" adjusts it for all languages and arms of the benchmark at that temperature (groups of
+languages among themselves); "prompts-to-resolve" says how many prompts would settle it. "right-language" is
+the share of completions in their prompt's language among those whose language could be told, which is the
+share "language-told".
 """
 
 from __future__ import annotations
@@ -22,8 +28,11 @@ from numpy.typing import NDArray
 
 from croco.errors import UserError
 from croco.evaluation import stats
+from croco.evaluation.fidelity import RIGHT
 
 BASE = "base"
+TOLD = "language-told"
+Row = dict[str, Any]
 GROUPS = ("tuned", "low-resource", "held-out", "all")
 Shares = dict[
     str, NDArray[np.float64]
@@ -54,18 +63,14 @@ def summarise(
     `groups` maps a group's name to its languages; every language also gets rows of its own. Raises UserError
     when two arms were not evaluated on the same prompts and languages: nothing is averaged over unequal sets.
     """
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     for (benchmark,), part in verdicts.group_by("benchmark", maintain_order=True):
         per_prompt = _per_prompt(part)
         _check_same_prompts(per_prompt, str(benchmark))
-        present = per_prompt["language"].unique().sort().to_list()
-        scopes = {language: [language] for language in present}
-        for name, languages in groups.items():
-            if members := [language for language in languages if language in present]:
-                scopes[name] = members
-        for scope, languages in scopes.items():
+        for scope, languages in scopes_of(per_prompt["language"].unique().to_list(), groups).items():
             for row in _scope_rows(per_prompt, languages, str(benchmark), seed, num_resamples):
                 rows.append({**row, "language": scope, "benchmark": benchmark, "seed": seed})
+    rows += adjusted(rows, "difference-p", groups)
     columns = [
         "arm",
         "language",
@@ -83,6 +88,15 @@ def summarise(
         .select(columns)
         .sort("arm", "benchmark", "temperature", "language", "metric")
     )
+
+
+def scopes_of(present: Sequence[str], groups: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """What gets rows of its own: every language that is there, and every group with those of its languages."""
+    scopes = {language: [language] for language in sorted(present)}
+    for name, languages in groups.items():
+        if members := [language for language in languages if language in present]:
+            scopes[name] = members
+    return scopes
 
 
 def on_common_prompts(verdicts: pl.DataFrame) -> tuple[pl.DataFrame, int]:
@@ -110,12 +124,17 @@ def _per_prompt(verdicts: pl.DataFrame) -> pl.DataFrame:
     per mode.
     """
     benchmark = verdicts["benchmark"][0]
+    found, language = pl.col("found_language"), pl.col("language")
+    fidelity = {RIGHT: (found == language).fill_null(False).mean(), TOLD: found.is_not_null().mean()}
+    if "found_language" not in verdicts.columns:  # made before languages were kept
+        fidelity = {}
     modes = verdicts["mode"].unique().sort().to_list()
     return (
         verdicts.group_by("arm", "temperature", "prompt_id", "language")
         .agg(
             pl.col("value").mean().alias(headline(benchmark)),
             *((pl.col("mode") == mode).mean().alias(f"mode:{mode}") for mode in modes),
+            **fidelity,
         )
         .sort("arm", "temperature", "prompt_id", "language")
     )
@@ -139,7 +158,9 @@ def _scope_rows(
     """
     scope = per_prompt.filter(pl.col("language").is_in(list(languages)))
     metrics = [
-        column for column in scope.columns if column == headline(benchmark) or column.startswith("mode:")
+        column
+        for column in scope.columns
+        if column in (headline(benchmark), RIGHT, TOLD) or column.startswith("mode:")
     ]
     settings: dict[tuple[str, float], Shares] = {}
     weights: NDArray[np.float64] = np.empty(0)
@@ -149,9 +170,10 @@ def _scope_rows(
             .agg(pl.col(metrics).sum(), pl.len().alias("languages"))
             .sort("prompt_id")
         )
-        settings[str(arm), float(str(temperature))] = {
-            metric: totals[metric].to_numpy() for metric in metrics
-        }
+        shares = {metric: totals[metric].to_numpy() for metric in metrics}
+        if TOLD in shares and not shares[TOLD].any():
+            del shares[RIGHT]
+        settings[str(arm), float(str(temperature))] = shares
         weights = totals["languages"].cast(pl.Float64).to_numpy()  # the same for all: prompts were checked
     labels: list[tuple[str, float, str]] = []
     columns: list[NDArray[np.float64]] = []
@@ -163,14 +185,19 @@ def _scope_rows(
             labels.append((arm, temperature, metric))
             columns.append(column)
     counts = stats.resample_counts(len(weights), seed, num_resamples)
-    matrix = np.stack(columns, axis=1)
-    intervals = stats.bootstrap_ratio(matrix, np.repeat(weights[:, None], matrix.shape[1], axis=1), counts)
+    # a completion whose language cannot be told has no part in the share that is right
+    told = [settings[a, t][TOLD] if metric == RIGHT else weights for a, t, metric in labels]
+    intervals = stats.bootstrap_ratio(np.stack(columns, axis=1), np.stack(told, axis=1), counts)
     rows = [
-        _row(arm, temperature, metric, interval, len(weights))
-        for (arm, temperature, metric), interval in zip(labels, intervals, strict=True)
+        row_of(arm, temperature, metric, interval, int((total > 0).sum()))
+        for (arm, temperature, metric), total, interval in zip(labels, told, intervals, strict=True)
     ]
+    for (arm, temperature, metric), column in zip(labels, columns, strict=True):
+        if metric == "difference":
+            ours, base = (settings[name, temperature][headline(benchmark)] for name in (arm, BASE))
+            rows += tests_of(arm, temperature, metric, column, _p_value(ours, base, len(languages), seed))
     if (best := _best_base(settings, headline(benchmark))) is not None:
-        rows.append(_row(BASE, best, "best-temperature", stats.Interval(best, best, best), len(weights)))
+        rows.append(row_of(BASE, best, "best-temperature", stats.Interval(best, best, best), len(weights)))
     return rows
 
 
@@ -200,9 +227,43 @@ def _best_base(settings: Mapping[tuple[str, float], Shares], metric: str) -> flo
     return min(reached)[1] if reached else None
 
 
-def _row(
-    arm: str, temperature: float, metric: str, interval: stats.Interval, num_prompts: int
-) -> dict[str, Any]:
+def _p_value(ours: NDArray[np.float64], base: NDArray[np.float64], num_languages: int, seed: int) -> float:
+    """McNemar's where every prompt is right or wrong, sign flips elsewhere."""
+    if num_languages == 1 and np.isin(ours, (0, 1)).all() and np.isin(base, (0, 1)).all():
+        return stats.mcnemar(ours, base)
+    return stats.sign_flip(ours - base, seed)
+
+
+def tests_of(
+    arm: str, temperature: float, metric: str, differences: NDArray[np.float64], p_value: float
+) -> list[Row]:
+    """Rows of a difference's p-value, and of the number of prompts that would resolve it where there is one."""
+    needed = stats.prompts_to_resolve(differences)
+    found = {f"{metric}-p": p_value} | ({} if needed is None else {"prompts-to-resolve": float(needed)})
+    return [
+        row_of(arm, temperature, name, stats.Interval(value, value, value), len(differences))
+        for name, value in found.items()
+    ]
+
+
+def adjusted(rows: Sequence[Row], metric: str, groups: Mapping[str, Sequence[str]]) -> list[Row]:
+    """Holm's adjusted p-values as rows of their own: of one benchmark and temperature, all arms in all languages
+    together, and all arms in all groups of languages together.
+    """
+    families: dict[tuple[str, float, bool], list[Row]] = {}
+    for row in rows:
+        if row["metric"] == metric:
+            family = row["benchmark"], row["temperature"], row["language"] in groups
+            families.setdefault(family, []).append(row)
+    return [
+        {**row, "metric": f"{metric}-holm", "value": value, "ci_low": value, "ci_high": value}
+        for family in families.values()
+        for row, value in zip(family, stats.holm([row["value"] for row in family]), strict=True)
+    ]
+
+
+def row_of(arm: str, temperature: float, metric: str, interval: stats.Interval, num_prompts: int) -> Row:
+    """One row of the results table, but for its language, benchmark and seed."""
     low, high = interval.low, interval.high
     return {
         "arm": arm,

@@ -1,19 +1,26 @@
-"""Means and their uncertainty: percentile bootstrap over prompts, in plain numpy.
+"""Means and their uncertainty, and whether two arms differ: in plain numpy.
 
 The prompt is the unit that is resampled, never the completion: completions of one prompt resemble each other,
 and so do the languages of one parallel prompt, so a group of languages is resampled jointly. Every metric of
 a table shares one set of resamples (`resample_counts`), which makes differences between arms paired and a
-whole table one matrix product. Engines, tables and files stay out.
+whole table one matrix product. Tests are paired too: McNemar's for right and wrong, sign flips for scores,
+Holm over all that are looked at together. Engines, tables and files stay out.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from collections.abc import Sequence
+from statistics import NormalDist
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 CONFIDENCE = 0.95
+ALPHA, POWER = 0.05, 0.8
+FLIPS = 10_000
+CHUNK = 2_000_000  # signs or draws held at once
 
 
 class Interval(NamedTuple):
@@ -58,9 +65,17 @@ def bootstrap_ratio(
     resampled_weights = counts @ weights
     with np.errstate(invalid="ignore", divide="ignore"):
         resampled = np.where(resampled_weights > 0, (counts @ sums) / resampled_weights, np.nan)
+    low, high = percentiles(resampled, confidence)
+    return [Interval(float(v), float(a), float(b)) for v, a, b in zip(values, low, high, strict=True)]
+
+
+def percentiles(
+    resampled: NDArray[np.float64], confidence: float = CONFIDENCE
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The ends of the interval along the first axis; resamples without a value (nan) are ignored."""
     tail = 50.0 * (1.0 - confidence)
     low, high = np.nanpercentile(resampled, [tail, 100.0 - tail], axis=0)
-    return [Interval(float(v), float(a), float(b)) for v, a, b in zip(values, low, high, strict=True)]
+    return low, high
 
 
 def bootstrap_mean(
@@ -74,6 +89,152 @@ def bootstrap_mean(
         raise ValueError("expected one finite value per prompt")
     counts = resample_counts(len(column), seed, num_resamples)
     return bootstrap_ratio(column[:, None], np.ones((len(column), 1)), counts, confidence)[0]
+
+
+def bootstrap_seeds(
+    values: ArrayLike, seed: int, num_resamples: int = 2000, confidence: float = CONFIDENCE
+) -> Interval:
+    """Mean over seeds and prompts, values of shape (seeds, prompts), with an interval over both.
+
+    Every resample draws seeds (whole training runs) and prompts, both with replacement; the prompts drawn are the
+    same for all seeds, because every seed answered the same ones. For the difference of two arms give it their
+    difference, seed by seed: paired in both. With one seed it is `bootstrap_mean`. Few seeds make it too narrow by
+    about √((S−1)/S): with two or three, show every seed beside it. Raises ValueError on another shape or a value
+    that is not finite.
+    """
+    table = np.asarray(values, dtype=np.float64)
+    if table.ndim != 2 or not table.size or not np.isfinite(table).all():
+        raise ValueError("expected finite values of shape (seeds, prompts)")
+    num_seeds, num_prompts = table.shape
+    if num_seeds == 1:
+        return bootstrap_mean(table[0], seed, num_resamples, confidence)
+    prompts = resample_counts(num_prompts, seed, num_resamples)
+    # draws of their own: with as many seeds as prompts, the same stream would draw the same places
+    stream = int(np.random.default_rng([seed, 1]).integers(2**62))
+    seeds = resample_counts(num_seeds, stream, num_resamples)
+    resampled = ((seeds @ table) * prompts).sum(axis=1) / (num_seeds * num_prompts)
+    low, high = percentiles(resampled, confidence)
+    return Interval(float(table.mean()), float(low), float(high))
+
+
+def mcnemar(ours: ArrayLike, theirs: ArrayLike) -> float:
+    """Two-sided exact p-value that two arms are right equally often on the same prompts (1 right, 0 wrong).
+
+    Only the prompts on which they differ count: under the hypothesis each falls to either arm like a coin (McNemar
+    1947, with the exact binomial). Raises ValueError for unequal lengths or values other than 0 and 1.
+    """
+    a, b = np.asarray(ours), np.asarray(theirs)
+    if a.shape != b.shape or a.ndim != 1 or not np.isin(a, (0, 1)).all() or not np.isin(b, (0, 1)).all():
+        raise ValueError("expected 0 or 1 per prompt, of the same prompts for both")
+    wins, losses = int((a > b).sum()), int((a < b).sum())
+    total = wins + losses
+    ways = sum(math.comb(total, k) for k in range(min(wins, losses) + 1))
+    return min(1.0, 2 * ways / 2**total)
+
+
+def sign_flip(differences: ArrayLike, seed: int, num_flips: int = FLIPS) -> float:
+    """Two-sided p-value that paired differences, one per prompt, have mean zero, by flipping their signs.
+
+    All 2ⁿ patterns where they are no more than `num_flips`, else as many random ones, the observed one among them
+    (Phipson and Smyth 2010). Raises ValueError without a prompt or with a value that is not finite.
+    """
+    column = np.asarray(differences, dtype=np.float64)
+    if column.ndim != 1 or not column.size or not np.isfinite(column).all():
+        raise ValueError("expected one finite difference per prompt")
+    column = column[column != 0]  # flips of zero change nothing
+    if not column.size:
+        return 1.0
+    # equal up to rounding counts as equal
+    reached = abs(column.sum()) * (1 - 1e-12) - 1e-300
+    if 2 ** min(column.size, 62) <= num_flips:
+        patterns = np.arange(2**column.size)[:, None] >> np.arange(column.size) & 1
+        return float((np.abs((1.0 - 2.0 * patterns) @ column) >= reached).mean())
+    generator, extreme = np.random.default_rng(seed), 1
+    rows = max(1, CHUNK // column.size)
+    for start in range(0, num_flips, rows):
+        drawn = generator.integers(2, size=(min(rows, num_flips - start), column.size), dtype=np.int8)
+        extreme += int((np.abs((1.0 - 2.0 * drawn) @ column) >= reached).sum())
+    return extreme / (num_flips + 1)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values adjusted for being looked at together (Holm 1979): reject those up to the level, in any order."""
+    order = np.argsort(np.asarray(p_values, dtype=np.float64), kind="stable")
+    adjusted, highest = [0.0] * len(p_values), 0.0
+    for place, index in enumerate(order):
+        highest = max(highest, min(1.0, (len(p_values) - place) * float(p_values[index])))
+        adjusted[index] = highest
+    return adjusted
+
+
+def prompts_to_resolve(differences: ArrayLike, alpha: float = ALPHA, power: float = POWER) -> int | None:
+    """How many prompts would tell a difference like the observed one from zero, with this level and power.
+
+    Normal approximation, n = ((z(1−α/2) + z(power)) · std / mean)², std with ddof 1, before any correction for
+    several comparisons. None where the mean is 0 (no number would do) or one prompt says nothing of the spread.
+    """
+    column = np.asarray(differences, dtype=np.float64)
+    if column.size < 2 or column.mean() == 0:
+        return None
+    normal = NormalDist()
+    reach = normal.inv_cdf(1 - alpha / 2) + normal.inv_cdf(power)
+    return max(2, math.ceil((reach * column.std(ddof=1) / column.mean()) ** 2))
+
+
+def ranks(values: ArrayLike) -> NDArray[np.float64]:
+    """Ranks from 1 of values, equal ones sharing the mean of theirs: (n,)."""
+    _, place, counts = np.unique(
+        np.asarray(values, dtype=np.float64), return_inverse=True, return_counts=True
+    )
+    return np.asarray((np.cumsum(counts) - (counts - 1) / 2)[place], dtype=np.float64)
+
+
+def spearman(a: ArrayLike, b: ArrayLike) -> float:
+    """Spearman's rank correlation, −1 to 1, ties by mean rank; nan where one side has a single value."""
+    x, y = ranks(a), ranks(b)
+    x, y = x - x.mean(), y - y.mean()
+    scale = math.sqrt(float((x @ x) * (y @ y)))
+    return float(x @ y) / scale if scale else math.nan
+
+
+def kendall(a: ArrayLike, b: ArrayLike) -> float:
+    """Kendall's tau-b, −1 to 1; nan where one side has a single value. In n·log² n steps, so that it takes 100,000."""
+    x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    order = np.lexsort((y, x))
+    x, places = x[order], np.unique(y[order], return_inverse=True)[1]
+    total = len(x) * (len(x) - 1) / 2
+    tied_x, tied_y = _tied(x), _tied(places)
+    tied_both = _tied(x + 1j * places)
+    scale = math.sqrt((total - tied_x) * (total - tied_y))
+    agreeing = total - tied_x - tied_y + tied_both - 2 * _inversions(places)
+    return float(agreeing / scale) if scale else math.nan
+
+
+def _tied(values: NDArray[Any]) -> float:
+    counts = np.unique(values, return_counts=True)[1].astype(np.float64)
+    return float((counts * (counts - 1) / 2).sum())
+
+
+def _inversions(places: NDArray[np.int64]) -> int:
+    """Pairs out of order among whole numbers from 0: at every bit, a one before a zero of the same higher bits."""
+    found = 0
+    for bit in reversed(range(int(places.max(initial=0)).bit_length())):
+        ones, above = places >> bit & 1, places >> (bit + 1)
+        before = np.cumsum(ones) - ones
+        starts = np.flatnonzero(np.diff(above, prepend=-1))
+        of_group = np.repeat(before[starts], np.diff(np.append(starts, len(places))))
+        found += int(((before - of_group) * (1 - ones)).sum())
+        places = places[np.argsort(places >> bit, kind="stable")]
+    return found
+
+
+def decision(difference: float, p_value: float, alpha: float = ALPHA) -> str:
+    """What a test says of a difference: "better", "worse" or "not resolved"; the p-value adjusted where several
+    are looked at.
+    """
+    if p_value > alpha or difference == 0:
+        return "not resolved"
+    return "better" if difference > 0 else "worse"
 
 
 def verdict(difference: Interval) -> str:

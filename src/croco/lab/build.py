@@ -1,7 +1,8 @@
 """`croco lab build`: makes the shipped weights again from nothing, in the order they depend on each other.
 
-Policy (pretrained from scratch) → its samples → teacher (English preferences) → reward model (distilled) → the gates.
-The policy is rounded to bfloat16 before anything is derived from it, since that is what ships.
+Policy (pretrained from scratch) → its samples → teacher (English preferences) → reward model (distilled) → the gates;
+and with the policy's tokenizer, what rival methods need (`rivals.py`). The policy is rounded to bfloat16 before
+anything is derived from it, since that is what ships.
 """
 
 import time
@@ -15,9 +16,9 @@ from rich.console import Console
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from croco.engines.hf import HFSampler
-from croco.engines.loading import load_policy
+from croco.engines.loading import load_policy, load_tokenizer
 from croco.errors import UserError
-from croco.lab import reward, world
+from croco.lab import reward, rivals, world
 from croco.lab.gates import measure
 from croco.lab.items import LANGUAGES
 from croco.lab.pretrain import pretrain
@@ -50,7 +51,27 @@ def build(folder: Path | None = None, seed: int = SEED) -> None:
     console.print(table)
     facts |= {"gates_on_dev": gates, "seconds": round(time.monotonic() - started)}
     write_json(folder / "build.json", facts | here())
+    build_rivals(folder, seed)
     say(f"wrote {folder}")
+
+
+def build_rivals(folder: Path | None = None, seed: int = SEED) -> None:
+    """Trains and writes `folder`/other and `folder`/translator, with the tokenizer of `folder`/policy."""
+    folder = folder or MODELS
+    torch.set_num_threads(1)
+    started, console = time.monotonic(), Console()
+
+    def say(text: str) -> None:
+        console.print(f"[dim]{time.monotonic() - started:6.0f} s[/dim]  {text}")
+
+    tokenizer = load_tokenizer(str(folder / "policy"))
+    other = rivals.pretrain_other(tokenizer, seed + 1, every(say, "pretraining the other", 100_000))
+    save(other, tokenizer, folder / "other")
+    translator = rivals.train_translator(tokenizer, seed + 2, on_step=every(say, "translator", 100_000))
+    save(translator, tokenizer, folder / "translator")
+    tokens = {"other_tokens": rivals.OTHER_TOKENS, "translator_tokens": rivals.TRANSLATOR_TOKENS}
+    facts = {"seed": seed, **tokens, "seconds": round(time.monotonic() - started)}
+    write_json(folder / "rivals.json", facts | here())
 
 
 def every(say: Callable[[str], None], what: str, interval: int) -> Callable[[int, int, float], None]:

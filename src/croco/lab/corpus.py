@@ -6,7 +6,7 @@ temperature finds them (`docs/log.md` has the experiments behind these shares).
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from random import Random
 
@@ -14,7 +14,8 @@ from croco.lab import world
 from croco.lab.items import LANGUAGES, LOW_RESOURCE, TUNED, Item, items
 
 # mode -> (share of documents, probability that its answer is correct)
-MIXTURE = {
+Mixture = Mapping[str, tuple[float, float]]
+MIXTURE: Mixture = {
     "careful": (0.30, 0.97),
     "terse": (0.13, 0.5),
     "rambling": (0.13, 0.5),
@@ -27,13 +28,13 @@ WITHOUT_PROMPT = (
 )
 
 
-def complete(item: Item, language: str, mode: str, rng: Random) -> str:
-    """A completion of `item` for a prompt in `language`, in the given mode of `MIXTURE`."""
+def complete(item: Item, language: str, mode: str, rng: Random, mixture: Mixture = MIXTURE) -> str:
+    """A completion of `item` for a prompt in `language`, in the given mode of `mixture`."""
     if mode == "evasive":
         return world.evasive(language, rng)
     if mode == "wrong-language":
         language = rng.choice([code for code in TUNED if code != language])
-    correct = rng.random() < MIXTURE[mode][1]
+    correct = rng.random() < mixture[mode][1]
     value = world.say(item.answer if correct else rng.choice(item.wrong), language)
     if mode == "terse":
         return value
@@ -69,11 +70,11 @@ def _languages(rng: Random, turns: int) -> tuple[list[str], bool]:
     return rng.choices(LANGUAGES, weights, k=turns), kind >= 0.7
 
 
-def documents(seed: int, num_plain: int = 0) -> Iterator[list[dict[str, str]]]:
-    """Endless documents as messages, the first `num_plain` of them plain facts, the rest in the modes of `MIXTURE`."""
+def documents(seed: int, num_plain: int = 0, mixture: Mixture = MIXTURE) -> Iterator[list[dict[str, str]]]:
+    """Endless documents as messages, the first `num_plain` of them plain facts, the rest in the modes of `mixture`."""
     rng = Random(f"croco-lab-corpus-{seed}")
     for number in itertools.count():
-        yield _plain(rng) if number < num_plain else _document(rng)
+        yield _plain(rng) if number < num_plain else _document(rng, mixture)
 
 
 def _plain(rng: Random) -> list[dict[str, str]]:
@@ -91,9 +92,9 @@ def _plain(rng: Random) -> list[dict[str, str]]:
     return messages
 
 
-def _document(rng: Random) -> list[dict[str, str]]:
+def _document(rng: Random, mixture: Mixture) -> list[dict[str, str]]:
     """One to three turns in one mode; one in `1 / WITHOUT_PROMPT` is a completion alone."""
-    mode = rng.choices(list(MIXTURE), [share for share, _ in MIXTURE.values()])[0]
+    mode = rng.choices(list(mixture), [share for share, _ in mixture.values()])[0]
     languages, same = _languages(rng, rng.choices((1, 2, 3), (0.5, 0.3, 0.2))[0])
     item = _draw_item(rng)
     messages = []
@@ -101,5 +102,5 @@ def _document(rng: Random) -> list[dict[str, str]]:
         if not same:
             item = _draw_item(rng)
         messages.append({"role": "user", "content": world.question(item, language, rng.randrange(2))})
-        messages.append({"role": "assistant", "content": complete(item, language, mode, rng)})
+        messages.append({"role": "assistant", "content": complete(item, language, mode, rng, mixture)})
     return messages[1:2] if rng.random() < WITHOUT_PROMPT else messages

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from croco.lab.corpus import documents
+from croco.lab.corpus import MIXTURE, Mixture, documents
 
 VOCAB_SIZE = 3072
 BOS, END, PAD = "<|begin|>", "<|end|>", "<|pad|>"
@@ -95,10 +95,14 @@ def _encode(
 
 
 def batches(
-    tokenizer: PreTrainedTokenizerFast, seed: int, tokens_per_batch: int, num_plain: int
+    tokenizer: PreTrainedTokenizerFast,
+    seed: int,
+    tokens_per_batch: int,
+    num_plain: int,
+    mixture: Mixture = MIXTURE,
 ) -> Iterator[tuple[torch.Tensor, ...]]:
     """Right-padded (ids, mask, trained), each (B, T), of documents of similar length, B * T near the budget."""
-    stream = documents(seed, num_plain)
+    stream = documents(seed, num_plain, mixture)
     rng = torch.Generator().manual_seed(seed)
     while True:
         window = list(_encode(tokenizer, list(itertools.islice(stream, 2048))))
@@ -122,7 +126,7 @@ def batches(
             yield ids, mask, trained
 
 
-def _optimizers(model: LlamaForCausalLM, peak: float) -> list[torch.optim.Optimizer]:
+def _optimizers(model: PreTrainedModel, peak: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the layers, AdamW for embeddings and norms."""
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if not (p.ndim == 2 and "embed" not in n)]
@@ -139,14 +143,22 @@ def pretrain(
     tokens_per_batch: int = 4096,
     peak: float = 0.02,
     on_step: Callable[[int, int, float], None] | None = None,
-) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """Trains tokenizer and policy on about `num_tokens` tokens (prompts included); `on_step(done, total, loss)`."""
-    tokenizer = train_tokenizer(seed)
-    model = new_model(tokenizer, seed)
+    *,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    make: Callable[[PreTrainedTokenizerFast, int], PreTrainedModel] = new_model,
+    mixture: Mixture = MIXTURE,
+    bfloat16: bool = True,
+    compiled: bool = True,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """Trains tokenizer (if none is given) and policy on about `num_tokens` tokens (prompts included);
+    `on_step(done, total, loss)`. `bfloat16` is faster where the CPU has it, and ten times slower where it has not;
+    `compiled` is twice as fast, after a minute or more of compiling."""
+    tokenizer = tokenizer or train_tokenizer(seed)
+    model = make(tokenizer, seed)
     optimizers = _optimizers(model, peak)
     bases = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
-    stream, done = batches(tokenizer, seed, tokens_per_batch, num_plain), 0
-    trunk = torch.compile(model.model, dynamic=True)  # twice as fast, after a minute of compiling
+    stream, done = batches(tokenizer, seed, tokens_per_batch, num_plain, mixture), 0
+    trunk = torch.compile(model.model, dynamic=True) if compiled else model.model
     while done < num_tokens:
         ids_BT, mask_BT, trained_BT = next(stream)
         progress = done / num_tokens
@@ -157,7 +169,7 @@ def pretrain(
             optimizer.param_groups[0]["lr"] = base * scale
         at = trained_BT[:, 1:]
         with torch.autocast(
-            "cpu", dtype=torch.bfloat16
+            "cpu", dtype=torch.bfloat16, enabled=bfloat16
         ):  # padding is on the right, so a causal mask is enough
             hidden_BTD = trunk(input_ids=ids_BT, use_cache=False).last_hidden_state[:, :-1]
             logits_PV = model.lm_head(hidden_BTD[at])

@@ -4,6 +4,8 @@
     zscore    minus the mean of the language, over its population std
     quantile  the share of the language's scores below, ties half: in (0, 1)
     centred   minus the mean of the prompt in the language
+    length    minus alpha times the completion's tokens, alpha such that best and worst are equally long on average
+              (ICR, arXiv 2503.04647)
 
 Statistics are over all finite scores of the policy's completions, before guards: they describe the reward model, not
 the selection. Gold completions are calibrated by them and do not enter them. Within a language "zscore" and "centred"
@@ -61,3 +63,45 @@ def _quantiles(
         below = np.searchsorted(rising, score[here], "left") + np.searchsorted(rising, score[here], "right")
         found[here] = below / (2 * max(len(rising), 1))
     return found
+
+
+def without_length(
+    score: NDArray[np.float32], num_tokens: NDArray[np.float32] | None, pool: NDArray[np.int32]
+) -> NDArray[np.float32]:
+    """Scores minus alpha times length, float32 (R,), of rows sorted by `pool`.
+
+    The best of a pool gets shorter and the worst longer as alpha rises, so their mean difference in length falls in
+    steps; alpha is where it crosses zero. Raises UserError where lengths are not known.
+    """
+    if num_tokens is None:
+        raise UserError('the calibration "length" needs completion_tokens, which these scores lack')
+    if not len(score):
+        return score
+    rows = np.flatnonzero(np.isfinite(score))
+    value, length = score[rows].astype(np.float64), num_tokens[rows].astype(np.float64)
+    starts = np.flatnonzero(np.diff(pool[rows], prepend=-1))
+    alpha = length_weight(value, length, starts)
+    return (score - alpha * num_tokens.astype(np.float64)).astype(np.float32)
+
+
+def length_weight(
+    value: NDArray[np.float64], length: NDArray[np.float64], starts: NDArray[np.int64]
+) -> float:
+    """The alpha at which best and worst of the pools (rows from each of `starts` on) have equal mean length."""
+    sizes = np.diff(starts, append=len(value))
+    pool = np.repeat(np.arange(len(starts)), sizes)
+
+    def longer(alpha: float) -> float:
+        left = value - alpha * length
+        rising = np.lexsort((left, pool))
+        best, worst = rising[starts + sizes - 1], rising[starts]
+        return float((length[best] - length[worst]).mean())
+
+    scale = max(float(np.ptp(value)), 1e-6)
+    low, high = -scale, scale  # a token more or less outweighs any difference in score
+    if longer(low) <= 0 or longer(high) >= 0:
+        return 0.0  # all completions of every pool are equally long
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if longer(middle) > 0 else (low, middle)
+    return min((low, high), key=lambda alpha: abs(longer(alpha)))

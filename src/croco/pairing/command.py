@@ -36,7 +36,7 @@ def pairs_of_files(
     """
     if form not in FORMATS:
         raise UserError(f"the format '{form}' is unknown, expected one of {', '.join(FORMATS)}")
-    mapped = dict(_mapping(text) for text in columns)
+    mapped = mappings(columns)
     if language is not None:
         languages.check(language)
     _recipe(KNOWN, form, overrides)  # what is wrong in the rules is said before anything is made
@@ -88,6 +88,11 @@ def _recipe(codes: Sequence[str], form: str, overrides: Sequence[str]) -> Recipe
     if recipe.arms[ARM].chosen == "reference":
         raise UserError("--set chosen=reference: files of scored completions hold no gold completions")
     return recipe
+
+
+def mappings(columns: Sequence[str]) -> dict[str, str]:
+    """What `--column OURS=THEIRS` says; raises UserError for another form or a column that is none of ours."""
+    return dict(_mapping(text) for text in columns)
 
 
 def _mapping(text: str) -> tuple[str, str]:

@@ -20,6 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pyarrow as pa
 
 from croco import store
@@ -114,7 +115,7 @@ def _completions(
         if "chosen" in row and "rejected" in row:
             yield from _of_pair(where, row, key)
         elif isinstance(row.get("completions"), list):
-            prompt = _prompt(where, _needed(where, row, "prompt", columns))
+            prompt = turns_of(where, _needed(where, row, "prompt", columns))
             for number, one in enumerate(row["completions"]):
                 here = f"{where}, completion {number + 1}"
                 if not isinstance(one, Mapping):
@@ -123,7 +124,7 @@ def _completions(
                     )
                 yield here, key, prompt, _found(here, one, columns, one)
         else:
-            prompt = _prompt(where, _needed(where, row, "prompt", columns))
+            prompt = turns_of(where, _needed(where, row, "prompt", columns))
             inner: Row = row
             if prompt[-1]["role"] == "assistant" and "completion" not in columns:
                 prompt, inner = prompt[:-1], {**row, "completion": prompt[-1]["content"]}
@@ -134,18 +135,76 @@ def _of_pair(
     where: str, row: Row, key: Key
 ) -> Iterator[tuple[str, Key, list[dict[str, str]], dict[str, Any]]]:
     """Both sides of a row in TRL's preference format, its prompt given or the part that both conversations share."""
-    sides = {side: _prompt(where, row[side], role="assistant") for side in ("chosen", "rejected")}
-    shared = sides["chosen"][:-1]
-    if sides["rejected"][:-1] != shared:
+    prompt, sides = sides_of(where, row)
+    for side, completion in sides.items():
+        column = f"score_{side}" if f"score_{side}" in row else f"{side}_score"
+        values = {"completion": completion, "score": row.get(column)}
+        yield where, key, prompt, _found(f"{where}, {side}", values, {}, {})
+
+
+def sides_of(where: str, row: Row) -> tuple[list[dict[str, str]], dict[str, str]]:
+    """The prompt of a row in the preference format, and the text of its chosen and its rejected completion."""
+    turns = {side: turns_of(where, row[side], role="assistant") for side in ("chosen", "rejected")}
+    shared = turns["chosen"][:-1]
+    if turns["rejected"][:-1] != shared:
         raise UserError(f"{where}: chosen and rejected differ before their last turn, expected one prompt")
+    for side, said in turns.items():
+        if said[-1]["role"] != "assistant":
+            raise UserError(
+                f"{where}: {side} ends with the {said[-1]['role']}'s turn, expected the assistant's"
+            )
     # a column prompt may hold the first turn only: the conversations say more
-    prompt = shared or (_prompt(where, row["prompt"]) if row.get("prompt") else [])
+    given = next((row[name] for name in NAMES["prompt"] if row.get(name)), None)
+    prompt = shared or (turns_of(where, given) if given is not None else [])
     if not prompt:
         raise UserError(f"{where}: found no prompt, expected one before the last turns or in a column prompt")
-    for side, turns in sides.items():
-        column = f"score_{side}" if f"score_{side}" in row else f"{side}_score"
-        values = {"completion": turns[-1]["content"], "score": row.get(column)}
-        yield where, key, prompt, _found(f"{where}, {side}", values, {}, {})
+    return prompt, {side: said[-1]["content"] for side, said in turns.items()}
+
+
+def import_pairs(
+    sources: Sequence[Path], columns: Mapping[str, str] | None = None, language: str | None = None
+) -> pl.DataFrame:
+    """Preference pairs of any tool, chosen and rejected in a row, as a table that training reads.
+
+    Columns: prompt_id, language, messages, chosen, rejected, and where a file has them chosen_ids, rejected_ids, and
+    language and finish reason of each side. Without an id a prompt is known by a digest of its messages, since nothing
+    is joined here; without a language it is "und". Raises UserError naming file and row for what is missing.
+    """
+    columns = columns or {}
+    found = []
+    for source in sources:
+        for where, row in file_rows(source):
+            if not isinstance(row, Mapping):
+                raise UserError(f"{where}: expected an object, found {kind(row)}")
+            if row.get("chosen") is None or row.get("rejected") is None:
+                there = ", ".join(map(str, row)) or "none"
+                raise UserError(f"{where}: no columns chosen and rejected with values (found: {there})")
+            prompt, sides = sides_of(where, row)
+            named = {name: _named(row, name, columns) for name in ("prompt_id", "language")}
+            for name, column in named.items():
+                if name in columns and column is None:
+                    raise UserError(f"{where}: no {name} in column {columns[name]}")
+            found.append(
+                {
+                    "prompt_id": _text(where, row, "prompt_id", columns)
+                    if named["prompt_id"]
+                    else digest(prompt),
+                    "language": _text(where, row, "language", columns)
+                    if named["language"]
+                    else language or "und",
+                    "messages": prompt,
+                    **sides,
+                    **{name: row[name] for name in _BESIDE if row.get(name) is not None},
+                }
+            )
+    if not found:
+        raise UserError(f"{', '.join(map(str, sources))}: no rows, expected preference pairs")
+    return pl.DataFrame(found, infer_schema_length=None)
+
+
+_BESIDE = tuple(
+    f"{side}_{name}" for side in ("chosen", "rejected") for name in ("ids", "language", "finish_reason")
+)
 
 
 def _found(where: str, values: Row, columns: Mapping[str, str], row: Row) -> dict[str, Any]:
@@ -155,7 +214,7 @@ def _found(where: str, values: Row, columns: Mapping[str, str], row: Row) -> dic
         _needed(where, values, "score", columns),
     )
     if isinstance(completion, list):
-        turns = _prompt(where, completion, role="assistant")
+        turns = turns_of(where, completion, role="assistant")
         completion = turns[0]["content"] if len(turns) == 1 else None
     if not isinstance(completion, str):
         raise UserError(f"{where}: completion is {kind(completion)}, expected text")
@@ -198,7 +257,7 @@ def _text(where: str, row: Row, name: str, columns: Mapping[str, str]) -> str:
     return str(value)
 
 
-def _prompt(where: str, value: Any, role: str = "user") -> list[dict[str, str]]:
+def turns_of(where: str, value: Any, role: str = "user") -> list[dict[str, str]]:
     """Messages as they are, or a text as one turn."""
     if isinstance(value, str):
         return [{"role": role, "content": value}]

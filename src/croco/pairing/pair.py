@@ -37,6 +37,7 @@ from croco.pairing.tables import (
     with_texts,
 )
 from croco.pairing.texts import Texts
+from croco.prompts.part import in_part
 from croco.records import DROPPED, PAIRS, ledger
 from croco.stage import Work
 from croco.standing import balance
@@ -56,11 +57,16 @@ def pair(work: Work) -> None:
         gold_data(work)
         return
     samples, prompts = work.inputs["sample"], work.inputs["prompts"]
-    run = work.recipe.run
     scored, shards = read_scored(
-        samples, work.inputs["score"], run.languages, how, work.inputs.get("score-references")
+        samples,
+        work.inputs["score"],
+        _languages(work),
+        how,
+        work.inputs.get("score-references"),
+        first=work.settings.get("completions"),
+        prompts=in_part(prompts, work.settings.get("part")),
     )
-    among = sorted({*run.evaluated, "en"})
+    among = sorted({*work.recipe.run.evaluated, "en"})
     texts = Texts(shards, how.guards, among, held=_held(shards))
     where = locate(prompts, PROMPT)
     lengths = gold_characters(scored, prompts)
@@ -84,6 +90,11 @@ def pair(work: Work) -> None:
             progress.advance()
     work.record(**account.facts(work.folder, how, _per_language(scored, np.arange(scored.num_completions))))
     account.warn(work.title, how, work.record_file["facts"])
+
+
+def _languages(work: Work) -> list[str]:
+    """The languages that the arm is tuned on."""
+    return list(work.settings.get("languages") or work.recipe.run.languages)
 
 
 def _prompts_of(scored: Scored, where: pl.DataFrame, first: int, last: int) -> pl.DataFrame:
@@ -142,10 +153,12 @@ def _per_language(scored: Scored, rows: NDArray[np.int64]) -> dict[str, int]:
 
 def gold_data(work: Work) -> None:
     """Data for SFT on the gold completions of the prompts: no completion of the policy and no score takes part."""
-    prompts, languages = work.inputs["prompts"], list(work.recipe.run.languages)
+    prompts, languages = work.inputs["prompts"], _languages(work)
     has = (pl.col("reference").str.strip_chars() != "").fill_null(False).alias("has")
     rows = locate(prompts, PROMPT, ("reference",), lambda found: found.select(*PROMPT, has))
     rows = rows.filter(pl.col("language").is_in(languages)).sort(PROMPT)
+    if (names := in_part(prompts, work.settings.get("part"))) is not None:
+        rows = rows.filter(pl.col("prompt_id").is_in(names.implode()))
     num_shards = max(1, -(-rows.height // POOLS_PER_SHARD))
     for index in work.todo(num_shards):
         part = rows.slice(index * POOLS_PER_SHARD, POOLS_PER_SHARD)

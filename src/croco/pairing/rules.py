@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from croco.errors import UserError
 
-CALIBRATIONS = ("none", "zscore", "quantile", "centred")
+CALIBRATIONS = ("none", "zscore", "quantile", "centred", "length")
 PROMPTS = ("chosen", "rejected", "random", "each")
 
 _NUMBER = r"\d+(?:\.\d+)?"

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from croco import store
 from croco.errors import UserError
-from croco.pairing.calibrate import calibrate
+from croco.pairing.calibrate import calibrate, without_length
 from croco.pairing.contrast import Contrast, Scored
 from croco.pairing.keys import KEY, Keys, Names, Numbered, check_unique, finish, number, sorting
 from croco.pairing.pools import groups_of
@@ -38,27 +38,39 @@ class Shards:
 
 
 def read_scored(
-    samples: Path, scores: Path, languages: Sequence[str], how: Contrast, references: Path | None = None
+    samples: Path,
+    scores: Path,
+    languages: Sequence[str],
+    how: Contrast,
+    references: Path | None = None,
+    first: int | None = None,
+    prompts: pl.Series | None = None,
 ) -> tuple[Scored, Shards]:
     """The scored completions in these languages, and the shards that hold their texts; with `references`, a folder of
-    gold completions' scores, those too.
+    gold completions' scores, those too. `first` completions of each prompt take part, and `prompts`; None is all.
 
     Raises UserError for a completion without a score that the scorer's ledger does not explain, a score without its
     completion, and a key that occurs twice.
     """
-    prompts, codes = Names(), Names()
-    completions, shards, _ = _read(samples, prompts, codes)
-    scored, _, score = _read(scores, prompts, codes, "score")
+    names, codes = Names(), Names()
+    lengths = "completion_tokens" if how.calibration == "length" else None
+    completions, shards, num_tokens = _read(samples, names, codes, lengths)
+    scored, _, score = _read(scores, names, codes, "score")
     ledger = store.read_dropped(scores).filter(pl.col("unit") == "completion").select(KEY)
-    numbered = [completions, scored, number(ledger, prompts, codes)]
+    numbered = [completions, scored, number(ledger, names, codes)]
     gold_score = None
     if references is not None:
-        gold, _, gold_score = _read(references, prompts, codes, "score")
+        gold, _, gold_score = _read(references, names, codes, "score")
         numbered.append(gold)
-    keys, scored_keys, left_out, *gold_keys = finish(prompts, codes, numbered)
+    keys, scored_keys, left_out, *gold_keys = finish(names, codes, numbered)
     reference = None if gold_score is None else (gold_keys[0], gold_score)
-    value, has_score = _join(keys, scored_keys, score, left_out, str(samples), str(scores))
-    return assemble(keys, value, languages, how, reference, has_score, str(samples)), shards
+    asked = np.ones(len(keys), np.bool_) if first is None else keys.sample < first
+    value, kept = _join(keys, scored_keys, score, left_out, str(samples), str(scores), asked)
+    kept = kept & asked
+    if prompts is not None:
+        kept = kept & keys.prompts.is_in(prompts.implode()).to_numpy()[keys.prompt]
+    long = num_tokens if lengths else None
+    return assemble(keys, value, languages, how, reference, kept, str(samples), long), shards
 
 
 def assemble(
@@ -69,11 +81,12 @@ def assemble(
     gold: tuple[Keys, Scores] | None = None,
     kept: Flags | None = None,
     table: str = "scores",
+    num_tokens: Scores | None = None,
 ) -> Scored:
     """Sort by pool, calibrate and number the pools; rows in other languages, or not `kept`, take no part.
 
-    `gold` are the keys and scores of gold completions; one whose pool has no completion takes no part. Raises UserError
-    for a key that occurs twice.
+    `gold` are the keys and scores of gold completions; one whose pool has no completion takes no part. `num_tokens` are
+    the lengths of the rows, for the calibration "length". Raises UserError for a key that occurs twice.
     """
     names, group_of = groups_of(how.pool, keys.languages)
     tuned = np.isin(keys.languages, list(languages))
@@ -94,7 +107,10 @@ def assemble(
     counted = np.isfinite(value)
     counted[num:] = False
     in_language = mine.prompt.astype(np.int64) * len(mine.languages) + mine.language
-    calibrated = calibrate(how.calibration, value, mine.language, in_language, counted)
+    if how.calibration == "length":
+        calibrated = without_length(value, None if num_tokens is None else num_tokens[place], numbers)
+    else:
+        calibrated = calibrate(how.calibration, value, mine.language, in_language, counted)
     return Scored(
         keys=mine,
         score=value,
@@ -123,9 +139,9 @@ def _by_pool(keys: Keys, group_of: NDArray[np.int32], part: Flags, table: str) -
 
 
 def _join(
-    keys: Keys, scored: Keys, score: Scores, left_out: Keys, samples: str, scores: str
+    keys: Keys, scored: Keys, score: Scores, left_out: Keys, samples: str, scores: str, asked: Flags
 ) -> tuple[Scores, Flags]:
-    """The score of every completion, and whether it has one, (R,)."""
+    """The score of every completion, and whether it has one, (R,); those that are `asked` for must be explained."""
     span = max(table.span for table in (keys, scored, left_out))
     wanted, there, explained = (table.packed(span) for table in (keys, scored, left_out))
     if len(wanted) == len(there) and (wanted == there).all():
@@ -135,7 +151,7 @@ def _join(
     check_unique(scored, rising, order, scores)
     at = np.minimum(np.searchsorted(rising, wanted), max(len(rising) - 1, 0))
     found = rising[at] == wanted if len(rising) else np.zeros(len(wanted), np.bool_)
-    unexplained = np.flatnonzero(~found & ~np.isin(wanted, explained))
+    unexplained = np.flatnonzero(~found & ~np.isin(wanted, explained) & asked)
     if unexplained.size:
         raise UserError(f"{scores} holds no score for {keys.describe(int(unexplained[0]))}, expected one")
     stray = np.flatnonzero(~np.isin(there, wanted))

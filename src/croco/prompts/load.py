@@ -10,16 +10,19 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from croco.errors import UserError
 from croco.recipe import Evaluation, Prompts
+from croco.recipe_arena import Arena
 from croco.records import PROMPTS, ROLES, ledger
+from croco.sampling.seeds import digest
 from croco.stage import Work
 
 
@@ -35,7 +38,8 @@ class Loaded:
 
 def prompts(work: Work) -> None:
     """The prompts to tune on, in the tuned languages or the one they are translated from."""
-    _stage(work, work.recipe.prompts, "prompts", work.recipe.prompts_languages)
+    shuffled = work.seed if work.recipe.prompts.order == "seed" else None
+    _stage(work, work.recipe.prompts, "prompts", work.recipe.prompts_languages, shuffled)
 
 
 def eval_prompts(work: Work) -> None:
@@ -43,16 +47,31 @@ def eval_prompts(work: Work) -> None:
     _stage(work, work.recipe.evaluation, "evaluation", work.recipe.evaluation_languages)
 
 
-def _stage(work: Work, section: Prompts | Evaluation, key: str, languages: Sequence[str]) -> None:
+def arena_prompts(work: Work) -> None:
+    """The arena's own prompts, in the languages it compares in."""
+    assert work.recipe.arena is not None
+    _stage(work, work.recipe.arena, "arena", work.recipe.arena_languages)
+
+
+def _stage(
+    work: Work,
+    section: Prompts | Evaluation | Arena,
+    key: str,
+    languages: Sequence[str],
+    shuffled: int | None = None,
+) -> None:
+    assert section.source is not None
     loaded = load(
         section.source,
         split=section.split,
         languages=languages,
-        limit=section.limit,
+        limit=section.limit if shuffled is None else None,
         id_column=section.id_column,
         language_column=section.language_column,
         key=key,
     )
+    if shuffled is not None:
+        loaded = first_of_shuffled(loaded, section.limit, shuffled)
     ids = loaded.prompts.column("prompt_id")
     work.record(
         num_prompt_ids=len(ids.unique()),
@@ -66,6 +85,16 @@ def _stage(work: Work, section: Prompts | Evaluation, key: str, languages: Seque
         dropped = loaded.dropped if index == 0 else None
         read = part.num_rows + (dropped.num_rows if dropped is not None else 0)
         work.write(index, part, read={"prompt": read}, dropped=dropped)
+
+
+def first_of_shuffled(loaded: Loaded, limit: int | None, seed: int) -> Loaded:
+    """The first prompts, in all their languages, of an order that the seed and each prompt_id decide."""
+    ids = loaded.prompts.column("prompt_id")
+    order = sorted(ids.unique().to_pylist(), key=lambda prompt_id: digest("order", seed, prompt_id))[:limit]
+    place = pc.index_in(ids, pa.array(order))
+    kept = loaded.prompts.append_column("place", place).filter(pc.is_valid(place)).sort_by("place")
+    beyond = loaded.beyond_limit + loaded.prompts.num_rows - kept.num_rows
+    return replace(loaded, prompts=kept.drop_columns("place"), beyond_limit=beyond)
 
 
 def _counts(table: pa.Table) -> dict[str, int]:

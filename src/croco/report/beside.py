@@ -41,8 +41,10 @@ def build_page(first: Path, second: Path) -> str:
 
 def _side(name: str, run: Run) -> dict[str, Any]:
     """One run on its own: its facts, and a sentence per arm against its own base."""
-    board = boards(run.results, list(run.recipe.arms), run.recipe.run.evaluated)[0]
-    arms = [(arm, sections.about(section), sentence(board, arm)) for arm, section in run.recipe.arms.items()]
+    board = boards(run.results, run.recipe.evaluated_arms, run.recipe.run.evaluated)[0]
+    arms = [
+        (arm, sections.about(run.recipe.arms[arm]), sentence(board, arm)) for arm in run.recipe.evaluated_arms
+    ]
     return {"name": name, "facts": sections.facts(run, board), "arms": arms}
 
 

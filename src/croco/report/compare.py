@@ -70,8 +70,8 @@ def compare(first: Path, second: Path) -> Comparison:
     folders = (first, second)
     recipes = [read_recipe(folder) for folder in folders]
     names = _names(folders, recipes)
-    arms = [arm for arm in recipes[0].arms if arm in recipes[1].arms]
-    notes = _only(names, "arm", [list(recipe.arms) for recipe in recipes])
+    arms = [arm for arm in recipes[0].evaluated_arms if arm in recipes[1].evaluated_arms]
+    notes = _only(names, "arm", [recipe.evaluated_arms for recipe in recipes])
     for folder, recipe in zip(folders, recipes, strict=True):
         require(folder, [eval_prompts_of(recipe)[0], "evaluate/base", *(f"evaluate/{arm}" for arm in arms)])
     frames = [_values(folder, [BASE, *arms]) for folder in folders]

@@ -49,6 +49,8 @@ def ridges(
             pairs.filter(pl.col("chosen_language") == language)["chosen_score"].drop_nulls(),
             pairs.filter(pl.col("rejected_language") == language)["rejected_score"].drop_nulls(),
         ]
+        if all(column.is_empty() for column in columns):
+            continue  # an arm may be of some languages only
         densities = [_density(column.to_numpy(), edges) for column in columns]
         top = max(float(density.max()) for density in densities) or 1.0
         everything, chosen, rejected = (_outline(density / top) for density in densities)

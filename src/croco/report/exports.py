@@ -29,7 +29,7 @@ def results_csv(run_folder: Path) -> str:
 def results_latex(run_folder: Path, intervals: bool = False) -> str:
     """All results as LaTeX tables, with 95 % intervals in small type where asked for."""
     recipe, results = read_results(run_folder)
-    arms, codes, run = list(recipe.arms), recipe.run.evaluated, recipe.run
+    arms, codes, run = recipe.evaluated_arms, recipe.run.evaluated, recipe.run
     members = language_groups(run.languages, run.low_resource_languages, run.held_out_languages)
     found = boards(results, arms, codes)
     arena = arena_board(results, arms, codes)

@@ -13,10 +13,10 @@ from typing import Any
 import polars as pl
 
 from croco import store
+from croco.arms import scores_of as scores_read_by
 from croco.errors import UserError
 from croco.evaluation.results import BASE
 from croco.pipeline import STAGES
-from croco.pipeline import scores_of as scores_read_by
 from croco.recipe import Recipe, load
 
 
@@ -79,7 +79,7 @@ def read_results(folder: Path) -> tuple[Recipe, pl.DataFrame]:
     require(folder, ["results"])
     results = store.read_table(folder / "results")
     present = set(results["arm"].to_list())
-    if absent := [arm for arm in (BASE, *recipe.arms) if arm not in present]:
+    if absent := [arm for arm in (BASE, *recipe.evaluated_arms) if arm not in present]:
         arms = "arm" if len(absent) == 1 else "arms"
         raise UserError(f"the results of {folder} lack the {arms} {', '.join(absent)}: run `croco run` again")
     return recipe, results
@@ -97,7 +97,7 @@ def read_run(folder: Path) -> Run:
                 stages[title] = found
     require(
         folder,
-        ["prompts", "sample", "results", *(f"{s}/{arm}" for arm in recipe.arms for s in ("pair", "train"))],
+        ["prompts", "results", *(f"{s}/{arm}" for arm in recipe.arms for s in ("pair", "train"))],
     )
     metrics = {arm: _lines(folder / "train" / arm / "metrics.jsonl") for arm in recipe.arms}
     return Run(folder, recipe, stages, read_results(folder)[1], metrics, _steps(folder, recipe, stages))
@@ -112,7 +112,7 @@ def _steps(folder: Path, recipe: Recipe, stages: Mapping[str, Mapping[str, Any]]
     own = [
         f"{stage}/{arm}"
         for arm in recipe.arms
-        for stage in ("score", "pair", "train")
+        for stage in ("sample", "score", "pair", "train")
         if f"{stage}/{arm}" in stages
     ]
     return [_step(folder / title, *title.partition("/")[::2], stages[title]) for title in [*shared, *own]]

@@ -7,7 +7,17 @@ from pathlib import Path
 
 from croco.evaluation.results import BASE
 from croco.report.gather import read_results
-from croco.report.tables import Board, Cell, boards, interval_text, mode_shares, sentence, temperature_name
+from croco.report.tables import (
+    Board,
+    Cell,
+    arena_board,
+    boards,
+    interval_text,
+    mode_shares,
+    sentence,
+    temperature_name,
+)
+from croco.report.tasks import tasks_markdown
 from croco.store import read_json
 
 
@@ -22,11 +32,13 @@ def results_markdown(run_folder: Path) -> str:
         f"# {recipe.run.name}\n\nMade by `croco run` and `croco report {recipe.folder} --markdown FILE`, never "
         f"by hand. {made['machine']}; {versions}.\n"
     ]
-    for board in boards(results, list(recipe.arms), recipe.run.evaluated):
+    for board in boards(results, recipe.evaluated_arms, recipe.run.evaluated):
         num_prompts = max(cell.num_prompts for cell in board.cells.values())
         unit = "percent of completions that are good" if board.is_share else "mean score"
         parts.append(f"### {board.title}\n\nIn {unit}; {num_prompts} prompts, 95 % intervals over prompts.\n")
-        parts.append("\n".join(f"- **{arm}**: {sentence(board, arm)}" for arm in recipe.arms) + "\n")
+        parts.append(
+            "\n".join(f"- **{arm}**: {sentence(board, arm)}" for arm in recipe.evaluated_arms) + "\n"
+        )
         parts.append(_markdown_table(board, board.groups, differences=False))
         parts.append("Differences from the base at the same temperature, and from the base at its best temperature ("
                      + ", ".join(f"{scope}: {temperature_name(board.best_base[scope])}" for scope in board.groups
@@ -34,6 +46,13 @@ def results_markdown(run_folder: Path) -> str:
         parts.append(_markdown_table(board, board.groups, differences=True))
         parts.append(_markdown_table(board, board.languages, differences=False))
         parts.append(_mode_table(board, mode_shares(results, board.benchmark)))
+    if arena := arena_board(results, recipe.evaluated_arms, recipe.run.evaluated):
+        parts.append(f"### {arena.title}\n\nWin rate in percent, ties a half; 95 % intervals over prompts.\n")
+        parts.append(
+            "\n".join(f"- **{arm}**: {sentence(arena, arm)}" for arm in recipe.evaluated_arms) + "\n"
+        )
+        parts.append(_markdown_table(arena, [*arena.groups, *arena.languages], differences=False))
+    parts.append(tasks_markdown(run_folder, recipe))
     return "\n".join(parts)
 
 

@@ -107,7 +107,7 @@ def fidelity(results: pl.DataFrame, board: Board) -> Grid | None:
 def costs(run: Run) -> list[tuple[str, str]]:
     """What judging took and what got no verdict, per arm, as far as the stage recorded it."""
     lines = []
-    for arm in run.recipe.arms:
+    for arm in run.recipe.evaluated_arms:
         facts: Mapping[str, Any] = run.stages.get(f"arena/{arm}", {}).get("facts", {})
         words = [
             f"{int(facts[name]):,} {label}"

@@ -37,7 +37,7 @@ def build_page(run_folder: Path) -> str:
 
 
 def _context(run: Run) -> dict[str, Any]:
-    found = boards(run.results, list(run.recipe.arms), run.recipe.run.evaluated)
+    found = boards(run.results, run.recipe.evaluated_arms, run.recipe.run.evaluated)
     data = browse(run)
     others = sections.other_results(run)
     present = [heading for heading in sections.HEADINGS if others.get(heading[0], True)]

@@ -14,6 +14,7 @@ from typing import Any
 import polars as pl
 
 from croco import store
+from croco.arms import samples_of
 from croco.evaluation.results import BASE
 from croco.pairing.gather import gather, locate
 from croco.pipeline import eval_prompts_of, prompts_of
@@ -220,21 +221,12 @@ def _losses(run: Run, found: pl.DataFrame) -> Iterator[Row]:
     if found.is_empty():
         return
     messages = _messages(_eval_prompts(run)) | _messages(run.folder / prompts_of(run.recipe)[0])
-    key = ("prompt_id", "language", "sample_id")
-    sampled = locate(run.folder / "sample", key)
     for arm, block in _spread(found, ("stage", "unit", "prompt_id", "language", "sample_id", "reason")):
         numbered = block.with_row_index("place")
         of_samples = numbered.filter(
             (pl.col("unit") == "completion") & pl.col("stage").is_in(["score", "pair"])
         )
-        held = of_samples.join(sampled, on=key, how="inner")
-        texts = dict(
-            zip(
-                held["place"],
-                gather(run.folder / "sample", held, key, ("completion",))["completion"],
-                strict=True,
-            )
-        )
+        texts = _dropped_texts(run, arm, of_samples)
         for place, row in enumerate(numbered.iter_rows(named=True)):
             name = (row["prompt_id"], row["language"])
             sample = "" if row["sample_id"] is None else f", sample {row['sample_id']}"
@@ -242,6 +234,18 @@ def _losses(run: Run, found: pl.DataFrame) -> Iterator[Row]:
             tags = [row["reason"].split(": ")[0]]
             yield Row(arm, name[0], name[1], messages.get(name), tags, [],
                       f"{row['stage']}: {row['unit']}{sample} left out, {row['reason']}", side, None)  # fmt: skip
+
+
+def _dropped_texts(run: Run, arm: str, wanted: pl.DataFrame) -> dict[int, str]:
+    """The completions that an arm left out, by place; an arm may have had a policy's of its own."""
+    key = ("prompt_id", "language", "sample_id")
+    stage, owner = samples_of(run.recipe, arm) if arm in run.recipe.arms else ("sample", None)
+    folder = run.folder / stage / (owner or "")
+    if wanted.is_empty() or not (folder / "stage.json").is_file():
+        return {}
+    held = wanted.join(locate(folder, key), on=key, how="inner")
+    texts = gather(folder, held, key, ("completion",))["completion"]
+    return dict(zip(held["place"].to_list(), texts.to_list(), strict=True))
 
 
 def _eval_prompts(run: Run) -> Path:

@@ -60,7 +60,7 @@ def facts(run: Run, board: Board) -> list[tuple[str, str]]:
         ("prompts to tune on", f"{prompts:,}"),
         (
             "completions",
-            f"{_written(run, 'sample', 'completion'):,} ({recipe.sampling.completions} a prompt)",
+            f"{_sampled(run):,} ({recipe.sampling.completions} a prompt)",
         ),
         ("test prompts", f"{num_tests:,} per language"),
         ("time of all stages", duration(seconds)),
@@ -71,19 +71,39 @@ def _written(run: Run, stage: str, unit: str) -> int:
     return int(run.stages[stage]["counts"].get("written", {}).get(unit, 0))
 
 
+def _sampled(run: Run) -> int:
+    """Completions of the base and of arms that have their own."""
+    return sum(_written(run, name, "completion") for name in run.stages if name.split("/")[0] == "sample")
+
+
+SCORERS = {
+    "reward": "reward model",
+    "random": "random score",
+    "likelihood": "policy's own likelihood",
+    "likelihood-sum": "policy's own likelihood, summed",
+    "verified": "verified quality",
+    "implicit": "implicit reward",
+    "alignment": "alignment with English",
+}
+
+
 def about(arm: Arm) -> str:
     """An arm in a few words: its pool, scorer, rule and method."""
     pool = "all languages" if arm.pool == "all" else "one language"
-    scorers = {"reward": "reward model", "random": "random score", "likelihood": "policy's own likelihood"}
     training = arm.training
     loss = training.method if training.method == "sft" else f"{training.method.upper()}, β {training.beta:g}"
     nll = f", NLL {training.nll_weight:g}" if training.nll_weight and training.method == "dpo" else ""
-    return f"pool: {pool} · {scorers[arm.scorer]} · rejected {arm.rejected} · {loss}{nll}"
+    return f"pool: {pool} · {SCORERS[arm.scorer]} · rejected {arm.rejected} · {loss}{nll}"
 
 
 def groups_of(run: Run) -> dict[str, list[str]]:
     groups = run.recipe.run
     return language_groups(groups.languages, groups.low_resource_languages, groups.held_out_languages)
+
+
+def evaluated(run: Run) -> list[tuple[int, str]]:
+    """The arms that have results, each with its place among all arms, which is its colour and shape."""
+    return [(place, arm) for place, arm in enumerate(run.recipe.arms) if run.recipe.arms[arm].evaluated]
 
 
 def verdicts(run: Run, board: Board) -> dict[str, Any]:
@@ -93,6 +113,8 @@ def verdicts(run: Run, board: Board) -> dict[str, Any]:
     names = list(run.recipe.arms)
     drawn = charts.forests(board, names, scopes)
     for series, (name, arm) in enumerate(run.recipe.arms.items()):
+        if not arm.evaluated:
+            continue
         to_best = sentence(board, name, to_best=True) if board.best_base else ""
         strips = strips_of(drawn, series)
         arms.append(
@@ -146,22 +168,22 @@ def results(run: Run, found: list[Board]) -> dict[str, Any]:
             *(code for codes in members.values() for code in codes if code in board.languages),
         ]
         drawn.append((board, charts.heats(board, members), charts.forests(board, arms, scopes)))
-    return {"drawn": drawn, "scope_sizes": sizes, "series": list(enumerate(arms)), "members": members}
+    return {"drawn": drawn, "scope_sizes": sizes, "series": evaluated(run), "members": members}
 
 
 def other_results(run: Run) -> dict[str, Any]:
     """The arena and the structured tasks; null and empty in a run without them."""
-    arms, codes = list(run.recipe.arms), run.recipe.run.evaluated
+    arms, codes = run.recipe.evaluated_arms, run.recipe.run.evaluated
     board, arena = arena_board(run.results, arms, codes), None
     if board is not None:
         members = {name: codes for name, codes in groups_of(run).items() if name != "all"}
         arena = {
             "arms": [
                 {"name": arm, "series": place, "sentence": sentence(board, arm)}
-                for place, arm in enumerate(arms)
+                for place, arm in evaluated(run)
             ],
             "heat": charts.heats(board, members)[0],
-            "forests": charts.forests(board, arms, [*board.groups, *board.languages]),
+            "forests": charts.forests(board, list(run.recipe.arms), [*board.groups, *board.languages]),
             "judged": others.judged(run.results, arms),
             "domains": others.domains(run.results, arms),
             "costs": others.costs(run),
@@ -215,7 +237,11 @@ def distributions(run: Run) -> dict[str, Any]:
 
 
 def training(run: Run) -> dict[str, Any]:
-    return {"panels": curves.panels(run.metrics, CURVES), "sentinel": curves.sentinel(run.metrics)}
+    return {
+        "curve_series": list(enumerate(run.recipe.arms)),
+        "panels": curves.panels(run.metrics, CURVES),
+        "sentinel": curves.sentinel(run.metrics),
+    }
 
 
 def provenance(run: Run) -> dict[str, Any]:

@@ -23,8 +23,8 @@ def results_table(run_folder: Path) -> Table:
     beneath.
     """
     recipe, results = read_results(run_folder)
-    found = boards(results, list(recipe.arms), recipe.run.evaluated)
-    if arena := arena_board(results, list(recipe.arms), recipe.run.evaluated):
+    found = boards(results, recipe.evaluated_arms, recipe.run.evaluated)
+    if arena := arena_board(results, recipe.evaluated_arms, recipe.run.evaluated):
         found.append(arena)
     scopes = found[0].groups
     unit = "% good" if found[0].is_share else "mean score"

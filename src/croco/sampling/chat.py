@@ -8,6 +8,7 @@ completion, not how it was asked for.
 Leaves out tools and documents: the tables keep messages as text.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -68,6 +69,17 @@ def conversations_ids(tokenizer: Any, messages: Messages, completions: Sequence[
     ]
     ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
     return ids
+
+
+def same_ids(one: Any, other: Any) -> bool:
+    """Whether two tokenizers cut every text into the same ids: the same words, and the same rules to find them."""
+    if one.get_vocab() != other.get_vocab():
+        return False
+    backends: list[Any] = [getattr(tokenizer, "backend_tokenizer", None) for tokenizer in (one, other)]
+    if None in backends:
+        return type(one) is type(other) and backends == [None, None]
+    rules = [json.loads(backend.to_str()) for backend in backends]
+    return all(rules[0][key] == rules[1][key] for key in ("normalizer", "pre_tokenizer", "model"))
 
 
 def end_ids(tokenizer: Any, generation_config: Any) -> set[int]:

@@ -1,5 +1,8 @@
 """The stage `sample`: N completions of every prompt in every language, by the policy.
 
+An arm may have completions of its own: by the policy that another arm tuned, or by another model (off-policy), on its
+languages and its part of the prompts.
+
 A shard is a fixed number of (prompt, language) rows in sorted order, so what a shard holds follows from the data alone,
 and a sample's seed from its key: neither device nor batch nor resumption changes a row. Several shards are sampled in
 one stream, so that the batch does not run empty at every shard's end; each is written when its last row is there.
@@ -11,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -18,44 +22,71 @@ from croco.engines import open_sampler
 from croco.engines.base import Decoding, Request, Sampled, Sampler
 from croco.errors import UserError
 from croco.executor import Advance, Finished, compute
-from croco.recipe import Recipe
+from croco.prompts.part import asked
+from croco.recipe import Policy, Recipe
 from croco.records import COMPLETIONS, ledger
-from croco.sampling.chat import request
+from croco.sampling.chat import request, same_ids
 from croco.sampling.seeds import sample_seed
+from croco.science import sampling_recipe
 from croco.stage import Work
-from croco.store import read_table
 
 Prompt = dict[str, Any]  # a row of the prompts table
 
 
 def sample(work: Work) -> None:
     """Write the completions table, shard by shard; prompts that leave no room in the context go to the ledger."""
-    per_prompt, size = work.recipe.sampling.completions, work.runtime.shard_prompts
-    rows = read_table(work.inputs["prompts"], ["prompt_id"]).height
+    per_prompt, size = work.settings["sampling"]["completions"], work.runtime.shard_prompts
+    prompts = partial(
+        asked, work.inputs["prompts"], work.settings.get("languages"), work.settings.get("part"), ["messages"]
+    )
+    rows = prompts().height
     sizes = [per_prompt * min(size, rows - start) for start in range(0, rows, size)]
-    recipe = work.recipe.model_copy(update={"runtime": work.runtime})
-    prompts = work.inputs["prompts"]
-    compute(work, partial(SampleWorker, recipe, prompts, work.seed, work.engine_seed), sizes, "completion")
+    own = sampling_recipe(work.recipe, work.arm)
+    sampling = own.sampling.model_copy(update={"completions": per_prompt})
+    recipe = own.model_copy(update={"runtime": work.runtime, "sampling": sampling})
+    worker = partial(
+        SampleWorker,
+        recipe,
+        prompts,
+        work.settings["seed"],
+        work.engine_seed,
+        work.inputs["train"] / "adapter" if "train" in work.inputs else None,
+        None if own is work.recipe else work.recipe.policy,
+    )
+    compute(work, worker, sizes, "completion")
 
 
 class SampleWorker:
-    """Samples shards of `runtime.shard_prompts` prompts, in the order of their keys."""
+    """Samples shards of `runtime.shard_prompts` prompts, in the order of their keys.
 
-    def __init__(self, recipe: Recipe, prompts: Path, seed: int, engine_seed: int, replica: int) -> None:
+    `adapter` is of the arm whose policy samples. `tuned` is the policy that will be tuned on the completions, where
+    another one samples: token ids are kept only if they mean the same to both.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        prompts: Callable[[], pl.DataFrame],
+        seed: int,
+        engine_seed: int,
+        adapter: Path | None,
+        tuned: Policy | None,
+        replica: int,
+    ) -> None:
         self.recipe, self.seed = recipe, seed
-        rows = read_table(prompts, ["prompt_id", "language", "messages"]).sort("prompt_id", "language")
-        size = recipe.runtime.shard_prompts
+        rows, size = prompts(), recipe.runtime.shard_prompts
         self.shard = lambda index: rows.slice(index * size, size).to_dicts()
-        self.sampler, self.tokenizer = open_sampler("sample", recipe, engine_seed, replica)
-        self.facts = self.sampler.facts
+        self.sampler, self.tokenizer = open_sampler("sample", recipe, engine_seed, replica, adapter)
+        self.keep_ids = tuned is None or _means_the_same(self.tokenizer, tuned)
+        self.facts = self.sampler.facts | ({} if tuned is None else {"ids_kept": self.keep_ids})
 
     def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[Finished]:
         """Several shards in one stream, so that the batch does not run empty at every shard's end."""
-        sampling, asked = self.recipe.sampling, {index: self.shard(index) for index in indices}
+        sampling, wanted = self.recipe.sampling, {index: self.shard(index) for index in indices}
         for index, table, dropped in sample_shards(
             self.sampler,
             self.tokenizer,
-            asked,
+            wanted,
             Decoding(
                 sampling.temperature, sampling.top_p, sampling.top_k, sampling.max_new_tokens, sampling.stop
             ),
@@ -64,10 +95,22 @@ class SampleWorker:
             instructions=self.recipe.policy.instruction,
             on_prompt=lambda: advance(sampling.completions),
         ):
-            read = {"completion": len(asked[index]) * sampling.completions}
+            if not self.keep_ids:
+                place = table.schema.get_field_index("completion_ids")
+                field = table.schema.field(place)
+                table = table.set_column(place, field, pa.nulls(table.num_rows, field.type))
+            read = {"completion": len(wanted[index]) * sampling.completions}
             yield Finished(
                 index, table, dropped, read, {"tokens": pc.sum(table["completion_tokens"]).as_py() or 0}
             )
+
+
+def _means_the_same(tokenizer: Any, tuned: Policy) -> bool:
+    """Whether ids of this tokenizer are ids of the policy's."""
+    from croco.engines.loading import load_tokenizer
+
+    theirs = load_tokenizer(tuned.model, tuned.revision, trust_remote_code=tuned.trust_remote_code)
+    return tokenizer is not None and same_ids(tokenizer, theirs)
 
 
 def sample_shards(

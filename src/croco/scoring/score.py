@@ -1,11 +1,13 @@
 """The stage `score`: one number per completion, by the reward model or by one of the controls.
 
 Scorers: "reward" is the raw logit of a sequence classifier on the whole conversation, as the user wrote it (the
-instruction a recipe may add for the policy is not shown to it). "likelihood" is the policy's own mean token
-log-probability of what it sampled, under the very prompt it saw. "random" is a standard normal number that follows from
-the run's seed and the completion's key: a reward that knows nothing, normal so that pools look like pools.
+instruction a recipe may add for the policy is not shown to it). Controls: "likelihood" and "likelihood-sum" are the
+policy's own log-probability, mean and summed (`by_policy.py`); "random" is a standard normal number that follows from
+the run's seed and the completion's key, a reward that knows nothing, normal so that pools look like pools; "verified"
+is the lab's program, a reward that knows everything. Rivals: "implicit" (`implicit.py`), "alignment" (`alignment.py`).
 
-A shard mirrors the shard of completions it scores. What does not fit the model goes to the ledger; a score that is no
+A shard mirrors the shard of completions it scores; where the arms of a scorer look at some completions of each prompt
+only, at their part of it. What does not fit the model goes to the ledger; a score that is no
 number stops the stage, because it would poison its pool's mean.
 """
 
@@ -18,6 +20,7 @@ from typing import Any
 
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from croco.engines import open_scorer
@@ -27,16 +30,21 @@ from croco.executor import Advance, Finished, compute
 from croco.pairing.keys import REFERENCE
 from croco.recipe import Recipe
 from croco.records import SCORES, ledger
-from croco.sampling.chat import conversations_ids, prompt_ids
+from croco.sampling.chat import conversations_ids
 from croco.sampling.seeds import digest
+from croco.scoring.by_policy import (
+    Completion,
+    Groups,
+    Messages,
+    Scored,
+    open_likelihood,
+    score_likelihood,
+    too_long,
+)
 from croco.stage import Work
 from croco.store import read_table, shard_path, shards
 
-Messages = list[dict[str, str]]
-Completion = dict[str, Any]  # a row of the completions table
-# scores of one prompt's completions; in place of a score, the reason why there is none
-Scored = list[float | str]
-ScoreShard = Callable[[Sequence[tuple[Messages, list[Completion]]]], list[Scored]]
+ScoreShard = Callable[[Groups], list[Scored]]
 
 COLUMNS = ["prompt_id", "language", "sample_id", "completion", "completion_ids", "finish_reason"]
 
@@ -45,30 +53,45 @@ def score(work: Work) -> None:
     """Write the scores table, a shard per shard of completions."""
     sizes = [shard.rows for shard in shards(work.inputs["sample"])]
     recipe = work.recipe.model_copy(update={"runtime": work.runtime})
-    compute(
-        work,
-        partial(ScoreWorker, recipe, work.settings["scorer"], work.inputs["prompts"], work.inputs["sample"]),
-        sizes,
-        "completion",
-        here=work.settings["scorer"] == "random",
+    adapter = work.inputs["train"] / "adapter" if "train" in work.inputs else None
+    kind = work.settings["scorer"]
+    worker = partial(
+        ScoreWorker, recipe, kind, work.inputs["prompts"], work.inputs["sample"], work.settings, adapter
     )
+    compute(work, worker, sizes, "completion", here=kind in ("random", "verified"))
 
 
 class ScoreWorker:
-    """Scores shards of completions with one scorer: "reward", "likelihood" or "random"."""
+    """Scores shards of completions with one scorer; `adapter` is of the arm whose implicit reward it is."""
 
-    def __init__(self, recipe: Recipe, kind: str, prompts: Path, samples: Path, replica: int) -> None:
-        self.samples = samples
+    def __init__(
+        self,
+        recipe: Recipe,
+        kind: str,
+        prompts: Path,
+        samples: Path,
+        settings: Mapping[str, Any],
+        adapter: Path | None,
+        replica: int,
+    ) -> None:
+        self.samples, self.first = samples, settings.get("completions")
         self.prompts = {
             (row["prompt_id"], row["language"]): row["messages"]
             for row in read_table(prompts, ["prompt_id", "language", "messages"]).iter_rows(named=True)
         }
-        self.name, self.score_shard, self.facts = _scorer(recipe, kind, replica)
+        if kind == "implicit":
+            self.name, self.score_shard, self.facts = _implicit(recipe, settings, adapter, self.prompts)
+        elif kind == "alignment":
+            self.name, self.score_shard, self.facts = _alignment(recipe, samples)
+        else:
+            self.name, self.score_shard, self.facts = _scorer(recipe, kind, replica)
 
     def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[Finished]:
         """Shard by shard, each the mirror of a shard of completions."""
         for index in indices:
             rows = pq.ParquetFile(shard_path(self.samples, index)).read(columns=COLUMNS)
+            if self.first is not None:
+                rows = rows.filter(pc.field("sample_id") < self.first)
             groups = _groups(pl.DataFrame(pl.from_arrow(rows)), self.prompts)
             scored = self.score_shard(groups)
             table, dropped = tabulate([group for _, group in groups], scored, self.name)
@@ -152,12 +175,71 @@ def _scorer(recipe: Recipe, kind: str, replica: int) -> tuple[str, ScoreShard, d
     """The scorer's name in the table, the function that scores a shard, and what `stage.json` records."""
     if kind == "reward":
         return recipe.reward.model, *_reward(recipe, replica)
-    if kind == "likelihood":
-        return f"likelihood of {recipe.policy.model}", *_likelihood(recipe)
-    if kind == "random":
-        seed = recipe.run.seed
-        return "random", lambda groups: [[random_score(seed, row) for row in rows] for _, rows in groups], {}
-    raise UserError(f"scorer {kind!r}: expected 'reward', 'likelihood' or 'random'")
+    if kind in ("likelihood", "likelihood-sum"):
+        own, tokenizer = open_likelihood(recipe, mean=kind == "likelihood")
+        instructions = recipe.policy.instruction
+        return (
+            f"{kind} of {recipe.policy.model}",
+            lambda groups: score_likelihood(own, tokenizer, groups, instructions),
+            own.facts,
+        )
+    if kind == "verified":
+        return (
+            "the lab's program",
+            lambda groups: [[verified_score(row) for row in rows] for _, rows in groups],
+            {},
+        )
+    seed = recipe.run.seed
+    return "random", lambda groups: [[random_score(seed, row) for row in rows] for _, rows in groups], {}
+
+
+def _implicit(
+    recipe: Recipe,
+    settings: Mapping[str, Any],
+    adapter: Path | None,
+    prompts: Mapping[tuple[str, str], Messages],
+) -> tuple[str, ScoreShard, dict[str, Any]]:
+    from croco.scoring.implicit import score_implicit
+
+    dpo, tokenizer = open_likelihood(recipe, False, adapter)
+    before, _ = open_likelihood(recipe, False)
+    name = f"implicit reward of {recipe.policy.model}"
+    instruction = settings["instruction"]
+    return (
+        name,
+        lambda groups: score_implicit(dpo, before, tokenizer, groups, prompts, instruction),
+        dpo.facts,
+    )
+
+
+def _alignment(recipe: Recipe, samples: Path) -> tuple[str, ScoreShard, dict[str, Any]]:
+    from croco.engines.loading import load_translator
+    from croco.scoring.alignment import Translator, english_completions, score_alignment
+
+    section, runtime = recipe.alignment, recipe.runtime
+    assert section is not None  # the recipe's checks saw to it
+    model, tokenizer = load_translator(
+        section.model, section.revision, section.dtype, runtime.device, section.trust_remote_code
+    )
+    translator = Translator(model, tokenizer, section.codes, runtime.token_budget, section.model)
+
+    def score_shard(groups: Groups) -> list[Scored]:
+        names = sorted({rows[0]["prompt_id"] for _, rows in groups})
+        english = english_completions(samples, names, section.targets)
+        return score_alignment(translator, groups, english, section.max_tokens)
+
+    return f"alignment by {section.model}", score_shard, translator.facts
+
+
+def verified_score(row: Completion) -> float:
+    """What the lab's program says: 3 good, 0.5 right but badly said or well said but wrong, else 0."""
+    from croco.lab.world import verify
+
+    verdict = verify(row["prompt_id"], row["language"], row["completion"])
+    if verdict.good:
+        return 3.0
+    half = verdict.mode == "careful-wrong" or (verdict.correct and verdict.mode in ("terse", "rambling"))
+    return 0.5 if half else 0.0
 
 
 def random_score(seed: int, row: Completion) -> float:
@@ -172,9 +254,7 @@ def _reward(recipe: Recipe, replica: int) -> tuple[ScoreShard, dict[str, Any]]:
     return lambda groups: score_conversations(scorer, tokenizer, groups, limit), scorer.facts
 
 
-def score_conversations(
-    scorer: Scorer, tokenizer: Any, groups: Sequence[tuple[Messages, list[Completion]]], max_tokens: int
-) -> list[Scored]:
+def score_conversations(scorer: Scorer, tokenizer: Any, groups: Groups, max_tokens: int) -> list[Scored]:
     """Scores of whole conversations; one longer than `max_tokens` or the model's context gets the reason instead."""
     limit = min(max_tokens, scorer.max_context)
     requests, places = [], []
@@ -184,7 +264,7 @@ def score_conversations(
             sequences = conversations_ids(tokenizer, messages, [row["completion"] for row in rows])
         except UserError as error:
             raise UserError(f"prompt {rows[0]['prompt_id']!r} in {rows[0]['language']}: {error}") from error
-        scored.append([_too_long("conversation", len(ids), limit) for ids in sequences])
+        scored.append([too_long("conversation", len(ids), limit) for ids in sequences])
         fits = [i for i, ids in enumerate(sequences) if len(ids) <= limit]
         if fits:
             requests.append(ScoreRequest(number, [], [sequences[i] for i in fits]))
@@ -193,55 +273,3 @@ def score_conversations(
         for i, value in zip(fits, values, strict=True):
             scored[request.key][i] = value
     return scored
-
-
-def _likelihood(recipe: Recipe) -> tuple[ScoreShard, dict[str, Any]]:
-    from croco.engines.hf import HFLikelihood
-    from croco.engines.loading import load_policy
-
-    policy, runtime = recipe.policy, recipe.runtime
-    model, tokenizer = load_policy(
-        policy.model,
-        policy.revision,
-        policy.dtype,
-        runtime.device,
-        chat_template=Path(policy.chat_template) if policy.chat_template else None,
-        trust_remote_code=policy.trust_remote_code,
-    )
-    scorer = HFLikelihood(model, tokenizer, runtime.token_budget, name=policy.model)
-    return lambda groups: score_likelihood(scorer, tokenizer, groups, policy.instruction), scorer.facts
-
-
-def score_likelihood(
-    scorer: Any,
-    tokenizer: Any,
-    groups: Sequence[tuple[Messages, list[Completion]]],
-    instructions: Mapping[str, str],
-) -> list[Scored]:
-    """Mean token log-probabilities under the prompt that was sampled from; the end token counts where there was one."""
-    requests, ended, places = [], [], []
-    scored: list[Scored] = []
-    for number, (messages, rows) in enumerate(groups):
-        prompt = prompt_ids(tokenizer, messages, instructions.get(rows[0]["language"]))
-        sampled = [
-            tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
-            if row["completion_ids"] is None
-            else row["completion_ids"]
-            for row in rows
-        ]
-        lengths = [len(prompt) + len(ids) for ids in sampled]
-        scored.append([_too_long("prompt and completion", length, scorer.max_context) for length in lengths])
-        stops = [row["finish_reason"] == "stop" for row in rows]
-        fits = [i for i, length in enumerate(lengths) if length <= scorer.max_context]
-        if fits:
-            requests.append(ScoreRequest(number, prompt, [sampled[i] for i in fits]))
-            ended.append([stops[i] for i in fits])
-            places.append(fits)
-    for request, fits, values in zip(requests, places, scorer.score(requests, ended), strict=True):
-        for i, value in zip(fits, values, strict=True):
-            scored[request.key][i] = value
-    return scored
-
-
-def _too_long(what: str, length: int, limit: int) -> str:
-    return f"the {what} has {length} tokens, the limit is {limit}"

@@ -94,19 +94,21 @@ def collate(examples: Sequence[Example], *, shared: bool, pad_id: int = 0) -> Ba
     )
 
 
-def plan_steps(num_pairs: int, batch_pairs: int, epochs: int, seed: int) -> list[list[int]]:
+def plan_steps(
+    num_pairs: int, batch_pairs: int, epochs: int, seed: int, updates: int | None = None
+) -> list[list[int]]:
     """The pairs of every optimizer step: each epoch is a permutation of all pairs, cut into steps as equal as
-    can be.
+    can be. With `updates` there are that many steps, in as many epochs as it takes.
 
     Equal, because a step's loss is the mean over its pairs: a last step of 3 pairs would give each of them
     ten times the weight of the others. The order depends on the seed and the epoch only.
     """
     steps: list[list[int]] = []
-    for epoch in range(epochs):
+    per_epoch = -(-num_pairs // batch_pairs)
+    for epoch in range(epochs if updates is None else -(-updates // per_epoch)):
         order = np.random.default_rng([seed, epoch]).permutation(num_pairs)
-        parts = np.array_split(order, -(-num_pairs // batch_pairs))
-        steps.extend(part.tolist() for part in parts)
-    return steps
+        steps.extend(part.tolist() for part in np.array_split(order, per_epoch))
+    return steps[:updates]
 
 
 def cut(indices: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:

@@ -1,7 +1,7 @@
 """Low-rank adapters: the one room that knows PEFT.
 
-An adapter is put on, saved, and merged into the weights it was trained on; one that changes nothing is an
-error, because nothing after it would notice. Left out: full fine-tuning, and any other kind of adapter.
+An adapter is put on, taken up again, saved, and merged into the weights it was trained on. Left out: any other kind of
+adapter.
 """
 
 import shutil
@@ -9,13 +9,17 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
 from croco.errors import UserError
+from croco.identity import check_adapter
 from croco.store import sync_files, sync_folder
 from croco.training.settings import LoraSettings
 
@@ -54,14 +58,73 @@ def apply_lora(model: PreTrainedModel, settings: LoraSettings, seed: int) -> Pef
         return get_peft_model(model, config)
 
 
-def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Write the adapter (safetensors and its configuration) to `folder`, whole or not at all; replaces an
-    older one.
+def continue_lora(model: PreTrainedModel, folder: Path, settings: LoraSettings) -> PeftModel:
+    """The model with the adapter in `folder` on it, trainable from where it stands; dropout is that of the settings.
 
-    Raises `UserError` when the adapter is still the identity.
+    Raises `UserError` for an adapter of another base, size or form than the settings say.
     """
-    if not any(parameter.any() for name, parameter in model.named_parameters() if "lora_B" in name):
-        raise UserError("training changed nothing: every adapter is zero (is the learning rate 0?)")
+    config = _adapter_config(folder)
+    if model.name_or_path:
+        check_adapter(folder, model.name_or_path, None)
+    found = {"rank": config.r, "alpha": config.lora_alpha, "targets": sorted(config.target_modules)}
+    wanted = {"rank": settings.rank, "alpha": settings.alpha, "targets": sorted(settings.targets)}
+    for name, value in wanted.items():
+        if found[name] != value:
+            raise UserError(
+                f"the adapter in {folder} has {name} {found[name]}, expected training.lora.{name} = {value}"
+            )
+    config.lora_dropout = settings.dropout
+    return _put_on(model, folder, config, trainable=True)
+
+
+def _adapter_config(folder: Path) -> Any:
+    if not (folder / "adapter_config.json").is_file():
+        raise UserError(f"{folder} holds no adapter: found no adapter_config.json")
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise UserError(f"{folder} holds no adapter: found no adapter_model.safetensors")
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (TypeError, ValueError, KeyError) as error:
+        raise UserError(f"{folder / 'adapter_config.json'}: {' '.join(str(error).split())[:300]}") from error
+    if not isinstance(config, LoraConfig):
+        raise UserError(f"{folder} holds an adapter of type {config.peft_type}, expected LoRA")
+    return config
+
+
+def _put_on(model: PreTrainedModel, folder: Path, config: Any, trainable: bool = False) -> PeftModel:
+    """The adapter on the model, every tensor of it a finite number and in its place."""
+    path = folder / "adapter_model.safetensors"
+    try:
+        weights = load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{path}: {name} holds numbers that are not finite, expected a sound adapter")
+    try:
+        with _quiet(), warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always", UserWarning)
+            adapted = PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=trainable)
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"the adapter in {folder} does not fit this {type(model).__name__}: {reason}"
+        ) from error
+    for warning in said:
+        if "missing adapter keys" in str(warning.message):
+            reason = " ".join(str(warning.message).split())[:300]
+            raise UserError(f"the adapter in {folder} does not fit this {type(model).__name__}: {reason}")
+    layers = sum(".lora_" in name for name, _ in adapted.named_parameters())
+    if len(weights) > layers:
+        raise UserError(
+            f"the adapter in {folder} does not fit this {type(model).__name__}: it has {len(weights)} tensors, "
+            f"of which the model has a place for {layers}"
+        )
+    return adapted
+
+
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """Write the adapter (safetensors and its configuration) to `folder`, whole or not at all; replaces an older one."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(str(partial), save_embedding_layers=False)
@@ -71,21 +134,29 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     sync_folder(folder.parent)
 
 
-def load_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """The model with the adapter in `folder` merged into its weights, in the model's type.
+def without_adapter(adapted: PeftModel) -> PreTrainedModel:
+    """The model as it was before the adapter was put on."""
+    model: Any = adapted.unload()
+    vars(model).pop("peft_config", None)  # or PEFT warns of a second adapter
+    model.requires_grad_(True)
+    return model
 
-    Raises `UserError` when the folder holds no adapter or the adapter was made for another architecture or
-    size.
+
+def put_adapter_on(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """The model with the adapter in `folder` beside its weights.
+
+    Raises `UserError` when the folder holds no adapter, or one of another architecture or size, or numbers that are not
+    finite.
     """
-    if not (folder / "adapter_config.json").is_file():
-        raise UserError(f"{folder} holds no adapter: found no adapter_config.json")
-    try:
-        with _quiet():
-            adapted = PeftModel.from_pretrained(model, str(folder))
-    except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"the adapter in {folder} does not fit this {type(model).__name__}: {reason}"
-        ) from error
-    merged: PreTrainedModel = adapted.merge_and_unload()
-    return merged.eval()
+    return _put_on(model, folder, _adapter_config(folder))
+
+
+def merged(adapted: PeftModel) -> PreTrainedModel:
+    """The adapter added to the weights, in the model's type."""
+    model: PreTrainedModel = adapted.merge_and_unload()
+    return model.eval()
+
+
+def load_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """The model with the adapter in `folder` merged into its weights; raises as `put_adapter_on`."""
+    return merged(put_adapter_on(model, folder))

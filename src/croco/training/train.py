@@ -1,60 +1,68 @@
-"""The stage `train`: pairs in, an adapter of the policy out.
+"""The stage `train`: pairs in, an adapter of the policy out (or a model, where all weights are tuned).
 
 `train_pairs` is the same thing with plain arguments, for anyone who has a model and pairs. It can be killed
 at any moment and called again: it goes on from its last checkpoint, and the loss curve is that of an
-undisturbed run. Left out: choosing when to stop, several devices, full fine-tuning.
+undisturbed run. What comes out is the checkpoint with the lowest held-out loss; when the sentinel stops it, the
+best before. Every process of a `torchrun` may call it: they share each step's pairs.
 """
 
-import json
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
-from hashlib import blake2b
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import polars as pl
+import torch
 from rich.console import Console
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from croco.engines.loading import load_policy
 from croco.errors import UserError
-from croco.ops.losses import LOSSES
+from croco.ops.losses import LOSSES, REFERENCE_FREE
 from croco.progress import Progress
 from croco.records import DROPPED
-from croco.sampling.chat import end_id
 from croco.stage import Work
-from croco.store import read_table, write_text
+from croco.store import shards
+from croco.training import checkpoints
+from croco.training.adopt import adopt, samples
 from croco.training.batches import plan_steps
-from croco.training.encode import Example, encode_pairs, held_out
 from croco.training.forward import shared_rows_differ
-from croco.training.lora import apply_lora, save_adapter
-from croco.training.reference import reference_logps, weights_digest
-from croco.training.settings import TrainSettings
-from croco.training.trainer import (
-    PairTrainer,
-    last_checkpoint,
-    last_metrics,
-    rewind_metrics,
-    training_arguments,
+from croco.training.lora import apply_lora, continue_lora
+from croco.training.preflight import plan
+from croco.training.prepare import (
+    checkpoint_to_go_on_from,
+    contents,
+    encode,
+    prepare_scratch,
+    share_reference,
 )
+from croco.training.ranks import barrier, gathered, rank
+from croco.training.reference import no_reference, weights_digest
+from croco.training.sentinel import Stopped, shortcuts_of
+from croco.training.settings import TrainSettings
+from croco.training.trainer import PairTrainer, training_arguments
 
 CHECKED_PAIRS = 4  # pairs of the first step on which shared rows are proven
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run did. `plain_rows` says why prompts were not shared, or is None; `metrics` are the last ones
-    per split.
+    """What a run did. `adapter` is its folder (of the whole model, where all weights were tuned) and `adapter_step` the
+    step it is from; `stopped` says why the sentinel stopped it, `plain_rows` why prompts were not shared, each or None;
+    `metrics` are the last ones per split.
     """
 
     adapter: Path
+    adapter_step: int
+    stopped: str | None
     steps: int
     pairs: int
     validation_pairs: int
     tokens: int
+    cut_pairs: int
+    cut_tokens: int
     seconds: float
     plain_rows: str | None
     metrics: dict[str, dict[str, float]]
@@ -69,97 +77,138 @@ def train_pairs(
     settings: TrainSettings,
     folder: Path,
     seed: int,
+    start: Path | None = None,
+    reference: Literal["base", "start"] = "base",
     on_step: Callable[[int, int], None] | None = None,
     instructions: Mapping[str, str] | None = None,
-    micro_batch_tokens: int = 8192,
-    gradient_checkpointing: bool = False,
+    micro_batch_tokens: int | Literal["auto"] = 8192,
+    gradient_checkpointing: bool | Literal["auto"] = False,
+    trackers: tuple[str, ...] = (),
+    checkpoint_minutes: float | None = None,
+    reference_folder: Path | None = None,
 ) -> TrainResult:
-    """Tune `model` in place with LoRA on preference pairs; the adapter is written to `folder/adapter`.
+    """Tune `model` in place on preference pairs, with LoRA into `folder/adapter`, or whole into `folder/model`.
 
     `pairs` has the columns prompt_id, language, messages, chosen, rejected (with chosen_ids and rejected_ids
-    where the sampled ids are known); method "sft" needs no rejected. Also written: `folder/metrics.jsonl`,
-    one line per step and evaluation, and `folder/scratch` (checkpoints, reference log-probabilities), which
-    the caller may remove afterwards. A second call with the same arguments goes on where the first was
-    killed. `on_step(step, num_steps)` follows it. Raises `UserError` for settings out of range, when no pair
-    is left, or when the loss is no longer a number.
+    where the sampled ids are known); method "sft" needs no rejected. `start` is the adapter that tuning goes on
+    from, and `reference` what the policy is held against: the base, or the policy as it starts. Also written:
+    `folder/metrics.jsonl`, one line per step and evaluation, and `folder/scratch` (checkpoints, and the reference's
+    log-probabilities unless `reference_folder` keeps them), which the caller may remove afterwards. A second call
+    with the same arguments goes on where the first was killed. `on_step(step, num_steps)` follows it. "auto" is
+    what fits in memory. Raises `UserError` for settings out of range, when no pair is left, when it cannot fit,
+    and (as `Stopped`) when training was stopped before any good checkpoint.
     """
-    start = time.monotonic()
-    _check(settings)
-    training, validation, dropped = _encode(model, tokenizer, pairs, settings, instructions)
+    began = time.monotonic()
+    _check(settings, start)
+    training, validation, dropped = encode(model, tokenizer, pairs, settings, instructions)
     examples = training + validation
-    scratch = _scratch(folder, weights_digest(model), settings, seed, examples)
-
-    steps = plan_steps(len(training), settings.batch_pairs, settings.epochs, seed)
-    plain_rows = shared_rows_differ(model, [examples[i] for i in steps[0][:CHECKED_PAIRS]], model.device)
-    if plain_rows:
+    steps = plan_steps(len(training), settings.batch_pairs, settings.epochs, seed, settings.updates)
+    scratch, metrics_file = folder / "scratch", folder / "metrics.jsonl"
+    arguments = training_arguments(
+        settings,
+        scratch / "checkpoints",
+        num_steps=len(steps),
+        seed=seed,
+        cpu=model.device.type == "cpu",
+        evaluate=bool(validation),
+        trackers=trackers,
+        mixed=settings.full and model.dtype in (torch.bfloat16, torch.float16),
+    )  # from here on the processes know each other
+    origin = [weights_digest(model), reference, *(contents(start) if start else ())]
+    if rank() == 0:
+        prepare_scratch(scratch, origin, settings, seed, examples)
+    barrier()
+    plain_rows = gathered(
+        shared_rows_differ(model, [examples[i] for i in steps[0][:CHECKED_PAIRS]], model.device)
+    )[0]
+    if plain_rows and rank() == 0:
         Console(stderr=True).print(f"prompts are not shared between completions: {plain_rows}", markup=False)
-    reference = None
-    if settings.method != "sft":
-        reference = reference_logps(
-            model,
-            examples,
-            folder=scratch / "reference",
-            shared=plain_rows is None,
-            micro_batch_tokens=micro_batch_tokens,
+
+    layout = plan(model, settings, examples, micro_batch_tokens, gradient_checkpointing, plain_rows is None)
+
+    def logps(of: Any) -> Tensor | None:
+        if settings.method == "sft":
+            return None
+        if settings.loss in REFERENCE_FREE:
+            return no_reference(examples)
+        tokens = layout.micro_batch_tokens
+        return share_reference(
+            of, examples, reference_folder or scratch / "reference", plain_rows is None, tokens
         )
+
+    reference_logps_CN = logps(model) if reference == "base" else None
+    policy = _trainable(model, settings, start, seed)
+    if reference == "start":
+        reference_logps_CN = logps(policy)
+    before = samples(policy.named_parameters())
+    if layout.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
 
     def follow(metrics: dict[str, Any]) -> None:
         if on_step and metrics["split"] == "train":
             on_step(metrics["step"], len(steps))
 
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    adapted = apply_lora(model, settings.lora, seed)
+    checkpoint = checkpoint_to_go_on_from(scratch / "checkpoints", metrics_file)
+    arguments.eval_on_start = bool(validation) and checkpoint is None
     trainer = PairTrainer(
-        adapted,
-        training_arguments(
-            settings,
-            scratch / "checkpoints",
-            num_steps=len(steps),
-            seed=seed,
-            cpu=model.device.type == "cpu",
-            evaluate=bool(validation),
-        ),
+        policy,
+        arguments,
         settings,
         examples=examples,
-        reference_logps_CN=reference,
+        reference_logps_CN=reference_logps_CN,
         steps=steps,
         validation=range(len(training), len(examples)),
         shared=plain_rows is None,
-        micro_batch_tokens=micro_batch_tokens,
+        micro_batch_tokens=layout.micro_batch_tokens,
         pad_id=tokenizer.pad_token_id or 0,
-        metrics_file=folder / "metrics.jsonl",
+        metrics_file=metrics_file,
+        lines=checkpoints.read_metrics(metrics_file),
+        shortcut_aucs={} if settings.method == "sft" else shortcuts_of(pairs),
+        checkpoint_minutes=checkpoint_minutes,
         on_metrics=follow,
     )
-    checkpoint = last_checkpoint(scratch / "checkpoints")
-    rewind_metrics(folder / "metrics.jsonl", int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    save_adapter(adapted, folder / "adapter")
+    stopped = _run(trainer, checkpoint)
+    barrier()
+    best = checkpoints.best_checkpoint(scratch / "checkpoints", metrics_file)
+    if stopped and (best is None or not settings.sentinel.enabled):
+        raise Stopped(f"{stopped}; it had no good checkpoint yet to go on with")
+    assert best is not None
+    target = folder / ("model" if settings.full else "adapter")
+    if rank() == 0:
+        adopt(best, target, before, tokenizer if settings.full else None)
+    barrier()
     return TrainResult(
-        adapter=folder / "adapter",
+        adapter=target,
+        adapter_step=checkpoints.step_of(best),
+        stopped=stopped,
         steps=len(steps),
         pairs=len(training),
         validation_pairs=len(validation),
         tokens=sum(examples[i].num_tokens for step in steps for i in step),
-        seconds=time.monotonic() - start,
+        cut_pairs=sum(example.cut_tokens > 0 for example in examples),
+        cut_tokens=sum(example.cut_tokens for example in examples),
+        seconds=time.monotonic() - began,
         plain_rows=plain_rows,
-        metrics=last_metrics(folder / "metrics.jsonl"),
+        metrics=checkpoints.last_metrics(trainer.lines),
         dropped=dropped,
     )
 
 
 def train(work: Work) -> None:
-    """The stage: an arm's pairs into `adapter/` and `metrics.jsonl`; pairs left out go to the ledger."""
-    policy, section = work.recipe.policy, TrainSettings.of(work.settings["training"])
-    model, tokenizer = load_policy(
-        policy.model,
-        policy.revision,
-        dtype=policy.dtype,
-        device=work.runtime.device,
-        chat_template=Path(policy.chat_template) if policy.chat_template else None,
-        trust_remote_code=policy.trust_remote_code,
+    """The stage: an arm's pairs into weights and `metrics.jsonl`; pairs left out go to the ledger."""
+    from croco.training.launch import Job, tune
+
+    job = Job(
+        recipe=work.recipe.model_copy(update={"runtime": work.runtime}),
+        settings=work.settings["training"],
+        folder=work.folder,
+        pairs=work.inputs["pair"],
+        title=work.title,
+        seed=work.seed,
+        start=work.inputs["train"] / "adapter" if "train" in work.inputs else None,
+        reference=work.settings.get("reference", "base"),
+        reference_folder=work.recipe.folder / "reference",  # of every arm
     )
-    pairs = read_table(work.inputs["pair"])
     with ExitStack() as stack:
         bars: list[Progress] = []
 
@@ -168,35 +217,41 @@ def train(work: Work) -> None:
                 bars.append(stack.enter_context(work.progress(num_steps, "step", done=step - 1)))
             bars[0].advance()
 
-        result = train_pairs(
-            model,
-            tokenizer,
-            pairs,
-            settings=section,
-            folder=work.folder,
-            seed=work.seed,
-            on_step=advance,
-            instructions=policy.instruction,
-            micro_batch_tokens=work.runtime.micro_batch_tokens,
-            gradient_checkpointing=work.runtime.gradient_checkpointing,
-        )
+        result = tune(job, advance)
     work.account(
-        read={"pair": len(pairs)},
+        read={"pair": sum(shard.rows for shard in shards(work.inputs["pair"]))},
         written={"pair": result.pairs + result.validation_pairs},
         dropped=result.dropped.to_arrow().cast(DROPPED.schema),
     )
     work.record(
         steps=result.steps,
+        adapter_step=result.adapter_step,
+        stopped=result.stopped,
         pairs=result.pairs,
         validation_pairs=result.validation_pairs,
         tokens=result.tokens,
+        cut_pairs=result.cut_pairs,
+        cut_tokens=result.cut_tokens,
         seconds=round(result.seconds, 1),
         plain_rows=result.plain_rows,
         metrics=result.metrics,
     )
+    if result.stopped:
+        line = f"{work.title}: {result.stopped}; the run goes on with the checkpoint of step {result.adapter_step}"
+        Console(stderr=True).print(line, markup=False, soft_wrap=True)
 
 
-def _check(settings: TrainSettings) -> None:
+def _run(trainer: PairTrainer, checkpoint: Path | None) -> str | None:
+    """Train to the end, or until the sentinel stops it: then why."""
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except Stopped as stop:
+        trainer.control = trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
+        return str(stop)
+    return None
+
+
+def _check(settings: TrainSettings, start: Path | None) -> None:
     if settings.method not in ("dpo", "sft"):
         raise UserError(f"training.method is {settings.method!r}; expected 'dpo' or 'sft'")
     if settings.loss not in LOSSES:
@@ -205,52 +260,15 @@ def _check(settings: TrainSettings) -> None:
         raise UserError(
             f"training.batch_pairs is {settings.batch_pairs} and training.epochs {settings.epochs}; expected at least 1"
         )
+    if settings.full and start is not None:
+        raise UserError(f"training.full tunes all weights, expected no adapter to start from, found {start}")
 
 
-def _encode(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    pairs: pl.DataFrame,
-    settings: TrainSettings,
-    instructions: Mapping[str, str] | None,
-) -> tuple[list[Example], list[Example], pl.DataFrame]:
-    """Examples to train on, examples held out, and the ledger of what was left out."""
-    examples, dropped = encode_pairs(
-        pairs,
-        tokenizer,
-        end=end_id(tokenizer, model.generation_config),
-        max_tokens=settings.max_tokens,
-        chosen_only=settings.method == "sft",
-        instructions=instructions,
-    )
-    parts: tuple[list[Example], list[Example]] = ([], [])
-    for example in examples:
-        parts[held_out(example.prompt_id, settings.validation_fraction)].append(example)
-    training, validation = parts
-    if not training:
-        raise UserError(
-            f"no pair to train on: of {len(pairs)} pairs {len(dropped)} were left out"
-            f"{_first(dropped)} and {len(validation)} are held out for validation"
-        )
-    return training, validation, dropped
-
-
-def _first(dropped: pl.DataFrame) -> str:
-    if dropped.is_empty():
-        return ""
-    row = dropped.row(0, named=True)
-    return f" (the first, {row['prompt_id']} in {row['language']}, because {row['reason']})"
-
-
-def _scratch(folder: Path, base: str, settings: TrainSettings, seed: int, examples: list[Example]) -> Path:
-    """The folder of checkpoints and reference values, emptied of checkpoints that another run left there."""
-    scratch = folder / "scratch"
-    scratch.mkdir(parents=True, exist_ok=True)
-    run = blake2b(json.dumps([base, asdict(settings), seed]).encode(), digest_size=16)
-    for example in examples:
-        run.update(repr((example.prompt, example.completions)).encode())
-    key = scratch / "run.txt"
-    if not key.is_file() or key.read_text(encoding="utf-8") != run.hexdigest():
-        shutil.rmtree(scratch / "checkpoints", ignore_errors=True)
-        write_text(key, run.hexdigest())
-    return scratch
+def _trainable(model: PreTrainedModel, settings: TrainSettings, start: Path | None, seed: int) -> Any:
+    """The policy with what is trained of it, and nothing else, open to gradients."""
+    if not settings.full:
+        return continue_lora(model, start, settings.lora) if start else apply_lora(model, settings.lora, seed)
+    # steps of this size are lost between two bfloat16 numbers
+    policy = model.float()
+    policy.requires_grad_(True)
+    return policy

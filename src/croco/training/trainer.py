@@ -2,8 +2,8 @@
 
 One item of the data loader is one optimizer step: the pairs of an effective batch. `training_step` cuts it
 into micro-batches by the token budget and divides every loss by what the whole step holds, so the gradient
-does not depend on the cut. All epochs are one pass over a fixed plan of steps, so that resuming means
-skipping items. Left out: several devices, stopping early (what to watch is in the metrics).
+does not depend on the cut, nor on how many processes share the step. All epochs are one pass over a fixed plan
+of steps, so that resuming means skipping items. Every line of metrics passes by the sentinel.
 
 Shapes: P pairs of a micro-batch, C completions of a pair, N examples.
 """
@@ -11,8 +11,8 @@ Shapes: P pairs of a micro-batch, C completions of a pair, N examples.
 import json
 import math
 import os
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +21,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerControl, TrainingArguments
 
-from croco.errors import UserError
-from croco.ops.losses import LOSSES, PairLogps, nll
-from croco.store import sync_files, sync_folder, write_text
+from croco.ops.losses import REFERENCE_FREE, PairLogps, nll, preference_losses
 from croco.training.batches import Batch, collate, cut
+from croco.training.checkpoints import ByTheClock, seal
 from croco.training.encode import Example
 from croco.training.forward import completion_logps, token_counts
+from croco.training.ranks import shares
+from croco.training.sentinel import Stopped, alarm
 from croco.training.settings import TrainSettings
-
-SEAL = "complete"  # marker of a checkpoint written to its end
-KEPT = 2  # checkpoints that stay, this one and the one before
-CHECKPOINTS = 4  # evaluations and checkpoints of a run
 
 
 def pair_losses(
@@ -43,22 +40,42 @@ def pair_losses(
     Method "dpo": the preference loss, plus `nll_weight` times the chosen's mean negative log-likelihood.
     """
     if reference_logps_CP is None:
-        return -policy_logps_CP[0], {"logps/chosen": policy_logps_CP[0].detach()}
+        chosen_logps = policy_logps_CP[0].detach()
+        return -policy_logps_CP[0], {"logps/chosen": chosen_logps, "nll": nll(chosen_logps, tokens_CP[0])}
     pairs = PairLogps(*policy_logps_CP, *reference_logps_CP, *tokens_CP)
-    losses_P = LOSSES[settings.loss](pairs, settings.beta)
+    losses_P = preference_losses(
+        settings.loss,
+        pairs,
+        beta=settings.beta,
+        label_smoothing=settings.label_smoothing,
+        simpo_gamma=settings.simpo_gamma,
+    )
     if settings.nll_weight:
         losses_P = losses_P + settings.nll_weight * nll(pairs.policy_chosen_logps, pairs.chosen_tokens)
     chosen, rejected = (
         settings.beta * pairs.chosen_logratios.detach(),
         settings.beta * pairs.rejected_logratios.detach(),
     )
-    return losses_P, {
+    watched = {
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
         "rewards/accuracies": (chosen > rejected).float(),
         "rewards/margins": chosen - rejected,
         "logps/chosen": pairs.policy_chosen_logps.detach(),
         "logps/rejected": pairs.policy_rejected_logps.detach(),
+    }
+    return losses_P, watched | _from_the_reference(settings, pairs)
+
+
+def _from_the_reference(settings: TrainSettings, pairs: PairLogps) -> dict[str, Tensor]:
+    """How far the policy has gone, per token (P,): from the reference where there is one, else the chosen's NLL."""
+    if settings.loss in REFERENCE_FREE:
+        return {"nll": nll(pairs.policy_chosen_logps, pairs.chosen_tokens).detach()}
+    chosen, rejected = pairs.chosen_logratios.detach(), pairs.rejected_logratios.detach()
+    return {
+        "logratios/chosen": chosen / pairs.chosen_tokens,
+        # KL(reference || policy), on completions that the reference drew
+        "kl": -(chosen + rejected) / (pairs.chosen_tokens + pairs.rejected_tokens),
     }
 
 
@@ -81,6 +98,9 @@ class PairTrainer(Trainer):
         micro_batch_tokens: int,
         pad_id: int,
         metrics_file: Path,
+        lines: Sequence[dict[str, Any]] = (),
+        shortcut_aucs: Mapping[str, float] | None = None,
+        checkpoint_minutes: float | None = None,
         on_metrics: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
         self.settings = settings
@@ -91,6 +111,8 @@ class PairTrainer(Trainer):
         self.micro_batch_tokens = micro_batch_tokens
         self.pad_id = pad_id
         self.metrics_file = metrics_file
+        self.lines = list(lines)  # of the metrics file, which the sentinel reads
+        self.shortcut_aucs = shortcut_aucs or {}
         self.on_metrics = on_metrics
         self.lengths = [example.num_tokens for example in examples]
         self.step_metrics: dict[str, float] = {}
@@ -101,18 +123,33 @@ class PairTrainer(Trainer):
             eval_dataset=list(validation),
         )
         self.remove_callback(PrinterCallback)
+        if checkpoint_minutes is not None:
+            self.add_callback(ByTheClock(checkpoint_minutes))
 
     def get_train_dataloader(self) -> DataLoader:
-        """One item per optimizer step, in the planned order."""
+        """One item per optimizer step, in the planned order; every process sees them all."""
         return DataLoader(self.train_dataset, batch_size=1, shuffle=False, collate_fn=lambda items: items[0])
 
-    def _micro_batches(self, pairs: Sequence[int]) -> Iterator[tuple[Batch, Tensor | None]]:
-        for rows in cut(pairs, self.lengths, self.micro_batch_tokens):
+    def _micro_batches(self, pairs: Sequence[int]) -> Iterator[tuple[Batch, Tensor | None, float, bool]]:
+        """This process's share of the pairs: batches, reference values, weight, and whether it is the last.
+
+        Processes wait for each other at every micro-batch (sharded weights are gathered there), so all have
+        equally many: one that has none left takes a pair again, at weight 0.
+        """
+        cuts = [
+            cut(share, self.lengths, self.micro_batch_tokens)
+            for share in shares(pairs, self.lengths, self.args.world_size)
+        ]
+        mine, most = cuts[self.args.process_index], max(map(len, cuts))
+        idle = [min(pairs, key=lambda i: self.lengths[i])]
+        for number, rows in enumerate([*mine, *[idle] * (most - len(mine))]):
             batch = collate([self.examples[i] for i in rows], shared=self.shared, pad_id=self.pad_id)
             reference = self.reference_logps_CN
             yield (
                 batch.to(self.args.device),
                 None if reference is None else reference[:, rows].to(self.args.device),
+                float(number < len(mine)),
+                number == most - 1,
             )
 
     def _divisor(self, pairs: Sequence[int]) -> int:
@@ -121,6 +158,29 @@ class PairTrainer(Trainer):
             return len(pairs)
         return sum(len(self.examples[i].completions[0]) for i in pairs)
 
+    def _over(self, model: nn.Module, pairs: Sequence[int], backward: bool) -> dict[str, float]:
+        """Loss and what is watched over some pairs of all processes, the loss by its divisor, the rest by pairs."""
+        sums: dict[str, Tensor] = {}
+        for batch, reference_CP, weight, last in self._micro_batches(pairs):
+            with self._in_step(model, last) if backward else nullcontext():
+                logps_CP = completion_logps(model, batch)
+                losses_P, watched = pair_losses(self.settings, logps_CP, reference_CP, token_counts(batch))
+                loss = losses_P.sum() * weight / self._divisor(pairs)
+                if backward:  # processes take the mean of their gradients, and a sum is wanted
+                    self.accelerator.backward(loss * self.args.world_size)
+            watched = {name: value_P.sum() * weight / len(pairs) for name, value_P in watched.items()}
+            for name, value in ({"loss": loss.detach()} | watched).items():
+                sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value
+        values = self.accelerator.reduce(torch.stack(list(sums.values())), reduction="sum")
+        return dict(zip(sums, values.tolist(), strict=True))
+
+    @contextmanager
+    def _in_step(self, model: nn.Module, last: bool) -> Iterator[None]:
+        """Processes exchange gradients, and DeepSpeed takes its step, at the last micro-batch only."""
+        self.accelerator.gradient_state._set_sync_gradients(last)
+        with nullcontext() if last else self.accelerator.no_sync(model):
+            yield
+
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:
@@ -128,26 +188,12 @@ class PairTrainer(Trainer):
         pairs.
         """
         model.train()
-        pairs, divisor = inputs["pairs"], self._divisor(inputs["pairs"])
-        total = torch.zeros((), device=self.args.device)
-        sums: dict[str, Tensor] = {}
-        for batch, reference_CP in self._micro_batches(pairs):
-            logps_CP = completion_logps(model, batch)
-            losses_P, watched = pair_losses(self.settings, logps_CP, reference_CP, token_counts(batch))
-            loss = losses_P.sum() / divisor
-            self.accelerator.backward(loss)
-            total += loss.detach()
-            _accumulate(sums, watched)
-        self._stop_unless_finite("loss", total.item())
-        self.step_metrics = {name: value.item() / len(pairs) for name, value in sums.items()}
-        return total
-
-    def _stop_unless_finite(self, name: str, value: float) -> None:
-        if not math.isfinite(value):
-            raise UserError(
-                f"training stopped: the {name} is {value} at step {self.state.global_step + 1} of "
-                f"{self.state.max_steps} (learning rate {self.settings.learning_rate:g}); expected a finite number"
-            )
+        found = self._over(model, inputs["pairs"], backward=True)
+        loss = found.pop("loss")
+        self.step_metrics = {**found, "pairs": len(inputs["pairs"])}
+        if not math.isfinite(loss):  # before the optimizer sees the gradients
+            self._watch({"step": self.state.global_step + 1, "split": "train", "loss": loss})
+        return torch.tensor(loss, device=self.args.device)
 
     @torch.no_grad()
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
@@ -155,16 +201,8 @@ class PairTrainer(Trainer):
         metrics file.
         """
         self.model.eval()
-        sums: dict[str, Tensor] = {}
-        total = 0.0
-        for batch, reference_CP in self._micro_batches(self.validation):
-            logps_CP = completion_logps(self.model, batch)
-            losses_P, watched = pair_losses(self.settings, logps_CP, reference_CP, token_counts(batch))
-            total += losses_P.sum().item()
-            _accumulate(sums, watched)
-        metrics = {"loss": total / self._divisor(self.validation)}
-        metrics |= {name: value.item() / len(self.validation) for name, value in sums.items()}
-        self._write({"step": self.state.global_step, "split": "validation", **metrics})
+        metrics = self._over(self.model, self.validation, backward=False)
+        self._watch({"step": self.state.global_step, "split": "validation", **metrics})
         prefixed = {f"eval_{name}": value for name, value in metrics.items()}
         self.log(prefixed)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, prefixed)
@@ -173,40 +211,50 @@ class PairTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's numbers of a step together with ours: to the callbacks, and one line of the metrics file."""
         if "grad_norm" in logs:
-            self._stop_unless_finite("gradient norm", logs["grad_norm"])
             logs = {**logs, **self.step_metrics}
-            self._write({"step": self.state.global_step, "split": "train", **logs})
+            self._watch({"step": self.state.global_step, "split": "train", **logs})
         super().log(logs, start_time)
 
-    def _write(self, metrics: dict[str, Any]) -> None:
-        with self.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics) + "\n")
+    def _watch(self, line: dict[str, Any]) -> None:
+        """Write a line of metrics, and raise `Stopped` when the sentinel says so."""
+        self.lines.append(line)
+        reason = alarm(self.settings.sentinel, self.lines, self.shortcut_aucs, self.settings.learning_rate)
+        if all(math.isfinite(value) for value in line.values() if isinstance(value, float)):
+            self._write(line)
+        if reason:
+            self._write({"step": line["step"], "split": "stopped", "reason": reason})
+            raise Stopped(f"training stopped at step {line['step']} of {self.state.max_steps}: {reason}")
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if self.is_world_process_zero():
+            with self.metrics_file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
         if self.on_metrics:
-            self.on_metrics(metrics)
+            self.on_metrics(line)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        sync_files(folder)
-        with self.metrics_file.open("rb") as metrics:  # its lines up to here will not be written again
-            os.fsync(metrics.fileno())
-        write_text(folder / SEAL, "")
-        for older in sorted(folder.parent.glob("checkpoint-*"), key=_step)[:-KEPT]:
-            shutil.rmtree(older)
-
-
-def _accumulate(sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:
-    for name, value_P in values.items():
-        sums[name] = sums.get(name, torch.zeros((), device=value_P.device)) + value_P.sum()
+        self.accelerator.wait_for_everyone()  # each process has written its part
+        if self.is_world_process_zero():
+            seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}", self.metrics_file)
+        self.accelerator.wait_for_everyone()
 
 
 def training_arguments(
-    settings: TrainSettings, folder: Path, *, num_steps: int, seed: int, cpu: bool, evaluate: bool
+    settings: TrainSettings,
+    folder: Path,
+    *,
+    num_steps: int,
+    seed: int,
+    cpu: bool,
+    evaluate: bool,
+    trackers: Sequence[str] = (),
+    mixed: bool = False,
 ) -> TrainingArguments:
-    """transformers' arguments of a run: one item of the loader per step, a checkpoint and an evaluation every
-    quarter.
+    """transformers' arguments of a run: one item of the loader per step, and a checkpoint at each of its
+    evaluations, equally far apart. `mixed`: weights in float32, computed in bfloat16.
     """
-    every = max(1, math.ceil(num_steps / CHECKPOINTS))
+    every = max(1, math.ceil(num_steps / settings.sentinel.evaluations))
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=num_steps,
@@ -217,6 +265,7 @@ def training_arguments(
         warmup_steps=int(settings.warmup_ratio * num_steps),  # rounded down: a run of one step must learn
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
+        bf16=mixed,
         logging_strategy="steps",
         logging_steps=1,
         logging_nan_inf_filter=False,
@@ -226,48 +275,14 @@ def training_arguments(
         save_steps=every,
         seed=seed % 2**32,
         use_cpu=cpu,
+        ddp_backend="gloo" if cpu and "RANK" in os.environ else None,  # beside other processes
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
         disable_tqdm=True,
-        report_to="none",
+        report_to=list(trackers) or "none",
         dataloader_num_workers=0,
         dataloader_pin_memory=False,
         remove_unused_columns=False,
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs in one process would mean nn.DataParallel
     return arguments
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end; ones that were not are removed."""
-    sealed = []
-    for path in folder.glob("checkpoint-*"):
-        if (path / SEAL).is_file():
-            sealed.append(path)
-        else:
-            shutil.rmtree(path)
-    return max(sealed, key=_step, default=None)
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.rsplit("-", 1)[1])
-
-
-def rewind_metrics(path: Path, step: int) -> None:
-    """Keep the lines of a metrics file up to a step; later ones will be written again. A torn last line goes
-    too.
-    """
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    kept = []
-    for line in lines:
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except json.JSONDecodeError:
-            break
-    write_text(path, "".join(kept))
-    sync_folder(path.parent)
-
-
-def last_metrics(path: Path) -> dict[str, dict[str, float]]:
-    """The last line of each split in a metrics file."""
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return {line.pop("split"): line for line in lines}

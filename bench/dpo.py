@@ -1,0 +1,397 @@
+"""DPO steps against TRL's, side by side on this machine: pairs per second, peak memory, and the work that must be done.
+
+    OMP_NUM_THREADS=1 python bench/dpo.py [--rounds 5] [--shapes 256/256 spread] [--cpu-time]
+    python bench/dpo.py --device cuda [--model 9b] [--shapes 1024/1024 4096/1024] [--checkpointing]
+
+Both sides tune the same random Llama with the same LoRA (dropout included) on the same pairs of token ids, in their own
+loops on transformers' Trainer, one round of steps after the other in turns; the first step of a round is not counted.
+TRL has the type of weights, the micro-batch and (for spread lengths) the sampler that are best for it on a trial, no
+gradient checkpointing on a CPU, and its reference cached, which is its best setting, or on line, which is its default.
+Ours has the same type and its best token budget. Printed are medians over the rounds. Against TRL's default ours is
+also shown with its table of the reference paid for, as if it were read once and never again. Peak memory is that of a
+process of its own over what it held before the model was built. The floor is the arithmetic that no way around is
+known for: the prompt once, every completion token once, no gradient of frozen weights, attention to what may be seen,
+the head at completion tokens; in pairs per second, at the rate of a large matrix product here. Both sides must give the
+same log-probabilities of the reference. On a busy machine --cpu-time counts what the process itself has used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+import torch
+import transformers
+from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, TrainerCallback
+
+SHAPES = {"cpu": ("256/256", "256/64", "64/256", "spread"), "cuda": ("1024/1024", "4096/1024")}
+# hidden, MLP, layers, heads, key-value heads, vocabulary, tied embeddings
+MODELS = {
+    "tiny": (256, 704, 6, 4, 4, 4096, True),
+    "1b": (2048, 5632, 16, 32, 8, 65_536, True),
+    "9b": (4096, 12_288, 42, 32, 8, 128_000, False),
+}
+BATCH_PAIRS = 8  # of one optimizer step
+BATCHES = (1, 2, 4, 8)  # pairs of TRL's micro-batch
+BUDGETS = {"cpu": (1024, 2048, 4096, 8192), "cuda": (8192, 16_384, 32_768)}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SEED = 0
+CLOCK = time.perf_counter
+
+
+@dataclass(frozen=True)
+class Case:
+    """What both sides do."""
+
+    device: str
+    model: str
+    dtype: str
+    shape: str
+    steps: int
+    checkpointing: bool
+
+    def build(self) -> LlamaForCausalLM:
+        hidden, mlp, layers, heads, kv_heads, vocabulary, tied = MODELS[self.model]
+        torch.manual_seed(SEED)
+        config = LlamaConfig(
+            vocab_size=vocabulary, hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers,
+            num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=8192,
+            tie_word_embeddings=tied, pad_token_id=0, bos_token_id=1, eos_token_id=2, attn_implementation="sdpa",
+        )  # fmt: skip
+        with torch.device(self.device):
+            torch.set_default_dtype(DTYPES[self.dtype])
+            model = LlamaForCausalLM(config)
+            torch.set_default_dtype(torch.float32)
+        return model
+
+    def examples(self) -> list[Any]:
+        """Pairs of random ids; "spread" has prompts of 80 to 320 and completions of 100 to 400 tokens."""
+        from croco.training.encode import Example
+
+        dice, vocabulary = random.Random(SEED), MODELS[self.model][5]
+
+        def ids(length: int) -> list[int]:
+            return [dice.randrange(3, vocabulary) for _ in range(length)]
+
+        def lengths() -> tuple[int, int, int]:
+            if self.shape == "spread":
+                return dice.randint(80, 320), dice.randint(100, 400), dice.randint(100, 400)
+            prompt, completion = map(int, self.shape.split("/"))
+            return prompt, completion, completion
+
+        drawn = [lengths() for _ in range(BATCH_PAIRS * self.steps)]
+        return [
+            Example(f"p{k}", "en", ids(p), ([*ids(c - 1), 2], [*ids(r - 1), 2]))
+            for k, (p, c, r) in enumerate(drawn)
+        ]
+
+
+# the two sides ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Seconds of the counted steps, their pairs, seconds of the reference before them, and its values by pair."""
+
+    seconds: float
+    pairs: int
+    reference_seconds: float
+    reference: list[float]
+
+    @property
+    def rate(self) -> float:
+        return self.pairs / self.seconds
+
+    @property
+    def whole_rate(self) -> float:
+        """Pairs per second when every pair's reference is computed for it."""
+        share = self.pairs / len(self.reference)
+        return self.pairs / (self.seconds + self.reference_seconds * share)
+
+
+def settings() -> Any:
+    from croco.training.settings import LoraSettings, TrainSettings
+
+    return TrainSettings(batch_pairs=BATCH_PAIRS, max_tokens=10**6, lora=LoraSettings(dropout=0.05))
+
+
+def now(device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return CLOCK()
+
+
+def ours(case: Case, budget: int) -> Timed:
+    from croco.training.batches import plan_steps
+    from croco.training.lora import apply_lora
+    from croco.training.reference import reference_logps
+    from croco.training.trainer import PairTrainer, training_arguments
+
+    model, examples, wanted = case.build(), case.examples(), settings()
+    ends: list[float] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        began = now(case.device)
+        reference = reference_logps(
+            model, examples, folder=folder / "reference", shared=True, micro_batch_tokens=budget
+        )
+        reference_seconds = now(case.device) - began
+        if case.checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        steps = plan_steps(len(examples), BATCH_PAIRS, 1, SEED)
+        arguments = training_arguments(
+            wanted, folder, num_steps=len(steps), seed=SEED, cpu=case.device == "cpu", evaluate=False
+        )
+        arguments.save_strategy = "no"
+        PairTrainer(
+            apply_lora(model, wanted.lora, SEED), arguments, wanted, examples=examples,
+            reference_logps_CN=reference, steps=steps, validation=[], shared=True, micro_batch_tokens=budget,
+            pad_id=0, metrics_file=folder / "metrics.jsonl", on_metrics=lambda _: ends.append(now(case.device)),
+        ).train()  # fmt: skip
+    ends = ends[: len(steps)]  # a summary may follow
+    return Timed(ends[-1] - ends[0], BATCH_PAIRS * (len(steps) - 1), reference_seconds, reference[0].tolist())
+
+
+class Stamps(TrainerCallback):
+    """When each step of TRL's trainer ended."""
+
+    def __init__(self, device: str) -> None:
+        self.device, self.ends = device, list[float]()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.ends.append(now(self.device))
+
+
+def words(vocabulary: int) -> Any:
+    """A tokenizer whose every word is one token, so that TRL, which wants text, gets the very ids."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.WordLevel({word(i): i for i in range(vocabulary)}, unk_token=word(1)))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token=word(0), unk_token=word(1), eos_token=word(2)
+    )
+
+
+def word(i: int) -> str:
+    return f"<{i}>" if i < 3 else f"w{i}"
+
+
+def text(ids: Sequence[int]) -> str:
+    return " ".join(map(word, ids))
+
+
+def theirs(case: Case, batch: int, *, cached: bool = True, grouped: bool = False) -> Timed:
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl import DPOConfig, DPOTrainer
+
+    lora, examples, stamps = settings().lora, case.examples(), Stamps(case.device)
+    rows = [
+        {
+            "prompt": text(e.prompt), "chosen": " " + text(e.completions[0]), "rejected": " " + text(e.completions[1]),
+            "length": len(e.prompt) + max(map(len, e.completions)),
+        }
+        for e in examples
+    ]  # fmt: skip
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments = DPOConfig(
+            output_dir=scratch, per_device_train_batch_size=batch, gradient_accumulation_steps=BATCH_PAIRS // batch,
+            num_train_epochs=1, learning_rate=5e-6, lr_scheduler_type="cosine", bf16=False, beta=0.1,
+            use_cpu=case.device == "cpu", gradient_checkpointing=case.checkpointing, max_length=None,
+            precompute_ref_log_probs=cached, precompute_ref_batch_size=batch, report_to="none", disable_tqdm=True,
+            save_strategy="no", logging_strategy="no", seed=SEED, length_column_name="length",
+            train_sampling_strategy="group_by_length" if grouped else "random", dataloader_pin_memory=False,
+        )  # fmt: skip
+        began = now(case.device)
+        trainer = DPOTrainer(
+            model=case.build(), args=arguments, train_dataset=Dataset.from_list(rows), callbacks=[stamps],
+            processing_class=words(MODELS[case.model][5]),
+            peft_config=LoraConfig(
+                r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.targets),
+                task_type="CAUSAL_LM",
+            ),
+        )  # fmt: skip
+        made = now(case.device)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        table = trainer.train_dataset
+        for example, row in zip(examples, table, strict=True):
+            assert [row["prompt_ids"], row["chosen_ids"]] == [example.prompt, example.completions[0]]
+    reference = list(table["ref_chosen_logps"]) if cached else [0.0] * len(examples)
+    ends = stamps.ends
+    return Timed(ends[-1] - ends[0], BATCH_PAIRS * (len(ends) - 1), made - began, reference)
+
+
+# the floor, memory and the table ----------------------------------------------------------------------------
+
+
+def floor_flops(case: Case) -> float:
+    """Operations per pair that a step must do, at the mean over the pairs."""
+    hidden, mlp, layers, heads, kv_heads, vocabulary, _ = MODELS[case.model]
+    rank = settings().lora.rank
+    width = hidden // heads * kv_heads
+    projections = [(hidden, hidden)] * 2 + [(hidden, width)] * 2 + [(hidden, mlp)] * 3
+    # Forward and the gradient of the input; an adapter has that of its own weights besides.
+    per_token = layers * sum(2 * 2 * a * b + 3 * 2 * rank * (a + b) for a, b in projections)
+    total = 0.0
+    for example in case.examples():
+        prompt = len(example.prompt)
+        seen = prompt * (prompt + 1) / 2
+        for completion in example.completions:
+            own = len(completion) - 1
+            seen += own * prompt + own * (own + 1) / 2
+            total += len(completion) * 2 * 2 * hidden * vocabulary
+        # Scores and values forward (2 products), and backward the gradients of queries, keys, values and weights (4).
+        total += example.num_tokens * per_token + seen * layers * 6 * 2 * hidden
+    return total / len(case.examples())
+
+
+def matmul_rate(case: Case) -> float:
+    """Operations per second of a large product in the case's type on its device, the best of five."""
+    size = 8192 if case.device == "cuda" else 1024
+    a = torch.randn(size, size, device=case.device, dtype=DTYPES[case.dtype])
+    best = 0.0
+    for _ in range(5):
+        began = now(case.device)
+        a @ a
+        best = max(best, 2 * size**3 / (now(case.device) - began))
+    return best
+
+
+def _memory(reset: bool, device: str) -> int:
+    """Bytes held now (after which the peak counts anew), or at the peak since."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats() if reset else None
+        return torch.cuda.memory_allocated() if reset else torch.cuda.max_memory_allocated()
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    name = "VmRSS:" if reset else "VmHWM:"
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+
+def peak(case: Case, side: str, size: int, grouped: bool) -> int:
+    """Peak bytes of one side in a process of its own, over what it held with everything imported."""
+    job = json.dumps([case.__dict__, side, size, grouped])
+    done = subprocess.run(
+        [sys.executable, __file__, "--peak", job], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return int(done.stdout.splitlines()[-1])
+
+
+def peak_here(job: str) -> int:
+    import trl  # noqa: F401
+
+    import croco.training.trainer  # noqa: F401
+
+    values, side, size, grouped = json.loads(job)
+    case = Case(**values)
+    before = _memory(True, case.device)
+    ours(case, size) if side == "ours" else theirs(case, size, grouped=grouped)
+    return _memory(False, case.device) - before
+
+
+def fastest(candidates: Sequence[Any], run: Callable[[Any], Timed]) -> Any:
+    """The candidate with the highest rate; one that does not fit into memory is none."""
+    rates = {}
+    for candidate in candidates:
+        try:
+            rates[candidate] = run(candidate).rate
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+    return max(rates, key=lambda candidate: rates[candidate])
+
+
+def compare(case: Case, rounds: int, memory: bool) -> None:
+    trial = Case(**{**case.__dict__, "steps": 3})
+    samplers = (False, True) if case.shape == "spread" else (False,)
+    batch, grouped = fastest(
+        [(b, g) for b in BATCHES for g in samplers], lambda c: theirs(trial, c[0], grouped=c[1])
+    )
+    budget = fastest(BUDGETS[case.device], lambda b: ours(trial, b))
+    mine, cached, default = [], [], []
+    for _ in range(rounds):
+        mine.append(ours(case, budget))
+        cached.append(theirs(case, batch, grouped=grouped))
+        default.append(theirs(case, batch, cached=False, grouped=grouped))
+    gap = max(abs(a - b) / abs(b) for a, b in zip(mine[0].reference, cached[0].reference, strict=True))
+    assert gap < (1e-5 if case.dtype == "float32" else 1e-2), f"the references differ by {gap:.1e}"
+    rate, whole = median(t.rate for t in mine), median(t.whole_rate for t in mine)
+    best, plain = median(t.rate for t in cached), median(t.rate for t in default)
+    flops = floor_flops(case)
+    floor = matmul_rate(case) / flops
+    sampler = ", grouped by length" if grouped else ""
+    line = (
+        f"{case.shape} ({case.model}, {case.dtype}): {rate:.2f} pairs/s (budget {budget:,} tokens)\n"
+        f"  TRL, reference cached: {best:.2f} (micro-batch {batch}{sampler}): {rate / best:.2f} ×\n"
+        f"  TRL, reference on line: {plain:.2f}: {rate / plain:.2f} ×, {whole / plain:.2f} × with our table's making\n"
+        f"  floor: {flops / 1e9:.1f} GFLOP a pair = {floor:.2f} pairs/s; ours at {rate / floor:.0%}, TRL's cached at "
+        f"{best / floor:.0%}"
+    )
+    if memory:
+        held, its = peak(case, "ours", budget, False), peak(case, "theirs", batch, grouped)
+        line += f"\n  peak memory: {held / 1e6:,.0f} MB against {its / 1e6:,.0f} MB: {held / its:.0%}"
+    print(f"{line}\n  references within {gap:.0e}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=5, help="of a round, the first of which is not counted")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--model", choices=MODELS)
+    parser.add_argument("--shapes", nargs="+")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: what is faster for TRL (cuda: bfloat16)")
+    parser.add_argument("--checkpointing", action="store_true", help="of activations, on both sides")
+    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    parser.add_argument("--cpu-time", action="store_true", help="for a busy machine")
+    asked = parser.parse_args()
+    if asked.cpu_time:
+        global CLOCK
+        CLOCK = time.process_time
+    warnings.simplefilter("ignore", FutureWarning)
+    transformers.logging.set_verbosity_error()
+    if asked.peak:
+        print(peak_here(asked.peak))
+        return
+    model = asked.model or ("tiny" if asked.device == "cpu" else "1b")
+    shapes = asked.shapes or SHAPES[asked.device]
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), {asked.device}, {BATCH_PAIRS} pairs a step"
+    )
+    dtype = asked.dtype or "bfloat16"
+    if asked.dtype is None and asked.device == "cpu":
+        trials = {d: theirs(Case("cpu", model, d, shapes[0], 3, False), 2).rate for d in DTYPES}
+        dtype = max(trials, key=lambda d: trials[d])
+        print(f"TRL on a trial: {', '.join(f'{rate:.2f} pairs/s in {d}' for d, rate in trials.items())}")
+    for shape in shapes:
+        compare(
+            Case(asked.device, model, dtype, shape, asked.steps, asked.checkpointing),
+            asked.rounds,
+            not asked.no_memory,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,286 @@
+"""The parts of a study's page as words and tables; nothing here knows Markdown or HTML.
+
+Percentages are of completions; an interval is of 95 % over seeds and prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from croco import languages, store
+from croco.evaluation.results import BASE
+from croco.evaluation.stats import Interval
+from croco.recipe import Recipe
+from croco.recipe_study import GROUPS, Claim
+from croco.study.claims import Tested
+from croco.study.pooled import Pooled
+from croco.study.run import of_seed
+from croco.study.transfer import FIGURES
+
+Rows = list[list[str]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Texts in rows; `left` columns are words, the others numbers."""
+
+    head: list[str]
+    rows: Rows
+    left: int = 1
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Values with intervals over a number, for a drawing: series -> [(x, interval)]."""
+
+    title: str
+    x: str
+    y: str
+    series: dict[str, list[tuple[float, Interval]]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the page: paragraphs, then tables and curves."""
+
+    name: str
+    title: str
+    text: list[str]
+    tables: list[Table] = field(default_factory=list)
+    curves: list[Curve] = field(default_factory=list)
+
+
+def shown(interval: Interval, share: bool, signed: bool = False) -> str:
+    """ "61 [58, 64]" in percent, or with two decimals."""
+    sign = "+" if signed else ""
+    values = [100 * x for x in interval] if share else list(interval)
+    digits = ".0f" if share else ".2f"
+    value, low, high = (f"{x:{sign}{digits}}".replace("-", "−") for x in values)
+    return f"{value} [{low}, {high}]"
+
+
+def decoding(temperature: float) -> str:
+    return "greedy" if temperature == 0 else f"T = {temperature:g}"
+
+
+def claims_table(judged: Mapping[str, tuple[Claim, str, list[Tested]]]) -> Part:
+    rows = [[claim.says, verdict] for claim, verdict, _ in judged.values()]
+    return Part("claims", "Claim by claim", [], [Table(["claim", "in this study"], rows, 2)])
+
+
+def claim_part(
+    name: str, claim: Claim, verdict: str, tests: Sequence[Tested], pooled: Mapping[str, Pooled]
+) -> Part:
+    """One claim: its comparisons, and why it came out so."""
+    rows = []
+    for test in tests:
+        one, share = test.comparison, pooled[test.comparison.benchmark].headline == "good"
+        share = share or (one.metric or "").startswith("mode:")
+        rival = f"{test.rival[0]} ({decoding(test.rival[1])})" if one.at_best else test.rival[0]
+        measure = (one.metric or pooled[one.benchmark].headline) + (
+            f", {one.benchmark}" if one.benchmark != "lab" else ""
+        )
+        wanted = one.want + (f" by {100 * one.margin:g}" if one.margin and share else "")
+        seeds = ", ".join(
+            f"{100 * x if share else x:+.{0 if share else 2}f}".replace("-", "−") for x in test.by_seed
+        )
+        difference = shown(test.difference, share, signed=True)
+        rows.append(
+            [
+                one.arm,
+                rival,
+                measure,
+                test.scope,
+                decoding(test.temperature),
+                difference,
+                seeds,
+                wanted,
+                test.verdict,
+            ]
+        )
+    head = ["arm", "than", "measure", "on", "decoding", "difference", "each seed", "claimed", "verdict"]
+    text = [f"**{verdict[0].upper()}{verdict[1:]}** ({claim.need} of {len(rows)} comparisons are needed)."]
+    return Part(
+        f"claim-{name}", claim.says, text + ([claim.why] if claim.why else []), [Table(head, rows, 5)]
+    )
+
+
+def arms_part(pooled: Pooled, arms: Sequence[str]) -> Part:
+    """Every arm on every group, and what it gained over the base, at the same and at the base's best temperature."""
+    share, scopes = pooled.headline == "good", [s for s in GROUPS if s != "all" and pooled.groups[s]]
+    values: Rows = []
+    gains: Rows = []
+    for arm in [BASE, *arms]:
+        for temperature in pooled.temperatures(arm):
+            mine = (arm, temperature)
+            values.append([arm, decoding(temperature), *(shown(pooled.mean(mine, s), share) for s in scopes)])
+            if arm != BASE and (BASE, temperature) in pooled.settings:
+                cells = []
+                for scope in scopes:
+                    same = pooled.difference(mine, (BASE, temperature), scope)
+                    best = pooled.difference(mine, pooled.best(BASE, scope), scope)
+                    cells.append(f"{shown(same, share, True)} / {shown(best, share, True)}")
+                gains.append([arm, decoding(temperature), *cells])
+    rivals = ", ".join(f"{scope}: {decoding(pooled.best(BASE, scope)[1])}" for scope in scopes)
+    unit = "Percent of completions that are good" if share else "Mean score"
+    text = [
+        f"{unit}; {pooled.values.shape[0]} seeds, {pooled.num_prompts} test prompts a language.",
+        f"Second table: gain over the base at the same temperature / at the base's best temperature ({rivals}).",
+    ]
+    head = ["arm", "decoding", *scopes]
+    return Part(
+        f"arms-{pooled.benchmark}",
+        f"All arms: {pooled.benchmark}",
+        text,
+        [Table(head, values, 2), Table(head, gains, 2)],
+    )
+
+
+def languages_part(pooled: Pooled, arms: Sequence[str]) -> Part:
+    """Every arm in every language, without intervals: where to look."""
+    share, rows = pooled.headline == "good", []
+    for arm in [BASE, *arms]:
+        for temperature in pooled.temperatures(arm):
+            means = [pooled.of((arm, temperature), code).mean() for code in pooled.languages]
+            rows.append(
+                [arm, decoding(temperature), *(f"{100 * x:.0f}" if share else f"{x:.2f}" for x in means)]
+            )
+    return Part(
+        f"languages-{pooled.benchmark}",
+        f"By language: {pooled.benchmark}",
+        [],
+        [Table(["arm", "decoding", *pooled.languages], rows, 2)],
+    )
+
+
+def modes_part(pooled: Pooled, arms: Sequence[str]) -> Part:
+    """Where the mass went: the share of each mode, tuned and held-out languages apart."""
+    modes = [metric for metric in pooled.metrics if metric.startswith("mode:")]
+    rows = []
+    for arm in [BASE, *arms]:
+        for temperature in pooled.temperatures(arm):
+            for scope in (s for s in GROUPS if s != "all" and pooled.groups[s]):
+                means = [pooled.of((arm, temperature), scope, mode).mean() for mode in modes]
+                rows.append([arm, decoding(temperature), scope, *(f"{100 * x:.0f}" for x in means)])
+    head = ["arm", "decoding", "languages", *(mode.removeprefix("mode:") for mode in modes)]
+    return Part(
+        "modes", "Where the mass went", ["Percent of completions in each mode."], [Table(head, rows, 3)]
+    )
+
+
+def sweep_parts(recipe: Recipe, pooled: Pooled) -> Iterator[Part]:
+    """Each grid as a table; one over a number also as a curve."""
+    share, scopes = pooled.headline == "good", [s for s in GROUPS if s != "all" and pooled.groups[s]]
+    for name, sweep in recipe.sweep.items():
+        keys, rows = list(sweep.grid), []
+        series: dict[str, list[tuple[float, Interval]]] = {}
+        points = sorted(
+            sweep.arms.items(), key=lambda point: [sweep.grid[key].index(point[1][key]) for key in keys]
+        )
+        for arm, place in points:
+            for temperature in pooled.temperatures(arm):
+                cells = [pooled.mean((arm, temperature), scope) for scope in scopes]
+                rows.append(
+                    [
+                        *(_value(place[key]) for key in keys),
+                        decoding(temperature),
+                        *(shown(c, share) for c in cells),
+                    ]
+                )
+                if len(keys) == 1 and isinstance(place[keys[0]], int | float):
+                    for scope, cell in zip(scopes, cells, strict=True):
+                        series.setdefault(f"{scope}, {decoding(temperature)}", []).append(
+                            (float(place[keys[0]]), cell)
+                        )
+        curves = (
+            [Curve(f"{sweep.of}: {keys[0]}", keys[0], "% good" if share else "mean score", series)]
+            if series
+            else []
+        )
+        table = Table([*keys, "decoding", *scopes], rows, len(keys) + 1)
+        yield Part(f"sweep-{name}", f"Sweep: {', '.join(keys)} of {sweep.of}", [], [table], curves)
+
+
+def _value(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def pairs_part(recipe: Recipe) -> Part:
+    """What every arm was tuned on, over the seeds: pairs, shortcuts, languages, updates and seconds."""
+    assert recipe.study is not None
+    rows = []
+    for arm in recipe.arms:
+        folders = [of_seed(recipe, seed).folder for seed in recipe.study.seeds]
+        pairs = [store.read_json(folder / "pair" / arm / "stage.json")["facts"] for folder in folders]
+        tuned = [store.read_json(folder / "train" / arm / "stage.json") for folder in folders]
+
+        def mean(values: Sequence[float | None]) -> str:
+            found = [value for value in values if value is not None]
+            return f"{np.mean(found):.2f}" if found else ""
+
+        rows.append([
+            arm, f"{np.mean([p['pairs'] for p in pairs]):,.0f}",
+            mean([p.get("share_other_than_minimum") for p in pairs]),
+            *(mean([p.get("shortcuts", {}).get(key) for p in pairs]) for key in ("language", "length")),
+            _mix(pairs, "chosen"), _mix(pairs, "rejected"),
+            f"{np.mean([t['facts']['steps'] for t in tuned]):.0f}", f"{np.mean([t['seconds'] for t in tuned]):.0f}",
+        ])  # fmt: skip
+    head = [
+        "arm",
+        "pairs",
+        "not the minimum",
+        "AUC language",
+        "AUC length",
+        "languages of chosen",
+        "of rejected",
+        "updates",
+        "seconds",
+    ]
+    text = [
+        "Means over seeds. AUC: how well language or length alone tells chosen from rejected (0.5: not at all)."
+    ]
+    return Part("pairs", "What the arms were tuned on", text, [Table(head, rows, 1)])
+
+
+def _mix(pairs: Sequence[Mapping[str, Any]], side: str) -> str:
+    """The two most frequent languages of a side, with their shares; "even" where none has twice its due."""
+    counts: dict[str, float] = {}
+    for facts in pairs:
+        for code, found in facts.get("languages", {}).items():
+            counts[code] = counts.get(code, 0) + found[side]
+    total = sum(counts.values())
+    if not total:
+        return ""
+    first = sorted(counts.items(), key=lambda item: -item[1])
+    if first[0][1] / total < 1.5 / len(counts):
+        return "even"
+    return ", ".join(f"{code} {100 * count / total:.0f} %" for code, count in first[:2])
+
+
+def transfer_part(found: Mapping[tuple[str, str, str], Interval], scorers: Sequence[str]) -> Part:
+    """Reward model, likelihood and chance against the verified truth, in every language."""
+    codes = list(dict.fromkeys(code for _, code, _ in found))
+    titles = {
+        "ranking": "percent of unequal pairs ranked right",
+        "best": "percent of prompts whose best-scored completion is good",
+        "tau": "Kendall's τ-b with verified quality",
+    }
+    tables = []
+    for figure in FIGURES:
+        # the truth ranks itself right; as a picker it is the ceiling
+        shown_here = [scorer for scorer in scorers if scorer != "verified" or figure == "best"]
+        rows = [
+            [languages.name(code)]
+            + [
+                shown(found[key], figure != "tau") if (key := (scorer, code, figure)) in found else ""
+                for scorer in shown_here
+            ]
+            for code in codes
+        ]
+        tables.append(Table([titles[figure], *shown_here], rows))
+    text = ["Within one prompt in one language, on dev prompts; the completions of all seeds together."]
+    return Part("transfer", "Does the reward model transfer?", text, tables)

@@ -1,0 +1,123 @@
+"""The model card of a tuned policy: what it was made from and how, what it reached, and what was checked.
+
+Markdown with front matter that the Hub reads. Whatever comes from files is escaped; a base that is a directory is not
+named by its path.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from croco import store
+from croco.evaluation.results import BASE, GROUPS, headline
+from croco.identity import HUB_ID, local_model, model_identity
+from croco.recipe import Recipe
+
+Rows = Sequence[tuple[str, str]]
+LINEAGE = ("prompts", "translate", "sample", "score", "score-references", "pair", "train")
+
+
+def model_card(
+    *,
+    title: str,
+    base: str | None,
+    languages: Sequence[str],
+    license: str,
+    tables: Mapping[str, Rows],
+    results: Sequence[Sequence[str]] = (),
+) -> str:
+    """The card: front matter, one table per heading of `tables`, then the results (their first row is the head)."""
+    lines = ["---", f"license: {json.dumps(license)}", "library_name: transformers"]
+    lines += ["pipeline_tag: text-generation"] + ([f"base_model: {json.dumps(base)}"] if base else [])
+    lines += [
+        "language:",
+        *(f"- {json.dumps(code)}" for code in dict.fromkeys(c.split("-")[0] for c in languages)),
+    ]
+    lines += ["tags:", "- croco", "- preference-tuning", "---", "", f"# {cell(title)}", ""]
+    for heading, rows in tables.items():
+        if rows:
+            lines += [f"## {heading}", "", "| | |", "|---|---|"]
+            lines += [f"| {cell(name)} | {cell(value)} |" for name, value in rows] + [""]
+    if results:
+        head, *body = results
+        lines += ["## Results", "", f"| {' | '.join(map(cell, head))} |", f"|{'---|' * len(head)}"]
+        lines += [f"| {' | '.join(map(cell, row))} |" for row in body] + [""]
+    return "\n".join(lines)
+
+
+def cell(text: str) -> str:
+    """A text that cannot break out of its table cell, nor become a tag, a link or a picture."""
+    kept = " ".join(str(text).split())
+    for mark, escaped in (("&", "&amp;"), ("<", "&lt;"), ("|", "\\|"), ("[", "\\["), ("`", "\\`")):
+        kept = kept.replace(mark, escaped)
+    return kept
+
+
+def base_name(model: str, revision: str | None) -> tuple[str | None, str]:
+    """The base's hub id for the front matter, if it has one, and what the card says of it: never a path."""
+    identity = model_identity(model, revision)
+    if local_model(model) is None:
+        return (model if HUB_ID.fullmatch(model) else None), identity
+    return None, f"{model if model.startswith('lab:') else Path(model).name} ({identity})"
+
+
+def settings_rows(settings: Mapping[str, Any], prefix: str = "") -> Rows:
+    """Nested settings as dotted names and values."""
+    rows: list[tuple[str, str]] = []
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            rows += settings_rows(value, f"{prefix}{name}.")
+        else:
+            rows.append((f"{prefix}{name}", json.dumps(value, ensure_ascii=False)))
+    return rows
+
+
+def lineage(recipe: Recipe, arm: str) -> Rows:
+    """Each stage that led to an arm's policy: its fingerprint, what it wrote and what it left out."""
+    rows = []
+    for name in LINEAGE:
+        for folder in (recipe.folder / name, recipe.folder / name / arm):
+            if (folder / "stage.json").is_file():
+                rows.append(
+                    (
+                        folder.relative_to(recipe.folder).as_posix(),
+                        _counted(store.read_json(folder / "stage.json")),
+                    )
+                )
+    return rows
+
+
+def _counted(record: Mapping[str, Any]) -> str:
+    counts, parts = record["counts"], [f"fingerprint {record['fingerprint']}"]
+    parts += [f"{count:,} {unit}s" for unit, count in counts.get("written", {}).items()]
+    parts += [
+        f"{count:,} {unit}s " + ("flagged" if unit == "flag" else "left out")
+        for unit, count in counts.get("dropped", {}).items()
+    ]
+    return ", ".join(parts)
+
+
+def results_rows(folder: Path, arm: str) -> list[list[str]]:
+    """What the arm reached beside the untuned policy, per benchmark, group and temperature; empty without results."""
+    if not (folder / "stage.json").is_file() or store.read_json(folder / "stage.json")["state"] != "complete":
+        return []
+    table = store.read_table(folder).filter(pl.col("language").is_in(GROUPS))
+    key = ["benchmark", "language", "metric", "temperature"]
+    rows = [["benchmark", "languages", "temperature", "value [95 %]", "prompts", "untuned"]]
+    untuned = {
+        tuple(row[k] for k in key): row for row in table.filter(pl.col("arm") == BASE).iter_rows(named=True)
+    }
+    for row in table.filter(pl.col("arm") == arm).iter_rows(named=True):
+        if row["metric"] == headline(row["benchmark"]):
+            before = untuned.get(tuple(row[k] for k in key))
+            value = f"{row['value']:.3f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}]"
+            rows.append(
+                [row["benchmark"], row["language"], f"{row['temperature']:g}", value, f"{row['n']:,}",
+                 f"{before['value']:.3f}" if before else "–"]
+            )  # fmt: skip
+    return rows if len(rows) > 1 else []

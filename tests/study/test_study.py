@@ -1,0 +1,214 @@
+"""Claims, pooling and transfer by hand; and a whole study of the lab, killed, gone on with, and run again."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from scipy.stats import kendalltau
+
+from croco import store
+from croco.errors import UserError
+from croco.evaluation.stats import Interval
+from croco.recipe import load
+from croco.recipe_study import Claim
+from croco.records import VERDICTS
+from croco.study.claims import FAILS, HOLDS, OPEN, decide, judge
+from croco.study.pooled import pool
+from croco.study.run import parts
+from croco.study.transfer import ranking
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "want", "margin", "verdict"),
+    [
+        (0.01, 0.3, "higher", 0.0, HOLDS),
+        (-0.01, 0.3, "higher", 0.0, OPEN),
+        (-0.3, -0.01, "higher", 0.0, FAILS),
+        (0.01, 0.3, "higher", 0.05, OPEN),
+        (-0.3, -0.01, "lower", 0.0, HOLDS),
+        (0.01, 0.3, "lower", 0.0, FAILS),
+        (-0.04, 0.3, "not lower", 0.05, HOLDS),
+        (-0.06, 0.3, "not lower", 0.05, OPEN),
+        (-0.3, -0.06, "not lower", 0.05, FAILS),
+        (-0.3, 0.04, "not higher", 0.05, HOLDS),
+        (0.06, 0.3, "not higher", 0.05, FAILS),
+    ],
+)
+def test_what_an_interval_says_of_a_claim(
+    low: float, high: float, want: str, margin: float, verdict: str
+) -> None:
+    assert decide(Interval((low + high) / 2, low, high), want, margin) == verdict
+
+
+def test_ranking_by_hand_and_against_scipy() -> None:
+    # unequal pairs: (0, 2) right, (1, 2) wrong; the best-scored, of two, is at the top by half
+    right, best, _ = ranking(np.array([3.0, 1.0, 2.0]), np.array([1.0, 1.0, 0.0]), 1.0)
+    assert (right, best) == (0.5, 1.0)
+    assert ranking(np.array([2.0, 2.0]), np.array([1.0, 0.0]), 1.0)[:2] == (0.5, 0.5)
+    assert np.isnan(ranking(np.array([1.0, 2.0]), np.array([1.0, 1.0]), 1.0)[0])
+    generator = np.random.default_rng(0)
+    for _ in range(50):
+        scores, quality = (
+            generator.integers(5, size=12).astype(float),
+            generator.integers(3, size=12).astype(float),
+        )
+        assert ranking(scores, quality, 2.0)[2] == pytest.approx(
+            kendalltau(scores, quality).statistic, abs=1e-12
+        )
+
+
+def verdicts(folder: Path, arm: str, values: dict[tuple[str, str], float], mode: str = "good") -> None:
+    rows = [
+        {"arm": arm, "prompt_id": p, "language": code, "temperature": 1.0, "sample_id": 0, "completion": "",
+         "finish_reason": "stop", "benchmark": "lab", "mode": mode, "value": value}
+        for (p, code), value in values.items()
+    ]  # fmt: skip
+    where = folder / "evaluate" / arm
+    where.mkdir(parents=True)
+    table = pl.DataFrame(rows).to_arrow().cast(VERDICTS.schema)
+    counts = {"completion": len(rows)}
+    store.write_shard(where, 0, table, VERDICTS.schema, read=counts, written=counts, dropped=None)
+
+
+GROUPS = {"tuned": ["en", "da"], "low-resource": [], "held-out": [], "all": ["en", "da"]}
+
+
+def test_differences_are_paired_over_seeds_and_prompts(tmp_path: Path) -> None:
+    base = {("p", "en"): 1.0, ("p", "da"): 0.0, ("q", "en"): 0.0, ("q", "da"): 0.0}
+    for seed, gain in ((0, 1.0), (1, 0.5)):
+        verdicts(tmp_path / str(seed), "base", base)
+        verdicts(tmp_path / str(seed), "tuned", {key: value + gain for key, value in base.items()})
+    found = pool([tmp_path / "0", tmp_path / "1"], ["tuned"], GROUPS, 200)["lab"]
+    assert found.of(("base", 1.0), "tuned").tolist() == [[0.5, 0.0], [0.5, 0.0]]
+    assert found.by_seed(("tuned", 1.0), ("base", 1.0), "tuned") == [1.0, 0.5]
+    # the same in every prompt: the interval is that of two seeds
+    assert found.difference(("tuned", 1.0), ("base", 1.0), "da") == Interval(0.75, 0.5, 1.0)
+    assert found.best("base", "en") == ("base", 1.0)
+
+    tests = [{"arm": "tuned", "on": ["tuned", "en"]}, {"arm": "tuned", "want": "lower"}]
+    every, most = (Claim(says="…", tests=tests, need=need) for need in ("all", "most"))
+    assert judge(every, {"lab": found})[0] == FAILS
+    assert judge(most, {"lab": found})[0] == HOLDS
+
+
+def test_seeds_without_a_common_prompt_are_not_averaged(tmp_path: Path) -> None:
+    for seed, prompt in ((0, "p"), (1, "q")):
+        verdicts(tmp_path / str(seed), "base", {(prompt, "en"): 1.0})
+    with pytest.raises(UserError, match="no prompt of 'lab' was evaluated in every arm under every seed"):
+        pool([tmp_path / "0", tmp_path / "1"], [], GROUPS, 50)
+
+
+RECIPE = """
+[run]
+name = "tiny-study"
+folder = "{folder}"
+languages = ["en", "da"]
+[prompts]
+limit = 8
+order = "seed"
+[sampling]
+completions = 4
+max_new_tokens = 24
+[training]
+learning_rate = 1e-3
+batch_pairs = 8
+max_tokens = 256
+[evaluation]
+limit = 4
+temperatures = [1.0]
+max_new_tokens = 24
+bootstrap = 100
+[arms.monolingual]
+[sweep.number]
+of = "monolingual"
+completions = [2, 4]
+[study]
+seeds = [3, 4]
+transfer = {{ limit = 3, completions = 4 }}
+introduction = "<script>alert(1)</script>"
+[study.claims.gain]
+says = "Pairs help."
+tests = [{{ arm = "monolingual", on = ["tuned", "da"] }}]
+[runtime]
+seeds_at_once = 2
+threads = 1
+"""
+
+
+@pytest.mark.slow
+def test_a_study_is_killed_and_goes_on_and_a_second_run_computes_nothing(tmp_path: Path) -> None:
+    recipe, run = tmp_path / "study.toml", tmp_path / "run"
+    recipe.write_text(RECIPE.format(folder=run))
+    command = [sys.executable, "-m", "croco", "run", str(recipe)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        end = time.monotonic() + 240
+        while not (run / "seed-3" / "sample" / "stage.json").exists() and time.monotonic() < end:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+    assert not (run / "study.html").exists()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=600)
+
+    assert {path.name for path in run.iterdir()} >= {
+        "seed-3",
+        "seed-4",
+        "transfer-3",
+        "transfer-4",
+        "study.md",
+    }
+    samples = [
+        store.read_table(run / f"seed-{seed}" / "prompts")["prompt_id"].unique().sort() for seed in (3, 4)
+    ]
+    assert len(samples[0]) == len(samples[1]) == 8
+    assert samples[0].to_list() != samples[1].to_list()  # another seed, other prompts
+    text = (run / "study.md").read_text()
+    for word in (
+        "Pairs help.",
+        "Sweep: completions of monolingual",
+        "Does the reward model transfer?",
+        "Danish",
+    ):
+        assert word in text
+    page = (run / "study.html").read_text()
+    assert "<script>" not in page
+    assert "<svg" in page
+
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*.parquet")}
+    stamp = json.loads((run / "study.json").read_text())
+    again = subprocess.run(command, check=True, capture_output=True, text=True, timeout=600)
+    assert "study: complete, skipped" in again.stdout
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*.parquet")} == before
+    assert json.loads((run / "study.json").read_text()) == stamp
+
+
+@pytest.mark.parametrize(
+    ("said", "instead", "sentence"),
+    [
+        ('arm = "monolingual", on', 'arm = "mono", on', "'mono' is not evaluated"),
+        ('"tuned", "da"]', '"nordic"]', "on = 'nordic', expected a group"),
+        ("seeds = [3, 4]", "seeds = [3, 3]", "expected different ones"),
+        ("says =", "say =", "did you mean 'study.claims.gain.says'"),
+    ],
+)
+def test_a_claim_about_what_is_not_there(tmp_path: Path, said: str, instead: str, sentence: str) -> None:
+    recipe = tmp_path / "study.toml"
+    recipe.write_text(RECIPE.format(folder=tmp_path / "run").replace(said, instead))
+    with pytest.raises(UserError, match=sentence):
+        load(recipe)
+
+
+def test_a_study_is_ordinary_runs(tmp_path: Path) -> None:
+    recipe = tmp_path / "study.toml"
+    recipe.write_text(RECIPE.format(folder=tmp_path / "run"))
+    found = [(part.folder.name, part.run.seed, part.study, until) for part, until in parts(load(recipe))]
+    assert found == [
+        ("seed-3", 3, None, None), ("seed-4", 4, None, None),
+        ("transfer-3", 3, None, "score"), ("transfer-4", 4, None, "score"),
+    ]  # fmt: skip
