@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +15,20 @@ from croco.report.terminal import comparison
 from report.made_run import TUNED, add_arena, make_run, write
 
 
-@pytest.fixture
-def runs(tmp_path: Path) -> tuple[Path, Path]:
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory) -> list[Path]:
     """Two runs that are the same but for what came of chance."""
-    return tuple(
-        make_run(tmp_path / name, num_prompts=2, num_samples=3, num_tests=24, seed=seed)
+    folder = tmp_path_factory.mktemp("originals")
+    return [
+        make_run(folder / name, num_prompts=2, num_samples=3, num_tests=24, seed=seed)
         for name, seed in (("first", 0), ("second", 1))
-    )
+    ]
+
+
+@pytest.fixture
+def runs(originals, tmp_path) -> list[Path]:
+    """Copies of them, to be changed."""
+    return [shutil.copytree(run, tmp_path / run.name) for run in originals]
 
 
 def edit(run: Path, change) -> None:
