@@ -9,7 +9,7 @@ VLLM_STAMP := $(VLLM_VENV)/installed
 EUROEVAL_VENV ?= .venv-euroeval
 EUROEVAL_STAMP := $(EUROEVAL_VENV)/installed
 
-.PHONY: install quickstart lab-check test test-vllm test-euroeval check format bench clean python
+.PHONY: install quickstart lab-check lab-study test test-vllm test-euroeval check format bench clean python
 
 install: $(STAMP)
 
@@ -35,6 +35,12 @@ test-euroeval: $(VLLM_STAMP) $(EUROEVAL_STAMP)
 
 check: $(STAMP)
 	$(BIN)/croco run recipes/lab-check.toml
+
+# both files are made by the study's own page, from an empty folder or from where it was killed
+lab-study: $(STAMP)
+	$(BIN)/croco run recipes/lab-study.toml
+	cp runs/lab-study/study.md docs/results/lab-study.md
+	cp runs/lab-study/study.html docs/results/lab-study.html
 
 # one thread: several OpenMP threads beside a busy process cost more than they give
 test: $(STAMP)

@@ -154,15 +154,9 @@ def run(
 def show_end(folder: Path) -> None:
     """The last table and the path of the page, when the run has come so far."""
     if (folder / "results" / "dropped.parquet").exists():
-        from rich.console import Console
+        from croco.report import command
 
-        from croco.report.tasks import tasks_table
-        from croco.report.terminal import results_table
-
-        console = Console()
-        console.print(results_table(folder))
-        if (tasks := tasks_table(folder)) is not None:
-            console.print(tasks)
+        command.show(folder)
     page = folder / "report" / "report.html"
     if page.exists():
         say(f"report: {page}")
@@ -181,30 +175,47 @@ def plan(recipe: RecipePath, overrides: Overrides = None) -> None:
 @app.command()
 def report(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
-    markdown: Annotated[
-        Path | None, typer.Option(help="Write the tables as Markdown to this file too.")
+    other: Annotated[
+        Path | None, typer.Argument(metavar="[RUN]", help="Another run, to set beside it on one page.")
     ] = None,
+    terminal: Annotated[
+        bool, typer.Option("--terminal", help="Print the table here and leave the page as it is.")
+    ] = False,
+    markdown: Annotated[Path | None, typer.Option(help="Write the tables as Markdown to this file.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write every row of the results to this file.")] = None,
+    latex: Annotated[Path | None, typer.Option(help="Write the tables as LaTeX to this file.")] = None,
+    intervals: Annotated[bool, typer.Option("--intervals", help="With intervals in the LaTeX.")] = False,
+    to: Annotated[Path | None, typer.Option(help="The page of two runs; in the first's folder else.")] = None,
 ) -> None:
-    """Make the page of a finished run again."""
-    if not (folder / "recipe.json").exists():
-        raise UserError(f"{folder} holds no recipe.json, expected the folder of a run")
-    from croco import pipeline
+    """Make the page of a finished run again, or one of two runs; print or export its tables."""
+    from croco.report import command
 
-    loaded = load_recipe(folder / "recipe.json", [f'run.folder="{folder}"'])
-    if loaded.study:
-        from croco.study.page import write
-
-        say(f"study: {write(loaded, say)}")
-        if markdown is not None:
-            markdown.write_bytes((folder / "study.md").read_bytes())
+    if other is not None:
+        if terminal or markdown or csv or latex:
+            raise UserError(
+                "two runs make one page; --terminal is `croco compare`, the exports are of one run"
+            )
+        say(f"report: {command.beside(folder, other, to)}")
         return
-    say(f"report: {pipeline.rebuild_report(loaded, say)}")
-    if markdown is not None:
-        from croco.report.tables import results_markdown
-        from croco.store import write_text
+    if to is not None:
+        raise UserError("--to is for the page of two runs; that of one run is RUN/report/report.html")
+    if terminal:
+        command.show(folder)
+    else:
+        say(command.page(folder, say))
+    for written in command.export(folder, markdown, csv, latex, intervals):
+        say(f"tables: {written}")
 
-        write_text(markdown, results_markdown(folder))
-        say(f"tables: {markdown}")
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="RUN_A", help="A run's folder.")],
+    second: Annotated[Path, typer.Argument(metavar="RUN_B", help="Another's.")],
+) -> None:
+    """Say what differs between two finished runs, in their recipes and in their results."""
+    from croco.report import command
+
+    command.show_comparison(first, second)
 
 
 @app.command()

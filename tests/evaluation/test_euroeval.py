@@ -19,7 +19,7 @@ from croco.evaluation import euroeval, euroeval_install
 from croco.evaluation.euroeval_records import read_records
 from croco.recipe import load
 from croco.recipe_euroeval import VERSION
-from croco.report.tables import results_markdown
+from croco.report.markdown import results_markdown
 from croco.store import read_dropped, read_json, read_table
 from served import Handler, listening
 

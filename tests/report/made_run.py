@@ -13,7 +13,7 @@ import pyarrow as pa
 from croco import store
 from croco.evaluation.results import language_groups, summarise
 from croco.pairing.library import pairs
-from croco.records import COMPLETIONS, PAIRS, PROMPTS, RESULTS, SCORES, Table, ledger
+from croco.records import COMPARISONS, COMPLETIONS, PAIRS, PROMPTS, RESULTS, SCORES, VERDICTS, Table, ledger
 
 TUNED, LOW, HELD = ["en", "da", "nl", "de", "fr", "it", "es"], ["gl", "cy", "mt", "ga"], ["nb", "sv", "pt"]
 MODES = ["good", "careful-wrong", "terse", "rambling", "wrong-language", "evasive", "malformed"]
@@ -23,6 +23,11 @@ MIX = {
     "multilingual": [0.52, 0.05, 0.14, 0.06, 0.19, 0.03, 0.01],
 }
 NASTY = "<script>document.title='owned'</script></script><!-- & \u2028 \"quoted\" 'text'"
+
+ARENA = {
+    "win-rate": 0.64, "lc-win-rate": 0.61, "tie": 0.2, "self-consistency": 0.8, "position-bias": -0.03,
+    "win-rate:sum": 0.64, "win-rate-p-holm": 0.004,
+}  # fmt: skip
 
 
 def make_run(
@@ -92,6 +97,53 @@ def make_run(
     return folder
 
 
+def add_arena(folder: Path, num_prompts: int = 30, seed: int = 1) -> None:
+    """Judged comparisons of both arms, their win rates and one structured task, as an arena and EuroEval leave them."""
+    rng = np.random.default_rng(seed)
+    for arm in ("monolingual", "multilingual"):
+        rows = []
+        for number in range(num_prompts):
+            for language in TUNED:
+                first, second = rng.choice(["arm", "base", "tie"], size=2, p=[0.6, 0.2, 0.2])
+                rows.append(
+                    {
+                        "arm": arm, "prompt_id": f"t{number}", "language": language, "domain": "sum",
+                        "completion": f"Tuned completion {number} in {language}.",
+                        "base_completion": NASTY if number == 0 else f"Base completion {number}.",
+                        "verdict_arm_first": first, "verdict_base_first": second,
+                        "judgement_arm_first": f"Verdict: {first}", "judgement_base_first": f"Verdict: {second}",
+                        "value": {"arm": 1.0, "base": 0.0}.get(first, 0.5) if first == second else 0.5,
+                        "judge": "made", "judge_prompt_tokens": 90, "judge_completion_tokens": 9,
+                    }
+                )  # fmt: skip
+        write(folder / "arena" / arm, COMPARISONS, rows, facts={"comparisons": len(rows), "inconsistent": 9})
+    added = []
+    for place, arm in enumerate(("monolingual", "multilingual")):
+        for scope in ["tuned", "all", *TUNED]:
+            for metric, value in ARENA.items():
+                value = value - 0.1 * place if metric.startswith(("win", "lc")) else value
+                added.append((arm, scope, "arena", metric, value, value - 0.06, value + 0.06))
+    for place, arm in enumerate(("base", "monolingual", "multilingual")):
+        added += [(arm, scope, "lab", "right-language", 0.9, 0.88, 0.92) for scope in ("tuned", "held-out")]
+        added.append((arm, "da", "scala-da", "test_mcc", 20.5 + place, 18.0 + place, 23.0 + place))
+    rows = [
+        {"arm": arm, "language": scope, "benchmark": benchmark, "metric": metric, "temperature": 0.0,
+         "value": value, "ci_low": low, "ci_high": high, "n": num_prompts, "seed": 0}
+        for arm, scope, benchmark, metric, value, low, high in added
+    ]  # fmt: skip
+    write(folder / "results", RESULTS, store.read_table(folder / "results").to_dicts() + rows)
+
+
+def add_sentinel(folder: Path) -> None:
+    """Two marks in one arm's training curve."""
+    path = folder / "train" / "multilingual" / "metrics.jsonl"
+    marks = [
+        {"step": 12, "split": "sentinel", "mark": "the reward of chosen falls below that of the start"},
+        {"step": 31, "split": "sentinel", "mark": "the mean length of sampled completions doubled"},
+    ]
+    store.write_text(path, path.read_text() + "".join(json.dumps(mark) + "\n" for mark in marks))
+
+
 def _pairs(folder: Path, arm: str, pool: str, samples: list, scores: np.ndarray) -> None:
     table = pl.DataFrame(samples, schema=["prompt_id", "language", "sample_id"], orient="row")
     found, _ = pairs(table.with_columns(score=pl.Series(scores, dtype=pl.Float32)), pool=pool)
@@ -110,19 +162,25 @@ def _pairs(folder: Path, arm: str, pool: str, samples: list, scores: np.ndarray)
         for number, row in enumerate(found.iter_rows(named=True))
     ]
     drops = [
-        ("completion", "sum.1", "da", 3, "cut at the token limit"),
-        ("completion", "sum.1", "nl", 3, "cut at the token limit"),
-        ("completion", "sum.2", "nl", 1, "duplicate of an earlier completion"),
+        ("completion", "sum.1", "da", 2, "cut at the token limit"),
+        ("completion", "sum.1", "nl", 2, "cut at the token limit"),
+        ("completion", "sum.0", "nl", 1, "duplicate of an earlier completion: of sample 0"),
+        ("flag", "sum.0", "da", 1, "rejected: wrong language"),
     ]
+    counts = {
+        "read": {"completion": len(samples), "pool": len(rows)},
+        "written": {"pair": len(rows), "completion": len(samples) - 3, "pool": len(rows)},
+        "dropped": {"completion": 3, "flag": 1},
+    }
     facts = {
-        "completions": len(samples) + 3,
-        "candidates": len(samples),
+        "completions": len(samples),
+        "candidates": len(samples) - 3,
         "pools": len(rows),
         "pairs": len(rows),
         "median_pool_size": int(found["pool_size"].median()),
         "share_other_than_minimum": 0.04,
     }
-    write(folder / "pair" / arm, PAIRS, rows, dropped=ledger(drops), facts=facts)
+    write(folder / "pair" / arm, PAIRS, rows, ledger(drops), facts, counts)
 
 
 def _training(folder: Path, rng: np.random.Generator) -> None:
@@ -174,14 +232,43 @@ def _results(folder: Path, rng: np.random.Generator, num_tests: int) -> None:
         pl.DataFrame(rows, schema=names, orient="row"), language_groups(TUNED, LOW, HELD), 0, 400
     )
     write(folder / "results", RESULTS, table.to_dicts())
+    _verdicts(folder, rows)
+
+
+def _verdicts(folder: Path, rows: list[tuple]) -> None:
+    """The evaluated completions that the results were made of, and their prompts."""
+    names = sorted({(row[1], row[2]) for row in rows})
+    prompts = [
+        {
+            "prompt_id": name,
+            "language": code,
+            "messages": [{"role": "user", "content": f"{code}: test {name}?"}],
+            "reference": None,
+            "source": "made",
+            "domain": None,
+        }
+        for name, code in names
+    ]
+    write(folder / "eval-prompts", PROMPTS, prompts)
+    keys = ["arm", "prompt_id", "language", "temperature", "sample_id", "mode", "benchmark", "value"]
+    for arm in MIX:
+        own = [dict(zip(keys, row, strict=True)) for row in rows if row[0] == arm]
+        for row in own:
+            row |= {"completion": f"A completion of {arm}, {row['mode']}.", "finish_reason": "stop"}
+        write(folder / "evaluate" / arm, VERDICTS, own)
 
 
 def write(
-    folder: Path, table: Table, rows: list[dict], dropped: pa.Table | None = None, facts: Any = None
+    folder: Path,
+    table: Table,
+    rows: list[dict],
+    dropped: pa.Table | None = None,
+    facts: Any = None,
+    counts: Any = None,
 ) -> None:
     """A stage's folder with one finished shard and a stage.json."""
     drops = store.count_units(dropped) if dropped is not None else {}
-    counts = {"read": {table.unit: len(rows)}, "written": {table.unit: len(rows)}, "dropped": drops}
+    counts = counts or {"read": {table.unit: len(rows)}, "written": {table.unit: len(rows)}, "dropped": drops}
     store.write_shard(
         folder,
         0,

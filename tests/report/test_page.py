@@ -1,19 +1,24 @@
+import base64
 import json
 import shutil
-import subprocess
+import zlib
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
 from croco import store
 from croco.errors import UserError
 from croco.records import DROPPED, PAIRS, ledger
-from croco.report.gather import browser_pairs, read_run, scores_of
-from croco.report.page import build_page, json_for_html
-from croco.report.tables import count_of, duration, results_markdown
-from report.made_run import NASTY, make_run
+from croco.report.browser import browse, packed
+from croco.report.charts import axis
+from croco.report.gather import read_run, scores_of
+from croco.report.markdown import results_markdown
+from croco.report.page import build_page
+from croco.report.tables import count_of, duration
+from report.made_run import NASTY, add_arena, add_sentinel, make_run
 
 
 class Parsed(HTMLParser):
@@ -68,23 +73,29 @@ def test_what_an_edited_recipe_left_behind_is_not_in_the_report(run, tmp_path):
 
 def test_the_page_is_whole_and_fetches_nothing(page):
     parsed = Parsed(page)
-    for section in ("verdict", "results", "gains", "modes", "scores", "training", "pairs", "run"):
+    for section in ("verdict", "results", "gains", "modes", "scores", "funnel", "training", "browse", "run"):
         assert section in parsed.ids
-    assert len(parsed.ids) == len(set(parsed.ids))  # the ids of the figures, too
+        assert f"#{section}" in parsed.links
+    assert not {"arena", "tasks"} & set(parsed.ids)  # this run has none
+    assert len(parsed.ids) == len(set(parsed.ids))
     assert all(link.startswith("#") for link in parsed.links)
     assert not {"link", "img", "iframe", "object"} & set(parsed.tags)
     assert "http:" not in page
     assert "https:" not in page
     assert "@import" not in page
-    assert parsed.tags.count("svg") == 2 * 2 + 2 * 3 + 2 + 7  # gains, modes, scores, curves
+    assert parsed.tags.count("svg") == 1 + 2 * 7 + 7  # the theme, a ridge per arm and language, curves
     assert len(page.encode()) < 3_000_000
 
 
-def test_a_script_in_a_completion_stays_text(page):
+def unpacked(page: str) -> dict:
+    """The rows as the page's script reads them."""
+    return json.loads(zlib.decompress(base64.b64decode(Parsed(page).scripts[0])))
+
+
+def test_a_script_in_a_completion_is_no_markup(page):
     parsed = Parsed(page)
-    assert parsed.tags.count("script") == 2  # the data and the browser of pairs
-    data = json.loads(parsed.scripts[0])
-    assert any(NASTY in pair for pair in data["pairs"])
+    assert parsed.tags.count("script") == 3  # the data, the page and the list
+    assert NASTY in unpacked(page)["texts"]
     assert "<script>document" not in page
     assert "</script></script>" not in page
 
@@ -97,15 +108,16 @@ def test_names_from_a_recipe_are_escaped(tmp_path):
     rows = [("completion", "p", "da", 0, "<img src=x onerror=alert(1)>")]
     store.write_parquet(run / "pair" / "monolingual" / "dropped.parquet", ledger(rows), DROPPED.schema)
     parsed = Parsed(build_page(run))
-    assert parsed.tags.count("script") == 2
+    assert parsed.tags.count("script") == 3
     assert "img" not in parsed.tags
 
 
-def test_json_in_html_round_trips():
+def test_rows_round_trip():
     value = {"a": [NASTY, "\u2029 &amp; ]]>", 1.5, None]}
-    text = json_for_html(value)
-    assert not set("<>&\u2028\u2029") & set(text)
-    assert json.loads(text) == value
+    text = packed(value)
+    assert text.isascii()
+    assert not set("<>&") & set(text)
+    assert json.loads(zlib.decompress(base64.b64decode(text))) == value
 
 
 def test_the_verdict_is_one_sentence_per_arm(page):
@@ -121,18 +133,61 @@ def test_many_pairs_become_a_spread_that_fits(tmp_path):
     run = make_run(tmp_path, num_prompts=2, num_samples=3, num_tests=8)
     folder = run / "pair" / "monolingual"
     rows = store.read_table(folder).to_dicts()
-    many = [{**rows[0], "prompt_id": f"p{i}", "chosen": "x" * 300} for i in range(4000)]
+    rng = np.random.default_rng(0)  # texts that do not deflate to nothing
+    texts = ["".join(map(chr, letters)) for letters in rng.integers(97, 123, size=(4000, 300))]
+    many = [{**rows[0], "prompt_id": f"p{i}", "chosen": text} for i, text in enumerate(texts)]
     table = pa.Table.from_pylist(many, schema=PAIRS.schema)
     store.write_shard(
         folder, 0, table, PAIRS.schema, read={"pair": 4000}, written={"pair": 4000}, dropped=None
     )
-    found = browser_pairs(read_run(run), max_bytes=200_000)
-    assert found["total"] == 4002
-    assert 300 < len(found["pairs"]) < 700
-    numbers = [int(found["prompts"][pair[1]][0][1:]) for pair in found["pairs"] if pair[0] == "monolingual"]
+    found = browse(read_run(run), {"pairs": 200_000, "comparisons": 0, "evaluations": 1000, "left out": 1000})
+    pairs = found["kinds"]["pairs"]
+    assert pairs["total"] == 4002
+    assert 500 < len(pairs["rows"]) < 1500
+    numbers = [
+        int(found["prompts"][row[1]][0][1:])
+        for row in pairs["rows"]
+        if found["texts"][row[0]] == "monolingual"
+    ]
     assert min(numbers) < 200
     assert max(numbers) > 3800
-    assert len(json_for_html(found)) < 300_000
+    assert len(packed(found)) < 300_000
+
+
+def test_an_arena_tasks_and_the_sentinel_are_shown_where_there_are_any(tmp_path):
+    run = make_run(tmp_path, num_prompts=2, num_samples=3, num_tests=16)
+    add_arena(run, num_prompts=4)
+    add_sentinel(run)
+    page = build_page(run)
+    text = " ".join(page.split())
+    assert {"arena", "tasks"} <= set(Parsed(page).ids)
+    assert "Better on tuned (+14 greedy)." in text
+    assert "Not resolved on tuned (+4 greedy)." in text
+    assert "test_mcc" in text
+    assert "<b>90 %</b><br><small>88 to 92</small>" in text  # in the right language
+    assert "p = 0.004 (Holm)" in text
+    assert "<b>22.5</b> <small>20.0 to 25.0</small>" in text  # the highest of its row
+    assert "step 12: the reward of chosen falls below that of the start" in text
+    comparisons = unpacked(page)["kinds"]["comparisons"]
+    assert (comparisons["total"], len(comparisons["rows"])) == (56, 56)
+
+
+def test_the_funnel_balances(run):
+    steps = {(step.stage, step.arm): step for step in read_run(run).steps}
+    pair = steps["pair", "monolingual"]
+    read, kept = pair.flows[0].read, pair.flows[0].written
+    assert (pair.flows[0].unit, read) == ("completion", 6 * 7 * 4)
+    assert pair.flows[0].reasons == [("cut at the token limit", 2), ("duplicate of an earlier completion", 1)]
+    assert read == kept + sum(count for _, count in pair.flows[0].reasons)
+    assert (pair.made, pair.flags) == (6 * 7, [("rejected: wrong language", 1)])
+
+
+def test_axes_hold_their_values_and_have_round_ticks():
+    found = axis([-3.0, 41.0])
+    assert found.ticks == [0, 10, 20, 30, 40]
+    assert 0 < found.place(-3.0) < found.place(0) < found.place(41.0) < 100
+    assert 0.0 in axis([0.0, 0.0]).ticks
+    assert axis([0.213, 0.214], with_zero=False).ticks == [0.213, 0.2132, 0.2134, 0.2136, 0.2138, 0.214]
 
 
 def test_a_run_that_is_not_finished_is_named(tmp_path):
@@ -141,6 +196,9 @@ def test_a_run_that_is_not_finished_is_named(tmp_path):
     run = make_run(tmp_path / "run", num_prompts=2, num_samples=3, num_tests=8)
     (run / "train" / "multilingual" / "stage.json").unlink()
     with pytest.raises(UserError, match="no complete stage train/multilingual"):
+        build_page(run)
+    (run / "pair" / "multilingual" / "stage.json").unlink()
+    with pytest.raises(UserError, match="no complete stages pair/multilingual, train/multilingual: run"):
         build_page(run)
 
 
@@ -155,69 +213,3 @@ def test_markdown_has_every_arm_and_language(run):
 def test_words_for_counts_and_times():
     assert [count_of(n, "pair") for n in (0, 1, 1024)] == ["0 pairs", "1 pair", "1,024 pairs"]
     assert [duration(s) for s in (0.25, 48.4, 200, 18720)] == ["0.2 s", "48 s", "3 min 20 s", "5 h 12 min"]
-
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-sync",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--virtual-time-budget=3000",
-]
-PROBE = """<script>
-const errors = []; addEventListener("error", (event) => errors.push(event.message));
-const seen = () => [...document.querySelectorAll(".pair")];
-function pick(id, value, kind) {
-  const e = document.getElementById(id); e.value = value; e.dispatchEvent(new Event(kind));
-}
-setTimeout(() => {
-  const found = {title: document.title, all: document.getElementById("pair-count").textContent, shown: seen().length,
-    scripts: document.querySelectorAll(".pair script").length,
-    nasty: document.body.innerText.includes("<script>document.title")};
-  pick("filter-arm", "multilingual", "change");
-  found.multilingual = document.getElementById("pair-count").textContent;
-  pick("filter-arm", "", "change"); pick("filter-text", "OWNED", "input");
-  setTimeout(() => {
-    found.searched = document.getElementById("pair-count").textContent; found.errors = errors;
-    found.wide = document.documentElement.scrollWidth > document.documentElement.clientWidth;
-    document.documentElement.setAttribute("data-found", JSON.stringify(found));
-  }, 500);
-}, 100);
-</script></body>"""
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
-def test_in_a_browser_it_filters_and_keeps_completions_as_text(page, tmp_path):
-    file = tmp_path / "page.html"
-    file.write_text(page.replace("</body>", PROBE), encoding="utf-8")
-    command = [
-        str(CHROMIUM),
-        *FLAGS,
-        f"--user-data-dir={tmp_path / 'profile'}",
-        "--window-size=500,900",
-        "--dump-dom",
-        file.as_uri(),
-    ]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-
-    class Root(HTMLParser):
-        found: dict = {}  # noqa: RUF012
-
-        def handle_starttag(self, tag, attrs):
-            if tag == "html":
-                self.found = json.loads(dict(attrs)["data-found"])
-
-    root = Root()
-    root.feed(dom)
-    found = root.found
-    assert found["errors"] == []
-    assert found["title"] == "made · CroCo"
-    assert (found["scripts"], found["nasty"], found["shown"], found["wide"]) == (0, True, 20, False)
-    assert found["all"] == "48 of 48 pairs"
-    assert found["multilingual"] == "6 of 48 pairs"
-    assert found["searched"] == "2 of 48 pairs"

@@ -128,7 +128,8 @@ def batches(
 
 def new_optimizers(model: torch.nn.Module, peak: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the layers, AdamW for embeddings and norms."""
-    matrices, others = [], []
+    matrices: list[torch.nn.Parameter] = []
+    others: list[torch.nn.Parameter] = []
     for name, p in model.named_parameters():  # "shared" is the embedding of encoder and decoder
         (matrices if p.ndim == 2 and "embed" not in name and "shared" not in name else others).append(p)
     return [

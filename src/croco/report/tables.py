@@ -1,7 +1,6 @@
-"""The tables people read: arms by groups of languages, arms by language, one sentence per arm, and all of it
-as Markdown.
+"""The tables people read: arms by groups of languages, arms by language, one sentence per arm.
 
-Pure arrangements of the results table; the page, the terminal and the Markdown export print the same numbers
+Pure arrangements of the results table; the page, the terminal and the exports print the same numbers
 because they take them from here. Shares are shown as whole percentages and their differences as points;
 scores with two decimals.
 """
@@ -10,20 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import polars as pl
 
 from croco import languages
 from croco.evaluation.results import BASE, GROUPS, headline
 from croco.evaluation.stats import Interval, verdict
-from croco.store import read_json, read_table
 
 TITLES = {
     "lab": "Tasks seen in tuning",
     "lab-held-out-task": "Task kept out of tuning",
     "reward": "Reward model's score",
+    "arena": "Judged against the base",
 }
+ARENA = "arena"
 MINUS = "−"
 
 
@@ -35,6 +34,8 @@ class Cell:
     difference: Interval | None
     to_best: Interval | None
     num_prompts: int
+    holm: float | None = None  # the difference's p-value, adjusted over all languages and arms
+    needed: float | None = None  # prompts that would resolve it
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Board:
 
     @property
     def is_share(self) -> bool:
-        return headline(self.benchmark) == "good"
+        return self.benchmark == ARENA or headline(self.benchmark) == "good"
 
     @property
     def groups(self) -> list[str]:
@@ -64,6 +65,10 @@ class Board:
     @property
     def languages(self) -> list[str]:
         return [scope for scope in self.scopes if scope not in GROUPS]
+
+    def by_arm(self) -> list[tuple[str, list[float]]]:
+        """Every arm with its temperatures, in order."""
+        return [(arm, self.temperatures(arm)) for arm in dict.fromkeys(arm for arm, _ in self.settings)]
 
     def temperatures(self, arm: str) -> list[float]:
         return [temperature for name, temperature in self.settings if name == arm]
@@ -84,35 +89,70 @@ def boards(results: pl.DataFrame, arms: Sequence[str], codes: Sequence[str]) -> 
     """One board per benchmark, those seen in tuning first; arms in the given order after the base, languages
     as in `codes`.
     """
-    order = {name: place for place, name in enumerate([BASE, *arms])}
-    scope_order = {name: place for place, name in enumerate([*GROUPS, *codes])}
     found = []
     for benchmark in sorted(results["benchmark"].unique().to_list(), key=lambda name: (len(name), name)):
-        part = results.filter(pl.col("benchmark") == benchmark)
-        values: dict[tuple[str, float, str], dict[str, tuple[Interval, int]]] = {}
-        columns = part.select("arm", "temperature", "language", "metric", "value", "ci_low", "ci_high", "n")
-        for arm, temperature, scope, metric, value, low, high, num_prompts in columns.iter_rows():
-            values.setdefault((arm, temperature, scope), {})[metric] = (
-                Interval(value, low, high),
-                num_prompts,
-            )
-        metric = headline(benchmark)
-        if not any(metric in metrics for metrics in values.values()):
-            continue  # what it measures is no share of good completions and no mean score
+        metrics = _metrics(results.filter(pl.col("benchmark") == benchmark))
+        decisive = headline(benchmark)
         cells = {
-            key: Cell(metrics[metric][0], _interval(metrics, "difference"),
-                      _interval(metrics, "difference-to-best-base"), metrics[metric][1])
-            for key, metrics in values.items() if metric in metrics
-        }  # fmt: skip
-        if not cells:  # EuroEval's, which `tasks` shows
-            continue
-        settings = sorted({key[:2] for key in cells}, key=lambda s: (order.get(s[0], len(order)), s))
-        scopes = sorted({key[2] for key in cells}, key=lambda s: (scope_order.get(s, len(scope_order)), s))
-        if len([scope for scope in scopes if scope in GROUPS]) == 2:
-            scopes.remove("all")  # of a single group it says nothing new
-        best = {key[2]: key[1] for key, metrics in values.items() if "best-temperature" in metrics}
-        found.append(Board(benchmark, settings, scopes, cells, best))
+            key: Cell(
+                of[decisive][0],
+                _interval(of, "difference"),
+                _interval(of, "difference-to-best-base"),
+                of[decisive][1],
+                _value(of, "difference-p-holm"),
+                _value(of, "prompts-to-resolve"),
+            )
+            for key, of in metrics.items()
+            if decisive in of
+        }
+        if cells:  # what has no share of good completions and no mean score is shown by `other`
+            best = {key[2]: key[1] for key, of in metrics.items() if "best-temperature" in of}
+            found.append(board_of(benchmark, cells, arms, codes, best))
     return found
+
+
+def arena_board(results: pl.DataFrame, arms: Sequence[str], codes: Sequence[str]) -> Board | None:
+    """The win rates against the base as a board: their difference is that from a half."""
+    cells = {}
+    for key, of in _metrics(results.filter(pl.col("benchmark") == ARENA)).items():
+        if "win-rate" in of:
+            value, num_prompts = of["win-rate"]
+            over = Interval(*(end - 0.5 for end in value))
+            tests = (_value(of, "win-rate-p-holm"), _value(of, "prompts-to-resolve"))
+            cells[key] = Cell(value, over, None, num_prompts, *tests)
+    return board_of(ARENA, cells, arms, codes, {}) if cells else None
+
+
+Metrics = Mapping[str, tuple[Interval, int]]
+
+
+def _metrics(part: pl.DataFrame) -> dict[tuple[str, float, str], dict[str, tuple[Interval, int]]]:
+    """The metrics of one benchmark by (arm, temperature, language or group)."""
+    values: dict[tuple[str, float, str], dict[str, tuple[Interval, int]]] = {}
+    columns = part.select("arm", "temperature", "language", "metric", "value", "ci_low", "ci_high", "n")
+    for arm, temperature, scope, metric, value, low, high, num_prompts in columns.iter_rows():
+        values.setdefault((arm, temperature, scope), {})[metric] = (Interval(value, low, high), num_prompts)
+    return values
+
+
+def board_of(
+    benchmark: str,
+    cells: Mapping[tuple[str, float, str], Cell],
+    arms: Sequence[str],
+    codes: Sequence[str],
+    best: Mapping[str, float],
+) -> Board:
+    """Cells in the order that tables show them: the base, the arms, groups, languages."""
+    order = {name: place for place, name in enumerate([BASE, *arms])}
+    scope_order = {name: place for place, name in enumerate([*GROUPS, *codes])}
+    settings = sorted({key[:2] for key in cells}, key=lambda s: (order.get(s[0], len(order)), s))
+    scopes = sorted({key[2] for key in cells}, key=lambda s: (scope_order.get(s, len(scope_order)), s))
+    groups = [scope for scope in scopes if scope in GROUPS]
+    if len(groups) == 2 and all(
+        cells[arm, t, "all"].value == cells[arm, t, groups[0]].value for arm, t in settings
+    ):
+        scopes.remove("all")  # of a single group it says nothing new
+    return Board(benchmark, settings, scopes, cells, best)
 
 
 def mode_shares(results: pl.DataFrame, benchmark: str) -> dict[tuple[str, float, str], dict[str, float]]:
@@ -126,8 +166,12 @@ def mode_shares(results: pl.DataFrame, benchmark: str) -> dict[tuple[str, float,
     return found
 
 
-def _interval(metrics: Mapping[str, tuple[Interval, int]], name: str) -> Interval | None:
+def _interval(metrics: Metrics, name: str) -> Interval | None:
     return metrics[name][0] if name in metrics else None
+
+
+def _value(metrics: Metrics, name: str) -> float | None:
+    return metrics[name][0].value if name in metrics else None
 
 
 def temperature_name(temperature: float) -> str:
@@ -183,85 +227,14 @@ def sentence(board: Board, arm: str, to_best: bool = False) -> str:
         "not resolved": "not resolved on",
         "worse": "worse on",
     }
-    parts = [f"{words[kind]} {_enumerate(scopes)}" for kind, scopes in clauses.items() if scopes]
+    parts = [f"{words[kind]} {enumerate_words(scopes)}" for kind, scopes in clauses.items() if scopes]
     text = "; ".join(parts)
     return f"{text[:1].upper()}{text[1:]}." if text else "Not compared with the base."
 
 
-def _enumerate(items: Sequence[str]) -> str:
+def enumerate_words(items: Sequence[str]) -> str:
+    """ "a", "a and b", "a, b and c"."""
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
-
-
-def results_markdown(run_folder: Path) -> str:
-    """The main tables of a run as Markdown: one sentence per arm, arms by groups, arms by language; 95 %
-    intervals.
-    """
-    from croco.recipe import load
-    from croco.report.tasks import tasks_markdown
-
-    recipe = load(run_folder / "recipe.json")
-    results = read_table(run_folder / "results")
-    made = read_json(run_folder / "results" / "stage.json")
-    versions = ", ".join(f"{name} {version}" for name, version in made["libraries"].items())
-    parts = [
-        f"# {recipe.run.name}\n\nMade by `croco run` and `croco report {recipe.folder} --markdown FILE`, never "
-        f"by hand. {made['machine']}; {versions}.\n"
-    ]
-    for board in boards(results, recipe.evaluated_arms, recipe.run.evaluated):
-        num_prompts = max(cell.num_prompts for cell in board.cells.values())
-        unit = "percent of completions that are good" if board.is_share else "mean score"
-        parts.append(f"### {board.title}\n\nIn {unit}; {num_prompts} prompts, 95 % intervals over prompts.\n")
-        parts.append(
-            "\n".join(f"- **{arm}**: {sentence(board, arm)}" for arm in recipe.evaluated_arms) + "\n"
-        )
-        parts.append(_markdown_table(board, board.groups, differences=False))
-        parts.append("Differences from the base at the same temperature, and from the base at its best temperature ("
-                     + ", ".join(f"{scope}: {temperature_name(board.best_base[scope])}" for scope in board.groups
-                                 if scope in board.best_base) + "):\n")  # fmt: skip
-        parts.append(_markdown_table(board, board.groups, differences=True))
-        parts.append(_markdown_table(board, board.languages, differences=False))
-        parts.append(_mode_table(board, mode_shares(results, board.benchmark)))
-    parts.append(tasks_markdown(run_folder, recipe))
-    return "\n".join(parts)
-
-
-def _markdown_table(board: Board, scopes: Sequence[str], differences: bool) -> str:
-    head = ["arm", "decoding", *scopes]
-    lines = ["| " + " | ".join(head) + " |", "|---|---|" + "---:|" * len(scopes)]
-    for arm, temperature in board.settings:
-        cells = [board.cell(arm, temperature, scope) for scope in scopes]
-        if differences and arm == BASE:
-            continue
-        texts = [_difference_text(board, cell) if differences else _value_text(board, cell) for cell in cells]
-        lines.append("| " + " | ".join([arm, temperature_name(temperature), *texts]) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def _mode_table(board: Board, shares: Mapping[tuple[str, float, str], Mapping[str, float]]) -> str:
-    """Where the mass went: percent of completions in each mode, per group."""
-    modes = sorted({mode for found in shares.values() for mode in found})
-    lines = [
-        "Percent of completions in each mode:\n",
-        "| arm | decoding | group | " + " | ".join(modes) + " |",
-    ]
-    lines.append("|---|---|---|" + "---:|" * len(modes))
-    for arm, temperature in board.settings:
-        for scope in (scope for scope in board.groups if scope != "all"):
-            found = shares.get((arm, temperature, scope), {})
-            cells = [f"{100 * found.get(mode, 0.0):.0f}" for mode in modes]
-            lines.append("| " + " | ".join([arm, temperature_name(temperature), scope, *cells]) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def _value_text(board: Board, cell: Cell | None) -> str:
-    return "" if cell is None else interval_text(board, cell.value)
-
-
-def _difference_text(board: Board, cell: Cell | None) -> str:
-    if cell is None:
-        return ""
-    shown = [interval_text(board, d, signed=True) for d in (cell.difference, cell.to_best) if d is not None]
-    return " / ".join(shown)
 
 
 def interval_text(board: Board, interval: Interval, signed: bool = False) -> str:

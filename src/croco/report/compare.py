@@ -1,0 +1,252 @@
+"""Two runs beside each other: what differs in their recipes, and what differs in their results.
+
+Results are compared arm by arm on the prompts that both runs have in the same words, paired by prompt, by the same
+statistics that compare an arm with the base within a run: the first run stands where the base does. What only one run
+has is named and left out; nothing is averaged over unequal sets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from croco.errors import UserError
+from croco.evaluation.results import BASE, GROUPS, language_groups, on_common_prompts, summarise
+from croco.follows import eval_prompts_of
+from croco.recipe import Recipe
+from croco.report.gather import read_recipe, require
+from croco.report.tables import (
+    ARENA,
+    Board,
+    Cell,
+    board_of,
+    boards,
+    count_of,
+    enumerate_words,
+    temperature_name,
+)
+from croco.sampling.seeds import digest
+from croco.store import read_table
+
+UNTUNED = "base, untuned"
+ABSENT = "not set"
+_PROMPT = ["prompt_id", "language"]
+_SETTING = ["arm", "temperature"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One key of the recipe whose value differs."""
+
+    key: str
+    first: str
+    second: str
+    runtime: bool  # changes how a run is made, not what it finds
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two runs: names, settings that differ, what could not be compared, and the boards of the second minus the first.
+
+    In a board the differences are the second run's minus the first's, the values the second's; `firsts` are the first's
+    values under (benchmark, arm, temperature, scope).
+    """
+
+    names: tuple[str, str]
+    settings: list[Setting]
+    notes: list[str]
+    arms: list[str]
+    boards: list[Board]
+    firsts: Mapping[tuple[str, str, float, str], Cell]
+    groups: Mapping[str, Sequence[str]]
+
+
+def compare(first: Path, second: Path) -> Comparison:
+    """Compare two finished runs. Raises UserError when one has no results, or when they share no arm or prompt."""
+    folders = (first, second)
+    recipes = [read_recipe(folder) for folder in folders]
+    names = _names(folders, recipes)
+    arms = [arm for arm in recipes[0].evaluated_arms if arm in recipes[1].evaluated_arms]
+    notes = _only(names, "arm", [recipe.evaluated_arms for recipe in recipes])
+    for folder, recipe in zip(folders, recipes, strict=True):
+        require(folder, [eval_prompts_of(recipe)[0], "evaluate/base", *(f"evaluate/{arm}" for arm in arms)])
+    frames = [_values(folder, [BASE, *arms]) for folder in folders]
+    texts = [_texts(folder, recipe) for folder, recipe in zip(folders, recipes, strict=True)]
+    frames, said = _shared(names, frames, texts)
+    groups, unlike = _groups(recipes)
+    notes += [*said, *unlike]
+    found, firsts = [], {}
+    for arm in [BASE, *arms]:
+        part, values = _boards_of(arm, frames, groups, recipes[0])
+        found.append(part)
+        firsts.update(values)
+    codes = [code for code in recipes[0].run.evaluated if code in recipes[1].run.evaluated]
+    shown = [*arms, UNTUNED]
+    return Comparison(names, _settings(recipes), notes, shown, _merged(found, shown, codes), firsts, groups)
+
+
+def _names(folders: Sequence[Path], recipes: Sequence[Recipe]) -> tuple[str, str]:
+    """The runs' own names, or their folders' where those are the same."""
+    names = [recipe.run.name for recipe in recipes]
+    if names[0] == names[1]:
+        names = [folder.resolve().name for folder in folders]
+    if names[0] == names[1]:
+        names = [str(folder) for folder in folders]
+    return names[0], names[1]
+
+
+def _settings(recipes: Sequence[Recipe]) -> list[Setting]:
+    first, second = (dict(_flat(recipe.model_dump(mode="json"))) for recipe in recipes)
+    keys = [key for key in dict.fromkeys((*first, *second)) if key != "run.folder"]
+    found = [
+        Setting(key, first.get(key, ABSENT), second.get(key, ABSENT), key.startswith("runtime."))
+        for key in keys
+        if first.get(key, ABSENT) != second.get(key, ABSENT)
+    ]
+    return sorted(found, key=lambda setting: setting.runtime)
+
+
+def _flat(section: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in section.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{before}{key}.")
+        else:
+            yield f"{before}{key}", _word(value)
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_word, value)) or "none"
+    return ABSENT if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _only(names: Sequence[str], word: str, sets: Sequence[Sequence[Any]]) -> list[str]:
+    """What one side has alone, a sentence per side."""
+    sentences = []
+    for here, there in ((0, 1), (1, 0)):
+        if alone := [str(value) for value in sets[here] if value not in sets[there]]:
+            s, verb = ("", "is") if len(alone) == 1 else ("s", "are")
+            sentences.append(
+                f"The {word}{s} {enumerate_words(alone)} {verb} only in {names[here]} and left out."
+            )
+    return sentences
+
+
+def _values(folder: Path, arms: Sequence[str]) -> pl.DataFrame:
+    """The verdicts of all arms, those of the arena as a benchmark of its own."""
+    columns = ["arm", *_PROMPT, "temperature", "benchmark", "value"]
+    parts = [read_table(folder / "evaluate" / arm, columns) for arm in arms]
+    for arm in arms:
+        if (folder / "arena" / arm / "stage.json").is_file():
+            rows = read_table(folder / "arena" / arm, ["arm", *_PROMPT, "value"])
+            parts.append(rows.with_columns(temperature=pl.lit(0.0), benchmark=pl.lit(ARENA)).select(columns))
+    return pl.concat(parts).with_columns(mode=pl.lit(""))
+
+
+def _texts(folder: Path, recipe: Recipe) -> pl.DataFrame:
+    """A digest of every test prompt's turns: one id may stand for different words in another run."""
+    tables = [folder / eval_prompts_of(recipe)[0], folder / "arena-prompts"]
+    parts = []
+    for table in tables:
+        if (table / "stage.json").is_file():
+            rows = read_table(table, [*_PROMPT, "messages"])
+            words = [digest(*(turn[part] for turn in turns for part in turn)) for turns in rows["messages"]]
+            parts.append(rows.select(_PROMPT).with_columns(words=pl.Series(words, dtype=pl.Int64)))
+    return pl.concat(parts)
+
+
+def _shared(
+    names: Sequence[str], frames: Sequence[pl.DataFrame], texts: Sequence[pl.DataFrame]
+) -> tuple[list[pl.DataFrame], list[str]]:
+    """The verdicts on what both runs have, prompts in the same words; and sentences on what only one has."""
+    notes = []
+    for column, word in (
+        ("benchmark", "benchmark"),
+        ("temperature", "temperature"),
+        ("language", "language"),
+    ):
+        sets = [frame[column].unique().sort().to_list() for frame in frames]
+        if column == "temperature":
+            sets = [[temperature_name(value) for value in values] for values in sets]
+        notes += _only(names, word, sets)
+    same = texts[0].join(texts[1], on=[*_PROMPT, "words"], how="semi").unique(_PROMPT)
+    reworded = texts[0].join(texts[1], on=_PROMPT, how="semi").join(same, on=_PROMPT, how="anti").height
+    kept: list[list[pl.DataFrame]] = [[], []]
+    benchmarks = [
+        name for name in frames[0]["benchmark"].unique(maintain_order=True) if name in frames[1]["benchmark"]
+    ]
+    lost = [0, 0]
+    for benchmark in benchmarks:
+        sides = [frame.filter(pl.col("benchmark") == benchmark) for frame in frames]
+        pairs = sides[0].select(_SETTING).unique().join(sides[1].select(_SETTING).unique(), on=_SETTING)
+        sides = [side.join(pairs, on=_SETTING, how="semi") for side in sides]
+        usable = [side.join(same, on=_PROMPT, how="semi") for side in sides]
+        if pairs.is_empty() or any(side.is_empty() for side in usable):
+            raise UserError(
+                f"{names[0]} and {names[1]} share no prompt of '{benchmark}' in the same words: nothing to compare"
+            )
+        both = pl.concat(
+            [side.with_columns(arm=pl.lit(f"{i} ") + pl.col("arm")) for i, side in enumerate(usable)]
+        )
+        common, _ = on_common_prompts(both)
+        for place, side in enumerate(sides):
+            whole = side.select(_PROMPT).n_unique()
+            part = side.join(common.select(_PROMPT).unique(), on=_PROMPT, how="semi")
+            lost[place] += whole - part.select(_PROMPT).n_unique()
+            kept[place].append(part)
+    if any(lost):
+        reason = f", {count_of(reworded, 'prompt')} of the same name in other words" if reworded else ""
+        notes.append(
+            f"The runs were evaluated on different prompts: {lost[0]:,} of {names[0]} and {lost[1]:,} of {names[1]} "
+            f"(prompts by language{reason}) are left out, and the rest is compared."
+        )
+    return [pl.concat(parts) for parts in kept], notes
+
+
+def _groups(recipes: Sequence[Recipe]) -> tuple[dict[str, list[str]], list[str]]:
+    """The groups that hold the same languages in both runs, and a sentence on the others."""
+    first, second = (
+        language_groups(r.run.languages, r.run.low_resource_languages, r.run.held_out_languages)
+        for r in recipes
+    )
+    unlike = [name for name in GROUPS if set(first[name]) != set(second[name])]
+    same = {name: codes for name, codes in first.items() if name not in unlike and codes}
+    if not unlike:
+        return same, []
+    return same, [
+        f"Not the same languages in both runs, so not compared as a group: {enumerate_words(unlike)}."
+    ]
+
+
+def _boards_of(
+    arm: str, frames: Sequence[pl.DataFrame], groups: Mapping[str, Sequence[str]], recipe: Recipe
+) -> tuple[list[tuple[str, dict[tuple[str, float, str], Cell]]], dict[tuple[str, str, float, str], Cell]]:
+    """One arm of the second run against the same arm of the first, per benchmark."""
+    shown = UNTUNED if arm == BASE else arm
+    sides = [frame.filter(pl.col("arm") == arm) for frame in frames]
+    verdicts = pl.concat([sides[0].with_columns(arm=pl.lit(BASE)), sides[1].with_columns(arm=pl.lit(shown))])
+    results = summarise(verdicts, groups, recipe.run.seed, recipe.evaluation.bootstrap)
+    found, firsts = [], {}
+    for board in boards(results, [shown], recipe.run.evaluated):
+        found.append((board.benchmark, {key: cell for key, cell in board.cells.items() if key[0] == shown}))
+        firsts.update({
+            (board.benchmark, shown, t, scope): cell for (who, t, scope), cell in board.cells.items() if who == BASE
+        })  # fmt: skip
+    return found, firsts
+
+
+def _merged(
+    parts: Sequence[list[tuple[str, dict[tuple[str, float, str], Cell]]]],
+    arms: Sequence[str],
+    codes: Sequence[str],
+) -> list[Board]:
+    """The arms' cells as one board per benchmark."""
+    cells: dict[str, dict[tuple[str, float, str], Cell]] = {}
+    for part in parts:
+        for benchmark, of in part:
+            cells.setdefault(benchmark, {}).update(of)
+    return [board_of(benchmark, of, arms, codes, {}) for benchmark, of in cells.items()]

@@ -1,0 +1,165 @@
+"""The charts that are curves: score distributions and training metrics, as SVG paths.
+
+A path is drawn in a box of 100 by 100 that the page stretches to any size (strokes keep their width), and its labels
+are the page's own text. Nothing is decided here about which numbers are shown.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from croco.report.charts import Axis, axis
+
+BINS = 72
+
+
+@dataclass(frozen=True)
+class Ridge:
+    """One language: the distribution of all scores, of the chosen and of the rejected, and how many they are."""
+
+    language: str
+    everything: str  # lines; empty without rows
+    chosen: str
+    rejected: str
+    counts: list[int]  # of all, chosen, rejected
+    means: list[float | None]
+
+
+def ridges(
+    scores: pl.DataFrame, pairs: pl.DataFrame, languages: Sequence[str]
+) -> tuple[list[Ridge], list[tuple[float, str]]]:
+    """Per language its distributions, equal in area and on one scale for all languages; and the scale's ticks."""
+    ends = [scores["score"].quantile(q) or 0.0 for q in (0.001, 0.999)]
+    if pairs.height:
+        sides = (("rejected_score", 0.01), ("chosen_score", 0.99))
+        ends += [end for name, q in sides if (end := pairs[name].quantile(q)) is not None]
+    scale = axis(ends, with_zero=False, num_ticks=4)
+    edges = np.linspace(scale.low, scale.high, BINS + 1)
+    made = []
+    for language in languages:
+        columns = [
+            scores.filter(pl.col("language") == language)["score"],
+            pairs.filter(pl.col("chosen_language") == language)["chosen_score"].drop_nulls(),
+            pairs.filter(pl.col("rejected_language") == language)["rejected_score"].drop_nulls(),
+        ]
+        if all(column.is_empty() for column in columns):
+            continue  # an arm may be of some languages only
+        densities = [_density(column.to_numpy(), edges) for column in columns]
+        top = max(float(density.max()) for density in densities) or 1.0
+        everything, chosen, rejected = (_outline(density / top) for density in densities)
+        counts = [len(column) for column in columns]
+        means = [None if column.is_empty() else float(np.mean(column.to_numpy())) for column in columns]
+        made.append(Ridge(language, everything, chosen, rejected, counts, means))
+    return made, [(scale.place(tick), _tick(tick)) for tick in scale.ticks]
+
+
+def _density(values: NDArray[np.float32], edges: NDArray[np.float64]) -> NDArray[np.float64]:
+    """A smoothed histogram; all zero without values."""
+    counts, _ = np.histogram(values, bins=edges)
+    kernel = np.exp(-0.5 * (np.arange(-5, 6) / 1.8) ** 2)
+    return np.convolve(counts / max(1, counts.sum()), kernel / kernel.sum(), mode="same")
+
+
+def _outline(heights: NDArray[np.float64]) -> str:
+    """A line over the part where there is something to see."""
+    seen = np.flatnonzero(heights > 0.004)
+    if not len(seen):
+        return ""
+    part = slice(max(0, seen[0] - 1), seen[-1] + 2)
+    places = 100 * (np.arange(len(heights)) + 0.5) / len(heights)
+    return _line(list(zip(places[part], 98 - 94 * heights[part], strict=True)))
+
+
+def _line(points: Sequence[tuple[float, float]]) -> str:
+    return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One arm in a panel: a line on training pairs, and dots on pairs held out."""
+
+    series: int
+    arm: str
+    path: str
+    dots: list[tuple[float, float]]  # percent from the left, from the top
+    last: str
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One training metric over steps."""
+
+    title: str
+    curves: list[Curve]
+    rows: list[tuple[float, str]]  # ticks of the value: percent from the top, label
+    columns: list[tuple[float, str]]  # ticks of the step
+    marks: list[tuple[float, int, str]]  # percent from the left, series, words
+
+
+def panels(metrics: Mapping[str, Sequence[Mapping[str, Any]]], titles: Mapping[str, str]) -> list[Panel]:
+    """A panel for every metric that some arm has; the sentinel's marks stand in all of them."""
+    steps = [line["step"] for lines in metrics.values() for line in lines if "step" in line]
+    made = []
+    for column, title in titles.items():
+        values = [
+            float(line[column]) for lines in metrics.values() for line in lines if _finite(line.get(column))
+        ]
+        if not values:
+            continue
+        across = Axis(0, max(steps), axis([0, max(steps)], num_ticks=4).ticks)
+        up = axis(values, with_zero=False, num_ticks=4)
+        curves = []
+        for series, (arm, lines) in enumerate(metrics.items()):
+            points = {
+                split: [
+                    (across.place(line["step"]), 100 - up.place(line[column]))
+                    for line in lines
+                    if _finite(line.get(column))
+                    and (line.get("split", "train") == "train") == (split == "train")
+                ]
+                for split in ("train", "validation")
+            }
+            last = next((line[column] for line in reversed(lines) if _finite(line.get(column))), None)
+            if last is not None:
+                path = _line(points["train"]) if points["train"] else ""
+                curves.append(
+                    Curve(series, arm, path, points["validation"], f"{last:.3g}".replace("-", "\u2212"))
+                )
+        marks = [(across.place(step), series, f"{arm}, step {step}: {text}")
+                 for series, arm, step, text in sentinel(metrics)]  # fmt: skip
+        rows = [(100 - up.place(tick), _tick(tick)) for tick in up.ticks]
+        made.append(
+            Panel(
+                title,
+                curves,
+                rows,
+                [(across.place(t), _tick(t)) for t in across.ticks if 0 <= t <= across.high],
+                marks,
+            )
+        )
+    return made
+
+
+def sentinel(metrics: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[int, str, int, str]]:
+    """What the sentinel noted: the arm's place and name, the step, its sentence."""
+    return [
+        (series, arm, line["step"], str(line["mark"]))
+        for series, (arm, lines) in enumerate(metrics.items())
+        for line in lines
+        if line.get("split") == "sentinel" and line.get("mark")
+    ]
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _tick(value: float) -> str:
+    return f"{value:,.4g}".replace("-", "\u2212")

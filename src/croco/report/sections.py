@@ -1,0 +1,272 @@
+"""What each section of the page shows: the words and numbers that its template lays out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from croco.evaluation.results import BASE, language_groups
+from croco.recipe import Arm
+from croco.report import charts, curves, others
+from croco.report.gather import Run, pair_scores, scores_of
+from croco.report.tables import (
+    Board,
+    arena_board,
+    count_of,
+    duration,
+    mode_shares,
+    sentence,
+    temperature_name,
+)
+
+HEADINGS = (
+    ("verdict", "Verdict"),
+    ("results", "Results"),
+    ("gains", "Intervals"),
+    ("arena", "Arena"),
+    ("tasks", "Tasks"),
+    ("modes", "Completions"),
+    ("scores", "Scores"),
+    ("funnel", "Funnel"),
+    ("training", "Training"),
+    ("browse", "Browse"),
+    ("run", "Run"),
+)
+CURVES = {
+    "loss": "Loss",
+    "rewards/margins": "Reward margin",
+    "rewards/accuracies": "Share of pairs ranked right",
+    "rewards/chosen": "Reward of chosen",
+    "rewards/rejected": "Reward of rejected",
+    "logps/chosen": "Log-probability of chosen",
+    "logps/rejected": "Log-probability of rejected",
+}
+
+
+def facts(run: Run, board: Board) -> list[tuple[str, str]]:
+    """What a reader wants to know before the results, in a few words each."""
+    recipe = run.recipe
+    num_tests = max(cell.num_prompts for cell in board.cells.values())
+    scorers = {arm.scorer for arm in recipe.arms.values()}
+    untuned = (*recipe.run.low_resource_languages, *recipe.run.held_out_languages)
+    prompts = _written(run, "translate" if recipe.translate else "prompts", "prompt")
+    seconds = sum(float(stage.get("seconds") or 0) for stage in run.stages.values())
+    return [
+        ("policy", recipe.policy.model),
+        ("reward model", recipe.reward.model if "reward" in scorers else "not used"),
+        ("tuned on", " ".join(recipe.run.languages)),
+        ("evaluated only", " ".join(untuned) or "none"),
+        ("prompts to tune on", f"{prompts:,}"),
+        (
+            "completions",
+            f"{_sampled(run):,} ({recipe.sampling.completions} a prompt)",
+        ),
+        ("test prompts", f"{num_tests:,} per language"),
+        ("time of all stages", duration(seconds)),
+    ]
+
+
+def _written(run: Run, stage: str, unit: str) -> int:
+    return int(run.stages[stage]["counts"].get("written", {}).get(unit, 0))
+
+
+def _sampled(run: Run) -> int:
+    """Completions of the base and of arms that have their own."""
+    return sum(_written(run, name, "completion") for name in run.stages if name.split("/")[0] == "sample")
+
+
+SCORERS = {
+    "reward": "reward model",
+    "random": "random score",
+    "likelihood": "policy's own likelihood",
+    "likelihood-sum": "policy's own likelihood, summed",
+    "verified": "verified quality",
+    "implicit": "implicit reward",
+    "alignment": "alignment with English",
+}
+
+
+def about(arm: Arm) -> str:
+    """An arm in a few words: its pool, scorer, rule and method."""
+    pool = "all languages" if arm.pool == "all" else "one language"
+    training = arm.training
+    loss = training.method if training.method == "sft" else f"{training.method.upper()}, β {training.beta:g}"
+    nll = f", NLL {training.nll_weight:g}" if training.nll_weight and training.method == "dpo" else ""
+    return f"pool: {pool} · {SCORERS[arm.scorer]} · rejected {arm.rejected} · {loss}{nll}"
+
+
+def groups_of(run: Run) -> dict[str, list[str]]:
+    groups = run.recipe.run
+    return language_groups(groups.languages, groups.low_resource_languages, groups.held_out_languages)
+
+
+def evaluated(run: Run) -> list[tuple[int, str]]:
+    """The arms that have results, each with its place among all arms, which is its colour and shape."""
+    return [(place, arm) for place, arm in enumerate(run.recipe.arms) if run.recipe.arms[arm].evaluated]
+
+
+def verdicts(run: Run, board: Board) -> dict[str, Any]:
+    """One card per arm: its sentence, and the interval of every group at every temperature."""
+    arms = []
+    scopes = [scope for scope in board.groups if scope != "all"] or board.groups
+    names = list(run.recipe.arms)
+    drawn = charts.forests(board, names, scopes)
+    for series, (name, arm) in enumerate(run.recipe.arms.items()):
+        if not arm.evaluated:
+            continue
+        to_best = sentence(board, name, to_best=True) if board.best_base else ""
+        strips = strips_of(drawn, series)
+        arms.append(
+            {
+                "name": name,
+                "series": series,
+                "about": about(arm),
+                "sentence": sentence(board, name),
+                "to_best": to_best[:1].lower() + to_best[1:],
+                "strips": strips,
+                "stopped": run.stages[f"train/{name}"].get("facts", {}).get("stopped")
+                or run.stages[f"train/{name}"].get("stopped"),
+            }
+        )
+    best = [
+        f"{scope} {temperature_name(board.best_base[scope])}"
+        for scope in board.groups
+        if scope in board.best_base
+    ]
+    return {
+        "arms": arms,
+        "scale": drawn[0] if drawn else None,
+        "best": ", ".join(best),
+        "is_share": board.is_share,
+        "judged_on": board.title,
+        "left_out": run.stages["results"].get("facts", {}).get("prompts_left_out", 0),
+    }
+
+
+def strips_of(drawn: Sequence[charts.Forest], series: int) -> list[tuple[str, str, charts.Mark]]:
+    """The marks of one arm, by group or language and temperature."""
+    return [
+        (scope, temperature_name(forest.temperature), mark)
+        for place, (scope, _, _) in enumerate(drawn[0].rows if drawn else [])
+        for forest in drawn
+        for mark in forest.rows[place][2]
+        if mark.series == series
+    ]
+
+
+def results(run: Run, found: list[Board]) -> dict[str, Any]:
+    """Heat maps and forests of every benchmark."""
+    members = groups_of(run)
+    sizes = {name: count_of(len(codes), "language") for name, codes in members.items()}
+    del members["all"]
+    arms = list(run.recipe.arms)
+    drawn = []
+    for board in found:
+        scopes = [
+            *board.groups,
+            *(code for codes in members.values() for code in codes if code in board.languages),
+        ]
+        drawn.append((board, charts.heats(board, members), charts.forests(board, arms, scopes)))
+    return {"drawn": drawn, "scope_sizes": sizes, "series": evaluated(run), "members": members}
+
+
+def other_results(run: Run) -> dict[str, Any]:
+    """The arena and the structured tasks; null and empty in a run without them."""
+    arms, codes = run.recipe.evaluated_arms, run.recipe.run.evaluated
+    board, arena = arena_board(run.results, arms, codes), None
+    if board is not None:
+        members = {name: codes for name, codes in groups_of(run).items() if name != "all"}
+        arena = {
+            "arms": [
+                {"name": arm, "series": place, "sentence": sentence(board, arm)}
+                for place, arm in evaluated(run)
+            ],
+            "heat": charts.heats(board, members)[0],
+            "forests": charts.forests(board, list(run.recipe.arms), [*board.groups, *board.languages]),
+            "judged": others.judged(run.results, arms),
+            "domains": others.domains(run.results, arms),
+            "costs": others.costs(run),
+        }
+    return {"arena": arena, "tasks": others.tasks(run.results, arms, codes)}
+
+
+def modes(run: Run, board: Board) -> dict[str, Any]:
+    """Stacked bars of mode shares: per temperature and group, one bar per arm."""
+    shares = mode_shares(run.results, board.benchmark)
+    order = charts.mode_order({mode for found in shares.values() for mode in found})
+    groups = [scope for scope in board.groups if scope != "all"] or board.groups
+    rows = []
+    for temperature in sorted({t for arm, t in board.settings if arm != BASE}):
+        panels = [
+            (scope, [
+                (arm, [(mode.replace("-", " "), charts.mode_place(mode), 100 * shares[arm, t, scope].get(mode, 0.0))
+                       for mode in order])
+                for arm, t in board.settings if t == temperature and (arm, t, scope) in shares
+            ])
+            for scope in groups
+        ]  # fmt: skip
+        rows.append(("Greedy" if temperature == 0 else f"Sampled at {temperature_name(temperature)}", panels))
+    title = "How completions fail, before and after" if board.is_share else "Language of the completions"
+    return {
+        "title": title,
+        "rows": rows,
+        "legend": [(mode.replace("-", " "), charts.mode_place(mode)) for mode in order],
+    }
+
+
+def distributions(run: Run) -> dict[str, Any]:
+    """Score distributions of the arms that scored anything, and a note on each."""
+    drawn = []
+    for name, arm in run.recipe.arms.items():
+        if (arm.chosen, arm.rejected) == ("reference", "none"):
+            continue  # nothing was scored
+        ridges, ticks = curves.ridges(scores_of(run, name), pair_scores(run, name), run.recipe.run.languages)
+        found = run.stages[f"pair/{name}"]["facts"]
+        note = ""
+        if "share_other_than_minimum" in found:  # an arm for SFT rejects nothing
+            note = (
+                f"Pools of {found['median_pool_size']} completions (median); the rule picked another completion than "
+                f"the minimum in {100 * found['share_other_than_minimum']:.0f}\u00a0% of the pools."
+            )
+        if found.get("shortcuts"):
+            guesses = ", ".join(f"{guess} {auc:.2f}" for guess, auc in found["shortcuts"].items())
+            note += f" Chosen told from rejected by one trait alone, AUC: {guesses}."
+        drawn.append({"arm": name, "scorer": arm.scorer, "ridges": ridges, "ticks": ticks, "note": note})
+    return {"distributions": drawn}
+
+
+def training(run: Run) -> dict[str, Any]:
+    return {
+        "curve_series": list(enumerate(run.recipe.arms)),
+        "panels": curves.panels(run.metrics, CURVES),
+        "sentinel": curves.sentinel(run.metrics),
+    }
+
+
+def provenance(run: Run) -> dict[str, Any]:
+    """What the run was made from: stages with fingerprints, versions, the resolved recipe."""
+    stages = [
+        {
+            "title": title,
+            "seconds": f"{float(stage.get('seconds') or 0):,.1f}",
+            "written": ", ".join(
+                count_of(int(n), unit) for unit, n in stage["counts"].get("written", {}).items()
+            ),
+            "fingerprint": stage["fingerprint"],
+        }
+        for title, stage in run.stages.items()
+    ]
+    last = run.stages["results"]
+    libraries = ", ".join(f"{name} {version}" for name, version in last.get("libraries", {}).items())
+    return {
+        "stages": stages,
+        "provenance": [
+            ("commit", last.get("commit") or "unknown"),
+            ("results of (UTC)", str(last["time"])[:16].replace("T", " ")),
+            ("machine", last.get("machine", "unknown")),
+            ("seed", str(run.recipe.run.seed)),
+            ("libraries", libraries),
+        ],
+        "recipe": json.dumps(run.recipe.model_dump(mode="json"), indent=2, ensure_ascii=False),
+    }
