@@ -9,6 +9,7 @@ from typing import Any
 import polars as pl
 import pytest
 
+from conftest import TinyModels
 from croco import pipeline, store
 from croco.errors import UserError
 from croco.recipe import Recipe, from_dict, merged
@@ -178,6 +179,20 @@ def test_off_policy_completions_say_whose_they_are_and_keep_ids_of_one_tokenizer
     assert found["completion_ids"].null_count() == 0
     facts = store.read_json(study.folder / "sample" / "off-policy" / "stage.json")["facts"]
     assert facts["ids_kept"] is True
+
+
+def test_ids_of_another_tokenizer_are_not_kept_and_text_is_trained_on(
+    tmp_path: Path, tiny_models: TinyModels
+) -> None:
+    recipe = world(
+        tmp_path / "run", {"off": {"sampler": {"model": str(tiny_models.policy)}, "scorer": "random"}}
+    )
+    run(recipe, until="train")
+    found = table(recipe, "sample/off")
+    assert found["completion_ids"].null_count() == found.height == 6 * 3 * 6
+    assert store.read_json(recipe.folder / "sample" / "off" / "stage.json")["facts"]["ids_kept"] is False
+    assert table(recipe, "pair/off")["chosen_ids"].null_count() == table(recipe, "pair/off").height > 0
+    assert not (recipe.folder / "sample" / "stage.json").exists()  # nobody asked for the base's
 
 
 def test_a_round_goes_on_from_the_adapter_before_it(study: Recipe) -> None:

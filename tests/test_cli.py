@@ -107,6 +107,18 @@ def test_plan_says_what_would_run_and_what_it_may_cost(tmp_path: Path, tiny_mode
     # 8 prompts, greedy and sampled, for the base and two arms
     assert "8 prompts in 2 languages, 2 arms and the base: 48 completions" in found.output
     assert not (tmp_path / "run").exists()
+    judge = [
+        "--set",
+        "arena.judge=model",
+        "--set",
+        f"judge.model={tiny_models.policy}",
+        "--set",
+        "arena.limit=3",
+    ]
+    found = CliRunner().invoke(app, ["plan", str(path), *judge])
+    assert (
+        f"6 prompts in 2 languages, 2 arms, both orders, by {tiny_models.policy}: at most 24" in found.output
+    )
     assert CliRunner().invoke(app, ["prompts", str(path)]).exit_code == 0
     found = CliRunner().invoke(app, ["plan", str(path), "--set", "prompts.limit=3"])
     assert "stale, would need --rebuild" in found.output

@@ -45,3 +45,23 @@ def test_codes_and_names() -> None:
     for code in ("english", "DA", "da_DK", "xx", "", "../da"):
         with pytest.raises(UserError):
             languages.check(code)
+
+
+@pytest.mark.parametrize(
+    ("given", "code"),
+    [
+        ("da", "da"),
+        ("deu", "de"),
+        ("deu_Latn", "de"),
+        ("arb_Arab", "ar"),
+        ("nob_Latn", "nb"),
+        ("pt-BR", "pt-BR"),
+    ],
+)
+def test_codes_of_other_data_sets(given: str, code: str) -> None:
+    assert languages.normal(given) == code
+
+
+def test_a_name_is_no_code() -> None:
+    with pytest.raises(UserError, match="'German' is no BCP-47 language code"):
+        languages.normal("German")

@@ -52,7 +52,12 @@ def test_the_papers_settings() -> None:
         ({"sampling": {"completions": 1}}, "sampling.completions = 1, expected at least 2"),
         ({"sampling": {"temperature": 0}}, "sampling.temperature = 0, expected more than 0"),
         ({"training": {"beta": True}}, "training.beta = true, expected a number"),
-        ({"training": {"loss": "kto"}}, "training.loss = 'kto', expected one of 'sigmoid', 'ipo'"),
+        ({"training": {"loss": "kto"}}, "training.loss = 'kto', expected one of 'sigmoid', 'ipo', 'hinge'"),
+        ({"training": {"label_smoothing": 0.5}}, "training.label_smoothing = 0.5, expected less than 0.5"),
+        (
+            {"training": {"over_length": "cut"}},
+            "training.over_length = 'cut', expected one of 'drop' or 'truncate'",
+        ),
         ({"sampling": 3}, "sampling = 3, expected a table"),
         ({"run": {"languages": "en"}}, "run.languages = 'en', expected a list"),
         ({"run": {"languages": []}}, "run.languages is empty"),

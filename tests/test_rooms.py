@@ -36,6 +36,7 @@ LIGHT = (
     "recipe_runtime.py",
     "recipe_sweep.py",
     "recipe_sentinel.py",
+    "recipe_study.py",
     "recipe_errors.py",
     "languages.py",
 )

@@ -11,9 +11,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     Cohere2Config,
     Cohere2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -101,21 +105,30 @@ def make_policy(
     sliding_window: int = 8,
     seed: int = 0,
 ) -> PreTrainedModel:
-    """A causal model in float32 and eval mode; `arch` is "llama", "cohere2" (every other layer slides) or "qwen3"."""
+    """A causal model in float32 and eval mode; `arch` is "llama", "qwen3", "cohere2" or "gemma3" (every other layer
+    slides) or "mistral" (every layer slides)."""
     torch.manual_seed(seed)
     shape = _shape(vocab_size, hidden, layers, max_positions, spread)
+    kinds = ["sliding_attention" if layer % 2 == 0 else "full_attention" for layer in range(layers)]
     model: PreTrainedModel
     if arch == "llama":
         model = LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True))
     elif arch == "qwen3":
         model = Qwen3ForCausalLM(Qwen3Config(**shape, tie_word_embeddings=True))
+    elif arch == "mistral":
+        model = MistralForCausalLM(MistralConfig(**shape, sliding_window=sliding_window))
+    elif arch == "gemma3":
+        model = Gemma3ForCausalLM(
+            Gemma3TextConfig(
+                **shape, sliding_window=sliding_window, layer_types=kinds, final_logit_softcapping=5.0
+            )
+        )
     elif arch == "cohere2":
-        kinds = ["sliding_attention" if layer % 2 == 0 else "full_attention" for layer in range(layers)]
         model = Cohere2ForCausalLM(
             Cohere2Config(**shape, sliding_window=sliding_window, layer_types=kinds, logit_scale=1.0)
         )
     else:
-        raise ValueError(f"unknown architecture {arch!r}: expected llama, cohere2 or qwen3")
+        raise ValueError(f"unknown architecture {arch!r}: expected llama, cohere2, gemma3, qwen3 or mistral")
     return model.eval()
 
 

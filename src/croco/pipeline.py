@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from croco import arms, engines, science, standing, store
+from croco import arms, engines, follows, science, standing, store
 from croco import stage as stages
 from croco.errors import StaleStage, UserError
 from croco.recipe import Recipe
@@ -26,90 +26,6 @@ from croco.stage import Node, Reference, Stage
 from croco.standing import Status
 
 Say = Callable[[str], None]
-
-
-# What each stage reads from the others ------------------------------------------------------------------------------
-
-
-def translated(recipe: Recipe) -> list[str | None]:
-    return [None] if recipe.translate else []
-
-
-def eval_translated(recipe: Recipe) -> list[str | None]:
-    return [None] if recipe.translate and recipe.translate.evaluation else []
-
-
-def euroeval_arms(recipe: Recipe) -> list[str | None]:
-    return arms.evaluated_arms(recipe) if recipe.euroeval else []
-
-
-def arena_arms(recipe: Recipe) -> list[str | None]:
-    return [*recipe.evaluated_arms] if recipe.arena else []
-
-
-def arena_prompts(recipe: Recipe) -> list[str | None]:
-    return [None] if recipe.arena and recipe.arena.source else []
-
-
-def arena_sampled(recipe: Recipe) -> list[str | None]:
-    """Nothing is sampled again where `evaluate` has drawn the same greedy completions."""
-    if recipe.arena is None:
-        return []
-    evaluation, limit = recipe.evaluation, recipe.arena.max_new_tokens
-    same = 0.0 in evaluation.temperatures and limit in (None, evaluation.max_new_tokens)
-    return [] if same and not recipe.arena.source else arms.evaluated_arms(recipe)
-
-
-def compared_from(recipe: Recipe, arm: str | None) -> list[Reference]:
-    """What an arm's comparisons are made of: prompts, and the completions of the base and of the arm."""
-    drawn = "arena-sample" if arena_sampled(recipe) else "evaluate"
-    return [arena_prompts_of(recipe), (drawn, "base"), (drawn, arm)]
-
-
-# a translated table stands in for the one it was made from: those that read it know it by the same name
-STANDS_FOR = {"translate": "prompts", "eval-translate": "eval-prompts"}
-
-
-def prompts_of(recipe: Recipe) -> Reference:
-    return ("translate" if translated(recipe) else "prompts", None)
-
-
-def eval_prompts_of(recipe: Recipe) -> Reference:
-    return ("eval-translate" if eval_translated(recipe) else "eval-prompts", None)
-
-
-def sampled_from(recipe: Recipe, arm: str | None) -> list[Reference]:
-    """The prompts, and the adapter of the arm whose policy samples."""
-    start = arms.arm_of(recipe, arm).start if arm else None
-    return [prompts_of(recipe)] + ([("train", start)] if start else [])
-
-
-def arena_prompts_of(recipe: Recipe) -> Reference:
-    return ("arena-prompts", None) if arena_prompts(recipe) else eval_prompts_of(recipe)
-
-
-def scored_from(recipe: Recipe, arm: str | None) -> list[Reference]:
-    """Prompts and completions, and the arm whose implicit reward is the score."""
-    if arm is None:
-        return [prompts_of(recipe), ("sample", None)]
-    implicit = arms.arm_of(recipe, arm).implicit
-    own: list[Reference] = [("train", implicit.arm)] if implicit else []
-    return [prompts_of(recipe), arms.samples_of(recipe, arm), *own]
-
-
-def paired_from(recipe: Recipe, arm: str | None) -> list[Reference]:
-    """What an arm's pairs are made of; data for SFT on gold completions needs the prompts alone."""
-    section = arms.arm_of(recipe, arm)
-    if not arms.contrasted(section):
-        return [prompts_of(recipe)]
-    gold: list[Reference] = [("score-references", None)] if section.chosen == "reference" else []
-    return [prompts_of(recipe), arms.samples_of(recipe, arm), arms.scores_of(recipe, arm), *gold]
-
-
-def trained_from(recipe: Recipe, arm: str | None) -> list[Reference]:
-    """An arm's pairs, and the adapter that it goes on training."""
-    start = arms.arm_of(recipe, arm).start
-    return [("pair", arm)] + ([("train", start)] if start else [])
 
 
 STAGES: tuple[Stage, ...] = (
@@ -130,7 +46,7 @@ STAGES: tuple[Stage, ...] = (
         table="prompts",
         settings=lambda recipe, arm: science.translate_settings(recipe, recipe.run.languages),
         follows=lambda recipe, arm: [("prompts", None)],
-        arms=translated,
+        arms=follows.translated,
     ),
     Stage(
         name="sample",
@@ -138,7 +54,7 @@ STAGES: tuple[Stage, ...] = (
         function="croco.sampling.sample:sample",
         table="completions",
         settings=science.sample_settings,
-        follows=sampled_from,
+        follows=follows.sampled_from,
         arms=arms.sampling_arms,
     ),
     Stage(
@@ -147,7 +63,7 @@ STAGES: tuple[Stage, ...] = (
         function="croco.scoring.score:score",
         table="scores",
         settings=science.score_settings,
-        follows=scored_from,
+        follows=follows.scored_from,
         arms=arms.scoring_arms,
         reads_all=("completion", "sample"),
     ),
@@ -157,7 +73,7 @@ STAGES: tuple[Stage, ...] = (
         function="croco.scoring.score:score_references",
         table="scores",
         settings=science.references_settings,
-        follows=lambda recipe, arm: [prompts_of(recipe)],
+        follows=lambda recipe, arm: [follows.prompts_of(recipe)],
         arms=arms.gold_arms,
     ),
     Stage(
@@ -166,16 +82,16 @@ STAGES: tuple[Stage, ...] = (
         function="croco.pairing.pair:pair",
         table="pairs",
         settings=science.pair_settings,
-        follows=paired_from,
+        follows=follows.paired_from,
         arms=arms.tuned_arms,
     ),
     Stage(
         name="train",
-        version=1,
+        version=2,
         function="croco.training.train:train",
         table="",
         settings=science.train_settings,
-        follows=trained_from,
+        follows=follows.trained_from,
         arms=arms.tuned_arms,
     ),
     Stage(
@@ -195,7 +111,7 @@ STAGES: tuple[Stage, ...] = (
         table="prompts",
         settings=lambda recipe, arm: science.translate_settings(recipe, recipe.run.evaluated),
         follows=lambda recipe, arm: [("eval-prompts", None)],
-        arms=eval_translated,
+        arms=follows.eval_translated,
     ),
     Stage(
         name="evaluate",
@@ -203,7 +119,9 @@ STAGES: tuple[Stage, ...] = (
         function="croco.evaluation.evaluate:evaluate",
         table="verdicts",
         settings=science.evaluate_settings,
-        follows=lambda recipe, arm: [eval_prompts_of(recipe)] + ([] if arm == "base" else [("train", arm)]),
+        follows=lambda recipe, arm: (
+            [follows.eval_prompts_of(recipe)] + ([] if arm == "base" else [("train", arm)])
+        ),
         arms=arms.evaluated_arms,
     ),
     Stage(
@@ -213,7 +131,7 @@ STAGES: tuple[Stage, ...] = (
         table="results",
         settings=science.euroeval_settings,
         follows=lambda recipe, arm: [] if arm == "base" else [("train", arm)],
-        arms=euroeval_arms,
+        arms=follows.euroeval_arms,
     ),
     Stage(
         name="arena-prompts",
@@ -222,7 +140,7 @@ STAGES: tuple[Stage, ...] = (
         table="prompts",
         settings=science.arena_prompts_settings,
         follows=lambda recipe, arm: [],
-        arms=arena_prompts,
+        arms=follows.arena_prompts,
     ),
     Stage(
         name="arena-sample",
@@ -230,8 +148,10 @@ STAGES: tuple[Stage, ...] = (
         function="croco.evaluation.arena:sample",
         table="completions",
         settings=science.arena_sample_settings,
-        follows=lambda recipe, arm: [arena_prompts_of(recipe)] + ([] if arm == "base" else [("train", arm)]),
-        arms=arena_sampled,
+        follows=lambda recipe, arm: (
+            [follows.arena_prompts_of(recipe)] + ([] if arm == "base" else [("train", arm)])
+        ),
+        arms=follows.arena_sampled,
     ),
     Stage(
         name="arena",
@@ -239,8 +159,8 @@ STAGES: tuple[Stage, ...] = (
         function="croco.evaluation.arena:arena",
         table="comparisons",
         settings=science.arena_settings,
-        follows=compared_from,
-        arms=arena_arms,
+        follows=follows.compared_from,
+        arms=follows.arena_arms,
     ),
     Stage(
         name="results",
@@ -249,10 +169,10 @@ STAGES: tuple[Stage, ...] = (
         table="results",
         settings=science.results_settings,
         follows=lambda recipe, arm: (
-            [eval_prompts_of(recipe)]
+            [follows.eval_prompts_of(recipe)]
             + [("evaluate", name) for name in arms.evaluated_arms(recipe)]
-            + [("euroeval", name) for name in euroeval_arms(recipe)]
-            + [("arena", name) for name in arena_arms(recipe)]
+            + [("euroeval", name) for name in follows.euroeval_arms(recipe)]
+            + [("arena", name) for name in follows.arena_arms(recipe)]
         ),
     ),
     Stage(
@@ -262,8 +182,8 @@ STAGES: tuple[Stage, ...] = (
         table="",
         settings=science.report_settings,
         follows=lambda recipe, arm: [
-            prompts_of(recipe),
-            eval_prompts_of(recipe),
+            follows.prompts_of(recipe),
+            follows.eval_prompts_of(recipe),
             *(
                 (before, name)
                 for before in ("sample", "score", "pair", "train", "results")
@@ -286,8 +206,8 @@ def nodes(recipe: Recipe) -> list[Node]:
         """The node, after all that it reads: an arm that starts from another one comes after its training."""
         if (name, arm) not in made:
             stage, folder = _BY_NAME[name], recipe.folder / name
-            follows = stage.follows(recipe, arm)
-            inputs = {_input_name(arm, before, follows): make(*before) for before in follows}
+            reads = stage.follows(recipe, arm)
+            inputs = {_input_name(arm, before, reads): make(*before) for before in reads}
             where = folder if arm is None else folder / arm
             made[name, arm] = Node(stage, arm, where, stage.settings(recipe, arm), inputs)
         return made[name, arm]
@@ -298,10 +218,10 @@ def nodes(recipe: Recipe) -> list[Node]:
     return list(made.values())
 
 
-def _input_name(arm: str | None, before: Reference, follows: Sequence[Reference]) -> str:
+def _input_name(arm: str | None, before: Reference, reads: Sequence[Reference]) -> str:
     """An arm's own table of a kind is "pair", as is the only one that it reads; others are "pair/monolingual"."""
-    name, its_arm = STANDS_FOR.get(before[0], before[0]), before[1]
-    only = arm is not None and [kind for kind, _ in follows].count(before[0]) == 1
+    name, its_arm = follows.STANDS_FOR.get(before[0], before[0]), before[1]
+    only = arm is not None and [kind for kind, _ in reads].count(before[0]) == 1
     return name if its_arm in (None, arm) or only else f"{name}/{its_arm}"
 
 

@@ -14,6 +14,7 @@ from croco import arms, pipeline, store
 from croco.executor import described
 from croco.prompts import load as prompts_load
 from croco.recipe import Evaluation, Prompts, Recipe
+from croco.recipe_arena import Arena
 from croco.recipe_arms import languages_of
 from croco.recipe_euroeval import EuroEval
 from croco.stage import Node
@@ -103,6 +104,8 @@ def cost(recipe: Recipe, rates: Mapping[str, float]) -> Iterator[str]:
             f"evaluate: {test:,} prompts in {len(recipe.run.evaluated)} languages, {num_arms} arms and "
             f"the base: {completions:,} completions, at most {completions * evaluation.max_new_tokens:,} tokens"
         )
+    if recipe.arena is not None:
+        yield _comparisons(recipe, test)
     if recipe.euroeval is not None:
         yield _structured_tasks(recipe, recipe.euroeval)
     if tuning is None or test is None:
@@ -165,8 +168,26 @@ def _translations(stage: str, prompts: int, source: str, languages: Sequence[str
     return f"{stage}: {prompts:,} prompts from {source} into {targets} languages = {prompts * targets:,} translations"
 
 
-def _num_prompts(section: Prompts | Evaluation, key: str, languages: tuple[str, ...]) -> int | None:
+def _comparisons(recipe: Recipe, test: int | None) -> str:
+    """What a judge is asked at most; the same text twice is not asked about."""
+    arena = recipe.arena
+    assert arena is not None
+    languages, num_arms = recipe.arena_languages, len(recipe.evaluated_arms)
+    judge = recipe.judge.model if arena.judge == "model" and recipe.judge else "the lab"
+    if arena.source:
+        prompts = _num_prompts(arena, "arena", languages)
+    else:
+        prompts = None if test is None else test // len(recipe.run.evaluated) * len(languages)
+        if arena.limit is not None and prompts is not None:
+            prompts = min(prompts, arena.limit * len(languages))
+    count = "prompts" if prompts is None else f"{prompts:,} prompts"
+    asked = "" if prompts is None else f": at most {2 * prompts * num_arms:,} judgements"
+    return f"arena: {count} in {len(languages)} languages, {num_arms} arms, both orders, by {judge}{asked}"
+
+
+def _num_prompts(section: Prompts | Evaluation | Arena, key: str, languages: tuple[str, ...]) -> int | None:
     """Rows (prompts × languages) that a section gives; None when only the hub knows."""
+    assert section.source is not None
     if section.source.startswith("hf:"):
         return None if section.limit is None else section.limit * len(languages)
     loaded = prompts_load.load(

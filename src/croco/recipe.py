@@ -162,7 +162,8 @@ class Training(Section):
     full: bool = False  # tune all weights instead of adapters; [training.lora] is not read then
     lora: Lora = Lora()
     sentinel: Sentinel = Sentinel()
-    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    # of the prompts, held out: the sentinel watches them, and the best checkpoint is chosen on them
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.02
 
 
 class Evaluation(Section):

@@ -131,7 +131,10 @@ def test_right_language_of_both_sides():
 
 def test_only_what_all_arms_have_is_compared():
     rows = [*FOUR, *(dict(row, arm="other") for row in FOUR[:3])]
-    kept, left_out = compared_in_all_arms(table(*rows))
+    kept, left_out = compared_in_all_arms(table(*rows), ["croco", "other"])
     assert (kept.height, left_out) == (6, 1)
+    others = comparison("p9", "da", "arm", "arm", arm="other")
     with pytest.raises(UserError, match="arm 'other' has 1 comparisons, the fewest"):
-        compared_in_all_arms(table(*FOUR, comparison("p9", "da", "arm", "arm", arm="other")))
+        compared_in_all_arms(table(*FOUR, others), ["croco", "other"])
+    with pytest.raises(UserError, match="arm 'third' has no comparisons, expected some of every arm"):
+        compared_in_all_arms(table(*rows), ["croco", "other", "third"])

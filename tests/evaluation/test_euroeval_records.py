@@ -100,14 +100,14 @@ def test_what_does_not_belong_is_one_sentence(
         rows_of(read_records(path, MODEL)[DA], "base", "da", ASKED)
 
 
-def test_results_of_before_17_a_second_line_and_a_cut_line_are_refused(tmp_path: Path) -> None:
+def test_results_of_16_a_second_line_and_a_cut_line_are_refused(tmp_path: Path) -> None:
     old = {
         "dataset": "dala",
         "model": MODEL,
         "results": {"total": {"test_mcc": 1.0}},
-        "euroeval_version": "15.16.0",
+        "euroeval_version": "16.11.0",
     }
-    with pytest.raises(UserError, match=f"written by EuroEval 15.16.0, expected {VERSION}"):
+    with pytest.raises(UserError, match=f"written by EuroEval 16.11.0, expected {VERSION}"):
         read_records(written(tmp_path / "old.jsonl", old), MODEL)
     with pytest.raises(UserError, match=f"line 2: '{DA}' a second time"):
         read_records(written(tmp_path / "twice.jsonl", lines()[0], lines()[0]), MODEL)

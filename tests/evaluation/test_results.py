@@ -115,3 +115,52 @@ def test_real_prompts_report_the_score():
     results = summarise(table, GROUPS, seed=1, num_resamples=100)
     assert value(results, "croco", "da", "score") == 2.0
     assert value(results, "croco", "tuned", "difference") == 1.5
+
+
+def test_p_values_by_hand():
+    # five prompts in two languages, all of them wrong before and right after in da, one in nl
+    rows = []
+    for number in range(5):
+        for language in ("da", "nl"):
+            after = "good" if language == "da" or number == 0 else "terse"
+            rows += [
+                ("base", f"p{number}", language, 0.0, 0, "terse"),
+                ("croco", f"p{number}", language, 0.0, 0, after),
+            ]
+    results = summarise(verdicts(*rows), GROUPS, seed=1, num_resamples=50)
+    assert value(results, "croco", "da", "difference-p") == 2 / 2**5  # McNemar's, five of five
+    assert value(results, "croco", "nl", "difference-p") == 1.0  # one of one
+    assert value(results, "croco", "da", "difference-p-holm") == 2 * 2 / 2**5
+    assert value(results, "croco", "nl", "difference-p-holm") == 1.0
+    # differences 1, 1, 1, 1, 2 of the pool: all signs alike in 2 of 2⁵ patterns; tuned and all are two groups
+    assert value(results, "croco", "tuned", "difference-p") == 2 / 2**5
+    assert value(results, "croco", "tuned", "difference-p-holm") == 2 * 2 / 2**5
+    # 1, 0, 0, 0, 0: mean 0.2, std √0.2, (2.8016 · √0.2 / 0.2)² = 39.2
+    assert value(results, "croco", "nl", "prompts-to-resolve") == 40.0
+    assert results.filter((pl.col("arm") == "base") & pl.col("metric").str.contains("-p")).is_empty()
+
+
+def test_language_fidelity_is_of_those_that_can_be_told():
+    table = two_arms().with_columns(
+        found_language=pl.when(pl.col("mode") == "good")
+        .then(pl.col("language"))
+        .when(pl.col("mode") == "terse")
+        .then(pl.lit("da"))
+    )
+    results = summarise(table, GROUPS, seed=1, num_resamples=50)
+    # nl: good is nl, evasive tells nothing, terse is da
+    assert value(results, "base", "nl", "right-language") == 1.0
+    assert value(results, "base", "nl", "language-told") == 0.5
+    assert value(results, "croco", "nl", "right-language") == 0.5
+    assert value(results, "croco", "nl", "language-told") == 1.0
+    assert value(results, "base", "tuned", "right-language") == 1.0
+    assert value(results, "croco", "tuned", "right-language") == 0.75
+    (n,) = results.filter(
+        (pl.col("arm") == "base") & (pl.col("language") == "nl") & (pl.col("metric") == "right-language")
+        & (pl.col("temperature") == 0)
+    )["n"].to_list()  # fmt: skip
+    assert n == 1
+    nothing = table.with_columns(found_language=pl.lit(None, pl.String))
+    results = summarise(nothing, GROUPS, seed=1, num_resamples=50)
+    assert "right-language" not in results["metric"]
+    assert value(results, "base", "nl", "language-told") == 0.0

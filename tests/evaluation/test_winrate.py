@@ -5,7 +5,7 @@ import pytest
 from scipy.optimize import minimize
 
 from croco.evaluation.stats import resample_counts
-from croco.evaluation.winrate import length_controlled, length_controlled_interval, scaled
+from croco.evaluation.winrate import fit, length_controlled, pooled, scaled
 
 
 def slow(y: np.ndarray, x: np.ndarray, counts: np.ndarray | None = None) -> float:
@@ -72,7 +72,10 @@ def test_the_interval_agrees_with_fits_one_by_one():
     y = generator.choice([0.0, 0.5, 1.0], size=60)
     delta = generator.normal(20, 40, size=60) * (1 + groups)
     counts = resample_counts(num_prompts, 5, 200)
-    ours = length_controlled_interval(y, delta, groups, prompts, counts)
+    of_language = [
+        fit(y[groups == g], delta[groups == g], counts[:, prompts[groups == g]]) for g in range(languages)
+    ]
+    ours = pooled(of_language)
     fits = []
     for row in counts:
         each = [
@@ -92,3 +95,11 @@ def test_bad_values_are_errors():
     for y, delta in (([], []), ([1, 0], [1]), ([[1.0]], [[1.0]])):
         with pytest.raises(ValueError):
             length_controlled(y, delta)
+
+
+def test_languages_count_by_their_comparisons():
+    counts = resample_counts(4, 0, 10)
+    many, one = fit([1.0, 1.0, 1.0], [0, 0, 0], counts[:, :3]), fit([0.0], [5], counts[:, 3:])
+    assert pooled([many, one]).value == 0.75
+    # a resample that draws none of a language is of the others alone
+    assert pooled([one]) == (0.0, 0.0, 0.0)

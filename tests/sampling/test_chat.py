@@ -1,6 +1,7 @@
 """The chat template is applied in one place: instruction, special tokens, prefix check, and what it refuses."""
 
 import pytest
+from tokenizers import normalizers
 
 from croco.errors import UserError
 from croco.sampling.chat import (
@@ -10,6 +11,7 @@ from croco.sampling.chat import (
     end_id,
     end_ids,
     prompt_ids,
+    same_ids,
     with_instruction,
 )
 from tiny import make_policy, make_tokenizer
@@ -96,3 +98,12 @@ def test_a_model_without_end_token_is_an_error():
     tokenizer.eos_token = config.eos_token_id = None
     with pytest.raises(UserError, match="no end-of-sequence token"):
         end_ids(tokenizer, config)
+
+
+def test_ids_mean_the_same_where_words_and_rules_are_the_same(tokenizer):
+    assert same_ids(tokenizer, make_tokenizer(chat_template=None))
+    assert not same_ids(tokenizer, make_tokenizer(vocab_size=300))
+    other = make_tokenizer()
+    other.backend_tokenizer.normalizer = normalizers.Lowercase()  # the same words, found otherwise
+    assert other.get_vocab() == tokenizer.get_vocab()
+    assert not same_ids(tokenizer, other)

@@ -68,7 +68,7 @@ def test_ranking_by_hand_and_against_scipy() -> None:
 def verdicts(folder: Path, arm: str, values: dict[tuple[str, str], float], mode: str = "good") -> None:
     rows = [
         {"arm": arm, "prompt_id": p, "language": code, "temperature": 1.0, "sample_id": 0, "completion": "",
-         "finish_reason": "stop", "benchmark": "lab", "mode": mode, "value": value}
+         "finish_reason": "stop", "benchmark": "lab", "mode": mode, "found_language": None, "value": value}
         for (p, code), value in values.items()
     ]  # fmt: skip
     where = folder / "evaluate" / arm

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from croco import recipe as recipes
+from croco.engines.loading import load_policy
 from croco.errors import UserError
 from croco.store import write_json
 from croco.training.launch import Job, num_processes, tune
@@ -122,6 +123,34 @@ def test_the_stage_starts_its_processes(job, alone, tmp_path):
     ours, theirs = (load_file(path / "adapter_model.safetensors") for path in (found.adapter, alone.adapter))
     gap = sum((ours[name] - theirs[name]).square().sum() for name in theirs).sqrt()
     assert gap < 1e-2 * sum(theirs[name].square().sum() for name in theirs).sqrt()
+
+
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "ACCELERATE_USE_CPU": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("full", [False, True])
+def test_weights_spread_by_fsdp_give_the_same_curve(job, tmp_path, monkeypatch, full):
+    """What a file of `accelerate config` says reaches the processes in these variables."""
+    both = replace(job, folder=tmp_path / "one", settings={**job.settings, "full": full})
+    tune(both, lambda *_: None)
+    for name, value in FSDP.items():
+        monkeypatch.setenv(name, value)
+    found = tune(over(both, tmp_path / "two", train_processes=2), lambda *_: None)
+    assert_same_curve(tmp_path / "two", tmp_path / "one")
+    assert found.adapter == tmp_path / "two" / ("model" if full else "adapter")
+    load_policy(job.recipe.policy.model, adapter=None if full else found.adapter)
+    if full:
+        load_policy(str(found.adapter))
 
 
 def test_bad_input_in_the_processes_is_one_sentence_here(job, tmp_path):

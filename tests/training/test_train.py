@@ -2,9 +2,11 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from croco.engines.loading import load_policy
 from croco.errors import UserError
 from croco.recipe import load
 from croco.science import train_settings
@@ -106,6 +109,20 @@ def test_sft_raises_the_likelihood_of_the_chosen(tmp_path):
     }
 
 
+def test_all_weights_of_a_half_precision_model_move_by_steps_it_could_not_hold(tmp_path):
+    """A step of 1e-6 is below what bfloat16 tells apart, so the weights are kept in float32."""
+    model = make_policy("llama").to(torch.bfloat16)
+    settings = replace(SETTINGS, full=True, learning_rate=1e-6, epochs=1)
+    result = run(tmp_path, settings, model=model, num_pairs=12)
+    assert result.adapter == tmp_path / "model"
+    found, base = load_file(result.adapter / "model.safetensors"), make_policy("llama").to(torch.bfloat16)
+    moved = {name: (found[name] - p.float()).abs().max().item() for name, p in base.named_parameters()}
+    assert all(0 < most < 1e-5 for name, most in moved.items() if "proj" in name)
+    reloaded, tokenizer = load_policy(str(result.adapter))
+    assert tokenizer.chat_template
+    assert reloaded.generation_config.eos_token_id == 2
+
+
 def test_simpo_needs_no_reference_and_is_watched_without_one(tmp_path):
     result = run(tmp_path, replace(SETTINGS, loss="simpo", beta=2.0))
     train = metrics(tmp_path, "train")
@@ -184,6 +201,50 @@ def test_sigkill_inside_a_checkpoint_leaves_no_trace(undisturbed, tmp_path):
     run(tmp_path, on_step=lambda step, num_steps: steps.append(step))
     assert steps[0] == 3
     assert_same_run(tmp_path, undisturbed[0])
+
+
+ASKED = """
+import sys
+from pathlib import Path
+from training.test_train import run
+run(Path(sys.argv[1]), checkpoint_minutes=1e-6)
+"""
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_sigkill_at_any_step_leaves_no_trace(undisturbed, tmp_path, seed):
+    """Twice in one run, at random moments; with dropout, evaluations and a best checkpoint. Equal to the last bit."""
+    draw = random.Random(seed)
+    source, tests = Path(__file__).parents[2] / "src", Path(__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": f"{source}{os.pathsep}{tests}"}
+    lines = tmp_path / "metrics.jsonl"
+    for at in sorted(draw.sample(range(2, 11), 2)):  # of the 13 lines of a whole run
+        process = subprocess.Popen(
+            [sys.executable, "-c", ASKED, str(tmp_path)], env=environment, stderr=subprocess.DEVNULL
+        )
+        while process.poll() is None and not (lines.is_file() and lines.read_text().count("\n") >= at):
+            time.sleep(0.01)
+        time.sleep(draw.random() / 10)
+        process.kill()
+        process.wait()
+    run(tmp_path)
+    assert_same_run(tmp_path, undisturbed[0])
+    assert sum(line["step"] == 0 for line in metrics(tmp_path, "validation")) == 1
+
+
+def test_a_tracker_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"names 'tensorbord', expected some of .*, tensorboard, "):
+        run(tmp_path, trackers=("tensorbord",))
+    with pytest.raises(UserError, match="names 'clearml', which is not installed here"):
+        run(tmp_path, trackers=("clearml",))
+
+
+def test_an_adapter_of_another_base_is_no_start(undisturbed, tmp_path):
+    """A base of the same shape takes it without a word; what its folder says of its base does not."""
+    bases = [save(tmp_path / str(seed), make_policy("llama", seed=seed), TOKENIZER) for seed in (0, 1)]
+    run(tmp_path / "one", model=load_policy(str(bases[0]))[0], num_pairs=12)
+    with pytest.raises(UserError, match=r"was trained on .*0, expected one of '.*1'"):
+        run(tmp_path / "two", model=load_policy(str(bases[1]))[0], start=tmp_path / "one" / "adapter")
 
 
 def test_checkpoints_of_other_settings_are_not_taken_up(tmp_path):

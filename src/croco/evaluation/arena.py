@@ -17,7 +17,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from croco.engines import open_judge, open_sampler
+from croco.engines import open_judge, open_sampler, tuned_weights
 from croco.engines.base import Decoding, Judged, JudgeRequest
 from croco.errors import UserError
 from croco.evaluation import judging
@@ -49,7 +49,7 @@ def sample(work: Work) -> None:
     prompts = work.inputs.get("arena-prompts") or work.inputs["eval-prompts"]
     size, rows = work.runtime.shard_prompts, read_prompts(recipe, prompts).height
     sizes = [min(size, rows - start) for start in range(0, rows, size)]
-    adapter = None if work.arm == BASE else work.inputs["train"] / "adapter"
+    adapter = None if work.arm == BASE else tuned_weights(work.inputs["train"])
     worker = partial(GreedyWorker, recipe, prompts, adapter, work.engine_seed)
     compute(work, worker, sizes, "completion", role="evaluate")
 

@@ -19,25 +19,25 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import polars as pl
 
 from croco.errors import UserError
 from croco.evaluation import stats
 from croco.evaluation.results import BASE, Row, adjusted, row_of, scopes_of, tests_of
-from croco.evaluation.winrate import length_controlled_interval
+from croco.evaluation.winrate import Fit, fit, pooled
 
 BENCHMARK = "arena"
 
 
-def compared_in_all_arms(comparisons: pl.DataFrame) -> tuple[pl.DataFrame, int]:
+def compared_in_all_arms(comparisons: pl.DataFrame, arms: Sequence[str]) -> tuple[pl.DataFrame, int]:
     """The comparisons on those (prompt, language) that every arm has, and how many others there were.
 
-    Raises UserError naming the arm with the fewest when nothing is left.
+    Raises UserError naming an arm without any, or the arm with the fewest when nothing is left.
     """
     key = ["prompt_id", "language"]
-    arms = comparisons["arm"].n_unique()
-    common = comparisons.group_by(key).agg(pl.col("arm").n_unique()).filter(pl.col("arm") == arms)
+    if missing := [arm for arm in arms if arm not in comparisons["arm"]]:
+        raise UserError(f"arm {missing[0]!r} has no comparisons, expected some of every arm")
+    common = comparisons.group_by(key).agg(pl.col("arm").n_unique()).filter(pl.col("arm") == len(arms))
     if common.is_empty():
         arm, count = comparisons.group_by("arm").len().sort("len", "arm").row(0)
         raise UserError(
@@ -53,6 +53,8 @@ def arena_rows(
     """The rows of the results table for the comparisons of all arms, which must be on the same prompts."""
     numbers = numbered(comparisons)
     rows: list[Row] = []
+    # most of the time goes into fits, and groups are made of languages
+    known: dict[tuple[object, ...], Fit] = {}
     for scope, languages in scopes_of(comparisons["language"].unique().to_list(), groups).items():
         part = numbers.filter(pl.col("language").is_in(languages))
         names = part["prompt_id"].unique().sort()
@@ -60,6 +62,13 @@ def arena_rows(
         for index, ((arm,), here) in enumerate(part.group_by("arm", maintain_order=True)):
             places = here.with_columns(place=here["prompt_id"].replace_strict(names, range(len(names))))
             found = _scope_rows(str(arm), places, counts, seed) + _fidelity(str(arm), places, counts, "found")
+            fits = []
+            for (language,), own in places.group_by("language", maintain_order=True):
+                key = arm, language, tuple(names)
+                if key not in known:
+                    known[key] = fit(own["value"], own["delta"], counts[:, own["place"].to_numpy()])
+                fits.append(known[key])
+            found.append(row_of(str(arm), 0.0, "lc-win-rate", pooled(fits), len(names)))
             if index == 0:  # the base's completions are the same in every arm
                 found += _fidelity(BASE, places, counts, "base_found")
             rows += [{**row, "language": scope, "benchmark": BENCHMARK, "seed": seed} for row in found]
@@ -107,10 +116,6 @@ def _scope_rows(arm: str, part: pl.DataFrame, counts: Any, seed: int) -> list[Ro
         inside = (pl.col("domain") == domain).fill_null(False).cast(pl.Float64)
         columns[f"win-rate:{domain}"] = (pl.col("value") * inside, inside)
     rows = _ratios(arm, part, columns, counts)
-    y, delta, places = (part[name].to_numpy() for name in ("value", "delta", "place"))
-    groups = part["language"].rank("dense").to_numpy().astype(np.int64) - 1
-    interval = length_controlled_interval(y, delta, groups, places, counts)
-    rows.append(row_of(arm, 0.0, "lc-win-rate", interval, counts.shape[1]))
     leaning = part.group_by("place").agg((pl.col("value") - 0.5).sum()).sort("place")["value"].to_numpy()
     return rows + tests_of(arm, 0.0, "win-rate", leaning, stats.sign_flip(leaning, seed))
 

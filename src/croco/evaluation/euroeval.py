@@ -1,8 +1,9 @@
 """The stage `euroeval`: structured tasks, by EuroEval as a program of its own, against a server of an arm's policy.
 
 One shard per dataset. EuroEval appends to its results file when a dataset is done, and the shard is written from that
-line; so a run that was killed goes on with the next dataset, and inside a dataset EuroEval's own cache of completions
-helps. What is in the file is checked by `euroeval_records`, EuroEval's environment is made by `euroeval_install`.
+line; so a run that was killed goes on with the next dataset, and inside a dataset EuroEval keeps the completions of
+finished iterations. What is in the file is checked by `euroeval_records`, EuroEval's environment is made by
+`euroeval_install`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import IO, Any
 import pyarrow as pa
 
 from croco import store
-from croco.engines import serving
+from croco.engines import serving, tuned_weights
 from croco.errors import UserError
 from croco.evaluation.euroeval_records import Record, read_records, rows_of
 from croco.evaluation.results import BASE
@@ -267,10 +268,14 @@ def served(work: Work, folder: Path) -> Iterator[tuple[serving.Serving, dict[str
 
     policy = work.recipe.policy
     dtype = str(pick_dtype(policy.dtype, pick_device(work.runtime.device))).removeprefix("torch.")
-    merged = None
+    merged, identity = None, work.settings["policy"]["model"]
     if arm != BASE:
-        merged = serving.merge(policy, dtype, work.inputs["train"] / "adapter", work.scratch() / "merged")
-    identity = folder_identity(merged) if merged else work.settings["policy"]["model"]
+        weights = tuned_weights(work.inputs["train"])
+        if weights.name == "model":  # all of them were tuned
+            policy = policy.model_copy(update={"model": str(weights), "revision": None})
+        else:
+            merged = serving.merge(policy, dtype, weights, work.scratch() / "merged")
+        identity = folder_identity(merged or weights)
     with serving.serve(
         policy,
         merged,

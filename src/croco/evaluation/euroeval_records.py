@@ -116,7 +116,7 @@ def _read(line: str, place: str) -> Record:
     library = values.get("eval_library") if isinstance(values, dict) else None
     written_by = library.get("version") if isinstance(library, dict) else None
     if written_by is None and isinstance(values, dict):
-        written_by = values.get("euroeval_version")  # how it was before 17
+        written_by = values.get("euroeval_version")  # the format of 16
     if written_by != VERSION:
         raise UserError(f"{place}: written by EuroEval {written_by or '(unknown)'}, expected {VERSION}")
     try:

@@ -250,7 +250,7 @@ def results(work: Work) -> None:
             table = pl.concat([table, tasks.select(table.columns)], how="vertical_relaxed")
         if work.recipe.arena is not None:
             compared = pl.concat([read_table(work.inputs[f"arena/{arm}"]) for arm in arms[1:]])
-            compared, num_left_out = compared_in_all_arms(compared)
+            compared, num_left_out = compared_in_all_arms(compared, arms[1:])
             work.record(comparisons_left_out=num_left_out)
             rows = arena_rows(compared, groups, work.seed, work.recipe.evaluation.bootstrap)
             table = pl.concat([table, rows.select(table.columns)], how="vertical_relaxed")

@@ -6,6 +6,9 @@ preference, is `arena`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -37,33 +40,37 @@ def scaled(length_differences: ArrayLike) -> Array:
     return np.zeros_like(delta) if std == 0 else np.tanh(delta / std)
 
 
-def length_controlled_interval(
-    preferences: Array,
-    length_differences: Array,
-    groups: NDArray[np.int64],
-    prompts: NDArray[np.int64],
-    counts: Array,
-) -> Interval:
-    """The length-controlled win rate of several languages with its bootstrap interval.
+@dataclass(frozen=True)
+class Fit:
+    """The length-controlled win rate of one language, and of every resample: (R,), with its number of comparisons."""
 
-    preferences, length_differences, groups, prompts: (n,), groups and prompts numbered from 0; counts: (R, prompts),
-    from `stats.resample_counts`. Every group (language) has a fit of its own, since lengths differ between languages;
-    together they are their mean, weighted by their numbers of comparisons, so that without an effect of length it is
-    the plain win rate. x is scaled once, on all comparisons of the group, and not again in every resample.
+    value: float
+    size: int
+    resampled: Array
+    sizes: Array
+
+
+def fit(preferences: ArrayLike, length_differences: ArrayLike, drawn: Array) -> Fit:
+    """One language: (n,) preferences and length differences, and how often each comparison is drawn, (R, n).
+
+    x is scaled once, on all comparisons, and not again in every resample.
     """
-    value, weights = 0.0, np.zeros(len(counts))
-    sums = np.zeros(len(counts))
-    for group in np.unique(groups):
-        here = groups == group
-        y, x = preferences[here], scaled(length_differences[here])
-        drawn = counts[:, prompts[here]]
-        size = drawn.sum(axis=1)
-        value += length_controlled(y, length_differences[here]) * here.sum() / len(groups)
-        sums += np.where(size > 0, _win_rates(y, x, drawn), 0.0) * size
-        weights += size
+    y, x = np.asarray(preferences, dtype=np.float64), scaled(length_differences)
+    value = length_controlled(y, length_differences)
+    return Fit(value, y.size, _win_rates(y, x, drawn), drawn.sum(axis=1))
+
+
+def pooled(fits: Sequence[Fit]) -> Interval:
+    """Several languages together, with the bootstrap interval: the mean of their length-controlled win rates, weighted
+    by their comparisons, so that without an effect of length it is the plain win rate. Each language has a fit of its
+    own, since lengths differ between languages.
+    """
+    total = sum(one.size for one in fits)
+    sizes = np.sum([one.sizes for one in fits], axis=0)
+    sums = np.sum([np.where(one.sizes > 0, one.resampled, 0.0) * one.sizes for one in fits], axis=0)
     with np.errstate(invalid="ignore", divide="ignore"):
-        low, high = percentiles(np.where(weights > 0, sums / weights, np.nan))
-    return Interval(float(value), float(low), float(high))
+        low, high = percentiles(np.where(sizes > 0, sums / sizes, np.nan))
+    return Interval(sum(one.value * one.size for one in fits) / total, float(low), float(high))
 
 
 def _win_rates(y: Array, x: Array, counts: Array) -> Array:

@@ -126,10 +126,12 @@ def batches(
             yield ids, mask, trained
 
 
-def _optimizers(model: PreTrainedModel, peak: float) -> list[torch.optim.Optimizer]:
+def new_optimizers(model: torch.nn.Module, peak: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the layers, AdamW for embeddings and norms."""
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
-    others = [p for n, p in model.named_parameters() if not (p.ndim == 2 and "embed" not in n)]
+    matrices: list[torch.nn.Parameter] = []
+    others: list[torch.nn.Parameter] = []
+    for name, p in model.named_parameters():  # "shared" is the embedding of encoder and decoder
+        (matrices if p.ndim == 2 and "embed" not in name and "shared" not in name else others).append(p)
     return [
         torch.optim.Muon(matrices, lr=peak, weight_decay=0.0),
         torch.optim.AdamW(others, lr=0.25 * peak, betas=(0.9, 0.98), weight_decay=0.0),
@@ -155,7 +157,7 @@ def pretrain(
     `compiled` is twice as fast, after a minute or more of compiling."""
     tokenizer = tokenizer or train_tokenizer(seed)
     model = make(tokenizer, seed)
-    optimizers = _optimizers(model, peak)
+    optimizers = new_optimizers(model, peak)
     bases = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     stream, done = batches(tokenizer, seed, tokens_per_batch, num_plain, mixture), 0
     trunk = torch.compile(model.model, dynamic=True) if compiled else model.model

@@ -28,7 +28,7 @@ from croco.lab.pretrain import MAX_TOKENS, pretrain
 from croco.scoring.alignment import language_token
 
 OTHER_TOKENS, OTHER_PLAIN = 1_000_000, 9_000
-TRANSLATOR_TOKENS = 1_200_000  # of sources and targets
+TRANSLATOR_TOKENS = 2_000_000  # of sources and targets
 # about as often good as the policy, but its bad habit is to say too little or too much, seldom to evade
 OTHER_MIXTURE: Mixture = {
     "careful": (0.30, 0.9),
@@ -37,7 +37,8 @@ OTHER_MIXTURE: Mixture = {
     "wrong-language": (0.04, 0.9),
     "evasive": (0.08, 0.0),
 }
-KINDS = {"careful": 0.7, "terse": 0.1, "rambling": 0.1, "evasive": 0.1}  # of sentences that are translated
+# of sentences that are translated; a word alone can only be had from its source, so words teach it to look there
+KINDS = {"careful": 0.4, "terse": 0.35, "rambling": 0.1, "evasive": 0.15}
 OnStep = Callable[[int, int, float], None]
 
 
@@ -82,7 +83,7 @@ def train_translator(
     tokenizer: PreTrainedTokenizerFast,
     seed: int,
     num_tokens: int = TRANSLATOR_TOKENS,
-    tokens_per_batch: int = 4096,
+    tokens_per_batch: int = 1024,
     peak: float = 3e-3,
     on_step: OnStep | None = None,
 ) -> M2M100ForConditionalGeneration:

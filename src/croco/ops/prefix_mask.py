@@ -6,19 +6,26 @@ prompt, so each completion sees exactly what it would see in a row of its own. T
 transformers reads restarting positions without a mask as packed sequences, which silently cuts the
 completions off from their prompt.
 
-Left out: packing several prompts into one row, and FlexAttention's block masks.
+Several such rows packed into one are told apart by `pair_BT`. The same rule is there twice: as a mask for SDPA and
+eager attention, and as a function of two places, which FlexAttention makes its blocks from.
 
-Shapes: B rows, T tokens. `branch_BT` is 0 in the prompt, 1, 2, … in the completions and -1 in padding.
+Shapes: B rows, T tokens. `branch_BT` is 0 in the prompt, 1, 2, … in the completions and -1 in padding; `pair_BT` is the
+pair that a token belongs to, -1 in padding.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 PADDING = -1
 PROMPT = 0
+BLOCK = 128  # tokens of a block of FlexAttention
 
 
-def prefix_mask(branch_BT: Tensor, position_BT: Tensor, window: int | None = None) -> Tensor:
+def prefix_mask(
+    branch_BT: Tensor, position_BT: Tensor, window: int | None = None, pair_BT: Tensor | None = None
+) -> Tensor:
     """Boolean mask (B, 1, T, T), true where the query (third axis) attends to the key (last axis).
 
     With a sliding `window` a query sees the `window` latest positions of its own sequence, itself included;
@@ -31,10 +38,30 @@ def prefix_mask(branch_BT: Tensor, position_BT: Tensor, window: int | None = Non
     order = torch.arange(num_tokens, device=branch_BT.device)
     allowed = (key_branch == PROMPT) | (key_branch == query_branch)
     allowed &= (key_branch != PADDING) & (order[None, None, :] <= order[None, :, None])
+    if pair_BT is not None:
+        allowed &= pair_BT[:, :, None] == pair_BT[:, None, :]
     if window is not None:
         allowed &= position_BT[:, :, None] - position_BT[:, None, :] < window
     allowed |= torch.eye(num_tokens, dtype=torch.bool, device=branch_BT.device)
     return allowed[:, None]
+
+
+def prefix_rule(
+    branch_BT: Tensor, position_BT: Tensor, pair_BT: Tensor, window: int | None = None
+) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """`prefix_mask` as a function (row, head, query, key) of places: what FlexAttention calls a mask_mod.
+
+    Padding, too, attends to what padding is before it: no row of the softmax is empty, and nobody reads the result.
+    """
+
+    def allowed(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        same = (branch_BT[row, key] == PROMPT) | (branch_BT[row, key] == branch_BT[row, query])
+        seen = same & (pair_BT[row, key] == pair_BT[row, query]) & (key <= query)
+        if window is not None:
+            seen = seen & (position_BT[row, query] - position_BT[row, key] < window)
+        return seen
+
+    return allowed
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

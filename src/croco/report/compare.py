@@ -16,7 +16,7 @@ import polars as pl
 
 from croco.errors import UserError
 from croco.evaluation.results import BASE, GROUPS, language_groups, on_common_prompts, summarise
-from croco.pipeline import eval_prompts_of
+from croco.follows import eval_prompts_of
 from croco.recipe import Recipe
 from croco.report.gather import read_recipe, require
 from croco.report.tables import (

@@ -16,8 +16,8 @@ import polars as pl
 from croco import store
 from croco.arms import samples_of
 from croco.evaluation.results import BASE
+from croco.follows import eval_prompts_of, prompts_of
 from croco.pairing.gather import gather, locate
-from croco.pipeline import eval_prompts_of, prompts_of
 from croco.report.gather import Run
 from croco.sampling.seeds import digest
 

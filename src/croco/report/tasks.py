@@ -22,7 +22,7 @@ def task_rows(run_folder: Path, recipe: Recipe) -> list[Row]:
     """One row per language, dataset and metric, in the order of the recipe's languages: "61.2 ± 1.4" per arm."""
     if recipe.euroeval is None:
         return []
-    arms, found = ["base", *recipe.arms], read_table(run_folder / "results")
+    arms, found = ["base", *recipe.evaluated_arms], read_table(run_folder / "results")
     rows: list[Row] = []
     for language in recipe.run.evaluated:
         for dataset in recipe.euroeval.datasets_of(language):
@@ -55,7 +55,7 @@ def notes(run_folder: Path, recipe: Recipe) -> list[str]:
     facts = read_json(run_folder / "results" / "stage.json")["facts"]
     if left_out := facts.get("datasets_left_out"):
         lines.append(f"Left out, since not every arm has them: {', '.join(left_out)}")
-    for arm in ("base", *recipe.arms):
+    for arm in ("base", *recipe.evaluated_arms):
         failed = read_json(run_folder / "euroeval" / arm / "stage.json")["facts"].get("failed_instances", {})
         if failed:
             counts = ", ".join(f"{dataset} {count:,}" for dataset, count in sorted(failed.items()))
@@ -67,8 +67,8 @@ def tasks_markdown(run_folder: Path, recipe: Recipe) -> str:
     """The table as Markdown; empty for a run without EuroEval."""
     if recipe.euroeval is None:
         return ""
-    head = ["language", "dataset", "metric", "base", *recipe.arms]
-    lines = ["| " + " | ".join(head) + " |", "|---|---|---|" + "---:|" * (1 + len(recipe.arms))]
+    head = ["language", "dataset", "metric", "base", *recipe.evaluated_arms]
+    lines = ["| " + " | ".join(head) + " |", "|---|---|---|" + "---:|" * (1 + len(recipe.evaluated_arms))]
     for language, dataset, metric, texts in task_rows(run_folder, recipe):
         lines.append("| " + " | ".join([language, dataset, metric, *texts]) + " |")
     said = "\n".join(f"- {line}." for line in notes(run_folder, recipe))
@@ -81,7 +81,7 @@ def tasks_table(run_folder: Path) -> Table | None:
     if recipe.euroeval is None:
         return None
     table = Table(title="\n".join(notes(run_folder, recipe)), title_justify="left")
-    for name in ("language", "dataset", "metric", "base", *recipe.arms):
+    for name in ("language", "dataset", "metric", "base", *recipe.evaluated_arms):
         table.add_column(name, justify="left" if name in ("language", "dataset", "metric") else "right")
     for language, dataset, metric, texts in task_rows(run_folder, recipe):
         table.add_row(language, dataset, metric, *texts)

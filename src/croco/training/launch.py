@@ -217,9 +217,16 @@ def main(place: Path) -> int:
 
 def _end_with(parent: int) -> None:
     """SIGKILL to oneself once the process that wanted this is gone."""
-    while psutil.pid_exists(parent):
+    while _lives(parent):
         time.sleep(POLL_SECONDS)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 if __name__ == "__main__":

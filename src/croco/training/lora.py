@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from croco.errors import UserError
 from croco.identity import check_adapter
+from croco.ops.dropout import Dropout
 from croco.store import sync_files, sync_folder
 from croco.training.settings import LoraSettings
 
@@ -55,7 +56,16 @@ def apply_lora(model: PreTrainedModel, settings: LoraSettings, seed: int) -> Pef
     )
     with torch.random.fork_rng(), _quiet():
         torch.manual_seed(seed)
-        return get_peft_model(model, config)
+        return with_quick_dropout(get_peft_model(model, config))
+
+
+def with_quick_dropout(model: PeftModel) -> PeftModel:
+    """The model, the dropout of its adapters replaced by ours, which is the same and quicker on a CPU."""
+    for module in model.modules():
+        for name, layer in getattr(module, "lora_dropout", {}).items():
+            if type(layer) is nn.Dropout:
+                module.lora_dropout[name] = Dropout(layer.p)
+    return model
 
 
 def continue_lora(model: PreTrainedModel, folder: Path, settings: LoraSettings) -> PeftModel:
@@ -74,7 +84,7 @@ def continue_lora(model: PreTrainedModel, folder: Path, settings: LoraSettings) 
                 f"the adapter in {folder} has {name} {found[name]}, expected training.lora.{name} = {value}"
             )
     config.lora_dropout = settings.dropout
-    return _put_on(model, folder, config, trainable=True)
+    return with_quick_dropout(_put_on(model, folder, config, trainable=True))
 
 
 def _adapter_config(folder: Path) -> Any:

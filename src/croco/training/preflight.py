@@ -21,7 +21,7 @@ from croco.engines.memory import free_bytes
 from croco.errors import UserError
 from croco.training.batches import collate
 from croco.training.encode import Example
-from croco.training.forward import completion_logps
+from croco.training.forward import completion_logps, packs
 from croco.training.lora import apply_lora, without_adapter
 from croco.training.settings import TrainSettings
 
@@ -162,7 +162,7 @@ def _saved_bytes(policy: Any, probe: Example, shared: bool) -> tuple[int, int, i
             alive.append(tensor)
         return tensor
 
-    batch = collate([probe], shared=shared).to(policy.device)
+    batch = collate([probe], shared=shared, packed=shared and packs(policy)).to(policy.device)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         completion_logps(policy, batch).sum()
     return sum(storages.values()), batch.input_ids_BT.numel(), sum(logits.values())

@@ -25,7 +25,7 @@ from croco.errors import UserError
 from croco.store import write_parquet
 from croco.training.batches import Batch, collate, cut
 from croco.training.encode import Example
-from croco.training.forward import completion_logps
+from croco.training.forward import completion_logps, packs
 
 SCHEMA = pa.schema(
     [
@@ -110,8 +110,9 @@ def _compute(
     was_training = model.training
     model.eval()
     found: dict[str, float] = {}
-    for rows in cut(part, [example.num_tokens for example in examples], micro_batch_tokens):
-        batch = collate([examples[i] for i in rows], shared=shared).to(model.device)
+    packed = shared and packs(model)
+    for rows in cut(part, [example.num_tokens for example in examples], micro_batch_tokens, packed):
+        batch = collate([examples[i] for i in rows], shared=shared, packed=packed).to(model.device)
         for c, logps in enumerate(completion_logps(model, batch).tolist()):
             found.update((keys[i][c], logp) for i, logp in zip(rows, logps, strict=True))
         for i in rows:

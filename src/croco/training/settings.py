@@ -51,7 +51,7 @@ class TrainSettings:
     weight_decay: float = 0.01
     scheduler: str = "cosine"
     max_grad_norm: float = 1.0
-    validation_fraction: float = 0.0
+    validation_fraction: float = 0.02
     full: bool = False  # all weights are tuned, and `lora` is not read
     lora: LoraSettings = field(default_factory=LoraSettings)
     sentinel: SentinelSettings = field(default_factory=SentinelSettings)

@@ -28,7 +28,7 @@ from croco.store import shards
 from croco.training import checkpoints
 from croco.training.adopt import adopt, samples
 from croco.training.batches import plan_steps
-from croco.training.forward import shared_rows_differ
+from croco.training.forward import shared_rows_differ, try_packing
 from croco.training.lora import apply_lora, continue_lora
 from croco.training.preflight import plan
 from croco.training.prepare import (
@@ -42,6 +42,7 @@ from croco.training.ranks import barrier, gathered, rank
 from croco.training.reference import no_reference, weights_digest
 from croco.training.sentinel import Stopped, shortcuts_of
 from croco.training.settings import TrainSettings
+from croco.training.trackers import check_trackers, tensorboard_in
 from croco.training.trainer import PairTrainer, training_arguments
 
 CHECKED_PAIRS = 4  # pairs of the first step on which shared rows are proven
@@ -100,6 +101,7 @@ def train_pairs(
     """
     began = time.monotonic()
     _check(settings, start)
+    check_trackers(trackers)
     training, validation, dropped = encode(model, tokenizer, pairs, settings, instructions)
     examples = training + validation
     steps = plan_steps(len(training), settings.batch_pairs, settings.epochs, seed, settings.updates)
@@ -118,9 +120,11 @@ def train_pairs(
     if rank() == 0:
         prepare_scratch(scratch, origin, settings, seed, examples)
     barrier()
-    plain_rows = gathered(
-        shared_rows_differ(model, [examples[i] for i in steps[0][:CHECKED_PAIRS]], model.device)
-    )[0]
+    first = [examples[i] for i in steps[0][:CHECKED_PAIRS]]
+    unpacked = try_packing(model, first, model.device)
+    if unpacked and model.device.type == "cuda" and rank() == 0:
+        Console(stderr=True).print(f"pairs are not packed into rows: {unpacked}", markup=False)
+    plain_rows = gathered(shared_rows_differ(model, first, model.device))[0]
     if plain_rows and rank() == 0:
         Console(stderr=True).print(f"prompts are not shared between completions: {plain_rows}", markup=False)
 
@@ -150,23 +154,24 @@ def train_pairs(
 
     checkpoint = checkpoint_to_go_on_from(scratch / "checkpoints", metrics_file)
     arguments.eval_on_start = bool(validation) and checkpoint is None
-    trainer = PairTrainer(
-        policy,
-        arguments,
-        settings,
-        examples=examples,
-        reference_logps_CN=reference_logps_CN,
-        steps=steps,
-        validation=range(len(training), len(examples)),
-        shared=plain_rows is None,
-        micro_batch_tokens=layout.micro_batch_tokens,
-        pad_id=tokenizer.pad_token_id or 0,
-        metrics_file=metrics_file,
-        lines=checkpoints.read_metrics(metrics_file),
-        shortcut_aucs={} if settings.method == "sft" else shortcuts_of(pairs),
-        checkpoint_minutes=checkpoint_minutes,
-        on_metrics=follow,
-    )
+    with tensorboard_in(folder / "tensorboard"):
+        trainer = PairTrainer(
+            policy,
+            arguments,
+            settings,
+            examples=examples,
+            reference_logps_CN=reference_logps_CN,
+            steps=steps,
+            validation=range(len(training), len(examples)),
+            shared=plain_rows is None,
+            micro_batch_tokens=layout.micro_batch_tokens,
+            pad_id=tokenizer.pad_token_id or 0,
+            metrics_file=metrics_file,
+            lines=checkpoints.read_metrics(metrics_file),
+            shortcut_aucs={} if settings.method == "sft" else shortcuts_of(pairs),
+            checkpoint_minutes=checkpoint_minutes,
+            on_metrics=follow,
+        )
     stopped = _run(trainer, checkpoint)
     barrier()
     best = checkpoints.best_checkpoint(scratch / "checkpoints", metrics_file)

@@ -25,7 +25,7 @@ from croco.ops.losses import REFERENCE_FREE, PairLogps, nll, preference_losses
 from croco.training.batches import Batch, collate, cut
 from croco.training.checkpoints import ByTheClock, seal
 from croco.training.encode import Example
-from croco.training.forward import completion_logps, token_counts
+from croco.training.forward import completion_logps, packs, token_counts
 from croco.training.ranks import shares
 from croco.training.sentinel import Stopped, alarm
 from croco.training.settings import TrainSettings
@@ -108,6 +108,7 @@ class PairTrainer(Trainer):
         self.reference_logps_CN = reference_logps_CN
         self.validation = validation
         self.shared = shared
+        self.packed = shared and packs(model)
         self.micro_batch_tokens = micro_batch_tokens
         self.pad_id = pad_id
         self.metrics_file = metrics_file
@@ -137,13 +138,15 @@ class PairTrainer(Trainer):
         equally many: one that has none left takes a pair again, at weight 0.
         """
         cuts = [
-            cut(share, self.lengths, self.micro_batch_tokens)
+            cut(share, self.lengths, self.micro_batch_tokens, packed=self.packed)
             for share in shares(pairs, self.lengths, self.args.world_size)
         ]
         mine, most = cuts[self.args.process_index], max(map(len, cuts))
         idle = [min(pairs, key=lambda i: self.lengths[i])]
         for number, rows in enumerate([*mine, *[idle] * (most - len(mine))]):
-            batch = collate([self.examples[i] for i in rows], shared=self.shared, pad_id=self.pad_id)
+            batch = collate(
+                [self.examples[i] for i in rows], shared=self.shared, packed=self.packed, pad_id=self.pad_id
+            )
             reference = self.reference_logps_CN
             yield (
                 batch.to(self.args.device),
