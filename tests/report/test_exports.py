@@ -67,6 +67,12 @@ def test_the_best_of_a_column_is_bold(run):
         assert cell == (rf"\textbf{{{value}}}" if is_best else value)
 
 
+def test_nothing_is_bold_where_all_are_the_same(run):
+    alone = next(table for table in results_latex(run).split(r"\end{table}") if "T = 0.4" in table)
+    assert alone.count("\nbase & ") == 1  # the other arms were not evaluated at this temperature
+    assert r"\textbf" not in alone
+
+
 def test_intervals_are_printed_when_asked_for(run):
     assert r"{\tiny [" in results_latex(run, intervals=True)
     assert "tiny" not in results_latex(run)

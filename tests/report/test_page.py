@@ -12,6 +12,7 @@ import pytest
 from croco import store
 from croco.errors import UserError
 from croco.records import DROPPED, PAIRS, ledger
+from croco.report import others
 from croco.report.browser import browse, packed
 from croco.report.charts import axis
 from croco.report.gather import read_run, scores_of
@@ -208,6 +209,12 @@ def test_markdown_has_every_arm_and_language(run):
         assert expected in text
     widths = {line.count("|") for line in text.splitlines() if line.startswith("| arm | decoding | tuned")}
     assert widths == {7}
+
+
+def test_a_zero_has_no_sign():
+    assert others._text((-0.2, -1.4, 0.3), 1, "{:+.0f}") == ("0", "−1 to 0")
+    assert others._text((0.001, -0.03, 0.05), 100, "{:+.0f} points") == ("0 points", "−3 to +5")
+    assert others._text((0.5, 0.05, 1.0), 1, "{:.1f}") == ("0.5", "0.1 to 1.0")
 
 
 def test_words_for_counts_and_times():

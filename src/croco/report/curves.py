@@ -40,7 +40,7 @@ def ridges(
     if pairs.height:
         sides = (("rejected_score", 0.01), ("chosen_score", 0.99))
         ends += [end for name, q in sides if (end := pairs[name].quantile(q)) is not None]
-    scale = axis(ends, with_zero=False, num_ticks=4)
+    scale = axis(ends, with_zero=False, num_ticks=6)
     edges = np.linspace(scale.low, scale.high, BINS + 1)
     made = []
     for language in languages:

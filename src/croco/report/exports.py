@@ -89,13 +89,12 @@ def _table(
 
 
 def _best(board: Board, column: Sequence[Cell | None]) -> set[int]:
-    """The places of the highest value of a column, as it is printed: equal prints are equally good."""
+    """The places of the highest value of a column as it is printed; none where all print the same."""
+    printed = [None if cell is None else board.number(cell.value.value) for cell in column]
     there = [cell.value.value for cell in column if cell is not None]
-    return {
-        place
-        for place, cell in enumerate(column)
-        if cell is not None and board.number(cell.value.value) == board.number(max(there))
-    }
+    if len({text for text in printed if text is not None}) < 2:
+        return set()
+    return {place for place, text in enumerate(printed) if text == board.number(max(there))}
 
 
 def _cell(board: Board, cell: Cell | None, best: bool, intervals: bool) -> str:

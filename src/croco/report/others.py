@@ -5,6 +5,7 @@ Nothing is averaged here: a correlation and an accuracy have no common mean, so 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -80,7 +81,12 @@ def _text(found: tuple[float, float, float] | None, factor: float, form: str) ->
         return None
     value, low, high = (factor * end for end in found)
     ends = form.split("}")[0] + "}"
-    return form.format(value).replace("-", MINUS), f"{ends} to {ends}".format(low, high).replace("-", MINUS)
+    return _zero(form.format(value)), f"{_zero(ends.format(low))} to {_zero(ends.format(high))}"
+
+
+def _zero(text: str) -> str:
+    """A number with a real minus sign, and a zero without any sign."""
+    return re.sub(r"^[+-](?=0(\.0+)?( |$))", "", text).replace("-", MINUS)
 
 
 def fidelity(results: pl.DataFrame, board: Board) -> Grid | None:

@@ -151,6 +151,8 @@ def _comparisons(run: Run, found: pl.DataFrame) -> Iterator[Row]:
             outcome = {1.0: f"{arm} wins", 0.0: "base wins"}.get(row["value"], "tie")
             if len(set(verdicts.values())) > 1:
                 outcome = "tie: the two orders disagree"
+            elif row["completion"] == row["base_completion"]:
+                outcome = "tie: the same text"
             names = {"arm": arm, "base": BASE, "tie": "tie"}
             note = "; ".join(f"{arm} {shown}: {names.get(v, v)}" for shown, v in verdicts.items())
             said = [f"{arm} {shown}: {row[f'judgement_{order}']}" for shown, order in orders.items()
