@@ -27,7 +27,7 @@ from croco.lab.items import LANGUAGES, Item, items
 from croco.lab.pretrain import MAX_TOKENS, pretrain
 from croco.scoring.alignment import language_token
 
-OTHER_TOKENS, OTHER_PLAIN = 1_000_000, 9_000
+OTHER_TOKENS, OTHER_PLAIN = 4_000_000, 36_000
 TRANSLATOR_TOKENS = 2_000_000  # of sources and targets
 # about as often good as the policy, but its bad habit is to say too little or too much, seldom to evade
 OTHER_MIXTURE: Mixture = {
@@ -50,13 +50,11 @@ def pretrain_other(
         seed,
         OTHER_TOKENS,
         OTHER_PLAIN,
-        tokens_per_batch=2048,  # a small corpus: twice the steps
         on_step=on_step,
         tokenizer=tokenizer,
         make=_new_other,
         mixture=OTHER_MIXTURE,
         bfloat16=False,
-        compiled=False,
     )[0]
 
 
