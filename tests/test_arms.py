@@ -202,9 +202,9 @@ def test_a_round_goes_on_from_the_adapter_before_it(study: Recipe) -> None:
         lines = (study.folder / "train" / arm / "metrics.jsonl").read_text().splitlines()
         return float(next(json.loads(line)["rewards/margins"] for line in lines))
 
-    assert first_margin("monolingual") == pytest.approx(0, abs=1e-5)
-    assert first_margin("iterative") == pytest.approx(0, abs=1e-5)
-    assert abs(first_margin("online")) > 1e-4
+    assert first_margin("monolingual") == pytest.approx(0, abs=1e-6)
+    assert first_margin("iterative") == pytest.approx(0, abs=1e-6)
+    assert abs(first_margin("online")) > 1e-5  # one short step away; rounding is 1e-7
 
 
 def test_length_control_evens_out_chosen_and_rejected(study: Recipe) -> None:
