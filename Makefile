@@ -25,15 +25,7 @@ $(STAMP): pyproject.toml constraints.txt | python
 quickstart: $(STAMP)
 	$(BIN)/croco run recipes/quickstart.toml
 
-lab-# EuroEval wants a Python of 3.12 or later and pins other libraries (7 GB, some minutes, once)
-$(EUROEVAL_STAMP): $(STAMP) src/croco/evaluation/euroeval-constraints.txt
-	$(BIN)/croco euroeval install --to $(EUROEVAL_VENV)
-	touch $@
-
-test-euroeval: $(VLLM_STAMP) $(EUROEVAL_STAMP)
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VLLM_VENV)/bin/python -m pytest -q -m euroeval tests/with_euroeval
-
-check: $(STAMP)
+lab-check: $(STAMP)
 	$(BIN)/croco run recipes/lab-check.toml
 
 # both files are made by the study's own page, from an empty folder or from where it was killed
@@ -56,6 +48,14 @@ $(VLLM_STAMP): pyproject.toml constraints-vllm.txt | python
 
 test-vllm: $(VLLM_STAMP)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VLLM_VENV)/bin/python -m pytest -q tests/with_vllm
+
+# EuroEval wants a Python of 3.12 or later and pins other libraries (7 GB, some minutes, once)
+$(EUROEVAL_STAMP): $(STAMP) src/croco/evaluation/euroeval-constraints.txt
+	$(BIN)/croco euroeval install --to $(EUROEVAL_VENV)
+	touch $@
+
+test-euroeval: $(VLLM_STAMP) $(EUROEVAL_STAMP)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VLLM_VENV)/bin/python -m pytest -q -m euroeval tests/with_euroeval
 
 check: $(STAMP)
 	$(BIN)/ruff check .
