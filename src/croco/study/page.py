@@ -55,6 +55,8 @@ def build(recipe: Recipe) -> list[Part]:
         found.append(building.arms_part(pooled[benchmark], arms))
     first = pooled[min(pooled, key=len)]
     found += building.sweep_parts(recipe, first)
+    if recipe.prompts.source == "lab":  # verified completions
+        found.append(building.waves_part(recipe))
     if study.transfer:
         folders = [transfer_of(recipe, seed).folder for seed in study.seeds]
         found.append(building.transfer_part(transfer(folders, SCORERS, run.evaluated), SCORERS))

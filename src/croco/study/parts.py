@@ -16,6 +16,7 @@ from croco.evaluation.results import BASE
 from croco.evaluation.stats import Interval
 from croco.recipe import Recipe
 from croco.recipe_study import GROUPS, Claim
+from croco.study import waves
 from croco.study.claims import Tested
 from croco.study.pooled import Pooled
 from croco.study.run import of_seed
@@ -259,6 +260,32 @@ def _mix(pairs: Sequence[Mapping[str, Any]], side: str) -> str:
     if first[0][1] / total < 1.5 / len(counts):
         return "even"
     return ", ".join(f"{code} {100 * count / total:.0f} %" for code, count in first[:2])
+
+
+def waves_part(recipe: Recipe) -> Part:
+    """The quality of pairs against what they cost, by a fixed number of completions and by waves that stop."""
+    assert recipe.study is not None
+    folders = [of_seed(recipe, seed).folder for seed in recipe.study.seeds]
+    tables, text = [], [
+        "Quality of the pairs (chosen: the best score, rejected: nearest to mean − 2·std) against tokens sampled. Adaptive "
+        f"rules draw {waves.WAVE} completions at a time (pooled: one a language) until the next ones promise too little."
+    ]  # fmt: skip
+    for title, pooled in (("one language", False), ("all languages", True)):
+        found = waves.points([waves.read_pools(folder, pooled) for folder in folders])
+        rows = []
+        for p in found:
+            quality = (f"{100 * share:.1f}" for share in (p.chosen_good, p.rejected_good))
+            rows.append([p.rule, f"{p.completions:.1f}", f"{p.tokens:.0f}", *quality])
+        head = [f"pool: {title}", "completions", "tokens", "% chosen good", "% rejected good"]
+        tables.append(Table(head, rows))
+        shares = [(p.rule, waves.saved(found, p)) for p in found if not p.rule.startswith("gain")]
+        said = [
+            f"{rule}: {100 * share:.0f} %".replace("-", "−") for rule, share in shares if share is not None
+        ]
+        text.append(
+            f"Tokens saved at equal quality of the chosen, pool of {title}, beside N = {'; '.join(said)}."
+        )
+    return Part("waves", "How many completions are worth it?", text, tables)
 
 
 def transfer_part(found: Mapping[tuple[str, str, str], Interval], scorers: Sequence[str]) -> Part:
