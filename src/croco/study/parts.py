@@ -267,8 +267,8 @@ def waves_part(recipe: Recipe) -> Part:
     assert recipe.study is not None
     folders = [of_seed(recipe, seed).folder for seed in recipe.study.seeds]
     tables, text = [], [
-        "Quality of the pairs (chosen: the best score, rejected: nearest to mean − 2·std) against tokens sampled. Adaptive "
-        f"rules draw {waves.WAVE} completions at a time (pooled: one a language) until the next ones promise too little."
+        "Quality of the pairs (chosen: the best score, rejected: nearest to mean − 2·std) against tokens. Adaptive "
+        f"rules draw {waves.WAVE} completions at a time (pooled: one a language) until the next promise little."
     ]  # fmt: skip
     for title, pooled in (("one language", False), ("all languages", True)):
         found = waves.points([waves.read_pools(folder, pooled) for folder in folders])
