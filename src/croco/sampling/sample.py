@@ -78,7 +78,9 @@ class SampleWorker:
         self.shard = lambda index: rows.slice(index * size, size).to_dicts()
         self.sampler, self.tokenizer = open_sampler("sample", recipe, engine_seed, replica, adapter)
         self.keep_ids = tuned is None or _means_the_same(self.tokenizer, tuned)
-        self.facts = self.sampler.facts | ({} if tuned is None else {"ids_kept": self.keep_ids})
+        self.facts = self.sampler.facts  # the very dict: a server's counts grow in it
+        if tuned is not None:
+            self.facts["ids_kept"] = self.keep_ids
 
     def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[Finished]:
         """Several shards in one stream, so that the batch does not run empty at every shard's end."""
