@@ -370,7 +370,9 @@ def known_stage(name: str) -> Stage:
 
 def keep_recipe(recipe: Recipe) -> None:
     """The run's folder holds the resolved recipe, so that it explains itself and `croco report` needs nothing else."""
-    store.write_json(recipe.folder / "recipe.json", recipe.model_dump(mode="json"))
+    path, resolved = recipe.folder / "recipe.json", recipe.model_dump(mode="json")
+    if not path.exists() or store.read_json(path) != resolved:
+        store.write_json(path, resolved)
 
 
 def set_threads(recipe: Recipe) -> None:
