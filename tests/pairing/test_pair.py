@@ -170,7 +170,9 @@ def test_monolingual_pairs_by_hand(tmp_path):
     assert marker["written"] == {"completion": 14, "pool": 3, "pair": 3}
     found = facts(tmp_path, "mono")
     assert (found["completions"], found["candidates"], found["pools"], found["pairs"]) == (19, 14, 6, 3)
-    assert found["languages"]["nl"] == {"completions": 6, "candidates": 4, "chosen": 1, "rejected": 1}
+    assert found["languages"]["nl"] == {
+        "completions": 6, "candidates": 4, "chosen": 1, "rejected": 1, "uniform": 1.5
+    }  # fmt: skip
 
 
 def test_pairs_across_languages_by_hand(tmp_path):

@@ -71,6 +71,9 @@ def facts(folder: Path, how: Contrast, completions: Mapping[str, int]) -> dict[s
         "languages": {
             code: {"completions": num, "candidates": num - lost.get(code, 0)}
             | {side: int((pairs[f"{side}_language"] == code).sum()) for side in ("chosen", "rejected")}
+            | {
+                "uniform": round(pairs.height / len(completions), 1)
+            }  # of each side, were no language favoured
             for code, num in completions.items()
         },
     }
