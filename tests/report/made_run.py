@@ -138,8 +138,8 @@ def add_sentinel(folder: Path) -> None:
     """Two marks in one arm's training curve."""
     path = folder / "train" / "multilingual" / "metrics.jsonl"
     marks = [
-        {"step": 12, "split": "sentinel", "mark": "the reward of chosen falls below that of the start"},
-        {"step": 31, "split": "sentinel", "mark": "the mean length of sampled completions doubled"},
+        {"step": 12, "split": "stopped", "reason": "the reward of chosen falls below that of the start"},
+        {"step": 31, "split": "stopped", "reason": "the mean length of sampled completions doubled"},
     ]
     store.write_text(path, path.read_text() + "".join(json.dumps(mark) + "\n" for mark in marks))
 

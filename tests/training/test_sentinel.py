@@ -9,6 +9,7 @@ import polars as pl
 import pytest
 from safetensors.torch import load_file
 
+from croco.report.curves import sentinel as noted
 from croco.training.checkpoints import SEAL, best_checkpoint, sealed
 from croco.training.sentinel import SentinelSettings, Stopped, alarm, best_step, shortcuts_of
 from croco.training.train import train_pairs
@@ -124,6 +125,9 @@ def test_a_run_that_collapses_stops_and_keeps_the_best_checkpoint(tmp_path):
     assert last["split"] == "stopped"
     assert result.stopped.endswith(last["reason"])
     assert last["step"] < result.steps
+    # the report reads these lines
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert noted({"arm": lines}) == [(0, "arm", last["step"], last["reason"])]
     held_out = {
         line["step"]: line for line in metrics(tmp_path, "validation") if 0 < line["step"] < last["step"]
     }

@@ -150,10 +150,10 @@ def panels(metrics: Mapping[str, Sequence[Mapping[str, Any]]], titles: Mapping[s
 def sentinel(metrics: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[int, str, int, str]]:
     """What the sentinel noted: the arm's place and name, the step, its sentence."""
     return [
-        (series, arm, line["step"], str(line["mark"]))
+        (series, arm, line["step"], str(line["reason"]))
         for series, (arm, lines) in enumerate(metrics.items())
         for line in lines
-        if line.get("split") == "sentinel" and line.get("mark")
+        if line.get("split") == "stopped"
     ]
 
 

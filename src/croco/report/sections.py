@@ -125,8 +125,7 @@ def verdicts(run: Run, board: Board) -> dict[str, Any]:
                 "sentence": sentence(board, name),
                 "to_best": to_best[:1].lower() + to_best[1:],
                 "strips": strips,
-                "stopped": run.stages[f"train/{name}"].get("facts", {}).get("stopped")
-                or run.stages[f"train/{name}"].get("stopped"),
+                "stopped": run.stages[f"train/{name}"].get("facts", {}).get("stopped"),
             }
         )
     best = [

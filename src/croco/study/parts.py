@@ -213,7 +213,7 @@ def _value(value: Any) -> str:
 def pairs_part(recipe: Recipe) -> Part:
     """What every arm was tuned on, over the seeds: pairs, shortcuts, languages, updates and seconds."""
     assert recipe.study is not None
-    rows = []
+    rows, stops = [], []
     for arm in recipe.arms:
         folders = [of_seed(recipe, seed).folder for seed in recipe.study.seeds]
         pairs = [store.read_json(folder / "pair" / arm / "stage.json")["facts"] for folder in folders]
@@ -228,8 +228,14 @@ def pairs_part(recipe: Recipe) -> Part:
             mean([p.get("share_other_than_minimum") for p in pairs]),
             *(mean([p.get("shortcuts", {}).get(key) for p in pairs]) for key in ("language", "length")),
             _mix(pairs, "chosen"), _mix(pairs, "rejected"),
-            f"{np.mean([t['facts']['steps'] for t in tuned]):.0f}", f"{np.mean([t['seconds'] for t in tuned]):.0f}",
+            ", ".join(map(str, dict.fromkeys(t["facts"]["adapter_step"] for t in tuned))),
+            f"{np.mean([t['seconds'] for t in tuned]):.0f}",
         ])  # fmt: skip
+        for seed, facts in zip(recipe.study.seeds, (t["facts"] for t in tuned), strict=True):
+            if facts["stopped"]:
+                stops.append(
+                    f"- {arm}, seed {seed}, taken at step {facts['adapter_step']}: {facts['stopped']}"
+                )
     head = [
         "arm",
         "pairs",
@@ -244,6 +250,10 @@ def pairs_part(recipe: Recipe) -> Part:
     text = [
         "Means over seeds. AUC: how well language or length alone tells chosen from rejected (0.5: not at all)."
     ]
+    if stops:
+        text.append(
+            "Stopped by the sentinel, and so with fewer updates than the others:\n\n" + "\n".join(stops)
+        )
     return Part("pairs", "What the arms were tuned on", text, [Table(head, rows, 1)])
 
 
