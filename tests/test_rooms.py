@@ -29,6 +29,7 @@ LIGHT = (
     "cli.py",
     "errors.py",
     "recipe.py",
+    "recipe_arm.py",
     "recipe_arms.py",
     "recipe_models.py",
     "recipe_euroeval.py",

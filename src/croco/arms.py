@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Hashable
 
 from croco.identity import canonical
-from croco.recipe import Arm, Recipe
+from croco.recipe import Recipe
+from croco.recipe_arm import Arm
 from croco.recipe_arms import ENGLISH, languages_of
 from croco.stage import Reference
 

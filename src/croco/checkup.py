@@ -16,7 +16,8 @@ from croco import engines, planning
 from croco.errors import UserError
 from croco.executor import examined
 from croco.identity import check_adapter, model_identity
-from croco.recipe import Model, Recipe, Translate
+from croco.recipe import Recipe
+from croco.recipe_models import Model, Translate
 
 PER_LANGUAGE = 3  # prompts looked at, besides the first of several turns and the longest
 LENGTHS = 1000  # prompts whose length is counted

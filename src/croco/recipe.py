@@ -10,30 +10,24 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from croco import languages
 from croco.errors import UserError
-from croco.pairing import rules
 from croco.recipe_arena import Arena
-from croco.recipe_arms import Alignment, Name, Origin, Strings, Sweep, check_arms
+from croco.recipe_arm import Arm, Guards, Training
+from croco.recipe_arms import Alignment, Name, Strings, Sweep, check_arms
 from croco.recipe_euroeval import EuroEval
-from croco.recipe_models import Causal, Model
+from croco.recipe_models import Judge, Policy, Reward, Translate
 from croco.recipe_runtime import Positive, Runtime, Section
-from croco.recipe_sentinel import Sentinel
 from croco.recipe_study import Study, check_study
 from croco.recipe_sweep import expanded
 
-Share = Annotated[float, Field(ge=0, le=1)]
 Temperature = Annotated[float, Field(ge=0, le=10)]
 # TOML has arrays, the frozen record has tuples
 Temperatures = Annotated[tuple[Temperature, ...], Field(strict=False)]
-Action = Literal["drop", "flag", "off"]
-TranslationFormat = Literal["instruct", "translategemma", "tower", "tower-instruct"]
-TranslationCheck = Literal["items", "numbers", "repetition", "length", "copy", "language"]
-TranslationChecks = Annotated[tuple[TranslationCheck, ...], Field(strict=False)]
 
 
 class Run(Section):
@@ -74,54 +68,6 @@ class Prompts(Section):
     language_column: str = "language"
 
 
-class Policy(Causal):
-    model: str = "lab:policy"
-    # per language, appended to the last user turn after a blank line
-    instruction: dict[str, str] = Field(default_factory=dict)
-
-    @field_validator("instruction")
-    @classmethod
-    def _check_codes(cls, value: dict[str, str]) -> dict[str, str]:
-        for code in value:
-            try:
-                languages.check(code)
-            except UserError as error:
-                raise ValueError(str(error)) from None
-        return value
-
-
-class Translate(Causal):
-    """Prompts are read in one language and translated into the others; without this section they are there already."""
-
-    source: str = "en"  # the language that [prompts] is read in
-    evaluation: bool = False  # the prompts of [evaluation] likewise
-    format: TranslationFormat = "instruct"
-    max_new_tokens: Positive = 8192  # per stretch of text; one that has not ended by then goes to the ledger
-    checks: TranslationChecks = get_args(TranslationCheck)  # those that a translation must pass
-    # translated characters per character; for Chinese or Japanese other values are right
-    min_length_ratio: Annotated[float, Field(ge=0)] = 0.5
-    max_length_ratio: Annotated[float, Field(gt=0)] = 2.5
-
-    @field_validator("source")
-    @classmethod
-    def _check_code(cls, value: str) -> str:
-        try:
-            return languages.check(value)
-        except UserError as error:
-            raise ValueError(str(error)) from None
-
-
-class Reward(Model):
-    model: str = "lab:reward"
-    max_tokens: Positive = 8192  # a longer conversation goes to the ledger
-
-
-class Judge(Causal):
-    """A model that is asked for verdicts, greedily."""
-
-    max_new_tokens: Positive = 1024
-
-
 class Sampling(Section):
     completions: Annotated[int, Field(ge=2)] = 16
     # at temperature 0 all completions of a prompt are one
@@ -131,39 +77,6 @@ class Sampling(Section):
     max_new_tokens: Positive = 512
     # strings that end a completion, left out of it
     stop: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)] = ()
-
-
-class Lora(Section):
-    rank: Positive = 16
-    alpha: Positive = 32
-    dropout: Share = 0.05
-    targets: Strings = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-class Training(Section):
-    method: Literal["dpo", "sft"] = "dpo"
-    loss: Literal["sigmoid", "ipo", "hinge", "robust", "apo_zero", "simpo", "sigmoid_norm"] = "sigmoid"
-    beta: Annotated[float, Field(gt=0)] = 0.1
-    # loss "robust": the share of pairs whose label is wrong
-    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    simpo_gamma: Annotated[float, Field(ge=0)] = 0.5  # loss "simpo": the margin aimed at
-    nll_weight: Annotated[float, Field(ge=0)] = 0.0
-    learning_rate: Annotated[float, Field(gt=0)] = 5e-6
-    epochs: Positive = 1
-    updates: Positive | None = None  # optimiser steps, whatever the number of pairs; null is what epochs make
-    batch_pairs: Positive = 64  # pairs per optimiser step
-    max_tokens: Positive = 4096  # prompt and completion
-    # what becomes of a longer pair: to the ledger, or its completions lose their ends (counted)
-    over_length: Literal["drop", "truncate"] = "drop"
-    warmup_ratio: Share = 0.05
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    scheduler: Literal["cosine", "linear", "constant"] = "cosine"
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    full: bool = False  # tune all weights instead of adapters; [training.lora] is not read then
-    lora: Lora = Lora()
-    sentinel: Sentinel = Sentinel()
-    # of the prompts, held out: the sentinel watches them, and the best checkpoint is chosen on them
-    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.02
 
 
 class Evaluation(Section):
@@ -177,74 +90,6 @@ class Evaluation(Section):
     samples: Positive = 1  # per prompt and temperature above 0
     max_new_tokens: Positive = 512
     bootstrap: Positive = 2000  # resamples
-
-
-class Guards(Section):
-    """What becomes of a completion or pair that a guard catches: left out, marked in its pair, or nothing."""
-
-    cut: Action = "drop"  # at the token limit
-    empty: Action = "drop"
-    too_long: Action = "drop"  # prompt and completion, for training.max_tokens
-    wrong_language: Action = "flag"  # "drop" judges every completion, "flag" those that were picked
-    min_letters: Positive = 20  # a shorter text is in no language
-    duplicate: Action = "drop"  # of an earlier completion of the prompt
-    near_duplicate: Action = "drop"  # but for case and white space
-    score_gap: Action = "off"  # chosen above rejected by less than min_score_gap
-    min_score_gap: Annotated[float, Field(ge=0)] = 0.0
-    length_ratio: Action = "off"  # one side longer than max_length_ratio times the other
-    max_length_ratio: Annotated[float, Field(ge=1)] = 3.0
-
-
-class Arm(Origin):
-    # one prompt in one language, in all languages, or named groups of languages: { nordic = ["da", "nb", "sv"] }
-    pool: Literal["language", "all"] | dict[Name, Strings] = "language"
-    calibration: Literal["none", "zscore", "quantile", "centred", "length"] = "none"
-    chosen: str = "max"  # max, mean+K*std, quantile:Q, reference
-    rejected: str = (
-        "mean-2std"  # mean-K*std, quantile:Q, q1, mean, min, gap:X; none (the default of method "sft")
-    )
-    prompt: Literal["chosen", "rejected", "random", "each"] = (
-        "chosen"  # whose language the pair's prompt is in
-    )
-    pairs_per_pool: Positive = 1
-    guards: Guards = Guards()  # [guards] with this arm's values over it
-    training: Training = Training()  # [training] with this arm's values over it
-
-    @model_validator(mode="before")
-    @classmethod
-    def _sft_needs_no_rejected(cls, values: Any) -> Any:
-        training = values.get("training") if isinstance(values, dict) else None
-        method = training.get("method") if isinstance(training, dict) else getattr(training, "method", None)
-        return {"rejected": "none", **values} if method == "sft" else values
-
-    @model_validator(mode="before")
-    @classmethod
-    def _implicit_scores_are_length_controlled(cls, values: Any) -> Any:
-        implicit = isinstance(values, dict) and values.get("scorer") == "implicit"
-        return {"rejected": "min", "calibration": "length", **values} if implicit else values
-
-    @model_validator(mode="after")
-    def _check_rules(self) -> Arm:
-        try:
-            chosen, rejected = rules.parse_chosen(self.chosen), rules.parse_rejected(self.rejected)
-        except UserError as error:
-            raise ValueError(str(error)) from None
-        if rejected.kind == "none" and self.training.method != "sft":
-            raise ValueError(
-                'rejected = "none" makes data for training.method = "sft", which this arm is not'
-            )
-        if rejected.kind == "none" and self.prompt in ("rejected", "random"):
-            raise ValueError(f'prompt = "{self.prompt}" needs a rejected completion, and rejected = "none"')
-        if self.calibration == "length" and (chosen.kind, rejected.kind) != ("max", "min"):
-            raise ValueError(
-                f'calibration = "length" evens out the lengths of best and worst: expected chosen = "max" and '
-                f'rejected = "min", found "{self.chosen}" and "{self.rejected}"'
-            )
-        if chosen.kind == "reference" and self.scorer != "reward" and rejected.kind != "none":
-            raise ValueError(
-                f'chosen = "reference" is scored by the reward model, and scorer = "{self.scorer}"'
-            )
-        return self
 
 
 class Recipe(Section):

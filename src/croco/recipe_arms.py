@@ -10,7 +10,8 @@ from croco.recipe_models import Causal, Model
 from croco.recipe_runtime import Positive, Section
 
 if TYPE_CHECKING:
-    from croco.recipe import Arm, Recipe
+    from croco.recipe import Recipe
+    from croco.recipe_arm import Arm
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$")]
 Strings = Annotated[tuple[str, ...], Field(strict=False)]

@@ -12,10 +12,11 @@ from pathlib import Path
 from croco.arms import arm_of, num_completions, num_rounds_before, num_scored, sampled_languages
 from croco.errors import UserError
 from croco.identity import digest, file_identity, folder_identity, local_model, model_identity
-from croco.recipe import Evaluation, Judge, Policy, Prompts, Recipe
+from croco.recipe import Evaluation, Prompts, Recipe
 from croco.recipe_arena import Arena
 from croco.recipe_arms import Alignment, Origin
 from croco.recipe_euroeval import VERSION as EUROEVAL_VERSION
+from croco.recipe_models import Judge, Policy
 from croco.sampling.seeds import digest as seed_digest
 from croco.stage import Settings
 from croco.store import read_json

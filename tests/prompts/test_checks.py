@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 
 from croco.prompts.checks import fault
-from croco.recipe import TranslationCheck
+from croco.recipe_models import TranslationCheck
 
 CHECKS = get_args(TranslationCheck)
 AMONG = ("en", "da", "nl", "de", "fr", "it", "es", "gl", "cy", "mt", "ga", "nb", "sv", "pt")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import get_args
 
 from croco.prompts.formats import FORMATS
-from croco.recipe import TranslationFormat
+from croco.recipe_models import TranslationFormat
 
 
 def test_every_format_of_the_recipe_is_there() -> None:

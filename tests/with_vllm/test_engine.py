@@ -19,7 +19,7 @@ from croco.engines.hf import HFSampler, HFScorer
 from croco.engines.loading import load_policy, load_reward
 from croco.engines.vllm import VLLMSampler, open_policy, open_reward
 from croco.errors import UserError
-from croco.recipe import Policy, Reward
+from croco.recipe_models import Policy, Reward
 from croco.recipe_runtime import Vllm
 from croco.sampling.chat import prompt_ids
 from croco.training.lora import apply_lora, save_adapter

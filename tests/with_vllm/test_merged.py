@@ -14,7 +14,8 @@ from croco.engines.base import Decoding, Request
 from croco.engines.hf import HFSampler
 from croco.engines.loading import load_policy
 from croco.engines.vllm import open_policy
-from croco.recipe import Policy, load
+from croco.recipe import load
+from croco.recipe_models import Policy
 from croco.recipe_runtime import Vllm
 from croco.sampling.chat import prompt_ids
 from croco.training.merge import merge

@@ -15,7 +15,8 @@ from croco.errors import UserError
 
 if TYPE_CHECKING:
     from croco.engines.base import Judge, Sampler, Scorer
-    from croco.recipe import Causal, Recipe
+    from croco.recipe import Recipe
+    from croco.recipe_models import Causal
     from croco.recipe_runtime import Runtime
 
 

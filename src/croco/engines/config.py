@@ -7,7 +7,7 @@ from typing import Any
 
 from croco.errors import UserError
 from croco.identity import local_model
-from croco.recipe import Model
+from croco.recipe_models import Model
 
 
 def load_config(section: Model, key: str) -> Any:

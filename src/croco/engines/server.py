@@ -23,7 +23,7 @@ from croco.engines.base import Decoding, Request, Sampled
 from croco.engines.config import generation_config
 from croco.engines.wire import Call, Wire
 from croco.errors import UserError
-from croco.recipe import Model
+from croco.recipe_models import Model
 from croco.recipe_runtime import Server
 from croco.sampling.chat import end_ids
 from croco.sampling.stops import Stops, finished

@@ -16,7 +16,7 @@ from croco.engines.config import load_config, read_part
 from croco.engines.server import OPENING_RETRIES, Connection, Usage
 from croco.engines.wire import Call
 from croco.errors import UserError
-from croco.recipe import Reward
+from croco.recipe_models import Reward
 from croco.recipe_runtime import Server
 
 SCORES_PER_REQUEST = 64

@@ -26,7 +26,7 @@ from typing import IO
 
 from croco.errors import UserError
 from croco.identity import local_model
-from croco.recipe import Policy
+from croco.recipe_models import Policy
 from croco.recipe_runtime import Vllm
 
 PATIENCE = 60.0  # seconds that a server has to end by itself

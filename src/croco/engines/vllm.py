@@ -41,7 +41,7 @@ from croco.engines.base import Decoding, Request, Sampled, ScoreRequest
 from croco.engines.config import load_config, read_part
 from croco.engines.loading import load_tokenizer, pick_device, pick_dtype, resolve_model
 from croco.errors import UserError
-from croco.recipe import Causal, Model, Reward
+from croco.recipe_models import Causal, Model, Reward
 from croco.recipe_runtime import Vllm
 from croco.sampling.chat import end_ids
 from croco.sampling.seeds import digest

@@ -24,7 +24,8 @@ from croco.executor import Advance, Finished, compute
 from croco.prompts.checks import fault
 from croco.prompts.formats import FORMATS
 from croco.prompts.protect import pieces
-from croco.recipe import Recipe, Translate
+from croco.recipe import Recipe
+from croco.recipe_models import Translate
 from croco.records import PROMPTS, ledger
 from croco.sampling.chat import request
 from croco.stage import Work

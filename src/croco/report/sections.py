@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from croco.evaluation.results import BASE, language_groups
-from croco.recipe import Arm
+from croco.recipe_arm import Arm
 from croco.report import charts, curves, others
 from croco.report.gather import Run, pair_scores, scores_of
 from croco.report.tables import (

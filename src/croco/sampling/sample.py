@@ -23,7 +23,8 @@ from croco.engines.base import Decoding, Request, Sampled, Sampler
 from croco.errors import UserError
 from croco.executor import Advance, Finished, compute
 from croco.prompts.part import asked
-from croco.recipe import Policy, Recipe
+from croco.recipe import Recipe
+from croco.recipe_models import Policy
 from croco.records import COMPLETIONS, ledger
 from croco.sampling.chat import request, same_ids
 from croco.sampling.seeds import sample_seed

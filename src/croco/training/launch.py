@@ -27,7 +27,8 @@ from croco import recipe as recipes
 from croco import store
 from croco.engines.loading import load_policy, pick_device, pick_dtype
 from croco.errors import UserError
-from croco.recipe import Policy, Recipe
+from croco.recipe import Recipe
+from croco.recipe_models import Policy
 from croco.records import DROPPED
 from croco.training.preflight import check_weights
 from croco.training.ranks import rank
