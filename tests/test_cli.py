@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 from conftest import TinyModels, write_recipe
 from croco import identity, pipeline, recipe, standing
-from croco.cli import STAGE_COMMANDS, app, one_sentence
+from croco.cli import STAGE_COMMANDS, app
+from croco.cli_program import one_sentence
 
 HEAVY = ("torch", "transformers", "polars", "pyarrow", "numpy", "pandas", "datasets", "babel")
 

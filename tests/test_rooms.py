@@ -27,6 +27,8 @@ LIGHT = (
     "__init__.py",
     "__main__.py",
     "cli.py",
+    "cli_files.py",
+    "cli_program.py",
     "errors.py",
     "recipe.py",
     "recipe_arm.py",

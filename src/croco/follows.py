@@ -86,3 +86,26 @@ def trained_from(recipe: Recipe, arm: str | None) -> list[Reference]:
     """An arm's pairs, and the adapter that it goes on training."""
     start = arms.arm_of(recipe, arm).start
     return [("pair", arm)] + ([("train", start)] if start else [])
+
+
+def policy_of(arm: str | None) -> list[Reference]:
+    """What an arm's policy is beside the base."""
+    return [] if arm == "base" else [("train", arm)]
+
+
+def summed_from(recipe: Recipe, arm: str | None) -> list[Reference]:
+    """What the results add up."""
+    parts = [("evaluate", arms.evaluated_arms), ("euroeval", euroeval_arms), ("arena", arena_arms)]
+    return [eval_prompts_of(recipe), *((stage, name) for stage, of in parts for name in of(recipe))]
+
+
+def shown_from(recipe: Recipe, arm: str | None) -> list[Reference]:
+    """What the report shows."""
+    parts = [
+        ("sample", arms.sampling_arms),
+        ("score", arms.scoring_arms),
+        ("pair", arms.tuned_arms),
+        ("train", arms.tuned_arms),
+    ]
+    made = [(stage, name) for stage, of in parts for name in of(recipe)]
+    return [prompts_of(recipe), eval_prompts_of(recipe), *made, ("results", None)]

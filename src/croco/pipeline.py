@@ -19,7 +19,7 @@ from typing import Any
 
 from croco import arms, engines, follows, science, standing, store
 from croco import stage as stages
-from croco.errors import StaleStage, UserError
+from croco.errors import UserError
 from croco.recipe import Recipe
 from croco.records import TABLES
 from croco.stage import Node, Reference, Stage
@@ -119,9 +119,7 @@ STAGES: tuple[Stage, ...] = (
         function="croco.evaluation.evaluate:evaluate",
         table="verdicts",
         settings=science.evaluate_settings,
-        follows=lambda recipe, arm: (
-            [follows.eval_prompts_of(recipe)] + ([] if arm == "base" else [("train", arm)])
-        ),
+        follows=lambda recipe, arm: [follows.eval_prompts_of(recipe), *follows.policy_of(arm)],
         arms=arms.evaluated_arms,
     ),
     Stage(
@@ -130,7 +128,7 @@ STAGES: tuple[Stage, ...] = (
         function="croco.evaluation.euroeval:euroeval",
         table="results",
         settings=science.euroeval_settings,
-        follows=lambda recipe, arm: [] if arm == "base" else [("train", arm)],
+        follows=lambda recipe, arm: follows.policy_of(arm),
         arms=follows.euroeval_arms,
     ),
     Stage(
@@ -148,9 +146,7 @@ STAGES: tuple[Stage, ...] = (
         function="croco.evaluation.arena:sample",
         table="completions",
         settings=science.arena_sample_settings,
-        follows=lambda recipe, arm: (
-            [follows.arena_prompts_of(recipe)] + ([] if arm == "base" else [("train", arm)])
-        ),
+        follows=lambda recipe, arm: [follows.arena_prompts_of(recipe), *follows.policy_of(arm)],
         arms=follows.arena_sampled,
     ),
     Stage(
@@ -168,12 +164,7 @@ STAGES: tuple[Stage, ...] = (
         function="croco.evaluation.evaluate:results",
         table="results",
         settings=science.results_settings,
-        follows=lambda recipe, arm: (
-            [follows.eval_prompts_of(recipe)]
-            + [("evaluate", name) for name in arms.evaluated_arms(recipe)]
-            + [("euroeval", name) for name in follows.euroeval_arms(recipe)]
-            + [("arena", name) for name in follows.arena_arms(recipe)]
-        ),
+        follows=follows.summed_from,
     ),
     Stage(
         name="report",
@@ -181,15 +172,7 @@ STAGES: tuple[Stage, ...] = (
         function="croco.report.page:report",
         table="",
         settings=science.report_settings,
-        follows=lambda recipe, arm: [
-            follows.prompts_of(recipe),
-            follows.eval_prompts_of(recipe),
-            *(
-                (before, name)
-                for before in ("sample", "score", "pair", "train", "results")
-                for name in _BY_NAME[before].arms(recipe)
-            ),
-        ],
+        follows=follows.shown_from,
     ),
 )
 _BY_NAME: dict[str, Stage] = {stage.name: stage for stage in STAGES}
@@ -242,7 +225,7 @@ def run(
     set_threads(recipe)
     check_euroeval(todo, recipe)
     with stages.lock(recipe.folder):
-        _stop_or_clear(todo, rebuild, say)
+        standing.stop_or_clear(todo, rebuild, say)
         keep_recipe(recipe)
         for node in todo:
             run_node(node, recipe, say)
@@ -273,7 +256,7 @@ def run_stage(
                     raise UserError(
                         f"{node.title} reads {before.title}, which is {now.kind}: run `croco run` first"
                     )
-        _stop_or_clear(todo, rebuild, say, every)
+        standing.stop_or_clear(todo, rebuild, say, every)
         keep_recipe(recipe)
         for node in todo:
             run_node(node, recipe, say)
@@ -318,33 +301,6 @@ def counted(node: Node, found: dict[str, Any]) -> str:
     for unit, count in counts.get("dropped", {}).items():  # a flag marks, it drops nothing
         parts.append(f"{count:,} {unit}s" + (" dropped" if unit != "flag" else ""))
     return "".join(f"{part}, " for part in parts)
-
-
-def _stop_or_clear(todo: list[Node], rebuild: bool, say: Say, every: list[Node] | None = None) -> None:
-    """Stop at stale stages with what changed; with `rebuild`, remove them and those after them."""
-    stale = {id(node): now for node in todo if (now := standing.status(node)).kind == "stale"}
-    if stale and not rebuild:
-        raise StaleStage(stale_message([(node, stale[id(node)]) for node in todo if id(node) in stale]))
-    gone: dict[int, Node] = {}
-    for node in every or todo:
-        if id(node) in stale or any(id(before) in gone for before in node.inputs.values()):
-            gone[id(node)] = node
-    # the last first: a kill in between must not leave a stage that stands on one that is gone
-    for node in reversed(gone.values()):
-        if (node.folder / "stage.json").exists():
-            standing.clear(node.folder)
-            say(f"{node.title:<24} removed, to be made again")
-
-
-def stale_message(stale: Sequence[tuple[Node, Status]]) -> str:
-    """What changed since the first stale stage was made, and which others follow from it."""
-    node, now = stale[0]
-    lines = [f"{node.title} in {node.folder} was made with other settings:"]
-    lines += [f"  {change}" for change in now.changes]
-    if len(stale) > 1:
-        lines.append(f"  and with it {', '.join(other.title for other, _ in stale[1:])}")
-    lines.append("run again with --rebuild to remove and remake them, or give the run another name")
-    return "\n".join(lines)
 
 
 def rebuild_report(recipe: Recipe, say: Say = lambda line: None) -> Path:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from croco import provenance, store
-from croco.errors import UserError
+from croco.errors import StaleStage, UserError
 
 if TYPE_CHECKING:
     from croco.stage import Node
@@ -132,3 +132,32 @@ def balance(
             raise ValueError(
                 f"{title}: read {count} {unit}s, but wrote {written.get(unit, 0)} and dropped {dropped.get(unit, 0)}"
             )
+
+
+def stop_or_clear(
+    todo: list[Node], rebuild: bool, say: Callable[[str], None], every: list[Node] | None = None
+) -> None:
+    """Stop at stale stages with what changed; with `rebuild`, remove them and those after them."""
+    stale = {id(node): now for node in todo if (now := status(node)).kind == "stale"}
+    if stale and not rebuild:
+        raise StaleStage(stale_message([(node, stale[id(node)]) for node in todo if id(node) in stale]))
+    gone: dict[int, Node] = {}
+    for node in every or todo:
+        if id(node) in stale or any(id(before) in gone for before in node.inputs.values()):
+            gone[id(node)] = node
+    # the last first: a kill in between must not leave a stage that stands on one that is gone
+    for node in reversed(gone.values()):
+        if (node.folder / "stage.json").exists():
+            clear(node.folder)
+            say(f"{node.title:<24} removed, to be made again")
+
+
+def stale_message(stale: Sequence[tuple[Node, Status]]) -> str:
+    """What changed since the first stale stage was made, and which others follow from it."""
+    node, now = stale[0]
+    lines = [f"{node.title} in {node.folder} was made with other settings:"]
+    lines += [f"  {change}" for change in now.changes]
+    if len(stale) > 1:
+        lines.append(f"  and with it {', '.join(other.title for other, _ in stale[1:])}")
+    lines.append("run again with --rebuild to remove and remake them, or give the run another name")
+    return "\n".join(lines)

@@ -63,7 +63,7 @@ def test_what_is_no_model_is_named(tmp_path: Path, tiny_models: TinyModels):
 
 
 def test_models_of_the_other_kind_are_told_apart(tmp_path: Path, tiny_models: TinyModels):
-    with pytest.raises(UserError, match=r"no weights for score.weight, expected a sequence classifier"):
+    with pytest.raises(UserError, match=r"no weights for score.weight, expected a whole sequence classifier"):
         load_reward(str(tiny_models.policy))
     with pytest.raises(
         UserError, match=r"no weights for lm_head.weight, expected a whole causal language model"

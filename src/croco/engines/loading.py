@@ -17,6 +17,12 @@ from croco.engines.memory import out_of_memory
 from croco.errors import UserError
 from croco.identity import check_adapter, local_model
 
+KINDS = {  # what is wanted, by the class that loads it
+    "AutoModelForCausalLM": "causal language model",
+    "AutoModelForSequenceClassification": "sequence classifier",
+    "AutoModelForSeq2SeqLM": "translation model",
+}
+
 
 def resolve_model(name: str, key: str = "model") -> str | Path:
     """The place a model's name stands for: a directory (of the package for "lab:policy" and "lab:reward"), or the hub
@@ -84,11 +90,7 @@ def load_policy(
     if adapter is not None:
         check_adapter(adapter, model, revision)
     tokenizer = load_tokenizer(model, revision, chat_template, trust_remote_code)
-    policy, missing = _load(AutoModelForCausalLM, model, revision, dtype, device, trust_remote_code)
-    if missing:
-        raise UserError(
-            f"model {model!r}: found no weights for {missing[0]}, expected a whole causal language model"
-        )
+    policy = _load(AutoModelForCausalLM, model, revision, dtype, device, trust_remote_code)
     if adapter is not None:
         from croco.training.lora import load_adapter
 
@@ -107,13 +109,7 @@ def load_reward(
     from transformers import AutoModelForSequenceClassification
 
     tokenizer = load_tokenizer(model, revision, None, trust_remote_code)
-    reward, missing = _load(
-        AutoModelForSequenceClassification, model, revision, dtype, device, trust_remote_code
-    )
-    if missing:
-        raise UserError(
-            f"reward model {model!r}: found no weights for {missing[0]}, expected a sequence classifier"
-        )
+    reward = _load(AutoModelForSequenceClassification, model, revision, dtype, device, trust_remote_code)
     if reward.config.num_labels != 1:
         raise UserError(f"reward model {model!r}: found {reward.config.num_labels} logits, expected one")
     return reward.eval(), tokenizer
@@ -130,11 +126,7 @@ def load_translator(
     from transformers import AutoModelForSeq2SeqLM
 
     tokenizer = load_tokenizer(model, revision, None, trust_remote_code)
-    translator, missing = _load(AutoModelForSeq2SeqLM, model, revision, dtype, device, trust_remote_code)
-    if missing:
-        raise UserError(
-            f"model {model!r}: found no weights for {missing[0]}, expected a whole translation model"
-        )
+    translator = _load(AutoModelForSeq2SeqLM, model, revision, dtype, device, trust_remote_code)
     return translator.eval(), tokenizer
 
 
@@ -146,8 +138,8 @@ def max_context(model: Any) -> int:
 
 def _load(
     auto: Any, model: str, revision: str | None, dtype: str, device: str, trust_remote_code: bool
-) -> tuple[Any, list[str]]:
-    """The model on its device and the parameters its files had no weights for (transformers only warns)."""
+) -> Any:
+    """The model on its device; raises UserError where its files lack weights, of which transformers only warns."""
     place, where = resolve_model(model), pick_device(device)
     try:
         with quiet_loading():
@@ -163,7 +155,10 @@ def _load(
         if out_of_memory(error):
             raise UserError(f"model {model!r}: its weights do not fit in the memory of {where}") from error
         raise UserError(f"model {model!r}: does not load as {auto.__name__}: {_first_line(error)}") from error
-    return loaded, sorted(report["missing_keys"])
+    if missing := sorted(report["missing_keys"]):
+        kind = KINDS[auto.__name__]
+        raise UserError(f"model {model!r}: found no weights for {missing[0]}, expected a whole {kind}")
+    return loaded
 
 
 @contextmanager

@@ -167,6 +167,8 @@ def try_packing(model: PreTrainedModel, examples: Sequence[Example], device: tor
     try:
         model.set_attn_implementation(FLEX)
         reason = shared_rows_differ(model, examples, device) or _no_gradient(model, examples, device)
+    except torch.OutOfMemoryError:  # a RuntimeError too, and no word against the kernels
+        raise
     except (RuntimeError, ValueError, NotImplementedError) as error:  # compilers raise all of them
         reason = f"FlexAttention does not run here: {' '.join(str(error).split())[:200]}"
     if reason:
@@ -247,13 +249,14 @@ def shared_rows_differ(model: nn.Module, examples: Sequence[Example], device: to
         return reason
     was_training = model.training
     model.eval()
-    shared = collate(examples, shared=True, packed=packs(model)).to(device)
-    plain_logps = completion_logps(model, collate(examples, shared=False).to(device))
-    # On a CPU it depends on a batch's lengths which of two ways it goes.
-    ways = [replace(shared, by_segments=way) for way in (False, True)] if device.type == "cpu" else [shared]
-    reasons = [_differs(model, way, plain_logps) for way in ways]
-    model.train(was_training)
-    return next(filter(None, reasons), None)
+    try:
+        shared = collate(examples, shared=True, packed=packs(model)).to(device)
+        plain_logps = completion_logps(model, collate(examples, shared=False).to(device))
+        # On a CPU it depends on a batch's lengths which of two ways it goes.
+        ways = [replace(shared, by_segments=w) for w in (False, True)] if device.type == "cpu" else [shared]
+        return next(filter(None, (_differs(model, way, plain_logps) for way in ways)), None)
+    finally:
+        model.train(was_training)
 
 
 def _differs(model: nn.Module, shared: Batch, plain_logps: Tensor) -> str | None:
