@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +127,8 @@ def test_waves_stop_where_the_next_one_promises_little() -> None:
     assert found["gain < 0.05·std"].tokens == 120.0
     assert saved(list(found.values()), found["16"]) == 0.25
     assert saved([found["8"]], found["16"]) is None
+    # a smaller number that is as good is what an adaptive rule has to beat
+    assert saved([*found.values(), replace(found["8"], chosen_good=1.0)], found["16"]) == -0.5
 
 
 RECIPE = """

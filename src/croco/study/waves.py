@@ -131,6 +131,8 @@ def _outcome(pools: Pools, lengths: NDArray[np.int64]) -> tuple[Floats, Floats, 
 
 
 def saved(found: Sequence[Point], at: Point) -> float | None:
-    """The share of the tokens of a fixed number that the cheapest adaptive rule of at least its quality saves."""
-    as_good = [p.tokens for p in found if p.rule.startswith("gain") and p.chosen_good >= at.chosen_good]
-    return 1 - min(as_good) / at.tokens if as_good else None
+    """The share of tokens that the cheapest adaptive rule saves beside the cheapest fixed number, both as good."""
+    as_good = [p for p in (*found, at) if p.chosen_good >= at.chosen_good]
+    adaptive = [p.tokens for p in as_good if p.rule.startswith("gain")]
+    fixed = [p.tokens for p in as_good if not p.rule.startswith("gain")]
+    return 1 - min(adaptive) / min(fixed) if adaptive else None
