@@ -293,7 +293,7 @@ def waves_part(recipe: Recipe) -> Part:
             f"{rule}: {100 * share:.0f} %".replace("-", "−") for rule, share in shares if share is not None
         ]
         text.append(
-            f"Tokens that the cheapest rule saves beside the cheapest fixed number, both with chosen at least as good as "
+            f"Tokens that the cheapest rule saves beside the cheapest fixed number, both with chosen as good as "
             f"those of N, pool of {title}: {'; '.join(said)}."
         )
     return Part("waves", "How many completions are worth it?", text, tables)
