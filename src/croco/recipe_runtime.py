@@ -145,6 +145,7 @@ class Runtime(Section):
     shard_prompts: Positive = 64
     threads: Positive | None = None  # of torch; null leaves torch's own choice
     gradient_checkpointing: Switch = False  # "auto" is where it is needed to fit
+    reference_table: bool = True  # kept for all arms; false: at every step, with the adapter switched off
     train_processes: Replicas = 1  # that tune one policy together; "auto" is one per GPU
     accelerate_config: str | None = None  # a file of `accelerate config`: FSDP, DeepSpeed, several machines
     trackers: Annotated[tuple[str, ...], Field(strict=False)] = ()  # "tensorboard", "wandb", "trackio", …

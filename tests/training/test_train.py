@@ -66,6 +66,25 @@ def undisturbed(tmp_path_factory):
     return folder, run(folder)
 
 
+def test_a_reference_on_line_gives_the_same_run_without_a_table(tmp_path):
+    settings = replace(SETTINGS, lora=replace(SETTINGS.lora, dropout=0.0))
+    run(tmp_path / "table", settings)
+    run(tmp_path / "line", settings, reference_table=False)
+    assert not (tmp_path / "line" / "scratch" / "reference").exists()
+    kept, computed = (metrics(tmp_path / name, "train") for name in ("table", "line"))
+    for one, other in zip(kept, computed, strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+    assert computed[-1]["loss"] < computed[0]["loss"] - 0.1
+    validation = [metrics(tmp_path / name, "validation")[-1]["loss"] for name in ("table", "line")]
+    assert validation[1] == pytest.approx(validation[0], rel=1e-4)
+
+
+def test_a_reference_on_line_is_refused_where_no_adapter_can_be_switched_off(tmp_path):
+    with pytest.raises(UserError, match="reference_table = false"):
+        run(tmp_path, replace(SETTINGS, full=True), reference_table=False)
+
+
 def test_a_run_learns_its_pairs_and_says_what_it_did(undisturbed):
     folder, result = undisturbed
     train, validation = metrics(folder, "train"), metrics(folder, "validation")

@@ -103,6 +103,7 @@ def tune_here(job: Job, advance: Advance) -> TrainResult:
         instructions=policy.instruction,
         micro_batch_tokens=runtime.micro_batch_tokens,
         gradient_checkpointing=runtime.gradient_checkpointing,
+        reference_table=runtime.reference_table,
         trackers=runtime.trackers,
         checkpoint_minutes=runtime.checkpoint_minutes,
         reference_folder=job.reference_folder,

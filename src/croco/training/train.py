@@ -84,6 +84,7 @@ def train_pairs(
     instructions: Mapping[str, str] | None = None,
     micro_batch_tokens: int | Literal["auto"] = 8192,
     gradient_checkpointing: bool | Literal["auto"] = False,
+    reference_table: bool = True,
     trackers: tuple[str, ...] = (),
     checkpoint_minutes: float | None = None,
     reference_folder: Path | None = None,
@@ -94,13 +95,20 @@ def train_pairs(
     where the sampled ids are known); method "sft" needs no rejected. `start` is the adapter that tuning goes on
     from, and `reference` what the policy is held against: the base, or the policy as it starts. Also written:
     `folder/metrics.jsonl`, one line per step and evaluation, and `folder/scratch` (checkpoints, and the reference's
-    log-probabilities unless `reference_folder` keeps them), which the caller may remove afterwards. A second call
+    log-probabilities unless `reference_folder` keeps them), which the caller may remove afterwards. Without
+    `reference_table` they are computed at every step instead, by the policy without its adapter. A second call
     with the same arguments goes on where the first was killed. `on_step(step, num_steps)` follows it. "auto" is
     what fits in memory. Raises `UserError` for settings out of range, when no pair is left, when it cannot fit,
     and (as `Stopped`) when training was stopped before any good checkpoint.
     """
     began = time.monotonic()
     _check(settings, start)
+    on_line = not reference_table and settings.method == "dpo" and settings.loss not in REFERENCE_FREE
+    if on_line and (settings.full or (start and reference == "start")):
+        raise UserError(
+            "runtime.reference_table = false takes the policy without its adapter as reference: expected true for "
+            'training.full, and for reference = "start" with an adapter to start from'
+        )
     check_trackers(trackers)
     training, validation, dropped = encode(model, tokenizer, pairs, settings, instructions)
     examples = training + validation
@@ -133,7 +141,7 @@ def train_pairs(
     def logps(of: Any) -> Tensor | None:
         if settings.method == "sft":
             return None
-        if settings.loss in REFERENCE_FREE:
+        if on_line or settings.loss in REFERENCE_FREE:
             return no_reference(examples)
         tokens = layout.micro_batch_tokens
         return share_reference(
@@ -161,6 +169,7 @@ def train_pairs(
             settings,
             examples=examples,
             reference_logps_CN=reference_logps_CN,
+            reference_on_line=on_line,
             steps=steps,
             validation=range(len(training), len(examples)),
             shared=plain_rows is None,

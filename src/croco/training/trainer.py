@@ -27,6 +27,7 @@ from croco.training.checkpoints import ByTheClock, seal
 from croco.training.encode import Example
 from croco.training.forward import completion_logps, packs, token_counts
 from croco.training.ranks import shares
+from croco.training.reference import on_line
 from croco.training.sentinel import Stopped, alarm
 from croco.training.settings import TrainSettings
 
@@ -92,6 +93,7 @@ class PairTrainer(Trainer):
         *,
         examples: Sequence[Example],
         reference_logps_CN: Tensor | None,
+        reference_on_line: bool = False,
         steps: Sequence[Sequence[int]],
         validation: Sequence[int],
         shared: bool,
@@ -106,6 +108,7 @@ class PairTrainer(Trainer):
         self.settings = settings
         self.examples = examples
         self.reference_logps_CN = reference_logps_CN
+        self.reference_on_line = reference_on_line  # instead of what is in the table
         self.validation = validation
         self.shared = shared
         self.packed = shared and packs(model)
@@ -165,6 +168,8 @@ class PairTrainer(Trainer):
         """Loss and what is watched over some pairs of all processes, the loss by its divisor, the rest by pairs."""
         sums: dict[str, Tensor] = {}
         for batch, reference_CP, weight, last in self._micro_batches(pairs):
+            if self.reference_on_line:
+                reference_CP = on_line(model, batch)
             with self._in_step(model, last) if backward else nullcontext():
                 logps_CP = completion_logps(model, batch)
                 losses_P, watched = pair_losses(self.settings, logps_CP, reference_CP, token_counts(batch))
