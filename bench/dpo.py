@@ -7,7 +7,7 @@ Both sides tune the same random Llama with the same LoRA (dropout included) on t
 loops on transformers' Trainer, one round of steps after the other in turns; the first step of a round is not counted.
 TRL has the type of weights, the micro-batch and (for spread lengths) the sampler that are best for it on a trial, no
 gradient checkpointing on a CPU, and its reference cached, which is its best setting, or on line, which is its default.
-Ours has the same type and its best token budget. Printed are medians over the rounds. Against TRL's default ours is
+Ours has the same type and the best token budget of those that take no more memory than TRL. Printed are medians over the rounds. Against TRL's default ours is
 also shown with its table of the reference paid for, as if it were read once and never again. Peak memory is that of a
 process of its own over what it held before the model was built. The floor is the arithmetic that no way around is
 known for: the prompt once, every completion token once, no gradient of frozen weights, attention to what may be seen,
@@ -312,24 +312,28 @@ def peak_here(job: str) -> int:
     return _memory(False, case.device) - before
 
 
-def fastest(candidates: Sequence[Any], run: Callable[[Any], Timed]) -> Any:
-    """The candidate with the highest rate; one that does not fit into memory is none."""
+def by_speed(candidates: Sequence[Any], run: Callable[[Any], Timed]) -> list[Any]:
+    """The candidates, the one with the highest rate first; one that does not fit into memory is none."""
     rates = {}
     for candidate in candidates:
         try:
             rates[candidate] = run(candidate).rate
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
-    return max(rates, key=lambda candidate: rates[candidate])
+    return sorted(rates, key=lambda candidate: -rates[candidate])
 
 
-def compare(case: Case, rounds: int, memory: bool) -> None:
+def compare(case: Case, rounds: int) -> None:
     trial = Case(**{**case.__dict__, "steps": 3})
     samplers = (False, True) if case.shape == "spread" else (False,)
-    batch, grouped = fastest(
+    batch, grouped = by_speed(
         [(b, g) for b in BATCHES for g in samplers], lambda c: theirs(trial, c[0], grouped=c[1])
-    )
-    budget = fastest(BUDGETS[case.device], lambda b: ours(trial, b))
+    )[0]
+    allowed = peak(case, "theirs", batch, grouped)
+    for budget in by_speed(BUDGETS[case.device], lambda b: ours(trial, b)):
+        held = peak(case, "ours", budget, False)
+        if held <= allowed:
+            break
     mine, cached, default = [], [], []
     for _ in range(rounds):
         mine.append(ours(case, budget))
@@ -342,17 +346,16 @@ def compare(case: Case, rounds: int, memory: bool) -> None:
     flops = floor_flops(case)
     floor = matmul_rate(case) / flops
     sampler = ", grouped by length" if grouped else ""
-    line = (
+    print(
         f"{case.shape} ({case.model}, {case.dtype}): {rate:.2f} pairs/s (budget {budget:,} tokens)\n"
         f"  TRL, reference cached: {best:.2f} (micro-batch {batch}{sampler}): {rate / best:.2f} ×\n"
         f"  TRL, reference on line: {plain:.2f}: {rate / plain:.2f} ×, {whole / plain:.2f} × with our table's making\n"
         f"  floor: {flops / 1e9:.1f} GFLOP a pair = {floor:.2f} pairs/s; ours at {rate / floor:.0%}, TRL's cached at "
-        f"{best / floor:.0%}"
+        f"{best / floor:.0%}\n"
+        f"  peak memory: {held / 1e6:,.0f} MB against {allowed / 1e6:,.0f} MB: {held / allowed:.0%}\n"
+        f"  references within {gap:.0e}",
+        flush=True,
     )
-    if memory:
-        held, its = peak(case, "ours", budget, False), peak(case, "theirs", batch, grouped)
-        line += f"\n  peak memory: {held / 1e6:,.0f} MB against {its / 1e6:,.0f} MB: {held / its:.0%}"
-    print(f"{line}\n  references within {gap:.0e}", flush=True)
 
 
 def main() -> None:
@@ -364,7 +367,6 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+")
     parser.add_argument("--dtype", choices=DTYPES, help="default: what is faster for TRL (cuda: bfloat16)")
     parser.add_argument("--checkpointing", action="store_true", help="of activations, on both sides")
-    parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     parser.add_argument("--cpu-time", action="store_true", help="for a busy machine")
     asked = parser.parse_args()
@@ -390,7 +392,6 @@ def main() -> None:
         compare(
             Case(asked.device, model, dtype, shape, asked.steps, asked.checkpointing),
             asked.rounds,
-            not asked.no_memory,
         )
 
 

@@ -20,10 +20,14 @@ def test_the_last_layer_is_finished_where_completions_are_predicted(arch):
     assert places < 0.9 * whole
     counts = []
     for layer in model.model.layers:
-        for part in (layer.self_attn.o_proj, layer.mlp):  # a hook after the forward sees what it was given
+        for part in (
+            layer.self_attn.q_proj,
+            layer.self_attn.o_proj,
+            layer.mlp,
+        ):  # a hook after the forward sees what it was given
             part.register_forward_hook(lambda m, args, out: counts.append(args[0].shape[:-1].numel()))
     completion_logps(model, batch)
-    assert counts == [whole, whole, places, places]
+    assert counts == [whole] * 3 + [places] * 3
 
 
 def test_all_of_it_where_layers_run_again_and_in_plain_rows():

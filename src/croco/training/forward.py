@@ -81,14 +81,14 @@ def _run(model: nn.Module, batch: Batch, whole_head: bool) -> Tensor:
     """The model's own forward: the logits of completion tokens, (M, V), or the hidden states before them, (M, D)."""
     base = _unwrapped(model)
     inputs: dict[str, Any] = {}
-    segments = _segments(base, batch) if batch.shared else None
+    known = batch.shared and base.config.get_text_config().model_type in HEADS and not _recomputed(base)
+    segments = _segments(base, batch, known) if batch.shared else None
     if segments is not None:  # a mask that nobody reads, or transformers would make one
         inputs = {"attention_mask": batch.input_ids_BT.new_ones(1, 1, 1, 1), "segments": segments}
     elif batch.shared:
         inputs = {"attention_mask": attention_masks(base, batch)}
     else:
         inputs = {"attention_mask": (batch.branch_BT != PADDING).long()}
-    known = batch.shared and base.config.get_text_config().model_type in HEADS and not _recomputed(base)
     with (
         finished_at(base, batch.source_M, batch.input_ids_BT.numel()) if known else nullcontext(),
         nullcontext() if segments is None else plugged_in(base, shared_attention.NAME),
@@ -100,13 +100,14 @@ def _run(model: nn.Module, batch: Batch, whole_head: bool) -> Tensor:
     return logits.view(-1, logits.shape[-1]) if whole_head else gathered[0]
 
 
-def _segments(model: PreTrainedModel, batch: Batch) -> Segments | None:
+def _segments(model: PreTrainedModel, batch: Batch, known: bool) -> Segments | None:
     """How attention goes by segments, where that is quicker than a mask: long rows on a CPU."""
     if not batch.by_segments or batch.input_ids_BT.device.type != "cpu" or unsupported(model) is not None:
         return None
     if model.config.get_text_config()._attn_implementation != "sdpa":
         return None
-    return None if _recomputed(model) else Segments.of(batch.lengths)
+    last = model.config.get_text_config().num_hidden_layers - 1 if known else None
+    return None if _recomputed(model) else Segments.of(batch.lengths, last)
 
 
 def _recomputed(model: PreTrainedModel) -> bool:

@@ -1,7 +1,7 @@
 """The last layer, finished only at the tokens that predict a completion.
 
-Nothing after it looks at the prompt's other tokens, so its output projection and its MLP need not see them: hooks give
-them the places that are read, and what they return is put back there. What the model returns elsewhere is arbitrary.
+Nothing after it looks at the prompt's other tokens, so its queries, its output projection and its MLP need not see
+them: hooks give them the places that are read, and what they return is put back there. What the model returns elsewhere is arbitrary.
 Prompts are long beside their completions, so this spares most of one layer in L. Left out: experts, whose routing
 counts every token.
 
@@ -49,5 +49,9 @@ def finished_at(model: Any, source_M: Tensor, num_tokens: int) -> Iterator[None]
 def _parts(model: Any) -> list[nn.Module]:
     layers = getattr(model.base_model, "layers", None)
     layer = layers[-1] if layers else None
-    found = [getattr(getattr(layer, "self_attn", None), "o_proj", None), getattr(layer, "mlp", None)]
-    return [part for part in found if isinstance(part, nn.Module)] if all(found) else []
+    attention = getattr(layer, "self_attn", None)
+    output, mlp = getattr(attention, "o_proj", None), getattr(layer, "mlp", None)
+    if not isinstance(output, nn.Module) or not isinstance(mlp, nn.Module):
+        return []
+    queries = getattr(attention, "q_proj", None)  # some have one projection for queries, keys and values
+    return [part for part in (queries, output, mlp) if isinstance(part, nn.Module)]

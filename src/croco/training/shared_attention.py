@@ -1,5 +1,5 @@
 """Attention over shared rows without a mask of the whole row: the prompt among itself, then each completion over the
-prompt and itself.
+prompt and itself; in the last layer, of the prompt, its last position alone.
 
 The same numbers as SDPA under `ops/prefix_mask.py`, less work: a completion never meets another one, and no padding is
 computed. On a CPU, whose kernel computes whatever a mask forbids, that is up to half of the attention. It is plugged
@@ -24,14 +24,18 @@ NAME = "croco_shared_rows"
 
 @dataclass
 class Segments:
-    """Rows in groups of the same lengths (prompt, completions…), in their order, and the masks made for them so far."""
+    """Rows in groups of the same lengths (prompt, completions…), in their order, and the masks made for them so far.
+
+    `last` is the number of a layer after which of a prompt its last position is read only, if any.
+    """
 
     groups: list[tuple[int, tuple[int, ...]]]  # (rows, lengths)
+    last: int | None = None
     masks: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, lengths: Sequence[tuple[int, ...]]) -> "Segments":
-        return cls([(len(list(rows)), each) for each, rows in groupby(lengths)])
+    def of(cls, lengths: Sequence[tuple[int, ...]], last: int | None = None) -> "Segments":
+        return cls([(len(list(rows)), each) for each, rows in groupby(lengths)], last)
 
     def mask(self, queries: int, keys: int, window: int | None, like: Tensor) -> Tensor:
         """What the last `queries` of so many positions may see: 0 or −inf, (queries, keys)."""
@@ -60,8 +64,9 @@ def attend(
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of shared rows, (B, T, H, D) as transformers expects it; padding gets zeros."""
+    """Attention of shared rows, (B, T, H, D) as transformers expects it; padding and what nobody reads get zeros."""
     outputs = []
+    at_last = segments.last is not None and getattr(module, "layer_idx", None) == segments.last
     sizes = [rows for rows, _ in segments.groups]
     for (rows, lengths), q, k, v in zip(
         segments.groups, query.split(sizes), key.split(sizes), value.split(sizes), strict=True
@@ -74,8 +79,12 @@ def attend(
             if number:
                 seen_keys = torch.cat([keys[0], seen_keys], 2)
                 seen_values = torch.cat([values[0], seen_values], 2)
-            causal = number == 0 and (sliding_window is None or sliding_window >= own.shape[2])
-            mask = None if causal else segments.mask(own.shape[2], seen_keys.shape[2], sliding_window, own)
+            if at_last and not number:
+                parts.append(torch.zeros_like(own[:, :, 1:]))
+                own = own[:, :, -1:]
+            num_queries, num_keys = own.shape[2], seen_keys.shape[2]
+            causal = num_queries == num_keys and (sliding_window is None or sliding_window >= num_keys)
+            mask = None if causal else segments.mask(num_queries, num_keys, sliding_window, own)
             parts.append(
                 F.scaled_dot_product_attention(
                     own, seen_keys, seen_values, attn_mask=mask, is_causal=causal, dropout_p=dropout,
