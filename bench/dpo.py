@@ -3,16 +3,17 @@
     OMP_NUM_THREADS=1 python bench/dpo.py [--rounds 5] [--shapes 256/256 spread] [--cpu-time]
     python bench/dpo.py --device cuda [--model 9b] [--shapes 1024/1024 4096/1024] [--checkpointing]
 
-Both sides tune the same random Llama with the same LoRA (dropout included) on the same pairs of token ids, in their own
-loops on transformers' Trainer, one round of steps after the other in turns; the first step of a round is not counted.
-TRL has the type of weights, the micro-batch and (for spread lengths) the sampler that are best for it on a trial, no
-gradient checkpointing on a CPU, and its reference cached, which is its best setting, or on line, which is its default.
-Ours has the same type and the best token budget of those that take no more memory than TRL. Printed are medians over the rounds. Against TRL's default ours is
-also shown with its table of the reference paid for, as if it were read once and never again. Peak memory is that of a
-process of its own over what it held before the model was built. The floor is the arithmetic that no way around is
-known for: the prompt once, every completion token once, no gradient of frozen weights, attention to what may be seen,
-the head at completion tokens; in pairs per second, at the rate of a large matrix product here. Both sides must give the
-same log-probabilities of the reference. On a busy machine --cpu-time counts what the process itself has used.
+Both sides tune the same random Llama with the same LoRA (dropout included) on the same pairs of token ids, in their
+own loops on transformers' Trainer, one round of steps after the other in turns; the first step of a round is not
+counted. TRL has the type of weights, the micro-batch and (for spread lengths) the sampler that are best for it on a
+trial, no gradient checkpointing on a CPU, and its reference cached, which is its best setting, or on line, which is
+its default. Ours has the same type and the best token budget of those that take no more memory than TRL. Printed are
+medians over the rounds. Against TRL's default ours is also shown with its table of the reference paid for, as if it
+were read once and never again. Peak memory is that of a process of its own over what it held before the model was
+built. The floor is the arithmetic that no way around is known for: the prompt once, every completion token once, no
+gradient of frozen weights, attention to what may be seen, the head at completion tokens; in pairs per second, at the
+rate of a large matrix product here. Both sides must give the same log-probabilities of the reference. On a busy
+machine --cpu-time counts what the process itself has used.
 """
 
 from __future__ import annotations

@@ -98,6 +98,25 @@ def test_a_template_that_changes_an_earlier_turn_when_a_completion_follows(
     assert "no prefix of prompt + completion" in line
 
 
+def test_models_beside_the_policy(doctor: Doctor, tmp_path: Path) -> None:
+    plain = with_template(tmp_path / "plain", tiny.CHAT_TEMPLATE)
+    mute = with_template(tmp_path / "mute", None)
+    judged = ("arena.judge=model", f"judge.model={plain}")
+    found = doctor(f"arms.monolingual.sampler={{model='{plain}'}}", *judged, "judge.max_new_tokens=100")
+    assert found.exit_code == 0, found.output
+    assert "sampler       monolingual:" in found.output
+    assert "judge  " in found.output
+    assert "found no chat template" in wrong(doctor(f"arms.monolingual.sampler={{model='{mute}'}}"))
+    assert "found no chat template" in wrong(doctor("arena.judge=model", f"judge.model={mute}"))
+    assert "leaves no room in the judge's context" in wrong(doctor(*judged, "judge.max_new_tokens=100000"))
+    mapo = ("arms.mapo.scorer=alignment", "arms.mapo.rejected=min", "alignment.model=lab:translator")
+    found = doctor(*mapo)
+    assert found.exit_code == 0, found.output
+    assert "it has a token for en" in found.output
+    line = wrong(doctor(*mapo, "alignment.codes={da='__xx__'}"))
+    assert "has no token '__xx__' for 'da'" in line
+
+
 def test_what_does_not_fit(doctor: Doctor, tmp_path: Path) -> None:
     line = wrong(doctor("runtime.token_budget=1000000000000"))
     assert "memory on cpu: weights" in line

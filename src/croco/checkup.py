@@ -38,6 +38,9 @@ def examine(recipe: Recipe, measure: bool = False) -> Iterator[str]:
         lambda: _policy(recipe, rows),
         lambda: _translation(recipe, recipe.translate, rows[0]["messages"]) if recipe.translate else (),
         lambda: _reward(recipe, rows),
+        lambda: _samplers(recipe, rows),
+        lambda: _alignment(recipe),
+        lambda: _judge(recipe),
         lambda: _tuning(recipe),
         lambda: _adapters(recipe),
         lambda: _measured(recipe, rows, rates) if measure else (),
@@ -192,6 +195,65 @@ def _translation(recipe: Recipe, section: Translate, messages: Sequence[Mapping[
     yield f"  format {section.format}: the first text of the first prompt takes at most {longest} tokens"
 
 
+def _samplers(recipe: Recipe, rows: Sequence[Prompt]) -> Iterator[str]:
+    """The models that sample in the policy's place, each asked as the policy would be."""
+    from croco.engines.config import generation_config
+    from croco.engines.loading import load_tokenizer
+    from croco.sampling.chat import end_ids
+    from croco.sampling.exactness import examine_policy
+
+    for name, arm in recipe.arms.items():
+        if (sampler := arm.sampler) is None:
+            continue
+        key, template = f"arms.{name}.sampler", Path(sampler.chat_template) if sampler.chat_template else None
+        tokenizer = load_tokenizer(sampler.model, sampler.revision, template, sampler.trust_remote_code)
+        network = weightless(sampler, key, "causal")
+        yield f"sampler       {name}: {_what(sampler, key, network)}"
+        yield from _memory(recipe, sampler, network, "sample")
+        ends = end_ids(tokenizer, generation_config(sampler))
+        yield from examine_policy(tokenizer, ends, _looked_at(rows), recipe.policy.instruction)
+
+
+def _alignment(recipe: Recipe) -> Iterator[str]:
+    """The translation model that scores, and its token for every language that an arm wants scored."""
+    from croco.engines.loading import load_tokenizer
+    from croco.scoring.alignment import Translator
+
+    arms = [arm for arm in recipe.arms.values() if arm.scorer == "alignment"]
+    if (section := recipe.alignment) is None or not arms:
+        return
+    tokenizer = load_tokenizer(section.model, section.revision, None, section.trust_remote_code)
+    network = weightless(section, "alignment", "translator")
+    yield f"alignment     {_what(section, 'alignment', network)}"
+    translator = Translator(network, tokenizer, section.codes, name=section.model)
+    wanted = dict.fromkeys(["en", *(code for arm in arms for code in arm.languages or recipe.run.languages)])
+    for code in wanted:
+        translator.encode([], code)
+    yield f"  it has a token for {', '.join(wanted)}"
+
+
+def _judge(recipe: Recipe) -> Iterator[str]:
+    """The model that is asked for verdicts, and that its template takes a question."""
+    from croco.engines.loading import load_tokenizer
+    from croco.sampling.chat import prompt_ids
+
+    section = recipe.judge
+    if section is None or recipe.arena is None or recipe.arena.judge != "model":
+        return
+    template = Path(section.chat_template) if section.chat_template else None
+    tokenizer = load_tokenizer(section.model, section.revision, template, section.trust_remote_code)
+    network = weightless(section, "judge", "causal")
+    yield f"judge         {_what(section, 'judge', network)}"
+    yield from _memory(recipe, section, network, "judge")
+    prompt_ids(tokenizer, [{"role": "user", "content": "Which is better?"}])
+    context = network.config.get_text_config().max_position_embeddings
+    yield f"  context {context:,} tokens for a prompt, two completions and a verdict of {section.max_new_tokens:,}"
+    if section.max_new_tokens >= context:
+        raise UserError(
+            f"judge.max_new_tokens = {section.max_new_tokens} leaves no room in the judge's context of {context} tokens"
+        )
+
+
 def _tuning(recipe: Recipe) -> Iterator[str]:
     """The policy's weights and what is trained of them, with gradients and AdamW's moments, against what is free."""
     from croco.engines import memory
@@ -301,15 +363,19 @@ def _memory(recipe: Recipe, section: Model, network: Any, role: str) -> Iterator
 def weightless(section: Model, key: str, kind: str) -> Any:
     """The model without its weights; raises UserError for one that transformers does not know, or of several logits."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
     from croco.engines.config import load_config
 
-    auto: Any = AutoModelForCausalLM if kind == "causal" else AutoModelForSequenceClassification
+    kinds: dict[str, Any] = {
+        "causal": AutoModelForCausalLM,
+        "classifier": AutoModelForSequenceClassification,
+        "translator": AutoModelForSeq2SeqLM,
+    }
     config = load_config(section, key)
     try:
         with torch.device("meta"):
-            network = auto.from_config(config, trust_remote_code=section.trust_remote_code)
+            network = kinds[kind].from_config(config, trust_remote_code=section.trust_remote_code)
     except ValueError as error:
         raise UserError(
             f"{key}.model = '{section.model}' does not load: {str(error).splitlines()[0]}"

@@ -1,9 +1,9 @@
 """The last layer, finished only at the tokens that predict a completion.
 
 Nothing after it looks at the prompt's other tokens, so its queries, its output projection and its MLP need not see
-them: hooks give them the places that are read, and what they return is put back there. What the model returns elsewhere is arbitrary.
-Prompts are long beside their completions, so this spares most of one layer in L. Left out: experts, whose routing
-counts every token.
+them: hooks give them the places that are read, and what they return is put back there. What the model returns elsewhere
+is arbitrary. Prompts are long beside their completions, so this spares most of one layer in L. Left out: experts, whose
+routing counts every token.
 
 Shapes: B rows, T tokens, D width, N places.
 """
