@@ -120,6 +120,10 @@ def test_plan_says_what_would_run_and_what_it_may_cost(tmp_path: Path, tiny_mode
     assert (
         f"6 prompts in 2 languages, 2 arms, both orders, by {tiny_models.policy}: at most 24" in found.output
     )
+    assert "24 judgements of at most 24,576 tokens" in found.output
+    assert "arena-sample" not in found.output  # what `evaluate` draws greedily serves
+    found = CliRunner().invoke(app, ["plan", str(path), *judge, "--set", "arena.max_new_tokens=30"])
+    assert "arena-sample: 18 completions, at most 540 tokens" in found.output
     assert CliRunner().invoke(app, ["prompts", str(path)]).exit_code == 0
     found = CliRunner().invoke(app, ["plan", str(path), "--set", "prompts.limit=3"])
     assert "stale, would need --rebuild" in found.output

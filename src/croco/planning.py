@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from croco import arms, pipeline, store
+from croco import arms, follows, pipeline, store
 from croco.executor import described
 from croco.prompts import load as prompts_load
 from croco.recipe import Evaluation, Prompts, Recipe
@@ -105,7 +105,13 @@ def cost(recipe: Recipe, rates: Mapping[str, float]) -> Iterator[str]:
             f"the base: {completions:,} completions, at most {completions * evaluation.max_new_tokens:,} tokens"
         )
     if recipe.arena is not None:
-        yield _comparisons(recipe, test)
+        asked = _arena_prompts(recipe, recipe.arena, test)
+        yield _comparisons(recipe, recipe.arena, asked)
+        drawn = len(follows.arena_sampled(recipe)) * (asked or 0)
+        if drawn:
+            limit = drawn * (recipe.arena.max_new_tokens or recipe.evaluation.max_new_tokens)
+            rows, tokens = rows + drawn, tokens + limit
+            yield f"arena-sample: {drawn:,} completions, at most {limit:,} tokens"
     if recipe.euroeval is not None:
         yield _structured_tasks(recipe, recipe.euroeval)
     if tuning is None or test is None:
@@ -168,20 +174,27 @@ def _translations(stage: str, prompts: int, source: str, languages: Sequence[str
     return f"{stage}: {prompts:,} prompts from {source} into {targets} languages = {prompts * targets:,} translations"
 
 
-def _comparisons(recipe: Recipe, test: int | None) -> str:
-    """What a judge is asked at most; the same text twice is not asked about."""
-    arena = recipe.arena
-    assert arena is not None
-    languages, num_arms = recipe.arena_languages, len(recipe.evaluated_arms)
-    judge = recipe.judge.model if arena.judge == "model" and recipe.judge else "the lab"
+def _arena_prompts(recipe: Recipe, arena: Arena, test: int | None) -> int | None:
+    """Prompts × languages that the policies answer before the judge."""
+    languages = recipe.arena_languages
     if arena.source:
-        prompts = _num_prompts(arena, "arena", languages)
-    else:
-        prompts = None if test is None else test // len(recipe.run.evaluated) * len(languages)
-        if arena.limit is not None and prompts is not None:
-            prompts = min(prompts, arena.limit * len(languages))
+        return _num_prompts(arena, "arena", languages)
+    prompts = None if test is None else test // len(recipe.run.evaluated) * len(languages)
+    if arena.limit is not None and prompts is not None:
+        prompts = min(prompts, arena.limit * len(languages))
+    return prompts
+
+
+def _comparisons(recipe: Recipe, arena: Arena, prompts: int | None) -> str:
+    """What a judge is asked at most; the same text twice is not asked about."""
+    languages, num_arms = recipe.arena_languages, len(recipe.evaluated_arms)
+    model = recipe.judge if arena.judge == "model" else None
+    judge = model.model if model else "the lab"
     count = "prompts" if prompts is None else f"{prompts:,} prompts"
-    asked = "" if prompts is None else f": at most {2 * prompts * num_arms:,} judgements"
+    judgements = 2 * (prompts or 0) * num_arms
+    asked = "" if prompts is None else f": at most {judgements:,} judgements"
+    if model and judgements:
+        asked += f" of at most {judgements * model.max_new_tokens:,} tokens"
     return f"arena: {count} in {len(languages)} languages, {num_arms} arms, both orders, by {judge}{asked}"
 
 
