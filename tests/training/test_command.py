@@ -117,6 +117,7 @@ def test_any_preference_file_tunes_a_policy(form: str, tiny_models: TinyModels, 
     assert record["facts"]["pairs"] + record["facts"]["validation_pairs"] == 18
     card = (to / "README.md").read_text()
     assert 'license: "mit"' in card
+    assert "library_name: peft" in card
     assert "pairs: pairs.jsonl | sha256:" in card
     assert not (to / "scratch").exists()
     before = load_file(to / "adapter" / "adapter_model.safetensors")

@@ -94,6 +94,17 @@ def test_the_card_says_what_it_was_made_from(recipe: Recipe, made: Path) -> None
     assert "| reward | tuned | 0 | " in body
 
 
+def test_an_adapter_has_its_card_beside_it(recipe: Recipe) -> None:
+    text = (recipe.folder / "train" / "monolingual" / "adapter" / "README.md").read_text()
+    _, front, body = text.split("---\n", 2)
+    assert yaml.safe_load(front)["library_name"] == "peft"
+    assert str(recipe.folder.parent) not in text
+    for stage in ("prompts", "sample", "score", "pair/monolingual"):
+        assert f"| {stage} | fingerprint " in body
+    assert "| learning_rate | 0.001 |" in body
+    assert "| steps, step of these weights | " in body
+
+
 def test_text_of_others_cannot_break_out_of_a_card() -> None:
     text = "a|b\n## no heading <script> [x](y) `z`"
     assert cell(text) == "a\\|b ## no heading &lt;script> \\[x](y) \\`z\\`"

@@ -13,7 +13,7 @@ from typing import Any
 
 import polars as pl
 
-from croco import store
+from croco import provenance, store
 from croco.evaluation.results import BASE, GROUPS, headline
 from croco.identity import HUB_ID, local_model, model_identity
 from croco.recipe import Recipe
@@ -30,9 +30,10 @@ def model_card(
     license: str,
     tables: Mapping[str, Rows],
     results: Sequence[Sequence[str]] = (),
+    library: str = "transformers",
 ) -> str:
     """The card: front matter, one table per heading of `tables`, then the results (their first row is the head)."""
-    lines = ["---", f"license: {json.dumps(license)}", "library_name: transformers"]
+    lines = ["---", f"license: {json.dumps(license)}", f"library_name: {library}"]
     lines += ["pipeline_tag: text-generation"] + ([f"base_model: {json.dumps(base)}"] if base else [])
     lines += [
         "language:",
@@ -48,6 +49,49 @@ def model_card(
         lines += ["## Results", "", f"| {' | '.join(map(cell, head))} |", f"|{'---|' * len(head)}"]
         lines += [f"| {' | '.join(map(cell, row))} |" for row in body] + [""]
     return "\n".join(lines)
+
+
+def policy_card(
+    recipe: Recipe,
+    arm: str,
+    training: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    license: str,
+    checked: Rows = (),
+    library: str = "transformers",
+) -> str:
+    """The card of an arm's policy; `facts` are those of its training, `checked` what was proven of its weights."""
+    policy, reward = recipe.policy, recipe.reward
+    hub, base = base_name(policy.model, policy.revision)
+    made = [
+        ("policy", base),
+        ("reward model", base_name(reward.model, reward.revision)[1]),
+        ("prompts", Path(recipe.prompts.source).name),
+        ("languages tuned", ", ".join(recipe.run.languages)),
+        ("run, arm", f"{recipe.run.name}, {arm}"),
+        ("seed", str(recipe.run.seed)),
+        ("pairs trained on, held out", f"{facts['pairs']:,}, {facts['validation_pairs']:,}"),
+        ("steps, step of these weights", f"{facts['steps']:,}, {facts['adapter_step']:,}"),
+        ("stopped early", facts["stopped"] or "no"),
+        ("libraries", ", ".join(f"{name} {version}" for name, version in provenance.libraries().items())),
+    ]
+    return model_card(
+        title=f"{recipe.run.name}: {arm}",
+        base=hub,
+        languages=recipe.run.languages,
+        license=license,
+        tables={
+            "What it was made from": made,
+            "Lineage of its data": lineage(recipe, arm),
+            "How its pairs were chosen": settings_rows(
+                recipe.arms[arm].model_dump(mode="json", exclude={"training", "guards"})
+            ),
+            "How it was tuned": settings_rows(training),
+            "What was checked": checked,
+        },
+        results=results_rows(recipe.folder / "results", arm),
+        library=library,
+    )
 
 
 def cell(text: str) -> str:
@@ -82,7 +126,9 @@ def lineage(recipe: Recipe, arm: str) -> Rows:
     rows = []
     for name in LINEAGE:
         for folder in (recipe.folder / name, recipe.folder / name / arm):
-            if (folder / "stage.json").is_file():
+            if (folder / "stage.json").is_file() and store.read_json(folder / "stage.json")[
+                "state"
+            ] == "complete":
                 rows.append(
                     (
                         folder.relative_to(recipe.folder).as_posix(),

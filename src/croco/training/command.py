@@ -176,4 +176,5 @@ def _card(
             "How it was tuned": settings_rows(made_from["training"]),
             "Last metrics": [(name, f"{value:.4g}") for name, value in last.items()],
         },
+        library="transformers" if recipe.arms[ARM].training.full else "peft",
     )

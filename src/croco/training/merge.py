@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from croco import provenance, store
+from croco import store
 from croco.engines import tuned_weights
 from croco.engines.loading import load_policy
 from croco.errors import UserError
@@ -25,7 +25,7 @@ from croco.identity import check_adapter
 from croco.recipe import Recipe
 from croco.sampling.chat import end_id
 from croco.training.batches import collate
-from croco.training.card import base_name, lineage, model_card, results_rows, settings_rows
+from croco.training.card import policy_card
 from croco.training.encode import Example, encode_pairs
 from croco.training.forward import TOLERANCE, TOLERANCE_HALF, completion_logps, token_counts
 from croco.training.lora import merged, put_adapter_on
@@ -80,7 +80,16 @@ def merge(recipe: Recipe, arm: str, to: Path, license: str, say: Callable[[str],
     written = mean_logps(again, examples)
     proof = Proof(*(_largest(a, b) for a, b in ((after, before), (in_memory, after), (written, after))))
     _check(proof, again.dtype, weights)
-    store.write_text(partial / "README.md", card_of(recipe, arm, license, proof))
+    found = store.read_json(record)
+    checked = [
+        ("change of mean token log-probabilities, at most", f"{proof.change:.4g}"),
+        ("merged against base + adapter, at most", f"{proof.merged:.1e}"),
+        ("this folder against base + adapter, at most", f"{proof.written:.1e}"),
+    ]
+    card = policy_card(
+        recipe, arm, found["science"]["settings"]["training"], found["facts"], license, checked
+    )
+    store.write_text(partial / "README.md", card)
     store.sync_files(partial)
     if to.exists():
         to.rmdir()
@@ -149,44 +158,3 @@ def _check(proof: Proof, dtype: torch.dtype, weights: Path) -> None:
                 f"{weights}: the {what} differs from base + adapter by {gap:.2g} per token, expected at most "
                 f"{allowed:.0e} in {str(dtype).removeprefix('torch.')}"
             )
-
-
-def card_of(recipe: Recipe, arm: str, license: str, proof: Proof) -> str:
-    """The card of an arm's policy."""
-    record = store.read_json(recipe.folder / "train" / arm / "stage.json")
-    facts, policy, reward = record["facts"], recipe.policy, recipe.reward
-    hub, base = base_name(policy.model, policy.revision)
-    training = record["science"]["settings"]["training"]
-    made = [
-        ("policy", base),
-        ("reward model", base_name(reward.model, reward.revision)[1]),
-        ("prompts", Path(recipe.prompts.source).name),
-        ("languages tuned", ", ".join(recipe.run.languages)),
-        ("run, arm", f"{recipe.run.name}, {arm}"),
-        ("seed", str(recipe.run.seed)),
-        ("pairs trained on, held out", f"{facts['pairs']:,}, {facts['validation_pairs']:,}"),
-        ("steps, step of these weights", f"{facts['steps']:,}, {facts['adapter_step']:,}"),
-        ("stopped early", facts["stopped"] or "no"),
-        ("libraries", ", ".join(f"{name} {version}" for name, version in provenance.libraries().items())),
-    ]
-    checked = [
-        ("change of mean token log-probabilities, at most", f"{proof.change:.4g}"),
-        ("merged against base + adapter, at most", f"{proof.merged:.1e}"),
-        ("this folder against base + adapter, at most", f"{proof.written:.1e}"),
-    ]
-    return model_card(
-        title=f"{recipe.run.name}: {arm}",
-        base=hub,
-        languages=recipe.run.languages,
-        license=license,
-        tables={
-            "What it was made from": made,
-            "Lineage of its data": lineage(recipe, arm),
-            "How its pairs were chosen": settings_rows(
-                recipe.arms[arm].model_dump(mode="json", exclude={"training", "guards"})
-            ),
-            "How it was tuned": settings_rows(training),
-            "What was checked": checked,
-        },
-        results=results_rows(recipe.folder / "results", arm),
-    )

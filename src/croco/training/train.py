@@ -19,15 +19,16 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from croco import store
 from croco.errors import UserError
 from croco.ops.losses import LOSSES, REFERENCE_FREE
 from croco.progress import Progress
 from croco.records import DROPPED
 from croco.stage import Work
-from croco.store import shards
 from croco.training import checkpoints
 from croco.training.adopt import adopt, samples
 from croco.training.batches import plan_steps
+from croco.training.card import policy_card
 from croco.training.forward import shared_rows_differ, try_packing
 from croco.training.lora import apply_lora, continue_lora
 from croco.training.preflight import plan
@@ -233,23 +234,16 @@ def train(work: Work) -> None:
 
         result = tune(job, advance)
     work.account(
-        read={"pair": sum(shard.rows for shard in shards(work.inputs["pair"]))},
+        read={"pair": sum(shard.rows for shard in store.shards(work.inputs["pair"]))},
         written={"pair": result.pairs + result.validation_pairs},
         dropped=result.dropped.to_arrow().cast(DROPPED.schema),
     )
-    work.record(
-        steps=result.steps,
-        adapter_step=result.adapter_step,
-        stopped=result.stopped,
-        pairs=result.pairs,
-        validation_pairs=result.validation_pairs,
-        tokens=result.tokens,
-        cut_pairs=result.cut_pairs,
-        cut_tokens=result.cut_tokens,
-        seconds=round(result.seconds, 1),
-        plain_rows=result.plain_rows,
-        metrics=result.metrics,
-    )
+    facts = {name: value for name, value in vars(result).items() if name not in ("adapter", "dropped")}
+    facts["seconds"] = round(result.seconds, 1)
+    if work.arm and result.adapter.name == "adapter":
+        card = policy_card(work.recipe, work.arm, work.settings["training"], facts, "unknown", library="peft")
+        store.write_text(result.adapter / "README.md", card)
+    work.record(**facts)
     if result.stopped:
         line = f"{work.title}: {result.stopped}; the run goes on with the checkpoint of step {result.adapter_step}"
         Console(stderr=True).print(line, markup=False, soft_wrap=True)
