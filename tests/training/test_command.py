@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
@@ -90,6 +91,39 @@ def test_every_form_says_the_same_pairs(form: str, tmp_path: Path) -> None:
     assert found["language"].to_list() == (wanted["language"].to_list() if form == "ours" else ["und"] * 18)
     if form in ("ours", "ultrafeedback-binarized"):
         assert found["prompt_id"].to_list() == wanted["prompt_id"].to_list()
+
+
+def demonstrations(form: str) -> list[dict[str, Any]]:
+    """Rows for supervised tuning in TRL's forms."""
+    found = []
+    for pair in make_pairs(18).to_dicts():
+        answer = {"role": "assistant", "content": pair["chosen"]}
+        prompt, completion = pair["messages"], [answer]
+        if form == "text":
+            prompt, completion = pair["messages"][-1]["content"], pair["chosen"]
+        whole = {"messages": [*pair["messages"], answer]}
+        found.append(whole if form == "conversation" else {"prompt": prompt, "completion": completion})
+    return found
+
+
+@pytest.mark.parametrize("form", ["text", "messages", "conversation"])
+def test_supervised_tuning_takes_a_completion_a_row(
+    form: str, tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    source = write(tmp_path / "sft.jsonl", demonstrations(form))
+    found = import_pairs([source], chosen_only=True)
+    assert found["chosen"].to_list() == make_pairs(18)["chosen"].to_list()
+    assert all(messages[-1]["role"] == "user" for messages in found["messages"].to_list())
+    command = ["train", source, "--model", tiny_models.policy, "--to", tmp_path / "tuned", *SETTINGS]
+    assert "18 pairs, 3 steps" in croco(*command, "--set", "training.method=sft")
+    with pytest.raises(UserError, match=r"line 1: no columns chosen and rejected with values"):
+        import_pairs([source])
+
+
+def test_a_demonstration_needs_a_prompt(tmp_path: Path) -> None:
+    source = write(tmp_path / "sft.jsonl", [{"messages": [{"role": "assistant", "content": "Ja."}]}])
+    with pytest.raises(UserError, match=r"line 1: found no prompt"):
+        import_pairs([source], chosen_only=True)
 
 
 @pytest.mark.parametrize("form", ["trl-messages", "ultrafeedback"])

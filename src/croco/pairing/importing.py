@@ -124,11 +124,16 @@ def _completions(
                     )
                 yield here, key, prompt, _found(here, one, columns, one)
         else:
-            prompt = turns_of(where, _needed(where, row, "prompt", columns))
-            inner: Row = row
-            if prompt[-1]["role"] == "assistant" and "completion" not in columns:
-                prompt, inner = prompt[:-1], {**row, "completion": prompt[-1]["content"]}
+            prompt, inner = _answered(where, row, columns)
             yield where, key, prompt, _found(where, inner, columns, row)
+
+
+def _answered(where: str, row: Row, columns: Mapping[str, str]) -> tuple[list[dict[str, str]], Row]:
+    """The prompt of a row with one completion, and the row with that completion in a column of its own."""
+    prompt = turns_of(where, _needed(where, row, "prompt", columns))
+    if prompt[-1]["role"] == "assistant" and "completion" not in columns:
+        return prompt[:-1], {**row, "completion": prompt[-1]["content"]}
+    return prompt, row
 
 
 def _of_pair(
@@ -162,9 +167,14 @@ def sides_of(where: str, row: Row) -> tuple[list[dict[str, str]], dict[str, str]
 
 
 def import_pairs(
-    sources: Sequence[Path], columns: Mapping[str, str] | None = None, language: str | None = None
+    sources: Sequence[Path],
+    columns: Mapping[str, str] | None = None,
+    language: str | None = None,
+    chosen_only: bool = False,
 ) -> pl.DataFrame:
     """Preference pairs of any tool, chosen and rejected in a row, as a table that training reads.
+
+    With `chosen_only` a row may hold a single completion instead (TRL's forms for supervised tuning), which is chosen.
 
     Columns: prompt_id, language, messages, chosen, rejected, and where a file has them chosen_ids, rejected_ids, and
     language and finish reason of each side. Without an id a prompt is known by a digest of its messages, since nothing
@@ -176,10 +186,16 @@ def import_pairs(
         for where, row in file_rows(source):
             if not isinstance(row, Mapping):
                 raise UserError(f"{where}: expected an object, found {kind(row)}")
-            if row.get("chosen") is None or row.get("rejected") is None:
+            if row.get("chosen") is not None and row.get("rejected") is not None:
+                prompt, sides = sides_of(where, row)
+            elif chosen_only:
+                prompt, inner = _answered(where, row, columns)
+                sides = {"chosen": _completion(where, inner, columns)}
+                if not prompt:
+                    raise UserError(f"{where}: found no prompt before the assistant's turn")
+            else:
                 there = ", ".join(map(str, row)) or "none"
                 raise UserError(f"{where}: no columns chosen and rejected with values (found: {there})")
-            prompt, sides = sides_of(where, row)
             named = {name: _named(row, name, columns) for name in ("prompt_id", "language")}
             for name, column in named.items():
                 if name in columns and column is None:
@@ -209,15 +225,7 @@ _BESIDE = tuple(
 
 def _found(where: str, values: Row, columns: Mapping[str, str], row: Row) -> dict[str, Any]:
     """Completion, score, sample number and finish reason ("stop" where nothing is said)."""
-    completion, score = (
-        _needed(where, values, "completion", columns),
-        _needed(where, values, "score", columns),
-    )
-    if isinstance(completion, list):
-        turns = turns_of(where, completion, role="assistant")
-        completion = turns[0]["content"] if len(turns) == 1 else None
-    if not isinstance(completion, str):
-        raise UserError(f"{where}: completion is {kind(completion)}, expected text")
+    completion, score = _completion(where, values, columns), _needed(where, values, "score", columns)
     if isinstance(score, bool) or not isinstance(score, (int, float)):
         raise UserError(f"{where}: score is {kind(score)}, expected a number")
     number = _named(values, "sample_id", columns)
@@ -231,6 +239,17 @@ def _found(where: str, values: Row, columns: Mapping[str, str], row: Row) -> dic
         "sample_id": sample,
         "finish_reason": values.get(reason) or "stop",
     }
+
+
+def _completion(where: str, values: Row, columns: Mapping[str, str]) -> str:
+    """The completion of a row, a text or a single turn."""
+    completion = _needed(where, values, "completion", columns)
+    if isinstance(completion, list):
+        turns = turns_of(where, completion, role="assistant")
+        completion = turns[0]["content"] if len(turns) == 1 else None
+    if not isinstance(completion, str):
+        raise UserError(f"{where}: completion is {kind(completion)}, expected text")
+    return completion
 
 
 def _named(row: Row, name: str, columns: Mapping[str, str]) -> str | None:

@@ -1,8 +1,8 @@
 """`croco train FILE...`: any file of preference pairs in, a tuned policy out, without a recipe.
 
 A file in which a prompt has scored completions instead (UltraFeedback's form) is paired first, as `croco pairs` does
-it. The folder holds what a stage `train` writes, a record of how it was made, and a card. Called again after a kill it
-goes on.
+it; with training.method = "sft" a row may hold a prompt and one completion. The folder holds what a stage `train`
+writes, a record of how it was made, and a card. Called again after a kill it goes on.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ def train_on_files(
         return
     record = {"state": "running", "fingerprint": digest(made_from), "science": made_from}
     store.write_json(to / RECORD, record)
-    pairs = _pairs(sources, mapped, columns, language, to)
+    chosen_only = recipe.arms[ARM].training.method == "sft"
+    pairs = _pairs(sources, mapped, columns, language, chosen_only, to)
     _write_pairs(to / "scratch" / "pairs", pairs)
     result = _tuned(recipe, to)
     store.write_parquet(
@@ -115,7 +116,12 @@ def _stands(to: Path, fingerprint: str) -> str:
 
 
 def _pairs(
-    sources: Sequence[Path], mapped: Mapping[str, str], columns: Sequence[str], language: str | None, to: Path
+    sources: Sequence[Path],
+    mapped: Mapping[str, str],
+    columns: Sequence[str],
+    language: str | None,
+    chosen_only: bool,
+    to: Path,
 ) -> pl.DataFrame:
     """The pairs of the files, made from scored completions where a row has no chosen and rejected."""
     first = next((row for source in sources for _, row in file_rows(source)), None)
@@ -123,7 +129,7 @@ def _pairs(
         made = to / "scratch" / "paired"
         pairs_of_files(sources, made, columns, language, [], "preference", "unknown")
         return store.read_table(made / "pairs")
-    return import_pairs(sources, mapped, language)
+    return import_pairs(sources, mapped, language, chosen_only)
 
 
 def _write_pairs(folder: Path, pairs: pl.DataFrame) -> None:
