@@ -120,12 +120,12 @@ def report(
         return
     if to is not None:
         raise UserError("--to is for the page of two runs; that of one run is RUN/report/report.html")
+    for written in command.export(folder, markdown, csv, latex, intervals):
+        say(f"tables: {written}")
     if terminal:
         command.show(folder)
     else:
         say(command.page(folder, say))
-    for written in command.export(folder, markdown, csv, latex, intervals):
-        say(f"tables: {written}")
 
 
 @app.command()

@@ -100,6 +100,8 @@ def load_run(folder: Path, arm: str) -> Recipe:
     if not (folder / "recipe.json").exists():
         raise UserError(f"{folder} holds no recipe.json, expected the folder of a run")
     loaded = load_recipe(folder / "recipe.json", [f'run.folder="{folder}"'])
+    if loaded.study:
+        raise UserError(f"{folder} is a study, expected one run: those of its seeds lie in folders of it")
     if arm not in loaded.arms:
         raise UserError(f"--arm {arm}: no such arm, expected one of {', '.join(loaded.arms)}")
     return loaded

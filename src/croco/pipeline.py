@@ -235,6 +235,10 @@ def run_stage(
     recipe: Recipe, name: str, *, arm: str | None = None, rebuild: bool = False, say: Say = lambda line: None
 ) -> None:
     """Run one stage (of one arm, if named); what it reads must be complete."""
+    if recipe.study:
+        raise UserError(
+            f"{name}: the recipe is a study, expected that of one run, such as {recipe.folder}/seed-0/recipe.json"
+        )
     if arm is not None and arm not in ("base", *recipe.arms):
         raise UserError(f"--arm {arm}: no such arm, expected one of base, {', '.join(recipe.arms)}")
     engines.check(recipe)

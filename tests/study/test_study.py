@@ -14,8 +14,10 @@ import numpy as np
 import polars as pl
 import pytest
 from scipy.stats import kendalltau
+from typer.testing import CliRunner
 
 from croco import store
+from croco.cli import app
 from croco.errors import UserError
 from croco.evaluation.stats import Interval
 from croco.recipe import load
@@ -237,3 +239,21 @@ def test_a_study_is_ordinary_runs(tmp_path: Path) -> None:
         ("seed-3", 3, None, None), ("seed-4", 4, None, None),
         ("transfer-3", 3, None, "score"), ("transfer-4", 4, None, "score"),
     ]  # fmt: skip
+
+
+def test_what_is_for_one_run_is_refused_for_a_study(tmp_path: Path) -> None:
+    recipe, run = tmp_path / "study.toml", tmp_path / "run"
+    recipe.write_text(RECIPE.format(folder=run))
+    store.write_json(run / "recipe.json", load(recipe).model_dump(mode="json"))
+    for words in (
+        ["sample", recipe],
+        ["merge", run, "--arm", "monolingual", "--to", tmp_path / "merged"],
+        ["export", run, "--arm", "monolingual", "--to", tmp_path / "pairs"],
+        ["report", run, "--csv", tmp_path / "table.csv"],
+        ["report", run, "--terminal"],
+        ["compare", run, run],
+    ):
+        said = CliRunner().invoke(app, [str(word) for word in words])
+        assert said.exit_code == 2, said.output
+        assert "is a study, expected" in said.output
+    assert {path.name for path in tmp_path.iterdir()} == {"study.toml", "run"}
