@@ -314,11 +314,14 @@ def peak_here(job: str) -> int:
 
 
 def by_speed(candidates: Sequence[Any], run: Callable[[Any], Timed]) -> list[Any]:
-    """The candidates, the one with the highest rate first; one that does not fit into memory is none."""
-    rates = {}
-    for candidate in candidates:
+    """The candidates, the one with the highest rate first; one that does not fit into memory is none.
+
+    The better of two trials each, in turns: others on the machine can only make one slower.
+    """
+    rates: dict[Any, float] = {}
+    for candidate in [*candidates, *candidates]:
         try:
-            rates[candidate] = run(candidate).rate
+            rates[candidate] = max(rates.get(candidate, 0.0), run(candidate).rate)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
     return sorted(rates, key=lambda candidate: -rates[candidate])

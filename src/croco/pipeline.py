@@ -208,9 +208,14 @@ def _input_name(arm: str | None, before: Reference, reads: Sequence[Reference]) 
     return name if its_arm in (None, arm) or only else f"{name}/{its_arm}"
 
 
-def plan(recipe: Recipe) -> list[tuple[Node, Status]]:
+def _nodes_until(recipe: Recipe, until: str | None) -> list[Node]:
+    every = nodes(recipe)
+    return every if until is None else every[: every.index(_of_stage(every, until)[-1]) + 1]
+
+
+def plan(recipe: Recipe, until: str | None = None) -> list[tuple[Node, Status]]:
     """How each stage stands: complete, unfinished, missing, or stale with what changed."""
-    return [(node, standing.status(node)) for node in nodes(recipe)]
+    return [(node, standing.status(node)) for node in _nodes_until(recipe, until)]
 
 
 def run(
@@ -218,10 +223,7 @@ def run(
 ) -> None:
     """Run what is not complete, in order. Raises StaleStage naming what changed, unless `rebuild` removes it."""
     engines.check(recipe)
-    todo = nodes(recipe)
-    if until is not None:
-        last = todo.index(_of_stage(todo, until)[-1])
-        todo = todo[: last + 1]
+    todo = _nodes_until(recipe, until)
     set_threads(recipe)
     check_euroeval(todo, recipe)
     with stages.lock(recipe.folder):

@@ -26,22 +26,22 @@ ROW_BYTES = 200
 MISFIT = "DOES NOT FIT"  # at most; what `croco doctor` ends on
 
 
-def describe(recipe: Recipe) -> Iterator[str]:
-    """Lines for a person: the stages, then counts, tokens and disk."""
+def describe(recipe: Recipe, until: str | None = None) -> Iterator[str]:
+    """Lines for a person: the stages (up to one of them), then counts, tokens and disk."""
     if recipe.study:
         from croco.study.run import parts
 
-        for part, _ in parts(recipe):
-            yield from describe(part)
+        for part, last in parts(recipe):
+            yield from describe(part, last)
         return
-    planned = pipeline.plan(recipe)
+    planned = pipeline.plan(recipe, until)
     yield f"{recipe.folder}"
     for node, status in planned:
         yield f"  {node.title:<28} {_standing(node, status)}"
         for change in status.changes:
             yield f"      {change}"
     yield f"workers: {described(recipe.runtime)}"
-    yield from cost(recipe, rates(recipe))
+    yield from cost(recipe, rates(recipe), until)
 
 
 def _standing(node: Node, status: Status) -> str:
@@ -64,8 +64,11 @@ def rates(recipe: Recipe) -> dict[str, float]:
     return found
 
 
-def cost(recipe: Recipe, rates: Mapping[str, float]) -> Iterator[str]:
-    """Counts of prompts × languages × completions, and what they may take at most; hours where a rate is known."""
+def cost(recipe: Recipe, rates: Mapping[str, float], until: str | None = None) -> Iterator[str]:
+    """Counts of prompts × languages × completions, and what they may take at most; hours where a rate is known.
+
+    With `until`, a stage before pairs are trained on, those of sampling and scoring alone.
+    """
     tuning = _num_prompts(recipe.prompts, "prompts", recipe.prompts_languages)
     test = _num_prompts(recipe.evaluation, "evaluation", recipe.evaluation_languages)
     if recipe.translate and tuning is not None:
@@ -89,8 +92,9 @@ def cost(recipe: Recipe, rates: Mapping[str, float]) -> Iterator[str]:
             owner = arms.samples_of(recipe, arm)[1] if arm else None
             count = arms.num_completions(recipe, owner)
             scored += sampled[owner][1] // count * (arms.num_scored(recipe, arm) or count)
-        yield _trained(recipe, tuning)
-    if test is not None:
+        if until is None:
+            yield _trained(recipe, tuning)
+    if test is not None and until is None:
         evaluation = recipe.evaluation
         tuned = [1 if t == 0 else evaluation.samples for t in set(evaluation.temperatures)]
         base = [
@@ -104,7 +108,7 @@ def cost(recipe: Recipe, rates: Mapping[str, float]) -> Iterator[str]:
             f"evaluate: {test:,} prompts in {len(recipe.run.evaluated)} languages, {num_arms} arms and "
             f"the base: {completions:,} completions, at most {completions * evaluation.max_new_tokens:,} tokens"
         )
-    if recipe.arena is not None:
+    if recipe.arena is not None and until is None:
         asked = _arena_prompts(recipe, recipe.arena, test)
         yield _comparisons(recipe, recipe.arena, asked)
         drawn = len(follows.arena_sampled(recipe)) * (asked or 0)
@@ -112,7 +116,7 @@ def cost(recipe: Recipe, rates: Mapping[str, float]) -> Iterator[str]:
             limit = drawn * (recipe.arena.max_new_tokens or recipe.evaluation.max_new_tokens)
             rows, tokens = rows + drawn, tokens + limit
             yield f"arena-sample: {drawn:,} completions, at most {limit:,} tokens"
-    if recipe.euroeval is not None:
+    if recipe.euroeval is not None and until is None:
         yield _structured_tasks(recipe, recipe.euroeval)
     if tuning is None or test is None:
         yield "prompts of a hub dataset without a limit are not counted here"
