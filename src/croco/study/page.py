@@ -20,7 +20,7 @@ from croco.study.pooled import pool
 from croco.study.run import SCORERS, complete, of_seed, transfer_of
 from croco.study.transfer import transfer
 
-VERSION = 2
+VERSION = 3
 STYLE = Path(__file__).parent / "style.css"
 
 
