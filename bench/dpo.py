@@ -5,15 +5,16 @@
 
 Both sides tune the same random Llama with the same LoRA (dropout included) on the same pairs of token ids, in their
 own loops on transformers' Trainer, one round of steps after the other in turns; the first step of a round is not
-counted. TRL has the type of weights, the micro-batch and (for spread lengths) the sampler that are best for it on a
-trial, no gradient checkpointing on a CPU, and its reference cached, which is its best setting, or on line, which is
-its default. Ours has the same type and the best token budget of those that take no more memory than TRL. Printed are
-medians over the rounds. Against TRL's default ours is also shown with its table of the reference paid for, as if it
-were read once and never again. Peak memory is that of a process of its own over what it held before the model was
-built. The floor is the arithmetic that no way around is known for: the prompt once, every completion token once, no
-gradient of frozen weights, attention to what may be seen, the head at completion tokens; in pairs per second, at the
-rate of a large matrix product here. Both sides must give the same log-probabilities of the reference. On a busy
-machine --cpu-time counts what the process itself has used.
+counted. TRL has the type of weights that is best for it on a trial, and every micro-batch and (for spread lengths)
+sampler, of which the one with the best median counts; no gradient checkpointing on a CPU; and its reference cached,
+which is its best setting, or on line, which is its default. Ours has the same type and the token budget with the best
+median of those that take no more memory than TRL at its best. Printed are medians over the rounds. Against TRL's
+default ours is also shown with its table of the reference paid for, as if it were read once and never again. Peak
+memory is that of a process of its own over what it held before the model was built. The floor is the arithmetic that
+no way around is known for: the prompt once, every completion token once, no gradient of frozen weights, attention to
+what may be seen, the head at completion tokens; in pairs per second, at the rate of a large matrix product here. Both
+sides must give the same log-probabilities of the reference. On a busy machine --cpu-time counts what the process
+itself has used.
 """
 
 from __future__ import annotations
@@ -313,47 +314,61 @@ def peak_here(job: str) -> int:
     return _memory(False, case.device) - before
 
 
-def by_speed(candidates: Sequence[Any], run: Callable[[Any], Timed]) -> list[Any]:
-    """The candidates, the one with the highest rate first; one that does not fit into memory is none.
-
-    The better of two trials each, in turns: others on the machine can only make one slower.
-    """
-    rates: dict[Any, float] = {}
-    for candidate in [*candidates, *candidates]:
-        try:
-            rates[candidate] = max(rates.get(candidate, 0.0), run(candidate).rate)
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-    return sorted(rates, key=lambda candidate: -rates[candidate])
+def in_turns(candidates: Sequence[Any], rounds: int, run: Callable[[Any], Timed]) -> dict[Any, list[Timed]]:
+    """Every candidate once a round; one that does not fit into memory is none."""
+    found: dict[Any, list[Timed]] = {candidate: [] for candidate in candidates}
+    for _ in range(rounds):
+        for candidate in list(found):
+            try:
+                found[candidate].append(run(candidate))
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                del found[candidate]
+    return found
 
 
 def compare(case: Case, rounds: int) -> None:
-    trial = Case(**{**case.__dict__, "steps": 3})
     samplers = (False, True) if case.shape == "spread" else (False,)
-    batch, grouped = by_speed(
-        [(b, g) for b in BATCHES for g in samplers], lambda c: theirs(trial, c[0], grouped=c[1])
-    )[0]
-    allowed = peak(case, "theirs", batch, grouped)
-    for budget in by_speed(BUDGETS[case.device], lambda b: ours(trial, b)):
-        held = peak(case, "ours", budget, False)
+    budgets = [("ours", budget, False) for budget in BUDGETS[case.device]]
+    batches = [("theirs", batch, grouped) for batch in BATCHES for grouped in samplers]
+
+    def once(candidate: tuple[str, int, bool]) -> Timed:
+        side, size, grouped = candidate
+        return ours(case, size) if side == "ours" else theirs(case, size, grouped=grouped)
+
+    found = in_turns([*budgets, *batches], rounds, once)
+    fastest = sorted(found, key=lambda candidate: -median(t.rate for t in found[candidate]))
+    trl = next(candidate for candidate in fastest if candidate[0] == "theirs")
+    allowed = peak(case, *trl)
+    for mine in (candidate for candidate in fastest if candidate[0] == "ours"):
+        held = peak(case, *mine)
         if held <= allowed:
             break
-    mine, cached, default = [], [], []
-    for _ in range(rounds):
-        mine.append(ours(case, budget))
-        cached.append(theirs(case, batch, grouped=grouped))
-        default.append(theirs(case, batch, cached=False, grouped=grouped))
-    gap = max(abs(a - b) / abs(b) for a, b in zip(mine[0].reference, cached[0].reference, strict=True))
+    on_line = ("on line", trl[1], trl[2])
+    beside = in_turns(
+        [mine, on_line],
+        rounds,
+        lambda c: once(c) if c is mine else theirs(case, c[1], cached=False, grouped=c[2]),
+    )
+    pairs = zip(found[mine][0].reference, found[trl][0].reference, strict=True)
+    gap = max(abs(a - b) / abs(b) for a, b in pairs)
     assert gap < (1e-5 if case.dtype == "float32" else 1e-2), f"the references differ by {gap:.1e}"
-    rate, whole = median(t.rate for t in mine), median(t.whole_rate for t in mine)
-    best, plain = median(t.rate for t in cached), median(t.rate for t in default)
+    rate, best = (median(t.rate for t in found[candidate]) for candidate in (mine, trl))
+    again, plain = (median(t.rate for t in beside[candidate]) for candidate in (mine, on_line))
+    whole = median(t.whole_rate for t in beside[mine])
     flops = floor_flops(case)
     floor = matmul_rate(case) / flops
-    sampler = ", grouped by length" if grouped else ""
+    sampler = ", grouped by length" if trl[2] else ""
+    others = ", ".join(
+        f"{size}{' grouped' if grouped else ''}: {median(t.rate for t in found[side, size, grouped]):.2f}"
+        for side, size, grouped in found
+        if side == "theirs"
+    )
     print(
-        f"{case.shape} ({case.model}, {case.dtype}): {rate:.2f} pairs/s (budget {budget:,} tokens)\n"
-        f"  TRL, reference cached: {best:.2f} (micro-batch {batch}{sampler}): {rate / best:.2f} ×\n"
-        f"  TRL, reference on line: {plain:.2f}: {rate / plain:.2f} ×, {whole / plain:.2f} × with our table's making\n"
+        f"{case.shape} ({case.model}, {case.dtype}): {rate:.2f} pairs/s (budget {mine[1]:,} tokens)\n"
+        f"  TRL, reference cached: {best:.2f} (micro-batch {trl[1]}{sampler}): {rate / best:.2f} ×\n"
+        f"    its micro-batches {others}\n"
+        f"  TRL, reference on line: {plain:.2f}: {again / plain:.2f} ×, {whole / plain:.2f} × with our table's making\n"
         f"  floor: {flops / 1e9:.1f} GFLOP a pair = {floor:.2f} pairs/s; ours at {rate / floor:.0%}, TRL's cached at "
         f"{best / floor:.0%}\n"
         f"  peak memory: {held / 1e6:,.0f} MB against {allowed / 1e6:,.0f} MB: {held / allowed:.0%}\n"
