@@ -126,13 +126,11 @@ def _euroeval(recipe: Recipe) -> Iterator[str]:
 
 def _policy(recipe: Recipe, rows: Sequence[Prompt]) -> Iterator[str]:
     from croco.engines.config import generation_config
-    from croco.engines.loading import load_tokenizer
     from croco.sampling.chat import end_ids, prompt_ids
     from croco.sampling.exactness import examine_policy
 
     policy, sampling = recipe.policy, recipe.sampling
-    template = Path(policy.chat_template) if policy.chat_template else None
-    tokenizer = load_tokenizer(policy.model, policy.revision, template, policy.trust_remote_code)
+    tokenizer = _tokenizer(policy)
     network = weightless(policy, "policy", "causal")
     yield f"policy        {_what(policy, 'policy', network)}"
     yield from _memory(recipe, policy, network, "sample")
@@ -152,12 +150,11 @@ def _policy(recipe: Recipe, rows: Sequence[Prompt]) -> Iterator[str]:
 
 
 def _reward(recipe: Recipe, rows: Sequence[Prompt]) -> Iterator[str]:
-    from croco.engines.loading import load_tokenizer
     from croco.sampling.chat import conversation_ids
     from croco.sampling.exactness import examine_reward
 
     reward = recipe.reward
-    tokenizer = load_tokenizer(reward.model, reward.revision, None, reward.trust_remote_code)
+    tokenizer = _tokenizer(reward)
     network = weightless(reward, "reward", "classifier")
     yield f"reward model  {_what(reward, 'reward', network)}"
     yield from _memory(recipe, reward, network, "score")
@@ -178,13 +175,11 @@ def _reward(recipe: Recipe, rows: Sequence[Prompt]) -> Iterator[str]:
 
 def _translation(recipe: Recipe, section: Translate, messages: Sequence[Mapping[str, str]]) -> Iterator[str]:
     """The translation model, and the first stretch of text of a prompt as it is asked for in every language."""
-    from croco.engines.loading import load_tokenizer
     from croco.prompts.formats import FORMATS
     from croco.prompts.protect import pieces
     from croco.sampling.chat import prompt_ids
 
-    template = Path(section.chat_template) if section.chat_template else None
-    tokenizer = load_tokenizer(section.model, section.revision, template, section.trust_remote_code)
+    tokenizer = _tokenizer(section)
     texts = [text for message in messages for text, sent in pieces(message["content"]) if sent]
     targets = recipe.run.evaluated if section.evaluation else recipe.run.languages
     asked = [FORMATS[section.format](texts[0] if texts else "Yes.", section.source, code) for code in targets]
@@ -198,15 +193,13 @@ def _translation(recipe: Recipe, section: Translate, messages: Sequence[Mapping[
 def _samplers(recipe: Recipe, rows: Sequence[Prompt]) -> Iterator[str]:
     """The models that sample in the policy's place, each asked as the policy would be."""
     from croco.engines.config import generation_config
-    from croco.engines.loading import load_tokenizer
     from croco.sampling.chat import end_ids
     from croco.sampling.exactness import examine_policy
 
     for name, arm in recipe.arms.items():
         if (sampler := arm.sampler) is None:
             continue
-        key, template = f"arms.{name}.sampler", Path(sampler.chat_template) if sampler.chat_template else None
-        tokenizer = load_tokenizer(sampler.model, sampler.revision, template, sampler.trust_remote_code)
+        key, tokenizer = f"arms.{name}.sampler", _tokenizer(sampler)
         network = weightless(sampler, key, "causal")
         yield f"sampler       {name}: {_what(sampler, key, network)}"
         yield from _memory(recipe, sampler, network, "sample")
@@ -216,13 +209,12 @@ def _samplers(recipe: Recipe, rows: Sequence[Prompt]) -> Iterator[str]:
 
 def _alignment(recipe: Recipe) -> Iterator[str]:
     """The translation model that scores, and its token for every language that an arm wants scored."""
-    from croco.engines.loading import load_tokenizer
     from croco.scoring.alignment import Translator
 
     arms = [arm for arm in recipe.arms.values() if arm.scorer == "alignment"]
     if (section := recipe.alignment) is None or not arms:
         return
-    tokenizer = load_tokenizer(section.model, section.revision, None, section.trust_remote_code)
+    tokenizer = _tokenizer(section)
     network = weightless(section, "alignment", "translator")
     yield f"alignment     {_what(section, 'alignment', network)}"
     translator = Translator(network, tokenizer, section.codes, name=section.model)
@@ -234,14 +226,12 @@ def _alignment(recipe: Recipe) -> Iterator[str]:
 
 def _judge(recipe: Recipe) -> Iterator[str]:
     """The model that is asked for verdicts, and that its template takes a question."""
-    from croco.engines.loading import load_tokenizer
     from croco.sampling.chat import prompt_ids
 
     section = recipe.judge
     if section is None or recipe.arena is None or recipe.arena.judge != "model":
         return
-    template = Path(section.chat_template) if section.chat_template else None
-    tokenizer = load_tokenizer(section.model, section.revision, template, section.trust_remote_code)
+    tokenizer = _tokenizer(section)
     network = weightless(section, "judge", "causal")
     yield f"judge         {_what(section, 'judge', network)}"
     yield from _memory(recipe, section, network, "judge")
@@ -324,6 +314,15 @@ def _measured(recipe: Recipe, rows: Sequence[Prompt], rates: dict[str, float]) -
     tabulate(list(groups.values()), scored, recipe.reward.model)  # names a score that is no number
     rates["score"] = table.num_rows / seconds
     yield f"  {table.num_rows:,} completions scored in {seconds:.1f} s, {rates['score']:,.0f} a second"
+
+
+def _tokenizer(section: Model) -> Any:
+    from croco.engines.loading import load_tokenizer
+
+    template = getattr(section, "chat_template", None)
+    return load_tokenizer(
+        section.model, section.revision, Path(template) if template else None, section.trust_remote_code
+    )
 
 
 def _what(section: Model, key: str, network: Any) -> str:

@@ -99,6 +99,8 @@ def test_what_is_not_plain_goes_peft_s_way():
     layer.merge()
     torch.testing.assert_close(layer(values), plain)
     layer.unmerge()
+    layer.lora_dropout["default"] = nn.Dropout(1.0)
+    assert layer.train()(values).equal(layer.base_layer(values))
     layer.enable_adapters(False)
     assert layer(values).equal(layer.base_layer(values))
     layer.enable_adapters(True)

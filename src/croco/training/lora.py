@@ -87,7 +87,7 @@ class OneStepLinear(lora.Linear):
         name = self.active_adapters[0]
         if name not in self.lora_A or name in self.lora_variant or self.lora_bias[name]:
             return False
-        if torch.is_autocast_enabled(x.device.type):
+        if torch.is_autocast_enabled(x.device.type) or getattr(self.lora_dropout[name], "p", 0.0) == 1:
             return False
         # Weights that are spread over processes come together in the forward of their own modules only.
         weights = [self.base_layer.weight, self.lora_A[name].weight, self.lora_B[name].weight]
