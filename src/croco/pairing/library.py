@@ -128,7 +128,7 @@ def _cast(values: pl.Series, wanted: pl.DataType | type[pl.DataType]) -> pl.Seri
     if not (fits if text else kind.is_numeric()) and kind != pl.Null:
         raise UserError(f"the scores' column '{name}' holds {kind}, expected {'text' if text else 'numbers'}")
     try:
-        return values.cast(wanted)  # type: ignore[arg-type]
+        return values.cast(wanted)
     except pl.exceptions.PolarsError as error:
         raise UserError(f"the scores' column '{name}' holds {kind}, expected {wanted}: {error}") from None
 
