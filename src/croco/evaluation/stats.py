@@ -103,7 +103,7 @@ def bootstrap_seeds(
     """
     resampled = resampled_means(values, seed, num_resamples)
     low, high = percentiles(resampled, confidence)
-    return Interval(float(np.mean(values)), float(low), float(high))
+    return Interval(float(np.asarray(values, dtype=np.float64).mean()), float(low), float(high))
 
 
 def resampled_means(values: ArrayLike, seed: int, num_resamples: int = 2000) -> NDArray[np.float64]:
