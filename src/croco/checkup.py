@@ -114,19 +114,17 @@ def _tuning(recipe: Recipe) -> Iterator[str]:
     from croco.engines import memory
     from croco.engines.loading import pick_device, pick_dtype
     from croco.training.preflight import STATE_BYTES, trained_parameters
+    from croco.training.settings import TrainSettings
 
     device = pick_device(recipe.runtime.device)
     itemsize, free = pick_dtype(recipe.policy.dtype, device).itemsize, memory.free_bytes(device)
-    for whole in sorted({arm.training.full for arm in recipe.arms.values()}):
+    tunings = {(arm.training.full, arm.training.lora): arm.training for arm in recipe.arms.values()}
+    for (whole, lora), training in tunings.items():
         model = models.weightless(recipe.policy, "policy", "causal")
-        ranks = [arm.training.lora.rank for arm in recipe.arms.values() if arm.training.full == whole]
-        targets = next(
-            arm.training.lora.targets for arm in recipe.arms.values() if arm.training.full == whole
-        )
-        trained = trained_parameters(model, None if whole else (max(ranks), targets))
+        trained = trained_parameters(model, TrainSettings.of(training.model_dump()))
         needed = model.num_parameters() * (4 if whole else itemsize)
         needed += trained * (STATE_BYTES + (0 if whole else 4))
-        what = "all weights" if whole else f"adapters of rank {max(ranks)}"
+        what = "all weights" if whole else f"adapters of rank {lora.rank}"
         fits = "fits" if needed <= free else planning.MISFIT
         yield (
             f"tuning        {what}: {trained / 1e6:,.1f} M trained, {models.gib(needed)} before activations; "

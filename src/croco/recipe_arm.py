@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_serializer, field_validator, model_validator
 
 from croco.errors import UserError
 from croco.pairing import rules
@@ -16,11 +16,25 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Action = Literal["drop", "flag", "off"]
 
 
+USUAL_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
 class Lora(Section):
     rank: Positive = 16
     alpha: Positive = 32
     dropout: Share = 0.05
-    targets: Strings = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    # names of layers, fused experts as "experts.down_proj"; "auto" is every linear layer of the language model
+    targets: Literal["auto"] | Strings = "auto"
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _usual_names(cls, targets: Any) -> Any:
+        return "auto" if targets in (USUAL_TARGETS, list(USUAL_TARGETS)) else targets
+
+    @field_serializer("targets")
+    def _as_ever(self, targets: tuple[str, ...] | str) -> Any:
+        """As in the fingerprints of runs that had no "auto" yet, and had these names by default."""
+        return USUAL_TARGETS if targets == "auto" else targets
 
 
 class Training(Section):

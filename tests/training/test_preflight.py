@@ -98,7 +98,7 @@ def test_counting_leaves_the_model_as_it_was():
 
 def test_trained_numbers_are_those_that_lora_makes():
     model, settings = make_policy("llama"), SETTINGS.lora
-    expected = trained_parameters(model, (settings.rank, settings.targets))
+    expected = trained_parameters(model, SETTINGS)
     adapted = apply_lora(model, settings, 0)
     assert sum(p.numel() for p in adapted.parameters() if p.requires_grad) == expected
 

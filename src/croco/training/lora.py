@@ -14,17 +14,22 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners import lora
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from croco.errors import UserError
 from croco.identity import check_adapter
 from croco.ops.lora import lora_linear
 from croco.store import sync_files, sync_folder
-from croco.training.settings import LoraSettings
+from croco.training.settings import LoraSettings, TrainSettings
+
+# linear layers that "auto" leaves as they are: routers, and what reads its weight without calling the layer
+ROUTERS = ("gate", "router", "shared_expert_gate", "modality_router", "correction_coefs", "prediction_coefs")
 
 
 @contextmanager
@@ -35,30 +40,113 @@ def _quiet() -> Iterator[None]:
         yield
 
 
+def language_model(model: PreTrainedModel) -> nn.Module:
+    """The part of a model that reads and writes text, without towers for images and sound."""
+    decoder: nn.Module | None = model.get_decoder()
+    return model if decoder is None else decoder
+
+
+def trainable(model: PreTrainedModel, settings: TrainSettings, seed: int) -> Any:
+    """The policy with what is trained of it open to gradients, and nothing else: new adapters, or all weights of the
+    language model. Raises `UserError` as `apply_lora`."""
+    if not settings.full:
+        return apply_lora(model, settings.lora, seed)
+    model.requires_grad_(False)
+    language_model(model).requires_grad_(True)
+    model.get_output_embeddings().requires_grad_(True)
+    return model
+
+
 def apply_lora(model: PreTrainedModel, settings: LoraSettings, seed: int) -> PeftModel:
     """The model with trainable adapters on the layers named by `settings.targets`, everything else frozen.
 
-    The adapters start as the identity; their random half depends on the seed alone. Raises `UserError` when
-    the model has no layer of one of the names.
+    The adapters start as the identity; their random half depends on the seed alone. It works on a weightless model too.
+    Raises `UserError` as `lora_config`, and when PEFT refuses a layer.
     """
-    linear = {
-        name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)
-    }
-    if missing := [target for target in settings.targets if target not in linear]:
-        raise UserError(
-            f"training.lora.targets names {', '.join(missing)}, which {type(model).__name__} does not have; "
-            f"its linear layers are {', '.join(sorted(linear))}"
-        )
+    config = lora_config(model, settings)
+    with torch.random.fork_rng(), _quiet():
+        torch.manual_seed(seed)
+        try:
+            return _in_one_step(get_peft_model(model, config))
+        except ValueError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"training.lora cannot be put on {type(model).__name__}: {reason}") from error
+
+
+def lora_config(model: PreTrainedModel, settings: LoraSettings) -> LoraConfig:
+    """PEFT's configuration for the layers that `settings.targets` means on this model.
+
+    "auto" is every linear layer of the language model but its head and its routers. Fused experts are parameters and
+    not layers: they are adapted where their names are listed, and left as they are by "auto". Raises `UserError` for a
+    name that the model does not have, and for fused experts with dropout, which PEFT does not do.
+    """
+    layers = _linear_layers(model)
+    automatic = settings.targets == "auto"
+    targets = [name for name in layers if _adapts_well(model, name)] if automatic else list(settings.targets)
+    names = {leaf(name) for name in layers}
+    known = [name for name in targets if name in layers or name in names]
+    experts = [name for name in targets if name not in known and name in _fused_experts(model)]
+    chosen = [name for name in layers if name in known or leaf(name) in known]
+    # by their last names where those mean no other module, as everyone writes it
+    short = {leaf(name) for name in chosen}
+    if {name for name, _ in model.named_modules() if leaf(name) in short} == set(chosen):
+        chosen = sorted(short)
+    others = [name for name in targets if name not in known and name not in experts]
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
-        target_modules=list(settings.targets),
+        target_modules=[*chosen, *others],
+        target_parameters=experts or None,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in layers.values()),
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng(), _quiet():
-        torch.manual_seed(seed)
-        return _in_one_step(get_peft_model(model, config))
+    # PEFT takes some names of layers for those of experts that transformers has fused since, and so do its readers
+    convert_peft_config_for_transformers(config, model, None)
+    if automatic:
+        config.target_parameters, config.rank_pattern, config.alpha_pattern = None, {}, {}
+    if missing := [name for name in others if name in (config.target_modules or ())]:
+        fused = f", its fused experts {', '.join(_fused_experts(model))}" if _fused_experts(model) else ""
+        raise UserError(
+            f"training.lora.targets names {', '.join(missing)}, which {type(model).__name__} does not have; "
+            f'its linear layers are {", ".join(sorted(names))}{fused} (or "auto")'
+        )
+    if config.target_parameters and settings.dropout:
+        raise UserError(
+            f"training.lora.targets means fused experts of {type(model).__name__}, which take no dropout, "
+            f"{', '.join(sorted(config.target_parameters))}: expected training.lora.dropout = 0, or targets = "
+            '"auto", which leaves them as they are'
+        )
+    return config
+
+
+def leaf(name: str) -> str:
+    """The last part of a module's name."""
+    return name.rpartition(".")[2]
+
+
+def _linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
+    inside = {id(module) for module in language_model(model).modules()} | {id(model.get_output_embeddings())}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and id(module) in inside
+    }
+
+
+def _adapts_well(model: PreTrainedModel, name: str) -> bool:
+    """Whether "auto" means this linear layer: not the head, not a router, and not the output of a state space, whose
+    kernels read its weight past any adapter."""
+    module, parent = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
+    if module is model.get_output_embeddings() or leaf(name) in ROUTERS:
+        return False
+    return not (leaf(name) == "out_proj" and hasattr(parent, "A_log") and hasattr(parent, "D"))
+
+
+def _fused_experts(model: PreTrainedModel) -> list[str]:
+    """Names of the parameters that hold all experts of a layer, as in "experts.down_proj"."""
+    whole = (name for name, parameter in language_model(model).named_parameters() if parameter.dim() == 3)
+    return sorted({".".join(name.rsplit(".", 2)[1:]) for name in whole if name.split(".")[-2] == "experts"})
 
 
 class OneStepLinear(lora.Linear):
@@ -117,15 +205,29 @@ def continue_lora(model: PreTrainedModel, folder: Path, settings: LoraSettings) 
     config = _adapter_config(folder)
     if model.name_or_path:
         check_adapter(folder, model.name_or_path, None)
-    found = {"rank": config.r, "alpha": config.lora_alpha, "targets": sorted(config.target_modules)}
-    wanted = {"rank": settings.rank, "alpha": settings.alpha, "targets": sorted(settings.targets)}
-    for name, value in wanted.items():
-        if found[name] != value:
+    for name, is_so, wanted in (
+        ("rank", config.r, settings.rank),
+        ("alpha", config.lora_alpha, settings.alpha),
+    ):
+        if is_so != wanted:
             raise UserError(
-                f"the adapter in {folder} has {name} {found[name]}, expected training.lora.{name} = {value}"
+                f"the adapter in {folder} has {name} {is_so}, expected training.lora.{name} = {wanted}"
             )
+    fresh = apply_lora(model, settings, 0)
+    wanted_layers = _adapted_layers(fresh)
     config.lora_dropout = settings.dropout
-    return _in_one_step(_put_on(model, folder, config, trainable=True))
+    adapted = _put_on(without_adapter(fresh), folder, config, trainable=True)
+    if (layers := _adapted_layers(adapted)) != wanted_layers:
+        there, wanted_names = (sorted({leaf(name) for name in names}) for names in (layers, wanted_layers))
+        raise UserError(
+            f"the adapter in {folder} has targets {', '.join(there)} on {len(layers)} layers, expected those of "
+            f"training.lora.targets: {', '.join(wanted_names)} on {len(wanted_layers)} layers"
+        )
+    return _in_one_step(adapted)
+
+
+def _adapted_layers(adapted: PeftModel) -> set[str]:
+    return {name for name, module in adapted.named_modules() if isinstance(module, lora.LoraLayer)}
 
 
 def _adapter_config(folder: Path) -> Any:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from croco.engines.memory import free_bytes
@@ -22,7 +22,7 @@ from croco.errors import UserError
 from croco.training.batches import collate
 from croco.training.encode import Example
 from croco.training.forward import completion_logps, dropout_of, packs, switched_off
-from croco.training.lora import apply_lora, without_adapter
+from croco.training.lora import trainable, without_adapter
 from croco.training.settings import TrainSettings
 
 MARGIN = 0.85  # of the free memory that "auto" uses
@@ -125,7 +125,7 @@ def count(
     enough = [example for example in examples if row_tokens(example, shared) >= PROBE_TOKENS]
     probe = min(enough, key=lambda e: e.num_tokens) if enough else max(examples, key=lambda e: e.num_tokens)
     was_training, weights = model.training, model.num_parameters()
-    policy: Any = model.requires_grad_(True) if settings.full else apply_lora(model, settings.lora, 0)
+    policy: Any = trainable(model, settings, 0)
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     with torch.random.fork_rng(), switched_off(dropout_of(policy)):
         policy.train()
@@ -168,16 +168,16 @@ def _saved_bytes(policy: Any, probe: Example, shared: bool) -> tuple[int, int, i
     return sum(storages.values()), batch.input_ids_BT.numel(), sum(logits.values())
 
 
-def trained_parameters(model: PreTrainedModel, lora: tuple[int, Sequence[str]] | None) -> int:
-    """How many numbers are trained: all, or those of adapters of a rank on the layers of these names."""
-    if lora is None:
-        return int(model.num_parameters())
-    rank, targets = lora
-    return sum(
-        rank * (module.in_features + module.out_features)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in targets
-    )
+def trained_parameters(model: PreTrainedModel, settings: TrainSettings) -> int:
+    """How many numbers are trained; the model may be weightless, and is as before afterwards.
+
+    Raises `UserError` when the adapters cannot be put on it.
+    """
+    policy: Any = trainable(model, settings, 0)
+    trained = sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
+    if not settings.full:
+        without_adapter(policy)
+    return trained
 
 
 def check_weights(num_parameters: int, itemsize: int, device: torch.device, model: str) -> None:

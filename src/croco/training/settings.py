@@ -6,23 +6,22 @@ checkpointing of activations) is an argument of the functions instead and change
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
+from croco.recipe_arm import USUAL_TARGETS
 from croco.training.sentinel import SentinelSettings
-
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """Low-rank adapters: rank, scale (alpha / rank), dropout on their input, and the linear layers that get
-    one.
+    """Low-rank adapters: rank, scale (alpha / rank), dropout on their input, and the names of the linear layers that
+    get one ("auto": all of the language model).
     """
 
     rank: int = 16
     alpha: int = 32
     dropout: float = 0.05
-    targets: tuple[str, ...] = PROJECTIONS
+    targets: tuple[str, ...] | Literal["auto"] = "auto"
 
 
 @dataclass(frozen=True)
@@ -59,6 +58,8 @@ class TrainSettings:
     @classmethod
     def of(cls, section: Mapping[str, Any]) -> "TrainSettings":
         """The settings of a resolved `[training]` section (its lists may be tuples or lists)."""
-        lora = LoraSettings(**{**section["lora"], "targets": tuple(section["lora"]["targets"])})
+        targets = section["lora"]["targets"]
+        targets = "auto" if targets == "auto" or tuple(targets) == USUAL_TARGETS else tuple(targets)
+        lora = LoraSettings(**{**section["lora"], "targets": targets})
         sentinel = SentinelSettings(**section.get("sentinel", {}))
         return cls(**{**section, "lora": lora, "sentinel": sentinel})

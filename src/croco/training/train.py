@@ -30,7 +30,7 @@ from croco.training.adopt import adopt, samples
 from croco.training.batches import plan_steps
 from croco.training.card import policy_card
 from croco.training.forward import shared_rows_differ, try_packing
-from croco.training.lora import apply_lora, continue_lora
+from croco.training.lora import continue_lora, trainable
 from croco.training.preflight import plan
 from croco.training.prepare import (
     checkpoint_to_go_on_from,
@@ -153,7 +153,7 @@ def train_pairs(
     policy = _trainable(model, settings, start, seed)
     if reference == "start":
         reference_logps_CN = logps(policy)
-    before = samples(policy.named_parameters())
+    before = samples(policy.parameters())
     if layout.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
 
@@ -274,9 +274,7 @@ def _check(settings: TrainSettings, start: Path | None) -> None:
 
 def _trainable(model: PreTrainedModel, settings: TrainSettings, start: Path | None, seed: int) -> Any:
     """The policy with what is trained of it, and nothing else, open to gradients."""
-    if not settings.full:
-        return continue_lora(model, start, settings.lora) if start else apply_lora(model, settings.lora, seed)
-    # steps of this size are lost between two bfloat16 numbers
-    policy = model.float()
-    policy.requires_grad_(True)
-    return policy
+    if start is not None:
+        return continue_lora(model, start, settings.lora)
+    # steps of full tuning are so small that they are lost between two bfloat16 numbers
+    return trainable(model.float() if settings.full else model, settings, seed)
