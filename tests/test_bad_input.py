@@ -101,7 +101,7 @@ def test_weights_of_another_network_in_a_models_folder(bench: Bench) -> None:
     config = json.loads((deep / "config.json").read_text())
     (deep / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
     assert_one_sentence(bench.run(f"policy.model={deep}"), str(deep), "model.layers.1.", "no place for")
-    assert_one_sentence(bench.run(f"policy.model={bench.models.reward}"), "score.weight", "no place for")
+    assert_one_sentence(bench.run("policy.model=lab:reward"), "lab:reward", "score.weight", "no place for")
 
 
 def test_folders_that_cannot_be_made_and_devices_that_are_not_there(bench: Bench) -> None:

@@ -73,9 +73,9 @@ def local_model(name: str, key: str = "model") -> Path | None:
         return folder
     if os.path.exists(folder):
         raise UserError(f"{key} = '{name}' is a file, expected a directory with a Hugging Face model")
-    if not HUB_ID.fullmatch(name):
+    if not HUB_ID.fullmatch(name) or len(name) > 96:
         raise UserError(
-            f"{key} = '{name}': no such directory, and not the form of a hub id ('organisation/model')"
+            f"{key} = '{name:.100}': no such directory, and not the form of a hub id ('organisation/model')"
         )
     return None
 
@@ -141,7 +141,7 @@ def file_identity(name: str, key: str = "file") -> str:
     """`sha256:…` of a file; raises UserError naming the key when it is not there."""
     path = Path(os.path.expanduser(name))
     if not os.path.isfile(path):
-        raise UserError(f"{key} = '{name}': no such file")
+        raise UserError(f"{key} = '{name:.200}': no such file")
     return f"sha256:{_digests([path.resolve()])[0][:16]}"
 
 
@@ -166,12 +166,10 @@ def _digests(files: Iterable[Path]) -> list[str]:
     """SHA-256 of each file, whole. A digest is used again as long as `stat` says that the file is the same."""
     files = list(files)
     seen = {str(path): _stat(path) for path in files}
-    known = {name: _KNOWN.get(name) for name in seen}
-    if any(seen[name][2] >= CACHED_BYTES and known[name] is None for name in seen):
-        known = {name: entry for name, entry in _kept().items() if name in seen} | {
-            name: entry for name, entry in known.items() if entry is not None
-        }
-    result = {name: str(entry[1]) for name, entry in known.items() if entry and entry[0] == seen[name]}
+    known = {name: _KNOWN[name] for name in seen if name in _KNOWN}
+    if any(seen[name][2] >= CACHED_BYTES and name not in known for name in seen):
+        known = _kept() | known
+    result = {name: str(entry[1]) for name, entry in known.items() if entry[0] == seen.get(name)}
     new = [Path(name) for name in seen if name not in result]
     if len(new) > 1:
         with ThreadPoolExecutor(HASH_THREADS) as threads:

@@ -172,8 +172,8 @@ def _load(
         raise UserError(f"model {model!r}: found no weights for {missing[0]}, expected a whole {kind}")
     if extra := left_over(report["unexpected_keys"], loaded):
         raise UserError(
-            f"model {model!r}: its files hold weights that its config.json has no place for ({extra[0]} and "
-            f"{len(extra) - 1} more), expected those of a {type(loaded).__name__} alone"
+            f"model {model!r}: its files hold {len(extra)} weights that its config.json has no place for, such as "
+            f"{extra[0]}: expected those of a {type(loaded).__name__} alone"
         )
     return loaded
 

@@ -146,7 +146,7 @@ def _rows(source: str, split: str, key: str, revision: str | None) -> Iterator[t
         return
     path = Path(os.path.expanduser(source))
     if not os.path.isfile(path):
-        raise UserError(f"{key}.source = '{source}': no such file")
+        raise UserError(f"{key}.source = '{source:.200}': no such file")
     if path.suffix not in (".jsonl", ".parquet"):
         raise UserError(f"{key}.source = '{source}', expected 'lab', a .jsonl or .parquet file, or 'hf:NAME'")
     yield from file_rows(path)
