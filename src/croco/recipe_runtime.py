@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, model_validator
 
-Positive = Annotated[int, Field(gt=0, le=10**9)]
+Positive = Annotated[int, Field(gt=0, le=10**12)]
 Count = Annotated[int, Field(gt=0, le=4096)]  # of processes, threads, GPUs
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Seconds = Annotated[float, Field(gt=0, le=10**8)]
