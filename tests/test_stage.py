@@ -200,7 +200,9 @@ def test_a_removal_that_was_cut_short_is_a_missing_stage(tmp_path: Path) -> None
     assert store.read_table(node.folder).height == 10
 
 
-@pytest.mark.parametrize("text", ["{}", "[]", "null", "{", "", '{"state": "complete"}', "[" * 100_000, "9" * 5000])
+@pytest.mark.parametrize(
+    "text", ["{}", "[]", "null", "{", "", '{"state": "complete"}', "[" * 100_000, "9" * 5000]
+)
 @pytest.mark.parametrize("name", ["stage.json", "part-00000.done"])
 def test_a_record_of_another_shape_is_one_sentence_and_a_rebuild_helps(
     tmp_path: Path, name: str, text: str
@@ -221,7 +223,13 @@ def test_a_record_of_another_shape_is_one_sentence_and_a_rebuild_helps(
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("num_shards", "3"), ("starts", 0), ("science", {}), ("counts", {"read": {"prompt": -1}}), ("facts", [])],
+    [
+        ("num_shards", "3"),
+        ("starts", 0),
+        ("science", {}),
+        ("counts", {"read": {"prompt": -1}}),
+        ("facts", []),
+    ],
 )
 def test_a_value_of_another_kind_is_named(tmp_path: Path, key: str, value: object) -> None:
     node = numbered(tmp_path)

@@ -106,7 +106,11 @@ def test_a_person_s_link_and_pipe_are_written_through(tmp_path: Path) -> None:
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
     for path in (link, dangling, pipe):
         store.write_for_user(path, "new")
-    assert (real.read_text(), (tmp_path / "target.csv").read_text(), os.read(reader, 9)) == ("new", "new", b"new")
+    assert (real.read_text(), (tmp_path / "target.csv").read_text(), os.read(reader, 9)) == (
+        "new",
+        "new",
+        b"new",
+    )
     assert (link.is_symlink(), dangling.is_symlink(), pipe.is_fifo()) == (True, True, True)
     with pytest.raises(UserError, match="is a folder"):
         store.write_for_user(tmp_path, "new")

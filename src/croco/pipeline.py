@@ -276,15 +276,20 @@ def run_stage(
         check_euroeval(todo, recipe)
         for node in todo:
             for before in node.inputs.values():
-                now = standing.status(before)
-                if now.kind != "complete":
-                    raise UserError(
-                        f"{node.title} reads {before.title}, which is {now.kind}: run `croco run` first"
-                    )
+                _require(node, before)
         standing.stop_or_clear(todo, rebuild, say, every)
         keep_recipe(recipe, every, say)
         for node in todo:
             run_node(node, recipe, say)
+
+
+def _require(node: Node, before: Node) -> None:
+    """Raise UserError unless what a node reads is complete."""
+    now = standing.status(before)
+    if now.kind == "damaged":
+        raise UserError(standing.stale_message([(before, now)]))
+    if now.kind != "complete":
+        raise UserError(f"{node.title} reads {before.title}, which is {now.kind}: run `croco run` first")
 
 
 def check_euroeval(todo: Sequence[Node], recipe: Recipe) -> None:
@@ -334,12 +339,9 @@ def rebuild_report(recipe: Recipe, say: Say = lambda line: None) -> Path:
     node = nodes(recipe)[-1]
     with stages.lock(recipe.folder):
         for before in node.inputs.values():
-            now = standing.status(before)
-            if now.kind != "complete":
-                raise UserError(
-                    f"the report reads {before.title}, which is {now.kind}: run `croco run` first"
-                )
-        standing.clear(node)
+            _require(node, before)
+        if standing.status(node).kind != "missing":  # the old page stays until the new one is there
+            store.write_record(node.folder, stages.new_record(node, recipe.runtime.shard_prompts))
         run_node(node, recipe, say)
     return node.folder / "report.html"
 

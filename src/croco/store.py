@@ -46,7 +46,8 @@ OWNER = ".croco"  # in a folder that we fill under another name before it takes 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MARKER = re.compile(r"part-(\d{5,})\.done")
 OURS = re.compile(r"part-\d{5,}(\.done|(\.dropped)?\.parquet)|dropped\.parquet|scratch|\.tmp-.*")
-FULL_DISK = re.compile(r"\(os error (\d+)\)")  # as safetensors says what the system said
+SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")  # as safetensors says what the system said
+TORCH_WRITER = re.compile(r"PytorchStreamWriter|inline_container")
 
 Counts = dict[str, NonNegativeInt]
 
@@ -147,11 +148,13 @@ def writing(path: Path) -> Iterator[None]:
             error.filename = error.filename or str(path)  # a full disk does not say what did not fit
             raise
         raise UserError(f"{path} cannot be written: {reason(error)}") from None
-    except Exception as error:
-        said = FULL_DISK.search(str(error)) if type(error).__name__ == "SafetensorError" else None
-        if said is None:
-            raise
-        raise OSError(int(said[1]), os.strerror(int(said[1])), str(path)) from None
+    except Exception as error:  # safetensors and torch have errors of their own for what the system refuses
+        number = SYSTEM_ERROR.search(str(error)) if type(error).__name__ == "SafetensorError" else None
+        if number is not None:
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+        if isinstance(error, RuntimeError) and TORCH_WRITER.search(str(error)):
+            raise UserError(f"{path} cannot be written (is the disk full?): {str(error).splitlines()[0]}") from None
+        raise
 
 
 def _write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
