@@ -16,7 +16,7 @@ import polars as pl
 from transformers import PreTrainedTokenizerBase
 
 from croco.errors import UserError
-from croco.sampling.chat import check_prefix, conversation_ids, prompt_ids, with_instruction
+from croco.sampling.chat import check_prefix, conversation_ids, prompt_ids, text_ids, with_instruction
 
 DROPPED_SCHEMA = {
     "unit": pl.String,
@@ -114,7 +114,7 @@ def _completion_ids(
 ) -> list[int]:
     ids = row.get(f"{side}_ids")
     if ids is None:
-        ids = tokenizer(row[side], add_special_tokens=False)["input_ids"]
+        ids = text_ids(tokenizer, [row[side]])[0]
     ended = row.get(f"{side}_finish_reason") in (None, "stop")
     return [*ids, end] if ended else list(ids)
 
