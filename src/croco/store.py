@@ -153,7 +153,9 @@ def writing(path: Path) -> Iterator[None]:
         if number is not None:
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
         if isinstance(error, RuntimeError) and TORCH_WRITER.search(str(error)):
-            raise UserError(f"{path} cannot be written (is the disk full?): {str(error).splitlines()[0]}") from None
+            raise UserError(
+                f"{path} cannot be written (is the disk full?): {str(error).splitlines()[0]}"
+            ) from None
         raise
 
 

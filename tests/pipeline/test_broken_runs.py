@@ -27,7 +27,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def text(name: str, content: str) -> Callable[[Path], None]:
-    return lambda run: None if (run / name).write_text(content) else None
+    def spoil(run: Path) -> None:
+        (run / name).write_text(content)
+
+    return spoil
 
 
 def gone(name: str) -> Callable[[Path], None]:
