@@ -237,7 +237,7 @@ def run(
 ) -> list[str]:
     """Run what is not complete, in order; returns the names of the stages that are complete now.
 
-    Raises StaleStage naming what changed, unless `rebuild` removes it and what follows from it.
+    Raises StaleStage naming what changed, unless `rebuild` removes it.
     """
     engines.check(recipe)
     every = nodes(recipe)
@@ -245,7 +245,7 @@ def run(
     set_threads(recipe)
     with stages.lock(recipe.folder):
         check_euroeval(todo, recipe)
-        standing.stop_or_clear(todo, rebuild, say, every)
+        standing.stop_or_clear(todo, rebuild, say)
         keep_recipe(recipe, every, say)
         for node in todo:
             run_node(node, recipe, say)
@@ -368,15 +368,20 @@ def keep_recipe(recipe: Recipe, every: Sequence[Node] = (), say: Say = lambda li
                 f"{path} is no resolved recipe: croco has not written it, expected another run.folder, or no such file"
             )
         for node in every:
-            if standing.status(node).kind == "stale" and _other_settings(node):
+            if standing.status(node).kind == "stale" and _made_otherwise(node):
                 say(f"recipe.json stays as it is, for {node.title} was made with other settings")
                 return
     store.write_json(path, resolved)
 
 
-def _other_settings(node: Node) -> bool:
-    made = store.read_record(node.folder)["science"]["settings"]
-    return canonical(made) != canonical(node.settings)
+def _made_otherwise(node: Node) -> bool:
+    """Whether a stage has other settings or has read another table of the same name; further tables (of an arm that
+    was added) are no contradiction."""
+    made = store.read_record(node.folder)["science"]
+    settings = canonical(made["settings"]) != canonical(node.settings)
+    return settings or any(
+        made["inputs"].get(name, one.fingerprint) != one.fingerprint for name, one in node.inputs.items()
+    )
 
 
 def set_threads(recipe: Recipe) -> None:
