@@ -375,13 +375,18 @@ def keep_recipe(recipe: Recipe, every: Sequence[Node] = (), say: Say = lambda li
 
 
 def _made_otherwise(node: Node) -> bool:
-    """Whether a stage has other settings or has read another table of the same name; further tables (of an arm that
-    was added) are no contradiction."""
+    """Whether a stage has other settings, or has read a table that is not there any more; that more tables are to be
+    read (of an arm that was added) is no contradiction."""
     made = store.read_record(node.folder)["science"]
-    settings = canonical(made["settings"]) != canonical(node.settings)
-    return settings or any(
-        made["inputs"].get(name, one.fingerprint) != one.fingerprint for name, one in node.inputs.items()
-    )
+    if canonical(made["settings"]) != canonical(node.settings):
+        return True
+    for name, before in node.inputs.items():
+        read = made["inputs"].get(name, before.fingerprint)
+        if read != before.fingerprint and (
+            store.state(before.folder) == "missing" or store.read_record(before.folder)["fingerprint"] != read
+        ):
+            return True
+    return False
 
 
 def set_threads(recipe: Recipe) -> None:

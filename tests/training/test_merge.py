@@ -169,7 +169,7 @@ def fails(recipe: Recipe, to: Path, match: str) -> None:
 
 
 def test_what_cannot_be_merged_is_refused(recipe: Recipe, made: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is not empty, expected a new folder to merge into"):
+    with pytest.raises(UserError, match="is not empty, expected a new folder"):
         merge(recipe, "monolingual", made, "unknown", lambda line: None)
     broken = other_run(recipe, tmp_path)
     adapter = broken.folder / "train" / "monolingual" / "adapter"
