@@ -314,6 +314,7 @@ def run_node(node: Node, recipe: Recipe, say: Say) -> None:
     """Run one node, saying in one line what became of it."""
     now = standing.status(node)
     if now.kind == "complete":
+        stages.remove_scratch(node)  # of a run that was killed while it went
         mended = ", its ledger is written again" if standing.mend_ledger(node) else ""
         say(f"{node.title:<24} complete, skipped{mended}")
         return
@@ -367,7 +368,7 @@ def keep_recipe(recipe: Recipe, every: Sequence[Node] = (), say: Say = lambda li
             raise UserError(
                 f"{path} is no resolved recipe: croco has not written it, expected another run.folder, or no such file"
             )
-        for node in every:
+        for node in every[:-1]:  # the page describes itself
             if standing.status(node).kind == "stale" and _made_otherwise(node):
                 say(f"recipe.json stays as it is, for {node.title} was made with other settings")
                 return

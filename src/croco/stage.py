@@ -33,6 +33,7 @@ from croco.store import Record, Science
 
 logger = logging.getLogger(__name__)
 
+LOCK = ".lock"  # of a run's folder
 Settings = dict[str, Any]
 Reference = tuple[str, str | None]  # a stage's name and its arm
 
@@ -196,7 +197,7 @@ def lock(run: Path) -> Iterator[None]:
     """Hold a run's folder against a second process; the system lets go of it however this one ends."""
     try:
         run.mkdir(parents=True, exist_ok=True)
-        file = (run / ".lock").open("a")
+        file = (run / LOCK).open("a")
     except (OSError, ValueError) as error:
         raise UserError(
             f"run.folder = '{provenance.shown(str(run))}' cannot be written: {store.reason(error)}"
@@ -296,11 +297,17 @@ def _finish(node: Node, found: Record) -> Record:
             raise ValueError(
                 f"{node.title}: the merged ledger has {rows} rows, the shards {counts['dropped']}"
             )
-    if (node.folder / "scratch").is_dir():
-        store.remove(node.folder / "scratch")
     found["state"], found["counts"] = "complete", counts
     if not node.stage.table:
         found["files"] = standing.files(node)
         found["digests"] = store.file_digests(node.folder, found["files"])
     store.write_record(node.folder, found)
+    remove_scratch(node)
     return found
+
+
+def remove_scratch(node: Node) -> None:
+    """Remove what a complete stage no longer needs: after it is said to be complete, or a kill in between would leave
+    an unfinished stage with half of its checkpoints."""
+    if (node.folder / "scratch").is_dir():
+        store.remove(node.folder / "scratch")

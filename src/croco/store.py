@@ -47,7 +47,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MARKER = re.compile(r"part-(\d{5,})\.done")
 OURS = re.compile(r"part-\d{5,}(\.done|(\.dropped)?\.parquet)|dropped\.parquet|scratch|\.tmp-.*")
 SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")  # as safetensors says what the system said
-TORCH_WRITER = re.compile(r"PytorchStreamWriter|inline_container")
+TORCH_WRITER = re.compile(r"PytorchStreamWriter|inline_container|file write failed|I/O error")
 
 Counts = dict[str, NonNegativeInt]
 
@@ -138,24 +138,25 @@ def reason(error: OSError | ValueError) -> str:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Around code that writes `path`: a full disk keeps its OSError with the path, any other refusal is a UserError."""
+    """Around code that writes `path`: what the system refuses is one sentence, which safetensors and torch hide."""
+    full = "make room and run the same command again"
     try:
         yield
     except OSError as error:
         if error.errno is None:
             raise
         if error.errno in FULL:
-            error.filename = error.filename or str(path)  # a full disk does not say what did not fit
-            raise
+            raise UserError(f"{path} cannot be written ({reason(error)}); {full}") from None
         raise UserError(f"{path} cannot be written: {reason(error)}") from None
-    except Exception as error:  # safetensors and torch have errors of their own for what the system refuses
-        number = SYSTEM_ERROR.search(str(error)) if type(error).__name__ == "SafetensorError" else None
-        if number is not None:
-            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
-        if isinstance(error, RuntimeError) and TORCH_WRITER.search(str(error)):
-            raise UserError(
-                f"{path} cannot be written (is the disk full?): {str(error).splitlines()[0]}"
-            ) from None
+    except Exception as error:
+        words = " ".join(str(error).split())
+        if type(error).__name__ == "SafetensorError" or isinstance(error, RuntimeError):
+            if number := SYSTEM_ERROR.search(words):
+                raise UserError(
+                    f"{path} cannot be written ({os.strerror(int(number[1])).lower()}); {full}"
+                ) from None
+            if TORCH_WRITER.search(words):
+                raise UserError(f"{path} cannot be written ({words[:200]}); {full}") from None
         raise
 
 

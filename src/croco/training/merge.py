@@ -50,7 +50,7 @@ def merge(recipe: Recipe, arm: str, to: Path, license: str, say: Callable[[str],
     if store.state(folder) != "complete":
         raise UserError(f"{folder} holds no finished training: run `croco run` first")
     weights = tuned_weights(folder)
-    partial = to.with_name(to.name + ".partial")
+    partial = to.with_name(f".{to.name}.merging")
     store.begin_folder(partial)
     model, tokenizer = _base(recipe)
     examples = _probes(recipe, arm, model, tokenizer)
