@@ -33,11 +33,11 @@ def write(recipe: Recipe, say: Callable[[str], None] = lambda line: None) -> Pat
     )
     page, stamp = recipe.folder / "study.html", recipe.folder / "study.json"
     there = store.read_json(stamp) if stamp.exists() else None
-    ours = isinstance(there, dict) and "made_of" in there
+    ours = there.get("made_of") if isinstance(there, dict) else None
     for path in (page, recipe.folder / "study.md", stamp):
         if path.exists() and not ours:
             raise UserError(f"{path} is not a page of croco's, expected another run.folder, or no such file")
-    if ours and page.exists() and there["made_of"] == made_of:
+    if page.exists() and ours == made_of:
         say("study: complete, skipped")
         return page
     found = build(recipe)
