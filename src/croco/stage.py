@@ -200,7 +200,7 @@ def lock(run: Path) -> Iterator[None]:
         file = (run / LOCK).open("a")
     except (OSError, ValueError) as error:
         raise UserError(
-            f"run.folder = '{provenance.shown(str(run))}' cannot be written: {store.reason(error)}"
+            f"{provenance.shown(str(run))}: this folder cannot be made or written ({store.reason(error)})"
         ) from None
     with file:
         try:

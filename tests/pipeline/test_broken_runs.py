@@ -66,6 +66,8 @@ def keep(run: Path) -> None:
 
 
 CASES = [
+    (text("recipe.json", "null"), "report RUN", "recipe.json"),
+    (text("recipe.json", "[1]"), "compare RUN RUN", "recipe.json"),
     (text("recipe.json", '{"run": 3}'), "export RUN --arm mono --to new", "run"),
     (text("results/stage.json", "{}"), "report RUN --terminal", "results/stage.json"),
     (text("results/stage.json", "[]"), "report RUN --markdown new.md", "results/stage.json"),
@@ -85,7 +87,7 @@ CASES = [
     (text("sample/stage.json", "null"), "plan RECIPE", "sample/stage.json"),
     (file("sample"), "plan RECIPE", "sample is a file"),
     (file("sample"), "run RECIPE --rebuild", "sample is a file"),
-    (folder(".lock"), "run RECIPE", "cannot be written"),
+    (folder(".lock"), "run RECIPE", "cannot be made or written"),
     (folder("sample/part-00000.done"), "run RECIPE", "sample/part-00000.done"),
     (text("sample/part-00000.done", '{"rows": -3}'), "run RECIPE", "sample/part-00000.done"),
     (text("sample/stage.json", '"a"'), "score RECIPE", "sample/stage.json"),

@@ -26,7 +26,7 @@ from croco.evaluation.ranking_rows import Row, agreement, rank
 from croco.pairing.importing import sides_of
 from croco.progress import progress
 from croco.prompts.load import file_rows, kind
-from croco.recipe import Recipe, apply_override, from_dict
+from croco.recipe import NO_PROMPTS, Recipe, apply_override, from_dict
 from croco.records import DROPPED, ledger
 
 FILES = ("pairs.parquet", "ranking.parquet", "dropped.parquet", "ranking.md", "diagnosis.json")
@@ -108,6 +108,7 @@ def recipe_of(model: str, codes: Sequence[str], overrides: Sequence[str]) -> Rec
     values = {
         "run": {"name": "diagnose", "languages": list(codes)},
         "reward": {"model": model},
+        **NO_PROMPTS,
         "arms": {"none": {}},
     }
     for override in overrides:
