@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from croco.errors import UserError
 from croco.identity import check_adapter
 from croco.ops.lora import lora_linear
-from croco.store import sync_files, sync_folder
+from croco.store import sync_files, sync_folder, writing
 from croco.training.settings import LoraSettings, TrainSettings
 
 # linear layers that "auto" leaves as they are: routers, and what reads its weight without calling the layer
@@ -280,7 +280,8 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     """Write the adapter (safetensors and its configuration) to `folder`, whole or not at all; replaces an older one."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(str(partial), save_embedding_layers=False)
+    with writing(partial):
+        model.save_pretrained(str(partial), save_embedding_layers=False)
     sync_files(partial)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
