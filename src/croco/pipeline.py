@@ -21,6 +21,7 @@ from croco import stage as stages
 from croco.errors import UserError
 from croco.identity import canonical
 from croco.recipe import Recipe
+from croco.recipe_runtime import Runtime
 from croco.records import TABLES
 from croco.stage import Node, Reference, Stage
 from croco.standing import Status
@@ -248,7 +249,7 @@ def run(
         standing.stop_or_clear(todo, rebuild, say)
         keep_recipe(recipe, every, say)
         for node in todo:
-            run_node(node, recipe, say)
+            run_node(node, recipe.runtime, say)
     return list(dict.fromkeys(node.stage.name for node in todo))
 
 
@@ -280,7 +281,7 @@ def run_stage(
         standing.stop_or_clear(todo, rebuild, say, every)
         keep_recipe(recipe, every, say)
         for node in todo:
-            run_node(node, recipe, say)
+            run_node(node, recipe.runtime, say)
 
 
 def _require(node: Node, before: Node) -> None:
@@ -310,7 +311,7 @@ def _of_stage(every: Sequence[Node], name: str) -> list[Node]:
     return found
 
 
-def run_node(node: Node, recipe: Recipe, say: Say) -> None:
+def run_node(node: Node, runtime: Runtime, say: Say) -> None:
     """Run one node, saying in one line what became of it."""
     now = standing.status(node)
     if now.kind == "complete":
@@ -320,7 +321,7 @@ def run_node(node: Node, recipe: Recipe, say: Say) -> None:
         return
     if now.kind == "unfinished":
         say(f"{node.title:<24} unfinished, going on")
-    found = stages.execute(node, recipe)
+    found = stages.execute(node, runtime)
     say(f"{node.title:<24} {counted(node, found)}{found['seconds']:.1f} s")
 
 
@@ -343,7 +344,7 @@ def rebuild_report(recipe: Recipe, say: Say = lambda line: None) -> Path:
             _require(node, before)
         if standing.status(node).kind != "missing":  # the old page stays until the new one is there
             store.write_record(node.folder, stages.new_record(node, recipe.runtime.shard_prompts))
-        run_node(node, recipe, say)
+        run_node(node, recipe.runtime, say)
     return node.folder / "report.html"
 
 
@@ -379,7 +380,7 @@ def _made_otherwise(node: Node) -> bool:
     """Whether a stage has other settings, or has read a table that is not there any more; that more tables are to be
     read (of an arm that was added) is no contradiction."""
     made = store.read_record(node.folder)["science"]
-    if canonical(made["settings"]) != canonical(node.settings):
+    if canonical(made["settings"]) != canonical(node.science["settings"]):
         return True
     for name, before in node.inputs.items():
         read = made["inputs"].get(name, before.fingerprint)

@@ -12,7 +12,8 @@ from croco.recipe import Recipe, from_dict
 from croco.records import PROMPTS, TABLES
 from croco.sampling.chat import conversation_ids
 from croco.sampling.seeds import sample_seed
-from croco.stage import Work
+from croco.science import evaluate_settings, results_settings
+from croco.stage import Work, values
 from croco.training.lora import apply_lora, save_adapter
 from croco.training.settings import LoraSettings
 from tiny import make_policy, make_reward, make_tokenizer, save
@@ -53,10 +54,9 @@ def work_of(
     folder, recipe = run
     out = folder / stage / (arm or "")
     out.mkdir(parents=True, exist_ok=True)
-    temperatures = [0.0, 0.7, 1.0] if arm == "base" else [0.0, 1.0]
-    return Work(recipe=recipe, arm=arm, folder=out, settings={"temperatures": temperatures}, runtime=recipe.runtime,
-                seed=recipe.run.seed, inputs=inputs, table=TABLES[table], title=stage,
-                record_file={"starts": 1})  # fmt: skip
+    settings = (results_settings if stage == "results" else evaluate_settings)(recipe, arm)
+    return Work(arm=arm, folder=out, settings=values(settings), runtime=recipe.runtime,
+                inputs=inputs, table=TABLES[table], title=stage, record_file={"starts": 1})  # fmt: skip
 
 
 def evaluated(run: tuple[Path, Recipe], arm: str) -> pl.DataFrame:

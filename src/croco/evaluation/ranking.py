@@ -180,7 +180,7 @@ def score_pairs(pairs: Sequence[Pair], recipe: Recipe) -> tuple[NDArray[np.float
     from croco.scoring.score import score_conversations
 
     scores, reasons = np.full((len(pairs), 2), math.nan), {}
-    scorer, tokenizer = engines.open_scorer(recipe)
+    scorer, tokenizer = engines.open_scorer(recipe.reward, recipe.runtime)
     try:
         with progress(recipe.reward.model, len(pairs), "pair") as bar:
             for start in range(0, len(pairs), CHUNK):

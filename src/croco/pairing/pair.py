@@ -66,7 +66,7 @@ def pair(work: Work) -> None:
         first=work.settings.get("completions"),
         prompts=in_part(prompts, work.settings.get("part")),
     )
-    among = sorted({*work.recipe.run.evaluated, "en"})
+    among = sorted({*_prompt_languages(work), *work.settings.get("held_out_languages", ()), "en"})
     texts = Texts(shards, how.guards, among, held=_held(shards))
     where = locate(prompts, PROMPT)
     lengths = gold_characters(scored, prompts)
@@ -94,7 +94,11 @@ def pair(work: Work) -> None:
 
 def _languages(work: Work) -> list[str]:
     """The languages that the arm is tuned on."""
-    return list(work.settings.get("languages") or work.recipe.run.languages)
+    return list(work.settings.get("languages") or _prompt_languages(work))
+
+
+def _prompt_languages(work: Work) -> list[str]:
+    return locate(work.inputs["prompts"], PROMPT)["language"].unique().sort().to_list()
 
 
 def _prompts_of(scored: Scored, where: pl.DataFrame, first: int, last: int) -> pl.DataFrame:

@@ -20,11 +20,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from croco.errors import UserError
-from croco.recipe import Evaluation, Prompts
-from croco.recipe_arena import Arena
 from croco.records import PROMPTS, ROLES, ledger
 from croco.sampling.seeds import digest
 from croco.stage import Work
+
+FROM_SOURCE = ("split", "revision", "id_column", "language_column")  # settings that `load` takes as they are
 
 
 @dataclass(frozen=True)
@@ -39,41 +39,30 @@ class Loaded:
 
 def prompts(work: Work) -> None:
     """The prompts to tune on, in the tuned languages or the one they are translated from."""
-    shuffled = work.seed if work.recipe.prompts.order == "seed" else None
-    _stage(work, work.recipe.prompts, "prompts", work.recipe.prompts_languages, shuffled)
+    _stage(work, "prompts")
 
 
 def eval_prompts(work: Work) -> None:
     """The prompts to evaluate on, in all languages or the one they are translated from."""
-    _stage(work, work.recipe.evaluation, "evaluation", work.recipe.evaluation_languages)
+    _stage(work, "evaluation")
 
 
 def arena_prompts(work: Work) -> None:
     """The arena's own prompts, in the languages it compares in."""
-    assert work.recipe.arena is not None
-    _stage(work, work.recipe.arena, "arena", work.recipe.arena_languages)
+    _stage(work, "arena")
 
 
-def _stage(
-    work: Work,
-    section: Prompts | Evaluation | Arena,
-    key: str,
-    languages: Sequence[str],
-    shuffled: int | None = None,
-) -> None:
-    assert section.source is not None
+def _stage(work: Work, key: str) -> None:
+    settings, shuffled = work.settings, work.settings.get("order")
     loaded = load(
-        section.source,
-        split=section.split,
-        revision=section.revision,
-        languages=languages,
-        limit=section.limit if shuffled is None else None,
-        id_column=section.id_column,
-        language_column=section.language_column,
+        settings["source"],
+        languages=settings["languages"],
+        limit=settings["limit"] if shuffled is None else None,
         key=key,
+        **{name: settings[name] for name in FROM_SOURCE if name in settings},
     )
     if shuffled is not None:
-        loaded = first_of_shuffled(loaded, section.limit, shuffled)
+        loaded = first_of_shuffled(loaded, settings["limit"], shuffled[1])
     ids = loaded.prompts.column("prompt_id")
     work.record(
         num_prompt_ids=len(ids.unique()),
@@ -107,9 +96,9 @@ def _counts(table: pa.Table) -> dict[str, int]:
 def load(
     source: str,
     *,
-    split: str,
     languages: Sequence[str],
     limit: int | None,
+    split: str = "",
     revision: str | None = None,
     id_column: str = "prompt_id",
     language_column: str = "language",

@@ -15,7 +15,8 @@ from croco.sampling.chat import prompt_ids, text_ids
 
 if TYPE_CHECKING:
     from croco.engines.hf import HFLikelihood
-    from croco.recipe import Recipe
+    from croco.recipe_models import Policy
+from croco.recipe_runtime import Runtime
 
 Messages = list[dict[str, str]]
 Completion = dict[str, Any]  # a row of the completions table
@@ -24,12 +25,13 @@ Groups = Sequence[tuple[Messages, list[Completion]]]  # a prompt's messages and 
 Scored = list[float | str]
 
 
-def open_likelihood(recipe: Recipe, mean: bool, adapter: Path | None = None) -> tuple[HFLikelihood, Any]:
+def open_likelihood(
+    policy: Policy, runtime: Runtime, mean: bool, adapter: Path | None = None
+) -> tuple[HFLikelihood, Any]:
     """The policy, with an adapter if given, as a scorer of log-probabilities, and its tokenizer."""
     from croco.engines.hf import HFLikelihood
     from croco.engines.loading import load_policy
 
-    policy, runtime = recipe.policy, recipe.runtime
     model, tokenizer = load_policy(
         policy.model,
         policy.revision,
