@@ -164,9 +164,7 @@ def pair_settings(recipe: Recipe, arm: str | None) -> Settings:
     if section.part:
         rules["part"] = section.part
     # texts are told apart among these too, beside the languages of the prompts
-    held_out = sorted(recipe.run.held_out_languages)
-    if held_out and section.guards.wrong_language != "off":
-        rules["held_out_languages"] = held_out
+    rules["held_out_languages"] = sorted(recipe.run.held_out_languages)
     return rules | {"seed": recipe.run.seed}
 
 
@@ -233,13 +231,12 @@ def arena_sample_settings(recipe: Recipe, arm: str | None) -> Settings:
 def arena_settings(recipe: Recipe, arm: str | None) -> Settings:
     assert recipe.arena is not None
     lab = recipe.arena.judge == "lab"
-    settings: Settings = {
+    return {
         "judge": Given("lab", f"lab {WORLD}") if lab else given_judge(recipe.judge),
         "languages": sorted(recipe.arena_languages),
+        "evaluated": sorted(recipe.run.evaluated),  # completions are told apart among these
         "limit": recipe.arena.limit,
     }
-    evaluated = sorted(recipe.run.evaluated)  # completions are told apart among these
-    return settings | ({"evaluated": evaluated} if evaluated != settings["languages"] else {})
 
 
 def given_judge(judge: Judge | None) -> Given:

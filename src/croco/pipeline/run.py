@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from croco.config.recipe import Recipe
@@ -98,6 +99,7 @@ STAGES: tuple[Stage, ...] = (
         function="croco.stages.pair.pair:pair",
         table="pairs",
         settings=fingerprint.pair_settings,
+        added=("held_out_languages",),
         follows=follows.paired_from,
         arms=arms.tuned_arms,
     ),
@@ -173,6 +175,7 @@ STAGES: tuple[Stage, ...] = (
         function="croco.stages.arena.arena:arena",
         table="comparisons",
         settings=fingerprint.arena_settings,
+        added=("evaluated",),
         follows=follows.compared_from,
         arms=follows.arena_arms,
     ),
@@ -211,13 +214,27 @@ def nodes(recipe: Recipe) -> list[Node]:
             reads = stage.follows(recipe, arm)
             inputs = {_input_name(arm, before, reads): make(*before) for before in reads}
             where = folder if arm is None else folder / arm
-            made[name, arm] = Node(stage, arm, where, stage.settings(recipe, arm), inputs)
+            made[name, arm] = _as_recorded(Node(stage, arm, where, stage.settings(recipe, arm), inputs))
         return made[name, arm]
 
     for stage in STAGES:
         for arm in stage.arms(recipe):
             make(stage.name, arm)
     return list(made.values())
+
+
+def _as_recorded(node: Node) -> Node:
+    """The node with the fingerprint that its record has, where that differs only by settings which the croco that wrote
+    it did not know yet: what an earlier version made stays complete."""
+    if not node.stage.added or not os.path.lexists(node.folder / shards.RECORD):
+        return node
+    try:
+        record = shards.read_record(node.folder)
+    except UserError:
+        return node  # what is wrong with it is the status's to say
+    absent = [name for name in node.stage.added if name not in record["science"]["settings"]]
+    earlier = replace(node, not_recorded=tuple(absent))
+    return earlier if earlier.fingerprint == record["fingerprint"] else node
 
 
 def _input_name(arm: str | None, before: Reference, reads: Sequence[Reference]) -> str:

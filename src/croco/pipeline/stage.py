@@ -73,6 +73,7 @@ class Stage:
     follows: Callable[[Recipe, str | None], list[Reference]]  # the stages it reads
     arms: Callable[[Recipe], list[str | None]] = _once  # one run per arm, or [None] for one shared run
     reads_all: tuple[str, str] | None = None  # (unit, stage): it must account for every row of that input
+    added: tuple[str, ...] = ()  # settings that the records of earlier versions lack
     makes: tuple[str, ...] = ()  # files and folders of its own in its folder, beside shards and ledger
 
 
@@ -85,6 +86,7 @@ class Node:
     folder: Path
     settings: Settings
     inputs: Mapping[str, Node]
+    not_recorded: tuple[str, ...] = ()  # settings that its record, of an earlier version, lacks
 
     @property
     def title(self) -> str:
@@ -97,7 +99,11 @@ class Node:
             "name": self.stage.name,
             "version": self.stage.version,
             "arm": self.arm,
-            "settings": identities(self.settings),
+            "settings": {
+                name: value
+                for name, value in identities(self.settings).items()
+                if name not in self.not_recorded
+            },
             "inputs": {name: node.fingerprint for name, node in self.inputs.items()},
         }
 

@@ -156,7 +156,7 @@ class ArenaWorker:
     def __init__(
         self, settings: Settings, runtime: Runtime, arm: str, inputs: Mapping[str, Path], replica: int
     ) -> None:
-        self.languages = settings.get("evaluated") or settings["languages"]
+        self.languages = settings["evaluated"]
         self.arm, self.size, self.matches = arm, runtime.shard_prompts, matches(settings, inputs)
         self.name, self.ask, self.facts = open_asker(settings["judge"], runtime, replica)
         self.heard = self.understood = 0

@@ -66,7 +66,7 @@ def pair(work: Work) -> None:
         first=work.settings.get("completions"),
         prompts=in_part(prompts, work.settings.get("part")),
     )
-    among = sorted({*_prompt_languages(work), *work.settings.get("held_out_languages", ()), "en"})
+    among = sorted({*_prompt_languages(work), *work.settings["held_out_languages"], "en"})
     texts = Texts(shards, how.guards, among, held=_held(shards))
     where = locate(prompts, PROMPT)
     lengths = gold_characters(scored, prompts)
