@@ -11,7 +11,7 @@ import pytest
 
 from croco import store
 from croco.records import PAIRS
-from croco.report import beside
+from croco.report import two_runs
 from croco.report.page import build_page
 from report.browsers import DESKTOP, PHONE, Opened, browser
 from report.made_run import add_arena, add_sentinel, make_run
@@ -256,7 +256,7 @@ def test_ten_thousand_pairs_are_as_quick_as_ten(chromium, tmp_path):
 def test_two_runs_beside_each_other_open_without_a_word(chromium, tmp_path, size):
     first = make_run(tmp_path / "first", num_prompts=2, num_samples=3, num_tests=16)
     second = make_run(tmp_path / "second", num_prompts=2, num_samples=3, num_tests=16, seed=3)
-    store.write_text(tmp_path / "page.html", beside.build_page(first, second))
+    store.write_text(tmp_path / "page.html", two_runs.build_page(first, second))
     opened = Opened(chromium, tmp_path / "page.html", size)
     assert "second against first" in opened.text("main")
     assert opened.page.evaluate("document.documentElement.scrollWidth") == size[0]

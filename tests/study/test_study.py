@@ -25,10 +25,10 @@ from croco.lab import world as lab
 from croco.recipe import load
 from croco.recipe_study import Comparison, Study
 from croco.records import COMPLETIONS, SCORES, VERDICTS
-from croco.study.claims import EQUIVALENT, FAILS, HOLDS, OPEN, UNTESTABLE, judge_all, p_wanted, run_tests
-from croco.study.pooled import Pooled, pool
+from croco.report.claims import EQUIVALENT, FAILS, HOLDS, OPEN, UNTESTABLE, judge_all, p_wanted, run_tests
+from croco.report.multi_seed import Pooled, pool
+from croco.report.transfer import good_over_forms, ranking
 from croco.study.run import parts
-from croco.study.transfer import good_over_forms, ranking
 from croco.study.waves import Pools, points, saved, stops
 
 

@@ -18,17 +18,9 @@ from croco.errors import UserError
 from croco.evaluation.results import BASE, GROUPS, language_groups, on_common_prompts, summarise
 from croco.follows import eval_prompts_of
 from croco.recipe import Recipe
-from croco.report.gather import read_recipe, require
-from croco.report.tables import (
-    ARENA,
-    Board,
-    Cell,
-    board_of,
-    boards,
-    count_of,
-    enumerate_words,
-    temperature_name,
-)
+from croco.report.load_run import read_recipe, require
+from croco.report.scores import ARENA, Board, Cell, board_of, boards
+from croco.report.table import count_of, enumerate_words, temperature_name
 from croco.sampling.seeds import digest
 from croco.store import read_table
 

@@ -18,7 +18,7 @@ from croco.arms import samples_of
 from croco.evaluation.results import BASE
 from croco.follows import eval_prompts_of, prompts_of
 from croco.pairing.gather import gather, locate
-from croco.report.gather import Run
+from croco.report.load_run import Run
 from croco.sampling.seeds import digest
 
 MAX_ROWS = 10_000  # of one kind

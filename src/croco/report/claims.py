@@ -15,7 +15,7 @@ from statistics import NormalDist
 
 from croco.evaluation.stats import ALPHA, Interval, holm
 from croco.recipe_study import BASE, Claim, Comparison, Study
-from croco.study.pooled import Pooled
+from croco.report.multi_seed import Pooled
 
 HOLDS, FAILS, EQUIVALENT, OPEN = "holds", "does not hold", "equivalent", "not resolved"
 UNTESTABLE = "not testable here"

@@ -1,0 +1,116 @@
+"""Results that are no board: what to think of the arena's judge, and the metrics of structured tasks (EuroEval).
+
+Nothing is averaged here: a correlation and an accuracy have no common mean, so every metric keeps its own line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import polars as pl
+
+from croco import languages
+from croco.evaluation.results import BASE, GROUPS, headline
+from croco.recipe_euroeval import VERSION
+from croco.report.load_run import Run
+from croco.report.scores import ARENA, Board, mark_best, metrics_of
+from croco.report.table import POINTS, SHARE, Entry, Number, Table, Unit, scope_name
+
+TASK = Unit(digits=1)
+# metric -> heading, unit
+JUDGED = {
+    "win-rate": ("win rate", SHARE),
+    "lc-win-rate": ("length-controlled", SHARE),
+    "tie": ("ties", SHARE),
+    "self-consistency": ("both orders agree", SHARE),
+    "position-bias": ("leans to the first shown", Unit(POINTS.factor, signed=True, suffix=" points")),
+    "length-difference": ("characters longer", Unit(signed=True)),
+    "right-language": ("right language", SHARE),
+}
+
+
+def judged(arena: Board, arms: Sequence[str]) -> Table | None:
+    """The arena's figures over all languages, one row per arm."""
+    return _of_all_languages(arena, [BASE, *arms], JUDGED)
+
+
+def domains(arena: Board, arms: Sequence[str]) -> Table | None:
+    """Win rates per domain of the prompts, over all languages."""
+    names = sorted({m for of in arena.metrics.values() for m in of if m.startswith("win-rate:")})
+    return _of_all_languages(arena, arms, {name: (name.removeprefix("win-rate:"), SHARE) for name in names})
+
+
+def _of_all_languages(
+    arena: Board, arms: Sequence[str], units: Mapping[str, tuple[str, Unit]]
+) -> Table | None:
+    of = {arm: metrics for (arm, _, scope), metrics in arena.metrics.items() if scope == "all"}
+    columns = [metric for metric in units if any(metric in metrics for metrics in of.values())]
+    rows: list[list[Entry]] = [
+        [arm, *(Number(of[arm][m][0], units[m][1]) if m in of[arm] else None for m in columns)]
+        for arm in arms
+        if arm in of and any(metric in of[arm] for metric in columns)
+    ]
+    return Table(["arm", *(units[metric][0] for metric in columns)], rows) if rows else None
+
+
+def costs(run: Run) -> list[tuple[str, str]]:
+    """What judging took and what got no verdict, per arm, as far as the stage recorded it."""
+    lines = []
+    for arm in run.recipe.evaluated_arms:
+        facts: Mapping[str, Any] = run.stages.get(f"arena/{arm}", {}).get("facts", {})
+        words = [
+            f"{int(facts[name]):,} {label}"
+            for name, label in (
+                ("comparisons", "comparisons"),
+                ("same_text", "of the same text twice"),
+                ("inconsistent", "in which the two orders disagree"),
+                ("judgements", "judgements"),
+                ("judge_prompt_tokens", "tokens read by the judge"),
+                ("judge_completion_tokens", "tokens written by it"),
+            )
+            if facts.get(name) is not None
+        ]
+        words += [f"{count:,} × {reason}" for reason, count in (facts.get("without_verdict") or {}).items()]
+        if words:
+            lines.append((arm, ", ".join(words)))
+    return lines
+
+
+def tasks(results: pl.DataFrame, arms: Sequence[str], codes: Sequence[str]) -> Table | None:
+    """Every metric of the benchmarks that are neither boards nor the arena: a row each, arms as columns."""
+    values: dict[tuple[str, str, str], dict[str, Number]] = {}
+    for benchmark, metrics in metrics_of(results).items():
+        if benchmark == ARENA or any(headline(benchmark) in of for of in metrics.values()):
+            continue
+        for (arm, _, scope), of in metrics.items():
+            for metric, (interval, _) in of.items() if scope not in GROUPS else ():
+                values.setdefault((scope, benchmark, metric), {})[arm] = Number(interval, TASK)
+    order = {code: place for place, code in enumerate(codes)}
+    rows: list[list[Entry]] = [
+        [scope_name(key[0]), *key[1:], *mark_best([values[key].get(arm) for arm in (BASE, *arms)])]
+        for key in sorted(values, key=lambda key: (order.get(key[0], len(order)), key))
+    ]
+    return (
+        Table(["language", "dataset", "metric", BASE, *arms], rows, 3, "Structured tasks") if rows else None
+    )
+
+
+def task_notes(run: Run) -> list[str]:
+    """What a reader of the tasks has to know: how they were made, and what is not among them."""
+    section = run.recipe.euroeval
+    if section is None:
+        return []
+    lines = [
+        f"EuroEval {VERSION}, split '{section.split}', {'few' if section.few_shot else 'zero'}-shot; its own metrics, "
+        f"means and 95 % intervals over {section.iterations} iterations."
+    ]
+    if none := [code for code in run.recipe.run.evaluated if not section.datasets_of(code)]:
+        lines.append(f"Not covered by EuroEval: {', '.join(map(languages.name, none))}.")
+    if left_out := run.stages["results"]["facts"].get("datasets_left_out"):
+        lines.append(f"Left out, since not every arm has them: {', '.join(left_out)}.")
+    for arm in (BASE, *run.recipe.evaluated_arms):
+        if failed := run.stages.get(f"euroeval/{arm}", {}).get("facts", {}).get("failed_instances"):
+            counts = ", ".join(f"{dataset} {count:,}" for dataset, count in sorted(failed.items()))
+            lines.append(f"Completions of {arm} in which EuroEval found no label or that failed: {counts}.")
+    return lines
