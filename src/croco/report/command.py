@@ -9,10 +9,10 @@ from rich.console import Console, RenderableType
 
 from croco.errors import UserError
 from croco.recipe import Recipe, load
-from croco.report.load_run import read_recipe, read_stages, stage_json, steps_of
+from croco.report.load_run import read_recipe, read_stages, steps_of
 from croco.report.render import terminal
 from croco.report.table import Entry, Table, count_of
-from croco.store import shards, write_text
+from croco.store import shards, state, write_for_user
 
 
 def page(folder: Path, say: Callable[[str], None]) -> str:
@@ -27,7 +27,7 @@ def page(folder: Path, say: Callable[[str], None]) -> str:
         from croco.report.study import write
 
         return f"study: {write(_placed(folder), say)}"
-    left = [title for title in _titles(recipe) if stage_json(folder / title).get("state") != "complete"]
+    left = [title for title in _titles(recipe) if state(folder / title) != "complete"]
     if left:
         _print([terminal(progress(folder, recipe))])
         raise UserError(f"{folder} is not finished, so there is no page: `croco run` goes on with {left[0]}")
@@ -47,9 +47,9 @@ def progress(folder: Path, recipe: Recipe) -> Table:
     rows: list[list[Entry]] = []
     for title in _titles(recipe):
         made, step = stages.get(title, {}), steps.get(title)
-        state = str(made.get("state", "not begun"))
-        if state != "complete" and made:
-            state = f"{len(shards(folder / title))} of {made.get('num_shards') or '?'} shards"
+        how_far = str(made.get("state", "not begun"))
+        if how_far != "complete" and made:
+            how_far = f"{len(shards(folder / title))} of {made.get('num_shards') or '?'} shards"
         flows = [
             f"{flow.written:,} of {count_of(flow.read, flow.unit)} kept"
             + "".join(f"; {count:,} {reason}" for reason, count in flow.reasons[:3])
@@ -57,7 +57,7 @@ def progress(folder: Path, recipe: Recipe) -> Table:
         ]
         if not step and made:
             flows = [count_of(int(count), unit) for unit, count in made["counts"].get("written", {}).items()]
-        rows.append([title, state, "\n".join(flows)])
+        rows.append([title, how_far, "\n".join(flows)])
     return Table(["stage", "state", "rows"], rows, 3, f"{recipe.run.name}: how far it came")
 
 
@@ -72,15 +72,8 @@ def beside(first: Path, second: Path, to: Path | None) -> Path:
 
     _single(first)
     _single(second)
-    path = _file(to or first / f"beside-{second.resolve().name}.html")
-    write_text(path, build_page(first, second))
-    return path
-
-
-def _file(path: Path) -> Path:
-    """The path, if a file can be written there; raises UserError for a folder."""
-    if path.is_dir():
-        raise UserError(f"{path} is a folder, expected the name of a file to write")
+    path = to or first / f"beside-{second.resolve().name}.html"
+    write_for_user(path, build_page(first, second))
     return path
 
 
@@ -124,11 +117,11 @@ def export(
         (csv, lambda: results_csv(folder)),
         (latex, lambda: results_latex(folder, intervals)),
     )
-    wanted = [(_file(path), write) for path, write in writers if path is not None]
+    wanted = [(path, write) for path, write in writers if path is not None]
     if wanted and wanted[0][0] == markdown and read_recipe(folder).study:
         wanted[0] = (markdown, lambda: (folder / "study.md").read_text(encoding="utf-8"))
     elif wanted:
         _single(folder)
     for path, write in wanted:
-        write_text(path, write())
+        write_for_user(path, write())
     return [path for path, _ in wanted]

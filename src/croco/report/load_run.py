@@ -62,28 +62,9 @@ def read_recipe(folder: Path) -> Recipe:
     return load(folder / "recipe.json")
 
 
-def stage_json(folder: Path) -> dict[str, Any]:
-    """What a stage recorded, `{}` where there is nothing; raises UserError naming what is no record of a stage."""
-    path = folder / "stage.json"
-    if not path.is_file():
-        return {}
-    made = store.read_json(path)
-    kinds = {"state": str, "fingerprint": str, "counts": dict}
-    for key, kind in kinds.items() if isinstance(made, dict) else ():
-        if not isinstance(made.get(key), kind):
-            raise UserError(
-                f"{path}: expected '{key}', found {made.get(key)!r}: run `croco run` with --rebuild"
-            )
-    if not isinstance(made, dict):
-        raise UserError(
-            f"{path}: expected the record of a stage, found {made!r:.60}: run `croco run` with --rebuild"
-        )
-    return made
-
-
 def require(folder: Path, titles: Sequence[str]) -> None:
     """Raise UserError naming the stages (with arms) of a run that are not complete."""
-    missing = [title for title in titles if stage_json(folder / title).get("state") != "complete"]
+    missing = [title for title in titles if store.state(folder / title) != "complete"]
     if missing:
         stages = "stage" if len(missing) == 1 else "stages"
         raise UserError(f"{folder} has no complete {stages} {', '.join(missing)}: run `croco run` first")
@@ -112,7 +93,7 @@ def read_stages(folder: Path, recipe: Recipe) -> dict[str, dict[str, Any]]:
         if stage.name != "report"
         for arm in stage.arms(recipe)
     ]
-    return {title: made for title in titles if (made := stage_json(folder / title))}
+    return {title: dict(store.read_record(folder / title)) for title in titles if store.state(folder / title) != "missing"}
 
 
 def read_run(folder: Path) -> Run:

@@ -15,6 +15,7 @@ from markdown_it import MarkdownIt
 from markupsafe import Markup
 
 from croco import languages, provenance, store
+from croco.errors import UserError
 from croco.evaluation.results import BASE, language_groups
 from croco.evaluation.stats import Interval
 from croco.identity import digest
@@ -48,7 +49,12 @@ def write(recipe: Recipe, say: Callable[[str], None] = lambda line: None) -> Pat
     study = _study(recipe)
     made_of = digest([VERSION, complete(recipe), study.model_dump(mode="json"), recipe.evaluation.bootstrap])
     page, stamp = recipe.folder / "study.html", recipe.folder / "study.json"
-    if stamp.exists() and page.exists() and store.read_json(stamp)["made_of"] == made_of:
+    written = store.read_json(stamp) if stamp.exists() else None
+    ours = written.get("made_of") if isinstance(written, dict) else None
+    for path in (page, recipe.folder / "study.md", stamp):
+        if path.exists() and not ours:
+            raise UserError(f"{path} is not a page of croco's, expected another run.folder, or no such file")
+    if page.exists() and ours == made_of:
         say("study: complete, skipped")
         return page
     parts = build(recipe)
@@ -276,8 +282,8 @@ def pairs_part(recipe: Recipe) -> Part:
     rows, stops, seeds = list[list[Entry]](), list[str](), _study(recipe).seeds
     folders = [of_seed(recipe, seed).folder for seed in seeds]
     for arm in recipe.arms:
-        pairs = [store.read_json(folder / "pair" / arm / "stage.json")["facts"] for folder in folders]
-        tuned = [store.read_json(folder / "train" / arm / "stage.json") for folder in folders]
+        pairs = [store.read_record(folder / "pair" / arm)["facts"] for folder in folders]
+        tuned = [store.read_record(folder / "train" / arm) for folder in folders]
         shares = [[p.get("share_other_than_minimum") for p in pairs]]
         shares += [[p.get("shortcuts", {}).get(key) for p in pairs] for key in ("language", "length")]
         known = [[value for value in values if value is not None] for values in shares]
