@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from croco.evaluation.results import BASE
-from croco.evaluation.stats import Interval, verdict
 from croco.report.scores import Board, Cell
 from croco.report.table import Number, temperature_name
+from croco.stages.evaluate.results import BASE
+from croco.stages.evaluate.stats import Interval, verdict
 
 # the known modes in the order of bars and legends, each with its place in the palette; others get the last
 MODES = {

@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
-from croco.evaluation.stats import ALPHA, Interval, holm
-from croco.recipe_study import BASE, Claim, Comparison, Study
+from croco.config.study import BASE, Claim, Comparison, Study
 from croco.report.multi_seed import Pooled
+from croco.stages.evaluate.stats import ALPHA, Interval, holm
 
 HOLDS, FAILS, EQUIVALENT, OPEN = "holds", "does not hold", "equivalent", "not resolved"
 UNTESTABLE = "not testable here"

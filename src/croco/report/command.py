@@ -7,12 +7,12 @@ from pathlib import Path
 
 from rich.console import Console, RenderableType
 
+from croco.config.recipe import Recipe, load
 from croco.errors import UserError
-from croco.recipe import Recipe, load
 from croco.report.load_run import read_recipe, read_stages, steps_of
 from croco.report.render import terminal
 from croco.report.table import Entry, Table, count_of
-from croco.store import shards, state, write_for_user
+from croco.storage.shards import shards, state, write_for_user
 
 
 def page(folder: Path, say: Callable[[str], None]) -> str:
@@ -20,7 +20,7 @@ def page(folder: Path, say: Callable[[str], None]) -> str:
 
     Of a run that is not finished it prints how far it came and where rows went, and raises UserError.
     """
-    from croco import pipeline
+    from croco.pipeline import run
 
     recipe = read_recipe(folder)
     if recipe.study:
@@ -31,13 +31,13 @@ def page(folder: Path, say: Callable[[str], None]) -> str:
     if left:
         _print([terminal(progress(folder, recipe))])
         raise UserError(f"{folder} is not finished, so there is no page: `croco run` goes on with {left[0]}")
-    return f"report: {pipeline.rebuild_report(_placed(folder), say)}"
+    return f"report: {run.rebuild_report(_placed(folder), say)}"
 
 
 def _titles(recipe: Recipe) -> list[str]:
-    from croco import pipeline
+    from croco.pipeline import run
 
-    return [node.title for node in pipeline.nodes(recipe) if node.stage.name != "report"]
+    return [node.title for node in run.nodes(recipe) if node.stage.name != "report"]
 
 
 def progress(folder: Path, recipe: Recipe) -> Table:

@@ -15,9 +15,9 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from croco.evaluation.stats import Interval
 from croco.report.charts import Axis, axis
 from croco.report.table import MINUS, Unit
+from croco.stages.evaluate.stats import Interval
 
 BINS = 72
 

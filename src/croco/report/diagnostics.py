@@ -11,11 +11,11 @@ from typing import Any
 import polars as pl
 
 from croco import languages
-from croco.evaluation.results import BASE, GROUPS, headline
-from croco.recipe_euroeval import VERSION
+from croco.config.euroeval import VERSION
 from croco.report.load_run import Run
 from croco.report.scores import ARENA, Board, mark_best, metrics_of
 from croco.report.table import POINTS, SHARE, Entry, Number, Table, Unit, scope_name
+from croco.stages.evaluate.results import BASE, GROUPS, headline
 
 TASK = Unit(digits=1)
 # metric -> heading, unit

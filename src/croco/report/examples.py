@@ -13,13 +13,13 @@ from typing import Any
 
 import polars as pl
 
-from croco import store
-from croco.arms import samples_of
-from croco.evaluation.results import BASE
-from croco.follows import eval_prompts_of, prompts_of
-from croco.pairing.gather import gather, locate
+from croco.pipeline.arms import samples_of
+from croco.pipeline.inputs import eval_prompts_of, prompts_of
 from croco.report.load_run import Run
-from croco.sampling.seeds import digest
+from croco.stages.evaluate.results import BASE
+from croco.storage import shards
+from croco.storage.lookup import gather, locate
+from croco.storage.seeds import digest
 
 MAX_ROWS = 10_000  # of one kind
 _CHUNK = 500
@@ -76,7 +76,7 @@ def _located(run: Run, stage: str, key: Sequence[str]) -> pl.DataFrame:
     parts = [
         locate(folder, key).with_columns(arm=pl.lit(arm))
         for arm, folder in folders.items()
-        if (folder / "stage.json").is_file() and store.shards(folder)
+        if (folder / "stage.json").is_file() and shards.shards(folder)
     ]
     return pl.concat(parts) if parts else pl.DataFrame(schema={"arm": pl.String})
 
@@ -171,7 +171,7 @@ def _evaluated(run: Run) -> pl.DataFrame:
     parts = []
     for arm in (BASE, *run.recipe.arms):
         folder = run.folder / "evaluate" / arm
-        if (folder / "stage.json").is_file() and store.shards(folder):
+        if (folder / "stage.json").is_file() and shards.shards(folder):
             parts.append(locate(folder, key).filter(pl.col("sample_id") == 0).with_columns(arm=pl.lit(arm)))
         elif arm == BASE:
             break
@@ -214,7 +214,7 @@ def _left_out(run: Run) -> pl.DataFrame:
     for title in run.stages:
         stage, _, arm = title.partition("/")
         if (run.folder / title / "dropped.parquet").is_file():
-            rows = store.read_dropped(run.folder / title).filter(pl.col("unit") != "flag")
+            rows = shards.read_dropped(run.folder / title).filter(pl.col("unit") != "flag")
             parts.append(rows.with_columns(stage=pl.lit(stage), arm=pl.lit(arm or "all arms")))
     return pl.concat(parts) if parts else pl.DataFrame(schema={"arm": pl.String})
 
@@ -258,7 +258,7 @@ def _messages(folder: Path) -> dict[tuple[str, str], Any]:
     """The turns of every prompt of a stage's folder; none where there is no such stage."""
     if not (folder / "stage.json").is_file():
         return {}
-    rows = store.read_table(folder, [*_PROMPT, "messages"])
+    rows = shards.read_table(folder, [*_PROMPT, "messages"])
     return {(prompt_id, language): messages for prompt_id, language, messages in rows.iter_rows()}
 
 

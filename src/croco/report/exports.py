@@ -8,12 +8,11 @@ from pathlib import Path
 from rich.console import RenderableType
 from rich.text import Text
 
-from croco.evaluation.results import language_groups
 from croco.report import diagnostics
 from croco.report.compare import Comparison
 from croco.report.load_run import Run, read_results
 from croco.report.render import latex, markdown, terminal
-from croco.report.scores import (
+from croco.report.scores import (  # fmt: skip
     Board,
     arena_board,
     arms_table,
@@ -22,8 +21,9 @@ from croco.report.scores import (
     mark_best,
     modes_table,
     sentence,
-)  # fmt: skip
+)
 from croco.report.table import Entry, Number, Table, temperature_name
+from croco.stages.evaluate.results import language_groups
 
 
 def _boards(run: Run) -> tuple[list[Board], Board | None]:

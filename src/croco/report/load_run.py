@@ -12,12 +12,12 @@ from typing import Any
 
 import polars as pl
 
-from croco import store
-from croco.arms import scores_of as scores_read_by
+from croco.config.recipe import Recipe, load
 from croco.errors import UserError
-from croco.evaluation.results import BASE
-from croco.pipeline import STAGES
-from croco.recipe import Recipe, load
+from croco.pipeline.arms import scores_of as scores_read_by
+from croco.pipeline.run import STAGES
+from croco.stages.evaluate.results import BASE
+from croco.storage import shards
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,14 @@ def read_recipe(folder: Path) -> Recipe:
     """The resolved recipe of a run; raises UserError when the folder is none."""
     if not (folder / "recipe.json").is_file():
         raise UserError(f"{folder} is no run: found no recipe.json")
-    if not isinstance(store.read_json(folder / "recipe.json"), dict):
+    if not isinstance(shards.read_json(folder / "recipe.json"), dict):
         raise UserError(f"{folder / 'recipe.json'}: expected a table of settings")
     return load(folder / "recipe.json")
 
 
 def require(folder: Path, titles: Sequence[str]) -> None:
     """Raise UserError naming the stages (with arms) of a run that are not complete."""
-    missing = [title for title in titles if store.state(folder / title) != "complete"]
+    missing = [title for title in titles if shards.state(folder / title) != "complete"]
     if missing:
         stages = "stage" if len(missing) == 1 else "stages"
         raise UserError(f"{folder} has no complete {stages} {', '.join(missing)}: run `croco run` first")
@@ -74,7 +74,7 @@ def read_results(folder: Path) -> Run:
     """A run's recipe, stages and results; raises UserError when the results are not there or lack an arm."""
     recipe = read_recipe(folder)
     require(folder, ["results"])
-    results = store.read_table(folder / "results")
+    results = shards.read_table(folder / "results")
     present = set(results["arm"].to_list())
     if absent := [arm for arm in (BASE, *recipe.evaluated_arms) if arm not in present]:
         arms = "arm" if len(absent) == 1 else "arms"
@@ -93,7 +93,11 @@ def read_stages(folder: Path, recipe: Recipe) -> dict[str, dict[str, Any]]:
         if stage.name != "report"
         for arm in stage.arms(recipe)
     ]
-    return {title: dict(store.read_record(folder / title)) for title in titles if store.state(folder / title) != "missing"}
+    return {
+        title: dict(shards.read_record(folder / title))
+        for title in titles
+        if shards.state(folder / title) != "missing"
+    }
 
 
 def read_run(folder: Path) -> Run:
@@ -144,7 +148,7 @@ def _step(folder: Path, stage: str, arm: str, made: Mapping[str, Any]) -> Step:
             .then("reason")
             .otherwise(pl.col("reason").str.split(": ").list.first())
         )
-        ledger = store.read_dropped(folder).with_columns(kind.alias("reason"))
+        ledger = shards.read_dropped(folder).with_columns(kind.alias("reason"))
         for unit, reason, count in (
             ledger.group_by("unit", "reason")
             .len()
@@ -163,10 +167,10 @@ def _step(folder: Path, stage: str, arm: str, made: Mapping[str, Any]) -> Step:
 def scores_of(run: Run, arm: str) -> pl.DataFrame:
     """Language and score of every completion that the arm chose from."""
     name, its_arm = scores_read_by(run.recipe, arm)
-    return store.read_table(run.folder / name / (its_arm or ""), ["language", "score"])
+    return shards.read_table(run.folder / name / (its_arm or ""), ["language", "score"])
 
 
 def pair_scores(run: Run, arm: str) -> pl.DataFrame:
     """The scores of an arm's pairs and the languages they are in."""
     columns = ["chosen_language", "rejected_language", "chosen_score", "rejected_score"]
-    return store.read_table(run.folder / "pair" / arm, columns)
+    return shards.read_table(run.folder / "pair" / arm, columns)

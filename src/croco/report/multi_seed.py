@@ -17,9 +17,9 @@ import polars as pl
 from numpy.typing import NDArray
 
 from croco.errors import UserError
-from croco.evaluation.results import BASE, headline
-from croco.evaluation.stats import Interval, bootstrap_seeds, percentiles, resampled_means
-from croco.store import read_table
+from croco.stages.evaluate.results import BASE, headline
+from croco.stages.evaluate.stats import Interval, bootstrap_seeds, percentiles, resampled_means
+from croco.storage.shards import read_table
 
 COLUMNS = ["arm", "prompt_id", "language", "temperature", "benchmark", "mode", "value"]
 KEY = ["arm", "temperature", "prompt_id", "language"]

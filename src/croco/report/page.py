@@ -14,13 +14,13 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from croco.pipeline.stage import Work
 from croco.report import sections
 from croco.report.browser import browse, packed
 from croco.report.load_run import Run, read_run
 from croco.report.scores import boards
 from croco.report.table import count_of, numbers, scope_name
-from croco.stage import Work
-from croco.store import write_text
+from croco.storage.shards import write_text
 
 TEMPLATES = Path(__file__).parent / "templates"
 

@@ -11,10 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import polars as pl
 
-from croco.evaluation.fidelity import RIGHT
-from croco.evaluation.results import BASE, GROUPS, headline
-from croco.evaluation.stats import Interval, verdict
-from croco.report.table import (
+from croco.report.table import (  # fmt: skip
     PERCENT,
     POINTS,
     SCORE,
@@ -27,7 +24,10 @@ from croco.report.table import (
     enumerate_words,
     numbers,
     temperature_name,
-)  # fmt: skip
+)
+from croco.stages.evaluate.fidelity import RIGHT
+from croco.stages.evaluate.results import BASE, GROUPS, headline
+from croco.stages.evaluate.stats import Interval, verdict
 
 TITLES = {
     "lab": "Tasks seen in tuning",

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from croco.evaluation.results import BASE, language_groups
-from croco.recipe_arm import Arm
+from croco.config.arm import Arm
 from croco.report import charts, curves, diagnostics
 from croco.report.load_run import Run, pair_scores, scores_of
-from croco.report.scores import (
+from croco.report.scores import (  # fmt: skip
     Board,
     arena_board,
     arms_table,
@@ -19,8 +18,9 @@ from croco.report.scores import (
     language_sentence,
     mode_shares,
     sentence,
-)  # fmt: skip
+)
 from croco.report.table import Entry, Table, count_of, duration, scope_name, temperature_name
+from croco.stages.evaluate.results import BASE, language_groups
 
 HEADINGS = (
     ("verdict", "Verdict"),

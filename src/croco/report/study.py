@@ -14,13 +14,11 @@ import numpy as np
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
-from croco import languages, provenance, store
+from croco import languages
+from croco.config.recipe import Recipe
+from croco.config.study import Study
 from croco.errors import UserError
-from croco.evaluation.results import BASE, language_groups
-from croco.evaluation.stats import Interval
-from croco.identity import digest
-from croco.recipe import Recipe
-from croco.recipe_study import Study
+from croco.pipeline.seeds import SCORERS, complete, of_seed, transfer_of
 from croco.report.claims import Judged, judge_all
 from croco.report.curves import Panel, value_panel
 from croco.report.multi_seed import Pooled, pool
@@ -28,7 +26,10 @@ from croco.report.page import render
 from croco.report.render import markdown as table_markdown
 from croco.report.table import PERCENT, POINTS, SCORE, SCORE_CHANGE, Entry, Number, Table, temperature_name
 from croco.report.transfer import FIGURES, good_over_forms, transfer
-from croco.study.run import SCORERS, complete, of_seed, transfer_of
+from croco.stages.evaluate.results import BASE, language_groups
+from croco.stages.evaluate.stats import Interval
+from croco.storage import provenance, shards
+from croco.storage.hashing import digest
 
 VERSION = 5
 
@@ -49,7 +50,7 @@ def write(recipe: Recipe, say: Callable[[str], None] = lambda line: None) -> Pat
     study = _study(recipe)
     made_of = digest([VERSION, complete(recipe), study.model_dump(mode="json"), recipe.evaluation.bootstrap])
     page, stamp = recipe.folder / "study.html", recipe.folder / "study.json"
-    written = store.read_json(stamp) if stamp.exists() else None
+    written = shards.read_json(stamp) if stamp.exists() else None
     ours = written.get("made_of") if isinstance(written, dict) else None
     for path in (page, recipe.folder / "study.md", stamp):
         if path.exists() and not ours:
@@ -58,9 +59,9 @@ def write(recipe: Recipe, say: Callable[[str], None] = lambda line: None) -> Pat
         say("study: complete, skipped")
         return page
     parts = build(recipe)
-    store.write_text(recipe.folder / "study.md", markdown(recipe, parts))
-    store.write_text(page, html(recipe, parts))
-    store.write_json(stamp, {"made_of": made_of, **provenance.here()})
+    shards.write_text(recipe.folder / "study.md", markdown(recipe, parts))
+    shards.write_text(page, html(recipe, parts))
+    shards.write_json(stamp, {"made_of": made_of, **provenance.here()})
     return page
 
 
@@ -282,8 +283,8 @@ def pairs_part(recipe: Recipe) -> Part:
     rows, stops, seeds = list[list[Entry]](), list[str](), _study(recipe).seeds
     folders = [of_seed(recipe, seed).folder for seed in seeds]
     for arm in recipe.arms:
-        pairs = [store.read_record(folder / "pair" / arm)["facts"] for folder in folders]
-        tuned = [store.read_record(folder / "train" / arm) for folder in folders]
+        pairs = [shards.read_record(folder / "pair" / arm)["facts"] for folder in folders]
+        tuned = [shards.read_record(folder / "train" / arm) for folder in folders]
         shares = [[p.get("share_other_than_minimum") for p in pairs]]
         shares += [[p.get("shortcuts", {}).get(key) for p in pairs] for key in ("language", "length")]
         known = [[value for value in values if value is not None] for values in shares]

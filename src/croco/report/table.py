@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from croco import languages
-from croco.evaluation.results import GROUPS
-from croco.evaluation.stats import Interval
+from croco.stages.evaluate.results import GROUPS
+from croco.stages.evaluate.stats import Interval
 
 MINUS = "−"
 

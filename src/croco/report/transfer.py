@@ -16,8 +16,8 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from croco.evaluation.stats import Interval, bootstrap_mean
-from croco.store import read_table
+from croco.stages.evaluate.stats import Interval, bootstrap_mean
+from croco.storage.shards import read_table
 
 KEY = ["prompt_id", "language", "sample_id"]
 FIGURES = ("ranking", "best", "tau")
