@@ -99,7 +99,7 @@ STAGES: tuple[Stage, ...] = (
         version=1,
         function="croco.prompts.load:eval_prompts",
         table="prompts",
-        settings=lambda recipe, arm: science.prompts_settings(
+        settings=lambda recipe, arm: science.test_prompts_settings(
             recipe, recipe.evaluation, "evaluation", recipe.evaluation_languages
         ),
         follows=lambda recipe, arm: [],
@@ -228,6 +228,7 @@ def run(
     check_euroeval(todo, recipe)
     with stages.lock(recipe.folder):
         standing.stop_or_clear(todo, rebuild, say)
+        check_test_prompts(todo, recipe, say)
         keep_recipe(recipe)
         for node in todo:
             run_node(node, recipe, say)
@@ -266,6 +267,20 @@ def run_stage(
         keep_recipe(recipe)
         for node in todo:
             run_node(node, recipe, say)
+
+
+def check_test_prompts(todo: Sequence[Node], recipe: Recipe, say: Say) -> None:
+    """Before prompts are written: raise UserError when most test prompts are prompts tuned on, say when some are."""
+    names = [node.stage.name for node in todo if standing.status(node).kind == "missing"]
+    if "prompts" in names and "eval-prompts" in names:
+        from croco.prompts.load import overlap
+
+        same, num = overlap(recipe)
+        sentence = f"{same:,} of {num:,} test prompts of evaluation.source = '{recipe.evaluation.source}' are prompts"
+        if 2 * same > num:
+            raise UserError(f"{sentence} of prompts.source = '{recipe.prompts.source}' too: expected others")
+        if same:
+            say(f"{'eval-prompts':<24} {sentence} tuned on too")
 
 
 def check_euroeval(todo: Sequence[Node], recipe: Recipe) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from croco.arms import arm_of, num_completions, num_rounds_before, num_scored, sampled_languages
 from croco.errors import UserError
 from croco.identity import digest, file_identity, folder_identity, local_model, model_identity
-from croco.recipe import Evaluation, Prompts, Recipe
+from croco.recipe import Evaluation, Prompts, Recipe, has_splits
 from croco.recipe_arena import Arena
 from croco.recipe_arms import Alignment, Origin
 from croco.recipe_euroeval import VERSION as EUROEVAL_VERSION
@@ -36,6 +36,23 @@ def prompts_settings(
     if source.startswith("hf:"):
         return settings | {"source": source, "split": section.split}
     return settings | {"source": file_identity(source, f"{key}.source")}
+
+
+def test_prompts_settings(
+    recipe: Recipe, section: Evaluation | Arena, key: str, languages: Sequence[str]
+) -> Settings:
+    """As `prompts_settings`; raises UserError when the file is the one tuned on, under whatever name."""
+    settings = prompts_settings(recipe, section, key, languages)
+    assert section.source is not None
+    both = (section.source, recipe.prompts.source)
+    if not any(has_splits(source) for source in both):
+        tuning = file_identity(recipe.prompts.source, "prompts.source")
+        if settings["source"] == tuning:
+            raise UserError(
+                f"{key}.source = '{both[0]}' has the content of prompts.source = '{both[1]}', the prompts tuned on: "
+                f"expected others"
+            )
+    return settings
 
 
 def world_identity() -> str:
@@ -219,7 +236,7 @@ def local_datasets(name: str) -> str:
 
 def arena_prompts_settings(recipe: Recipe, arm: str | None) -> Settings:
     assert recipe.arena is not None
-    return prompts_settings(recipe, recipe.arena, "arena", recipe.arena_languages)
+    return test_prompts_settings(recipe, recipe.arena, "arena", recipe.arena_languages)
 
 
 def arena_sample_settings(recipe: Recipe, arm: str | None) -> Settings:

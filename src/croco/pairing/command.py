@@ -9,8 +9,9 @@ from pathlib import Path
 from croco import languages, provenance, store
 from croco.errors import UserError
 from croco.pairing.exporting import FORMATS, export_pairs
-from croco.pairing.importing import NAMES, import_scored
+from croco.pairing.importing import import_scored
 from croco.pairing.pair import pair
+from croco.prompts.columns import NAMES
 from croco.recipe import Recipe, apply_override, from_dict
 from croco.records import TABLES
 from croco.science import pair_settings

@@ -14,16 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+import pyarrow as pa
 
 from croco import languages, provenance, store
 from croco.errors import UserError
 from croco.identity import digest, file_identity, model_identity
 from croco.pairing.command import mappings, pairs_of_files
-from croco.pairing.importing import import_pairs
+from croco.pairing.importing import Drop, import_pairs
 from croco.progress import Progress, progress
-from croco.prompts.load import file_rows
+from croco.prompts.files import file_rows
 from croco.recipe import Recipe, apply_override, from_dict
-from croco.records import DROPPED
+from croco.records import DROPPED, ledger
 from croco.training.card import base_name, model_card, settings_rows
 from croco.training.launch import Job, tune
 from croco.training.train import TrainResult
@@ -66,19 +67,18 @@ def train_on_files(
     record = {"state": "running", "fingerprint": digest(made_from), "science": made_from}
     store.write_json(to / RECORD, record)
     chosen_only = recipe.arms[ARM].training.method == "sft"
-    pairs = _pairs(sources, mapped, columns, language, chosen_only, to)
+    pairs, unusable = _pairs(sources, mapped, columns, language, chosen_only, to)
     _write_pairs(to / "scratch" / "pairs", pairs)
     result = _tuned(recipe, to)
-    store.write_parquet(
-        to / "dropped.parquet", result.dropped.to_arrow().cast(DROPPED.schema), DROPPED.schema
-    )
+    dropped = pa.concat_tables([ledger(unusable), result.dropped.to_arrow().cast(DROPPED.schema)])
+    store.write_parquet(to / "dropped.parquet", dropped, DROPPED.schema)
     facts = {
         name: value for name, value in vars(result).items() if name not in ("dropped", "adapter", "metrics")
     }
-    store.write_text(to / "README.md", _card(recipe, made_from, result, pairs, license))
+    store.write_text(to / "README.md", _card(recipe, made_from, result, pairs, dropped.num_rows, license))
     store.write_json(to / RECORD, {**record, "state": "complete", "facts": facts, **provenance.here()})
     shutil.rmtree(to / "scratch")
-    left = f", {len(result.dropped):,} left out ({to / 'dropped.parquet'})" if len(result.dropped) else ""
+    left = f", {dropped.num_rows:,} left out ({to / 'dropped.parquet'})" if dropped.num_rows else ""
     say(f"{result.pairs + result.validation_pairs:,} pairs{left}, {result.steps:,} steps: {result.adapter}")
     if result.stopped:
         say(f"{result.stopped}; what came out is the checkpoint of step {result.adapter_step}")
@@ -122,13 +122,13 @@ def _pairs(
     language: str | None,
     chosen_only: bool,
     to: Path,
-) -> pl.DataFrame:
-    """The pairs of the files, made from scored completions where a row has no chosen and rejected."""
+) -> tuple[pl.DataFrame, list[Drop]]:
+    """The pairs of the files, made from scored completions where a row has no chosen and rejected, and the ledger."""
     first = next((row for source in sources for _, row in file_rows(source)), None)
     if isinstance(first, Mapping) and "chosen" not in first and "completions" in first:
         made = to / "scratch" / "paired"
         pairs_of_files(sources, made, columns, language, [], "preference", "unknown")
-        return store.read_table(made / "pairs")
+        return store.read_table(made / "pairs"), []
     return import_pairs(sources, mapped, language, chosen_only)
 
 
@@ -160,7 +160,12 @@ def _tuned(recipe: Recipe, to: Path) -> TrainResult:
 
 
 def _card(
-    recipe: Recipe, made_from: Mapping[str, Any], result: TrainResult, pairs: pl.DataFrame, license: str
+    recipe: Recipe,
+    made_from: Mapping[str, Any],
+    result: TrainResult,
+    pairs: pl.DataFrame,
+    left_out: int,
+    license: str,
 ) -> str:
     hub, base = base_name(recipe.policy.model, recipe.policy.revision)
     codes = [code for code in pairs["language"].unique().sort().to_list() if code != "und"]
@@ -175,7 +180,7 @@ def _card(
                 ("policy", base),
                 *((f"pairs: {name}", identity) for name, identity in made_from["files"].items()),
                 ("pairs trained on, held out", f"{result.pairs:,}, {result.validation_pairs:,}"),
-                ("pairs left out", f"{len(result.dropped):,}"),
+                ("pairs left out", f"{left_out:,}"),
                 ("steps, step of these weights", f"{result.steps:,}, {result.adapter_step:,}"),
                 ("stopped early", result.stopped or "no"),
             ],

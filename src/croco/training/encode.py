@@ -1,6 +1,7 @@
 """Pairs as token ids: one prompt, and its completions, closed by the end-of-sequence token where they ended.
 
-The ids that were sampled are the ids trained on; text is tokenised only where a pair brings no ids. Prompts go through
+The ids that were sampled are the ids trained on; text is tokenised where a pair brings no ids, or such as do not spell
+it in this tokenizer. Prompts go through
 the same chat template as in sampling, every turn of them. A completion that was stopped at its token limit gets no end
 token: the policy did not end there, and must not learn to. Nothing is cut silently: a pair that is too long is left
 out, with its reason, or cut as asked for, and counted. Left out: choosing pairs (`pairing/`) and laying them out in
@@ -16,6 +17,7 @@ import polars as pl
 from transformers import PreTrainedTokenizerBase
 
 from croco.errors import UserError
+from croco.records import UnknownFinishReason, finish_reason
 from croco.sampling.chat import check_prefix, conversation_ids, prompt_ids, with_instruction
 
 DROPPED_SCHEMA = {
@@ -105,17 +107,35 @@ def _prompt_ids(
             if not tokenizer.decode(whole).startswith(tokenizer.decode(ids)):
                 check_prefix(tokenizer, ids, whole)
     except UserError as error:
-        raise UserError(f"prompt {row['prompt_id']!r} in {row['language']}: {error}") from error
+        raise UserError(f"{_named(row)}: {error}") from error
     return ids
+
+
+def _named(row: Mapping[str, Any]) -> str:
+    """How an error names a pair: by file and row where it is from one."""
+    return row.get("where") or f"prompt {row['prompt_id']!r} in {row['language']}"
 
 
 def _completion_ids(
     tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], side: str, end: int
 ) -> list[int]:
+    """The side's ids, if they spell its text in this tokenizer (a file may hold another policy's), else the text's."""
     ids = row.get(f"{side}_ids")
+    if ids is not None:
+        size = len(tokenizer)
+        if foreign := [token for token in ids if not 0 <= token < size]:
+            raise UserError(
+                f"{_named(row)}: {side}_ids holds {foreign[0]}, and the policy's tokenizer has the ids 0 to "
+                f"{size - 1}: they are another policy's, remove the column"
+            )
+        text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        ids = ids if text == row[side] else None
     if ids is None:
         ids = tokenizer(row[side], add_special_tokens=False)["input_ids"]
-    ended = row.get(f"{side}_finish_reason") in (None, "stop")
+    try:
+        ended = finish_reason(row.get(f"{side}_finish_reason") or "stop") == "stop"
+    except UnknownFinishReason as error:
+        raise UserError(f"{_named(row)}: {error}") from None
     return [*ids, end] if ended else list(ids)
 
 
