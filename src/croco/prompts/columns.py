@@ -120,8 +120,8 @@ class FileRow:
             role = ROLE_NAMES.get(role, role)
         if role not in ROLES:
             raise UserError(f"{here}: role is {role!r}, expected one of {', '.join(ROLES)}")
-        others = {name for name in turn if name not in names and says_something(turn[name])}
-        if extra := sorted(others & set(TURN_CANNOT_CARRY)):
+        others = {name for name in turn if name not in names and turn[name] not in (None, "", [], {})}
+        if extra := sorted(name for name in others & set(TURN_CANNOT_CARRY) if says_something(turn[name])):
             raise Unusable(f"a message has {', '.join(extra)}, which a prompt cannot carry")
         self.unread.update(f"message key {name}" for name in others)
         if isinstance(content, list) and content:
