@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import toy_stages
-from croco import stage, standing, store
+from croco import pipeline, stage, standing, store
 from croco.errors import StaleStage, UserError
 from croco.recipe import Recipe, from_dict
 from croco.stage import Node, Stage
@@ -88,6 +88,27 @@ def test_an_unfinished_stage_redoes_only_what_is_missing(tmp_path: Path) -> None
         [f"part-0000{i}.{end}" for i in range(3) for end in ("done", "parquet")]
         + ["dropped.parquet", "stage.json"]
     )
+
+
+def test_a_kill_while_the_scratch_goes_leaves_a_complete_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = numbered(tmp_path)
+
+    def killed(path: Path) -> None:
+        (path / "scratch").mkdir()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(stage, "remove_scratch", killed)
+        with pytest.raises(KeyboardInterrupt):
+            stage.execute(node, recipe())
+    assert standing.status(node).kind == "complete"
+    assert (node.folder / "scratch").exists()
+    said: list[str] = []
+    pipeline.run_node(node, recipe(), said.append)
+    assert "complete, skipped" in said[0]
+    assert not (node.folder / "scratch").exists()
 
 
 def test_drift_stops_and_names_what_changed_and_through_which_input(tmp_path: Path) -> None:

@@ -305,6 +305,7 @@ def run_node(node: Node, recipe: Recipe, say: Say) -> None:
     """Run one node, saying in one line what became of it."""
     now = standing.status(node)
     if now.kind == "complete":
+        stages.remove_scratch(node.folder)  # of a run that was killed while it went
         say(f"{node.title:<24} complete, skipped")
         return
     if now.kind == "unfinished":

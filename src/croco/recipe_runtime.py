@@ -37,7 +37,12 @@ Switch = Annotated[bool | Literal["auto"], PlainValidator(_check_switch)]
 
 
 def _check_address(url: str) -> str:
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # raises for what is no number, or above 65,535
+        (parts.hostname or "").encode("idna")
+    except ValueError as error:
+        raise ValueError(f"'{url}' is no address: {error}") from None
     if url and (parts.scheme not in ("http", "https") or not parts.hostname):
         raise ValueError(f"'{url}' is no address, expected one like 'http://localhost:8000/v1'")
     if parts.username or parts.password or parts.query or parts.fragment:

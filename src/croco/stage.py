@@ -29,6 +29,7 @@ from croco.recipe_runtime import Runtime
 from croco.records import DROPPED, TABLES, Table
 from croco.sampling import seeds
 
+LOCK = ".lock"  # of a run's folder
 Settings = dict[str, Any]
 Reference = tuple[str, str | None]  # a stage's name and its arm
 
@@ -189,7 +190,7 @@ class Work:
 def lock(run: Path) -> Iterator[None]:
     """Hold a run's folder against a second process; the system lets go of it however this one ends."""
     run.mkdir(parents=True, exist_ok=True)
-    with (run / ".lock").open("w") as file:
+    with (run / LOCK).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -272,10 +273,16 @@ def _finish(node: Node, found: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(
                 f"{node.title}: the merged ledger has {rows} rows, the shards {counts['dropped']}"
             )
-    if (node.folder / "scratch").is_dir():
-        shutil.rmtree(node.folder / "scratch")
     found |= {"state": "complete", "counts": counts}
     if not node.stage.table:
         found["files"] = standing.files(node.folder)
     store.write_json(node.folder / "stage.json", found)
+    remove_scratch(node.folder)
     return found
+
+
+def remove_scratch(folder: Path) -> None:
+    """Remove what a complete stage no longer needs: after it is said to be complete, or a kill in between would leave
+    an unfinished stage with half of its checkpoints."""
+    if (folder / "scratch").is_dir():
+        shutil.rmtree(folder / "scratch")

@@ -21,7 +21,7 @@ from croco.engines.loading import load_policy
 from croco.errors import UserError
 from croco.recipe import Recipe, load
 from croco.training.card import cell, model_card
-from croco.training.merge import merge
+from croco.training.merge import MARKER, merge
 from tiny import make_policy, make_tokenizer, save
 
 
@@ -68,6 +68,22 @@ def test_the_folder_is_base_and_adapter_for_transformers_alone(recipe: Recipe, m
     assert (logps(model, ids) - bare).abs().max() > 1e-3
     written = pipeline("text-generation", model=str(made), device="cpu")(PROMPT, max_new_tokens=4)
     assert written[0]["generated_text"][-1]["role"] == "assistant"
+
+
+def test_nothing_beside_the_folder_is_touched(recipe: Recipe, tmp_path: Path) -> None:
+    """`X.partial` may be somebody's; the place that merge works in is refused unless a killed merge left it."""
+    (tmp_path / "x.partial").mkdir()
+    (tmp_path / "x.partial" / "thesis.txt").write_text("mine")
+    (tmp_path / ".x.merging").mkdir()
+    (tmp_path / ".x.merging" / "data.txt").write_text("mine too")
+    with pytest.raises(UserError, match="was not made by `croco merge`"):
+        merge(recipe, "monolingual", tmp_path / "x", "unknown", print)
+    assert (tmp_path / ".x.merging" / "data.txt").read_text() == "mine too"
+    (tmp_path / ".x.merging" / MARKER).touch()
+    merge(recipe, "monolingual", tmp_path / "x", "unknown", print)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x", "x.partial"]
+    assert (tmp_path / "x.partial" / "thesis.txt").read_text() == "mine"
+    assert MARKER not in {path.name for path in (tmp_path / "x").iterdir()}
 
 
 def test_template_tokenizer_and_generation_config_come_along(recipe: Recipe, made: Path) -> None:

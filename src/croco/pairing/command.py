@@ -111,12 +111,18 @@ def facts_of(recipe: Recipe, arm: str) -> dict[str, str]:
     )
     scorer = recipe.arms[arm].scorer
     return {
-        "policy": recipe.policy.model,
-        "scorer": recipe.reward.model if scorer == "reward" else scorer,
+        "policy": _without_folders(recipe.policy.model),
+        "scorer": _without_folders(recipe.reward.model) if scorer == "reward" else scorer,
         "completions": decoding,
-        "prompts": recipe.prompts.source,
+        "prompts": _without_folders(recipe.prompts.source),
         "seed": str(recipe.run.seed),
     } | _rule(recipe, arm)
+
+
+def _without_folders(name: str) -> str:
+    """A model or data set as a card names it: of a path, which is nobody's business, only its last part."""
+    is_path = Path(name).is_absolute() or name.startswith(("~", ".")) or Path(name).exists()
+    return Path(name).name if is_path else name
 
 
 def _rule(recipe: Recipe, arm: str) -> dict[str, str]:

@@ -22,6 +22,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from croco.engines.memory import with_less_memory
 from croco.errors import UserError
 from croco.recipe_arms import ENGLISH
+from croco.sampling.chat import text_ids
 from croco.scoring.by_policy import Groups, Scored
 from croco.store import shards
 
@@ -55,8 +56,7 @@ class Translator:
                 f"alignment.model = '{self.name}' has no token '{token}' for '{language}', expected one in "
                 f"alignment.codes (NLLB's is such as 'dan_Latn')"
             )
-        ids = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
-        return [[int(code), *row, self.end] for row in ids]
+        return [[int(code), *ids, self.end] for ids in text_ids(self.tokenizer, texts)]
 
     def losses(
         self, sources: Sequence[list[int]], targets: Sequence[Sequence[list[int]]]

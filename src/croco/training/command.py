@@ -25,6 +25,7 @@ from croco.progress import Progress, progress
 from croco.prompts.files import file_rows
 from croco.recipe import Recipe, apply_override, from_dict
 from croco.records import DROPPED, ledger
+from croco.stage import LOCK, lock
 from croco.training.card import base_name, model_card, settings_rows
 from croco.training.launch import Job, tune
 from croco.training.train import TrainResult
@@ -61,13 +62,28 @@ def train_on_files(
         "training": recipe.arms[ARM].training.model_dump(mode="json"),
         "seed": recipe.run.seed,
     }
-    if _stands(to, digest(made_from)) == "complete":
-        say(f"{to} is complete, skipped")
-        return
+    _stands(to, digest(made_from))  # before anything is made there
+    with lock(to):
+        if _stands(to, digest(made_from)) == "complete":
+            shutil.rmtree(to / "scratch", ignore_errors=True)  # a kill may have come while it went
+            say(f"{to} is complete, skipped")
+            return
+        _train(recipe, made_from, sources, columns, to, license, say)
+
+
+def _train(
+    recipe: Recipe,
+    made_from: Mapping[str, Any],
+    sources: Sequence[Path],
+    columns: Sequence[str],
+    to: Path,
+    license: str,
+    say: Callable[[str], None],
+) -> None:
     record = {"state": "running", "fingerprint": digest(made_from), "science": made_from}
     store.write_json(to / RECORD, record)
     chosen_only = recipe.arms[ARM].training.method == "sft"
-    pairs, unusable = _pairs(sources, mapped, columns, language, chosen_only, to)
+    pairs, unusable = _pairs(sources, made_from["columns"], columns, made_from["language"], chosen_only, to)
     _write_pairs(to / "scratch" / "pairs", pairs)
     result = _tuned(recipe, to)
     dropped = pa.concat_tables([ledger(unusable), result.dropped.to_arrow().cast(DROPPED.schema)])
@@ -103,7 +119,7 @@ def _recipe(model: str, overrides: Sequence[str]) -> Recipe:
 
 def _stands(to: Path, fingerprint: str) -> str:
     """Whether the folder is new, or holds an unfinished or finished training on the same; raises UserError else."""
-    if not to.exists() or (to.is_dir() and not any(to.iterdir())):
+    if not to.exists() or (to.is_dir() and {path.name for path in to.iterdir()} <= {LOCK}):
         return "new"
     if not (to / RECORD).is_file():
         raise UserError(f"{to} holds no {RECORD}, expected a new folder or one that `croco train` began")

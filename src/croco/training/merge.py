@@ -26,10 +26,12 @@ from croco.recipe import Recipe
 from croco.sampling.chat import end_id
 from croco.training.batches import collate
 from croco.training.card import policy_card
+from croco.training.checkpoints import writable
 from croco.training.encode import Example, encode_pairs
 from croco.training.forward import TOLERANCE, TOLERANCE_HALF, completion_logps, token_counts
 from croco.training.lora import merged, put_adapter_on
 
+MARKER = ".croco-merge"  # in a folder that is being written
 PROBES = 8  # pairs on which the merged model is proven
 LEAST_CHANGE = 1e-6  # of a completion's mean token log-probability, that an adapter must make on any of them
 
@@ -52,9 +54,7 @@ def merge(recipe: Recipe, arm: str, to: Path, license: str, say: Callable[[str],
     if not record.is_file() or store.read_json(record)["state"] != "complete":
         raise UserError(f"{folder} holds no finished training: run `croco run` first")
     weights = tuned_weights(folder)
-    partial = to.with_name(to.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial = _workplace(to)
     model, tokenizer = _base(recipe)
     examples = _probes(recipe, arm, model, tokenizer)
     before = mean_logps(model, examples)
@@ -70,8 +70,9 @@ def merge(recipe: Recipe, arm: str, to: Path, license: str, say: Callable[[str],
         after = mean_logps(adapted, examples)
         model = merged(adapted)
         in_memory = mean_logps(model, examples)
-        model.save_pretrained(str(partial))
-        tokenizer.save_pretrained(str(partial))
+        with writable(partial):
+            model.save_pretrained(str(partial))
+            tokenizer.save_pretrained(str(partial))
     del model
     again, _ = load_policy(
         str(partial), dtype=recipe.policy.dtype, device=recipe.runtime.device,
@@ -91,6 +92,7 @@ def merge(recipe: Recipe, arm: str, to: Path, license: str, say: Callable[[str],
     )
     store.write_text(partial / "README.md", card)
     store.sync_files(partial)
+    (partial / MARKER).unlink()
     if to.exists():
         to.rmdir()
     partial.rename(to)
@@ -99,6 +101,19 @@ def merge(recipe: Recipe, arm: str, to: Path, license: str, say: Callable[[str],
         f"{to}: mean token log-probabilities changed by up to {proof.change:.3g} and are those of base + adapter "
         f"within {max(proof.merged, proof.written):.1e}, on {len(examples)} pairs of the arm"
     )
+
+
+def _workplace(to: Path) -> Path:
+    """A new folder beside `to`, in place of one that a killed merge left there; raises UserError for a folder of
+    somebody else's."""
+    partial = to.with_name(f".{to.name}.merging")
+    if partial.exists():
+        if not (partial / MARKER).is_file() and (not partial.is_dir() or any(partial.iterdir())):
+            raise UserError(f"{partial} is in the way and was not made by `croco merge`: expected it gone")
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    store.write_text(partial / MARKER, "")
+    return partial
 
 
 def _base(recipe: Recipe) -> tuple[Any, Any]:
