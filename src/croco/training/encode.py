@@ -62,7 +62,8 @@ def encode_pairs(
     """The pairs as examples, in their order, and the ones left out (columns of the ledger) with the reason.
 
     `end` is the id that closes a completion, unless its `chosen_finish_reason` (`rejected_…`) says that it did not
-    "stop" by itself; without that column all did. `num_ids` is how many ids the policy has. `max_tokens` bounds the prompt with its longer completion, the end
+    "stop" by itself; without that column all did. `num_ids` is how many ids the
+    policy has. `max_tokens` bounds the prompt with its longer completion, the end
     included, and so does `context`, the positions that the policy was made for, if known; a longer pair is left out
     when `over_length` is "drop", and with "truncate" its completions lose their ends, the end token with them, as
     long as the whole prompt leaves room for a token. `chosen_only` leaves the
@@ -130,8 +131,8 @@ def _completion_ids(
     if ids is not None:
         if foreign := [token for token in ids if not 0 <= token < num_ids]:
             raise UserError(
-                f"{_named(row)}: {side}_ids holds {foreign[0]}, and the policy has the ids 0 to {num_ids - 1}: they are "
-                f"another policy's, remove the column"
+                f"{_named(row)}: {side}_ids holds {foreign[0]}, and the policy has the ids 0 to "
+                f"{num_ids - 1}: they are another policy's, remove the column"
             )
         text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         ids = ids if text == row[side] else None
