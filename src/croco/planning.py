@@ -210,6 +210,7 @@ def _num_prompts(section: Prompts | Evaluation | Arena, key: str, languages: tup
     loaded = prompts_load.load(
         section.source,
         split=section.split,
+        revision=section.revision,
         languages=languages,
         limit=section.limit,
         id_column=section.id_column,

@@ -189,8 +189,13 @@ class Work:
 @contextmanager
 def lock(run: Path) -> Iterator[None]:
     """Hold a run's folder against a second process; the system lets go of it however this one ends."""
-    run.mkdir(parents=True, exist_ok=True)
-    with (run / LOCK).open("w") as file:
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        held = (run / LOCK).open("w")
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise UserError(f"{run}: this folder cannot be made or written ({reason})") from None
+    with held as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -105,7 +105,10 @@ def read_json(path: Path) -> Any:
     """Read a JSON file; raises UserError naming the line when it is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # no JSON or UTF-8, a number of thousands of digits, too deep
         raise UserError(f"{path}: expected JSON, found {error}") from None
 
 

@@ -25,7 +25,7 @@ from croco.evaluation.ranking_rows import Row, agreement, rank
 from croco.progress import progress
 from croco.prompts.columns import FileRow, Unusable
 from croco.prompts.files import file_rows
-from croco.recipe import Recipe, apply_override, from_dict
+from croco.recipe import NO_PROMPTS, Recipe, apply_override, from_dict
 from croco.records import DROPPED, ledger
 
 FILES = ("pairs.parquet", "ranking.parquet", "dropped.parquet", "ranking.md", "diagnosis.json")
@@ -106,6 +106,7 @@ def recipe_of(model: str, codes: Sequence[str], overrides: Sequence[str]) -> Rec
     values = {
         "run": {"name": "diagnose", "languages": list(codes)},
         "reward": {"model": model},
+        **NO_PROMPTS,
         "arms": {"none": {}},
     }
     for override in overrides:

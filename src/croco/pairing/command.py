@@ -12,7 +12,7 @@ from croco.pairing.exporting import FORMATS, export_pairs
 from croco.pairing.importing import import_scored
 from croco.pairing.pair import pair
 from croco.prompts.columns import NAMES
-from croco.recipe import Recipe, apply_override, from_dict
+from croco.recipe import NO_PROMPTS, Recipe, apply_override, from_dict
 from croco.records import TABLES
 from croco.science import pair_settings
 from croco.stage import Work
@@ -80,7 +80,7 @@ def pairs_of_files(
 def _recipe(codes: Sequence[str], form: str, overrides: Sequence[str]) -> Recipe:
     """A recipe whose one arm has the rules asked for; KNOWN stands for languages that are not read yet."""
     arm = {"training": {"method": "sft"}} if form == "prompt-completion" else {}
-    values = {"run": {"name": "pairs", "languages": list(codes)}, "arms": {ARM: arm}}
+    values = {"run": {"name": "pairs", "languages": list(codes)}, **NO_PROMPTS, "arms": {ARM: arm}}
     for override in overrides:
         if codes is KNOWN and override.partition("=")[0].startswith("pool."):
             continue

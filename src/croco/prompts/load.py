@@ -7,6 +7,7 @@ cannot be carried (a message with tool calls) goes to the ledger. Languages that
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -88,6 +89,7 @@ def load_section(
     loaded = load(
         section.source,
         split=section.split,
+        revision=section.revision,
         languages=languages,
         limit=section.limit if shuffled is None else None,
         id_column=section.id_column,
@@ -128,6 +130,7 @@ def load(
     split: str,
     languages: Sequence[str],
     limit: int | None,
+    revision: str | None = None,
     id_column: str = "prompt_id",
     language_column: str = "language",
     key: str = "prompts",
@@ -143,7 +146,9 @@ def load(
         table = world.prompts(split, languages, limit)
         loaded = Loaded(table, ledger([]), {}, 0)
     else:
-        loaded = _checked(_rows(source, split, key), languages, limit, id_column, language_column, key)
+        loaded = _checked(
+            _rows(source, split, key, revision), languages, limit, id_column, language_column, key
+        )
     there = _counts(loaded.prompts)
     for code in languages:
         if code not in there:
@@ -161,23 +166,23 @@ def _reasons(dropped: pa.Table, language: str) -> str:
     return "".join(f"; left out: {count:,}, {reason}" for reason, count in Counter(rows).most_common(3))
 
 
-def _rows(source: str, split: str, key: str) -> Iterator[Located]:
+def _rows(source: str, split: str, key: str, revision: str | None) -> Iterator[Located]:
     """(where, row) of each row of a source; where is "FILE, line 3"."""
     if source.startswith("hf:"):
-        return _hub_rows(source.removeprefix("hf:"), split, key)
-    path = Path(source).expanduser()
-    if not path.is_file():
-        raise UserError(f"{key}.source = '{source}': no such file")
+        return _hub_rows(source.removeprefix("hf:"), split, key, revision)
+    path = Path(os.path.expanduser(source))
+    if not os.path.isfile(path):
+        raise UserError(f"{key}.source = '{source:.200}': no such file")
     if not path.name.endswith(SUFFIXES):
         raise UserError(f"{key}.source = '{source}', expected 'lab', {EXPECTED}, or 'hf:NAME'")
     return file_rows(path)
 
 
-def _hub_rows(name: str, split: str, key: str) -> Iterator[Located]:
+def _hub_rows(name: str, split: str, key: str, revision: str | None) -> Iterator[Located]:
     import datasets
 
     try:
-        rows = datasets.load_dataset(name, split=split)
+        rows = datasets.load_dataset(name, split=split, revision=revision)
     except Exception as error:  # the library raises many kinds for one thing: not there
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{key}.source = 'hf:{name}' (split '{split}') cannot be loaded: {reason}") from error

@@ -273,7 +273,9 @@ def score_conversations(scorer: Scorer, tokenizer: Any, groups: Groups, max_toke
         if fits:
             requests.append(ScoreRequest(number, [], [sequences[i] for i in fits]))
             places.append(fits)
-    for request, fits, values in zip(requests, places, scorer.score(requests), strict=True):
+    for request, fits, values in zip(
+        requests, places, scorer.score(requests) if requests else (), strict=True
+    ):
         for i, ids, value in zip(fits, request.completions, values, strict=True):
             scored[request.key][i] = first.setdefault(tuple(ids), value)
     return scored

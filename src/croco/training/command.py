@@ -23,7 +23,7 @@ from croco.pairing.command import mappings, pairs_of_files
 from croco.pairing.importing import Drop, import_pairs
 from croco.progress import Progress, progress
 from croco.prompts.files import file_rows
-from croco.recipe import Recipe, apply_override, from_dict
+from croco.recipe import NO_PROMPTS, Recipe, apply_override, from_dict
 from croco.records import DROPPED, ledger
 from croco.stage import LOCK, lock
 from croco.training.card import base_name, model_card, settings_rows
@@ -54,7 +54,7 @@ def train_on_files(
         if not source.is_file():
             raise UserError(f"{source}: no such file")
     made_from = {
-        "files": {source.name: file_identity(str(source)) for source in sources},
+        "files": {label: file_identity(str(source)) for label, source in labelled(sources).items()},
         "columns": mapped,
         "language": language,
         "model": model_identity(model, recipe.policy.revision, "--model"),
@@ -100,11 +100,28 @@ def _train(
         say(f"{result.stopped}; what came out is the checkpoint of step {result.adapter_step}")
 
 
+def labelled(sources: Sequence[Path]) -> dict[str, Path]:
+    """The files by name, with as much of their paths as tells them apart; raises UserError for one given twice."""
+    places: dict[Path, Path] = {}
+    for source in sources:
+        if (first := places.setdefault(source.resolve(), source)) is not source:
+            raise UserError(f"{source} is the same file as {first}, expected each once")
+    labels = {}
+    for place, source in places.items():
+        others = [other.parts for other in places if other != place]
+        length = next(
+            n for n in range(1, len(place.parts) + 1) if all(o[-n:] != place.parts[-n:] for o in others)
+        )
+        labels["/".join(place.parts[-length:])] = source
+    return labels
+
+
 def _recipe(model: str, overrides: Sequence[str]) -> Recipe:
     """A recipe of one arm, which is only trained."""
     values: dict[str, Any] = {
         "run": {"name": "train", "languages": ["en"]},
         "policy": {"model": model},
+        **NO_PROMPTS,
         "arms": {ARM: {}},
     }
     for override in overrides:
