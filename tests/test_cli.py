@@ -16,6 +16,7 @@ from conftest import TinyModels, write_recipe
 from croco import pipeline, recipe, standing
 from croco.cli import STAGE_COMMANDS, app
 from croco.cli_program import one_sentence
+from croco.stage import Node
 
 HEAVY = ("torch", "transformers", "polars", "pyarrow", "numpy", "pandas", "datasets", "babel")
 
@@ -155,10 +156,10 @@ def test_a_rebuild_removes_the_last_stage_first(
     removed: list[str] = []
     clear = standing.clear
 
-    def noted(folder: Path) -> None:
-        if (folder / "stage.json").exists():
-            removed.append(folder.name)
-        clear(folder)
+    def noted(node: Node) -> None:
+        if (node.folder / "stage.json").exists():
+            removed.append(node.folder.name)
+        clear(node)
 
     monkeypatch.setattr(standing, "clear", noted)
     pipeline.run(recipe.load(path), until="prompts", rebuild=True)

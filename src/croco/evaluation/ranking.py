@@ -8,6 +8,7 @@ could score; the others are in the ledger. What is measured, `ranking_rows` says
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,8 +71,9 @@ def diagnose(
     """
     if not rewards or len(set(rewards)) != len(rewards):
         raise UserError("--diagnose: expected --reward MODEL, once or for several models")
-    if to.exists() and not (to.is_dir() and {path.name for path in to.iterdir()} <= set(FILES)):
-        raise UserError(f"{to} holds more than `croco score --diagnose` made, expected a new folder")
+    store.check_own_folder(
+        to, "diagnosis.json", ["sources", "rewards"], re.compile("|".join(map(re.escape, FILES)))
+    )
     pairs, drops = read_pairs(sources, language)
     columns: dict[str, NDArray[np.float64]] = {}
     for number, model in enumerate(rewards):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from croco import languages, provenance, store
 from croco.errors import UserError
+from croco.identity import digest
 from croco.pairing.exporting import FORMATS, export_pairs
 from croco.pairing.importing import import_scored
 from croco.pairing.pair import pair
@@ -18,7 +19,10 @@ from croco.science import pair_settings
 from croco.stage import Work
 
 ARM = "pairs"
-MADE = {"sources.json", "prompts", "sample", "score", "pairs", "export"}
+MADE = ("prompts", "sample", "score", "pairs", "export")
+FILES = re.compile(
+    rf"(prompts|sample|score|pairs)/({store.OURS.pattern}|stage\.json)|export/(README\.md|data/[^/]*)"
+)
 KNOWN = ("en",)
 
 
@@ -46,11 +50,10 @@ def pairs_of_files(
             raise UserError(f"{source}: no such file")
         if source.resolve().is_relative_to(to.resolve()):
             raise UserError(f"{source} lies in {to}, which is made anew: expected another folder")
-    if to.exists() and not (to.is_dir() and {path.name for path in to.iterdir()} <= MADE):
-        raise UserError(f"{to} holds more than `croco pairs` made, expected a new folder")
-    for name in MADE - {"sources.json"}:
-        shutil.rmtree(to / name, ignore_errors=True)
-    store.write_json(to / "sources.json", [str(source) for source in sources])
+    store.check_own_folder(to, "sources.json", ["sources"], FILES)
+    for name in MADE:
+        store.remove_folder(to / name)
+    store.write_json(to / "sources.json", {"sources": [str(source) for source in sources]})
     found = import_scored(sources, to, mapped, language)
     recipe = _recipe(sorted(found), form, overrides)
     work = Work(
@@ -66,9 +69,17 @@ def pairs_of_files(
     )
     pair(work)
     store.merge_ledgers(to / "pairs")
+    science = {"name": "pair", "version": 0, "arm": ARM, "settings": work.settings, "inputs": {}}
     record = {
+        "stage": "pair",
+        "arm": ARM,
         "state": "complete",
-        "science": {"settings": work.settings},
+        "fingerprint": digest(science),
+        "science": science,
+        "shard_prompts": recipe.runtime.shard_prompts,
+        "counts": {},
+        "seconds": 0.0,
+        "starts": 1,
         **work.record_file,
         **provenance.here(),
     }

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import TrainerCallback
 
 from croco.errors import UserError
@@ -73,22 +72,6 @@ def readable(checkpoint: Path | str | None) -> Iterator[None]:
         raise UserError(
             f"{checkpoint} cannot be read ({type(error).__name__}: {reason}), expected a checkpoint as training wrote "
             "it: remove this folder to go on from the one before"
-        ) from error
-
-
-@contextmanager
-def writable(folder: Path | str) -> Iterator[None]:
-    """Raise UserError where safetensors or torch cannot write into a folder: both hide the error of the system."""
-    try:
-        yield
-    except (SafetensorError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        if not any(
-            words in reason for words in ("os error", "I/O error", "PytorchStreamWriter", "file write failed")
-        ):
-            raise
-        raise UserError(
-            f"{folder} cannot be written ({reason[:200]}): make room and run the same command again"
         ) from error
 
 

@@ -141,6 +141,8 @@ def _stands(to: Path, fingerprint: str) -> str:
     if not (to / RECORD).is_file():
         raise UserError(f"{to} holds no {RECORD}, expected a new folder or one that `croco train` began")
     found = store.read_json(to / RECORD)
+    if not isinstance(found, dict) or not {"fingerprint", "state"} <= found.keys():
+        raise UserError(f"{to / RECORD} is not what `croco train` writes, expected a new folder")
     if found["fingerprint"] != fingerprint:
         raise UserError(
             f"{to} was made from other files or settings (see its {RECORD}), expected another folder"

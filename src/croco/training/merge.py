@@ -26,12 +26,10 @@ from croco.recipe import Recipe
 from croco.sampling.chat import end_id
 from croco.training.batches import collate
 from croco.training.card import policy_card
-from croco.training.checkpoints import writable
 from croco.training.encode import Example, encode_pairs
 from croco.training.forward import TOLERANCE, TOLERANCE_HALF, completion_logps, token_counts
 from croco.training.lora import merged, put_adapter_on
 
-MARKER = ".croco-merge"  # in a folder that is being written
 PROBES = 8  # pairs on which the merged model is proven
 LEAST_CHANGE = 1e-6  # of a completion's mean token log-probability, that an adapter must make on any of them
 
@@ -47,19 +45,19 @@ class Proof:
 
 def merge(recipe: Recipe, arm: str, to: Path, license: str, say: Callable[[str], None]) -> None:
     """Write an arm's policy to the new folder `to`; raises UserError when it cannot be made or is not proven."""
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise UserError(f"{to} is not empty, expected a new folder to merge into")
+    store.check_new_folder(to)
     folder = recipe.folder / "train" / arm
-    record = folder / "stage.json"
-    if not record.is_file() or store.read_json(record)["state"] != "complete":
+    if store.state(folder) != "complete":
         raise UserError(f"{folder} holds no finished training: run `croco run` first")
     weights = tuned_weights(folder)
-    partial = _workplace(to)
+    partial = to.with_name(f".{to.name}.merging")
+    store.begin_folder(partial)
     model, tokenizer = _base(recipe)
     examples = _probes(recipe, arm, model, tokenizer)
     before = mean_logps(model, examples)
     if weights.name == "model":
-        shutil.copytree(weights, partial, dirs_exist_ok=True)
+        with store.writing(partial):
+            shutil.copytree(weights, partial, dirs_exist_ok=True)
         after = mean_logps(
             load_policy(str(weights), dtype=recipe.policy.dtype, device=recipe.runtime.device)[0], examples
         )
@@ -70,7 +68,7 @@ def merge(recipe: Recipe, arm: str, to: Path, license: str, say: Callable[[str],
         after = mean_logps(adapted, examples)
         model = merged(adapted)
         in_memory = mean_logps(model, examples)
-        with writable(partial):
+        with store.writing(partial):
             model.save_pretrained(str(partial))
             tokenizer.save_pretrained(str(partial))
     del model
@@ -81,7 +79,7 @@ def merge(recipe: Recipe, arm: str, to: Path, license: str, say: Callable[[str],
     written = mean_logps(again, examples)
     proof = Proof(*(_largest(a, b) for a, b in ((after, before), (in_memory, after), (written, after))))
     _check(proof, again.dtype, weights)
-    found = store.read_json(record)
+    found = store.read_record(folder)
     checked = [
         ("change of mean token log-probabilities, at most", f"{proof.change:.4g}"),
         ("merged against base + adapter, at most", f"{proof.merged:.1e}"),
@@ -91,29 +89,11 @@ def merge(recipe: Recipe, arm: str, to: Path, license: str, say: Callable[[str],
         recipe, arm, found["science"]["settings"]["training"], found["facts"], license, checked
     )
     store.write_text(partial / "README.md", card)
-    store.sync_files(partial)
-    (partial / MARKER).unlink()
-    if to.exists():
-        to.rmdir()
-    partial.rename(to)
-    store.sync_folder(to.parent)
+    store.finish_folder(partial, to)
     say(
         f"{to}: mean token log-probabilities changed by up to {proof.change:.3g} and are those of base + adapter "
         f"within {max(proof.merged, proof.written):.1e}, on {len(examples)} pairs of the arm"
     )
-
-
-def _workplace(to: Path) -> Path:
-    """A new folder beside `to`, in place of one that a killed merge left there; raises UserError for a folder of
-    somebody else's."""
-    partial = to.with_name(f".{to.name}.merging")
-    if partial.exists():
-        if not (partial / MARKER).is_file() and (not partial.is_dir() or any(partial.iterdir())):
-            raise UserError(f"{partial} is in the way and was not made by `croco merge`: expected it gone")
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    store.write_text(partial / MARKER, "")
-    return partial
 
 
 def _base(recipe: Recipe) -> tuple[Any, Any]:

@@ -22,8 +22,9 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerControl, TrainingArguments
 
 from croco.ops.losses import REFERENCE_FREE, PairLogps, nll, preference_losses
+from croco.store import writing
 from croco.training.batches import Batch, collate, cut
-from croco.training.checkpoints import ByTheClock, readable, seal, writable
+from croco.training.checkpoints import ByTheClock, readable, seal
 from croco.training.encode import Example
 from croco.training.forward import completion_logps, dropout_of, packs, switched_off, token_counts
 from croco.training.ranks import shares
@@ -244,7 +245,7 @@ class PairTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        with writable(folder):
+        with writing(folder):
             super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()  # each process has written its part
         if self.is_world_process_zero():
