@@ -1,0 +1,251 @@
+"""Scored completions and preference pairs that other tools wrote, as our tables: prompts, sample, score.
+
+Rows are JSON lines or Parquet, in one of four forms, told apart by their columns (`stages/prompts/columns.py`):
+
+    messages (ending with the assistant's turn), score            one completion a row
+    messages or prompt, completion, score                         one completion a row
+    prompt or instruction, completions [{completion, score}]      all completions of a prompt a row (UltraFeedback)
+    prompt?, chosen, rejected, score_chosen, score_rejected       a pair a row (TRL's preference format)
+
+A prompt is known by its id, never by its text and never by its row: the id is a column, under its own name or one that
+the caller maps. Rows are read in batches and written as shards, so a file may be larger than memory. A row that cannot
+be used goes to the ledger.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+
+from croco.errors import UserError
+from croco.stages.prompts.columns import (
+    FileRow,
+    Turn,
+    Unusable,
+    finish_of,
+    ids_of,
+    sample_of,
+    score_of,
+    warn_of_unread,
+)
+from croco.stages.prompts.files import file_rows, kind
+from croco.storage import shards
+from croco.storage.hashing import digest
+from croco.storage.schemas import COMPLETIONS, PROMPTS, SCORES, Table, ledger
+
+ROWS_PER_SHARD = 4096
+SIDES = ("chosen", "rejected")
+Key = tuple[str, str]
+Drop = tuple[str, str, str, int | None, str]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A scored completion of a file, or (with a `reason`) a row of one that cannot be used."""
+
+    where: str
+    key: Key
+    messages: list[Turn]
+    text: str = ""
+    score: float = 0.0
+    sample_id: int | None = None
+    finish_reason: str = "stop"
+    reason: str = ""
+
+
+def import_scored(
+    sources: Sequence[Path],
+    folder: Path,
+    columns: Mapping[str, str] | None = None,
+    language: str | None = None,
+) -> dict[str, int]:
+    """Write the tables `prompts`, `sample` and `score` under `folder` and say how many completions each language has.
+
+    `columns` maps our names (the keys of `columns.NAMES`) to the file's; `language` is that of all rows, where no
+    column says it. Without a sample_id completions are numbered as they come. Raises UserError naming file and row
+    for what is missing, and for two prompts under one id.
+    """
+    known: dict[Key, str] = {}
+    numbers: dict[Key, int] = {}
+    languages, unread, reasons = Counter[str](), Counter[str](), Counter[str]()
+    rows = (one for source in sources for one in _completions(source, columns or {}, language, unread))
+    parts = iter(lambda: list(islice(rows, ROWS_PER_SHARD)), [])
+    for shard, part in enumerate(parts):
+        prompts: list[dict[str, Any]] = []
+        samples: list[dict[str, Any]] = []
+        scores: list[dict[str, Any]] = []
+        drops: list[Drop] = []
+        for one in part:
+            if one.reason:
+                drops.append(("completion", *one.key, None, one.reason))
+                reasons[one.reason] += 1
+                continue
+            if known.setdefault(one.key, digest(one.messages)) != digest(one.messages):
+                raise UserError(
+                    f"{one.where}: prompt_id '{one.key[0]}' in '{one.key[1]}' is another prompt than before"
+                )
+            name: dict[str, Any] = {"prompt_id": one.key[0], "language": one.key[1]}
+            if one.key not in numbers:
+                source = one.where.partition(", ")[0].rpartition("/")[2]
+                prompts.append(name | {"messages": one.messages, "source": source})
+            name["sample_id"] = numbers.get(one.key, 0) if one.sample_id is None else one.sample_id
+            numbers[one.key] = max(numbers.get(one.key, 0), name["sample_id"] + 1)
+            languages[one.key[1]] += 1
+            samples.append(
+                name | {"completion": one.text, "completion_tokens": 0, "seed": 0, "policy": "imported",
+                        "finish_reason": one.finish_reason}
+            )  # fmt: skip
+            scores.append(name | {"score": one.score, "scorer": "imported"})
+        _write(folder / "prompts", shard, PROMPTS, prompts)
+        _write(folder / "sample", shard, COMPLETIONS, samples, drops)
+        _write(folder / "score", shard, SCORES, scores)
+    if not languages:
+        raise UserError(f"{', '.join(map(str, sources))}: {_no_rows(reasons, 'scored completions')}")
+    warn_of_unread("pairs", unread)
+    for table in ("prompts", "sample", "score"):
+        shards.merge_ledgers(folder / table)
+    return dict(languages)
+
+
+def _no_rows(reasons: Counter[str], expected: str) -> str:
+    why = "; ".join(f"{count:,} left out, {reason}" for reason, count in reasons.most_common(3))
+    return f"no rows that can be used ({why})" if why else f"no rows, expected {expected}"
+
+
+def _write(
+    folder: Path, shard: int, table: Table, rows: list[dict[str, Any]], drops: Sequence[Drop] = ()
+) -> None:
+    made = pa.Table.from_pylist(rows, schema=table.schema)
+    written = {table.unit: len(rows)}
+    read = {table.unit: len(rows) + len(drops)}
+    shards.write_shard(
+        folder, shard, made, table.schema, read=read, written=written, dropped=ledger(list(drops))
+    )
+
+
+def _completions(
+    source: Path, columns: Mapping[str, str], language: str | None, unread: Counter[str]
+) -> Iterator[Completion]:
+    """Every completion of a file."""
+    for where, values in file_rows(source):
+        row = FileRow(where, values, columns, unread)
+        spoken = str(language) if language and row.column("language") is None else row.text("language")
+        key = (row.text("prompt_id"), spoken)
+        try:
+            if row.is_pair():
+                yield from _of_pair(row, key)
+            elif isinstance(row.values.get("completions"), list):
+                yield from _of_list(row, key)
+            else:
+                prompt, text = row.answered()
+                yield _scored(row, key, prompt, text)
+        except Unusable as reason:
+            yield Completion(where, key, [], reason=str(reason))
+
+
+def _scored(row: FileRow, key: Key, prompt: list[Turn], text: str) -> Completion:
+    finish = row.column("finish_reason")
+    reason = finish_of(row, None if finish is None else row.values[finish])
+    return Completion(row.where, key, prompt, text, score_of(row), sample_of(row), reason)
+
+
+def _of_list(row: FileRow, key: Key) -> Iterator[Completion]:
+    """The completions of a row that has all of a prompt's."""
+    row.can_carry()
+    prompt = row.prompt()
+    row.check_unread(prompt, [], ("prompt", "system"))
+    for number, values in enumerate(row.values["completions"], start=1):
+        where = f"{row.where}, completion {number}"
+        if not isinstance(values, Mapping):
+            raise UserError(f"{where}: expected an object with completion and score, found {kind(values)}")
+        one = FileRow(where, values, row.columns)
+        try:
+            yield _scored(one, key, prompt, one.completion())
+        except Unusable as reason:
+            yield Completion(where, key, [], reason=str(reason))
+
+
+def _of_pair(row: FileRow, key: Key) -> Iterator[Completion]:
+    """Both sides of a row in TRL's preference format, its prompt given or the part that both conversations share."""
+    prompt, sides = row.sides()
+    for side, text in sides.items():
+        column = f"score_{side}" if f"score_{side}" in row.values else f"{side}_score"
+        where = f"{row.where}, {side}"
+        one = FileRow(
+            where, {"score": row.values.get(column), "finish_reason": row.values.get(f"{side}_finish_reason")}
+        )
+        try:
+            yield _scored(one, key, prompt, text)
+        except Unusable as reason:
+            yield Completion(where, key, [], reason=str(reason))
+
+
+def import_pairs(
+    sources: Sequence[Path],
+    columns: Mapping[str, str] | None = None,
+    language: str | None = None,
+    chosen_only: bool = False,
+) -> tuple[pl.DataFrame, list[Drop]]:
+    """Preference pairs of any tool, chosen and rejected in a row, as a table that training reads, and a ledger.
+
+    With `chosen_only` a row may hold a single completion instead (TRL's forms for supervised tuning), which is chosen.
+
+    Columns: where (file and row), prompt_id, language, messages, chosen, rejected, and where a file has them
+    chosen_ids, rejected_ids, and language and finish reason of each side. Without an id a prompt is known by a digest
+    of its messages, since nothing is joined here; without a language it is "und". Raises UserError naming file and
+    row for what is missing.
+    """
+    rows: list[dict[str, Any]] = []
+    drops: list[Drop] = []
+    unread = Counter[str]()
+    for where, values in (one for source in sources for one in file_rows(source)):
+        row = FileRow(where, values, columns, unread)
+        for name in ("prompt_id", "language"):
+            if name in row.columns and row.column(name) is None:
+                raise UserError(f"{where}: no {name} in column {row.columns[name]}")
+        prompt_id = row.text("prompt_id") if row.column("prompt_id") else ""
+        spoken = row.text("language") if row.column("language") else language or "und"
+        try:
+            prompt, sides, more = _pair(row, chosen_only)
+        except Unusable as reason:
+            drops.append(("pair", prompt_id or where, spoken, None, str(reason)))
+            continue
+        key = {"where": where, "prompt_id": prompt_id or digest(prompt), "language": spoken}
+        rows.append({**key, "messages": prompt, **sides, **more})
+    if not rows:
+        reasons = Counter(drop[4] for drop in drops)
+        raise UserError(f"{', '.join(map(str, sources))}: {_no_rows(reasons, 'preference pairs')}")
+    warn_of_unread("train", unread)
+    return pl.DataFrame(rows, infer_schema_length=None), drops
+
+
+def _pair(row: FileRow, chosen_only: bool) -> tuple[list[Turn], dict[str, str], dict[str, Any]]:
+    """The prompt, the sides and what else a row says of its sides."""
+    if row.is_pair():
+        prompt, sides = row.sides()
+    elif chosen_only:
+        for label in ("label", "kto_tag"):
+            if row.values.get(label) is False:
+                raise Unusable(f"{label} is false: the completion is not to be learnt")
+        prompt, text = row.answered()
+        sides = {"chosen": text}
+    else:
+        there = ", ".join(map(str, row.values)) or "none"
+        raise UserError(f"{row.where}: no columns chosen and rejected with values (found: {there})")
+    more: dict[str, Any] = {}
+    for side in sides:
+        more[f"{side}_ids"] = ids_of(row, f"{side}_ids")
+        if (reason := row.values.get(f"{side}_finish_reason")) is not None:
+            more[f"{side}_finish_reason"] = finish_of(row, reason, f"{side}_finish_reason")
+        spoken = row.values.get(f"{side}_language")
+        if spoken is not None and not isinstance(spoken, str):
+            raise UserError(f"{row.where}: {side}_language is {kind(spoken)}, expected text")
+        more[f"{side}_language"] = spoken
+    return prompt, sides, {name: value for name, value in more.items() if value is not None}
