@@ -51,12 +51,12 @@ class Given:
     identity: Any  # JSON
 
 
-def values(settings: Settings) -> Settings:
+def settings_values(settings: Settings) -> Settings:
     """Settings as a stage's function gets them."""
     return {name: value.value if isinstance(value, Given) else value for name, value in settings.items()}
 
 
-def identities(settings: Settings) -> Settings:
+def settings_identities(settings: Settings) -> Settings:
     """Settings as the fingerprint holds them."""
     return {name: value.identity if isinstance(value, Given) else value for name, value in settings.items()}
 
@@ -101,7 +101,7 @@ class Node:
             "arm": self.arm,
             "settings": {
                 name: value
-                for name, value in identities(self.settings).items()
+                for name, value in settings_identities(self.settings).items()
                 if name not in self.not_recorded
             },
             "inputs": {name: node.fingerprint for name, node in self.inputs.items()},
@@ -250,7 +250,7 @@ def execute(node: Node, runtime: Runtime) -> Record:
     work = Work(
         arm=node.arm,
         folder=node.folder,
-        settings=values(node.settings),
+        settings=settings_values(node.settings),
         runtime=runtime.model_copy(update={"shard_prompts": found["shard_prompts"]}),
         inputs={name: before.folder for name, before in node.inputs.items()},
         table=TABLES[node.stage.table] if node.stage.table else None,

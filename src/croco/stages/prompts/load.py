@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from croco.config.recipe import Recipe
 from croco.errors import UserError
 from croco.pipeline.fingerprint import prompts_settings
-from croco.pipeline.stage import Settings, Work, values
+from croco.pipeline.stage import Settings, Work, settings_values
 from croco.stages.prompts.columns import FileRow, Turn, Unusable, warn_of_unread
 from croco.stages.prompts.files import EXPECTED, SUFFIXES, Located, file_rows, kind
 from croco.storage.hashing import canonical
@@ -91,7 +91,7 @@ def load_settings(settings: Settings, key: str) -> Loaded:
 def overlap(recipe: Recipe) -> tuple[int, int]:
     """How many test prompts are prompts to tune on, word for word, and how many test prompts there are."""
     tuning, test = (
-        load_settings(values(prompts_settings(recipe, section, key, languages)), key).prompts
+        load_settings(settings_values(prompts_settings(recipe, section, key, languages)), key).prompts
         for section, key, languages in (
             (recipe.prompts, "prompts", recipe.prompts_languages),
             (recipe.evaluation, "evaluation", recipe.evaluation_languages),
