@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from croco import planning
+from croco.engines.config import context_of
 from croco.errors import UserError
 from croco.identity import model_identity
 from croco.recipe import Recipe
@@ -49,7 +50,7 @@ def policy(recipe: Recipe, rows: Sequence[Prompt]) -> Iterator[str]:
     yield from examine_policy(tokenizer, ends, looked_at(rows), policy.instruction)
     some = rows[:: -(-len(rows) // LENGTHS)]
     lengths = [len(prompt_ids(tokenizer, r["messages"], policy.instruction.get(r["language"]))) for r in some]
-    context, wanted = network.config.get_text_config().max_position_embeddings, sampling.max_new_tokens
+    context, wanted = context_of(network.config), sampling.max_new_tokens
     none, less = sum(n >= context for n in lengths), sum(context - wanted < n < context for n in lengths)
     yield (
         f"  context {context:,} tokens: of {len(some):,} prompts {none:,} leave no room in it (they go to the ledger), "
@@ -68,7 +69,7 @@ def reward(recipe: Recipe, rows: Sequence[Prompt]) -> Iterator[str]:
     network = weightless(reward, "reward", "classifier")
     yield f"reward model  {_what(reward, 'reward', network)}"
     yield from _memory(recipe, reward, network, "score")
-    limit = min(reward.max_tokens, network.config.get_text_config().max_position_embeddings)
+    limit = min(reward.max_tokens, context_of(network.config))
     yield from examine_reward(tokenizer, looked_at(rows), limit)
     some = rows[:: -(-len(rows) // LENGTHS)]
     lengths = [len(conversation_ids(tokenizer, row["messages"], "")) for row in some]
@@ -146,7 +147,7 @@ def judge(recipe: Recipe) -> Iterator[str]:
     yield f"judge         {_what(section, 'judge', network)}"
     yield from _memory(recipe, section, network, "judge")
     prompt_ids(tokenizer, [{"role": "user", "content": "Which is better?"}])
-    context = network.config.get_text_config().max_position_embeddings
+    context = context_of(network.config)
     yield f"  context {context:,} tokens for a prompt, two completions and a verdict of {section.max_new_tokens:,}"
     if section.max_new_tokens >= context:
         raise UserError(

@@ -13,7 +13,7 @@ from croco import pipeline
 from croco.engines.base import Decoding, Request
 from croco.engines.hf import HFSampler
 from croco.engines.loading import load_policy
-from croco.engines.vllm import open_policy
+from croco.engines.serving import open_policy
 from croco.recipe import load
 from croco.recipe_models import Policy
 from croco.recipe_runtime import Vllm

@@ -9,6 +9,8 @@ from croco.errors import UserError
 from croco.identity import local_model
 from croco.recipe_models import Model
 
+UNKNOWN_CONTEXT = 2**30  # tokens: of ALiBi, recurrent layers and the like
+
 
 def load_config(section: Model, key: str) -> Any:
     """The config of a recipe's model; raises UserError naming the key."""
@@ -35,6 +37,20 @@ def generation_config(section: Model) -> Any:
         )
     except OSError:
         return None
+
+
+def context_of(config: Any) -> int:
+    """The longest sequence in tokens that a model was made for, UNKNOWN_CONTEXT where its config does not say.
+
+    Positions of the type "dynamic" stretch what the config says by their factor.
+    """
+    text = config.get_text_config()
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+    found = [getattr(text, name, None) for name in names]
+    positions = next((one for one in found if isinstance(one, int) and one > 0), UNKNOWN_CONTEXT)
+    rope = getattr(text, "rope_parameters", None) or {}
+    stretched = rope.get("factor", 1.0) if rope.get("rope_type") == "dynamic" else 1.0
+    return int(positions * stretched)
 
 
 def read_part(ids: Sequence[int], pad: int | None) -> list[int]:

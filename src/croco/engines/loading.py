@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from croco.engines.config import context_of
 from croco.engines.memory import out_of_memory
 from croco.errors import UserError
 from croco.identity import check_adapter, local_model
@@ -131,9 +132,8 @@ def load_translator(
 
 
 def max_context(model: Any) -> int:
-    """The number of positions the model was made for."""
-    positions: int = model.config.get_text_config().max_position_embeddings
-    return positions
+    """The number of tokens that the model was made for."""
+    return context_of(model.config)
 
 
 def _load(

@@ -57,13 +57,13 @@ def check(recipe: Recipe) -> None:
         )
     _key(runtime)
     if set(runtime.urls) != {BASE, *recipe.evaluated_arms}:
-        serving.check(runtime.vllm_python, "runtime.euroeval.vllm_python")
+        serving.check(runtime.vllm_python or recipe.runtime.vllm.python, "runtime.euroeval.vllm_python")
 
 
 def named_server(runtime: EuroEvalRuntime, arm: str) -> serving.Serving:
     """The recipe's server of an arm; raises UserError when it is away or does not serve the arm."""
     url, place = runtime.urls[arm].rstrip("/"), f"runtime.euroeval.urls.{arm}"
-    context = serving.served_context(url, model_name(arm), place, runtime.key_variable)
+    context = serving.ask_context(url, model_name(arm), place, runtime.key_variable)
     return serving.Serving(url, context)
 
 
@@ -205,12 +205,12 @@ def run(work: Work, folder: Path, tasks: Sequence[Task]) -> Iterator[tuple[Task,
             process.stdin.close()
             for task, reason in _said(folder, process.stdout, list(tasks), facts):
                 if not server.alive:
-                    why = serving.last_line(folder / "server.txt")
+                    why = serving.reason(folder / "server.txt")
                     raise UserError(f"{work.title}: the server ended at '{task.dataset}': {why}")
                 yield task, reason
             if process.wait():
                 raise UserError(
-                    f"{work.title}: EuroEval ended with exit code {process.returncode}: {serving.last_line(log)} "
+                    f"{work.title}: EuroEval ended with exit code {process.returncode}: {serving.reason(log)} "
                     f"(see {log}); what is finished is kept"
                 )
 
@@ -280,13 +280,15 @@ def served(work: Work, folder: Path) -> Iterator[tuple[serving.Serving, dict[str
         else:
             merged = serving.merge(policy, dtype, weights, work.scratch() / "merged")
         identity = folder_identity(merged or weights)
+    words = serving.policy_words(policy, merged)
+    if work.runtime.vllm.max_model_len is not None:
+        words += ["--max-model-len", str(work.runtime.vllm.max_model_len)]
     with serving.serve(
-        policy,
-        merged,
+        words,
         model_name(arm),
         dtype,
         vllm=work.runtime.vllm,
-        python=runtime.vllm_python,
+        python=runtime.vllm_python or work.runtime.vllm.python,
         seconds=runtime.start_seconds,
         log=folder / "server.txt",
     ) as server:
