@@ -100,7 +100,7 @@ class _Scoring:
         self.model, self.network, self.name, self.token_budget = model, network, name, token_budget
         self.max_context = max_context(model)
         self.facts, self.proven_tokens = _facts(network), TRIAL_TOKENS
-        self._choose(unsupported(network) or prefix_forward.disagreement(network))
+        self._choose(prefix_forward.unshared_because(network))
 
     def _choose(self, reason: str | None) -> None:
         self.share, self.reason = reason is None, reason
@@ -120,7 +120,7 @@ class _Scoring:
         if any(self.proven_tokens < length <= longest for length in boundaries(self.network.config)):
             self.proven_tokens = longest
             if self.share:
-                self._choose(prefix_forward.disagreement(self.network, longest))
+                self._choose(prefix_forward.unshared_because(self.network, longest))
 
 
 class HFScorer(_Scoring):

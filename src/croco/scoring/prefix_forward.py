@@ -69,6 +69,15 @@ def forward(
     yield from _rests(network, groups, others, None, token_budget, read_at)
 
 
+def unshared_because(network: Any, reach: int = TRIAL_TOKENS) -> str | None:
+    """None when a network may score with shared prefixes, else why not."""
+    if (reason := unsupported(network)) is not None:
+        return reason
+    if network.config._attn_implementation != "sdpa":
+        return f"its attention is {network.config._attn_implementation}, not SDPA"
+    return disagreement(network, reach)
+
+
 @torch.inference_mode()
 def disagreement(network: Any, reach: int = TRIAL_TOKENS) -> str | None:
     """None when shared prefixes give on a trial what whole sequences give on this very network, else why not.
