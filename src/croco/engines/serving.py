@@ -419,11 +419,16 @@ def ask_context(
 
 
 def reason(log: Path) -> str:
-    """The line of a log that says why a program ended: its last error that is not about another, else its last line."""
+    """Why a program ended, by its log: its last error that is not about another one, else its last line."""
     text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    errors = [
-        line for line in lines if re.search(r"(Error|Exception)\b:? ", line) and "root cause" not in line
+    lines = [
+        re.sub(r"^\(\S+ pid=\d+\) |ERROR [\d-]+ [\d:]+ \[\S+\] ", "", line).strip()
+        for line in text.splitlines()
     ]
-    last = next(reversed(errors or lines), "it said nothing")
-    return re.sub(r"^(\(\S+ pid=\d+\) )?(ERROR [\d-]+ [\d:]+ \[\S+\] )?", "", last)[:500]
+    errors = [
+        at
+        for at, line in enumerate(lines)
+        if re.search(r"(Error|Exception): ", line) and "root cause" not in line
+    ]
+    found = lines[errors[-1] : errors[-1] + 3] if errors else [line for line in lines if line][-1:]
+    return " ".join(found)[:500] or "it said nothing"
