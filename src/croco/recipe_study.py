@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from croco.recipe_runtime import Positive, Section
+from croco.recipe_arms import Completions
+from croco.recipe_runtime import Positive, Section, Seed
 
 if TYPE_CHECKING:
     from croco.recipe import Recipe
@@ -50,13 +51,13 @@ class Transfer(Section):
 
     split: str = "dev"
     limit: Positive | None = None
-    completions: Annotated[int, Field(ge=2)] = 16
+    completions: Completions = 16
 
 
 class Study(Section):
     """The recipe's experiment once a seed, each in a folder of its own, and one page over all of them."""
 
-    seeds: Annotated[tuple[int, ...], Field(strict=False, min_length=1)] = (0, 1, 2)
+    seeds: Annotated[tuple[Seed, ...], Field(strict=False, min_length=1)] = (0, 1, 2)
     transfer: Transfer | None = None  # of the lab only
     equivalence: Annotated[float, Field(gt=0)] = 0.02  # differences within ± this are of no interest
     claims: dict[Name, Claim] = Field(default_factory=dict)

@@ -9,6 +9,7 @@ from pathlib import Path
 from markdown_it import MarkdownIt
 
 from croco import provenance, store
+from croco.errors import UserError
 from croco.evaluation.results import language_groups
 from croco.identity import digest
 from croco.recipe import Recipe
@@ -31,7 +32,12 @@ def write(recipe: Recipe, say: Callable[[str], None] = lambda line: None) -> Pat
         [VERSION, complete(recipe), recipe.study.model_dump(mode="json"), recipe.evaluation.bootstrap]
     )
     page, stamp = recipe.folder / "study.html", recipe.folder / "study.json"
-    if stamp.exists() and page.exists() and store.read_json(stamp)["made_of"] == made_of:
+    there = store.read_json(stamp) if stamp.exists() else None
+    ours = there.get("made_of") if isinstance(there, dict) else None
+    for path in (page, recipe.folder / "study.md", stamp):
+        if path.exists() and not ours:
+            raise UserError(f"{path} is not a page of croco's, expected another run.folder, or no such file")
+    if page.exists() and ours == made_of:
         say("study: complete, skipped")
         return page
     found = build(recipe)

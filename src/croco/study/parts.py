@@ -242,8 +242,8 @@ def pairs_part(recipe: Recipe) -> Part:
     rows, stops = [], []
     for arm in recipe.arms:
         folders = [of_seed(recipe, seed).folder for seed in recipe.study.seeds]
-        pairs = [store.read_json(folder / "pair" / arm / "stage.json")["facts"] for folder in folders]
-        tuned = [store.read_json(folder / "train" / arm / "stage.json") for folder in folders]
+        pairs = [store.read_record(folder / "pair" / arm)["facts"] for folder in folders]
+        tuned = [store.read_record(folder / "train" / arm) for folder in folders]
 
         def mean(values: Sequence[float | None]) -> str:
             found = [value for value in values if value is not None]
