@@ -203,7 +203,7 @@ def weightless(section: Model, key: str, kind: str) -> Any:
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
-    from croco.engines.config import load_config
+    from croco.engines.config import load_config, refusing
 
     kinds: dict[str, Any] = {
         "causal": AutoModelForCausalLM,
@@ -211,13 +211,8 @@ def weightless(section: Model, key: str, kind: str) -> Any:
         "translator": AutoModelForSeq2SeqLM,
     }
     config = load_config(section, key)
-    try:
-        with torch.device("meta"):
-            network = kinds[kind].from_config(config, trust_remote_code=section.trust_remote_code)
-    except ValueError as error:
-        raise UserError(
-            f"{key}.model = '{section.model}' does not load: {str(error).splitlines()[0]}"
-        ) from None
+    with refusing(f"{key}.model = '{section.model}' does not load", section.model), torch.device("meta"):
+        network = kinds[kind].from_config(config, trust_remote_code=section.trust_remote_code)
     if kind == "classifier" and config.num_labels != 1:
         raise UserError(f"{key}.model = '{section.model}' has {config.num_labels} logits, expected one")
     return network

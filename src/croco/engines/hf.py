@@ -30,6 +30,16 @@ def _facts(model: Any) -> dict[str, Any]:
     return {"engine": "transformers", "device": str(model.device), "dtype": str(model.dtype)}
 
 
+def check_ids(model: Any, ids: Sequence[int], what: str) -> None:
+    """Raise UserError for a token that the model has no embedding for: a tokenizer may have more of them."""
+    rows = model.get_input_embeddings().num_embeddings
+    if ids and max(ids) >= rows:
+        raise UserError(
+            f"{what} has the token {max(ids)}, but {model.name_or_path!r} has embeddings for {rows} tokens only, "
+            f"expected the tokenizer and template that it was trained with"
+        )
+
+
 class HFSampler:
     """Samples with a loaded causal model: shared prompts where the architecture allows it, else prompt by prompt.
 
@@ -67,6 +77,7 @@ class HFSampler:
                     f"request {request.key}: found a prompt of {len(request.prompt_ids)} tokens, "
                     f"expected 1 to {self.max_context - 1}, the context of {self.name}"
                 )
+            check_ids(self.model, request.prompt_ids, request.name or f"request {request.key}")
         left = [request for request in requests if request.seeds]
         self._prove(max((len(request.prompt_ids) for request in left), default=0) + decoding.max_new_tokens)
         while left:
@@ -117,6 +128,9 @@ class _Scoring:
         longest = max(
             (len(one.prompt_ids) + len(ids) for one in requests for ids in one.completions), default=0
         )
+        for one in requests:
+            for ids in (one.prompt_ids, *one.completions):
+                check_ids(self.network, ids, "a conversation")
         if any(self.proven_tokens < length <= longest for length in boundaries(self.network.config)):
             self.proven_tokens = longest
             if self.share:

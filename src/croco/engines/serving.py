@@ -421,14 +421,8 @@ def ask_context(
 def reason(log: Path) -> str:
     """Why a program ended, by its log: its last error that is not about another one, else its last line."""
     text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
-    lines = [
-        re.sub(r"^\(\S+ pid=\d+\) |ERROR [\d-]+ [\d:]+ \[\S+\] ", "", line).strip()
-        for line in text.splitlines()
-    ]
-    errors = [
-        at
-        for at, line in enumerate(lines)
-        if re.search(r"(Error|Exception): ", line) and "root cause" not in line
-    ]
+    prefix, error = r"^\(\S+ pid=\d+\) |ERROR [\d-]+ [\d:]+ \[\S+\] ", r"(Error|Exception): (?!.*root cause)"
+    lines = [re.sub(prefix, "", line).strip() for line in text.splitlines()]
+    errors = [at for at, line in enumerate(lines) if re.search(error, line)]
     found = lines[errors[-1] : errors[-1] + 3] if errors else [line for line in lines if line][-1:]
     return " ".join(found)[:500] or "it said nothing"

@@ -92,7 +92,11 @@ def end_ids(tokenizer: Any, generation_config: Any) -> set[int]:
     """The ids that end a completion: the generation config's end tokens and the tokenizer's. UserError without any."""
     configured = getattr(generation_config, "eos_token_id", None)
     named = [*configured] if isinstance(configured, list | tuple) else [configured]
-    found = {int(token) for token in (*named, tokenizer.eos_token_id) if token is not None}
+    if wrong := [token for token in named if token is not None and not isinstance(token, int)]:
+        raise UserError(
+            f"{_name(tokenizer)}: its generation config has the end token {wrong[0]!r}, expected an id"
+        )
+    found = {token for token in (*named, tokenizer.eos_token_id) if token is not None}
     if not found:
         raise UserError(
             f"{_name(tokenizer)}: found no end-of-sequence token, expected one in tokenizer or generation config"
