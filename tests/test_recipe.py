@@ -21,18 +21,6 @@ def test_every_recipe_loads(path: Path) -> None:
     assert from_dict(recipe.model_dump(mode="json")) == recipe
 
 
-def test_the_papers_settings() -> None:
-    for name in ("paper-eurollm-9b", "paper-tiny-aya"):
-        recipe = load(Path(__file__).parent.parent / "recipes" / f"{name}.toml")
-        assert recipe.sampling.completions == 64
-        assert recipe.sampling.max_new_tokens == 4096
-        assert recipe.prompts.limit == 20000
-        assert len(recipe.run.evaluated) == 14
-        dpo, sft = recipe.arms["monolingual"].training, recipe.arms["max-r-multilingual"].training
-        assert (dpo.learning_rate, dpo.beta, dpo.batch_pairs, dpo.epochs) == (5e-6, 0.1, 64, 1)
-        assert (sft.method, sft.learning_rate, sft.lora) == ("sft", 2e-4, dpo.lora)
-
-
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
