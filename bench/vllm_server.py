@@ -58,10 +58,10 @@ def in_process(folder: Path, prompts: list[list[int]], completions: int) -> Any:
 
 def as_server(folder: Path, prompts: list[list[int]], completions: int) -> Any:
     """The same through the engine "vllm"."""
-    from croco.engines.base import Decoding, Request
-    from croco.engines.serving import open_policy
-    from croco.recipe_models import Policy
-    from croco.recipe_runtime import Vllm
+    from croco.config.models import Policy
+    from croco.config.runtime import Vllm
+    from croco.models.protocols import Decoding, Request
+    from croco.models.vllm_server import open_policy
 
     sampler, _ = open_policy(Policy(model=str(folder), dtype="float32"), Vllm(enforce_eager=True), 1)
     asked = [Request(key, ids, list(range(completions))) for key, ids in enumerate(prompts)]
