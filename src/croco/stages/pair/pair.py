@@ -60,7 +60,7 @@ def pair(work: Work) -> None:
     scored, shards = read_scored(
         samples,
         work.inputs["score"],
-        _languages(work),
+        work.settings.get("languages"),
         how,
         work.inputs.get("score-references"),
         first=work.settings.get("completions"),
@@ -92,11 +92,6 @@ def pair(work: Work) -> None:
         **statistics.facts(work.folder, how, _per_language(scored, np.arange(scored.num_completions)))
     )
     statistics.warn(work.title, how, work.record_file["facts"])
-
-
-def _languages(work: Work) -> list[str]:
-    """The languages that the arm is tuned on."""
-    return list(work.settings.get("languages") or _prompt_languages(work))
 
 
 def _prompt_languages(work: Work) -> list[str]:
@@ -159,7 +154,8 @@ def _per_language(scored: Scored, rows: NDArray[np.int64]) -> dict[str, int]:
 
 def gold_data(work: Work) -> None:
     """Data for SFT on the gold completions of the prompts: no completion of the policy and no score takes part."""
-    prompts, languages = work.inputs["prompts"], _languages(work)
+    prompts = work.inputs["prompts"]
+    languages = work.settings.get("languages") or _prompt_languages(work)
     has = (pl.col("reference").str.strip_chars() != "").fill_null(False).alias("has")
     rows = locate(prompts, PROMPT, ("reference",), lambda found: found.select(*PROMPT, has))
     rows = rows.filter(pl.col("language").is_in(languages)).sort(PROMPT)
