@@ -15,7 +15,7 @@ import polars as pl
 from croco.config.recipe import Recipe, load
 from croco.errors import UserError
 from croco.pipeline.arms import scores_of as scores_read_by
-from croco.pipeline.run import STAGES
+from croco.pipeline.graph import STAGES
 from croco.stages.evaluate.results import BASE
 from croco.storage import shards
 
