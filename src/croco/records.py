@@ -14,6 +14,7 @@ import pyarrow as pa
 
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 ROLES = ("system", "user", "assistant", "tool")
+REFERENCE = -1  # the sample_id of a gold completion
 
 
 def _schema(*columns: tuple[str, pa.DataType] | tuple[str, pa.DataType, bool]) -> pa.Schema:

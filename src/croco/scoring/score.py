@@ -27,9 +27,8 @@ from croco.engines import open_scorer
 from croco.engines.base import Scorer, ScoreRequest
 from croco.errors import UserError
 from croco.executor import Advance, Finished, compute
-from croco.pairing.keys import REFERENCE
 from croco.recipe import Recipe
-from croco.records import SCORES, ledger
+from croco.records import REFERENCE, SCORES, ledger
 from croco.sampling.chat import conversations_ids
 from croco.sampling.seeds import digest
 from croco.scoring.by_policy import (
