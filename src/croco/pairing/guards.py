@@ -114,7 +114,7 @@ def normalised(texts: pl.Series) -> pl.Series:
     )
 
 
-_WINDOW, _LETTERS = 24, 8  # bytes looked at on either end, and how many of their letters make the outline
+_WINDOWS, _LETTERS = (24, 400), 8  # bytes looked at on either end, and how many of their letters make the outline
 # each byte's letter, 0 for those left out: white space, all bytes of non-ASCII characters, and k and i, which are the
 # lower case of non-ASCII characters too (K, İ). What is left is equal wherever the normalised texts are equal.
 _FOLDED = bytes(ord(chr(b).lower()) if 33 <= b < 127 and chr(b) not in "kKiI" else 0 for b in range(256))
@@ -126,10 +126,15 @@ def outlines(texts: pl.Series) -> NDArray[np.uint64]:
 
     Cheap on purpose: only texts of one prompt with the same outline, and those without, need be compared.
     """
-    ends = texts.cast(pl.Binary).bin
-    first, last = _letters(ends.head(_WINDOW), 0), _letters(ends.tail(_WINDOW), -_LETTERS)
-    mixed = first * np.uint64(0x9E3779B97F4A7C15) ^ last * np.uint64(0xC2B2AE3D27D4EB4F)
-    return np.where((first != 0) & (last != 0), mixed, np.uint64(0))
+    ends = texts.cast(pl.Binary)
+    outline = np.zeros(len(texts), np.uint64)
+    for window in _WINDOWS:  # most texts have enough letters in the first one
+        bare = np.flatnonzero(outline == 0)
+        some = (ends if len(bare) == len(ends) else ends.gather(bare)).bin
+        first, last = _letters(some.head(window), 0), _letters(some.tail(window), -_LETTERS)
+        mixed = first * np.uint64(0x9E3779B97F4A7C15) ^ last * np.uint64(0xC2B2AE3D27D4EB4F)
+        outline[bare] = np.where((first != 0) & (last != 0), mixed, np.uint64(0))
+    return outline
 
 
 def _letters(windows: pl.Series, at: int) -> NDArray[np.uint64]:
