@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from croco import store
@@ -36,7 +35,7 @@ def locate(
     """
     parts = []
     for shard in store.shards(folder):
-        rows = read(shard.path, [*key, *columns])
+        rows = store.read_parquet(shard.path, [*key, *columns])
         parts.append((reduce(rows) if reduce else rows).with_columns(shard=pl.lit(shard.index, pl.Int32)))
     if not parts:
         raise UserError(f"{folder} holds no finished shard")
@@ -52,32 +51,13 @@ def gather(folder: Path, wanted: pl.DataFrame, key: Sequence[str], columns: Sequ
     parts = []
     for (index,), rows in order.group_by("shard", maintain_order=True):
         path = store.shard_path(folder, int(str(index)))
-        found = rows.join(read(path, [*key, *columns]), on=list(key), how="inner")
+        found = rows.join(store.read_parquet(path, [*key, *columns]), on=list(key), how="inner")
         if found.height != rows.height:
             raise UserError(f"{path} holds {found.height} of the {rows.height} rows that are wanted from it")
         parts.append(found.select("place", *columns))
     if not parts:
-        schema = pq.read_schema(store.shards(folder)[0].path)
-        empty = pa.schema([schema.field(name) for name in columns]).empty_table()
-        return pl.DataFrame(pl.from_arrow(empty))
+        return store.read_parquet(store.shards(folder)[0].path, columns).clear()
     return pl.concat(parts).sort("place").drop("place")
-
-
-def read(path: Path, columns: Sequence[str]) -> pl.DataFrame:
-    """Some columns of a Parquet file; raises UserError when it is missing, broken, or has no such column."""
-    return pl.DataFrame(pl.from_arrow(read_arrow(path, columns)))
-
-
-def read_arrow(path: Path, columns: Sequence[str]) -> pa.Table:
-    """As `read`, in Arrow."""
-    try:
-        file = pq.ParquetFile(path)
-        missing = [name for name in columns if name not in file.schema_arrow.names]
-        if missing:
-            raise UserError(f"{path} has no column '{missing[0]}', expected {', '.join(columns)}")
-        return file.read(columns=list(columns), use_threads=False)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise UserError(f"{path} cannot be read as Parquet: {error}") from None
 
 
 class ShardRows:
@@ -134,7 +114,7 @@ class ShardRows:
 
     def _read(self, index: int) -> pa.Table:
         shard = self._shards[index]
-        table = read_arrow(shard.path, self._columns)
+        table = store.read_arrow(shard.path, self._columns)
         if table.num_rows != shard.rows:
             raise UserError(f"{shard.path} holds {table.num_rows} rows, expected {shard.rows}: it changed")
         made = self._prepare(pl.DataFrame(pl.from_arrow(table))).to_arrow() if self._prepare else None

@@ -1,4 +1,4 @@
-"""Guards: which completions may not become candidates, which pairs may not stand, and what a pair should be marked with.
+"""Guards: which completions may not become candidates, which pairs may not stand, and what is marked.
 
 Each guard drops, flags or is off. What is dropped enters no pool's mean or std and is in the ledger with its reason.
 What is flagged stays: a pair that holds such a completion says so in its `flags`, and the ledger counts it. A score
@@ -114,7 +114,10 @@ def normalised(texts: pl.Series) -> pl.Series:
     )
 
 
-_WINDOWS, _LETTERS = (24, 400), 8  # bytes looked at on either end, and how many of their letters make the outline
+_WINDOWS, _LETTERS = (
+    (24, 400),
+    8,
+)  # bytes looked at on either end, and how many of their letters make the outline
 # each byte's letter, 0 for those left out: white space, all bytes of non-ASCII characters, and k and i, which are the
 # lower case of non-ASCII characters too (K, İ). What is left is equal wherever the normalised texts are equal.
 _FOLDED = bytes(ord(chr(b).lower()) if 33 <= b < 127 and chr(b) not in "kKiI" else 0 for b in range(256))

@@ -127,8 +127,8 @@ def _decide(
 
 
 def _blocks(rows: pl.DataFrame, texts: ShardRows) -> list[tuple[int, int]]:
-    """Where blocks of about BLOCK_ROWS rows begin and end, whole pools in each; all rows are one block where the rows of
-    a block lie in many shards. Sets how many shards `texts` holds: those of a block and of the next one.
+    """Where blocks of about BLOCK_ROWS rows begin and end, whole pools in each; all rows are one block where a
+    block lies in many shards. Sets how many shards `texts` holds: those of a block and of the next one.
     """
     pool = rows["pool"].to_numpy()
     begins = np.flatnonzero(np.diff(pool, prepend=np.uint32(2**32 - 1)))
@@ -147,7 +147,7 @@ def _blocks(rows: pl.DataFrame, texts: ShardRows) -> list[tuple[int, int]]:
 def _texts_of(
     block: pl.DataFrame, texts: ShardRows, prompts: Path, where: pl.DataFrame
 ) -> Callable[[Rows, Sequence[str]], pl.DataFrame]:
-    """The texts of some rows of a block; a gold completion is its prompt's reference, has no ids and ended by itself."""
+    """The texts of some rows of a block; a gold completion is its prompt's reference, without ids, that ended by itself."""
 
     def of(at: Rows, columns: Sequence[str]) -> pl.DataFrame:
         places = block["place"].gather(at)

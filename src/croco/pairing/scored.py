@@ -16,7 +16,6 @@ import polars as pl
 from croco import store
 from croco.errors import UserError
 from croco.pairing.calibrate import calibrate
-from croco.pairing.gather import read
 from croco.pairing.rules import check_groups
 from croco.records import REFERENCE
 
@@ -60,7 +59,7 @@ def _read(folder: Path, names: pl.Categorical, columns: Sequence[str]) -> pl.Dat
     """Keys and some columns of all finished shards; raises UserError naming a bad file."""
     parts = []
     for shard in store.shards(folder):
-        part = read(shard.path, [*KEY, *columns])
+        part = store.read_parquet(shard.path, [*KEY, *columns])
         try:
             check_keys(part)
         except UserError as error:

@@ -28,8 +28,8 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Pools:
-    """P pools over R rows that come sorted by pool: `number` (R,) of the pool (any rising numbers), finite `score` (R,),
-    and `order` (R,), who comes first of equally near rows. Statistics are float64 (P,).
+    """P pools over R rows that come sorted by pool: `number` of the pool (any rising numbers), finite `score`, and
+    `order`, who comes first of equally near rows, each (R,). Statistics are float64 (P,).
     """
 
     number: Ints
