@@ -1,0 +1,159 @@
+"""`croco.pairs`: the contrast on a table in memory, for anyone who has scores and wants pairs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from functools import partial
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from croco.config.rules import PROMPTS, check_groups
+from croco.errors import UserError
+from croco.stages.pair.contrast import Contrast, contrast
+from croco.stages.pair.guards import Guards, Rows, traits
+from croco.stages.pair.load_scores import KEY, Groups, by_pool, check_keys, enumerated
+
+PART_ROWS = 2**20  # completions whose pools are decided at once
+_FIRST = ("prompt_id", "language", "pair_id")
+_OPTIONAL = {"finish_reason": pl.String, "prompt_tokens": pl.Int32, "completion_tokens": pl.Int32}
+_TYPES = {
+    "prompt_id": pl.String, "language": pl.String, "sample_id": pl.Int32, "score": pl.Float32, "completion": pl.String,
+    **_OPTIONAL,
+}  # fmt: skip
+
+
+def pairs(
+    scores: Any,
+    chosen: str = "max",
+    rejected: str = "mean-2std",
+    pool: str | Groups = "language",
+    *,
+    prompt: str = "chosen",
+    calibration: str = "none",
+    pairs_per_pool: int = 1,
+    guards: Mapping[str, Any] | None = None,
+    languages: Sequence[str] | None = None,
+    seed: int = 0,
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Preference pairs from scored completions, and the ledger of every completion and pool that gave none.
+
+    `scores` is a table of Polars (lazy too), pandas, Arrow or `datasets`. It has a row per completion with prompt_id,
+    language and score; without sample_id the completions of a prompt are numbered in their order. With a column
+    `completion` the guards judge the texts and the pairs hold them; finish_reason, prompt_tokens and
+    completion_tokens are judged where they are given. `guards` are values of a recipe's `[guards]`, the other
+    arguments those of an arm. The pairs have the columns of the pairs table but arm, messages and token ids; the
+    ledger those of every ledger. Selection is CroCo's (arXiv 2605.26293) by default. Raises UserError for a missing
+    column, a column of another type, a null in a key, a key that is there twice, and a rule that is unknown.
+    """
+    table = table_of(scores)
+    _check(table, pool, prompt, pairs_per_pool, guards or {}, languages)
+    rule = Contrast(
+        pool, chosen, rejected, prompt, calibration, pairs_per_pool, Guards(**(guards or {})), seed
+    )
+    check_keys(table)
+    [keyed] = enumerated([table.select(*KEY, "score", *({"completion_tokens"} & set(table.columns)))])
+    rows = by_pool(keyed, list(languages or table["language"].unique()), pool, calibration)
+    known = sorted({*table["language"].unique(), "en"})
+    made, dropped = [], []
+    for part in _parts(rows):
+        texts = None
+        if "completion" in table.columns:
+            own = table.select(
+                pl.col("completion", "language", *_OPTIONAL.keys() & set(table.columns)).gather(part["place"])
+            )
+            own = own.with_columns(
+                pl.lit(None, kind).alias(name) for name, kind in _OPTIONAL.items() if name not in own.columns
+            )
+            part = part.hstack(traits(own, rule.guards, known))
+            texts = partial(_of, own)
+        found = contrast(part, rule, known, texts)
+        made.append(found.pairs)
+        dropped.append(found.dropped)
+    first = [name for name in _FIRST if name in made[0].columns]
+    return pl.concat(made).select(*first, pl.exclude(first)), pl.concat(dropped)
+
+
+def _parts(rows: pl.DataFrame) -> list[pl.DataFrame]:
+    """The rows in parts of about PART_ROWS, whole pools in each; at least one part."""
+    pool = rows["pool"].to_numpy()
+    edges = np.searchsorted(pool, pool[::PART_ROWS]) if len(pool) else np.array([0])
+    return [
+        rows[int(first) : int(last)] for first, last in itertools.pairwise([*np.unique(edges), len(pool)])
+    ]
+
+
+def _of(texts: pl.DataFrame, at: Rows, columns: Sequence[str]) -> pl.DataFrame:
+    return texts.select(pl.col([name for name in columns if name in texts.columns]).gather(at))
+
+
+def table_of(scores: Any) -> pl.DataFrame:
+    """The columns that pairs are made of, as a Polars table with our types; raises UserError for what is not there."""
+    if isinstance(scores, pl.LazyFrame):
+        scores = scores.collect()
+    elif hasattr(scores, "to_polars"):  # datasets.Dataset
+        scores = scores.to_polars()
+    try:
+        table = pl.DataFrame(scores)
+    except (TypeError, ValueError, pl.exceptions.PolarsError) as error:
+        raise UserError(
+            f"the scores are a {type(scores).__name__}, expected a table (Polars, pandas, Arrow, datasets): {error}"
+        ) from None
+    if "sample_id" not in table.columns and {"prompt_id", "language"} <= set(table.columns):
+        table = table.with_columns(sample_id=pl.int_range(pl.len()).over("prompt_id", "language"))
+    for column in (*KEY, "score"):
+        if column not in table.columns:
+            raise UserError(
+                f"the scores have no column '{column}': found {', '.join(table.columns) or 'none'}"
+            )
+    for column in _TYPES.keys() & set(table.columns):
+        table = table.with_columns(_cast(table[column], _TYPES[column]))
+    for column in {"score", "completion"} & set(table.columns):
+        if table[column].null_count():
+            row = (table[column].is_null().arg_max() or 0) + 1
+            raise UserError(
+                f"row {row} has no {column}, expected {'a number' if column == 'score' else 'text'}"
+            )
+    return table
+
+
+def _cast(values: pl.Series, wanted: pl.DataType | type[pl.DataType]) -> pl.Series:
+    """A column in our type; raises UserError where that would change what it says."""
+    kind, name = values.dtype, values.name
+    text = wanted == pl.String
+    fits = kind in (pl.String, pl.Categorical, pl.Enum) or (name == "prompt_id" and kind.is_integer())
+    if not (fits if text else kind.is_numeric()) and kind != pl.Null:
+        raise UserError(f"the scores' column '{name}' holds {kind}, expected {'text' if text else 'numbers'}")
+    try:
+        return values.cast(wanted)
+    except pl.exceptions.PolarsError as error:
+        raise UserError(f"the scores' column '{name}' holds {kind}, expected {wanted}: {error}") from None
+
+
+def _check(
+    table: pl.DataFrame,
+    pool: str | Groups,
+    prompt: str,
+    pairs_per_pool: int,
+    guards: Mapping[str, Any],
+    languages: Sequence[str] | None,
+) -> None:
+    """Raise UserError for an argument that would quietly do something else."""
+    if prompt not in PROMPTS:
+        raise UserError(f"prompt = '{prompt}', expected one of {', '.join(PROMPTS)}")
+    if pairs_per_pool < 1:
+        raise UserError(f"pairs_per_pool = {pairs_per_pool}, expected at least 1")
+    known = {field.name for field in fields(Guards)}
+    for name, value in guards.items():
+        if name not in known:
+            raise UserError(f"the guard '{name}' is unknown, expected one of {', '.join(sorted(known))}")
+        if isinstance(value, str) and value not in ("drop", "flag", "off"):
+            raise UserError(f"the guard {name} = '{value}', expected 'drop', 'flag' or 'off'")
+    there = table["language"].unique()
+    check_groups(pool, there.drop_nulls().to_list())
+    for code in [languages] if isinstance(languages, str) else languages or ():
+        if isinstance(languages, str) or code not in there:
+            raise UserError(f"languages names '{code}', expected a list of those in the scores")

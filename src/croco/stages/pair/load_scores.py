@@ -1,0 +1,197 @@
+"""Completions and their scores as one table of numbers: read, joined by key, calibrated, sorted by pool.
+
+Only key and score columns are read, so fourteen million rows take some hundred megabytes. Names are kept as an Enum in
+sorted order, so a sort by number is a sort by name. Every completion must have a score or a row in the scorer's ledger,
+every score a completion, and every key be there once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from croco.config.rules import check_groups
+from croco.errors import UserError
+from croco.stages.pair.calibrate import calibrate
+from croco.storage import shards
+from croco.storage.schemas import REFERENCE
+
+KEY = ("prompt_id", "language", "sample_id")
+Groups = Mapping[str, Sequence[str]]
+
+
+def read_scored(
+    samples: Path,
+    scores: Path,
+    languages: Sequence[str],
+    pool: str | Groups,
+    calibration: str = "none",
+    references: Path | None = None,
+    first: int | None = None,
+    prompts: pl.Series | None = None,
+) -> pl.DataFrame:
+    """The scored completions in these languages as `by_pool` gives them; with `references`, a folder of gold
+    completions' scores, those too. `first` completions of each prompt take part, and `prompts`; None is all.
+
+    Raises UserError for a completion without a score that the scorer's ledger does not explain, a score without its
+    completion, and a key that occurs twice.
+    """
+    names = pl.Categorical(pl.Categories.random())  # until all names are known
+    completions = _read(samples, names, ["completion_tokens"] if calibration == "length" else [])
+    tables = [completions, _read(scores, names, ["score"])]
+    left_out = shards.read_dropped(scores).filter(unit="completion").select(KEY)
+    tables.append(left_out.with_columns(pl.col("prompt_id", "language").cast(names)))
+    if references is not None:
+        tables.append(_read(references, names, ["score"]))
+    completions, scored, left_out, *gold = enumerated(tables)
+    asked = pl.lit(True) if first is None else pl.col("sample_id") < first
+    table = _joined(completions, scored, left_out, asked, str(samples), str(scores))
+    table = table.filter(asked)
+    if prompts is not None:
+        table = table.filter(pl.col("prompt_id").cast(pl.String).is_in(prompts.implode()))
+    return by_pool(table, languages, pool, calibration, gold[0] if gold else None, str(samples))
+
+
+def _read(folder: Path, names: pl.Categorical, columns: Sequence[str]) -> pl.DataFrame:
+    """Keys and some columns of all finished shards; raises UserError naming a bad file."""
+    parts = []
+    for shard in shards.shards(folder):
+        part = shards.read_parquet(shard.path, [*KEY, *columns])
+        try:
+            check_keys(part)
+        except UserError as error:
+            raise UserError(f"{shard.path}: {error}") from None
+        parts.append(part.with_columns(pl.col("prompt_id", "language").cast(names)))
+    if not parts:
+        raise UserError(f"{folder} holds no finished shard")
+    return pl.concat(parts)
+
+
+def check_keys(table: pl.DataFrame) -> None:
+    """Raise UserError for a null in a key and a sample_id below that of a gold completion."""
+    for column in KEY:
+        if table[column].null_count():
+            row = (table[column].is_null().arg_max() or 0) + 1
+            raise UserError(f"row {row} has no {column}, expected one")
+    lowest = table["sample_id"].min()
+    if lowest is not None and int(lowest) < REFERENCE:  # type: ignore[call-overload]
+        raise UserError(f"found sample_id {lowest}, expected the number of a sample, from 0 on")
+
+
+def enumerated(tables: Sequence[pl.DataFrame]) -> list[pl.DataFrame]:
+    """The tables with prompt_id and language as Enums of all names in sorted order."""
+    kinds = {
+        column: pl.Enum(
+            sorted(pl.concat([table[column].unique() for table in tables]).unique().cast(pl.String))
+        )
+        for column in ("prompt_id", "language")
+    }
+    return [
+        table.with_columns(pl.col(column).cast(kind) for column, kind in kinds.items()) for table in tables
+    ]
+
+
+def by_pool(
+    table: pl.DataFrame,
+    languages: Sequence[str],
+    pool: str | Groups,
+    calibration: str = "none",
+    gold: pl.DataFrame | None = None,
+    name: str = "scores",
+) -> pl.DataFrame:
+    """Completions sorted by pool, then language and sample; those in other languages take no part.
+
+    `table` has KEY, score and, for the calibration "length", completion_tokens; `gold` KEY and score. Columns: `pool`
+    (numbered from 0), `group` (the languages of the pool, by name), KEY, `score`, `calibrated`, `place` (the row of
+    `table`; null for a gold completion, whose sample_id is REFERENCE). A gold completion whose pool has no other takes
+    no part. Raises UserError for a key that occurs twice.
+    """
+    if "place" not in table.columns:
+        table = table.with_row_index("place")
+    group = _groups(pool, table["language"].dtype.categories.to_list())  # type: ignore[attr-defined]
+    rows = _sorted(table, group, name).filter(pl.col("language").cast(pl.String).is_in(list(languages)))
+    rows = rows.with_columns(pool=pl.struct("prompt_id", "group").rle_id())
+    if gold is not None:
+        mine = _sorted(gold.with_columns(place=pl.lit(None, pl.UInt32)), group, "gold completions")
+        mine = mine.filter(pl.col("language").cast(pl.String).is_in(list(languages)))
+        pools = rows.select("prompt_id", "group", "pool").unique()
+        mine = mine.join(pools, on=("prompt_id", "group"), how="inner")
+        rows = pl.concat([rows, mine.select(rows.columns)]).sort("pool", "language", "sample_id")
+    return rows.with_columns(calibrated=pl.Series(calibrate(calibration, rows))).select(
+        "pool", "group", *KEY, "score", "calibrated", "place"
+    )
+
+
+def _groups(pool: str | Groups, languages: Sequence[str]) -> pl.Expr:
+    """The group of a row's language: an Enum in the order of the groups' first languages."""
+    owner = check_groups(pool, languages)
+    named = {code: "all" if pool == "all" else owner.get(code, code) for code in languages}
+    kind = pl.Enum(list(dict.fromkeys(named.values())))
+    return pl.col("language").replace_strict(named, return_dtype=kind)
+
+
+def _sorted(table: pl.DataFrame, group: pl.Expr, name: str) -> pl.DataFrame:
+    """By prompt, group, language and sample; raises UserError for a key that is there twice."""
+    rows = table.with_columns(group=group)
+    order = ("prompt_id", "group", "language", "sample_id")
+    at = sum(  # one number per key, in the order of the keys
+        (pl.col(column).to_physical().cast(pl.Int64) * span for column, span in _spans(rows, order)),
+        pl.lit(0),
+    )
+    packed = rows.select(at).to_series().to_numpy()
+    if (packed[1:] <= packed[:-1]).any():
+        by_key = np.argsort(packed, kind="stable")
+        rows, packed = rows[by_key], packed[by_key]
+        twice = np.flatnonzero(packed[1:] == packed[:-1])
+        if len(twice):
+            raise UserError(
+                f"{name}: {described(rows, int(twice[0]))} occurs more than once, expected every key once"
+            )
+    return rows
+
+
+def _spans(rows: pl.DataFrame, order: Sequence[str]) -> list[tuple[str, int]]:
+    """What each column of a key is multiplied with, so that the sum has the order of the key."""
+    spans, span = [], 1
+    for column in reversed(order):
+        spans.append((column, span))
+        dtype = rows.schema[column]
+        span *= len(dtype.categories) if isinstance(dtype, pl.Enum) else int(rows[column].max() or 0) + 2  # type: ignore[arg-type]
+    if span >= 2**63:
+        raise UserError(f"sample_id {rows['sample_id'].max()} is too large, expected the number of a sample")
+    return spans
+
+
+def described(rows: pl.DataFrame, row: int) -> str:
+    """A key as error messages write it."""
+    prompt, language, sample = rows.select(KEY).row(row)
+    return f"prompt_id {prompt!r}, language {language!r}, sample_id {sample}"
+
+
+def _joined(
+    completions: pl.DataFrame,
+    scored: pl.DataFrame,
+    left_out: pl.DataFrame,
+    asked: pl.Expr,
+    samples: str,
+    scores: str,
+) -> pl.DataFrame:
+    """The completions that have a score, with it and their `place`; those that are `asked` for must be explained."""
+    completions = completions.with_row_index("place")
+    if completions.select(KEY).equals(scored.select(KEY)):
+        return completions.with_columns(scored["score"])  # a shard of scores mirrors one of completions
+    if scored.select(pl.struct(KEY).is_duplicated().any()).item():
+        row = scored.select(pl.struct(KEY).is_duplicated().arg_max()).item()
+        raise UserError(f"{scores}: {described(scored, row)} occurs more than once, expected every key once")
+    unexplained = completions.filter(asked).join(
+        pl.concat([scored.select(KEY), left_out.select(KEY)]), on=KEY, how="anti", maintain_order="left"
+    )
+    if unexplained.height:
+        raise UserError(f"{scores} holds no score for {described(unexplained, 0)}, expected one")
+    stray = scored.join(completions, on=KEY, how="anti", maintain_order="left")
+    if stray.height:
+        raise UserError(f"{scores} scores {described(stray, 0)}, which {samples} does not hold")
+    return completions.join(scored, on=KEY, how="inner", maintain_order="left")
