@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from croco.config.models import Causal, Model
+from croco.config.rules import check_groups
 from croco.config.runtime import Positive, Section
 from croco.config.sweep import MAX_ROUNDS
+from croco.errors import UserError
 
 if TYPE_CHECKING:
     from croco.config.arm import Arm
@@ -96,6 +98,10 @@ def check_arms(recipe: Recipe) -> None:
             if code not in recipe.run.languages:
                 known = ", ".join(recipe.run.languages)
                 raise ValueError(f"arms.{name}.languages: '{code}' is not tuned, expected of {known}")
+        try:
+            check_groups(arm.pool, recipe.run.languages)
+        except UserError as error:
+            raise ValueError(f"arms.{name}.pool: {error}") from None
         shared = not arm.start and not arm.sampler
         if shared and arm.completions and arm.completions > recipe.sampling.completions:
             raise ValueError(

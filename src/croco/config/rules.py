@@ -21,11 +21,14 @@ PROMPTS = ("chosen", "rejected", "random", "each")
 class PoolScores(Protocol):
     """What a rule may ask of P pools, each as float64 (P,)."""
 
-    max: Any
-    min: Any
-    mean: Any
-    std: Any  # of the population
-
+    @property
+    def max(self) -> Any: ...
+    @property
+    def min(self) -> Any: ...
+    @property
+    def mean(self) -> Any: ...
+    @property
+    def std(self) -> Any: ...  # of the population
     def quantile(self, share: float) -> Any: ...
 
 

@@ -63,8 +63,8 @@ def gather(folder: Path, wanted: pl.DataFrame, key: Sequence[str], columns: Sequ
 class ShardRows:
     """Rows of a table by their place: their number in all of its finished shards, one after the other.
 
-    A shard is read whole (its `columns`, and those that `prepare` makes of them) and stays in memory until `held` others
-    were asked for. Reading ahead runs in threads: decompression leaves the interpreter alone.
+    A shard is read whole (its `columns`, and those that `prepare` makes of them) and stays in memory until `held`
+    others were asked for. Reading ahead runs in threads: decompression leaves the interpreter alone.
     """
 
     def __init__(
@@ -117,7 +117,8 @@ class ShardRows:
         table = shards.read_arrow(shard.path, self._columns)
         if table.num_rows != shard.rows:
             raise UserError(f"{shard.path} holds {table.num_rows} rows, expected {shard.rows}: it changed")
-        made = self._prepare(pl.DataFrame(pl.from_arrow(table))).to_arrow() if self._prepare else None
-        for name in made.column_names if made else ():
-            table = table.append_column(name, made[name])
+        if self._prepare is not None:
+            made = self._prepare(pl.DataFrame(pl.from_arrow(table))).to_arrow()
+            for name in made.column_names:
+                table = table.append_column(name, made[name])
         return table

@@ -302,7 +302,7 @@ def test_a_prompt_that_is_not_there_and_a_broken_shard_are_named(tmp_path):
         run(tmp_path, "mono", {**inputs, "prompts": tmp_path / "other"})
     shard = inputs["sample"] / "part-00001.parquet"
     shard.write_bytes(shard.read_bytes()[:100])
-    with pytest.raises(UserError, match=r"part-00001.parquet cannot be read"):
+    with pytest.raises(UserError, match=r"part-00001.parquet is damaged"):
         run(tmp_path / "again", "mono", inputs)
 
 

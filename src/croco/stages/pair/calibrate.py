@@ -37,13 +37,12 @@ def calibrate(kind: str, rows: pl.DataFrame) -> Scores:
     if kind not in CALIBRATIONS:
         known = ", ".join(f'"{name}"' for name in CALIBRATIONS)
         raise UserError(f'the calibration "{kind}" is unknown, expected one of {known}')
-    score = rows["score"].to_numpy()
+    score: Scores = rows["score"].to_numpy()
     if kind == "length":
         if "completion_tokens" not in rows.columns or rows["completion_tokens"].null_count():
             raise UserError('the calibration "length" needs completion_tokens, which these scores lack')
-        return without_length(
-            score, rows["completion_tokens"].cast(pl.Float32).to_numpy(), rows["pool"].to_numpy()
-        )
+        lengths: Scores = rows["completion_tokens"].cast(pl.Float32).to_numpy()
+        return without_length(score, lengths, rows["pool"].to_numpy())
     if kind == "none" or rows.is_empty():
         return score
     counted = np.isfinite(score) & (rows["sample_id"] != REFERENCE).to_numpy()
@@ -56,10 +55,10 @@ def calibrate(kind: str, rows: pl.DataFrame) -> Scores:
     num = np.bincount(group, counted)
     mean = np.bincount(group, np.where(counted, score, 0.0)) / np.maximum(num, 1)
     centred = score - mean[group]
-    if kind == "centred":
-        return centred.astype(np.float32)
-    std = np.sqrt(np.bincount(group, np.where(counted, centred, 0.0) ** 2) / np.maximum(num, 1))
-    return (centred / np.where(std > 0, std, 1.0)[group]).astype(np.float32)
+    if kind == "zscore":
+        std = np.sqrt(np.bincount(group, np.where(counted, centred, 0.0) ** 2) / np.maximum(num, 1))
+        centred = centred / np.where(std > 0, std, 1.0)[group]
+    return np.asarray(centred, np.float32)
 
 
 def _quantiles(score: Scores, language: NDArray[np.integer], counted: NDArray[np.bool_]) -> Scores:

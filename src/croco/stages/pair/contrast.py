@@ -141,9 +141,7 @@ def _selected(
 
 def _numbers(rows: pl.DataFrame, at: pl.Series, side: str) -> pl.DataFrame:
     """Key, score and calibrated score of one side; null where there is none."""
-    names = ("prompt_id", "language", "sample_id", "score", "calibrated")
-    if side == "rejected":
-        names = names[1:]
+    names = ["prompt_id"] * (side == "chosen") + ["language", "sample_id", "score", "calibrated"]
     picked = rows.select(pl.col(names).gather(at)).with_columns(pl.col(pl.Enum).cast(pl.String))
     return picked.rename({name: name if name == "prompt_id" else f"{side}_{name}" for name in names})
 
@@ -222,8 +220,8 @@ def _left(
 
 
 def _prompted(pairs: pl.DataFrame, rows: pl.DataFrame, rule: Contrast) -> pl.DataFrame:
-    """The pairs with the language of their prompt: that of the chosen, of the rejected, of either by a seeded digest, or
-    one row for each language of the pool.
+    """The pairs with the language of their prompt: that of the chosen, of the rejected, of either by a seeded digest,
+    or one row for each language of the pool.
     """
     pairs = pairs.with_columns(calibration=pl.lit(rule.calibration))
     if rule.prompt in SIDES:

@@ -25,6 +25,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from croco import languages
+from croco.storage.schemas import FINISH_REASONS
 
 SMALL_GAP = "score gap is too small"
 SAME_TEXT = "chosen and rejected are the same text in two languages"
@@ -40,6 +41,7 @@ REASONS = {
     "near_duplicate": "near duplicate of an earlier completion",
 }
 REASON = pl.Enum(list(REASONS.values()))
+CUT_REASONS = [name for name, meaning in FINISH_REASONS.items() if meaning == "length"]
 IDENTIFIED_CHARACTERS, CONFIDENCE = 1000, 0.9
 
 Rows = NDArray[np.int64]
@@ -88,7 +90,7 @@ def traits(texts: pl.DataFrame, guards: Guards, known: Sequence[str]) -> pl.Data
     empty[bare.to_numpy()] = (normalised(texts["completion"].gather(bare)) == "").to_numpy()
     return texts.select(
         empty=pl.Series(empty),
-        cut=(pl.col("finish_reason") == "length").fill_null(False),
+        cut=pl.col("finish_reason").str.to_lowercase().is_in(CUT_REASONS).fill_null(False),
         too_long=(tokens > guards.max_tokens).fill_null(False) if guards.max_tokens else pl.lit(False),
         wrong_language=wrong,
         outline=outline,

@@ -76,8 +76,8 @@ def check_keys(table: pl.DataFrame) -> None:
         if table[column].null_count():
             row = (table[column].is_null().arg_max() or 0) + 1
             raise UserError(f"row {row} has no {column}, expected one")
-    lowest = table["sample_id"].min()
-    if lowest is not None and int(lowest) < REFERENCE:  # type: ignore[call-overload]
+    lowest = int(table["sample_id"].to_numpy().min(initial=0))
+    if lowest < REFERENCE:
         raise UserError(f"found sample_id {lowest}, expected the number of a sample, from 0 on")
 
 
@@ -159,9 +159,10 @@ def _spans(rows: pl.DataFrame, order: Sequence[str]) -> list[tuple[str, int]]:
     for column in reversed(order):
         spans.append((column, span))
         dtype = rows.schema[column]
-        span *= len(dtype.categories) if isinstance(dtype, pl.Enum) else int(rows[column].max() or 0) + 2  # type: ignore[arg-type]
+        highest = int(rows["sample_id"].to_numpy().max(initial=0))
+        span *= len(dtype.categories) if isinstance(dtype, pl.Enum) else highest + 2
     if span >= 2**63:
-        raise UserError(f"sample_id {rows['sample_id'].max()} is too large, expected the number of a sample")
+        raise UserError(f"sample_id {highest} is too large, expected the number of a sample")
     return spans
 
 

@@ -147,7 +147,7 @@ def _blocks(rows: pl.DataFrame, texts: ShardRows) -> list[tuple[int, int]]:
 def _texts_of(
     block: pl.DataFrame, texts: ShardRows, prompts: Path, where: pl.DataFrame
 ) -> Callable[[Rows, Sequence[str]], pl.DataFrame]:
-    """The texts of some rows of a block; a gold completion is its prompt's reference, without ids, that ended by itself."""
+    """The texts of some rows of a block; a gold completion is its prompt's reference, has no ids and ended."""
 
     def of(at: Rows, columns: Sequence[str]) -> pl.DataFrame:
         places = block["place"].gather(at)
