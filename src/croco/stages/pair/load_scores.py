@@ -26,15 +26,15 @@ Groups = Mapping[str, Sequence[str]]
 def read_scored(
     samples: Path,
     scores: Path,
-    languages: Sequence[str],
+    languages: Sequence[str] | None,
     pool: str | Groups,
     calibration: str = "none",
     references: Path | None = None,
     first: int | None = None,
     prompts: pl.Series | None = None,
 ) -> pl.DataFrame:
-    """The scored completions in these languages as `by_pool` gives them; with `references`, a folder of gold
-    completions' scores, those too. `first` completions of each prompt take part, and `prompts`; None is all.
+    """The scored completions in these languages (None: all) as `by_pool` gives them; with `references`, a folder of
+    gold completions' scores, those too. `first` completions of each prompt take part, and `prompts`; None is all.
 
     Raises UserError for a completion without a score that the scorer's ledger does not explain, a score without its
     completion, and a key that occurs twice.
@@ -96,13 +96,13 @@ def enumerated(tables: Sequence[pl.DataFrame]) -> list[pl.DataFrame]:
 
 def by_pool(
     table: pl.DataFrame,
-    languages: Sequence[str],
+    languages: Sequence[str] | None,
     pool: str | Groups,
     calibration: str = "none",
     gold: pl.DataFrame | None = None,
     name: str = "scores",
 ) -> pl.DataFrame:
-    """Completions sorted by pool, then language and sample; those in other languages take no part.
+    """Completions sorted by pool, then language and sample; those in other languages, if any are given, are left out.
 
     `table` has KEY, score and, for the calibration "length", completion_tokens; `gold` KEY and score. Columns: `pool`
     (numbered from 0), `group` (the languages of the pool, by name), KEY, `score`, `calibrated`, `place` (the row of
@@ -112,11 +112,12 @@ def by_pool(
     if "place" not in table.columns:
         table = table.with_row_index("place")
     group = _groups(pool, table["language"].dtype.categories.to_list())  # type: ignore[attr-defined]
-    rows = _sorted(table, group, name).filter(pl.col("language").cast(pl.String).is_in(list(languages)))
+    part = pl.lit(True) if languages is None else pl.col("language").cast(pl.String).is_in(list(languages))
+    rows = _sorted(table, group, name).filter(part)
     rows = rows.with_columns(pool=pl.struct("prompt_id", "group").rle_id())
     if gold is not None:
         mine = _sorted(gold.with_columns(place=pl.lit(None, pl.UInt32)), group, "gold completions")
-        mine = mine.filter(pl.col("language").cast(pl.String).is_in(list(languages)))
+        mine = mine.filter(part)
         pools = rows.select("prompt_id", "group", "pool").unique()
         mine = mine.join(pools, on=("prompt_id", "group"), how="inner")
         rows = pl.concat([rows, mine.select(rows.columns)]).sort("pool", "language", "sample_id")

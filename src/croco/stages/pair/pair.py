@@ -50,15 +50,15 @@ def pair(work: Work) -> None:
     rows = read_scored(
         samples,
         work.inputs["score"],
-        _languages(work),
+        work.settings.get("languages"),
         rule.pool,
         rule.calibration,
         work.inputs.get("score-references"),
         first=work.settings.get("completions"),
         prompts=in_part(prompts, work.settings.get("part")),
     )
-    known = sorted({*work.recipe.run.evaluated, "en"})
     where = locate(prompts, PROMPT)
+    known = sorted({*work.settings.get("evaluated", ()), "en"})
     texts = ShardRows(samples, READ, lambda shard: traits(shard, rule.guards, known))
     decide = partial(_decide, rule=rule, known=known, texts=texts, prompts=prompts, where=where)
     pool = rows["pool"].to_numpy()
@@ -74,11 +74,6 @@ def pair(work: Work) -> None:
     completions = rows.filter(pl.col("sample_id") != REFERENCE)
     work.record(**statistics.facts(work.folder, rule, _per_language(completions["language"])))
     statistics.warn(work.title, rule, work.record_file["facts"])
-
-
-def _languages(work: Work) -> list[str]:
-    """The languages that the arm is tuned on."""
-    return list(work.settings.get("languages") or work.recipe.run.languages)
 
 
 def contrast_of(work: Work) -> Contrast:
@@ -199,7 +194,9 @@ def gold_data(work: Work) -> None:
     prompts = work.inputs["prompts"]
     has = (pl.col("reference").str.strip_chars() != "").fill_null(False).alias("has")
     rows = locate(prompts, PROMPT, ("reference",), lambda shard: shard.select(*PROMPT, has))
-    rows = rows.filter(pl.col("language").is_in(_languages(work))).sort(PROMPT)
+    if languages := work.settings.get("languages"):
+        rows = rows.filter(pl.col("language").is_in(languages))
+    rows = rows.sort(PROMPT)
     if (names := in_part(prompts, work.settings.get("part"))) is not None:
         rows = rows.filter(pl.col("prompt_id").is_in(names.implode()))
     num_shards = max(1, -(-rows.height // POOLS_PER_SHARD))
