@@ -169,7 +169,7 @@ STAGES: tuple[Stage, ...] = (
           settings=fp.references_settings, inputs=gold_scored_from, arms=arms.gold_arms),
     Stage("pair", 2, "croco.stages.pair.pair:pair", "pairs",
           settings=fp.pair_settings, inputs=paired_from, arms=arms.tuned_arms,
-          added=("held_out_languages",)),
+          added=("evaluated",)),
     Stage("train", 2, "croco.stages.train.train:train", "",
           settings=fp.train_settings, inputs=trained_from, arms=arms.tuned_arms,
           makes=("adapter", "adapter.partial", "model", "model.partial", "metrics.jsonl")),

@@ -33,7 +33,6 @@ from croco.pipeline.compute import compute
 from croco.pipeline.node import Settings
 from croco.pipeline.stage import Work
 from croco.pipeline.workers import Advance, ShardResult
-from croco.stages.pair.keys import REFERENCE
 from croco.stages.score.policy_logprobs import (
     Completion,
     Groups,
@@ -43,7 +42,7 @@ from croco.stages.score.policy_logprobs import (
     score_likelihood,
     too_long,
 )
-from croco.storage.schemas import SCORES, ledger
+from croco.storage.schemas import REFERENCE, SCORES, ledger
 from croco.storage.seeds import digest
 from croco.storage.shards import read_arrow, read_table, shard_path, shards
 
