@@ -11,6 +11,7 @@ import pytest
 
 from croco import store
 from croco.errors import UserError
+from croco.evaluation.stats import Interval
 from croco.records import DROPPED, PAIRS, ledger
 from croco.report import others
 from croco.report.browser import browse, packed
@@ -212,9 +213,9 @@ def test_markdown_has_every_arm_and_language(run):
 
 
 def test_a_zero_has_no_sign():
-    assert others._text((-0.2, -1.4, 0.3), 1, "{:+.0f}") == ("0", "−1 to 0")
-    assert others._text((0.001, -0.03, 0.05), 100, "{:+.0f} points") == ("0 points", "−3 to +5")
-    assert others._text((0.5, 0.05, 1.0), 1, "{:.1f}") == ("0.5", "0.1 to 1.0")
+    assert others._text(Interval(-0.2, -1.4, 0.3), 1, "{:+.0f}") == ("0", "−1 to 0")
+    assert others._text(Interval(0.001, -0.03, 0.05), 100, "{:+.0f} points") == ("0 points", "−3 to +5")
+    assert others._text(Interval(0.5, 0.05, 1.0), 1, "{:.1f}") == ("0.5", "0.1 to 1.0")
 
 
 def test_words_for_counts_and_times():

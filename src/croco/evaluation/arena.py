@@ -282,6 +282,7 @@ def tabulate(
             }
         )
     for column, text in (("found_language", "completion"), ("base_found_language", "base_completion")):
-        for row, language in zip(kept, found_languages((row[text] for row in kept), evaluated), strict=True):
+        spoken = found_languages((r[text] for r in kept), evaluated, (r["language"] for r in kept))
+        for row, language in zip(kept, spoken, strict=True):
             row[column] = language
     return pa.Table.from_pylist(kept, schema=COMPARISONS.schema), ledger(drops)

@@ -163,7 +163,7 @@ class JudgeWorker:
         for index in indices:
             batch = self.batches[index]
             answered = pl.DataFrame(pl.from_arrow(pq.ParquetFile(self.draft(index)).read()))
-            found = found_languages(answered["completion"], self.recipe.run.evaluated)
+            found = found_languages(answered["completion"], self.recipe.run.evaluated, answered["language"])
             answered = answered.with_columns(found_language=pl.Series(found, dtype=pl.String))
             table, dropped = tabulate(self.arm, batch, answered, *self.judge(batch, answered))
             size = batch.prompts.height * batch.samples

@@ -89,7 +89,7 @@ def forests(board: Board, arms: Sequence[str], scopes: Sequence[str]) -> list[Fo
     }
     if not found:
         return []
-    scale = axis([end for difference in found.values() for end in difference])
+    scale = axis([end for difference in found.values() for end in difference if not math.isnan(end)])
     ticks = [(scale.place(tick), board.signed(tick)) for tick in scale.ticks]
     made = []
     for temperature in sorted({key[1] for key in found}):
@@ -106,7 +106,8 @@ def forests(board: Board, arms: Sequence[str], scopes: Sequence[str]) -> list[Fo
 
 
 def _mark(board: Board, scale: Axis, series: int, arm: str, difference: Interval) -> Mark:
-    value, low, high = (scale.place(end) for end in difference)
+    drawn = difference if difference.known else Interval(*[difference.value] * 3)  # a mark without a line
+    value, low, high = (scale.place(end) for end in drawn)
     text = f"{arm} {interval_text(board, difference, signed=True)}, {verdict(difference)}"
     return Mark(series, value, low, high, board.signed(difference.value), text, verdict(difference))
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from croco.evaluation.results import language_groups
+from croco.evaluation.stats import TOO_FEW
 from croco.report.gather import read_results
 from croco.report.others import Task, tasks
 from croco.report.tables import Board, Cell, arena_board, boards, temperature_name
@@ -100,9 +101,12 @@ def _best(board: Board, column: Sequence[Cell | None]) -> set[int]:
 def _cell(board: Board, cell: Cell | None, best: bool, intervals: bool) -> str:
     if cell is None:
         return "--"
-    value, low, high = (escape(board.number(end)) for end in cell.value)
+    value = escape(board.number(cell.value.value))
     text = rf"\textbf{{{value}}}" if best else value
-    return text + (rf" {{\tiny [{low}, {high}]}}" if intervals else "")
+    if not intervals:
+        return text
+    ends = ", ".join(escape(board.number(end)) for end in cell.value[1:]) if cell.value.known else TOO_FEW
+    return text + rf" {{\tiny [{ends}]}}"
 
 
 def _task_table(name: str, arms: Sequence[str], language: str, part: Sequence[Task], intervals: bool) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import polars as pl
 
 from croco.evaluation.results import BASE, GROUPS, headline
+from croco.evaluation.stats import TOO_FEW, Interval, interval
 from croco.report.gather import Run
 from croco.report.tables import ARENA, MINUS, Board, scope_name, temperature_name
 
@@ -67,19 +68,21 @@ def domains(results: pl.DataFrame, arms: Sequence[str]) -> Grid | None:
     return Grid([name.removeprefix("win-rate:") for name in names], found)
 
 
-def _values(rows: pl.DataFrame) -> dict[tuple[str, str], tuple[float, float, float]]:
+def _values(rows: pl.DataFrame) -> dict[tuple[str, str], Interval]:
     return {
-        (arm, metric): (value, low, high)
+        (arm, metric): interval(value, low, high)
         for arm, metric, value, low, high in rows.select(
             "arm", "metric", "value", "ci_low", "ci_high"
         ).iter_rows()
     }
 
 
-def _text(found: tuple[float, float, float] | None, factor: float, form: str) -> tuple[str, str] | None:
+def _text(found: Interval | None, factor: float, form: str) -> tuple[str, str] | None:
     if found is None:
         return None
     value, low, high = (factor * end for end in found)
+    if not found.known:
+        return _zero(form.format(value)), TOO_FEW
     ends = form.split("}")[0] + "}"
     return _zero(form.format(value)), f"{_zero(ends.format(low))} to {_zero(ends.format(high))}"
 
@@ -102,7 +105,7 @@ def fidelity(results: pl.DataFrame, board: Board) -> Grid | None:
     for arm, temperature in board.settings:
         part = rows.filter((pl.col("arm") == arm) & (pl.col("temperature") == temperature))
         values = {
-            row["language"]: (row["value"], row["ci_low"], row["ci_high"])
+            row["language"]: interval(row["value"], row["ci_low"], row["ci_high"])
             for row in part.iter_rows(named=True)
         }
         texts = [_text(values.get(scope), 100, "{:.0f} %") for scope in board.groups]
@@ -152,10 +155,10 @@ def tasks(results: pl.DataFrame, arms: Sequence[str], codes: Sequence[str]) -> l
         if headline(str(name)) in part["metric"].to_list()
     }
     rows = results.filter(~pl.col("benchmark").is_in([*own, ARENA]) & ~pl.col("language").is_in(GROUPS))
-    values: dict[tuple[str, str, str], dict[str, tuple[float, float, float]]] = {}
+    values: dict[tuple[str, str, str], dict[str, Interval]] = {}
     for row in rows.iter_rows(named=True):
         key = (row["language"], row["benchmark"], row["metric"])
-        values.setdefault(key, {})[row["arm"]] = (row["value"], row["ci_low"], row["ci_high"])
+        values.setdefault(key, {})[row["arm"]] = interval(row["value"], row["ci_low"], row["ci_high"])
     order = {code: place for place, code in enumerate(codes)}
     found = []
     for key in sorted(values, key=lambda key: (order.get(key[0], len(order)), key)):

@@ -14,7 +14,7 @@ import polars as pl
 
 from croco import languages
 from croco.evaluation.results import BASE, GROUPS, headline
-from croco.evaluation.stats import Interval, verdict
+from croco.evaluation.stats import TOO_FEW, Interval, interval, verdict
 
 TITLES = {
     "lab": "Tasks seen in tuning",
@@ -131,7 +131,7 @@ def _metrics(part: pl.DataFrame) -> dict[tuple[str, float, str], dict[str, tuple
     values: dict[tuple[str, float, str], dict[str, tuple[Interval, int]]] = {}
     columns = part.select("arm", "temperature", "language", "metric", "value", "ci_low", "ci_high", "n")
     for arm, temperature, scope, metric, value, low, high, num_prompts in columns.iter_rows():
-        values.setdefault((arm, temperature, scope), {})[metric] = (Interval(value, low, high), num_prompts)
+        values.setdefault((arm, temperature, scope), {})[metric] = (interval(value, low, high), num_prompts)
     return values
 
 
@@ -238,6 +238,7 @@ def enumerate_words(items: Sequence[str]) -> str:
 
 
 def interval_text(board: Board, interval: Interval, signed: bool = False) -> str:
-    """ "61 [58, 64]"."""
+    """ "61 [58, 64]"; without ends "61 [too few prompts for an interval]"."""
     write = board.signed if signed else board.number
-    return f"{write(interval.value)} [{write(interval.low)}, {write(interval.high)}]"
+    ends = f"{write(interval.low)}, {write(interval.high)}" if interval.known else TOO_FEW
+    return f"{write(interval.value)} [{ends}]"

@@ -13,7 +13,7 @@ import numpy as np
 
 from croco import languages, store
 from croco.evaluation.results import BASE
-from croco.evaluation.stats import Interval
+from croco.evaluation.stats import TOO_FEW, Interval
 from croco.recipe import Recipe
 from croco.recipe_study import GROUPS, Claim
 from croco.study import waves
@@ -61,7 +61,7 @@ def shown(interval: Interval, share: bool, signed: bool = False) -> str:
     values = [100 * x for x in interval] if share else list(interval)
     digits = ".0f" if share else ".2f"
     value, low, high = (f"{x:{sign}{digits}}".replace("-", "−") for x in values)
-    return f"{value} [{low}, {high}]"
+    return f"{value} [{low}, {high}]" if interval.known else f"{value} [{TOO_FEW}]"
 
 
 def decoding(temperature: float) -> str:
