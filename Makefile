@@ -1,4 +1,5 @@
 # `make quickstart` is all a fresh machine needs: it makes .venv from Python 3.11 with the pinned packages, once.
+# Two hashes after a target are its line in `make help`.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
@@ -9,9 +10,16 @@ VLLM_STAMP := $(VLLM_VENV)/installed
 EUROEVAL_VENV ?= .venv-euroeval
 EUROEVAL_STAMP := $(EUROEVAL_VENV)/installed
 
-.PHONY: install quickstart lab-check lab-study test test-vllm test-euroeval check format bench clean python
+# processes that run tests side by side
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
-install: $(STAMP)
+.PHONY: help install quickstart lab-check lab-study test test-all test-vllm test-euroeval check format bench clean python
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+install: $(STAMP) ## the environment in .venv
 
 python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -22,21 +30,24 @@ $(STAMP): pyproject.toml constraints.txt | python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-quickstart: $(STAMP)
+quickstart: $(STAMP) ## tune a small policy in two pairings, print the table, write the page
 	$(BIN)/croco run recipes/quickstart.toml
 
-lab-check: $(STAMP)
+lab-check: $(STAMP) ## the quickstart's recipe on more prompts, with controls
 	$(BIN)/croco run recipes/lab-check.toml
 
 # both files are made by the study's own page, from an empty folder or from where it was killed
-lab-study: $(STAMP)
+lab-study: $(STAMP) ## every arm under several seeds, claim by claim (hours)
 	$(BIN)/croco run recipes/lab-study.toml
 	cp runs/lab-study/study.md docs/results/lab-study.md
 	cp runs/lab-study/study.html docs/results/lab-study.html
 
-# one thread: several OpenMP threads beside a busy process cost more than they give
-test: $(STAMP)
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "not gpu and not euroeval"
+# one thread each: several OpenMP threads beside a busy process cost more than they give
+test: $(STAMP) ## the tests, but for the slow ones
+	$(PYTEST) -m "not slow and not gpu and not euroeval"
+
+test-all: $(STAMP) ## all tests that need no other environment and no GPU
+	$(PYTEST) -m "not gpu and not euroeval"
 
 # vLLM's CPU build pins its own torch and transformers: an environment of its own (3.5 GB, some minutes, once)
 $(VLLM_STAMP): pyproject.toml constraints-vllm.txt | python
@@ -46,7 +57,7 @@ $(VLLM_STAMP): pyproject.toml constraints-vllm.txt | python
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
-test-vllm: $(VLLM_STAMP)
+test-vllm: $(VLLM_STAMP) ## vLLM on a CPU, in an environment of its own (3.5 GB)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VLLM_VENV)/bin/python -m pytest -q tests/with_vllm
 
 # EuroEval wants a Python of 3.12 or later and pins other libraries (7 GB, some minutes, once)
@@ -54,20 +65,20 @@ $(EUROEVAL_STAMP): $(STAMP) src/croco/evaluation/euroeval-constraints.txt
 	$(BIN)/croco euroeval install --to $(EUROEVAL_VENV)
 	touch $@
 
-test-euroeval: $(VLLM_STAMP) $(EUROEVAL_STAMP)
+test-euroeval: $(VLLM_STAMP) $(EUROEVAL_STAMP) ## EuroEval on the lab's policy, in an environment of its own (7 GB)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VLLM_VENV)/bin/python -m pytest -q -m euroeval tests/with_euroeval
 
-check: $(STAMP)
+check: $(STAMP) ## lint, format, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(STAMP)
+format: $(STAMP) ## format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(STAMP)
+bench: $(STAMP) ## the benchmarks, side by side with TRL and transformers
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench
 
-clean:
+clean: ## remove what tools left in the source tree
 	rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -43,6 +43,8 @@ def test_the_papers_settings() -> None:
         ({"run": {"temperature": 1}}, "unknown key 'run.temperature'; did you mean 'sampling.temperature'?"),
         ({"samplng": {}}, "unknown key 'samplng'; did you mean 'sampling'?"),
         ({"arms": {"mono": {"pol": "all"}}}, "unknown key 'arms.mono.pol'; did you mean 'arms.mono.pool'?"),
+        ({"arms": {"a": {"pool": {"en": ["da"]}}}}, "arms.a.pool: the group en has the name of a language"),
+        ({"arms": {"a": {"pool": {}}}}, "arms.a.pool: the pool has no groups"),
         (
             {"training": {"lora": {"rnk": 3}}},
             "unknown key 'training.lora.rnk'; did you mean 'training.lora.rank'?",

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from croco.errors import UserError
+from croco.pairing.rules import check_groups
 from croco.recipe_models import Causal, Model
 from croco.recipe_runtime import Positive, Section
 
@@ -92,6 +94,10 @@ def check_arms(recipe: Recipe) -> None:
             if code not in recipe.run.languages:
                 known = ", ".join(recipe.run.languages)
                 raise ValueError(f"arms.{name}.languages: '{code}' is not tuned, expected of {known}")
+        try:
+            check_groups(arm.pool, recipe.run.languages)
+        except UserError as error:
+            raise ValueError(f"arms.{name}.pool: {error}") from None
         shared = not arm.start and not arm.sampler
         if shared and arm.completions and arm.completions > recipe.sampling.completions:
             raise ValueError(

@@ -185,6 +185,22 @@ def test_two_real_reward_models(tmp_path: Path, tiny_models: TinyModels) -> None
         diagnose([file], models[:1], tmp_path / "out")
 
 
+def test_the_same_text_on_both_sides_is_a_tie(tmp_path: Path) -> None:
+    texts = [
+        "April comes after March.",
+        "Maj.",
+        "Après mars vient avril, dit-on souvent, et pas autrement.",
+        "So.",
+    ]
+    rows = [
+        {"id": i, "language": "en", "prompt": f"Which month? {'Why? ' * i}", "chosen": text, "rejected": text}
+        for i, text in enumerate(texts)
+    ]  # fmt: skip
+    ranking = diagnose([jsonl(tmp_path / "pairs.jsonl", rows)], ["lab:reward"], tmp_path / "out")
+    values = dict(ranking.filter(pl.col("category").is_null()).select("metric", "value").rows())
+    assert (values["accuracy"], values["score-gap"]) == (0.5, 0.0)
+
+
 def test_the_labs_reward_model_on_pairs_of_a_run(tmp_path: Path) -> None:
     rows = []
     for row in world.prompts("dev", ["en", "da", "cy"], 10).to_pylist():

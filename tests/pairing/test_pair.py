@@ -329,3 +329,26 @@ def test_shortcuts_are_the_share_of_right_guesses():
     assert found["length"] == pytest.approx(0.5, abs=0.06)
     longer = table.with_columns(chosen_characters=pl.lit(30))
     assert account.shortcuts(longer)["length"] == 1.0  # shorter is a shortcut too
+
+
+@pytest.mark.parametrize("arm", ["mono", "cross", "each", "two", "calibrated", "best"])
+def test_when_all_completions_were_left_out_there_is_an_empty_table_and_a_ledger(tmp_path, arm):
+    inputs = tables(tmp_path)
+    reason = "longer than the reward model's limit"
+    left_out = [("completion", *row, reason) for row in store.read_table(inputs["sample"])[:, :3].rows()]
+    write(tmp_path / "none", SCORES, [[]], left_out)
+    pairs = run(tmp_path, arm, {**inputs, "score": tmp_path / "none"})
+    assert pairs.height == 0
+    assert pairs.columns == PAIRS.schema.names
+    found = facts(tmp_path, arm)
+    assert (found["completions"], found["candidates"], found["pools"], found["pairs"]) == (0, 0, 0, 0)
+    assert store.read_dropped(tmp_path / "pair" / arm).is_empty()  # the scorer's ledger has them
+
+
+def test_when_guards_drop_everything_the_ledger_says_so(tmp_path):
+    inputs = tables(tmp_path)
+    rows = store.read_table(inputs["sample"]).with_columns(finish_reason=pl.lit("length")).to_dicts()
+    write(tmp_path / "cut", COMPLETIONS, [rows])
+    assert run(tmp_path, "cross", {**inputs, "sample": tmp_path / "cut"}).height == 0
+    dropped = store.read_dropped(tmp_path / "pair" / "cross")
+    assert dropped.group_by("unit").len().sort("unit").rows() == [("completion", 19), ("pool", 4)]

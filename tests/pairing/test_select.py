@@ -267,7 +267,49 @@ def test_bad_scores_are_named():
     assert croco.pairs(table.with_columns(prompt_id=pl.lit(7)))[0]["prompt_id"].to_list() == ["7"]
     with pytest.raises(UserError, match="'da' is in the groups a and b"):
         croco.pairs(table, pool={"a": ["da"], "b": ["nl", "da"]})
+    with pytest.raises(UserError, match="group nl has the name of a language in no group"):
+        croco.pairs(pl.concat([table, table.with_columns(language=pl.lit("nl"))]), pool={"nl": ["da"]})
+    with pytest.raises(UserError, match="group a is empty"):
+        croco.pairs(table, pool={"a": []})
 
 
-def test_an_arrow_table_is_read_too():
-    assert croco.pairs(one_pool([1.0, 2.0]).to_arrow())[0].height == 1
+def test_tables_of_every_library_are_read():
+    import datasets
+    import pandas
+
+    table = frame([Row("p", "da", index, float(index), f"text {index}") for index in range(3)])
+    wanted = croco.pairs(table)
+    rows = table.to_dict(as_series=False)
+    lists = [table.lazy(), table.to_arrow(), pandas.DataFrame(rows), datasets.Dataset.from_dict(rows), rows]
+    lists.append(
+        table.with_columns(pl.col("language", "completion").cast(pl.Categorical), pl.col("score").cast(int))
+    )
+    for other in [*lists, *(one.drop("sample_id") for one in (table, table.lazy()))]:
+        made = croco.pairs(other)
+        assert made[0].equals(wanted[0]), type(other)
+        assert made[1].equals(wanted[1])
+
+
+def test_without_sample_ids_completions_are_numbered_in_their_order():
+    rows = [
+        Row(prompt, code, 0, score) for score in (1.0, 3.0, 2.0) for prompt in "pq" for code in ("da", "nl")
+    ]
+    pairs, _ = croco.pairs(frame(rows).drop("completion", "sample_id"), rejected="min")
+    assert pairs.height == 4
+    assert pairs.select("chosen_sample_id", "rejected_sample_id").unique().rows() == [(1, 0)]
+
+
+@pytest.mark.parametrize(("column", "values", "message"), [
+    ("score", ["1", "x"], "column 'score' holds String, expected numbers"),
+    ("score", [True, False], "column 'score' holds Boolean, expected numbers"),
+    ("sample_id", [0, 2**40], "column 'sample_id' holds Int64, expected Int32"),
+    ("completion", [1, 2], "column 'completion' holds Int64, expected text"),
+    ("completion", ["a", None], "row 2 has no completion, expected text"),
+    ("prompt_id", [[1], [2]], r"column 'prompt_id' holds List\(Int64\), expected text"),
+])  # fmt: skip
+def test_columns_of_another_type_are_named(column, values, message):
+    with pytest.raises(UserError, match=message):
+        croco.pairs(one_pool([1.0, 2.0]).with_columns(pl.Series(column, values)))
+    for scores in (7, "scores.jsonl", None):
+        with pytest.raises(UserError, match=r"expected a table|no column"):
+            croco.pairs(scores)

@@ -126,9 +126,9 @@ def bootstrap_seeds(
 
     Every resample draws seeds (whole training runs) and prompts, both with replacement; the prompts drawn are the
     same for all seeds, because every seed answered the same ones. For the difference of two arms give it their
-    difference, seed by seed: paired in both. With one seed it is `bootstrap_mean`. Few seeds make it too narrow by
-    about √((S−1)/S): with two or three, show every seed beside it. Raises ValueError on another shape or a value
-    that is not finite.
+    difference, seed by seed: paired in both. With one seed it is `bootstrap_mean`. This is the pigeonhole bootstrap
+    (Owen 2007): too wide where single cells spread most (few samples a prompt), too narrow where seeds do and are few.
+    Raises ValueError on another shape or a value that is not finite.
     """
     table = np.asarray(values, dtype=np.float64)
     if table.ndim != 2 or not table.size or not np.isfinite(table).all():

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from croco.errors import UserError
@@ -18,17 +17,21 @@ from croco.pairing.contrast import Contrast, Scored, contrast
 from croco.pairing.guards import Guards, traits
 from croco.pairing.keys import KEY, Names, finish, number
 from croco.pairing.pools import Groups
-from croco.pairing.rules import PROMPTS
+from croco.pairing.rules import PROMPTS, check_groups
 from croco.pairing.scored import assemble
 from croco.pairing.tables import SIDES, flag_languages, flags_of, ledger_of, with_numbers
 
 PART_ROWS = 2**20  # completions whose pools are decided at once
 _FIRST = ("prompt_id", "language", "pair_id")
 _OPTIONAL = {"finish_reason": pl.String, "prompt_tokens": pl.Int32, "completion_tokens": pl.Int32}
+_TYPES = {
+    "prompt_id": pl.String, "language": pl.String, "sample_id": pl.Int32, "score": pl.Float32, "completion": pl.String,
+    **_OPTIONAL,
+}  # fmt: skip
 
 
 def pairs(
-    scores: pl.DataFrame | pa.Table,
+    scores: Any,
     chosen: str = "max",
     rejected: str = "mean-2std",
     pool: str | Groups = "language",
@@ -42,23 +45,16 @@ def pairs(
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Preference pairs from scored completions, and the ledger of every completion and pool that gave none.
 
-    `scores` has a row per completion with prompt_id, language, sample_id and score. With a column `completion`
-    the guards judge the texts and the pairs hold them; finish_reason, prompt_tokens and completion_tokens are
-    judged where they are given. `guards` are values of a recipe's `[guards]`, the other arguments those of an
-    arm. The pairs have the columns of the pairs table but arm, messages and token ids; the ledger those of
-    every ledger. Selection is CroCo's (arXiv 2605.26293) by default. Raises UserError for a missing column, a
-    null in a key, a key that is there twice, and a rule that is unknown.
+    `scores` is a table of Polars (lazy too), pandas, Arrow or `datasets`. It has a row per completion with prompt_id,
+    language and score; without sample_id the completions of a prompt are numbered in their order. With a column
+    `completion` the guards judge the texts and the pairs hold them; finish_reason, prompt_tokens and
+    completion_tokens are judged where they are given. `guards` are values of a recipe's `[guards]`, the other
+    arguments those of an arm. The pairs have the columns of the pairs table but arm, messages and token ids; the
+    ledger those of every ledger. Selection is CroCo's (arXiv 2605.26293) by default. Raises UserError for a missing
+    column, a column of another type, a null in a key, a key that is there twice, and a rule that is unknown.
     """
-    table = scores if isinstance(scores, pl.DataFrame) else pl.DataFrame(pl.from_arrow(scores))
-    for column in (*KEY, "score"):
-        if column not in table.columns:
-            raise UserError(f"the scores have no column '{column}': found {', '.join(table.columns)}")
-    if table["score"].null_count():
-        raise UserError(
-            f"row {(table['score'].is_null().arg_max() or 0) + 1} has no score, expected a number"
-        )
-    table = table.with_columns(pl.col("prompt_id", "language").cast(pl.String))
-    _check(table, prompt, pairs_per_pool, guards or {}, languages)
+    table = table_of(scores)
+    _check(table, pool, prompt, pairs_per_pool, guards or {}, languages)
     how = Contrast(
         pool, chosen, rejected, prompt, calibration, pairs_per_pool, Guards(**(guards or {})), seed
     )
@@ -94,8 +90,52 @@ def pairs(
     return table.select(*_FIRST, pl.exclude(*_FIRST, *hidden)), pl.concat([*left, flags_of(table)])
 
 
+def table_of(scores: Any) -> pl.DataFrame:
+    """The columns that pairs are made of, as a Polars table with our types; raises UserError for what is not there."""
+    if isinstance(scores, pl.LazyFrame):
+        scores = scores.collect()
+    elif hasattr(scores, "to_polars"):  # datasets.Dataset
+        scores = scores.to_polars()
+    try:
+        table = pl.DataFrame(scores)
+    except (TypeError, ValueError, pl.exceptions.PolarsError) as error:
+        raise UserError(
+            f"the scores are a {type(scores).__name__}, expected a table (Polars, pandas, Arrow, datasets): {error}"
+        ) from None
+    if "sample_id" not in table.columns and {"prompt_id", "language"} <= set(table.columns):
+        table = table.with_columns(sample_id=pl.int_range(pl.len()).over("prompt_id", "language"))
+    for column in (*KEY, "score"):
+        if column not in table.columns:
+            raise UserError(
+                f"the scores have no column '{column}': found {', '.join(table.columns) or 'none'}"
+            )
+    for column in _TYPES.keys() & set(table.columns):
+        table = table.with_columns(_cast(table[column], _TYPES[column]))
+    for column in {"score", "completion"} & set(table.columns):
+        if table[column].null_count():
+            row = (table[column].is_null().arg_max() or 0) + 1
+            raise UserError(
+                f"row {row} has no {column}, expected {'a number' if column == 'score' else 'text'}"
+            )
+    return table
+
+
+def _cast(values: pl.Series, wanted: pl.DataType | type[pl.DataType]) -> pl.Series:
+    """A column in our type; raises UserError where that would change what it says."""
+    kind, name = values.dtype, values.name
+    text = wanted == pl.String
+    fits = kind in (pl.String, pl.Categorical, pl.Enum) or (name == "prompt_id" and kind.is_integer())
+    if not (fits if text else kind.is_numeric()) and kind != pl.Null:
+        raise UserError(f"the scores' column '{name}' holds {kind}, expected {'text' if text else 'numbers'}")
+    try:
+        return values.cast(wanted)
+    except pl.exceptions.PolarsError as error:
+        raise UserError(f"the scores' column '{name}' holds {kind}, expected {wanted}: {error}") from None
+
+
 def _check(
     table: pl.DataFrame,
+    pool: str | Groups,
     prompt: str,
     pairs_per_pool: int,
     guards: Mapping[str, Any],
@@ -113,13 +153,10 @@ def _check(
         if isinstance(value, str) and value not in ("drop", "flag", "off"):
             raise UserError(f"the guard {name} = '{value}', expected 'drop', 'flag' or 'off'")
     there = table["language"].unique()
+    check_groups(pool, there.drop_nulls().to_list())
     for code in [languages] if isinstance(languages, str) else languages or ():
         if isinstance(languages, str) or code not in there:
             raise UserError(f"languages names '{code}', expected a list of those in the scores")
-    if "completion" in table.columns and table["completion"].null_count():
-        raise UserError(
-            f"row {(table['completion'].is_null().arg_max() or 0) + 1} has no completion, expected text"
-        )
 
 
 def _edges(scored: Scored) -> list[int]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from croco.errors import UserError
+from croco.pairing.rules import check_groups
 
 Groups = Mapping[str, Sequence[str]]
 
@@ -40,23 +40,12 @@ class Pools:
 
 
 def groups_of(pool: str | Groups, languages: Sequence[str]) -> tuple[list[str], NDArray[np.int32]]:
-    """Names of the groups, and the group of each language, (L,). Raises UserError for an unknown kind of pool, and a
-    language in two groups.
-    """
+    """Names of the groups, and the group of each language, (L,). Raises UserError as `check_groups` does."""
     if pool == "all":
         return ["all"], np.zeros(len(languages), np.int32)
     if pool == "language":
         return list(languages), np.arange(len(languages), dtype=np.int32)
-    if isinstance(pool, str):
-        raise UserError(
-            f'the pool "{pool}" is unknown, expected "language", "all" or a table of named groups'
-        )
-    owner: dict[str, str] = {}
-    for name, members in pool.items():
-        for code in members:
-            if code in owner:
-                raise UserError(f"'{code}' is in the groups {owner[code]} and {name}, expected it in one")
-            owner[code] = name
+    owner = check_groups(pool, languages)
     names = list(
         dict.fromkeys(owner.get(code, code) for code in languages)
     )  # in the order of their first language

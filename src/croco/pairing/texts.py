@@ -64,7 +64,7 @@ class Texts:
         """The traits of the rows, in their order."""
         order = np.argsort(rows, kind="stable")
         parts = []
-        for index in self.shards_of(rows):
+        for index in self.shards_of(rows) or [0]:  # no rows have traits too: columns without values
             if index not in self._traits:
                 self._traits[index] = self._load(index).result()[1]
             low, high = self.shards.edges[index], self.shards.edges[index + 1]

@@ -255,10 +255,14 @@ def _reward(recipe: Recipe, replica: int) -> tuple[ScoreShard, dict[str, Any]]:
 
 
 def score_conversations(scorer: Scorer, tokenizer: Any, groups: Groups, max_tokens: int) -> list[Scored]:
-    """Scores of whole conversations; one longer than `max_tokens` or the model's context gets the reason instead."""
+    """Scores of whole conversations; one longer than `max_tokens` or the model's context gets the reason instead.
+
+    Equal conversations get the same score: in a batch of another shape the last bits of a logit differ.
+    """
     limit = min(max_tokens, scorer.max_context)
     requests, places = [], []
     scored: list[Scored] = []
+    first: dict[tuple[int, ...], float] = {}  # the score of a conversation where it occurs first
     for number, (messages, rows) in enumerate(groups):
         try:
             sequences = conversations_ids(tokenizer, messages, [row["completion"] for row in rows])
@@ -270,6 +274,6 @@ def score_conversations(scorer: Scorer, tokenizer: Any, groups: Groups, max_toke
             requests.append(ScoreRequest(number, [], [sequences[i] for i in fits]))
             places.append(fits)
     for request, fits, values in zip(requests, places, scorer.score(requests), strict=True):
-        for i, value in zip(fits, values, strict=True):
-            scored[request.key][i] = value
+        for i, ids, value in zip(fits, request.completions, values, strict=True):
+            scored[request.key][i] = first.setdefault(tuple(ids), value)
     return scored
