@@ -148,3 +148,11 @@ def test_the_lab_gives_parallel_prompts() -> None:
     }
     assert len(ids["en"]) == 5
     assert ids["en"] == ids["da"]
+
+
+@pytest.mark.parametrize("code", ["fi", "no", "en-GB"])
+def test_a_language_that_the_lab_does_not_have(code):
+    with pytest.raises(
+        UserError, match=f"prompts.source = 'lab' has no prompts in '{code}', expected some of en, da"
+    ):
+        load("lab", split="train", languages=["en", "nb", code], limit=2)

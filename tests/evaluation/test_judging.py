@@ -38,7 +38,7 @@ from croco.evaluation.judging import (
         ("Verdict: [1]", "1"),
         ("Verdict: [tie]", "tie"),
         ('Verdict: "2"', "2"),
-        ("Verdict:2", "2"),
+        ("Verdict\uff1a2", "2"),
         ("Verdict : 1", "1"),
         ("```\nVerdict: 1\n```", "1"),
         ("Verdict: 2\n\n---", "2"),

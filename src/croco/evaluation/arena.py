@@ -85,6 +85,7 @@ class GreedyWorker:
             num_completions=1,
             run_seed=evaluation_seed(self.recipe.run.seed),
             instructions=self.recipe.policy.instruction,
+            every=lambda: self.prompts.iter_rows(named=True),
             on_prompt=partial(advance, 1),
         ):
             drawn = pc.sum(table["completion_tokens"]).as_py() or 0

@@ -16,7 +16,7 @@ from croco.engines.base import Judged
 ARM, BASE, TIE = "arm", "base", "tie"
 # the verdict alone on its line, or as other judges are asked to write it
 LINE = re.compile(
-    r"(?:final )?verdict\s*[::]\s*\[{0,2}(1|2|tie)\]{0,2}\.?|\[\[(1|2|tie|t)\]\]\.?", re.IGNORECASE
+    r"(?:final )?verdict\s*[:\uff1a]\s*\[{0,2}(1|2|tie)\]{0,2}\.?|\[\[(1|2|tie|t)\]\]\.?", re.IGNORECASE
 )
 MARKUP = re.compile(r"[*_`#>~\"'“”]|^[-+•]\s|^-+$")
 INSTRUCTION = """Two completions of the same conversation follow. Say which one serves the user better: which is \

@@ -17,6 +17,7 @@ Shapes: R rows.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -37,6 +38,14 @@ NEAR_DUPLICATE = "near duplicate of an earlier completion"
 SMALL_GAP = "score gap is too small"
 SAME_TEXT = "chosen and rejected are the same text in two languages"
 LENGTH_RATIO = "chosen and rejected differ too much in length"
+
+# What shows nothing: white space, control characters, joiners, direction marks, soft hyphens, and fillers.
+NO_INK = "\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\ufe0e\ufe0f\uffa0"
+BLANK = NO_INK + "".join(
+    character
+    for character in map(chr, range(0x10000))
+    if unicodedata.category(character) in ("Zs", "Zl", "Zp", "Cc", "Cf")
+)
 
 IDENTIFIED_CHARACTERS, CONFIDENCE = 1000, 0.9
 
@@ -100,7 +109,7 @@ def traits(rows: pa.Table, guards: Guards, among: Sequence[str]) -> Traits:
     tokens = pl.col("prompt_tokens") + pl.col("completion_tokens")
     too_long = (tokens > guards.max_tokens).fill_null(False) if guards.max_tokens else pl.lit(False)
     found = table.select(
-        empty=text.str.strip_chars() == "",
+        empty=text.str.strip_chars(BLANK) == "",
         cut=(pl.col("finish_reason") == "length").fill_null(False),
         too_long=too_long,
         text=text.hash(),
@@ -130,8 +139,10 @@ def wrong_language(text: str, language: str, among: Sequence[str], min_letters: 
 
 
 def normalised(texts: pl.Series) -> pl.Series:
-    """Texts in lower case, each run of white space one space, none at the ends."""
-    return texts.str.to_lowercase().str.replace_all(r"\s+", " ").str.strip_chars()
+    """Texts in lower case, without characters of no width, each run of white space one space, none at the ends."""
+    return (
+        texts.str.replace_all(r"\p{Cf}", "").str.to_lowercase().str.replace_all(r"\s+", " ").str.strip_chars()
+    )
 
 
 # outlines -------------------------------------------------------------------------------------------------

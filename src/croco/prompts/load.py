@@ -120,6 +120,10 @@ def load(
     if source == "lab":
         from croco.lab import world
 
+        if unknown := [code for code in languages if code not in world.LANGUAGES]:
+            raise UserError(
+                f"{key}.source = 'lab' has no prompts in '{unknown[0]}', expected some of {', '.join(world.LANGUAGES)}"
+            )
         table = world.prompts(split, languages, limit)
         loaded = Loaded(table, ledger([]), {}, 0)
     else:

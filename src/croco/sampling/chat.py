@@ -15,7 +15,7 @@ from typing import Any
 from jinja2.exceptions import TemplateError
 
 from croco.engines.base import Request
-from croco.errors import UserError
+from croco.errors import Refused, UserError
 
 Messages = Sequence[Mapping[str, str]]
 
@@ -134,6 +134,10 @@ def _render(tokenizer: Any, messages: list[dict[str, str]], add_generation_promp
         )
     except (TemplateError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if (
+            type(error) is TemplateError
+        ):  # a template's raise_exception; everything else is a fault of the template
+            raise Refused(f"refused by the chat template: {reason} (roles {_roles(messages)})") from error
         raise UserError(
             f"{_name(tokenizer)}: the chat template refuses the conversation ({reason}); roles {_roles(messages)}"
         ) from error

@@ -9,7 +9,7 @@ one stream, so that the batch does not run empty at every shard's end; each is w
 Which engine draws is `engines`, where its worker runs `executor`.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,13 @@ import pyarrow.compute as pc
 
 from croco.engines import open_sampler
 from croco.engines.base import Decoding, Request, Sampled, Sampler
-from croco.errors import UserError
+from croco.errors import Refused, UserError
 from croco.executor import Advance, Finished, compute
 from croco.prompts.part import asked
 from croco.recipe import Recipe
 from croco.recipe_models import Policy
 from croco.records import COMPLETIONS, ledger
-from croco.sampling.chat import request, same_ids
+from croco.sampling.chat import prompt_ids, request, same_ids
 from croco.sampling.seeds import sample_seed
 from croco.science import sampling_recipe
 from croco.stage import Work
@@ -76,6 +76,7 @@ class SampleWorker:
     ) -> None:
         self.recipe, self.seed = recipe, seed
         rows, size = prompts(), recipe.runtime.shard_prompts
+        self.every = lambda: rows.iter_rows(named=True)
         self.shard = lambda index: rows.slice(index * size, size).to_dicts()
         self.sampler, self.tokenizer = open_sampler("sample", recipe, engine_seed, replica, adapter)
         self.keep_ids = tuned is None or _means_the_same(self.tokenizer, tuned)
@@ -96,6 +97,7 @@ class SampleWorker:
             num_completions=sampling.completions,
             run_seed=self.seed,
             instructions=self.recipe.policy.instruction,
+            every=self.every,
             on_prompt=lambda: advance(sampling.completions),
         ):
             if not self.keep_ids:
@@ -125,13 +127,15 @@ def sample_shards(
     num_completions: int,
     run_seed: int,
     instructions: Mapping[str, str],
+    every: Callable[[], Iterable[Prompt]],
     on_prompt: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[int, pa.Table, pa.Table]]:
     """Yield (shard, completions, ledger) as shards finish, rows in the order of the prompts and their samples.
 
     `shards` maps a shard's index to rows with prompt_id, language and messages; `instructions` a language to the
-    sentence appended to the last user turn; `tokenizer` is None where the sampler takes messages. Raises UserError
-    naming the prompt that the chat template refuses.
+    sentence appended to the last user turn; `tokenizer` is None where the sampler takes messages. A prompt that is too
+    long or that the chat template refuses goes to the ledger. Raises UserError for a template that refuses all prompts
+    of the stage, which are `every`.
     """
     requests: list[Request] = []
     owner: list[tuple[int, int]] = []  # of a request: its shard and its place there
@@ -144,12 +148,8 @@ def sample_shards(
             seeds = [
                 sample_seed(run_seed, row["prompt_id"], row["language"], i) for i in range(num_completions)
             ]
-            asked = _request(tokenizer, len(requests), row, seeds, instructions)
-            tokens = len(asked.prompt_ids)
-            if tokens >= sampler.max_context:
-                reason = (
-                    f"the prompt has {tokens} tokens, the context of {sampler.name} {sampler.max_context}"
-                )
+            asked, reason = _request(tokenizer, len(requests), row, seeds, instructions, sampler)
+            if asked is None:
                 drops[index] += [
                     ("completion", row["prompt_id"], row["language"], i, reason)
                     for i in range(num_completions)
@@ -157,9 +157,11 @@ def sample_shards(
                 left[index] -= 1
                 on_prompt()
                 continue
-            prompt_tokens[index][place] = tokens or None
+            prompt_tokens[index][place] = len(asked.prompt_ids) or None
             requests.append(asked)
             owner.append((index, place))
+    if not requests and (refusal := _refusal_of_all(tokenizer, every(), instructions)):
+        raise UserError(refusal)
     for index in [index for index, count in left.items() if count == 0]:
         yield index, COMPLETIONS.schema.empty_table(), ledger(drops[index])
     for key, samples in sampler.sample(requests, decoding):
@@ -178,12 +180,36 @@ def sample_shards(
             yield index, table, ledger(drops[index])
 
 
+def _refusal_of_all(tokenizer: Any, prompts: Iterable[Prompt], instructions: Mapping[str, str]) -> str | None:
+    """The refusal of the first prompt when the chat template refuses every one."""
+    first = None
+    for row in prompts if tokenizer is not None else ():
+        try:
+            prompt_ids(tokenizer, row["messages"], instructions.get(row["language"]))
+        except Refused as error:
+            first = first or f"prompt {row['prompt_id']!r} in {row['language']}: {error}"
+        else:
+            return None
+    return first
+
+
 def _request(
-    tokenizer: Any, key: int, row: Prompt, seeds: list[int], instructions: Mapping[str, str]
-) -> Request:
+    tokenizer: Any,
+    key: int,
+    row: Prompt,
+    seeds: list[int],
+    instructions: Mapping[str, str],
+    sampler: Sampler,
+) -> tuple[Request | None, str]:
+    """What to ask for a prompt; None and the reason where it cannot be asked."""
     name = f"prompt {row['prompt_id']!r} in {row['language']}"
     try:
-        return request(tokenizer, key, row["messages"], seeds, instructions.get(row["language"]), name)
+        asked = request(tokenizer, key, row["messages"], seeds, instructions.get(row["language"]), name)
+        if (tokens := len(asked.prompt_ids)) < sampler.max_context:
+            return asked, ""
+        return None, f"the prompt has {tokens} tokens, the context of {sampler.name} {sampler.max_context}"
+    except Refused as error:
+        return None, str(error)
     except UserError as error:
         raise UserError(f"{name}: {error}") from error
 
