@@ -94,6 +94,26 @@ def test_a_directory_whose_weights_are_gone_or_cut(bench: Bench) -> None:
     assert complete_stages(bench.folder) == ["prompts"]
 
 
+def test_weights_of_another_network_in_a_models_folder(bench: Bench) -> None:
+    import tiny
+
+    deep = tiny.save(bench.folder / "deep", tiny.make_policy("llama"), tiny.make_tokenizer())
+    config = json.loads((deep / "config.json").read_text())
+    (deep / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    assert_one_sentence(bench.run(f"policy.model={deep}"), str(deep), "model.layers.1.", "no place for")
+    assert_one_sentence(bench.run("policy.model=lab:reward"), "lab:reward", "score.weight", "no place for")
+
+
+def test_folders_that_cannot_be_made_and_devices_that_are_not_there(bench: Bench) -> None:
+    for folder in (bench.recipe, bench.recipe / "under", "/proc/run"):
+        assert_one_sentence(bench.run(f"run.folder={folder}"), str(folder), "cannot be made or written")
+    for name in ("~nobody-of-this-name/x", "a" * 5000):
+        assert_one_sentence(bench.run(f"policy.model={name}"), "policy.model = ", "no such directory")
+        assert_one_sentence(bench.run(f"prompts.source={name}"), "prompts.source = ", "no such file")
+    assert_one_sentence(bench.run("runtime.device=cuda:99"), "runtime.device = 'cuda:99'", "CUDA devices")
+    assert not (bench.folder / "run").exists()
+
+
 def test_a_reward_model_with_two_logits(bench: Bench) -> None:
     import tiny
 

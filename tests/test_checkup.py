@@ -122,7 +122,7 @@ def test_what_does_not_fit(doctor: Doctor, tmp_path: Path) -> None:
     assert "memory on cpu: weights" in line
     assert "DOES NOT FIT, a budget of" in line
     assert line.endswith("(and 1 more, see above)")  # the reward model's
-    line = wrong(doctor("sampling.completions=1000000000", "sampling.max_new_tokens=500"))
+    line = wrong(doctor("sampling.completions=100000", "sampling.max_new_tokens=1000000000"))
     assert "disk: at most" in line
     short = tiny.save(tmp_path / "short", tiny.make_policy("llama", max_positions=8), tiny.make_tokenizer())
     assert "no prompt fits its context of 8 tokens" in wrong(doctor(f"policy.model={short}"))

@@ -13,9 +13,10 @@ import pytest
 from typer.testing import CliRunner
 
 from conftest import TinyModels, write_recipe
-from croco import identity, pipeline, recipe, standing
+from croco import pipeline, recipe, standing
 from croco.cli import STAGE_COMMANDS, app
 from croco.cli_program import one_sentence
+from croco.stage import Node
 
 HEAVY = ("torch", "transformers", "polars", "pyarrow", "numpy", "pandas", "datasets", "babel")
 
@@ -93,9 +94,6 @@ def test_what_enters_a_fingerprint_and_what_does_not(tmp_path: Path, tiny_models
     subprocess.run(["cp", "-r", str(tiny_models.policy), str(copy)], check=True)
     assert changed(f"policy.model={copy}") == set()
     (copy / "generation_config.json").write_text('{"eos_token_id": 3}')
-    from croco.identity import folder_identity
-
-    folder_identity.cache_clear()
     assert "sample" in changed(f"policy.model={copy}")
 
 
@@ -158,10 +156,10 @@ def test_a_rebuild_removes_the_last_stage_first(
     removed: list[str] = []
     clear = standing.clear
 
-    def noted(folder: Path) -> None:
-        if (folder / "stage.json").exists():
-            removed.append(folder.name)
-        clear(folder)
+    def noted(node: Node) -> None:
+        if (node.folder / "stage.json").exists():
+            removed.append(node.folder.name)
+        clear(node)
 
     monkeypatch.setattr(standing, "clear", noted)
     pipeline.run(recipe.load(path), until="prompts", rebuild=True)
@@ -170,23 +168,6 @@ def test_a_rebuild_removes_the_last_stage_first(
     removed.clear()
     pipeline.run(recipe.load(path), until="score", rebuild=True)
     assert removed == ["likelihood", "score", "sample", "prompts"]
-
-
-def test_a_large_file_is_known_by_blocks_of_all_of_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(identity, "LARGE_BYTES", 1000)
-    path, seen = tmp_path / "model.safetensors", set()
-    content = bytearray(9 * identity.STRETCH_BYTES + 123)
-    for start in (None, 0, 4 * identity.STRETCH_BYTES - 3 * 2**20, len(content) - 1):
-        if start is not None:  # a tensor of 4 MB or less that a tuning moved
-            content[start : start + identity.STRETCH_BYTES] = b"x" * len(
-                content[start : start + identity.STRETCH_BYTES]
-            )
-        path.write_bytes(content)
-        identity.folder_identity.cache_clear()
-        seen.add(identity.folder_identity(tmp_path))
-    assert len(seen) == 4
 
 
 def test_interruption_and_a_full_disk_are_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,10 +34,10 @@ PRELOADED = [
 SECONDS = 240
 
 
-def start(recipe: Path, log: Path) -> multiprocessing.process.BaseProcess:
+def start(recipe: Path, log: Path, *counted: object) -> multiprocessing.process.BaseProcess:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    process = context.Process(target=killed.croco, args=(["run", str(recipe)], str(log)))
+    process = context.Process(target=killed.croco, args=(["run", str(recipe)], str(log), *counted))
     process.start()
     return process
 
@@ -98,6 +98,35 @@ def test_killed_again_and_again_a_run_ends_as_if_nothing_had_been(
     assert last.exitcode == 0, (seed, log.read_text())
     assert len(set(where)) >= 5
 
+    assert stages(run) == stages(tmp_path / "calm")
+    for stage in stages(run):
+        compare(tmp_path / "calm" / stage, run / stage, f"seed {seed}: {stage}")
+    leftovers = [path for path in run.rglob("*") if path.name.startswith(".tmp-") or path.name == "scratch"]
+    assert leftovers == []
+
+
+@pytest.mark.slow
+def test_killed_before_chosen_system_calls_a_run_ends_as_if_nothing_had_been(
+    tmp_path: Path, tiny_models: TinyModels
+) -> None:
+    log, calls = tmp_path / "log.txt", tmp_path / "calls.txt"
+    calm = start(write_recipe(tmp_path, tiny_models, "calm.toml", "calm"), log, str(calls))
+    calm.join(SECONDS)
+    assert calm.exitcode == 0, log.read_text()
+    made = calls.read_text().splitlines()
+    recipe, run = write_recipe(tmp_path, tiny_models, "killed.toml", "killed"), tmp_path / "killed"
+    seed = random.randrange(2**32)
+    rng = random.Random(seed)
+    where = []
+    for number in range(8):  # each start makes what is left: the calls get fewer
+        process = start(recipe, log, str(calls), rng.randrange(1, max(2, len(made) // (number + 1))))
+        process.join(SECONDS)
+        assert process.exitcode in (0, -signal.SIGKILL), (seed, log.read_text())
+        where.append(calls.read_text().splitlines()[-1])
+    print(f"seed {seed}: killed after {'; '.join(where)}")
+    last = start(recipe, log)
+    last.join(SECONDS)
+    assert last.exitcode == 0, (seed, log.read_text())
     assert stages(run) == stages(tmp_path / "calm")
     for stage in stages(run):
         compare(tmp_path / "calm" / stage, run / stage, f"seed {seed}: {stage}")

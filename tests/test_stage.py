@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import toy_stages
-from croco import stage, standing, store
+from croco import pipeline, stage, standing, store
 from croco.errors import StaleStage, UserError
 from croco.recipe import Recipe, from_dict
 from croco.stage import Node, Stage
@@ -90,6 +90,27 @@ def test_an_unfinished_stage_redoes_only_what_is_missing(tmp_path: Path) -> None
     )
 
 
+def test_a_kill_while_the_scratch_goes_leaves_a_complete_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = numbered(tmp_path)
+
+    def killed(node: Node) -> None:
+        (node.folder / "scratch").mkdir()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(stage, "remove_scratch", killed)
+        with pytest.raises(KeyboardInterrupt):
+            stage.execute(node, recipe())
+    assert standing.status(node).kind == "complete"
+    assert (node.folder / "scratch").exists()
+    said: list[str] = []
+    pipeline.run_node(node, recipe(), said.append)
+    assert "complete, skipped" in said[0]
+    assert not (node.folder / "scratch").exists()
+
+
 def test_drift_stops_and_names_what_changed_and_through_which_input(tmp_path: Path) -> None:
     first = numbered(tmp_path)
     stage.execute(first, recipe())
@@ -125,12 +146,12 @@ def test_damage_to_a_complete_stage_is_found(tmp_path: Path, damage: str) -> Non
     else:
         store.marker_path(node.folder, 1).unlink()
     status = standing.status(node)
-    assert status.kind == "stale"
+    assert status.kind == "damaged"
     assert str(node.folder) in status.changes[0]
 
 
 def test_a_file_that_a_stage_without_a_table_made_is_missed(tmp_path: Path) -> None:
-    node = Node(toy("page", ""), None, tmp_path / "page", {}, {})
+    node = Node(replace(toy("page", ""), makes=("page.html",)), None, tmp_path / "page", {}, {})
     assert stage.execute(node, recipe())["files"] == {"page.html": 2}
     assert standing.status(node).kind == "complete"
     (node.folder / "page.html").unlink()
@@ -161,14 +182,123 @@ def test_an_input_must_be_accounted_for_in_full(tmp_path: Path) -> None:
     assert standing.status(node).kind == "unfinished"
 
 
-def test_clear_leaves_the_arms_in_sub_folders(tmp_path: Path) -> None:
-    shared = tmp_path / "score"
-    (shared / "random").mkdir(parents=True)
-    (shared / "scratch").mkdir()
-    for folder in (shared, shared / "random"):
-        store.write_json(folder / "stage.json", {})
-    standing.clear(shared)
-    assert sorted(path.name for path in shared.iterdir()) == ["random"]
+def test_a_removal_takes_what_the_stage_made_and_nothing_else(tmp_path: Path) -> None:
+    node = numbered(tmp_path)
+    stage.execute(node, recipe())
+    (node.folder / "notes.txt").write_text("mine")
+    (node.folder / "keep").mkdir()
+    (node.folder / "keep" / "part-00000.parquet").write_text("mine")
+    store.write_json(node.folder / "arm" / "stage.json", {})
+    (node.folder / "scratch").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").mkdir()
+    standing.clear(node)
+    assert sorted(path.name for path in node.folder.iterdir()) == ["arm", "keep", "notes.txt"]
+    assert (node.folder / "keep" / "part-00000.parquet").read_text() == "mine"
+    assert (tmp_path / "elsewhere").is_dir()
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "part-00000.parquet", "more/train.jsonl"])
+def test_a_folder_of_somebody_else_is_refused_and_left_alone(tmp_path: Path, name: str) -> None:
+    node = numbered(tmp_path)
+    path = node.folder / name
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    with pytest.raises(UserError, match="croco has not made it"):
+        stage.execute(node, recipe())
+    assert [one for one in node.folder.rglob("*") if one.is_file()] == [path]
+    assert path.read_text() == "mine"
+
+
+def test_a_removal_that_was_cut_short_is_a_missing_stage(tmp_path: Path) -> None:
+    node = numbered(tmp_path)
+    stage.execute(node, recipe())
+    found = store.read_record(node.folder)
+    found["state"] = "removed"
+    store.write_record(node.folder, found)
+    store.shard_path(node.folder, 0).unlink()
+    assert standing.status(node).kind == "missing"
+    assert stage.execute(node, recipe())["starts"] == 1
+    assert store.read_table(node.folder).height == 10
+
+
+@pytest.mark.parametrize(
+    "text", ["{}", "[]", "null", "{", "", '{"state": "complete"}', "[" * 100_000, "9" * 5000]
+)
+@pytest.mark.parametrize("name", ["stage.json", "part-00000.done"])
+def test_a_record_of_another_shape_is_one_sentence_and_a_rebuild_helps(
+    tmp_path: Path, name: str, text: str
+) -> None:
+    node = numbered(tmp_path)
+    stage.execute(node, recipe())
+    (node.folder / name).write_text(text)
+    now = standing.status(node)
+    assert (now.kind, len(now.changes)) == ("damaged", 1)
+    assert str(node.folder / name) in now.changes[0]
+    with pytest.raises(StaleStage, match="run again with --rebuild"):
+        standing.stop_or_clear([node], False, print)
+    standing.stop_or_clear([node], True, print)
+    assert standing.status(node).kind == "missing"
+    stage.execute(node, recipe())
+    assert standing.status(node, contents=True).kind == "complete"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_shards", "3"),
+        ("starts", 0),
+        ("science", {}),
+        ("counts", {"read": {"prompt": -1}}),
+        ("facts", []),
+    ],
+)
+def test_a_value_of_another_kind_is_named(tmp_path: Path, key: str, value: object) -> None:
+    node = numbered(tmp_path)
+    found = stage.execute(node, recipe())
+    store.write_json(node.folder / "stage.json", {**found, key: value})
+    assert f"no record of a stage at '{key}" in standing.status(node).changes[0]
+
+
+def test_one_flipped_bit_is_seen_when_the_stage_is_read(tmp_path: Path) -> None:
+    first = numbered(tmp_path)
+    stage.execute(first, recipe())
+    path = store.shard_path(first.folder, 1)
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 97):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :])
+        with pytest.raises(StaleStage, match=r"part-00001.*--rebuild to remove numbered"):
+            stage.execute(even(tmp_path, first), recipe())
+    assert standing.status(first, contents=True).kind == "damaged"
+    path.write_bytes(whole)
+    assert stage.execute(even(tmp_path, first), recipe())["state"] == "complete"
+
+
+def test_a_damaged_shard_of_an_unfinished_stage_is_made_again(tmp_path: Path) -> None:
+    node = numbered(tmp_path)
+    toy_stages.FAIL_AT.add(2)
+    with pytest.raises(RuntimeError, match="power"):
+        stage.execute(node, recipe())
+    toy_stages.FAIL_AT.clear()
+    content = bytearray(store.shard_path(node.folder, 0).read_bytes())
+    content[50] ^= 1
+    store.shard_path(node.folder, 0).write_bytes(content)
+    store.marker_path(node.folder, 1).write_text("{}")
+    stage.execute(node, recipe())
+    assert toy_stages.CALLS == [0, 1, 0, 1, 2]
+    assert store.read_table(node.folder)["prompt_id"].to_list() == [str(number) for number in range(10)]
+
+
+def test_a_lost_ledger_is_written_again_from_those_of_the_shards(tmp_path: Path) -> None:
+    first = numbered(tmp_path)
+    stage.execute(first, recipe())
+    node = even(tmp_path, first)
+    stage.execute(node, recipe())
+    path = node.folder / "dropped.parquet"
+    whole = path.read_bytes()
+    assert not standing.mend_ledger(node)
+    path.unlink()
+    assert standing.mend_ledger(node)
+    assert path.read_bytes() == whole
 
 
 def test_a_run_is_locked_against_a_second_process(tmp_path: Path) -> None:

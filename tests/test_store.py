@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -83,6 +84,54 @@ def test_ledgers_are_merged_and_counted(tmp_path: Path) -> None:
         ("prompt", "a", "en", None, "too long"),
         ("completion", "b", "en", 3, "cut"),
     ]
+
+
+@pytest.mark.parametrize("place", [0.3, 0.6])
+def test_a_page_that_is_not_what_was_written_is_not_read(tmp_path: Path, place: float) -> None:
+    path = tmp_path / "x.parquet"
+    store.write_parquet(path, table(*range(500)), PROMPTS.schema)
+    content = bytearray(path.read_bytes())
+    content[int(len(content) * place)] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"x\.parquet is damaged"):
+        store.read_arrow(path)
+
+
+def test_a_person_s_link_and_pipe_are_written_through(tmp_path: Path) -> None:
+    real, link, dangling, pipe = (tmp_path / name for name in ("real.csv", "link.csv", "new.csv", "pipe"))
+    real.write_text("old")
+    link.symlink_to(real)
+    dangling.symlink_to(tmp_path / "target.csv")
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    for path in (link, dangling, pipe):
+        store.write_for_user(path, "new")
+    assert (real.read_text(), (tmp_path / "target.csv").read_text(), os.read(reader, 9)) == (
+        "new",
+        "new",
+        b"new",
+    )
+    assert (link.is_symlink(), dangling.is_symlink(), pipe.is_fifo()) == (True, True, True)
+    with pytest.raises(UserError, match="is a folder"):
+        store.write_for_user(tmp_path, "new")
+
+
+def test_a_folder_is_filled_under_another_name_only_if_it_is_ours(tmp_path: Path) -> None:
+    partial, to = tmp_path / "x.partial", tmp_path / "x"
+    partial.mkdir()
+    (partial / "thesis.tex").touch()
+    with pytest.raises(UserError, match="was not made by croco"):
+        store.begin_folder(partial)
+    (partial / "thesis.tex").rename(tmp_path / "thesis.tex")
+    partial.rmdir()
+    store.begin_folder(partial)
+    (partial / "half").touch()
+    store.begin_folder(partial)  # what a killed process left
+    (partial / "whole").touch()
+    store.finish_folder(partial, to)
+    assert [path.name for path in to.iterdir()] == ["whole"]
+    with pytest.raises(UserError, match="not empty"):
+        store.check_new_folder(to)
 
 
 def test_num_rows_names_a_missing_and_a_cut_file(tmp_path: Path) -> None:

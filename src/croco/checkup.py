@@ -65,6 +65,7 @@ def _prompts(recipe: Recipe) -> list[Prompt]:
     return load(
         section.source,
         split=section.split,
+        revision=section.revision,
         languages=recipe.prompts_languages,
         limit=section.limit or (LENGTHS if hub else None),
         id_column=section.id_column,

@@ -68,19 +68,13 @@ def run(
         return
     from croco import pipeline
 
-    pipeline.run(loaded, rebuild=rebuild, until=until, say=say)
-    show_end(loaded.folder)
-
-
-def show_end(folder: Path) -> None:
-    """The last table and the path of the page, when the run has come so far."""
-    if (folder / "results" / "dropped.parquet").exists():
+    complete = pipeline.run(loaded, rebuild=rebuild, until=until, say=say)
+    if "results" in complete:
         from croco.report import command
 
-        command.show(folder)
-    page = folder / "report" / "report.html"
-    if page.exists():
-        say(f"report: {page}")
+        command.show(loaded.folder)
+    if "report" in complete:
+        say(f"report: {loaded.folder / 'report' / 'report.html'}")
 
 
 @app.command()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import typer.core
 
-from croco.errors import UserError
+from croco.errors import UserError, printable
 
 if TYPE_CHECKING:
     from croco.recipe import Recipe
@@ -62,7 +62,7 @@ app.add_typer(euroeval, name="euroeval")
 
 def say(line: str) -> None:
     """A line for the person at the terminal, at once."""
-    print(line, flush=True)
+    print(printable(line), flush=True)
 
 
 @contextmanager
@@ -71,7 +71,7 @@ def one_sentence() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        print(f"croco: {error}", file=sys.stderr)
+        print(printable(f"croco: {error}"), file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("croco: interrupted; run the same command again to go on", file=sys.stderr)

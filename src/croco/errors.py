@@ -6,6 +6,11 @@ for bad input and a traceback for a mistake of ours.
 
 from __future__ import annotations
 
+import re
+
+# control characters (escape codes), marks that reorder the text after them, and halves of surrogate pairs
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
 
 class UserError(Exception):
     """Bad input: one sentence that names the file, row or key, what was found and what was expected (exit code 2)."""
@@ -17,3 +22,8 @@ class Refused(UserError):
 
 class StaleStage(UserError):
     """A finished or unfinished stage was made with other settings than the recipe now gives."""
+
+
+def printable(text: str) -> str:
+    """Text of a model, file or server for a terminal or a log: what could steer the terminal is written out."""
+    return _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)

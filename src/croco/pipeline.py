@@ -15,17 +15,29 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from croco import arms, engines, follows, science, standing, store
 from croco import stage as stages
 from croco.errors import UserError
+from croco.identity import canonical
 from croco.recipe import Recipe
 from croco.records import TABLES
 from croco.stage import Node, Reference, Stage
 from croco.standing import Status
+from croco.store import Record
 
 Say = Callable[[str], None]
+WRITTEN = {
+    "run",
+    "prompts",
+    "policy",
+    "reward",
+    "sampling",
+    "evaluation",
+    "arms",
+    "runtime",
+    "study",
+}  # in recipe.json
 
 
 STAGES: tuple[Stage, ...] = (
@@ -90,6 +102,7 @@ STAGES: tuple[Stage, ...] = (
         version=2,
         function="croco.training.train:train",
         table="",
+        makes=("adapter", "adapter.partial", "model", "model.partial", "metrics.jsonl"),
         settings=science.train_settings,
         follows=follows.trained_from,
         arms=arms.tuned_arms,
@@ -127,6 +140,7 @@ STAGES: tuple[Stage, ...] = (
         version=1,
         function="croco.evaluation.euroeval:euroeval",
         table="results",
+        makes=("euroeval_benchmark_results.jsonl",),
         settings=science.euroeval_settings,
         follows=lambda recipe, arm: follows.policy_of(arm),
         arms=follows.euroeval_arms,
@@ -171,6 +185,7 @@ STAGES: tuple[Stage, ...] = (
         version=1,
         function="croco.report.page:report",
         table="",
+        makes=("report.html",),
         settings=science.report_settings,
         follows=follows.shown_from,
     ),
@@ -208,29 +223,33 @@ def _input_name(arm: str | None, before: Reference, reads: Sequence[Reference]) 
     return name if its_arm in (None, arm) or only else f"{name}/{its_arm}"
 
 
-def _nodes_until(recipe: Recipe, until: str | None) -> list[Node]:
-    every = nodes(recipe)
+def _until(every: list[Node], until: str | None) -> list[Node]:
     return every if until is None else every[: every.index(_of_stage(every, until)[-1]) + 1]
 
 
 def plan(recipe: Recipe, until: str | None = None) -> list[tuple[Node, Status]]:
     """How each stage stands: complete, unfinished, missing, or stale with what changed."""
-    return [(node, standing.status(node)) for node in _nodes_until(recipe, until)]
+    return [(node, standing.status(node)) for node in _until(nodes(recipe), until)]
 
 
 def run(
     recipe: Recipe, *, rebuild: bool = False, until: str | None = None, say: Say = lambda line: None
-) -> None:
-    """Run what is not complete, in order. Raises StaleStage naming what changed, unless `rebuild` removes it."""
+) -> list[str]:
+    """Run what is not complete, in order; returns the names of the stages that are complete now.
+
+    Raises StaleStage naming what changed, unless `rebuild` removes it.
+    """
     engines.check(recipe)
-    todo = _nodes_until(recipe, until)
+    every = nodes(recipe)
+    todo = _until(every, until)
     set_threads(recipe)
-    check_euroeval(todo, recipe)
     with stages.lock(recipe.folder):
+        check_euroeval(todo, recipe)
         standing.stop_or_clear(todo, rebuild, say)
-        keep_recipe(recipe)
+        keep_recipe(recipe, every, say)
         for node in todo:
             run_node(node, recipe, say)
+    return list(dict.fromkeys(node.stage.name for node in todo))
 
 
 def run_stage(
@@ -253,19 +272,24 @@ def run_stage(
         if not todo:
             raise UserError(f"--arm {arm}: {name} has no such arm")
     set_threads(recipe)
-    check_euroeval(todo, recipe)
     with stages.lock(recipe.folder):
+        check_euroeval(todo, recipe)
         for node in todo:
             for before in node.inputs.values():
-                now = standing.status(before)
-                if now.kind != "complete":
-                    raise UserError(
-                        f"{node.title} reads {before.title}, which is {now.kind}: run `croco run` first"
-                    )
+                _require(node, before)
         standing.stop_or_clear(todo, rebuild, say, every)
-        keep_recipe(recipe)
+        keep_recipe(recipe, every, say)
         for node in todo:
             run_node(node, recipe, say)
+
+
+def _require(node: Node, before: Node) -> None:
+    """Raise UserError unless what a node reads is complete."""
+    now = standing.status(before)
+    if now.kind == "damaged":
+        raise UserError(standing.stale_message([(before, now)]))
+    if now.kind != "complete":
+        raise UserError(f"{node.title} reads {before.title}, which is {now.kind}: run `croco run` first")
 
 
 def check_euroeval(todo: Sequence[Node], recipe: Recipe) -> None:
@@ -290,7 +314,9 @@ def run_node(node: Node, recipe: Recipe, say: Say) -> None:
     """Run one node, saying in one line what became of it."""
     now = standing.status(node)
     if now.kind == "complete":
-        say(f"{node.title:<24} complete, skipped")
+        stages.remove_scratch(node)  # of a run that was killed while it went
+        mended = ", its ledger is written again" if standing.mend_ledger(node) else ""
+        say(f"{node.title:<24} complete, skipped{mended}")
         return
     if now.kind == "unfinished":
         say(f"{node.title:<24} unfinished, going on")
@@ -298,7 +324,7 @@ def run_node(node: Node, recipe: Recipe, say: Say) -> None:
     say(f"{node.title:<24} {counted(node, found)}{found['seconds']:.1f} s")
 
 
-def counted(node: Node, found: dict[str, Any]) -> str:
+def counted(node: Node, found: Record) -> str:
     """What a finished stage wrote and left out, for a line on the terminal."""
     counts = found["counts"]
     own = TABLES[node.stage.table].unit if node.stage.table else None
@@ -314,12 +340,9 @@ def rebuild_report(recipe: Recipe, say: Say = lambda line: None) -> Path:
     node = nodes(recipe)[-1]
     with stages.lock(recipe.folder):
         for before in node.inputs.values():
-            now = standing.status(before)
-            if now.kind != "complete":
-                raise UserError(
-                    f"the report reads {before.title}, which is {now.kind}: run `croco run` first"
-                )
-        standing.clear(node.folder)
+            _require(node, before)
+        if standing.status(node).kind != "missing":  # the old page stays until the new one is there
+            store.write_record(node.folder, stages.new_record(node, recipe.runtime.shard_prompts))
         run_node(node, recipe, say)
     return node.folder / "report.html"
 
@@ -330,11 +353,41 @@ def known_stage(name: str) -> Stage:
     return _BY_NAME[name]
 
 
-def keep_recipe(recipe: Recipe) -> None:
-    """The run's folder holds the resolved recipe, so that it explains itself and `croco report` needs nothing else."""
+def keep_recipe(recipe: Recipe, every: Sequence[Node] = (), say: Say = lambda line: None) -> None:
+    """Write the resolved recipe into the run's folder, which explains itself and is all that `croco report` needs.
+
+    One that is there stays where another setting made a stage that is there too: it describes what lies in the folder.
+    Raises UserError for a recipe.json that is a person's own.
+    """
     path, resolved = recipe.folder / "recipe.json", recipe.model_dump(mode="json")
-    if not path.exists() or store.read_json(path) != resolved:
-        store.write_json(path, resolved)
+    if os.path.lexists(path):
+        there = store.read_json(path)
+        if there == resolved:
+            return
+        if not isinstance(there, dict) or not there.keys() >= WRITTEN:
+            raise UserError(
+                f"{path} is no resolved recipe: croco has not written it, expected another run.folder, or no such file"
+            )
+        for node in every[:-1]:  # the page describes itself
+            if standing.status(node).kind == "stale" and _made_otherwise(node):
+                say(f"recipe.json stays as it is, for {node.title} was made with other settings")
+                return
+    store.write_json(path, resolved)
+
+
+def _made_otherwise(node: Node) -> bool:
+    """Whether a stage has other settings, or has read a table that is not there any more; that more tables are to be
+    read (of an arm that was added) is no contradiction."""
+    made = store.read_record(node.folder)["science"]
+    if canonical(made["settings"]) != canonical(node.settings):
+        return True
+    for name, before in node.inputs.items():
+        read = made["inputs"].get(name, before.fingerprint)
+        if read != before.fingerprint and (
+            store.state(before.folder) == "missing" or store.read_record(before.folder)["fingerprint"] != read
+        ):
+            return True
+    return False
 
 
 def set_threads(recipe: Recipe) -> None:

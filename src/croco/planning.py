@@ -46,19 +46,21 @@ def describe(recipe: Recipe, until: str | None = None) -> Iterator[str]:
 
 def _standing(node: Node, status: Status) -> str:
     if status.kind == "complete":
-        found = store.read_json(node.folder / "stage.json")
+        found = store.read_record(node.folder)
         return f"complete: {pipeline.counted(node, found)}{found['seconds']:.1f} s"
     if status.kind == "unfinished":
         return f"unfinished ({len(store.shards(node.folder))} shards there): would go on"
-    return {"missing": "would run", "stale": "stale, would need --rebuild:"}[status.kind]
+    return {"missing": "would run", "stale": "stale, would need --rebuild:"}.get(
+        status.kind, "damaged, would need --rebuild:"
+    )
 
 
 def rates(recipe: Recipe) -> dict[str, float]:
     """What stages of this run have recorded: tokens a second of "sample", completions a second of "score"."""
     found = {}
     for stage, fact in (("sample", "tokens_per_second"), ("score", "completions_per_second")):
-        path = recipe.folder / stage / "stage.json"
-        rate = store.read_json(path)["facts"].get(fact) if path.exists() else None
+        folder = recipe.folder / stage
+        rate = store.read_record(folder)["facts"].get(fact) if store.state(folder) != "missing" else None
         if rate:
             found[stage] = float(rate)
     return found
@@ -210,6 +212,7 @@ def _num_prompts(section: Prompts | Evaluation | Arena, key: str, languages: tup
     loaded = prompts_load.load(
         section.source,
         split=section.split,
+        revision=section.revision,
         languages=languages,
         limit=section.limit,
         id_column=section.id_column,

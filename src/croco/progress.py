@@ -1,20 +1,20 @@
-"""Progress of long stages: a bar with rate and time left on a terminal, silence elsewhere (logs, tests, CI)."""
+"""Progress of long stages: on a terminal a bar with rate and time left, elsewhere (logs, CI) a line now and then."""
 
 from __future__ import annotations
 
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
+
+LINE_SECONDS = 30.0  # between two lines
 
 
 class Progress(Protocol):
     def advance(self, n: int = 1) -> None:
         """Say that `n` more units are done."""
-
-
-class _Silent:
-    def advance(self, n: int = 1) -> None:
-        return None
 
 
 class _Bar:
@@ -25,18 +25,62 @@ class _Bar:
         self._bar.advance(self._task, n)
 
 
+class _Lines:
+    """Counts, and from a thread of its own prints how far it is, whether or not anything moves."""
+
+    def __init__(self, title: str, total: int, unit: str, done: int) -> None:
+        self.title, self.total, self.unit, self.done, self.first = title, total, unit, done, done
+        self.began, self.ended = time.monotonic(), threading.Event()
+        self.thread = threading.Thread(target=self._print, daemon=True)
+
+    def advance(self, n: int = 1) -> None:
+        self.done += n
+
+    def line(self, seconds: float) -> str:
+        """`sample: 1,200 of 6,000 completions (20 %), 40.0 a second, 2 min left`."""
+        rate = (self.done - self.first) / max(seconds, 1e-9)
+        share = f" ({100 * self.done // self.total} %)" if self.total else ""
+        left = f", {duration((self.total - self.done) / rate)} left" if rate else ""
+        pace = f"{rate:,.1f} a second" if rate >= 1 or not rate else f"{60 * rate:,.1f} a minute"
+        return f"{self.title}: {self.done:,} of {self.total:,} {self.unit}s{share}, {pace}{left}"
+
+    def _print(self) -> None:
+        while not self.ended.wait(LINE_SECONDS):
+            print(self.line(time.monotonic() - self.began), file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """Seconds for a person: `40 s`, `12 min`, `3 h 20 min`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
 @contextmanager
 def progress(title: str, total: int, unit: str, done: int = 0) -> Iterator[Progress]:
-    """A bar from `done` to `total` units; the rate counts only what this process did."""
+    """A bar or lines from `done` to `total` units; the rate counts only what this process did."""
     from rich.console import Console
+
+    console = Console(stderr=True)
+    if console.is_terminal:
+        with _bar(console, title, total, unit, done) as bar:
+            yield bar
+        return
+    lines = _Lines(title, total, unit, done)
+    lines.thread.start()
+    try:
+        yield lines
+    finally:
+        lines.ended.set()
+        lines.thread.join()
+
+
+@contextmanager
+def _bar(console: Any, title: str, total: int, unit: str, done: int) -> Iterator[Progress]:
     from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
     from rich.text import Text
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield _Silent()
-        return
 
     class Rate(ProgressColumn):
         def render(self, task: Any) -> Text:
@@ -50,5 +94,4 @@ def progress(title: str, total: int, unit: str, done: int = 0) -> Iterator[Progr
         TimeRemainingColumn(),
     )
     with Bars(*columns, console=console, transient=True) as bars:
-        task = bars.add_task(f"{title:<24}", total=total, completed=done)
-        yield _Bar(bars, task)
+        yield _Bar(bars, bars.add_task(f"{title:<24}", total=total, completed=done))

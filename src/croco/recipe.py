@@ -7,6 +7,7 @@ recipe. It loads neither torch nor a model; whether a model exists is `identity.
 
 from __future__ import annotations
 
+import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,15 +17,18 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from croco import languages
 from croco.errors import UserError
+from croco.identity import LAB_LANGUAGES
+from croco.pairing.rules import check_groups
 from croco.recipe_arena import Arena
 from croco.recipe_arm import Arm, Guards, Training
-from croco.recipe_arms import Alignment, Name, Strings, Sweep, check_arms
+from croco.recipe_arms import Alignment, Completions, Name, Strings, Sweep, check_arms
 from croco.recipe_euroeval import EuroEval
 from croco.recipe_models import Judge, Policy, Reward, Translate
-from croco.recipe_runtime import Positive, Runtime, Section
+from croco.recipe_runtime import Positive, Runtime, Section, Seed
 from croco.recipe_study import Study, check_study
 from croco.recipe_sweep import expanded
 
+NAME_BYTES = 255  # of a file or folder
 Temperature = Annotated[float, Field(ge=0, le=10)]
 # TOML has arrays, the frozen record has tuples
 Temperatures = Annotated[tuple[Temperature, ...], Field(strict=False)]
@@ -33,7 +37,7 @@ Temperatures = Annotated[tuple[Temperature, ...], Field(strict=False)]
 class Run(Section):
     name: Name
     folder: str = ""  # "" is runs/<name>
-    seed: int = 0
+    seed: Seed = 0
     languages: Strings = Field(min_length=1)  # tuned
     low_resource_languages: Strings = ()  # evaluated only
     held_out_languages: Strings = ()  # evaluated only
@@ -60,6 +64,7 @@ class Run(Section):
 class Prompts(Section):
     source: str = "lab"  # "lab", a .jsonl or .parquet file with messages, or "hf:NAME"
     split: str = "train"  # of the lab or a hub dataset; files have none
+    revision: str | None = None  # of a hub dataset: a commit, tag or branch
     limit: Positive | None = None  # prompts per language, the first ones
     order: Literal["source", "seed"] = (
         "source"  # "seed": shuffled by run.seed, so that another seed tunes on others
@@ -69,11 +74,11 @@ class Prompts(Section):
 
 
 class Sampling(Section):
-    completions: Annotated[int, Field(ge=2)] = 16
+    completions: Completions = 16
     # at temperature 0 all completions of a prompt are one
     temperature: Annotated[float, Field(gt=0, le=10)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Field(ge=0)] = 0  # 0 is all
+    top_k: Annotated[int, Field(ge=0, le=10**9)] = 0  # 0 is all
     max_new_tokens: Positive = 512
     # strings that end a completion, left out of it
     stop: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)] = ()
@@ -82,14 +87,15 @@ class Sampling(Section):
 class Evaluation(Section):
     source: str = "lab"
     split: str = "test"
+    revision: str | None = None
     limit: Positive | None = None
     id_column: str = "prompt_id"
     language_column: str = "language"
     temperatures: Temperatures = Field(default=(0.0, 1.0), min_length=1)  # every arm; 0 is greedy
     base_temperatures: Temperatures = ()  # the untuned policy, beside those above
-    samples: Positive = 1  # per prompt and temperature above 0
+    samples: Annotated[int, Field(gt=0, le=10_000)] = 1  # per prompt and temperature above 0
     max_new_tokens: Positive = 512
-    bootstrap: Positive = 2000  # resamples
+    bootstrap: Annotated[int, Field(gt=0, le=1_000_000)] = 2000  # resamples
 
 
 class Recipe(Section):
@@ -110,6 +116,17 @@ class Recipe(Section):
     sweep: dict[str, Sweep] = Field(default_factory=dict)  # grids of arms, as they were made
     study: Study | None = None
     runtime: Runtime = Runtime()
+
+    @field_validator("run")
+    @classmethod
+    def _folder_can_be_made(cls, run: Run) -> Run:
+        if "\0" in run.folder:
+            raise ValueError(f"folder = {run.folder!r} holds a null character, expected a path")
+        if any(len(os.fsencode(part)) > NAME_BYTES for part in (*Path(run.folder).parts, run.name)):
+            raise ValueError(
+                f"a name in '{run.folder or run.name}' has more than {NAME_BYTES} bytes, expected a shorter one"
+            )
+        return run
 
     @property
     def folder(self) -> Path:
@@ -154,6 +171,10 @@ class Recipe(Section):
                         raise ValueError(
                             f"arms.{name}.pool.{group}: '{code}' is not tuned, expected of {known}"
                         )
+            try:
+                check_groups(arm.pool, arm.languages or self.run.languages)
+            except UserError as error:
+                raise ValueError(f"arms.{name}.pool: {error}") from None
         return self
 
     @model_validator(mode="after")
@@ -199,6 +220,16 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _the_lab_has_the_languages(self) -> Recipe:
+        read = {"prompts": self.prompts_languages, "evaluation": self.evaluation_languages}
+        for key, codes in (read | ({"arena": self.arena_languages} if self.arena else {})).items():
+            if getattr(self, key).source == "lab" and (unknown := set(codes) - set(LAB_LANGUAGES)):
+                raise ValueError(
+                    f"{key}.source = 'lab' has no prompts in '{min(unknown)}', expected of {', '.join(LAB_LANGUAGES)}"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _something_to_translate(self) -> Recipe:
         if self.translate and not set(self.run.languages) - {self.translate.source}:
             raise ValueError(
@@ -230,6 +261,10 @@ ARM_DEFAULTS = {
 }
 
 
+# what a command on files puts in the place of [prompts] and [evaluation], which it does not read
+NO_PROMPTS = {"prompts": {"source": "files.jsonl"}, "evaluation": {"source": "none.jsonl"}}
+
+
 def has_splits(source: str) -> bool:
     return source == "lab" or source.startswith("hf:")
 
@@ -250,8 +285,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     else:
         try:
             values = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
+        except (tomllib.TOMLDecodeError, RecursionError, ValueError) as error:
             raise UserError(f"{path}: not valid TOML: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a recipe's tables, found {type(values).__name__}")
     for override in overrides:
         apply_override(values, override)
     return from_dict(values, str(path))
@@ -265,7 +302,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         raise UserError(f"--set {override}: expected section.key=value")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError, ValueError):
         value = text
     for part in parts[:-1]:
         below = values.setdefault(part, {})

@@ -13,6 +13,7 @@ class Arena(Section):
     judge: Literal["model", "lab"] = "model"  # the model of [judge], or the lab's program
     source: str | None = None  # prompts of its own, as in [evaluation]; null is the prompts of [evaluation]
     split: str = "test"
+    revision: str | None = None
     limit: Positive | None = None  # prompts per language, the first ones
     id_column: str = "prompt_id"
     language_column: str = "language"

@@ -32,9 +32,11 @@ class Training(Section):
     simpo_gamma: Annotated[float, Field(ge=0)] = 0.5  # loss "simpo": the margin aimed at
     nll_weight: Annotated[float, Field(ge=0)] = 0.0
     learning_rate: Annotated[float, Field(gt=0)] = 5e-6
-    epochs: Positive = 1
-    updates: Positive | None = None  # optimiser steps, whatever the number of pairs; null is what epochs make
-    batch_pairs: Positive = 64  # pairs per optimiser step
+    epochs: Annotated[int, Field(gt=0, le=1000)] = 1
+    updates: Annotated[int, Field(gt=0, le=500_000)] | None = (
+        None  # optimiser steps, whatever the number of pairs; null is what epochs make
+    )
+    batch_pairs: Annotated[int, Field(gt=0, le=1_000_000)] = 64  # pairs per optimiser step
     max_tokens: Positive = 4096  # prompt and completion
     # what becomes of a longer pair: to the ledger, or its completions lose their ends (counted)
     over_length: Literal["drop", "truncate"] = "drop"

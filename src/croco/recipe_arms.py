@@ -10,6 +10,7 @@ from croco.errors import UserError
 from croco.pairing.rules import check_groups
 from croco.recipe_models import Causal, Model
 from croco.recipe_runtime import Positive, Section
+from croco.recipe_sweep import MAX_ROUNDS
 
 if TYPE_CHECKING:
     from croco.recipe import Recipe
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$")]
 Strings = Annotated[tuple[str, ...], Field(strict=False)]
+Completions = Annotated[int, Field(ge=2, le=100_000)]
 Part = Annotated[tuple[Positive, Positive], Field(strict=False)]
 Scorer = Literal["reward", "random", "likelihood", "likelihood-sum", "verified", "implicit", "alignment"]
 ENGLISH = "en"
@@ -48,11 +50,13 @@ class Origin(Section):
 
     languages: Strings = ()  # tuned on these; () is all of run.languages
     # per prompt, the first ones of those that are sampled; null is all (sampling.completions)
-    completions: Annotated[int, Field(ge=2)] | None = None
+    completions: Completions | None = None
     part: Part | None = None  # [2, 4] is the second of four parts of the prompts
     start: Name | None = None  # the arm whose policy samples, and whose adapter is tuned on
     reference: Literal["base", "start"] = "base"  # what DPO holds the policy against
-    rounds: Positive = 1  # as many arms, each on its own part of the prompts, from the one before
+    rounds: Annotated[int, Field(gt=0, le=MAX_ROUNDS)] = (
+        1  # as many arms, each on its own part of the prompts, from the one before
+    )
     sampler: Sampler | None = None  # completions of another model: off-policy
     scorer: Scorer = "reward"
     implicit: Implicit | None = None  # for scorer "implicit"

@@ -44,7 +44,7 @@ class EuroEval(Section):
     local: str | None = (
         None  # a folder with custom_datasets.py and what it needs, for datasets that are your own
     )
-    iterations: Annotated[int, Field(ge=2)] = 3  # of each dataset; one alone has no interval
+    iterations: Annotated[int, Field(ge=2, le=1000)] = 3  # of each dataset; one alone has no interval
     split: Literal["test", "val"] = "test"
     few_shot: bool = True  # examples in the prompt; a task that allows none has none
     generative_type: Literal["base", "instruction_tuned", "reasoning"] = "instruction_tuned"

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from croco.recipe_runtime import Positive, Section
+from croco.recipe_arms import Completions
+from croco.recipe_runtime import Positive, Section, Seed
 
 if TYPE_CHECKING:
     from croco.recipe import Recipe
@@ -21,7 +22,7 @@ class Comparison(Section):
 
     arm: Name
     than: Name = BASE
-    at_best: bool = False  # `than` at whichever of its temperatures is best, on these very prompts
+    at_best: bool = False  # `than` at its best temperature, on these very prompts; the base's headline is
     on: Annotated[tuple[str, ...], Field(strict=False)] = (
         "tuned",
     )  # groups or languages, each a test of its own
@@ -40,6 +41,8 @@ class Claim(Section):
     says: str
     tests: Annotated[tuple[Comparison, ...], Field(strict=False, min_length=1)]
     need: Literal["all", "most"] = "all"  # of the tests
+    secondary: bool = False  # corrected for several claims among the secondary ones
+    not_testable: str = ""  # why these data cannot decide it: it gets no verdict
     why: str = ""
 
 
@@ -48,14 +51,15 @@ class Transfer(Section):
 
     split: str = "dev"
     limit: Positive | None = None
-    completions: Annotated[int, Field(ge=2)] = 16
+    completions: Completions = 16
 
 
 class Study(Section):
     """The recipe's experiment once a seed, each in a folder of its own, and one page over all of them."""
 
-    seeds: Annotated[tuple[int, ...], Field(strict=False, min_length=1)] = (0, 1, 2)
+    seeds: Annotated[tuple[Seed, ...], Field(strict=False, min_length=1)] = (0, 1, 2)
     transfer: Transfer | None = None  # of the lab only
+    equivalence: Annotated[float, Field(gt=0)] = 0.02  # differences within ± this are of no interest
     claims: dict[Name, Claim] = Field(default_factory=dict)
     introduction: str = ""
     remarks: dict[str, str] = Field(default_factory=dict)  # a paragraph for a part of the page, by its name

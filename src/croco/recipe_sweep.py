@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 Values = dict[str, Any]
+MAX_ROUNDS = 100
 
 
 def expanded(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> Values:
@@ -30,7 +31,7 @@ def _expand_rounds(arms: Mapping[str, Any]) -> Values:
         if (
             isinstance(rounds, bool)
             or not isinstance(rounds, int)
-            or rounds < 2
+            or not 2 <= rounds <= MAX_ROUNDS
             or "part" in arm
             or arm.get("sampler")
         ):

@@ -6,6 +6,7 @@ enters; neither do library versions.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,8 +34,12 @@ def prompts_settings(
     if source == "lab":
         return settings | {"source": f"lab {world_identity()}", "split": section.split}
     settings |= {"id_column": section.id_column, "language_column": section.language_column}
+    revision: Settings = {"revision": section.revision} if section.revision else {}
     if source.startswith("hf:"):
-        return settings | {"source": source, "split": section.split}
+        folder = Path(os.path.expanduser(source.removeprefix("hf:")))
+        if os.path.isdir(folder):  # what is in it, wherever it lies
+            source = f"hf:{folder_identity(folder.resolve())}"
+        return settings | {"source": source, "split": section.split} | revision
     return settings | {"source": file_identity(source, f"{key}.source")}
 
 
@@ -211,7 +216,7 @@ def euroeval_settings(recipe: Recipe, arm: str | None) -> Settings:
 
 def local_datasets(name: str) -> str:
     """The identity of a folder with EuroEval datasets; raises UserError when it has none."""
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if not (folder / "custom_datasets.py").is_file():
         raise UserError(f"euroeval.local = '{name}': expected a folder with custom_datasets.py")
     return folder_identity(folder.resolve())

@@ -9,14 +9,14 @@ read = written + dropped. Which stages there are is `pipeline.py`.
 from __future__ import annotations
 
 import fcntl
-import shutil
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 
@@ -28,7 +28,12 @@ from croco.recipe import Recipe
 from croco.recipe_runtime import Runtime
 from croco.records import DROPPED, TABLES, Table
 from croco.sampling import seeds
+from croco.standing import Status
+from croco.store import Record, Science
 
+logger = logging.getLogger(__name__)
+
+LOCK = ".lock"  # of a run's folder
 Settings = dict[str, Any]
 Reference = tuple[str, str | None]  # a stage's name and its arm
 
@@ -49,6 +54,7 @@ class Stage:
     follows: Callable[[Recipe, str | None], list[Reference]]  # the stages it reads
     arms: Callable[[Recipe], list[str | None]] = _once  # one run per arm, or [None] for one shared run
     reads_all: tuple[str, str] | None = None  # (unit, stage): it must account for every row of that input
+    makes: tuple[str, ...] = ()  # files and folders of its own in its folder, beside shards and ledger
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,7 @@ class Node:
         return self.stage.name if self.arm is None else f"{self.stage.name}/{self.arm}"
 
     @property
-    def science(self) -> dict[str, Any]:
+    def science(self) -> Science:
         """What the fingerprint is the digest of."""
         return {
             "name": self.stage.name,
@@ -110,7 +116,7 @@ class Work:
         if earlier not in (None, num_shards):
             raise RuntimeError(f"{self.title} started with {earlier} shards and now has {num_shards}")
         self.record_file["num_shards"] = num_shards
-        store.write_json(self.folder / "stage.json", self.record_file)
+        store.write_json(self.folder / store.RECORD, self.record_file)
         finished = {shard.index for shard in store.shards(self.folder)}
         return [index for index in range(num_shards) if index not in finished]
 
@@ -171,7 +177,8 @@ class Work:
     def scratch(self) -> Path:
         """A folder for checkpoints and the like, removed when the stage is complete."""
         path = self.folder / "scratch"
-        path.mkdir(parents=True, exist_ok=True)
+        with store.writing(path):
+            path.mkdir(parents=True, exist_ok=True)
         return path
 
     @contextmanager
@@ -188,8 +195,14 @@ class Work:
 @contextmanager
 def lock(run: Path) -> Iterator[None]:
     """Hold a run's folder against a second process; the system lets go of it however this one ends."""
-    run.mkdir(parents=True, exist_ok=True)
-    with (run / ".lock").open("w") as file:
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        file = (run / LOCK).open("a")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{provenance.shown(str(run))}: this folder cannot be made or written ({store.reason(error)})"
+        ) from None
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -197,13 +210,18 @@ def lock(run: Path) -> Iterator[None]:
         yield
 
 
-def execute(node: Node, recipe: Recipe) -> dict[str, Any]:
+def execute(node: Node, recipe: Recipe) -> Record:
     """Run one node to completion, or finish what an earlier process began; returns its `stage.json`."""
     now = standing.status(node)
     if now.kind == "complete":
-        return dict(store.read_json(node.folder / "stage.json"))
-    if now.kind == "stale":
+        return store.read_record(node.folder)
+    if now.kind in ("stale", "damaged"):
         raise StaleStage(f"{node.title} was made otherwise: {'; '.join(now.changes)}")
+    for before in node.inputs.values():
+        try:
+            standing.check_contents(before)
+        except UserError as error:
+            raise StaleStage(standing.stale_message([(before, Status("damaged", (str(error),)))])) from None
     found = _start(node, recipe, resume=now.kind == "unfinished")
     runtime = recipe.runtime.model_copy(update={"shard_prompts": found["shard_prompts"]})
     work = Work(
@@ -216,7 +234,7 @@ def execute(node: Node, recipe: Recipe) -> dict[str, Any]:
         inputs={name: before.folder for name, before in node.inputs.items()},
         table=TABLES[node.stage.table] if node.stage.table else None,
         title=node.title,
-        record_file=found,
+        record_file=cast(dict[str, Any], found),
     )
     module, _, name = node.stage.function.partition(":")
     started, earlier = time.monotonic(), found["seconds"]
@@ -225,45 +243,52 @@ def execute(node: Node, recipe: Recipe) -> dict[str, Any]:
     finally:
         found["seconds"] = round(earlier + time.monotonic() - started, 3)
         if node.folder.is_dir():
-            store.write_json(node.folder / "stage.json", found)
+            store.write_record(node.folder, found)
     return _finish(node, found)
 
 
-def _start(node: Node, recipe: Recipe, resume: bool) -> dict[str, Any]:
+def _start(node: Node, recipe: Recipe, resume: bool) -> Record:
     """Write or take up `stage.json` in state "running"; an unfinished stage keeps the shard size it began with."""
-    node.folder.mkdir(parents=True, exist_ok=True)
+    with store.writing(node.folder):
+        node.folder.mkdir(parents=True, exist_ok=True)
     if resume:
-        store.remove_unfinished(node.folder)
-        found: dict[str, Any] = store.read_json(node.folder / "stage.json")
+        for damage in store.remove_unfinished(node.folder):
+            logger.warning("%s: %s: this shard is made again", node.title, damage)
+        found = store.read_record(node.folder)
         found["starts"] += 1
     else:
-        standing.clear(node.folder)  # shards without a stage.json are of unknown origin
-        found = {
-            "stage": node.stage.name,
-            "arm": node.arm,
-            "state": "running",
-            "fingerprint": node.fingerprint,
-            "science": node.science,
-            "shard_prompts": recipe.runtime.shard_prompts,
-            "num_shards": None,
-            "counts": {},
-            "seconds": 0.0,
-            "starts": 1,
-            "facts": {},
-        }
-    found.update(provenance.here())
-    store.write_json(node.folder / "stage.json", found)
+        standing.clear(node)  # an attempt that made nothing, or a removal that was cut short
+        found = new_record(node, recipe.runtime.shard_prompts)
+    found.update(provenance.here())  # type: ignore[typeddict-item]
+    store.write_record(node.folder, found)
     return found
 
 
-def _finish(node: Node, found: dict[str, Any]) -> dict[str, Any]:
+def new_record(node: Node, shard_prompts: int) -> Record:
+    """The record of a stage that begins."""
+    return {
+        "stage": node.stage.name,
+        "arm": node.arm,
+        "state": "running",
+        "fingerprint": node.fingerprint,
+        "science": node.science,
+        "shard_prompts": shard_prompts,
+        "num_shards": None,
+        "counts": {},
+        "seconds": 0.0,
+        "starts": 1,
+        "facts": {},
+    }
+
+
+def _finish(node: Node, found: Record) -> Record:
     """Check every count, merge the ledgers, and only then say "complete"."""
     counts = standing.verify(node, found)
     if (
         node.stage.reads_all is not None and "completions" not in node.settings
     ):  # it asks for some of them only
         unit, name = node.stage.reads_all
-        there = store.read_json(node.inputs[name].folder / "stage.json")["counts"]["written"][unit]
+        there = store.read_record(node.inputs[name].folder)["counts"]["written"][unit]
         if counts["read"].get(unit) != there:
             raise ValueError(f"{node.title} read {counts['read'].get(unit)} {unit}s of {name}'s {there}")
     if node.stage.table:
@@ -272,10 +297,17 @@ def _finish(node: Node, found: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(
                 f"{node.title}: the merged ledger has {rows} rows, the shards {counts['dropped']}"
             )
-    if (node.folder / "scratch").is_dir():
-        shutil.rmtree(node.folder / "scratch")
-    found |= {"state": "complete", "counts": counts}
+    found["state"], found["counts"] = "complete", counts
     if not node.stage.table:
-        found["files"] = standing.files(node.folder)
-    store.write_json(node.folder / "stage.json", found)
+        found["files"] = standing.files(node)
+        found["digests"] = store.file_digests(node.folder, found["files"])
+    store.write_record(node.folder, found)
+    remove_scratch(node)
     return found
+
+
+def remove_scratch(node: Node) -> None:
+    """Remove what a complete stage no longer needs: after it is said to be complete, or a kill in between would leave
+    an unfinished stage with half of its checkpoints."""
+    if (node.folder / "scratch").is_dir():
+        store.remove(node.folder / "scratch")

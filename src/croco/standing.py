@@ -1,11 +1,11 @@
-"""How a stage's folder stands against the recipe: complete, unfinished, missing, or stale with what changed.
+"""How a stage's folder stands against the recipe: missing, unfinished, complete, stale with what changed, or damaged.
 
 Reads `stage.json`, the markers and row counts in Parquet metadata, never a table; running a stage is `stage.py`.
 """
 
 from __future__ import annotations
 
-import shutil
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from croco import provenance, store
 from croco.errors import StaleStage, UserError
+from croco.store import Record
 
 if TYPE_CHECKING:
     from croco.stage import Node
@@ -21,18 +22,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Status:
-    """How a node's folder stands: 'missing', 'unfinished', 'complete' or 'stale' with the changes."""
+    """How a node's folder stands: 'missing', 'unfinished', 'complete', 'stale' with the changes, or 'damaged' with what
+    is wrong."""
 
     kind: str
     changes: tuple[str, ...] = ()
 
 
-def status(node: Node) -> Status:
-    """How a node's folder stands against the recipe; reads `stage.json`, and row counts when it is complete."""
-    path = node.folder / "stage.json"
-    if not path.exists():
+def status(node: Node, contents: bool = False) -> Status:
+    """How a node's folder stands against the recipe; reads `stage.json`, and row counts when it is complete.
+
+    With `contents` the bytes of what it made are read too. Raises UserError when the folder is somebody else's.
+    """
+    if not os.path.lexists(node.folder / store.RECORD):
+        _check_empty(node)
         return Status("missing")
-    found = store.read_json(path)
+    try:
+        found = store.read_record(node.folder)
+    except UserError as error:
+        return Status("damaged", (str(error),))
+    if found["state"] == "removed":
+        return Status("missing")
     if found["fingerprint"] != node.fingerprint:
         if found["state"] != "complete" and _nothing_made(node.folder):
             return Status("missing")  # it stopped at bad input, say: there is nothing to lose
@@ -41,20 +51,38 @@ def status(node: Node) -> Status:
         return Status("unfinished")
     try:
         verify(node, found)
+        if contents:
+            check_contents(node)
     except UserError as error:
-        return Status("stale", (str(error),))
+        return Status("damaged", (str(error),))
     return Status("complete")
+
+
+def _check_empty(node: Node) -> None:
+    """Raise UserError when a stage would fill a folder that holds what croco has not made."""
+    if os.path.lexists(node.folder) and not node.folder.is_dir():
+        raise UserError(f"{node.folder} is a file, expected the folder of the stage {node.title}")
+    for path in node.folder.iterdir() if node.folder.is_dir() else ():
+        inside = path.is_dir() and ((path / store.RECORD).exists() or not any(path.iterdir()))
+        if not inside and not path.name.startswith("."):
+            raise UserError(
+                f"{node.folder} holds '{path.name}' and no {store.RECORD}: croco has not made it, expected a new or "
+                f"empty folder for the stage {node.title} (see run.folder)"
+            )
 
 
 def _nothing_made(folder: Path) -> bool:
     """Whether a stage's folder holds nothing but its `stage.json` (and other stages)."""
     return all(
-        path.name == "stage.json" or path.name.startswith(store.TEMPORARY) or (path / "stage.json").exists()
+        path.name == store.RECORD
+        or path.name.startswith(store.TEMPORARY)
+        or (path / store.RECORD).exists()
+        or (path.name == "scratch" and not any(path.iterdir()))
         for path in folder.iterdir()
     )
 
 
-def changes(found: Mapping[str, Any], node: Node) -> list[str]:
+def changes(found: Record, node: Node) -> list[str]:
     """Each field that changed since a stage was written, old → new."""
     old, new = _flat(found["science"]), _flat(node.science)
     lines = []
@@ -73,10 +101,10 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return {k: v for key, below in value.items() for k, v in _flat(below, f"{prefix}{key}.").items()}
 
 
-def verify(node: Node, found: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+def verify(node: Node, found: Record) -> dict[str, dict[str, int]]:
     """Check markers against the rows on disk and sum their counts; raises UserError naming the file that is off."""
     if not node.stage.table:
-        there = files(node.folder)
+        there = files(node)
         for name, size in found.get("files", {}).items():
             if there.get(name) != size:
                 raise UserError(
@@ -91,35 +119,60 @@ def verify(node: Node, found: Mapping[str, Any]) -> dict[str, dict[str, int]]:
         )
     totals: dict[str, Counter[str]] = {name: Counter() for name in ("read", "written", "dropped")}
     for shard in finished:
-        for path, expected in ((shard.path, shard.rows), (shard.ledger, sum(shard.dropped.values()))):
-            rows = store.num_rows(path) if expected or path == shard.path else 0
-            if rows != expected:
-                raise UserError(f"{path} holds {rows} rows, but its marker says {expected}")
+        store.check_shard(shard)
         for name, total in totals.items():
             total.update(getattr(shard, name))
     counts = {name: dict(total) for name, total in totals.items()}
+    if found["state"] == "complete" and counts != found["counts"]:
+        raise UserError(f"{node.folder / store.RECORD} counts {found['counts']}, its markers {counts}")
     balance(node.title, counts["read"], counts["written"], counts["dropped"])
     return counts
 
 
-def files(folder: Path) -> dict[str, int]:
-    """Names and sizes of what a stage made, without its `stage.json` and scratch."""
-    names = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    return {
-        name: path.stat().st_size
-        for name, path in sorted(names.items())
-        if name != "stage.json" and not name.startswith("scratch/")
-    }
+def check_contents(node: Node) -> None:
+    """Raise UserError when a file of a complete stage does not hold the bytes that were written."""
+    if node.stage.table:
+        for shard in store.shards(node.folder):
+            store.check_shard(shard, contents=True)
+    else:
+        for name, digest in store.read_record(node.folder).get("digests", {}).items():
+            store.check_digest(node.folder / name, digest)
 
 
-def clear(folder: Path) -> None:
-    """Remove a stage's folder, `stage.json` first; sub-folders that are other stages (arms) stay."""
-    (folder / "stage.json").unlink(missing_ok=True)
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if not path.is_dir():
-            path.unlink()
-        elif not (path / "stage.json").exists():
-            shutil.rmtree(path)
+def mend_ledger(node: Node) -> bool:
+    """Write the merged ledger of a complete stage again, from those of its shards, when it is gone or damaged."""
+    dropped = store.read_record(node.folder)["counts"].get("dropped", {})
+    try:
+        if not node.stage.table or store.read_dropped(node.folder).height == sum(dropped.values()):
+            return False
+    except UserError:
+        pass
+    store.merge_ledgers(node.folder)
+    return True
+
+
+def files(node: Node) -> dict[str, int]:
+    """Names and sizes of what a stage without a table made."""
+    tops = [node.folder / name for name in (*node.stage.makes, "dropped.parquet")]
+    paths = [path for top in tops for path in ([top] if top.is_file() else top.rglob("*")) if path.is_file()]
+    return {path.relative_to(node.folder).as_posix(): path.stat().st_size for path in sorted(paths)}
+
+
+def clear(node: Node) -> None:
+    """Remove what a stage made. Its record says so first and goes last; sub-folders that are other stages, and files
+    that no stage makes, stay. A folder without a record is left alone."""
+    if not os.path.lexists(node.folder / store.RECORD):
+        return
+    record: Record = {
+        "stage": node.stage.name, "arm": node.arm, "state": "removed", "fingerprint": node.fingerprint,
+        "science": node.science, "shard_prompts": 1, "num_shards": None, "counts": {}, "seconds": 0, "starts": 1,
+        "facts": {},
+    }  # fmt: skip
+    store.write_record(node.folder, record)
+    for path in node.folder.iterdir():
+        if store.OURS.fullmatch(path.name) or path.name in node.stage.makes:
+            store.remove(path)
+    (node.folder / store.RECORD).unlink()
 
 
 def balance(
@@ -137,27 +190,30 @@ def balance(
 def stop_or_clear(
     todo: list[Node], rebuild: bool, say: Callable[[str], None], every: list[Node] | None = None
 ) -> None:
-    """Stop at stale stages with what changed; with `rebuild`, remove them and those after them."""
-    stale = {id(node): now for node in todo if (now := status(node)).kind == "stale"}
-    if stale and not rebuild:
-        raise StaleStage(stale_message([(node, stale[id(node)]) for node in todo if id(node) in stale]))
+    """Stop at stale and damaged stages with what is wrong; with `rebuild`, remove them and those after them."""
+    known = {id(node): status(node, contents=rebuild) for node in todo}
+    wrong = {key: now for key, now in known.items() if now.kind in ("stale", "damaged")}
+    if wrong and not rebuild:
+        raise StaleStage(stale_message([(node, wrong[id(node)]) for node in todo if id(node) in wrong]))
     gone: dict[int, Node] = {}
     for node in every or todo:
-        if id(node) in stale or any(id(before) in gone for before in node.inputs.values()):
+        if id(node) in wrong or any(id(before) in gone for before in node.inputs.values()):
             gone[id(node)] = node
     # the last first: a kill in between must not leave a stage that stands on one that is gone
     for node in reversed(gone.values()):
-        if (node.folder / "stage.json").exists():
-            clear(node.folder)
+        if os.path.lexists(node.folder / store.RECORD):
+            clear(node)
             say(f"{node.title:<24} removed, to be made again")
 
 
-def stale_message(stale: Sequence[tuple[Node, Status]]) -> str:
-    """What changed since the first stale stage was made, and which others follow from it."""
-    node, now = stale[0]
+def stale_message(wrong: Sequence[tuple[Node, Status]]) -> str:
+    """What changed since the first of these stages was made, or what is damaged, and which others follow from it."""
+    node, now = wrong[0]
+    if now.kind == "damaged":
+        return f"{now.changes[0]}: run again with --rebuild to remove {node.title} and remake it"
     lines = [f"{node.title} in {node.folder} was made with other settings:"]
     lines += [f"  {change}" for change in now.changes]
-    if len(stale) > 1:
-        lines.append(f"  and with it {', '.join(other.title for other, _ in stale[1:])}")
+    if len(wrong) > 1:
+        lines.append(f"  and with it {', '.join(other.title for other, _ in wrong[1:])}")
     lines.append("run again with --rebuild to remove and remake them, or give the run another name")
     return "\n".join(lines)

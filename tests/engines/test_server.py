@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -343,11 +342,3 @@ def test_the_doctor_asks_the_servers(served: Served, tiny_models: TinyModels, tm
     ]
     with pytest.raises(UserError, match="not 'gpt-17'"):
         list(checkup.servers(server_recipe(tmp_path, tiny_models, served.url, model="gpt-17")))
-
-
-def test_without_the_client_there_is_one_sentence() -> None:
-    code = "import sys; sys.modules['httpx2'] = None; from croco.engines import server"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=False
-    )
-    assert "the engine 'server' needs httpx2: pip install 'croco[server]'" in done.stderr

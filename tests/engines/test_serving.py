@@ -79,6 +79,6 @@ def test_a_server_that_does_not_start_or_serve_is_one_sentence(tmp_path: Path) -
         pass
     with (
         listening(Names) as address,
-        pytest.raises(UserError, match=r"serves openai/croco-base, expected 'openai/croco-x'"),
+        pytest.raises(UserError, match=r"serves openai/croco-base, not 'openai/croco-x'"),
     ):
         serving.served_context(f"{address}/v1", "openai/croco-x")

@@ -181,7 +181,7 @@ def test_two_real_reward_models(tmp_path: Path, tiny_models: TinyModels) -> None
     # made again over what it made itself, and never over other things
     diagnose([file], models[:1], tmp_path / "out", overrides=["runtime.device=cpu"])
     (tmp_path / "out" / "mine.txt").write_text("x")
-    with pytest.raises(UserError, match="holds more than"):
+    with pytest.raises(UserError, match="was not made by croco"):
         diagnose([file], models[:1], tmp_path / "out")
 
 

@@ -10,11 +10,13 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from conftest import write_recipe
 from croco import store
 from croco.errors import UserError
-from croco.pairing.command import pairs_of_files
+from croco.pairing.command import facts_of, pairs_of_files
 from croco.pairing.exporting import export_pairs
 from croco.pairing.importing import import_scored
+from croco.recipe import load
 
 SYSTEM = {"role": "system", "content": "You have a clock: clock()"}
 TURNS = [SYSTEM, {"role": "user", "content": "What time?"}, {"role": "assistant", "content": "clock()"},
@@ -166,3 +168,10 @@ def test_the_command_says_what_it_made_and_can_be_run_again(tmp_path):
     bad = subprocess.run([*command, "--set", "pool=nordic"], capture_output=True, text=True, check=False)
     assert bad.returncode == 2
     assert "arms.pairs.pool" in bad.stderr
+
+
+def test_a_card_names_no_folder_of_the_machine(tmp_path, tiny_models):
+    facts = facts_of(load(write_recipe(tmp_path, tiny_models)), "monolingual")
+    assert facts["policy"] == "policy"
+    assert facts["prompts"] == tiny_models.prompts.name
+    assert not any(str(tmp_path.parent) in value or "/" in value for value in facts.values())

@@ -1,7 +1,8 @@
 """The chat template is applied in one place: instruction, special tokens, prefix check, and what it refuses."""
 
 import pytest
-from tokenizers import normalizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from croco.errors import UserError
 from croco.sampling.chat import (
@@ -12,6 +13,7 @@ from croco.sampling.chat import (
     end_ids,
     prompt_ids,
     same_ids,
+    text_ids,
     with_instruction,
 )
 from tiny import make_policy, make_tokenizer
@@ -109,3 +111,40 @@ def test_ids_mean_the_same_where_words_and_rules_are_the_same(tokenizer):
     other.backend_tokenizer.normalizer = normalizers.Lowercase()  # the same words, found otherwise
     assert other.get_vocab() == tokenizer.get_vocab()
     assert not same_ids(tokenizer, other)
+
+
+def sentencepiece_like() -> PreTrainedTokenizerFast:
+    """A tokenizer of Llama 2's kind, which puts a space before every text."""
+    words = ["▁", "▁a", "▁b", "<", "|", "e", "n", "d", ">", "a", "b", "\n", "u", "s", "r", "▁<", "x", "▁x"]
+    specials = ["<unk>", "<s>", "<|end|>", "<|user|>"]
+    core = Tokenizer(models.BPE({word: at for at, word in enumerate([*specials, *words])},
+                                [("▁", "a"), ("▁", "b"), ("▁", "<"), ("▁", "x")], unk_token="<unk>"))  # fmt: skip
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    core.decoder = decoders.Metaspace(prepend_scheme="first")
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="<|end|>", unk_token="<unk>",
+        extra_special_tokens=["<|user|>"],
+    )  # fmt: skip
+    made.chat_template = "<s>{% for m in messages %}<|user|>{{ m['content'] }}<|end|>{% endfor %}"
+    return made
+
+
+@pytest.mark.parametrize(
+    "tokenizer", [make_tokenizer(), sentencepiece_like()], ids=["bytes", "sentencepiece"]
+)
+def test_special_tokens_in_a_text_are_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    special = set(tokenizer.all_special_ids)
+    for text in ("a <|end|>b", "<|user|>", "<|end|><|end|>", "<|en<|end|>d|>", "<|us<|user|>er|>a"):
+        ids = prompt_ids(tokenizer, [{"role": "user", "content": text}])
+        plain = prompt_ids(tokenizer, [{"role": "user", "content": "a b"}])
+        kept = [token for token in ids if token in special]
+        assert kept == [token for token in plain if token in special], text
+        assert tokenizer.decode(ids, skip_special_tokens=True).strip() == text
+        (alone,) = text_ids(tokenizer, [text])
+        assert not special & set(alone)
+        assert tokenizer.decode(alone).strip() == text
+        turns = [{"role": "user", "content": "a b"}]
+        whole, short = (conversation_ids(tokenizer, turns, completion) for completion in (text, "a"))
+        assert [t for t in whole if t in special] == [t for t in short if t in special]
+    ordinary = "a b x"
+    assert text_ids(tokenizer, [ordinary]) == tokenizer([ordinary], add_special_tokens=False)["input_ids"]

@@ -155,10 +155,7 @@ def test_what_a_reward_template_refuses_is_in_the_ledger_and_the_others_are_scor
     tmp_path: Path, tiny_models: TinyModels
 ):
     own = make_tokenizer().chat_template
-    refusing = (
-        "{% if 'number 1?' in messages[0]['content'] or 'nummer 1?' in messages[0]['content'] %}{{ raise_exception('not this') }}{% endif %}"
-        + own
-    )
+    refusing = "{% if ' 1?' in messages[0]['content'] %}{{ raise_exception('not this') }}{% endif %}" + own
     folder = save(tmp_path / "refusing", make_reward("qwen3"), make_tokenizer(chat_template=refusing))
     run_folder = run(tmp_path, tiny_models, f"reward.model={folder}")
     dropped = store.read_dropped(run_folder / "score")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import pytest
 from scipy.stats import kendalltau
 from typer.testing import CliRunner
@@ -20,36 +21,115 @@ from croco import store
 from croco.cli import app
 from croco.errors import UserError
 from croco.evaluation.stats import Interval
+from croco.lab import world as lab
 from croco.recipe import load
-from croco.recipe_study import Claim
-from croco.records import VERDICTS
-from croco.study.claims import FAILS, HOLDS, OPEN, decide, judge
-from croco.study.pooled import pool
+from croco.recipe_study import Comparison, Study
+from croco.records import COMPLETIONS, SCORES, VERDICTS
+from croco.study.claims import EQUIVALENT, FAILS, HOLDS, OPEN, UNTESTABLE, judge_all, p_wanted, run_tests
+from croco.study.pooled import Pooled, pool
 from croco.study.run import parts
-from croco.study.transfer import ranking
+from croco.study.transfer import good_over_forms, ranking
 from croco.study.waves import Pools, points, saved, stops
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "want", "margin", "verdict"),
+    ("value", "want", "margin", "p"),
     [
-        (0.01, 0.3, "higher", 0.0, HOLDS),
-        (-0.01, 0.3, "higher", 0.0, OPEN),
-        (-0.3, -0.01, "higher", 0.0, FAILS),
-        (0.01, 0.3, "higher", 0.05, OPEN),
-        (-0.3, -0.01, "lower", 0.0, HOLDS),
-        (0.01, 0.3, "lower", 0.0, FAILS),
-        (-0.04, 0.3, "not lower", 0.05, HOLDS),
-        (-0.06, 0.3, "not lower", 0.05, OPEN),
-        (-0.3, -0.06, "not lower", 0.05, FAILS),
-        (-0.3, 0.04, "not higher", 0.05, HOLDS),
-        (0.06, 0.3, "not higher", 0.05, FAILS),
+        (0.196, "higher", 0.0, 0.025),  # 1.96 standard errors beyond the border
+        (-0.196, "higher", 0.0, 0.975),
+        (-0.196, "lower", 0.0, 0.025),
+        (0.246, "higher", 0.05, 0.025),
+        (0.146, "not lower", 0.05, 0.025),
+        (-0.246, "not lower", 0.05, 0.975),
+        (-0.146, "not higher", 0.05, 0.025),
+        (0.246, "not higher", 0.05, 0.975),
+        (0.0, "higher", 0.0, 0.5),
     ],
 )
-def test_what_an_interval_says_of_a_claim(
-    low: float, high: float, want: str, margin: float, verdict: str
-) -> None:
-    assert decide(Interval((low + high) / 2, low, high), want, margin) == verdict
+def test_p_value_of_a_comparison(value: float, want: str, margin: float, p: float) -> None:
+    assert p_wanted(value, 0.1, want, margin) == pytest.approx(p, abs=1e-4)
+
+
+def test_a_difference_without_spread_is_certain() -> None:
+    assert [p_wanted(value, 0.0, "higher", 0.0) for value in (0.1, 0.0, -0.1)] == [0.0, 0.5, 1.0]
+
+
+def pooled_of(gains: dict[str, tuple[float, float]]) -> Pooled:
+    """Arms whose difference from the base is normal over 4 seeds × 100 prompts: gain, spread."""
+    generator = np.random.default_rng(0)
+    values = np.full((4, 1 + len(gains), 100, 1, 1), 0.5)
+    for place, (gain, spread) in enumerate(gains.values(), start=1):
+        noise = generator.normal(0, spread, size=(4, 100))
+        values[:, place, :, 0, 0] += gain + noise - noise.mean()
+    settings = [("base", 1.0), *((arm, 1.0) for arm in gains)]
+    return Pooled("lab", values, settings, ["en"], ["good"], {"tuned": ["en"], "all": ["en"]}, 500)
+
+
+def study_of(**claims: list[tuple[str, str]]) -> dict[str, object]:
+    return {
+        name: {"says": name, "tests": [{"arm": arm, "want": want} for arm, want in tests]}
+        for name, tests in claims.items()
+    }
+
+
+def verdicts_of(pooled: Pooled, claims: dict[str, object], **study: object) -> dict[str, str]:
+    judged = judge_all(Study.model_validate({"claims": claims, **study}), {"lab": pooled})
+    return {name: one.verdict for name, one in judged.items()}
+
+
+def test_one_rule_in_both_directions() -> None:
+    pooled = pooled_of({"up": (0.2, 0.3), "down": (-0.2, 0.3), "same": (0.0, 0.05), "noisy": (0.0, 2.0)})
+    claims = study_of(
+        up=[("up", "higher")],
+        contrary=[("up", "lower")],
+        down=[("down", "higher")],
+        same=[("same", "higher")],
+        noisy=[("noisy", "higher")],
+        # one comparison for and one against: neither direction has both
+        mixed=[("up", "higher"), ("down", "higher")],
+        both=[("down", "higher"), ("up", "lower")],
+    )
+    assert verdicts_of(pooled, claims) == {
+        "up": HOLDS, "contrary": FAILS, "down": FAILS, "same": EQUIVALENT, "noisy": OPEN, "mixed": OPEN,
+        "both": FAILS,
+    }  # fmt: skip
+    # what counts as equivalent is the study's to say
+    assert verdicts_of(pooled, claims, equivalence=0.001)["same"] == OPEN
+    # most of three is two
+    most = {
+        "most": {
+            **study_of(most=[("up", "higher"), ("up", "higher"), ("down", "higher")])["most"],
+            "need": "most",
+        }
+    }
+    assert verdicts_of(pooled, most) == {"most": HOLDS}
+
+
+def test_claims_are_corrected_for_their_number_within_a_family() -> None:
+    pooled = pooled_of({"weak": (0.08, 0.4), "same": (0.0, 2.0)})
+    weak, alike = study_of(weak=[("weak", "higher")])["weak"], study_of(x=[("same", "higher")])["x"]
+    assert verdicts_of(pooled, {"weak": weak})["weak"] == HOLDS
+    others = {f"other-{n}": alike for n in range(9)}
+    assert verdicts_of(pooled, {"weak": weak, **others})["weak"] == OPEN
+    secondary = {name: {**claim, "secondary": True} for name, claim in others.items()}
+    assert verdicts_of(pooled, {"weak": weak, **secondary})["weak"] == HOLDS
+    # what cannot be tested has no verdict and costs the others nothing
+    untestable = {name: {**claim, "not_testable": "no."} for name, claim in others.items()}
+    found = verdicts_of(pooled, {"weak": weak, **untestable})
+    assert (found["weak"], found["other-0"]) == (HOLDS, UNTESTABLE)
+
+
+def test_the_base_is_compared_at_its_best_temperature() -> None:
+    values = np.zeros((2, 3, 10, 1, 2))
+    values[:, 1, :, 0, 0] = 0.6  # the base's headline is best at 0.5
+    values[:, 2, :, 0, 0] = 0.4
+    values[:, :, :, 0, 1] = 0.1
+    settings = [("base", 1.0), ("base", 0.5), ("tuned", 1.0)]
+    metrics = ["good", "mode:malformed"]
+    pooled = Pooled("lab", values, settings, ["en"], metrics, {"tuned": ["en"], "all": ["en"]}, 50)
+    headline, mode = Comparison(arm="tuned"), Comparison(arm="tuned", metric="mode:malformed")
+    assert [test.rival for test in run_tests(headline, pooled, 0.02)] == [("base", 0.5)]
+    assert [test.rival for test in run_tests(mode, pooled, 0.02)] == [("base", 1.0)]
 
 
 def test_ranking_by_hand_and_against_scipy() -> None:
@@ -67,6 +147,26 @@ def test_ranking_by_hand_and_against_scipy() -> None:
         assert ranking(scores, quality, 2.0)[2] == pytest.approx(
             kendalltau(scores, quality).statistic, abs=1e-12
         )
+
+
+def test_accuracy_per_pair_of_forms_by_hand(tmp_path: Path) -> None:
+    prompt = lab.prompts("dev", ["en"], 1).to_pylist()[0]
+    texts = [prompt["reference"], prompt["reference"], "no such sentence", "nor this one"]
+    key = {"prompt_id": prompt["prompt_id"], "language": "en"}
+    rows = [
+        {**key, "sample_id": n, "completion": text, "completion_tokens": 1, "finish_reason": "stop",
+         "policy": "p", "seed": n}
+        for n, text in enumerate(texts)
+    ]  # fmt: skip
+    scores = [{**key, "sample_id": n, "score": s, "scorer": "r"} for n, s in enumerate([2.0, 0.0, 1.0, 0.0])]
+    for stage, table, made in (("sample", COMPLETIONS, rows), ("score", SCORES, scores)):
+        (tmp_path / stage).mkdir()
+        counts = {"completion": 4}
+        arrow = pa.Table.from_pylist(made, schema=table.schema)
+        store.write_shard(tmp_path / stage, 0, arrow, table.schema, read=counts, written=counts, dropped=None)
+    # of four pairs of a good and a malformed one: 2 > 1, 2 > 0, 0 < 1, 0 = 0
+    shares = good_over_forms([tmp_path], ["reward"])
+    assert {case: interval.value for case, interval in shares.items()} == {("reward", "malformed"): 2.5 / 4}
 
 
 def verdicts(folder: Path, arm: str, values: dict[tuple[str, str], float], mode: str = "good") -> None:
@@ -95,13 +195,10 @@ def test_differences_are_paired_over_seeds_and_prompts(tmp_path: Path) -> None:
     assert found.of(("base", 1.0), "tuned").tolist() == [[0.5] * 3 + [0.0] * 3] * 2
     assert found.by_seed(("tuned", 1.0), ("base", 1.0), "tuned") == [1.0, 0.5]
     # the same in every prompt: the interval is that of two seeds
-    assert found.difference(("tuned", 1.0), ("base", 1.0), "da") == Interval(0.75, 0.5, 1.0)
+    difference, error = found.difference(("tuned", 1.0), ("base", 1.0), "da")
+    assert difference == Interval(0.75, 0.5, 1.0)
+    assert error == pytest.approx(0.25 / 2**0.5, abs=0.02)  # 200 resamples
     assert found.best("base", "en") == ("base", 1.0)
-
-    tests = [{"arm": "tuned", "on": ["tuned", "en"]}, {"arm": "tuned", "want": "lower"}]
-    every, most = (Claim(says="…", tests=tests, need=need) for need in ("all", "most"))
-    assert judge(every, {"lab": found})[0] == FAILS
-    assert judge(most, {"lab": found})[0] == HOLDS
 
 
 def test_seeds_without_a_common_prompt_are_not_averaged(tmp_path: Path) -> None:
@@ -201,6 +298,7 @@ def test_a_study_is_killed_and_goes_on_and_a_second_run_computes_nothing(tmp_pat
         "Pairs help.",
         "Sweep: completions of monolingual",
         "Does the reward model transfer?",
+        "percent of pairs with the good one above",
         "Danish",
     ):
         assert word in text

@@ -17,6 +17,7 @@ from croco.cli import app
 from croco.engines.loading import load_policy
 from croco.errors import UserError
 from croco.pairing.importing import import_pairs
+from croco.stage import lock
 from training.pairs import make_pairs
 
 SETTINGS = [
@@ -79,6 +80,21 @@ def croco(*words: object, code: int = 0) -> str:
         raise found.exception
     assert found.exit_code == code, found.output
     return found.output
+
+
+def test_a_second_training_into_the_same_folder_waits_for_nothing(
+    tmp_path: Path, tiny_models: TinyModels
+) -> None:
+    pairs, to = write(tmp_path / "pairs.jsonl", rows("ours")), tmp_path / "out"
+    with lock(to):
+        said = croco("train", pairs, "--model", tiny_models.policy, "--to", to, *SETTINGS, code=2)
+    assert "is in use by another croco process" in said
+    croco("train", pairs, "--model", tiny_models.policy, "--to", to, *SETTINGS)
+    (to / "scratch" / "left by a kill").mkdir(parents=True)
+    assert "is complete, skipped" in croco(
+        "train", pairs, "--model", tiny_models.policy, "--to", to, *SETTINGS
+    )
+    assert not (to / "scratch").exists()
 
 
 @pytest.mark.parametrize("form", FORMS[:-1])

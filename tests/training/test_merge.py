@@ -20,6 +20,7 @@ from croco.engines import tuned_weights
 from croco.engines.loading import load_policy
 from croco.errors import UserError
 from croco.recipe import Recipe, load
+from croco.store import OWNER
 from croco.training.card import cell, model_card
 from croco.training.merge import merge
 from tiny import make_policy, make_tokenizer, save
@@ -68,6 +69,22 @@ def test_the_folder_is_base_and_adapter_for_transformers_alone(recipe: Recipe, m
     assert (logps(model, ids) - bare).abs().max() > 1e-3
     written = pipeline("text-generation", model=str(made), device="cpu")(PROMPT, max_new_tokens=4)
     assert written[0]["generated_text"][-1]["role"] == "assistant"
+
+
+def test_nothing_beside_the_folder_is_touched(recipe: Recipe, tmp_path: Path) -> None:
+    """`X.partial` may be somebody's; the place that merge works in is refused unless a killed merge left it."""
+    (tmp_path / "x.partial").mkdir()
+    (tmp_path / "x.partial" / "thesis.txt").write_text("mine")
+    (tmp_path / ".x.merging").mkdir()
+    (tmp_path / ".x.merging" / "data.txt").write_text("mine too")
+    with pytest.raises(UserError, match="was not made by croco"):
+        merge(recipe, "monolingual", tmp_path / "x", "unknown", print)
+    assert (tmp_path / ".x.merging" / "data.txt").read_text() == "mine too"
+    (tmp_path / ".x.merging" / OWNER).touch()
+    merge(recipe, "monolingual", tmp_path / "x", "unknown", print)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x", "x.partial"]
+    assert (tmp_path / "x.partial" / "thesis.txt").read_text() == "mine"
+    assert OWNER not in {path.name for path in (tmp_path / "x").iterdir()}
 
 
 def test_template_tokenizer_and_generation_config_come_along(recipe: Recipe, made: Path) -> None:
@@ -169,7 +186,7 @@ def fails(recipe: Recipe, to: Path, match: str) -> None:
 
 
 def test_what_cannot_be_merged_is_refused(recipe: Recipe, made: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is not empty, expected a new folder to merge into"):
+    with pytest.raises(UserError, match="is not empty, expected a new folder"):
         merge(recipe, "monolingual", made, "unknown", lambda line: None)
     broken = other_run(recipe, tmp_path)
     adapter = broken.folder / "train" / "monolingual" / "adapter"

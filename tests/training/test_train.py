@@ -1,7 +1,9 @@
 """Whole tuning runs on a tiny policy: what comes out, what stops it, and that a kill leaves no trace."""
 
 import json
+import math
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -14,6 +16,7 @@ import polars as pl
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import FalconConfig, FalconForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from croco.engines.loading import load_policy
 from croco.errors import UserError
@@ -26,6 +29,7 @@ from croco.training.reference import reference_logps
 from croco.training.settings import LoraSettings, TrainSettings
 from croco.training.train import train, train_pairs
 from croco.training.trainer import PairTrainer, training_arguments
+from test_full_disk import files_no_larger_than
 from tiny import make_policy, make_tokenizer, save
 from training.pairs import make_pairs, write_pairs
 
@@ -195,12 +199,12 @@ from pathlib import Path
 import croco.training.checkpoints as checkpoints
 from training.test_train import run
 
-sealed = checkpoints.write_text
-def kill_before_the_second_seal(path, text):
+sealed = checkpoints.write_json
+def kill_before_the_second_seal(path, value):
     if path.name == checkpoints.SEAL and path.parent.name != "checkpoint-2":
         os.kill(os.getpid(), signal.SIGKILL)
-    sealed(path, text)
-checkpoints.write_text = kill_before_the_second_seal
+    sealed(path, value)
+checkpoints.write_json = kill_before_the_second_seal
 run(Path(sys.argv[1]))
 """
 
@@ -249,6 +253,98 @@ def test_sigkill_at_any_step_leaves_no_trace(undisturbed, tmp_path, seed):
     run(tmp_path)
     assert_same_run(tmp_path, undisturbed[0])
     assert sum(line["step"] == 0 for line in metrics(tmp_path, "validation")) == 1
+
+
+def stopped_before(step, folder):
+    """A run that broke at a step, with a checkpoint at every second one."""
+
+    def crash(at, num_steps):
+        if at == step:
+            raise RuntimeError("the power went")
+
+    with pytest.raises(RuntimeError, match="the power went"):
+        run(folder, on_step=crash)
+    return folder / "scratch" / "checkpoints"
+
+
+@pytest.mark.parametrize("lost", ["optimizer.pt", "adapter_model.safetensors", "rng_state.pth", "a byte"])
+def test_a_checkpoint_that_lost_a_file_is_none(undisturbed, tmp_path, lost):
+    """A kill while it is removed, or a person: the run goes on from the one before, as if nothing had been."""
+    last = stopped_before(8, tmp_path) / "checkpoint-6"
+    if lost == "a byte":
+        (last / "optimizer.pt").write_bytes((last / "optimizer.pt").read_bytes()[:-1])
+    else:
+        (last / lost).unlink()
+    steps = []
+    run(tmp_path, on_step=lambda step, num_steps: steps.append(step))
+    assert steps[0] == 5
+    assert_same_run(tmp_path, undisturbed[0])
+
+
+class Harmful:
+    """Unpickling it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "scheduler.pt"])
+def test_a_checkpoint_that_holds_code_is_not_run(tmp_path, name):
+    path = stopped_before(4, tmp_path) / "checkpoint-2" / name
+    size = path.stat().st_size
+    path.write_bytes(pickle.dumps(Harmful(tmp_path / "made")).ljust(size, b"\0"))
+    with pytest.raises(UserError, match=r"checkpoint-2 cannot be read .*, expected a checkpoint as training"):
+        run(tmp_path)
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_disk_that_is_full_is_one_sentence_and_the_run_goes_on(undisturbed, tmp_path):
+    with files_no_larger_than(10_000), pytest.raises(UserError, match=r"cannot be written .*make room"):
+        run(tmp_path)
+    run(tmp_path)
+    assert_same_run(tmp_path, undisturbed[0])
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "falcon"])
+def test_the_models_own_dropout_is_off(tmp_path, arch):
+    """In layers (GPT-2), in numbers that modules keep (Llama), in what is read from the config (Falcon)."""
+    torch.manual_seed(0)
+    if arch == "llama":
+        model = make_policy("llama")
+        for layer in model.model.layers:
+            layer.self_attn.attention_dropout = 0.5
+        target = "q_proj"
+    elif arch == "gpt2":
+        rates = {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5}
+        shape = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512, "initializer_range": 0.15}
+        model, target = GPT2LMHeadModel(GPT2Config(vocab_size=320, **shape, **rates)), None
+    else:
+        shape = {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "initializer_range": 0.15,
+        }
+        rates = {"hidden_dropout": 0.5, "attention_dropout": 0.5}
+        model, target = FalconForCausalLM(FalconConfig(vocab_size=320, **shape, **rates)), "query_key_value"
+    lora = LoraSettings(rank=4, dropout=0.0, targets=(target,)) if target else LoraSettings()
+    settings = replace(SETTINGS, lora=lora, learning_rate=1e-9, full=target is None, epochs=1)
+    result = run(tmp_path, settings, model=model, num_pairs=12)
+    for line in metrics(tmp_path, "train"):
+        assert line["loss"] == pytest.approx(math.log(2), abs=1e-4)
+        assert abs(line["rewards/margins"]) < 1e-4
+    if arch == "gpt2":  # what is saved keeps the rates that the model came with
+        assert json.loads((result.adapter / "config.json").read_text())["resid_pdrop"] == 0.5
+
+
+def test_a_pair_longer_than_the_policys_context_is_left_out(tmp_path):
+    result = run(tmp_path, model=make_policy("llama", max_positions=50), num_pairs=36)
+    assert len(result.dropped)
+    assert result.dropped["reason"].str.contains("more than the policy's context of 50").all()
+    assert result.pairs + result.validation_pairs + len(result.dropped) == 36
 
 
 def test_a_tracker_that_is_not_there_is_named(tmp_path):

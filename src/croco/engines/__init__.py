@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 
 
 def check(recipe: Recipe) -> None:
-    """Raise UserError for an engine that the recipe names and this environment does not have."""
+    """Raise UserError for an engine or device that the recipe names and this machine does not have."""
+    if recipe.runtime.device not in ("auto", "cpu"):
+        from croco.engines.loading import pick_device
+
+        pick_device(recipe.runtime.device)
     for role, engine in recipe.runtime.engines:
         if engine == "vllm" and find_spec("vllm") is None:
             raise UserError(

@@ -5,7 +5,8 @@ reward model with another number of logits than one is a UserError before anythi
 quantisation.
 """
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from croco.engines.memory import out_of_memory
 from croco.errors import UserError
 from croco.identity import check_adapter, local_model
 
+COMPUTED = re.compile(r"rotary_emb\.|\.attn\.(masked_)?bias$|position_ids$|\.mtp\.|(^|\.)mtp")
+HEAD = re.compile(r"(^|\.)(score|classif\w*|\w*head|regression\w*|qa_outputs)\.")
 KINDS = {  # what is wanted, by the class that loads it
     "AutoModelForCausalLM": "causal language model",
     "AutoModelForSequenceClassification": "sequence classifier",
@@ -31,10 +34,19 @@ def resolve_model(name: str, key: str = "model") -> str | Path:
 
 
 def pick_device(device: str = "auto") -> torch.device:
-    """The device named, or for "auto" a CUDA device when there is one, else the CPU."""
+    """The device named, or for "auto" a CUDA device when there is one, else the CPU.
+
+    Raises UserError for one that torch does not find here.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
+    wanted = torch.device(device)
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted.type == "cuda" and (wanted.index or 0) >= num_gpus:
+        raise UserError(f"runtime.device = '{device}', but torch finds {num_gpus} CUDA devices here")
+    if wanted.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"runtime.device = '{device}', but torch finds no such device here")
+    return wanted
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
@@ -158,7 +170,23 @@ def _load(
     if missing := sorted(report["missing_keys"]):
         kind = KINDS[auto.__name__]
         raise UserError(f"model {model!r}: found no weights for {missing[0]}, expected a whole {kind}")
+    if extra := left_over(report["unexpected_keys"], loaded):
+        raise UserError(
+            f"model {model!r}: its files hold {len(extra)} weights that its config.json has no place for, such as "
+            f"{extra[0]}: expected those of a {type(loaded).__name__} alone"
+        )
     return loaded
+
+
+def left_over(names: Iterable[str], network: Any) -> list[str]:
+    """Weights in a model's files that are another network's: layers beyond its own, or the head of another kind.
+
+    Tables that are computed anew count for nothing, nor does a language model's head beside a classifier's.
+    """
+    own = {name for name, _ in network.named_children()}
+    kept = [name for name in names if not COMPUTED.search(name)]
+    heads = [name for name in kept if HEAD.search(name) and not name.startswith(("lm_head", "mtp"))]
+    return sorted({*heads, *(name for name in kept if name.partition(".")[0] in own)})
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from croco.errors import UserError
 from croco.executor import Finished, Job, OpenWorker, Stream, Worker, groups
 from croco.processes import LIVES
 from croco.recipe_runtime import Runtime
-from croco.store import read_json
+from croco.store import read_record
 
 SHARD = pa.schema(
     [
@@ -75,7 +75,7 @@ def dataset(job: Job, runtime: Runtime) -> Any:
     workers, gpus = pool(runtime, job.gpus)
     portions = groups(job.todo, workers)
     asked = [{"shards": portion} for portion in portions]
-    record = read_json(job.folder / "stage.json")
+    record = read_record(job.folder)
     memory = runtime.ray.memory_gib_per_worker
     with warnings.catch_warnings():
         # max_restarts and max_task_retries have no other way in, up to Ray 2.63
@@ -130,7 +130,7 @@ class ShardWorker:
         record = self.folder / "stage.json"
         try:
             os.chdir(self.place)
-            seen = record.exists() and read_json(record)["fingerprint"] == self.fingerprint
+            seen = record.exists() and read_record(self.folder)["fingerprint"] == self.fingerprint
         except OSError:
             seen = False
         if not seen:

@@ -15,13 +15,13 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from croco.engines.base import Decoding, Request, Sampled
-from croco.engines.config import generation_config
-from croco.engines.wire import Call, Wire
+from croco.engines.config import generation_config, load_config
+from croco.engines.wire import ANSWER_BYTES, Call, Wire
 from croco.errors import UserError
 from croco.recipe_models import Model
 from croco.recipe_runtime import Server
@@ -29,12 +29,17 @@ from croco.sampling.chat import end_ids
 from croco.sampling.stops import Stops, finished
 
 OPENING_RETRIES = 2  # a wrong address should not take minutes to be found out
+SHOWN_NAMES = 10  # of what a server serves, in an error
+TOKEN_CHARACTERS = 1024  # more than the longest token of any vocabulary has
+REPEATED = "the completion repeats the key that the server was sent"
+ANSWERED_TOKEN_BYTES = 256  # of a token in an answer: its id, and its text as JSON may escape it
+Count = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class _Card(BaseModel):
     id: str
     parent: str | None = None  # of an adapter: its model, which alone says how long the context is
-    max_model_len: int | None = None
+    max_model_len: Annotated[int, Field(gt=0)] | None = None
 
 
 class _Cards(BaseModel):
@@ -57,8 +62,8 @@ class _Choice(BaseModel):
 class Usage(BaseModel):
     """The tokens that a request took, as the server counts them."""
 
-    prompt_tokens: int
-    completion_tokens: int = 0
+    prompt_tokens: Count
+    completion_tokens: Count = 0
 
 
 class _Completions(BaseModel):
@@ -92,7 +97,19 @@ def sampler(
 
     tokenizer = load_tokenizer(model.model, model.revision, template, model.trust_remote_code)
     ends = end_ids(tokenizer, generation_config(model))
-    return ServerSampler(connection, model.model, tokenizer, ends), tokenizer
+    vocabulary = max(len(tokenizer), load_config(model, "policy").get_text_config().vocab_size)
+    return ServerSampler(connection, model.model, tokenizer, ends, vocabulary), tokenizer
+
+
+def served_context(wire: Wire, name: str, expected: str, retries: int = OPENING_RETRIES) -> int | None:
+    """The longest context that a server says it takes, or None; raises UserError where it does not serve the name."""
+    listing = Call(None, f"{wire.url}/models", None, _Cards.model_validate, "the list of its models")
+    cards = {card.id: card for card in wire.one(listing, retries).data}
+    if name not in cards:
+        names = ", ".join(wire.clean(other) for other in sorted(cards)[:SHOWN_NAMES]) or "nothing"
+        raise UserError(f"{wire.place}: {wire.url} serves {names}, not '{name}'; expected {expected}")
+    card = cards[name]
+    return card.max_model_len or cards.get(card.parent or "", card).max_model_len
 
 
 class Connection:
@@ -103,17 +120,8 @@ class Connection:
         self.server, self.place = server, f"runtime.servers.{role}"
         self.wire = Wire(server, self.place)
         self.url, self.served = self.wire.url, server.model or model
-        listing = Call(None, f"{self.url}/models", None, _Cards.model_validate_json, "the list of its models")
-        cards = {card.id: card for card in self.wire.one(listing, OPENING_RETRIES).data}
-        if self.served not in cards:
-            names = ", ".join(sorted(cards)) or "nothing"
-            raise UserError(
-                f"{self.place}: {self.url} serves {names}, not '{self.served}'; "
-                f"expected the name it serves in {self.place}.{key}"
-            )
-        card = cards[self.served]
-        whole = cards.get(card.parent or "", card)
-        self.max_context = server.max_context or card.max_model_len or whole.max_model_len
+        context = served_context(self.wire, self.served, f"the name it serves in {self.place}.{key}")
+        self.max_context = server.max_context or context
         # the counts stay the wire's own, so that they grow
         self.facts = self.wire.counts
         self.facts |= {"engine": "server", "url": self.url, "served_model": self.served}
@@ -136,10 +144,16 @@ class ServerSampler:
     "chat"."""
 
     def __init__(
-        self, connection: Connection, name: str, tokenizer: Any = None, ends: Iterable[int] = ()
+        self,
+        connection: Connection,
+        name: str,
+        tokenizer: Any = None,
+        ends: Iterable[int] = (),
+        vocabulary: int = 0,
     ) -> None:
+        """`vocabulary` is the number of token ids that the model has."""
         self.connection, self.server, self.name = connection, connection.server, name
-        self.tokenizer, self.ends = tokenizer, set(ends)
+        self.tokenizer, self.ends, self.vocabulary = tokenizer, set(ends), vocabulary
         self.chat = self.server.api == "chat"
         self.max_context = connection.max_context or sys.maxsize if self.chat else connection.known_context()
         self.facts = connection.facts
@@ -175,6 +189,7 @@ class ServerSampler:
                     partial(self._read, self._drawn_from(seeds), decoding),
                     request.name,
                     partial(_too_long, len(seeds)),
+                    ANSWER_BYTES + len(seeds) * decoding.max_new_tokens * ANSWERED_TOKEN_BYTES,
                 )
 
     def _drawn_from(self, seeds: list[int]) -> list[int]:
@@ -205,8 +220,8 @@ class ServerSampler:
             body["seed"] = seeds[0] if self.server.dialect == "vllm" else seeds[0] % 2**31
         return body
 
-    def _read(self, seeds: Sequence[int], decoding: Decoding, content: bytes) -> list[Sampled | str]:
-        answer = _Completions.model_validate_json(content)
+    def _read(self, seeds: Sequence[int], decoding: Decoding, content: Any) -> list[Sampled | str]:
+        answer = _Completions.model_validate(content)
         choices = sorted(answer.choices, key=lambda choice: choice.index)
         if [choice.index for choice in choices] != list(range(len(seeds))):
             raise ValueError(f"{len(choices)} choices, expected {len(seeds)}")
@@ -220,13 +235,13 @@ class ServerSampler:
     def _sampled(
         self, choice: _Choice, seed: int, usage: Usage, of: int, stop: tuple[str, ...]
     ) -> Sampled | str:
-        reason = choice.finish_reason
+        reason, wire = choice.finish_reason, self.connection.wire
         if reason in ("abort", "error"):
             raise ValueError(f"a completion that ended with {reason!r}")
         if reason not in ("stop", "length"):
-            return f"the server ended the completion with {reason!r}"
+            return f"the server ended the completion with {wire.clean(reason)!r}"
         if choice.message is not None and choice.message.refusal:
-            return f"the model refused: {choice.message.refusal[:200]!r}"
+            return f"the model refused: {wire.clean(choice.message.refusal)!r}"
         text = choice.text if choice.message is None else choice.message.content or ""
         if text is None:
             raise ValueError("a choice without text")
@@ -239,8 +254,16 @@ class ServerSampler:
         counted = usage.completion_tokens if ids is None else len(ids)
         if counted == 0 and reason == "length":
             return "the prompt leaves no room for a completion"
+        if len(text) > TOKEN_CHARACTERS * (counted + 1):
+            return f"the server counts {counted} tokens in {len(text):,} characters"
         if self.tokenizer is None or ids is None:
+            if wire.repeats_key(text):
+                return REPEATED
             return Sampled([], reason, seed, text, counted, usage.prompt_tokens)
+        if unknown := [token for token in ids if not 0 <= token < self.vocabulary]:
+            return f"the server gave the token {unknown[0]}, the vocabulary has {self.vocabulary} tokens"
+        if wire.repeats_key(text) or wire.repeats_key(self.tokenizer.decode(ids)):
+            return REPEATED
         if reason == "stop" and self.ends.intersection(ids[-1:]):
             return Sampled(ids[:-1], reason, seed)
         return finished(ids, reason, seed, Stops(self.tokenizer, stop) if stop else None)

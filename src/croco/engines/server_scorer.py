@@ -93,8 +93,8 @@ class ServerScorer:
             key, self.url, body, partial(self._read, len(sequences)), f"{len(sequences)} conversations"
         )
 
-    def _read(self, expected: int, content: bytes) -> list[float]:
-        answer = _Classes.model_validate_json(content)
+    def _read(self, expected: int, content: Any) -> list[float]:
+        answer = _Classes.model_validate(content)
         classes = sorted(answer.data, key=lambda one: one.index)
         if [one.index for one in classes] != list(range(expected)):
             raise ValueError(f"{len(classes)} scores, expected {expected}")

@@ -15,8 +15,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +25,7 @@ from typing import IO
 from croco.errors import UserError
 from croco.identity import local_model
 from croco.recipe_models import Policy
-from croco.recipe_runtime import Vllm
+from croco.recipe_runtime import Server, Vllm
 
 PATIENCE = 60.0  # seconds that a server has to end by itself
 # what a model's generation_config.json would add to requests that do not say it; its end tokens stay
@@ -113,9 +111,8 @@ def serve(
     words += model_words(policy, merged) + vllm_words(vllm)
     environment = {"VLLM_NO_USAGE_STATS": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"} | os.environ
     with log.open("ab") as file, started(words, environment, file) as process:
-        url = f"http://127.0.0.1:{port}"
-        _wait_until_ready(process, f"{url}/health", seconds, log)
-        yield Serving(f"{url}/v1", served_context(f"{url}/v1", name), process)
+        url = f"http://127.0.0.1:{port}/v1"
+        yield Serving(url, _wait_until_ready(process, url, name, seconds, log), process)
 
 
 def model_words(policy: Policy, merged: Path | None) -> list[str]:
@@ -180,32 +177,33 @@ def _end_with_parent() -> Callable[[], None] | None:
     return lambda: prctl(set_death_signal, signal.SIGTERM)
 
 
-def _wait_until_ready(process: subprocess.Popen[bytes], health: str, seconds: float, log: Path) -> None:
+def _wait_until_ready(
+    process: subprocess.Popen[bytes], url: str, name: str, seconds: float, log: Path
+) -> int | None:
+    """The context that our server takes, once it answers; raises UserError when it ends or is not ready in time."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if process.poll() is not None:
             raise UserError(f"vLLM's server did not start: {last_line(log)} (see {log})")
         try:
-            with urllib.request.urlopen(health, timeout=5):
-                return
-        except (urllib.error.URLError, OSError):
+            return served_context(url, name, retries=0)
+        except UserError:
             time.sleep(0.5)
     raise UserError(f"vLLM's server did not answer within {seconds:.0f} s (see {log})")
 
 
-def served_context(url: str, name: str, key: str | None = None) -> int | None:
+def served_context(
+    url: str, name: str, place: str = "vLLM", key_variable: str | None = None, retries: int = 2
+) -> int | None:
     """The longest context that a server says it takes; raises UserError when it is away or does not serve the name."""
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    from croco.engines import server
+    from croco.engines.wire import Wire
+
+    wire = Wire(Server(url=url, key_variable=key_variable, timeout_seconds=60.0), place)
     try:
-        with urllib.request.urlopen(
-            urllib.request.Request(f"{url}/models", headers=headers), timeout=60
-        ) as answer:
-            cards = {card["id"]: card for card in json.load(answer)["data"]}
-    except (urllib.error.URLError, OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{url}/models gives no list of models: {error}") from None
-    if name not in cards:
-        raise UserError(f"{url} serves {', '.join(sorted(cards)) or 'nothing'}, expected '{name}'")
-    return cards[name].get("max_model_len")
+        return server.served_context(wire, name, "this name", retries)
+    finally:
+        wire.close()
 
 
 def last_line(log: Path) -> str:

@@ -1,10 +1,13 @@
-"""Requests to a server: many at once, each asked again until it is answered well, each counted.
+"""The one HTTP client: many requests at once, each repeated until it gets a proper answer, each counted.
 
 A long run meets every fault a network has: dropped connections, servers that restart, limits, answers cut in half. What
 may pass by itself is asked again after a growing, jittered wait (or what the server asked for); what may not (a bad
-request, a key that is not taken) stops everything at once. Nothing is remembered between calls: an answer is used once.
+request, a key that is refused) stops everything at once. Nothing is remembered between calls: an answer is used once.
 
-Leaves out streaming and what the answers mean, which is `server.py`. The only file that knows httpx2.
+A server is not trusted. No redirect is followed, so the key goes to the recipe's address only; a loopback address is
+never reached through a proxy; an answer has a greatest size; a key that an answer repeats is taken out of it.
+
+Leaves out streaming and what the answers mean. The only file that imports httpx2.
 """
 
 from __future__ import annotations
@@ -19,18 +22,16 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from ipaddress import ip_address
 from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
+from urllib.parse import urlsplit
 
+import httpx2
 from pydantic import ValidationError
 
-from croco.errors import UserError
+from croco.errors import UserError, printable
 from croco.recipe_runtime import Server
-
-try:
-    import httpx2
-except ModuleNotFoundError:
-    raise UserError("the engine 'server' needs httpx2: pip install 'croco[server]'") from None
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -38,11 +39,15 @@ T = TypeVar("T")
 AGAIN = (408, 409, 425, 429)  # beside 500 and above: what may pass by itself
 LONGEST_WAIT_SECONDS = 60.0  # of our own; a server may ask for as much as `timeout_seconds`
 CONNECT_SECONDS = 30.0
+ANSWER_BYTES = 2**24  # greatest size of an answer, beside what its tokens may take
+SECRET_CHARACTERS = 8  # a shorter key is no secret ("EMPTY", "none"), and completions may hold such a word
+REDACTED = "[the key]"
 
 
 @dataclass(frozen=True)
 class Call(Generic[T]):
-    """One request: its body (None for a GET), and what reads the answer; a ValueError of `read` means: ask again.
+    """One request: its body (None for a GET), and what reads the decoded answer; a ValueError of `read` means: ask
+    again.
 
     `refused` makes an answer of what the server says when it refuses a request that it would always refuse, or None
     where that ends everything.
@@ -51,9 +56,10 @@ class Call(Generic[T]):
     key: Any
     url: str
     body: dict[str, Any] | None
-    read: Callable[[bytes], T]
+    read: Callable[[Any], T]
     what: str  # what an error calls it
     refused: Callable[[str], T | None] = lambda message: None
+    most_bytes: int = ANSWER_BYTES
 
 
 class _Again(Exception):
@@ -113,11 +119,18 @@ class Wire:
             except ExceptionGroup as errors:
                 raise errors.exceptions[0] from None
 
+    def close(self) -> None:
+        """End the thread that answers are read in."""
+        self.loop.call_soon_threadsafe(self.loop.stop)
+
     def _client(self) -> httpx2.AsyncClient:
+        headers = {"Accept-Encoding": "identity"}  # what is sent is what is read: no answer unpacks to more
         return httpx2.AsyncClient(
-            headers={"Authorization": f"Bearer {self.key}"} if self.key else {},
+            headers=headers | ({"Authorization": f"Bearer {self.key}"} if self.key else {}),
             timeout=httpx2.Timeout(None, connect=CONNECT_SECONDS),
             limits=httpx2.Limits(max_connections=self.server.concurrency),
+            follow_redirects=False,
+            trust_env=not _is_loopback(self.url),
         )
 
     async def _answer(self, client: httpx2.AsyncClient, call: Call[T], retries: int) -> T:
@@ -150,34 +163,37 @@ class Wire:
         self.counts["requests"] += 1
         try:
             async with asyncio.timeout(self.server.timeout_seconds):
-                method = "GET" if call.body is None else "POST"
-                response = await client.request(method, call.url, json=call.body)
+                response, content = await _read(client, call)
         except TimeoutError:
             raise _Again(f"nothing came within {self.server.timeout_seconds:g} s") from None
         except httpx2.RequestError as error:
-            raise _Again(self._safe(f"{type(error).__name__} {error}")) from None
+            raise _Again(self.clean(f"{type(error).__name__} {error}")) from None
+        except httpx2.InvalidURL as error:
+            raise UserError(f"{self.place}: {self.url} is no address: {self.clean(str(error))}") from None
         finally:
             self.counts["request_seconds"] += time.monotonic() - began
         status = response.status_code
         if status in AGAIN or (status >= 500 and status != 501):  # 501: the server has no such thing
-            reason = f"status {status} {self._safe(_message(response.content))!r}"
+            reason = f"status {status} {self.clean(_message(content))!r}"
             raise _Again(reason, _retry_after(response.headers.get("retry-after", "")))
         if status != 200:
-            message = self._safe(_message(response.content))
-            answer = call.refused(message)
+            message = self.clean(_message(content))
+            answer = call.refused(message) if status >= 400 else None
             if answer is None:
                 raise self._refusal(call.what, status, message)
             return answer
         try:
-            return call.read(response.content)
+            return call.read(self._without_key(json.loads(content)))
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
             place = ".".join(map(str, first["loc"]))
             raise _Again(
                 f"an answer that is not one ({place}{': ' if place else ''}{first['msg']})"
             ) from None
+        except RecursionError:
+            raise _Again("an answer that is not one (JSON nested too deeply)") from None
         except ValueError as error:
-            raise _Again(str(error)) from None
+            raise _Again(self.clean(str(error))) from None
 
     def _refusal(self, what: str, status: int, message: str) -> UserError:
         hint, variable = "", self.server.key_variable
@@ -186,13 +202,56 @@ class Wire:
         if status in (401, 403):
             expected = f"expected a key that it takes in ${variable}"
             hint = f"; {expected}" if variable else "; key_variable is not set"
+        if 300 <= status < 400:
+            hint = "; redirects are not followed, expected the address that it points to, if you trust it"
         return UserError(
             f"{self.place}: {self.url} refuses {what} with status {status} ({message or 'nothing said'}){hint}"
         )
 
-    def _safe(self, text: str) -> str:
-        """Text of a server in one short line, without the key, should it repeat it."""
-        return " ".join((text.replace(self.key, "[the key]") if self.key else text).split())[:300]
+    def repeats_key(self, text: str) -> bool:
+        """Whether a text of the server holds the key, or held it before it was taken out."""
+        return self._is_secret() and (self.key in text or REDACTED in text)
+
+    def clean(self, text: str) -> str:
+        """Text of a server as one short line without the key and without control characters."""
+        return printable(" ".join(self._without_key(text[: 4096 + len(self.key)]).split()))[:300]
+
+    def _is_secret(self) -> bool:
+        return len(self.key) >= SECRET_CHARACTERS
+
+    def _without_key(self, value: Any) -> Any:
+        """Decoded JSON with the key taken out of every string."""
+        if not self._is_secret():
+            return value
+        if isinstance(value, str):
+            return value.replace(self.key, REDACTED)
+        if isinstance(value, list):
+            return value if value and isinstance(value[0], int) else [self._without_key(one) for one in value]
+        if isinstance(value, dict):
+            return {self._without_key(name): self._without_key(one) for name, one in value.items()}
+        return value
+
+
+async def _read(client: httpx2.AsyncClient, call: Call[Any]) -> tuple[httpx2.Response, bytes]:
+    """The answer to a call and its body, which is read no further than the call allows."""
+    method = "GET" if call.body is None else "POST"
+    async with client.stream(method, call.url, json=call.body) as response:
+        if response.headers.get("content-encoding", "identity") != "identity":
+            raise _Again("a packed answer, which was not asked for")
+        content = bytearray()
+        async for part in response.aiter_raw():
+            content += part
+            if len(content) > call.most_bytes:
+                raise _Again(f"an answer of more than {call.most_bytes / 2**20:.0f} MiB")
+        return response, bytes(content)
+
+
+def _is_loopback(url: str) -> bool:
+    host = urlsplit(url).hostname or ""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
 
 
 def _key(variable: str | None, place: str) -> str:
@@ -211,7 +270,7 @@ def _message(content: bytes) -> str:
     text = content[:4096].decode("utf-8", "replace")
     try:
         said = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
     if isinstance(said, dict):
         said = said.get("error", said)

@@ -62,8 +62,9 @@ def check(recipe: Recipe) -> None:
 
 def named_server(runtime: EuroEvalRuntime, arm: str) -> serving.Serving:
     """The recipe's server of an arm; raises UserError when it is away or does not serve the arm."""
-    url = runtime.urls[arm].rstrip("/")
-    return serving.Serving(url, serving.served_context(url, model_name(arm), _key(runtime)))
+    url, place = runtime.urls[arm].rstrip("/"), f"runtime.euroeval.urls.{arm}"
+    context = serving.served_context(url, model_name(arm), place, runtime.key_variable)
+    return serving.Serving(url, context)
 
 
 def model_name(arm: str) -> str:
@@ -243,6 +244,9 @@ def _environment(runtime: EuroEvalRuntime) -> dict[str, str]:
     """What EuroEval's process sees: nothing of our Python, and LiteLLM's list of models as it is installed."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     key = _key(runtime) or "none"  # the client wants one, a vLLM of ours does not
+    direct = ["localhost", "127.0.0.1", "::1"]  # through no proxy: the key goes along
+    direct += [environment[name] for name in ("NO_PROXY", "no_proxy") if environment.get(name)]
+    environment |= dict.fromkeys(("NO_PROXY", "no_proxy"), ",".join(direct))
     return environment | {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "OPENAI_API_KEY": key}
 
 

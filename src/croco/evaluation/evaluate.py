@@ -18,7 +18,6 @@ from typing import Any
 
 import polars as pl
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from croco.engines import open_sampler, open_scorer, tuned_weights
 from croco.engines.base import Decoding, Scorer
@@ -31,7 +30,7 @@ from croco.records import RESULTS, VERDICTS, ledger
 from croco.sampling.sample import sample_shards
 from croco.sampling.seeds import digest
 from croco.stage import Work
-from croco.store import read_table
+from croco.store import read_parquet, read_table
 
 PROMPT = ("prompt_id", "language")
 REWARD_BENCHMARK = "reward"
@@ -170,11 +169,9 @@ class JudgeWorker:
         """Shard by shard, each as it was drawn."""
         for index in indices:
             batch = self.batches[index]
-            drawn = pl.DataFrame(pl.from_arrow(pq.ParquetFile(self.draft(index)).read()))
-            answered, missing = (
-                drawn.filter(pl.col("reason").is_null()),
-                drawn.filter(pl.col("reason").is_not_null()),
-            )
+            drawn = read_parquet(self.draft(index))
+            answered = drawn.filter(pl.col("reason").is_null())
+            missing = drawn.filter(pl.col("reason").is_not_null())
             found = found_languages(answered["completion"], self.recipe.run.evaluated, answered["language"])
             answered = answered.with_columns(found_language=pl.Series(found, dtype=pl.String))
             table, dropped = tabulate(self.arm, batch, answered, missing, *self.judge(batch, answered))

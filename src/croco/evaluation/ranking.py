@@ -8,6 +8,7 @@ could score; the others are in the ledger. What is measured, `ranking_rows` says
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from croco.evaluation.ranking_rows import Row, agreement, rank
 from croco.pairing.importing import sides_of
 from croco.progress import progress
 from croco.prompts.load import file_rows, kind
-from croco.recipe import Recipe, apply_override, from_dict
+from croco.recipe import NO_PROMPTS, Recipe, apply_override, from_dict
 from croco.records import DROPPED, ledger
 
 FILES = ("pairs.parquet", "ranking.parquet", "dropped.parquet", "ranking.md", "diagnosis.json")
@@ -70,8 +71,9 @@ def diagnose(
     """
     if not rewards or len(set(rewards)) != len(rewards):
         raise UserError("--diagnose: expected --reward MODEL, once or for several models")
-    if to.exists() and not (to.is_dir() and {path.name for path in to.iterdir()} <= set(FILES)):
-        raise UserError(f"{to} holds more than `croco score --diagnose` made, expected a new folder")
+    store.check_own_folder(
+        to, "diagnosis.json", ["sources", "rewards"], re.compile("|".join(map(re.escape, FILES)))
+    )
     pairs, drops = read_pairs(sources, language)
     columns: dict[str, NDArray[np.float64]] = {}
     for number, model in enumerate(rewards):
@@ -106,6 +108,7 @@ def recipe_of(model: str, codes: Sequence[str], overrides: Sequence[str]) -> Rec
     values = {
         "run": {"name": "diagnose", "languages": list(codes)},
         "reward": {"model": model},
+        **NO_PROMPTS,
         "arms": {"none": {}},
     }
     for override in overrides:

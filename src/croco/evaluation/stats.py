@@ -124,25 +124,32 @@ def bootstrap_seeds(
 ) -> Interval:
     """Mean over seeds and prompts, values of shape (seeds, prompts), with an interval over both.
 
-    Every resample draws seeds (whole training runs) and prompts, both with replacement; the prompts drawn are the
-    same for all seeds, because every seed answered the same ones. For the difference of two arms give it their
-    difference, seed by seed: paired in both. With one seed it is `bootstrap_mean`. This is the pigeonhole bootstrap
-    (Owen 2007): too wide where single cells spread most (few samples a prompt), too narrow where seeds do and are few.
-    Raises ValueError on another shape or a value that is not finite.
+    For the difference of two arms give it their difference, seed by seed: paired in both. With one seed it is
+    `bootstrap_mean`. This is the pigeonhole bootstrap (Owen 2007): too wide where single cells spread most (few
+    samples a prompt), too narrow where seeds do and are few. Raises ValueError on another shape or a value that is
+    not finite.
+    """
+    resampled = resampled_means(values, seed, num_resamples)
+    low, high = percentiles(resampled, confidence)
+    table = np.asarray(values, dtype=np.float64)
+    return of_enough(Interval(float(table.mean()), float(low), float(high)), table.shape[1])
+
+
+def resampled_means(values: ArrayLike, seed: int, num_resamples: int = 2000) -> NDArray[np.float64]:
+    """Means of resamples of seeds (whole training runs) and prompts, both with replacement: (num_resamples,).
+
+    The prompts drawn are the same for all seeds, because every seed answered the same ones.
     """
     table = np.asarray(values, dtype=np.float64)
     if table.ndim != 2 or not table.size or not np.isfinite(table).all():
         raise ValueError("expected finite values of shape (seeds, prompts)")
     num_seeds, num_prompts = table.shape
-    if num_seeds == 1:
-        return bootstrap_mean(table[0], seed, num_resamples, confidence)
     prompts = resample_counts(num_prompts, seed, num_resamples)
     # draws of their own: with as many seeds as prompts, the same stream would draw the same places
     stream = int(np.random.default_rng([seed, 1]).integers(2**62))
     seeds = resample_counts(num_seeds, stream, num_resamples)
-    resampled = ((seeds @ table) * prompts).sum(axis=1) / (num_seeds * num_prompts)
-    low, high = percentiles(resampled, confidence)
-    return of_enough(Interval(float(table.mean()), float(low), float(high)), num_prompts)
+    means = ((seeds @ table) * prompts).sum(axis=1) / (num_seeds * num_prompts)
+    return np.asarray(means, dtype=np.float64)
 
 
 def mcnemar(ours: ArrayLike, theirs: ArrayLike) -> float:

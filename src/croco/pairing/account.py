@@ -22,7 +22,7 @@ from rich.console import Console
 from croco.pairing.contrast import Contrast
 from croco.pairing.rules import Rule, parse_chosen, parse_rejected
 from croco.pairing.select import expected_share, share_above_minimum
-from croco.store import shards
+from croco.store import read_parquet, shards
 
 SHORTCUT_AUC = 0.6  # above this a pair's label can be guessed without looking at quality
 SMALL_SHARE = 0.2  # under this the rule is the minimum under another name
@@ -43,9 +43,7 @@ _COLUMNS = (
 def facts(folder: Path, how: Contrast, completions: Mapping[str, int]) -> dict[str, Any]:
     """Counts, composition and shortcuts of a finished folder of pairs; `completions` read per language."""
     pairs = pl.concat([_numbers(shard.path) for shard in shards(folder)])
-    left = pl.concat(
-        [pl.read_parquet(shard.ledger) for shard in shards(folder) if shard.dropped] or [_NOTHING]
-    )
+    left = pl.concat([read_parquet(shard.ledger) for shard in shards(folder) if shard.dropped] or [_NOTHING])
     counts = left.group_by("unit", "language", "reason").len()
     lost = dict(
         counts.filter(pl.col("unit") == "completion").group_by("language").agg(pl.col("len").sum()).rows()
@@ -98,7 +96,7 @@ _NOTHING = pl.DataFrame(schema={"unit": pl.String, "language": pl.String, "reaso
 def _numbers(path: Path) -> pl.DataFrame:
     """The columns of a shard of pairs that say what it is made of, its texts as lengths only."""
     lengths = [pl.col(side).str.len_chars().alias(f"{side}_characters") for side in ("chosen", "rejected")]
-    return pl.scan_parquet(path).select(*_COLUMNS, *lengths).collect()
+    return read_parquet(path, [*_COLUMNS, "chosen", "rejected"]).select(*_COLUMNS, *lengths)
 
 
 def shortcuts(pairs: pl.DataFrame) -> dict[str, float]:

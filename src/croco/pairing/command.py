@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import shutil
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from croco import languages, provenance, store
 from croco.errors import UserError
+from croco.identity import digest
 from croco.pairing.exporting import FORMATS, export_pairs
 from croco.pairing.importing import NAMES, import_scored
 from croco.pairing.pair import pair
-from croco.recipe import Recipe, apply_override, from_dict
+from croco.recipe import NO_PROMPTS, Recipe, apply_override, from_dict
 from croco.records import TABLES
 from croco.science import pair_settings
 from croco.stage import Work
 
 ARM = "pairs"
-MADE = {"sources.json", "prompts", "sample", "score", "pairs", "export"}
+MADE = ("prompts", "sample", "score", "pairs", "export")
+FILES = re.compile(
+    rf"(prompts|sample|score|pairs)/({store.OURS.pattern}|stage\.json)|export/(README\.md|data/[^/]*)"
+)
 KNOWN = ("en",)
 
 
@@ -45,11 +49,10 @@ def pairs_of_files(
             raise UserError(f"{source}: no such file")
         if source.resolve().is_relative_to(to.resolve()):
             raise UserError(f"{source} lies in {to}, which is made anew: expected another folder")
-    if to.exists() and not (to.is_dir() and {path.name for path in to.iterdir()} <= MADE):
-        raise UserError(f"{to} holds more than `croco pairs` made, expected a new folder")
-    for name in MADE - {"sources.json"}:
-        shutil.rmtree(to / name, ignore_errors=True)
-    store.write_json(to / "sources.json", [str(source) for source in sources])
+    store.check_own_folder(to, "sources.json", ["sources"], FILES)
+    for name in MADE:
+        store.remove_folder(to / name)
+    store.write_json(to / "sources.json", {"sources": [str(source) for source in sources]})
     found = import_scored(sources, to, mapped, language)
     recipe = _recipe(sorted(found), form, overrides)
     work = Work(
@@ -65,9 +68,17 @@ def pairs_of_files(
     )
     pair(work)
     store.merge_ledgers(to / "pairs")
+    science = {"name": "pair", "version": 0, "arm": ARM, "settings": work.settings, "inputs": {}}
     record = {
+        "stage": "pair",
+        "arm": ARM,
         "state": "complete",
-        "science": {"settings": work.settings},
+        "fingerprint": digest(science),
+        "science": science,
+        "shard_prompts": recipe.runtime.shard_prompts,
+        "counts": {},
+        "seconds": 0.0,
+        "starts": 1,
         **work.record_file,
         **provenance.here(),
     }
@@ -79,7 +90,7 @@ def pairs_of_files(
 def _recipe(codes: Sequence[str], form: str, overrides: Sequence[str]) -> Recipe:
     """A recipe whose one arm has the rules asked for; KNOWN stands for languages that are not read yet."""
     arm = {"training": {"method": "sft"}} if form == "prompt-completion" else {}
-    values = {"run": {"name": "pairs", "languages": list(codes)}, "arms": {ARM: arm}}
+    values = {"run": {"name": "pairs", "languages": list(codes)}, **NO_PROMPTS, "arms": {ARM: arm}}
     for override in overrides:
         if codes is KNOWN and override.partition("=")[0].startswith("pool."):
             continue
@@ -110,12 +121,18 @@ def facts_of(recipe: Recipe, arm: str) -> dict[str, str]:
     )
     scorer = recipe.arms[arm].scorer
     return {
-        "policy": recipe.policy.model,
-        "scorer": recipe.reward.model if scorer == "reward" else scorer,
+        "policy": _without_folders(recipe.policy.model),
+        "scorer": _without_folders(recipe.reward.model) if scorer == "reward" else scorer,
         "completions": decoding,
-        "prompts": recipe.prompts.source,
+        "prompts": _without_folders(recipe.prompts.source),
         "seed": str(recipe.run.seed),
     } | _rule(recipe, arm)
+
+
+def _without_folders(name: str) -> str:
+    """A model or data set as a card names it: of a path, which is nobody's business, only its last part."""
+    is_path = Path(name).is_absolute() or name.startswith(("~", ".")) or Path(name).exists()
+    return Path(name).name if is_path else name
 
 
 def _rule(recipe: Recipe, arm: str) -> dict[str, str]:

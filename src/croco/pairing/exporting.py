@@ -48,13 +48,11 @@ def export_pairs(
     """
     if form not in FORMATS:
         raise UserError(f"the format '{form}' is unknown, expected one of {', '.join(FORMATS)}")
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} is not empty, expected a new folder to export to")
-    shards = store.shards(pairs)
-    record = pairs / "stage.json"
-    if not shards or not record.exists() or store.read_json(record)["state"] != "complete":
+    store.check_new_folder(folder)
+    if store.state(pairs) != "complete":
         raise UserError(f"{pairs} holds no finished pairs: run `croco run` first")
     rows, languages = 0, pl.DataFrame(schema={"language": pl.String, "len": pl.UInt32})
+    shards = store.shards(pairs)
     for number, shard in enumerate(shards):
         table = store.read_parquet(shard.path)
         if form == "preference" and table["rejected"].null_count():

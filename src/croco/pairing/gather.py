@@ -30,7 +30,7 @@ def locate(
     """
     parts = []
     for shard in store.shards(folder):
-        rows = _read(shard.path, [*key, *columns])
+        rows = store.read_parquet(shard.path, [*key, *columns])
         parts.append((reduce(rows) if reduce else rows).with_columns(shard=pl.lit(shard.index, pl.Int32)))
     if not parts:
         raise UserError(f"{folder} holds no finished shard")
@@ -46,7 +46,7 @@ def gather(folder: Path, wanted: pl.DataFrame, key: Sequence[str], columns: Sequ
     parts = []
     for (index,), rows in order.group_by("shard", maintain_order=True):
         path = store.shard_path(folder, int(str(index)))
-        found = rows.join(_read(path, [*key, *columns]), on=list(key), how="inner")
+        found = rows.join(store.read_parquet(path, [*key, *columns]), on=list(key), how="inner")
         if found.height != rows.height:
             raise UserError(f"{path} holds {found.height} of the {rows.height} rows that are wanted from it")
         parts.append(found.select("place", *columns))
@@ -55,10 +55,3 @@ def gather(folder: Path, wanted: pl.DataFrame, key: Sequence[str], columns: Sequ
         empty = pa.schema([schema.field(name) for name in columns]).empty_table()
         return pl.DataFrame(pl.from_arrow(empty))
     return pl.concat(parts).sort("place").drop("place")
-
-
-def _read(path: Path, columns: Sequence[str]) -> pl.DataFrame:
-    try:
-        return pl.DataFrame(pl.from_arrow(pq.ParquetFile(path).read(columns=list(columns))))
-    except (OSError, pa.ArrowInvalid) as error:
-        raise UserError(f"{path} cannot be read as Parquet: {error}") from None

@@ -61,6 +61,7 @@ def pairs(
     prompts, codes = Names(), Names()
     [keys] = finish(prompts, codes, [number(table.select(KEY), prompts, codes)])
     value = table["score"].cast(pl.Float32).to_numpy()
+    check_groups(pool, list(languages or keys.languages))
     num_tokens = table["completion_tokens"].cast(pl.Float32) if "completion_tokens" in table.columns else None
     lengths = None if num_tokens is None or num_tokens.null_count() else num_tokens.to_numpy()
     scored = assemble(keys, value, list(languages or keys.languages), how, num_tokens=lengths)

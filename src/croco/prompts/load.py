@@ -8,6 +8,7 @@ cannot be carried (a message with tool calls) goes to the ledger. Languages that
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -64,6 +65,7 @@ def _stage(
     loaded = load(
         section.source,
         split=section.split,
+        revision=section.revision,
         languages=languages,
         limit=section.limit if shuffled is None else None,
         id_column=section.id_column,
@@ -108,6 +110,7 @@ def load(
     split: str,
     languages: Sequence[str],
     limit: int | None,
+    revision: str | None = None,
     id_column: str = "prompt_id",
     language_column: str = "language",
     key: str = "prompts",
@@ -127,7 +130,9 @@ def load(
         table = world.prompts(split, languages, limit)
         loaded = Loaded(table, ledger([]), {}, 0)
     else:
-        loaded = _checked(_rows(source, split, key), languages, limit, id_column, language_column, key)
+        loaded = _checked(
+            _rows(source, split, key, revision), languages, limit, id_column, language_column, key
+        )
     there = _counts(loaded.prompts)
     for code in languages:
         if code not in there:
@@ -138,14 +143,14 @@ def load(
     return loaded
 
 
-def _rows(source: str, split: str, key: str) -> Iterator[tuple[str, Any]]:
+def _rows(source: str, split: str, key: str, revision: str | None) -> Iterator[tuple[str, Any]]:
     """(where, row) of each row of a source; where is "FILE, line 3"."""
     if source.startswith("hf:"):
-        yield from _hub_rows(source.removeprefix("hf:"), split, key)
+        yield from _hub_rows(source.removeprefix("hf:"), split, key, revision)
         return
-    path = Path(source).expanduser()
-    if not path.is_file():
-        raise UserError(f"{key}.source = '{source}': no such file")
+    path = Path(os.path.expanduser(source))
+    if not os.path.isfile(path):
+        raise UserError(f"{key}.source = '{source:.200}': no such file")
     if path.suffix not in (".jsonl", ".parquet"):
         raise UserError(f"{key}.source = '{source}', expected 'lab', a .jsonl or .parquet file, or 'hf:NAME'")
     yield from file_rows(path)
@@ -184,11 +189,11 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
             yield f"{path}, row {number}", row
 
 
-def _hub_rows(name: str, split: str, key: str) -> Iterator[tuple[str, Any]]:
+def _hub_rows(name: str, split: str, key: str, revision: str | None) -> Iterator[tuple[str, Any]]:
     import datasets
 
     try:
-        rows = datasets.load_dataset(name, split=split)
+        rows = datasets.load_dataset(name, split=split, revision=revision)
     except Exception as error:  # the library raises many kinds for one thing: not there
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{key}.source = 'hf:{name}' (split '{split}') cannot be loaded: {reason}") from error

@@ -10,7 +10,7 @@ from rich.console import Console
 from croco.errors import UserError
 from croco.recipe import Recipe, load
 from croco.report.gather import read_recipe
-from croco.store import write_text
+from croco.store import write_for_user
 
 
 def page(folder: Path, say: Callable[[str], None]) -> str:
@@ -37,7 +37,7 @@ def beside(first: Path, second: Path, to: Path | None) -> Path:
     _single(second)
     made = build_page(first, second)
     path = to or first / f"beside-{second.resolve().name}.html"
-    write_text(path, made)
+    write_for_user(path, made)
     return path
 
 
@@ -78,7 +78,7 @@ def export(
     from croco.report.markdown import results_markdown
 
     if markdown and read_recipe(folder).study:
-        write_text(markdown, (folder / "study.md").read_text(encoding="utf-8"))
+        write_for_user(markdown, (folder / "study.md").read_text(encoding="utf-8"))
         return [markdown]
     made = []
     for path, text in (
@@ -88,6 +88,6 @@ def export(
     ):
         if path is not None:
             _single(folder)
-            write_text(path, text())
+            write_for_user(path, text())
             made.append(path)
     return made

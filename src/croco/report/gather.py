@@ -62,15 +62,10 @@ def read_recipe(folder: Path) -> Recipe:
 
 def require(folder: Path, titles: Sequence[str]) -> None:
     """Raise UserError naming the stages (with arms) of a run that are not complete."""
-    missing = [title for title in titles if _stage_json(folder / title).get("state") != "complete"]
+    missing = [title for title in titles if store.state(folder / title) != "complete"]
     if missing:
         stages = "stage" if len(missing) == 1 else "stages"
         raise UserError(f"{folder} has no complete {stages} {', '.join(missing)}: run `croco run` first")
-
-
-def _stage_json(folder: Path) -> dict[str, Any]:
-    path = folder / "stage.json"
-    return dict(store.read_json(path)) if path.is_file() else {}
 
 
 def read_results(folder: Path) -> tuple[Recipe, pl.DataFrame]:
@@ -93,8 +88,8 @@ def read_run(folder: Path) -> Run:
     for stage in STAGES:
         for arm in stage.arms(recipe) if stage.name != "report" else ():
             title = stage.name if arm is None else f"{stage.name}/{arm}"
-            if found := _stage_json(folder / title):
-                stages[title] = found
+            if store.state(folder / title) != "missing":
+                stages[title] = dict(store.read_record(folder / title))
     require(
         folder,
         ["prompts", "results", *(f"{s}/{arm}" for arm in recipe.arms for s in ("pair", "train"))],
@@ -104,7 +99,10 @@ def read_run(folder: Path) -> Run:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged: expected a line of JSON per step, found {error}") from None
 
 
 def _steps(folder: Path, recipe: Recipe, stages: Mapping[str, Mapping[str, Any]]) -> list[Step]:

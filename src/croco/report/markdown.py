@@ -18,7 +18,7 @@ from croco.report.tables import (
     temperature_name,
 )
 from croco.report.tasks import tasks_markdown
-from croco.store import read_json
+from croco.store import read_record
 
 
 def results_markdown(run_folder: Path) -> str:
@@ -26,11 +26,11 @@ def results_markdown(run_folder: Path) -> str:
     intervals.
     """
     recipe, results = read_results(run_folder)
-    made = read_json(run_folder / "results" / "stage.json")
-    versions = ", ".join(f"{name} {version}" for name, version in made["libraries"].items())
+    made = read_record(run_folder / "results")
+    versions = ", ".join(f"{name} {version}" for name, version in made.get("libraries", {}).items())
     parts = [
         f"# {recipe.run.name}\n\nMade by `croco run` and `croco report {recipe.folder} --markdown FILE`, never "
-        f"by hand. {made['machine']}; {versions}.\n"
+        f"by hand. {made.get('machine', '')}; {versions}.\n"
     ]
     for board in boards(results, recipe.evaluated_arms, recipe.run.evaluated):
         num_prompts = max(cell.num_prompts for cell in board.cells.values())

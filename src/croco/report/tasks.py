@@ -13,7 +13,7 @@ from rich.table import Table
 from croco import languages
 from croco.recipe import Recipe, load
 from croco.recipe_euroeval import VERSION
-from croco.store import read_json, read_table
+from croco.store import read_record, read_table
 
 Row = tuple[str, str, str, list[str]]  # language, dataset, metric, a text per arm
 
@@ -52,11 +52,11 @@ def notes(run_folder: Path, recipe: Recipe) -> list[str]:
     none = [language for language in recipe.run.evaluated if not section.datasets_of(language)]
     if none:
         lines.append(f"Not covered by EuroEval: {', '.join(map(languages.name, none))}")
-    facts = read_json(run_folder / "results" / "stage.json")["facts"]
+    facts = read_record(run_folder / "results")["facts"]
     if left_out := facts.get("datasets_left_out"):
         lines.append(f"Left out, since not every arm has them: {', '.join(left_out)}")
     for arm in ("base", *recipe.evaluated_arms):
-        failed = read_json(run_folder / "euroeval" / arm / "stage.json")["facts"].get("failed_instances", {})
+        failed = read_record(run_folder / "euroeval" / arm)["facts"].get("failed_instances", {})
         if failed:
             counts = ", ".join(f"{dataset} {count:,}" for dataset, count in sorted(failed.items()))
             lines.append(f"Completions of {arm} in which EuroEval found no label or that failed: {counts}")

@@ -5,11 +5,16 @@ appended to the last user turn, and the opening of the assistant's turn; trainin
 reward model sees the conversation as the user wrote it, without the instruction, through *its* template: it judges the
 completion, not how it was asked for.
 
+Special tokens come from the template only. A token's name that stands in a message or completion is text that somebody
+wrote, and is tokenised as text: it opens no turn and ends none.
+
 Leaves out tools and documents: the tables keep messages as text.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from jinja2.exceptions import TemplateError
@@ -18,6 +23,7 @@ from croco.engines.base import Request
 from croco.errors import Refused, UserError
 
 Messages = Sequence[Mapping[str, str]]
+MARK = "\ufdd0"  # breaks the name of a special token in two; Unicode keeps it for such use, no text has it
 
 
 def with_instruction(messages: Messages, instruction: str | None) -> list[dict[str, str]]:
@@ -37,9 +43,13 @@ def with_instruction(messages: Messages, instruction: str | None) -> list[dict[s
 def prompt_ids(tokenizer: Any, messages: Messages, instruction: str | None = None) -> list[int]:
     """Token ids of a policy's prompt, the assistant's turn opened; special tokens come from the template only (no
     double BOS). Raises UserError when the template is missing or refuses the messages."""
-    text = _render(tokenizer, with_instruction(messages, instruction), add_generation_prompt=True)
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
+    turns = with_instruction(messages, instruction)
+    return _encoded(tokenizer, [_render(tokenizer, turns, add_generation_prompt=True)])[0]
+
+
+def text_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of completions alone, as a policy would write them, without special tokens."""
+    return _encoded(tokenizer, [_broken(tokenizer, text) for text in texts])
 
 
 def request(
@@ -67,8 +77,7 @@ def conversations_ids(tokenizer: Any, messages: Messages, completions: Sequence[
     texts = [
         _render(tokenizer, [*turns, {"role": "assistant", "content": text}], False) for text in completions
     ]
-    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    return ids
+    return _encoded(tokenizer, texts)
 
 
 def same_ids(one: Any, other: Any) -> bool:
@@ -128,10 +137,9 @@ def _render(tokenizer: Any, messages: list[dict[str, str]], add_generation_promp
         raise UserError(
             f"{_name(tokenizer)}: found no chat template, expected one in the tokenizer or in the recipe"
         )
+    turns = [turn | {"content": _broken(tokenizer, turn["content"])} for turn in messages]
     try:
-        text: str = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=add_generation_prompt, tokenize=False
-        )
+        return _apply(tokenizer, turns, add_generation_prompt)
     except (TemplateError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if (
@@ -141,7 +149,52 @@ def _render(tokenizer: Any, messages: list[dict[str, str]], add_generation_promp
         raise UserError(
             f"{_name(tokenizer)}: the chat template refuses the conversation ({reason}); roles {_roles(messages)}"
         ) from error
+
+
+def _apply(tokenizer: Any, turns: list[dict[str, str]], add_generation_prompt: bool) -> str:
+    text: str = tokenizer.apply_chat_template(
+        turns, add_generation_prompt=add_generation_prompt, tokenize=False
+    )
     return text
+
+
+def _broken(tokenizer: Any, text: str) -> str:
+    """A text with a mark within the name of every special token that it holds."""
+    text = text.replace(MARK, "")
+    names = _special_names(tokenizer, str(tokenizer.chat_template))
+    while names is not None and names.search(text):
+        text = names.sub(lambda name: name[0][0] + MARK + name[0][1:], text)
+    return text
+
+
+@lru_cache(maxsize=16)
+def _special_names(tokenizer: Any, template: str) -> re.Pattern[str] | None:
+    """What matches the names of special tokens, and of the other added tokens that open and close a user's turn."""
+    try:
+        turn = _apply(tokenizer, [{"role": "user", "content": "x"}], False)
+    except (TemplateError, TypeError, ValueError):
+        turn = ""
+    added = tokenizer.added_tokens_decoder.values()
+    names = {token.content for token in added if token.special or token.content in turn}
+    parts = [re.escape(name) for name in names if len(name) > 1 and not name.isspace()]
+    return re.compile("|".join(sorted(parts, key=len, reverse=True))) if parts else None
+
+
+def _encoded(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of texts; what stands on either side of a mark is tokenised by itself."""
+    plain = [text.split(MARK)[0] for text in texts]
+    found: list[list[int]] = tokenizer(plain, add_special_tokens=False)["input_ids"] if texts else []
+    for ids, text in zip(found, texts, strict=True):
+        for part in text.split(MARK)[1:]:
+            ids += _continuing(tokenizer, part)
+    return found
+
+
+def _continuing(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text that continues another: behind a line break, SentencePiece puts no space before it."""
+    both = tokenizer(["\n", "\n" + text, text], add_special_tokens=False)["input_ids"]
+    line_break, behind, alone = both
+    return behind[len(line_break) :] if behind[: len(line_break)] == line_break else alone
 
 
 def _roles(messages: Messages) -> str:

@@ -22,8 +22,9 @@ from transformers.modeling_outputs import BaseModelOutput
 from croco.engines.memory import with_less_memory
 from croco.errors import UserError
 from croco.recipe_arms import ENGLISH
+from croco.sampling.chat import text_ids
 from croco.scoring.by_policy import Groups, Scored
-from croco.store import shards
+from croco.store import read_parquet, shards
 
 IS_ENGLISH = "English completions are what the others are aligned with"
 NO_TARGET = "the prompt has no English completion to align with"
@@ -55,8 +56,7 @@ class Translator:
                 f"alignment.model = '{self.name}' has no token '{token}' for '{language}', expected one in "
                 f"alignment.codes (NLLB's is such as 'dan_Latn')"
             )
-        ids = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
-        return [[int(code), *row, self.end] for row in ids]
+        return [[int(code), *ids, self.end] for ids in text_ids(self.tokenizer, texts)]
 
     def losses(
         self, sources: Sequence[list[int]], targets: Sequence[Sequence[list[int]]]
@@ -151,11 +151,12 @@ def score_alignment(
 
 def english_completions(samples: Path, prompt_ids: Sequence[str], first: int | None) -> dict[str, list[str]]:
     """The English completions of some prompts by sample_id, the first ones if so wanted."""
-    table = pl.scan_parquet([shard.path for shard in shards(samples)])
+    columns = ["prompt_id", "language", "sample_id", "completion"]
     wanted = (pl.col("language") == ENGLISH) & pl.col("prompt_id").is_in(list(prompt_ids))
     if first is not None:
         wanted &= pl.col("sample_id") < first
-    rows = table.filter(wanted).select("prompt_id", "sample_id", "completion").collect()
+    parts = [read_parquet(shard.path, columns).filter(wanted) for shard in shards(samples)]
+    rows = pl.concat(parts).drop("language")
     grouped: dict[str, list[str]] = {}
     for prompt_id, _, text in rows.sort("prompt_id", "sample_id").iter_rows():
         grouped.setdefault(prompt_id, []).append(text)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from croco.engines.base import ScoreRequest
-from croco.sampling.chat import prompt_ids
+from croco.sampling.chat import prompt_ids, text_ids
 
 if TYPE_CHECKING:
     from croco.engines.hf import HFLikelihood
@@ -54,7 +54,7 @@ def score_likelihood(
     for number, (messages, rows) in enumerate(groups):
         prompt = prompt_ids(tokenizer, messages, instructions.get(rows[0]["language"]))
         sampled = [
-            tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
+            text_ids(tokenizer, [row["completion"]])[0]
             if row["completion_ids"] is None
             else row["completion_ids"]
             for row in rows

@@ -21,7 +21,6 @@ from typing import Any
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from croco.engines import open_scorer
 from croco.engines.base import Scorer, ScoreRequest
@@ -42,7 +41,7 @@ from croco.scoring.by_policy import (
     too_long,
 )
 from croco.stage import Work
-from croco.store import read_table, shard_path, shards
+from croco.store import read_arrow, read_table, shard_path, shards
 
 ScoreShard = Callable[[Groups], list[Scored]]
 
@@ -89,7 +88,7 @@ class ScoreWorker:
     def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[Finished]:
         """Shard by shard, each the mirror of a shard of completions."""
         for index in indices:
-            rows = pq.ParquetFile(shard_path(self.samples, index)).read(columns=COLUMNS)
+            rows = read_arrow(shard_path(self.samples, index), COLUMNS)
             if self.first is not None:
                 rows = rows.filter(pc.field("sample_id") < self.first)
             groups = _groups(pl.DataFrame(pl.from_arrow(rows)), self.prompts)
@@ -118,7 +117,7 @@ class ReferenceWorker:
         """Shard by shard."""
         for index in indices:
             columns = ["prompt_id", "language", "messages", "reference"]
-            prompts = pq.ParquetFile(shard_path(self.prompts, index)).read(columns=columns).to_pylist()
+            prompts = read_arrow(shard_path(self.prompts, index), columns).to_pylist()
             gold = [row for row in prompts if row["reference"] and row["reference"].strip()]
             groups = [
                 (row["messages"], [{**row, "sample_id": REFERENCE, "completion": row["reference"]}])
@@ -282,7 +281,9 @@ def score_conversations(scorer: Scorer, tokenizer: Any, groups: Groups, max_toke
         if fits:
             requests.append(ScoreRequest(number, [], [sequences[i] for i in fits]))
             places.append(fits)
-    for request, fits, values in zip(requests, places, scorer.score(requests), strict=True):
+    for request, fits, values in zip(
+        requests, places, scorer.score(requests) if requests else (), strict=True
+    ):
         for i, ids, value in zip(fits, request.completions, values, strict=True):
             scored[request.key][i] = first.setdefault(tuple(ids), value)
     return scored

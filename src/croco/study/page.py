@@ -9,18 +9,19 @@ from pathlib import Path
 from markdown_it import MarkdownIt
 
 from croco import provenance, store
+from croco.errors import UserError
 from croco.evaluation.results import language_groups
 from croco.identity import digest
 from croco.recipe import Recipe
 from croco.study import parts as building
-from croco.study.claims import judge
+from croco.study.claims import judge_all
 from croco.study.figures import draw
 from croco.study.parts import Part, Table
 from croco.study.pooled import pool
 from croco.study.run import SCORERS, complete, of_seed, transfer_of
-from croco.study.transfer import transfer
+from croco.study.transfer import good_over_forms, transfer
 
-VERSION = 3
+VERSION = 4
 STYLE = Path(__file__).parent / "style.css"
 
 
@@ -31,7 +32,12 @@ def write(recipe: Recipe, say: Callable[[str], None] = lambda line: None) -> Pat
         [VERSION, complete(recipe), recipe.study.model_dump(mode="json"), recipe.evaluation.bootstrap]
     )
     page, stamp = recipe.folder / "study.html", recipe.folder / "study.json"
-    if stamp.exists() and page.exists() and store.read_json(stamp)["made_of"] == made_of:
+    there = store.read_json(stamp) if stamp.exists() else None
+    ours = there.get("made_of") if isinstance(there, dict) else None
+    for path in (page, recipe.folder / "study.md", stamp):
+        if path.exists() and not ours:
+            raise UserError(f"{path} is not a page of croco's, expected another run.folder, or no such file")
+    if page.exists() and ours == made_of:
         say("study: complete, skipped")
         return page
     found = build(recipe)
@@ -48,9 +54,9 @@ def build(recipe: Recipe) -> list[Part]:
     groups = language_groups(run.languages, run.low_resource_languages, run.held_out_languages)
     seeds, arms = [of_seed(recipe, seed).folder for seed in study.seeds], recipe.evaluated_arms
     pooled = pool(seeds, arms, groups, recipe.evaluation.bootstrap)
-    judged = {name: (claim, *judge(claim, pooled)) for name, claim in study.claims.items()}
-    found = [building.claims_table(judged)] if judged else []
-    found += [building.claim_part(name, *claim, pooled) for name, claim in judged.items()]
+    judged = judge_all(study, pooled)
+    found = building.claims_table(judged, study.equivalence)
+    found += [building.claim_part(name, claim, pooled) for name, claim in judged.items()]
     for benchmark in sorted(pooled, key=len):
         found.append(building.arms_part(pooled[benchmark], arms))
     first = pooled[min(pooled, key=len)]
@@ -59,7 +65,11 @@ def build(recipe: Recipe) -> list[Part]:
         found.append(building.waves_part(recipe))
     if study.transfer:
         folders = [transfer_of(recipe, seed).folder for seed in study.seeds]
-        found.append(building.transfer_part(transfer(folders, SCORERS, run.evaluated), SCORERS))
+        found.append(
+            building.transfer_part(
+                transfer(folders, SCORERS, run.evaluated), good_over_forms(folders, SCORERS), SCORERS
+            )
+        )
     found += [building.modes_part(first, arms), building.pairs_part(recipe)]
     found += [building.languages_part(pooled[benchmark], arms) for benchmark in sorted(pooled, key=len)]
     return found
@@ -71,7 +81,7 @@ def markdown(recipe: Recipe, found: list[Part]) -> str:
     here = provenance.here()
     versions = ", ".join(f"{name} {version}" for name, version in here["libraries"].items())
     introduction = [recipe.study.introduction] if recipe.study.introduction else []
-    made = f"Made by `croco run`, never by hand. {_how(recipe)} {here['machine']}; {versions}."
+    made = f"Tables made by `croco run`, paragraphs written by hand. {_how(recipe)} {here['machine']}; {versions}."
     lines = [f"# {recipe.run.name}", *introduction, made]
     for part in found:
         lines += [f"## {part.title}", *part.text]
@@ -84,7 +94,10 @@ def markdown(recipe: Recipe, found: list[Part]) -> str:
 def _how(recipe: Recipe) -> str:
     assert recipe.study is not None
     seeds = ", ".join(map(str, recipe.study.seeds))
-    return f"Seeds {seeds}; values with 95 % intervals over seeds and prompts."
+    return (
+        f"Seeds {seeds}; values with 95 % intervals over seeds and prompts (pigeonhole bootstrap: with few samples a "
+        "prompt it covers more often than 95 %)."
+    )
 
 
 def _markdown_table(table: Table) -> str:

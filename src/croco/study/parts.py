@@ -15,9 +15,9 @@ from croco import languages, store
 from croco.evaluation.results import BASE
 from croco.evaluation.stats import TOO_FEW, Interval
 from croco.recipe import Recipe
-from croco.recipe_study import GROUPS, Claim
+from croco.recipe_study import GROUPS
 from croco.study import waves
-from croco.study.claims import Tested
+from croco.study.claims import Judged
 from croco.study.pooled import Pooled
 from croco.study.run import of_seed
 from croco.study.transfer import FIGURES
@@ -68,20 +68,38 @@ def decoding(temperature: float) -> str:
     return "greedy" if temperature == 0 else f"T = {temperature:g}"
 
 
-def claims_table(judged: Mapping[str, tuple[Claim, str, list[Tested]]]) -> Part:
-    rows = [[claim.says, verdict] for claim, verdict, _ in judged.values()]
-    return Part("claims", "Claim by claim", [], [Table(["claim", "in this study"], rows, 2)])
+def claims_table(judged: Mapping[str, Judged], equivalence: float) -> list[Part]:
+    """The verdicts, primary claims apart from secondary ones."""
+    parts = []
+    for secondary, title in ((False, "Claim by claim"), (True, "Secondary claims")):
+        family = [one for one in judged.values() if one.claim.secondary == secondary]
+        counted = sum(one.p_value is not None for one in family)
+        rows = [
+            [one.claim.says, one.verdict, "" if one.p_value is None else p_text(one.p_value)]
+            for one in family
+        ]
+        text = (
+            f"A claim holds, or does not, where all comparisons that it needs are significant that way, at 5 % after "
+            f"Holm's correction over {counted} claims (p in the table). It is equivalent where the 90 % intervals lie "
+            f"within ± {equivalence:g}. The base is at its best temperature."
+        )
+        if rows:
+            name = "secondary-claims" if secondary else "claims"
+            parts.append(Part(name, title, [text], [Table(["claim", "in this study", "p"], rows, 2)]))
+    return parts
 
 
-def claim_part(
-    name: str, claim: Claim, verdict: str, tests: Sequence[Tested], pooled: Mapping[str, Pooled]
-) -> Part:
+def p_text(p_value: float) -> str:
+    """ "0.03", "< 0.001"."""
+    return "< 0.001" if p_value < 0.001 else f"{p_value:.2g}"
+
+
+def claim_part(name: str, judged: Judged, pooled: Mapping[str, Pooled]) -> Part:
     """One claim: its comparisons, and why it came out so."""
-    rows = []
-    for test in tests:
+    claim, rows = judged.claim, []
+    for test in judged.tests:
         one, share = test.comparison, pooled[test.comparison.benchmark].headline == "good"
         share = share or (one.metric or "").startswith("mode:")
-        rival = f"{test.rival[0]} ({decoding(test.rival[1])})" if one.at_best else test.rival[0]
         measure = (one.metric or pooled[one.benchmark].headline) + (
             f", {one.benchmark}" if one.benchmark != "lab" else ""
         )
@@ -89,22 +107,30 @@ def claim_part(
         seeds = ", ".join(
             f"{100 * x if share else x:+.{0 if share else 2}f}".replace("-", "−") for x in test.by_seed
         )
-        difference = shown(test.difference, share, signed=True)
-        rows.append(
-            [
-                one.arm,
-                rival,
-                measure,
-                test.scope,
-                decoding(test.temperature),
-                difference,
-                seeds,
-                wanted,
-                test.verdict,
-            ]
-        )
-    head = ["arm", "than", "measure", "on", "decoding", "difference", "each seed", "claimed", "verdict"]
-    text = [f"**{verdict[0].upper()}{verdict[1:]}** ({claim.need} of {len(rows)} comparisons are needed)."]
+        rows.append([
+            one.arm, f"{test.rival[0]} ({decoding(test.rival[1])})", measure, test.scope,
+            decoding(test.temperature), shown(test.difference, share, signed=True), seeds, wanted,
+            p_text(min(1.0, 2 * min(test.p_wanted, 1 - test.p_wanted))), "yes" if test.equivalent else "",
+        ])  # fmt: skip
+    head = [
+        "arm",
+        "than",
+        "measure",
+        "on",
+        "decoding",
+        "difference",
+        "each seed",
+        "claimed",
+        "p",
+        "equivalent",
+    ]
+    verdict = f"**{judged.verdict[0].upper()}{judged.verdict[1:]}**"
+    if claim.not_testable:
+        text = [f"{verdict}: {claim.not_testable}"]
+    else:
+        text = [
+            f"{verdict} ({claim.need} of {len(rows)} comparisons are needed; p of a row is not corrected)."
+        ]
     return Part(
         f"claim-{name}", claim.says, text + ([claim.why] if claim.why else []), [Table(head, rows, 5)]
     )
@@ -122,8 +148,8 @@ def arms_part(pooled: Pooled, arms: Sequence[str]) -> Part:
             if arm != BASE and (BASE, temperature) in pooled.settings:
                 cells = []
                 for scope in scopes:
-                    same = pooled.difference(mine, (BASE, temperature), scope)
-                    best = pooled.difference(mine, pooled.best(BASE, scope), scope)
+                    same, _ = pooled.difference(mine, (BASE, temperature), scope)
+                    best, _ = pooled.difference(mine, pooled.best(BASE, scope), scope)
                     cells.append(f"{shown(same, share, True)} / {shown(best, share, True)}")
                 gains.append([arm, decoding(temperature), *cells])
     rivals = ", ".join(f"{scope}: {decoding(pooled.best(BASE, scope)[1])}" for scope in scopes)
@@ -216,8 +242,8 @@ def pairs_part(recipe: Recipe) -> Part:
     rows, stops = [], []
     for arm in recipe.arms:
         folders = [of_seed(recipe, seed).folder for seed in recipe.study.seeds]
-        pairs = [store.read_json(folder / "pair" / arm / "stage.json")["facts"] for folder in folders]
-        tuned = [store.read_json(folder / "train" / arm / "stage.json") for folder in folders]
+        pairs = [store.read_record(folder / "pair" / arm)["facts"] for folder in folders]
+        tuned = [store.read_record(folder / "train" / arm) for folder in folders]
 
         def mean(values: Sequence[float | None]) -> str:
             found = [value for value in values if value is not None]
@@ -299,26 +325,39 @@ def waves_part(recipe: Recipe) -> Part:
     return Part("waves", "How many completions are worth it?", text, tables)
 
 
-def transfer_part(found: Mapping[tuple[str, str, str], Interval], scorers: Sequence[str]) -> Part:
-    """Reward model, likelihood and chance against the verified truth, in every language."""
+def transfer_part(
+    found: Mapping[tuple[str, str, str], Interval],
+    forms: Mapping[tuple[str, str], Interval],
+    scorers: Sequence[str],
+) -> Part:
+    """Reward model, likelihood and chance against the verified truth, in every language and per pair of forms."""
     codes = list(dict.fromkeys(code for _, code, _ in found))
     titles = {
         "ranking": "percent of unequal pairs ranked right",
         "best": "percent of prompts whose best-scored completion is good",
         "tau": "Kendall's τ-b with verified quality",
     }
-    tables = []
+    # the truth ranks itself right; as a picker it is the ceiling
+    own = [scorer for scorer in scorers if scorer != "verified"]
+    tables = [
+        Table(["percent of pairs with the good one above: good and", *own], [
+            [form, *(shown(forms[scorer, form], True) for scorer in own)]
+            for form in sorted({form for _, form in forms})
+        ])
+    ]  # fmt: skip
     for figure in FIGURES:
-        # the truth ranks itself right; as a picker it is the ceiling
-        shown_here = [scorer for scorer in scorers if scorer != "verified" or figure == "best"]
+        columns = scorers if figure == "best" else own
         rows = [
             [languages.name(code)]
             + [
                 shown(found[key], figure != "tau") if (key := (scorer, code, figure)) in found else ""
-                for scorer in shown_here
+                for scorer in columns
             ]
             for code in codes
         ]
-        tables.append(Table([titles[figure], *shown_here], rows))
-    text = ["Within one prompt in one language, on dev prompts; the completions of all seeds together."]
+        tables.append(Table([titles[figure], *columns], rows))
+    text = [
+        "Within one prompt in one language, on dev prompts; the completions of all seeds together.",
+        "The first table tells quality from form: most unequal pairs are of different form.",
+    ]
     return Part("transfer", "Does the reward model transfer?", text, tables)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from croco.errors import UserError
 from croco.evaluation.results import BASE, headline
-from croco.evaluation.stats import Interval, bootstrap_seeds
+from croco.evaluation.stats import Interval, bootstrap_seeds, percentiles, resampled_means
 from croco.store import read_table
 
 COLUMNS = ["arm", "prompt_id", "language", "temperature", "benchmark", "mode", "value"]
@@ -60,19 +60,23 @@ class Pooled:
         """A setting's mean with its interval over seeds and prompts."""
         return bootstrap_seeds(self.of(setting, scope, metric), 0, self.resamples)
 
-    def difference(self, one: Setting, other: Setting, scope: str, metric: str | None = None) -> Interval:
-        """How far one setting is above another, paired by seed and prompt."""
+    def difference(
+        self, one: Setting, other: Setting, scope: str, metric: str | None = None
+    ) -> tuple[Interval, float]:
+        """How far one setting is above another, paired by seed and prompt, and the standard error of that."""
         values = self.of(one, scope, metric) - self.of(other, scope, metric)
-        return bootstrap_seeds(values, 0, self.resamples)
+        resampled = resampled_means(values, 0, self.resamples)
+        low, high = percentiles(resampled)
+        return Interval(float(values.mean()), float(low), float(high)), float(resampled.std())
 
     def by_seed(self, one: Setting, other: Setting, scope: str, metric: str | None = None) -> list[float]:
         """The difference in every seed alone, (S,)."""
         return list((self.of(one, scope, metric) - self.of(other, scope, metric)).mean(axis=1))
 
-    def best(self, arm: str, scope: str, metric: str | None = None) -> Setting:
-        """The arm's temperature with the highest mean; the lowest of equals."""
+    def best(self, arm: str, scope: str) -> Setting:
+        """The arm at the temperature with the highest mean of the headline; the lowest of equals."""
         of_arm = [setting for setting in self.settings if setting[0] == arm]
-        return max(of_arm, key=lambda setting: (self.of(setting, scope, metric).mean(), -setting[1]))
+        return max(of_arm, key=lambda setting: (self.of(setting, scope).mean(), -setting[1]))
 
     def temperatures(self, arm: str) -> list[float]:
         return sorted(temperature for name, temperature in self.settings if name == arm)

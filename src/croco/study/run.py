@@ -131,9 +131,7 @@ def complete(recipe: Recipe) -> dict[str, str]:
         for node in pipeline.nodes(part):
             wanted = ("results", "pair", "train") if until is None else ("score",)
             if node.stage.name in wanted:
-                record = node.folder / "stage.json"
-                stage = store.read_json(record) if record.exists() else {"state": "missing"}
-                if stage["state"] != "complete":
-                    raise UserError(f"{node.folder} is {stage['state']}: run `croco run` first")
-                found[f"{part.folder.name}/{node.title}"] = stage["fingerprint"]
+                if (state := store.state(node.folder)) != "complete":
+                    raise UserError(f"{node.folder} is {state}: run `croco run` first")
+                found[f"{part.folder.name}/{node.title}"] = store.read_record(node.folder)["fingerprint"]
     return found

@@ -3,6 +3,8 @@
 Three figures per language and scorer, each with an interval over prompts (completions of all seeds pooled): the share
 of pairs of one prompt's completions, verified of unequal quality, that the scorer ranks right; the share of prompts
 whose best-scored completion is of the highest quality there is; and Kendall's τ-b between scores and verified quality.
+And for all languages together the share of pairs of a good completion and one of another form in which the good one
+has the higher score, since a scorer that tells forms apart and nothing else ranks most unequal pairs right.
 """
 
 from __future__ import annotations
@@ -65,6 +67,35 @@ def transfer(folders: Sequence[Path], scorers: Sequence[str], languages: Sequenc
             if means:
                 result[scorer, language, figure] = bootstrap_mean(means, seed=0)
     return {key: result[key] for key in sorted(result, key=lambda key: (languages.index(key[1]), key[0]))}
+
+
+def good_over_forms(folders: Sequence[Path], scorers: Sequence[str]) -> dict[tuple[str, str], Interval]:
+    """(scorer, form) -> how often a good completion scores above one of that form of the same prompt and language.
+
+    Equal scores count half; the interval is over prompts, each the mean over its pools.
+    """
+    from croco.lab.world import verify
+
+    key = ["prompt_id", "language"]
+    by_prompt: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for folder in folders:
+        completions = read_table(folder / "sample", [*KEY, "completion"])
+        forms = [verify(row[0], row[1], row[3]).mode for row in completions.iter_rows()]
+        completions = completions.select(KEY).with_columns(form=pl.Series(forms, dtype=pl.String))
+        for scorer in scorers:
+            scored = completions.join(scores_of(folder, scorer), on=KEY, validate="1:1")
+            good = scored.filter(pl.col("form") == "good").select(*key, good="score")
+            pairs = scored.filter(pl.col("form") != "good").join(good, on=key)
+            above = (pl.col("good") > pl.col("score")) + 0.5 * (pl.col("good") == pl.col("score"))
+            pools = pairs.group_by("form", *key).agg(share=above.mean())
+            for form, prompt, share in (
+                pools.sort("form", *key).select("form", "prompt_id", "share").iter_rows()
+            ):
+                by_prompt.setdefault((scorer, form), {}).setdefault(prompt, []).append(share)
+    return {
+        case: bootstrap_mean([float(np.mean(shares)) for shares in prompts.values()], seed=0)
+        for case, prompts in by_prompt.items()
+    }
 
 
 def scores_of(folder: Path, scorer: str) -> pl.DataFrame:

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from croco.errors import UserError
-from croco.store import sync_files, sync_folder
+from croco.store import sync_files, sync_folder, writing
 
 SAMPLED = 4096  # numbers of each tensor that are compared
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
@@ -49,7 +49,8 @@ def adopt(checkpoint: Path, folder: Path, before: Mapping[str, Tensor], tokenize
             shutil.copyfile(path, partial / path.name)
     _check_changed(partial, before)
     if tokenizer is not None:
-        tokenizer.save_pretrained(str(partial))
+        with writing(partial):
+            tokenizer.save_pretrained(str(partial))
     sync_files(partial)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)

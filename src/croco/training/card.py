@@ -126,15 +126,9 @@ def lineage(recipe: Recipe, arm: str) -> Rows:
     rows = []
     for name in LINEAGE:
         for folder in (recipe.folder / name, recipe.folder / name / arm):
-            if (folder / "stage.json").is_file() and store.read_json(folder / "stage.json")[
-                "state"
-            ] == "complete":
-                rows.append(
-                    (
-                        folder.relative_to(recipe.folder).as_posix(),
-                        _counted(store.read_json(folder / "stage.json")),
-                    )
-                )
+            if store.state(folder) == "complete":
+                title = folder.relative_to(recipe.folder).as_posix()
+                rows.append((title, _counted(store.read_record(folder))))
     return rows
 
 
@@ -150,7 +144,7 @@ def _counted(record: Mapping[str, Any]) -> str:
 
 def results_rows(folder: Path, arm: str) -> list[list[str]]:
     """What the arm reached beside the untuned policy, per benchmark, group and temperature; empty without results."""
-    if not (folder / "stage.json").is_file() or store.read_json(folder / "stage.json")["state"] != "complete":
+    if store.state(folder) != "complete":
         return []
     table = store.read_table(folder).filter(pl.col("language").is_in(GROUPS))
     key = ["benchmark", "language", "metric", "temperature"]

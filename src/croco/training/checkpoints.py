@@ -1,6 +1,7 @@
 """Checkpoints that count once all of them is on the disk, the metrics file beside them, and which ones stay.
 
-A checkpoint is transformers' folder with a seal, written last. The metrics file holds one JSON line per step,
+A checkpoint is transformers' folder with a seal, written last, that lists its files and their sizes: a checkpoint that
+lost some of them since, say to a kill while it was removed, is none. The metrics file holds one JSON line per step,
 evaluation and stop; a run that goes on from a checkpoint writes the lines after it again.
 """
 
@@ -8,26 +9,29 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
-from croco.store import sync_files, sync_folder, write_text
+from croco.errors import UserError
+from croco.store import sync_files, sync_folder, write_json, write_text
 from croco.training.ranks import gathered
 from croco.training.sentinel import best_step
 
-SEAL = "complete"  # marker of a checkpoint written to its end
+SEAL = "complete"  # marker of a checkpoint written to its end: a JSON table of its files and their sizes
 KEPT = 2  # newest checkpoints that stay, beside the best one
 
 
 def seal(folder: Path, metrics_file: Path) -> None:
-    """Mark a checkpoint as whole, and remove the older ones but for the best."""
+    """Mark a checkpoint as whole, and remove the older ones but for the newest and the best."""
     sync_files(folder)
     with metrics_file.open("rb") as metrics:  # its lines up to here will not be written again
         os.fsync(metrics.fileno())
-    write_text(folder / SEAL, "")
+    write_json(folder / SEAL, _sizes(folder))
     best = best_step(read_metrics(metrics_file))
     for older in sorted(folder.parent.glob("checkpoint-*"), key=step_of)[:-KEPT]:
         if step_of(older) != best:
@@ -40,8 +44,35 @@ def step_of(checkpoint: Path | None) -> int:
 
 
 def sealed(folder: Path) -> list[Path]:
-    """The checkpoints that were written to their end, oldest first."""
-    return sorted((path.parent for path in folder.glob(f"checkpoint-*/{SEAL}")), key=step_of)
+    """The checkpoints that are as they were when they had been written to their end, oldest first."""
+    return sorted((path.parent for path in folder.glob(f"checkpoint-*/{SEAL}") if _whole(path)), key=step_of)
+
+
+def _whole(marker: Path) -> bool:
+    try:
+        return bool(json.loads(marker.read_text(encoding="utf-8")) == _sizes(marker.parent))
+    except ValueError:  # torn, or of a version that listed nothing
+        return False
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    return {name: path.stat().st_size for name, path in files.items() if name != SEAL}
+
+
+@contextmanager
+def readable(checkpoint: Path | str | None) -> Iterator[None]:
+    """Raise UserError where a checkpoint cannot be read: torch reads no pickled code, only tensors."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # damaged pickles raise anything
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{checkpoint} cannot be read ({type(error).__name__}: {reason}), expected a checkpoint as training wrote "
+            "it: remove this folder to go on from the one before"
+        ) from error
 
 
 def last_checkpoint(folder: Path) -> Path | None:

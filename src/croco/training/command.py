@@ -22,8 +22,9 @@ from croco.pairing.command import mappings, pairs_of_files
 from croco.pairing.importing import import_pairs
 from croco.progress import Progress, progress
 from croco.prompts.load import file_rows
-from croco.recipe import Recipe, apply_override, from_dict
+from croco.recipe import NO_PROMPTS, Recipe, apply_override, from_dict
 from croco.records import DROPPED
+from croco.stage import LOCK, lock
 from croco.training.card import base_name, model_card, settings_rows
 from croco.training.launch import Job, tune
 from croco.training.train import TrainResult
@@ -52,7 +53,7 @@ def train_on_files(
         if not source.is_file():
             raise UserError(f"{source}: no such file")
     made_from = {
-        "files": {source.name: file_identity(str(source)) for source in sources},
+        "files": {label: file_identity(str(source)) for label, source in labelled(sources).items()},
         "columns": mapped,
         "language": language,
         "model": model_identity(model, recipe.policy.revision, "--model"),
@@ -60,13 +61,28 @@ def train_on_files(
         "training": recipe.arms[ARM].training.model_dump(mode="json"),
         "seed": recipe.run.seed,
     }
-    if _stands(to, digest(made_from)) == "complete":
-        say(f"{to} is complete, skipped")
-        return
+    _stands(to, digest(made_from))  # before anything is made there
+    with lock(to):
+        if _stands(to, digest(made_from)) == "complete":
+            shutil.rmtree(to / "scratch", ignore_errors=True)  # a kill may have come while it went
+            say(f"{to} is complete, skipped")
+            return
+        _train(recipe, made_from, sources, columns, to, license, say)
+
+
+def _train(
+    recipe: Recipe,
+    made_from: Mapping[str, Any],
+    sources: Sequence[Path],
+    columns: Sequence[str],
+    to: Path,
+    license: str,
+    say: Callable[[str], None],
+) -> None:
     record = {"state": "running", "fingerprint": digest(made_from), "science": made_from}
     store.write_json(to / RECORD, record)
     chosen_only = recipe.arms[ARM].training.method == "sft"
-    pairs = _pairs(sources, mapped, columns, language, chosen_only, to)
+    pairs = _pairs(sources, made_from["columns"], columns, made_from["language"], chosen_only, to)
     _write_pairs(to / "scratch" / "pairs", pairs)
     result = _tuned(recipe, to)
     store.write_parquet(
@@ -84,11 +100,28 @@ def train_on_files(
         say(f"{result.stopped}; what came out is the checkpoint of step {result.adapter_step}")
 
 
+def labelled(sources: Sequence[Path]) -> dict[str, Path]:
+    """The files by name, with as much of their paths as tells them apart; raises UserError for one given twice."""
+    places: dict[Path, Path] = {}
+    for source in sources:
+        if (first := places.setdefault(source.resolve(), source)) is not source:
+            raise UserError(f"{source} is the same file as {first}, expected each once")
+    labels = {}
+    for place, source in places.items():
+        others = [other.parts for other in places if other != place]
+        length = next(
+            n for n in range(1, len(place.parts) + 1) if all(o[-n:] != place.parts[-n:] for o in others)
+        )
+        labels["/".join(place.parts[-length:])] = source
+    return labels
+
+
 def _recipe(model: str, overrides: Sequence[str]) -> Recipe:
     """A recipe of one arm, which is only trained."""
     values: dict[str, Any] = {
         "run": {"name": "train", "languages": ["en"]},
         "policy": {"model": model},
+        **NO_PROMPTS,
         "arms": {ARM: {}},
     }
     for override in overrides:
@@ -103,11 +136,13 @@ def _recipe(model: str, overrides: Sequence[str]) -> Recipe:
 
 def _stands(to: Path, fingerprint: str) -> str:
     """Whether the folder is new, or holds an unfinished or finished training on the same; raises UserError else."""
-    if not to.exists() or (to.is_dir() and not any(to.iterdir())):
+    if not to.exists() or (to.is_dir() and {path.name for path in to.iterdir()} <= {LOCK}):
         return "new"
     if not (to / RECORD).is_file():
         raise UserError(f"{to} holds no {RECORD}, expected a new folder or one that `croco train` began")
     found = store.read_json(to / RECORD)
+    if not isinstance(found, dict) or not {"fingerprint", "state"} <= found.keys():
+        raise UserError(f"{to / RECORD} is not what `croco train` writes, expected a new folder")
     if found["fingerprint"] != fingerprint:
         raise UserError(
             f"{to} was made from other files or settings (see its {RECORD}), expected another folder"

@@ -16,7 +16,7 @@ import polars as pl
 from transformers import PreTrainedTokenizerBase
 
 from croco.errors import UserError
-from croco.sampling.chat import check_prefix, conversation_ids, prompt_ids, with_instruction
+from croco.sampling.chat import check_prefix, conversation_ids, prompt_ids, text_ids, with_instruction
 
 DROPPED_SCHEMA = {
     "unit": pl.String,
@@ -51,6 +51,7 @@ def encode_pairs(
     *,
     end: int,
     max_tokens: int,
+    context: int | None = None,
     over_length: str = "drop",
     chosen_only: bool = False,
     instructions: Mapping[str, str] | None = None,
@@ -59,8 +60,9 @@ def encode_pairs(
 
     `end` is the id that closes a completion, unless its `chosen_finish_reason` (`rejected_…`) says that it did not
     "stop" by itself; without that column all did. `max_tokens` bounds the prompt with its longer completion, the end
-    included; a longer pair is left out when `over_length` is "drop", and with "truncate" its completions lose their
-    ends, the end token with them, as long as the whole prompt leaves room for a token. `chosen_only` leaves the
+    included, and so does `context`, the positions that the policy was made for, if known; a longer pair is left out
+    when `over_length` is "drop", and with "truncate" its completions lose their ends, the end token with them, as
+    long as the whole prompt leaves room for a token. `chosen_only` leaves the
     rejected completion out (supervised tuning). `instructions` maps a language to the sentence appended to the last
     user turn, as in sampling. Raises `UserError` for a column that is missing, messages that the chat template refuses,
     or a template whose prompt is no prefix of the conversation (tried once for each order of roles).
@@ -70,16 +72,19 @@ def encode_pairs(
         if column not in pairs.columns:
             raise UserError(f"the pairs have no column {column!r}: found {', '.join(pairs.columns)}")
     examples, dropped = [], []
+    limit, most = f"max_tokens {max_tokens}", max_tokens
+    if context is not None and context < max_tokens:
+        limit, most = f"the policy's context of {context}", context
     tried: set[tuple[str, ...]] = set()
     for row in pairs.iter_rows(named=True):
         prompt = _prompt_ids(tokenizer, row, (instructions or {}).get(row["language"]), tried)
         closed = [_completion_ids(tokenizer, row, side, end) for side in sides]
-        room = max(0, max_tokens - len(prompt)) if over_length == "truncate" else None
+        room = max(0, most - len(prompt)) if over_length == "truncate" else None
         completions = tuple(ids[:room] for ids in closed)
         if any(ids in ([], [end]) for ids in closed):
             reason: str | None = "a completion is empty"
         else:
-            reason = _unfit(prompt, completions, max_tokens)
+            reason = _unfit(prompt, completions, most, limit)
         if reason:
             dropped.append(("pair", row["prompt_id"], row["language"], row.get("chosen_sample_id"), reason))
         else:
@@ -114,19 +119,19 @@ def _completion_ids(
 ) -> list[int]:
     ids = row.get(f"{side}_ids")
     if ids is None:
-        ids = tokenizer(row[side], add_special_tokens=False)["input_ids"]
+        ids = text_ids(tokenizer, [row[side]])[0]
     ended = row.get(f"{side}_finish_reason") in (None, "stop")
     return [*ids, end] if ended else list(ids)
 
 
-def _unfit(prompt: Sequence[int], completions: Sequence[list[int]], max_tokens: int) -> str | None:
+def _unfit(prompt: Sequence[int], completions: Sequence[list[int]], most: int, limit: str) -> str | None:
     if not prompt:
         return "the prompt has no tokens"
     longest = len(prompt) + max(map(len, completions))
-    if longest > max_tokens:
-        return f"prompt and completion have {longest} tokens, more than max_tokens {max_tokens}"
+    if longest > most:
+        return f"prompt and completion have {longest} tokens, more than {limit}"
     if not all(completions):
-        return f"the prompt has {len(prompt)} tokens, which leaves none of max_tokens {max_tokens} for a completion"
+        return f"the prompt has {len(prompt)} tokens, which leaves none of {limit} for a completion"
     if len(completions) == 2 and completions[0] == completions[1]:
         return "chosen and rejected are the same tokens"
     return None

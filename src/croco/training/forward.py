@@ -11,7 +11,7 @@ same architectures is finished where it is read only (`last_layer.py`).
 Shapes: B rows, T tokens, M completion tokens, V vocabulary, D width, P pairs, C completions of a pair.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -115,6 +115,40 @@ def _recomputed(model: PreTrainedModel) -> bool:
     return model.training and any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
 
 
+def dropout_of(model: nn.Module) -> list[tuple[Any, str, float]]:
+    """Where a model's own code keeps a rate of dropout: (module or config, attribute, rate). LoRA's are left out.
+
+    In layers, as numbers that modules hand to functions, and in the config, which a few read at every forward.
+    """
+    places: dict[tuple[int, str], tuple[Any, str, float]] = {}
+    for name, module in model.named_modules():
+        if "lora_dropout" in name:
+            continue
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            places[id(module), "p"] = (module, "p", module.p)
+        for owner in (module, getattr(module, "config", None)):
+            for attribute, value in vars(owner).items() if owner is not None else ():
+                if isinstance(value, float) and "drop" in attribute:
+                    places[id(owner), attribute] = (owner, attribute, value)
+    return [place for place in places.values() if place[2]]
+
+
+@contextmanager
+def switched_off(places: Iterable[tuple[Any, str, float]]) -> Iterator[None]:
+    """Without a model's own dropout, as in TRL: policy and reference must be the same function where training begins.
+
+    Only for a step, so that a config that is saved says what it said.
+    """
+    places = list(places)
+    try:
+        for owner, attribute, _ in places:
+            setattr(owner, attribute, 0.0)
+        yield
+    finally:
+        for owner, attribute, rate in places:
+            setattr(owner, attribute, rate)
+
+
 def token_counts(batch: Batch) -> Tensor:
     """Tokens of every completion, the end token included, (C, P)."""
     counts = torch.bincount(batch.sequence_M, minlength=batch.num_completions * batch.num_pairs)
@@ -163,8 +197,6 @@ def try_packing(model: PreTrainedModel, examples: Sequence[Example], device: tor
     before = model.config.get_text_config()._attn_implementation
     if device.type != "cuda" or before != "sdpa":
         return f"rows are packed on CUDA and in place of sdpa, found {device.type} and {before}"
-    if getattr(model.config.get_text_config(), "attention_dropout", 0.0):
-        return "FlexAttention has no dropout, and the model's attention has"
     try:
         model.set_attn_implementation(FLEX)
         reason = shared_rows_differ(model, examples, device) or _no_gradient(model, examples, device)

@@ -8,6 +8,7 @@ started them. This module is also the program that they run.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import signal
@@ -203,7 +204,9 @@ def main(place: Path) -> int:
             fcntl.flock(lock, fcntl.LOCK_EX)
         try:
             result = tune_here(job, advance)
-        except UserError as error:
+        except (UserError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
             store.write_json(place / "error.json", {"message": str(error)})
             return 2
         if rank() == 0:

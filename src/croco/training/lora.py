@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from croco.errors import UserError
 from croco.identity import check_adapter
 from croco.ops.lora import lora_linear
-from croco.store import sync_files, sync_folder
+from croco.store import sync_files, sync_folder, writing
 from croco.training.settings import LoraSettings
 
 
@@ -178,7 +178,8 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     """Write the adapter (safetensors and its configuration) to `folder`, whole or not at all; replaces an older one."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(str(partial), save_embedding_layers=False)
+    with writing(partial):
+        model.save_pretrained(str(partial), save_embedding_layers=False)
     sync_files(partial)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)

@@ -45,21 +45,19 @@ class Proof:
 
 def merge(recipe: Recipe, arm: str, to: Path, license: str, say: Callable[[str], None]) -> None:
     """Write an arm's policy to the new folder `to`; raises UserError when it cannot be made or is not proven."""
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise UserError(f"{to} is not empty, expected a new folder to merge into")
+    store.check_new_folder(to)
     folder = recipe.folder / "train" / arm
-    record = folder / "stage.json"
-    if not record.is_file() or store.read_json(record)["state"] != "complete":
+    if store.state(folder) != "complete":
         raise UserError(f"{folder} holds no finished training: run `croco run` first")
     weights = tuned_weights(folder)
-    partial = to.with_name(to.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial = to.with_name(f".{to.name}.merging")
+    store.begin_folder(partial)
     model, tokenizer = _base(recipe)
     examples = _probes(recipe, arm, model, tokenizer)
     before = mean_logps(model, examples)
     if weights.name == "model":
-        shutil.copytree(weights, partial, dirs_exist_ok=True)
+        with store.writing(partial):
+            shutil.copytree(weights, partial, dirs_exist_ok=True)
         after = mean_logps(
             load_policy(str(weights), dtype=recipe.policy.dtype, device=recipe.runtime.device)[0], examples
         )
@@ -70,8 +68,9 @@ def merge(recipe: Recipe, arm: str, to: Path, license: str, say: Callable[[str],
         after = mean_logps(adapted, examples)
         model = merged(adapted)
         in_memory = mean_logps(model, examples)
-        model.save_pretrained(str(partial))
-        tokenizer.save_pretrained(str(partial))
+        with store.writing(partial):
+            model.save_pretrained(str(partial))
+            tokenizer.save_pretrained(str(partial))
     del model
     again, _ = load_policy(
         str(partial), dtype=recipe.policy.dtype, device=recipe.runtime.device,
@@ -80,7 +79,7 @@ def merge(recipe: Recipe, arm: str, to: Path, license: str, say: Callable[[str],
     written = mean_logps(again, examples)
     proof = Proof(*(_largest(a, b) for a, b in ((after, before), (in_memory, after), (written, after))))
     _check(proof, again.dtype, weights)
-    found = store.read_json(record)
+    found = store.read_record(folder)
     checked = [
         ("change of mean token log-probabilities, at most", f"{proof.change:.4g}"),
         ("merged against base + adapter, at most", f"{proof.merged:.1e}"),
@@ -90,11 +89,7 @@ def merge(recipe: Recipe, arm: str, to: Path, license: str, say: Callable[[str],
         recipe, arm, found["science"]["settings"]["training"], found["facts"], license, checked
     )
     store.write_text(partial / "README.md", card)
-    store.sync_files(partial)
-    if to.exists():
-        to.rmdir()
-    partial.rename(to)
-    store.sync_folder(to.parent)
+    store.finish_folder(partial, to)
     say(
         f"{to}: mean token log-probabilities changed by up to {proof.change:.3g} and are those of base + adapter "
         f"within {max(proof.merged, proof.written):.1e}, on {len(examples)} pairs of the arm"

@@ -21,7 +21,7 @@ from croco.engines.memory import free_bytes
 from croco.errors import UserError
 from croco.training.batches import collate
 from croco.training.encode import Example
-from croco.training.forward import completion_logps, packs
+from croco.training.forward import completion_logps, dropout_of, packs, switched_off
 from croco.training.lora import apply_lora, without_adapter
 from croco.training.settings import TrainSettings
 
@@ -127,7 +127,7 @@ def count(
     was_training, weights = model.training, model.num_parameters()
     policy: Any = model.requires_grad_(True) if settings.full else apply_lora(model, settings.lora, 0)
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), switched_off(dropout_of(policy)):
         policy.train()
         saved, tokens, logits = _saved_bytes(policy, probe, shared)
     once = trained * STATE_BYTES

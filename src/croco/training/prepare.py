@@ -64,6 +64,7 @@ def encode(
         tokenizer,
         end=end_id(tokenizer, model.generation_config),
         max_tokens=settings.max_tokens,
+        context=getattr(model.config.get_text_config(), "max_position_embeddings", None),
         over_length=settings.over_length,
         chosen_only=settings.method == "sft",
         instructions=instructions,

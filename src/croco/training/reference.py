@@ -16,13 +16,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from croco.errors import UserError
-from croco.store import write_parquet
+from croco.store import read_arrow, write_parquet
 from croco.training.batches import Batch, collate, cut
 from croco.training.encode import Example
 from croco.training.forward import completion_logps, packs
@@ -128,7 +127,7 @@ def _compute(
 def _read(folder: Path) -> dict[str, float]:
     known: dict[str, float] = {}
     for path in sorted(folder.glob("part-*.parquet")):
-        table = pq.read_table(path)
+        table = read_arrow(path)
         known.update(zip(table["completion"].to_pylist(), table["logp"].to_pylist(), strict=True))
     return known
 

@@ -252,7 +252,8 @@ def train(work: Work) -> None:
 def _run(trainer: PairTrainer, checkpoint: Path | None) -> str | None:
     """Train to the end, or until the sentinel stops it: then why."""
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with store.writing(Path(str(trainer.args.output_dir))):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except Stopped as stop:
         trainer.control = trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
         return str(stop)

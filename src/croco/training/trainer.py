@@ -22,10 +22,11 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerControl, TrainingArguments
 
 from croco.ops.losses import REFERENCE_FREE, PairLogps, nll, preference_losses
+from croco.store import writing
 from croco.training.batches import Batch, collate, cut
-from croco.training.checkpoints import ByTheClock, seal
+from croco.training.checkpoints import ByTheClock, readable, seal
 from croco.training.encode import Example
-from croco.training.forward import completion_logps, packs, token_counts
+from croco.training.forward import completion_logps, dropout_of, packs, switched_off, token_counts
 from croco.training.ranks import shares
 from croco.training.reference import on_line
 from croco.training.sentinel import Stopped, alarm
@@ -120,6 +121,7 @@ class PairTrainer(Trainer):
         self.on_metrics = on_metrics
         self.lengths = [example.num_tokens for example in examples]
         self.step_metrics: dict[str, float] = {}
+        self.own_dropout = dropout_of(model)
         super().__init__(
             model=model,
             args=arguments,
@@ -196,7 +198,8 @@ class PairTrainer(Trainer):
         pairs.
         """
         model.train()
-        found = self._over(model, inputs["pairs"], backward=True)
+        with switched_off(self.own_dropout):
+            found = self._over(model, inputs["pairs"], backward=True)
         loss = found.pop("loss")
         self.step_metrics = {**found, "pairs": len(inputs["pairs"])}
         if not math.isfinite(loss):  # before the optimizer sees the gradients
@@ -241,11 +244,25 @@ class PairTrainer(Trainer):
             self.on_metrics(line)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        with writing(folder):
+            super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()  # each process has written its part
         if self.is_world_process_zero():
-            seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}", self.metrics_file)
+            seal(folder, self.metrics_file)
         self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with readable(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with readable(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with readable(checkpoint):
+            super()._load_rng_state(checkpoint)
 
 
 def training_arguments(

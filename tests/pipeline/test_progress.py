@@ -1,0 +1,36 @@
+"""Progress where there is no terminal: a line now and then."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from croco import progress
+
+
+def test_a_line_says_how_far_how_fast_and_how_long(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.05)
+    with progress.progress("sample", 6000, "completion", done=200) as bar:
+        bar.advance(1000)
+        time.sleep(0.2)
+    lines = capsys.readouterr().err.splitlines()
+    assert 2 <= len(lines) <= 4
+    assert all(line.startswith("sample: 1,200 of 6,000 completions (20 %), ") for line in lines)
+    assert all(line.endswith(" s left") for line in lines)
+
+
+def test_the_rate_is_this_process_s() -> None:
+    lines = progress._Lines("sample", 6000, "completion", done=200)
+    assert lines.line(10.0) == "sample: 200 of 6,000 completions (3 %), 0.0 a second"
+    lines.advance(1000)
+    assert lines.line(25.0) == "sample: 1,200 of 6,000 completions (20 %), 40.0 a second, 2 min left"
+    assert lines.line(4000.0) == "sample: 1,200 of 6,000 completions (20 %), 15.0 a minute, 5 h 20 min left"
+
+
+def test_a_short_stage_says_nothing(capsys: pytest.CaptureFixture) -> None:
+    with progress.progress("pair", 3, "shard") as bar:
+        bar.advance(3)
+    assert capsys.readouterr().err == ""
