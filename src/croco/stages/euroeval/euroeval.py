@@ -58,13 +58,13 @@ def check(recipe: Recipe) -> None:
         )
     _key(runtime)
     if set(runtime.urls) != {BASE, *recipe.evaluated_arms}:
-        vllm_server.check(runtime.vllm_python, "runtime.euroeval.vllm_python")
+        vllm_server.check(runtime.vllm_python or recipe.runtime.vllm.python, "runtime.euroeval.vllm_python")
 
 
 def named_server(runtime: EuroEvalRuntime, arm: str) -> vllm_server.Serving:
     """The recipe's server of an arm; raises UserError when it is away or does not serve the arm."""
     url, place = runtime.urls[arm].rstrip("/"), f"runtime.euroeval.urls.{arm}"
-    context = vllm_server.served_context(url, model_name(arm), place, runtime.key_variable)
+    context = vllm_server.ask_context(url, model_name(arm), place, runtime.key_variable)
     return vllm_server.Serving(url, context)
 
 
@@ -206,12 +206,12 @@ def run(work: Work, folder: Path, tasks: Sequence[Task]) -> Iterator[tuple[Task,
             process.stdin.close()
             for task, reason in _said(folder, process.stdout, list(tasks), facts):
                 if not server.alive:
-                    why = vllm_server.last_line(folder / "server.txt")
+                    why = vllm_server.reason(folder / "server.txt")
                     raise UserError(f"{work.title}: the server ended at '{task.dataset}': {why}")
                 yield task, reason
             if process.wait():
                 raise UserError(
-                    f"{work.title}: EuroEval ended with exit code {process.returncode}: {vllm_server.last_line(log)} "
+                    f"{work.title}: EuroEval ended with exit code {process.returncode}: {vllm_server.reason(log)} "
                     f"(see {log}); what is finished is kept"
                 )
 
@@ -281,13 +281,15 @@ def served(work: Work, folder: Path) -> Iterator[tuple[vllm_server.Serving, dict
         else:
             merged = vllm_server.merge(policy, dtype, weights, work.scratch() / "merged")
         identity = folder_identity(merged or weights)
+    words = vllm_server.policy_words(policy, merged)
+    if work.runtime.vllm.max_model_len is not None:
+        words += ["--max-model-len", str(work.runtime.vllm.max_model_len)]
     with vllm_server.serve(
-        policy,
-        merged,
+        words,
         model_name(arm),
         dtype,
         vllm=work.runtime.vllm,
-        python=runtime.vllm_python,
+        python=runtime.vllm_python or work.runtime.vllm.python,
         seconds=runtime.start_seconds,
         log=folder / "server.txt",
     ) as server:
