@@ -82,13 +82,8 @@ def forests(board: Board, arms: Sequence[str], scopes: Sequence[str]) -> list[Fo
     }
     if not differences:
         return []
-<<<<<<< HEAD
-    scale = axis([end for difference in found.values() for end in difference if not math.isnan(end)])
-    ticks = [(scale.place(tick), board.signed(tick)) for tick in scale.ticks]
-=======
-    scale = axis([end for difference in differences.values() for end in difference])
+    scale = axis([end for difference in differences.values() for end in difference if not math.isnan(end)])
     ticks = [(scale.place(tick), board.change.text(tick)) for tick in scale.ticks]
->>>>>>> main
     made = []
     for temperature in sorted({key[1] for key in differences}):
         rows = [
@@ -104,16 +99,10 @@ def forests(board: Board, arms: Sequence[str], scopes: Sequence[str]) -> list[Fo
 
 
 def _mark(board: Board, scale: Axis, series: int, arm: str, difference: Interval) -> Mark:
-<<<<<<< HEAD
     drawn = difference if difference.known else Interval(*[difference.value] * 3)  # a mark without a line
     value, low, high = (scale.place(end) for end in drawn)
-    text = f"{arm} {interval_text(board, difference, signed=True)}, {verdict(difference)}"
-    return Mark(series, value, low, high, board.signed(difference.value), text, verdict(difference))
-=======
-    value, low, high = (scale.place(end) for end in difference)
     number, word = Number(difference, board.change), verdict(difference)
     return Mark(series, value, low, high, number.text, f"{arm} {number.with_interval}, {word}", word)
->>>>>>> main
 
 
 # a temperature by name, and per scope the text, the step of colour and the words of a cell, or null

@@ -16,7 +16,6 @@ from croco.report.load_run import Run
 from croco.report.scores import ARENA, Board, mark_best, metrics_of
 from croco.report.table import POINTS, SHARE, Entry, Number, Table, Unit, scope_name
 from croco.stages.evaluate.results import BASE, GROUPS, headline
-from croco.stages.evaluate.stats import TOO_FEW, Interval, interval
 
 TASK = Unit(digits=1)
 # metric -> heading, unit
@@ -42,51 +41,6 @@ def domains(arena: Board, arms: Sequence[str]) -> Table | None:
     return _of_all_languages(arena, arms, {name: (name.removeprefix("win-rate:"), SHARE) for name in names})
 
 
-<<<<<<< HEAD
-def _values(rows: pl.DataFrame) -> dict[tuple[str, str], Interval]:
-    return {
-        (arm, metric): interval(value, low, high)
-        for arm, metric, value, low, high in rows.select(
-            "arm", "metric", "value", "ci_low", "ci_high"
-        ).iter_rows()
-    }
-
-
-def _text(found: Interval | None, factor: float, form: str) -> tuple[str, str] | None:
-    if found is None:
-        return None
-    value, low, high = (factor * end for end in found)
-    if not found.known:
-        return _zero(form.format(value)), TOO_FEW
-    ends = form.split("}")[0] + "}"
-    return _zero(form.format(value)), f"{_zero(ends.format(low))} to {_zero(ends.format(high))}"
-
-
-def _zero(text: str) -> str:
-    """A number with a real minus sign, and a zero without any sign."""
-    return re.sub(r"^[+-](?=0(\.0+)?( |$))", "", text).replace("-", MINUS)
-
-
-def fidelity(results: pl.DataFrame, board: Board) -> Grid | None:
-    """The share of completions in the right language, of those whose language could be told, by group."""
-    rows = results.filter(
-        (pl.col("benchmark") == board.benchmark)
-        & (pl.col("metric") == RIGHT)
-        & pl.col("language").is_in(board.groups)
-    )
-    if rows.is_empty():
-        return None
-    found = []
-    for arm, temperature in board.settings:
-        part = rows.filter((pl.col("arm") == arm) & (pl.col("temperature") == temperature))
-        values = {
-            row["language"]: interval(row["value"], row["ci_low"], row["ci_high"])
-            for row in part.iter_rows(named=True)
-        }
-        texts = [_text(values.get(scope), 100, "{:.0f} %") for scope in board.groups]
-        found.append((f"{arm}, {temperature_name(temperature)}", texts))
-    return Grid(board.groups, found)
-=======
 def _of_all_languages(
     arena: Board, arms: Sequence[str], units: Mapping[str, tuple[str, Unit]]
 ) -> Table | None:
@@ -98,7 +52,6 @@ def _of_all_languages(
         if arm in of and any(metric in of[arm] for metric in columns)
     ]
     return Table(["arm", *(units[metric][0] for metric in columns)], rows) if rows else None
->>>>>>> main
 
 
 def costs(run: Run) -> list[tuple[str, str]]:
@@ -124,31 +77,6 @@ def costs(run: Run) -> list[tuple[str, str]]:
     return lines
 
 
-<<<<<<< HEAD
-@dataclass(frozen=True)
-class Task:
-    """One metric of one dataset in one language, for every arm; `best` are the arms with the highest value."""
-
-    language: str
-    dataset: str
-    metric: str
-    texts: list[tuple[str, str] | None]
-    best: list[bool]
-
-
-def tasks(results: pl.DataFrame, arms: Sequence[str], codes: Sequence[str]) -> list[Task]:
-    """Every metric of those benchmarks that are neither shares of good completions, mean scores nor the arena."""
-    own = {
-        name
-        for (name,), part in results.group_by("benchmark")
-        if headline(str(name)) in part["metric"].to_list()
-    }
-    rows = results.filter(~pl.col("benchmark").is_in([*own, ARENA]) & ~pl.col("language").is_in(GROUPS))
-    values: dict[tuple[str, str, str], dict[str, Interval]] = {}
-    for row in rows.iter_rows(named=True):
-        key = (row["language"], row["benchmark"], row["metric"])
-        values.setdefault(key, {})[row["arm"]] = interval(row["value"], row["ci_low"], row["ci_high"])
-=======
 def tasks(results: pl.DataFrame, arms: Sequence[str], codes: Sequence[str]) -> Table | None:
     """Every metric of the benchmarks that are neither boards nor the arena: a row each, arms as columns."""
     values: dict[tuple[str, str, str], dict[str, Number]] = {}
@@ -158,7 +86,6 @@ def tasks(results: pl.DataFrame, arms: Sequence[str], codes: Sequence[str]) -> T
         for (arm, _, scope), of in metrics.items():
             for metric, (interval, _) in of.items() if scope not in GROUPS else ():
                 values.setdefault((scope, benchmark, metric), {})[arm] = Number(interval, TASK)
->>>>>>> main
     order = {code: place for place, code in enumerate(codes)}
     rows: list[list[Entry]] = [
         [scope_name(key[0]), *key[1:], *mark_best([values[key].get(arm) for arm in (BASE, *arms)])]

@@ -24,7 +24,6 @@ from croco.report.scores import (  # fmt: skip
 )
 from croco.report.table import Entry, Number, Table, temperature_name
 from croco.stages.evaluate.results import language_groups
-from croco.stages.evaluate.stats import TOO_FEW
 
 
 def _boards(run: Run) -> tuple[list[Board], Board | None]:
@@ -155,79 +154,12 @@ def _latex_table(
         for group, codes in members.items()
         if group != "all" and (here := [code for code in codes if code in board.languages])
     }
-<<<<<<< HEAD
-    columns = [code for here in blocks.values() for code in here]
-    groups = [group for group in board.groups if group != "all"]
-    arms = [arm for arm, t in board.settings if t == temperature]
-    heads = [rf"\multicolumn{{{len(here)}}}{{c}}{{{escape(group)}}}" for group, here in blocks.items()]
-    if groups:
-        heads.append(rf"\multicolumn{{{len(groups)}}}{{c}}{{by group}}")
-    ends, rules, start = [*map(len, blocks.values()), *([len(groups)] if groups else [])], [], 2
-    for width in ends:
-        rules.append(rf"\cmidrule(lr){{{start}-{start + width - 1}}}")
-        start += width
-    scopes = [*columns, *groups]
-    cells = {scope: [board.cell(arm, temperature, scope) for arm in arms] for scope in scopes}
-    best = {scope: _best(board, column) for scope, column in cells.items()}
-    rows = []
-    for place, arm in enumerate(arms):
-        texts = [_cell(board, cells[scope][place], place in best[scope], intervals) for scope in scopes]
-        rows.append(" & ".join([escape(arm), *texts]) + r" \\")
-    unit = "percent" if board.is_share else "mean score"
-    caption = f"{name}: {board.title}, {temperature_name(temperature)}, {unit}"
-    return _tabular(
-        caption + (", 95 % intervals" if intervals else ""),
-        "l" + "r" * len(scopes),
-        [
-            " & ".join(["", *heads]) + r" \\",
-            " ".join(rules),
-            " & ".join(["arm", *map(escape, scopes)]) + r" \\",
-        ],
-        rows,
-    )
-
-
-def _best(board: Board, column: Sequence[Cell | None]) -> set[int]:
-    """The places of the highest value of a column as it is printed; none where all print the same."""
-    printed = [None if cell is None else board.number(cell.value.value) for cell in column]
-    there = [cell.value.value for cell in column if cell is not None]
-    if len({text for text in printed if text is not None}) < 2:
-        return set()
-    return {place for place, text in enumerate(printed) if text == board.number(max(there))}
-
-
-def _cell(board: Board, cell: Cell | None, best: bool, intervals: bool) -> str:
-    if cell is None:
-        return "--"
-    value = escape(board.number(cell.value.value))
-    text = rf"\textbf{{{value}}}" if best else value
-    if not intervals:
-        return text
-    ends = ", ".join(escape(board.number(end)) for end in cell.value[1:]) if cell.value.known else TOO_FEW
-    return text + rf" {{\tiny [{ends}]}}"
-
-
-def _task_table(name: str, arms: Sequence[str], language: str, part: Sequence[Task], intervals: bool) -> str:
-    rows = []
-    for place, arm in enumerate(arms):
-        texts = []
-        for task in part:
-            found = task.texts[place]
-            text = "--" if found is None else escape(found[0])
-            text = rf"\textbf{{{text}}}" if task.best[place] else text
-            texts.append(text + (rf" {{\tiny [{escape(found[1])}]}}" if intervals and found else ""))
-        rows.append(" & ".join([escape(arm), *texts]) + r" \\")
-    heads = [
-        " & ".join(["", *(escape(task.dataset) for task in part)]) + r" \\",
-        " & ".join(["arm", *(escape(task.metric) for task in part)]) + r" \\",
-=======
     if groups := [group for group in board.groups if group != "all"]:
         blocks["by group"] = groups
     scopes = [scope for here in blocks.values() for scope in here]
     settings = [setting for setting in board.settings if setting[1] == temperature]
     columns = [
         mark_best([board.entry(setting, scope, ("value",)) for setting in settings]) for scope in scopes
->>>>>>> main
     ]
     rows = [[arm, *(column[place] for column in columns)] for place, (arm, _) in enumerate(settings)]
     unit = "percent" if board.is_share else "mean score"

@@ -27,7 +27,7 @@ from croco.report.table import (  # fmt: skip
 )
 from croco.stages.evaluate.fidelity import RIGHT
 from croco.stages.evaluate.results import BASE, GROUPS, headline
-from croco.stages.evaluate.stats import TOO_FEW, Interval, interval, verdict
+from croco.stages.evaluate.stats import Interval, interval, verdict
 
 TITLES = {
     "lab": "Tasks seen in tuning",
@@ -165,7 +165,7 @@ def metrics_of(results: pl.DataFrame) -> dict[str, dict[Key, dict[str, tuple[Int
         columns
     ).iter_rows():
         by_key = values.setdefault(benchmark, {})
-        by_key.setdefault((arm, temperature, scope), {})[metric] = (Interval(value, low, high), n)
+        by_key.setdefault((arm, temperature, scope), {})[metric] = (interval(value, low, high), n)
     return values
 
 
@@ -204,23 +204,7 @@ def arena_board(results: pl.DataFrame, arms: Sequence[str], codes: Sequence[str]
             over = Interval(*(end - 0.5 for end in value))
             tests = (_value(of, "win-rate-p-holm"), _value(of, "prompts-to-resolve"))
             cells[key] = Cell(value, over, None, num_prompts, *tests)
-<<<<<<< HEAD
-    return board_of(ARENA, cells, arms, codes, {}) if cells else None
-
-
-Metrics = Mapping[str, tuple[Interval, int]]
-
-
-def _metrics(part: pl.DataFrame) -> dict[tuple[str, float, str], dict[str, tuple[Interval, int]]]:
-    """The metrics of one benchmark by (arm, temperature, language or group)."""
-    values: dict[tuple[str, float, str], dict[str, tuple[Interval, int]]] = {}
-    columns = part.select("arm", "temperature", "language", "metric", "value", "ci_low", "ci_high", "n")
-    for arm, temperature, scope, metric, value, low, high, num_prompts in columns.iter_rows():
-        values.setdefault((arm, temperature, scope), {})[metric] = (interval(value, low, high), num_prompts)
-    return values
-=======
     return board_of(ARENA, cells, arms, codes, {}, metrics) if cells else None
->>>>>>> main
 
 
 def board_of(
@@ -332,18 +316,5 @@ def sentence(board: Board, arm: str, to_best: bool = False) -> str:
     return f"{text[:1].upper()}{text[1:]}." if text else "Not compared with the base."
 
 
-<<<<<<< HEAD
-def enumerate_words(items: Sequence[str]) -> str:
-    """ "a", "a and b", "a, b and c"."""
-    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
-
-
-def interval_text(board: Board, interval: Interval, signed: bool = False) -> str:
-    """ "61 [58, 64]"; without ends "61 [too few prompts for an interval]"."""
-    write = board.signed if signed else board.number
-    ends = f"{write(interval.low)}, {write(interval.high)}" if interval.known else TOO_FEW
-    return f"{write(interval.value)} [{ends}]"
-=======
 def _at(temperature: float) -> str:
     return temperature_name(temperature) if temperature == 0 else f"at {temperature_name(temperature)}"
->>>>>>> main

@@ -16,17 +16,6 @@ from markupsafe import Markup
 
 from croco import languages
 from croco.config.recipe import Recipe
-<<<<<<< HEAD
-from croco.config.study import GROUPS
-from croco.pipeline.seeds import of_seed
-from croco.report import waves
-from croco.report.claims import Judged
-from croco.report.multi_seed import Pooled
-from croco.report.transfer import FIGURES
-from croco.stages.evaluate.results import BASE
-from croco.stages.evaluate.stats import TOO_FEW, Interval
-from croco.storage import shards
-=======
 from croco.config.study import Study
 from croco.errors import UserError
 from croco.pipeline.seeds import SCORERS, complete, of_seed, transfer_of
@@ -41,7 +30,6 @@ from croco.stages.evaluate.results import BASE, language_groups
 from croco.stages.evaluate.stats import Interval
 from croco.storage import provenance, shards
 from croco.storage.hashing import digest
->>>>>>> main
 
 VERSION = 5
 
@@ -57,15 +45,6 @@ class Part:
     panels: list[Panel] = field(default_factory=list)
 
 
-<<<<<<< HEAD
-def shown(interval: Interval, share: bool, signed: bool = False) -> str:
-    """ "61 [58, 64]" in percent, or with two decimals."""
-    sign = "+" if signed else ""
-    values = [100 * x for x in interval] if share else list(interval)
-    digits = ".0f" if share else ".2f"
-    value, low, high = (f"{x:{sign}{digits}}".replace("-", "−") for x in values)
-    return f"{value} [{low}, {high}]" if interval.known else f"{value} [{TOO_FEW}]"
-=======
 def write(recipe: Recipe, say: Callable[[str], None] = lambda line: None) -> Path:
     """Write RUN/study.md and RUN/study.html; returns the latter. Raises UserError naming a part that is missing."""
     study = _study(recipe)
@@ -84,7 +63,6 @@ def write(recipe: Recipe, say: Callable[[str], None] = lambda line: None) -> Pat
     shards.write_text(page, html(recipe, parts))
     shards.write_json(stamp, {"made_of": made_of, **provenance.here()})
     return page
->>>>>>> main
 
 
 def _study(recipe: Recipe) -> Study:

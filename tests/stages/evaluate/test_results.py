@@ -2,7 +2,8 @@ import polars as pl
 import pytest
 
 from croco.errors import UserError
-from croco.report.scores import boards, interval_text, sentence
+from croco.report.scores import boards, sentence
+from croco.report.table import POINTS, Number
 from croco.stages.evaluate.results import on_common_prompts, summarise
 
 GROUPS = {"tuned": ["da", "nl"], "held-out": ["sv"], "low-resource": [], "all": ["da", "nl", "sv"]}
@@ -81,7 +82,9 @@ def test_one_test_prompt_has_no_interval_and_no_verdict():
     (board,) = boards(results, ["croco"], ["da"])
     assert sentence(board, "croco") == "Not resolved on tuned (+100 greedy)."
     cell = board.cell("croco", 0.0, "da")
-    assert interval_text(board, cell.difference, signed=True) == "+100 [too few prompts for an interval]"
+    number = Number(cell.difference, POINTS)
+    assert number.with_interval == "+100 [too few prompts for an interval]"
+    assert "nan" not in number.with_half_width
 
 
 def test_samples_are_averaged_inside_a_prompt():

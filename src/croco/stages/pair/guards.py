@@ -40,7 +40,6 @@ SMALL_GAP = "score gap is too small"
 SAME_TEXT = "chosen and rejected are the same text in two languages"
 LENGTH_RATIO = "chosen and rejected differ too much in length"
 
-<<<<<<< HEAD
 # What shows nothing: white space, control characters, joiners, direction marks, soft hyphens, and fillers.
 NO_INK = "\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\ufe0e\ufe0f\uffa0"
 BLANK = NO_INK + "".join(
@@ -49,9 +48,7 @@ BLANK = NO_INK + "".join(
     if unicodedata.category(character) in ("Zs", "Zl", "Zp", "Cc", "Cf")
 )
 
-=======
 CUT_REASONS = [name for name, meaning in FINISH_REASONS.items() if meaning == "length"]
->>>>>>> main
 IDENTIFIED_CHARACTERS, CONFIDENCE = 1000, 0.9
 
 
@@ -114,13 +111,8 @@ def traits(rows: pa.Table, guards: Guards, among: Sequence[str]) -> Traits:
     tokens = pl.col("prompt_tokens") + pl.col("completion_tokens")
     too_long = (tokens > guards.max_tokens).fill_null(False) if guards.max_tokens else pl.lit(False)
     found = table.select(
-<<<<<<< HEAD
         empty=text.str.strip_chars(BLANK) == "",
-        cut=(pl.col("finish_reason") == "length").fill_null(False),
-=======
-        empty=text.str.strip_chars() == "",
         cut=pl.col("finish_reason").str.to_lowercase().is_in(CUT_REASONS).fill_null(False),
->>>>>>> main
         too_long=too_long,
         text=text.hash(),
         characters=text.str.len_chars().cast(pl.Int32),
