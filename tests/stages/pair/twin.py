@@ -32,7 +32,7 @@ def candidates(rows: list[Row]) -> tuple[list[Row], dict[tuple, str]]:
         reason = None
         if not math.isfinite(row.score):
             reason = "score is not finite"
-        elif all(unicodedata.category(c) in ("Zs", "Zl", "Zp", "Cc", "Cf") for c in row.completion):
+        elif normal(row.completion) == "":
             reason = "completion is empty"
         elif row.finish_reason == "length":
             reason = "cut at the token limit"
