@@ -133,10 +133,11 @@ def sample_settings(recipe: Recipe, arm: str | None) -> Settings:
     if section.sampler:
         policy = Policy(**section.sampler.model_dump(), instruction=policy.instruction)
         key = f"arms.{arm}.sampler"
-    rounds, tuned = num_rounds_before(recipe, arm), recipe.policy
+    rounds = num_rounds_before(recipe, arm)
+    tokenizer = Policy(**recipe.policy.model_dump(include={"model", "revision", "trust_remote_code"}))
     return {
         "policy": given_policy(policy, languages, key),
-        "ids_of": Given(tuned, model_identity(tuned.model, tuned.revision, "policy.model")),
+        "ids_of": Given(tokenizer, model_identity(tokenizer.model, tokenizer.revision, "policy.model")),
         "sampling": sampling | {"completions": num_completions(recipe, arm)},
         # the noise of an earlier round is in what it was tuned on: another for each
         "seed": seed_digest("round", recipe.run.seed, rounds) if rounds else recipe.run.seed,
