@@ -19,9 +19,9 @@ from croco.errors import UserError
 from croco.lab import WORLD
 from croco.pipeline.arms import arm_of, num_completions, num_rounds_before, num_scored, sampled_languages
 from croco.pipeline.node import Given, Settings
+from croco.storage.files import read_json
 from croco.storage.hashing import file_identity, folder_identity, local_model, model_identity
 from croco.storage.seeds import digest as seed_digest
-from croco.storage.shards import read_json
 
 
 def tuning_prompts_settings(recipe: Recipe, arm: str | None) -> Settings:
