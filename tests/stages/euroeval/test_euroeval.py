@@ -18,7 +18,7 @@ from croco.config.euroeval import VERSION
 from croco.config.recipe import load
 from croco.errors import UserError
 from croco.pipeline import run as pipeline
-from croco.report.markdown import results_markdown
+from croco.report.exports import results_markdown
 from croco.stages.euroeval import euroeval, install
 from croco.stages.euroeval.results_file import read_records
 from croco.storage import files
