@@ -55,7 +55,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None
         raise OSError("disk")
 
     with pytest.raises(OSError, match="disk"):
-        files._write_atomically(path, fail)
+        files.write_atomically(path, fail)
     assert json.loads(path.read_text()) == {"a": 1}
     assert list(tmp_path.iterdir()) == [path]
 
