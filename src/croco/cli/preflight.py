@@ -114,13 +114,13 @@ def _euroeval(recipe: Recipe) -> Iterator[str]:
 def _tuning(recipe: Recipe) -> Iterator[str]:
     """The policy's weights and what is trained of them, with gradients and AdamW's moments, against what is free."""
     from croco.models import memory
-    from croco.models.loading import pick_device, pick_dtype
+    from croco.models.loading import pick_device, pick_dtype, weightless
     from croco.stages.train.memory_plan import STATE_BYTES, trained_parameters
 
     device = pick_device(recipe.runtime.device)
     itemsize, free = pick_dtype(recipe.policy.dtype, device).itemsize, memory.free_bytes(device)
     for whole in sorted({arm.training.full for arm in recipe.arms.values()}):
-        model = models.weightless(recipe.policy, "policy", "causal")
+        model = weightless(recipe.policy, "policy", "causal")
         ranks = [arm.training.lora.rank for arm in recipe.arms.values() if arm.training.full == whole]
         targets = next(
             arm.training.lora.targets for arm in recipe.arms.values() if arm.training.full == whole

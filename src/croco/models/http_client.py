@@ -70,7 +70,7 @@ class _Again(Exception):
         self.after_seconds = after_seconds
 
 
-class Wire:
+class HttpClient:
     """Calls to one server, at most `concurrency` at once. `counts` has requests, retries and seconds, and whatever
     tokens its user adds."""
 

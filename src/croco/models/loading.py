@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
+from croco.config.models import Model
 from croco.errors import UserError
-from croco.models.config import check_weights, context_of, read_generation_config, refusing
 from croco.models.memory import out_of_memory
+from croco.models.model_files import check_weights, context_of, load_config, read_generation_config, refusing
 from croco.storage.hashing import check_adapter, local_model
 
 COMPUTED = re.compile(r"rotary_emb\.|\.attn\.(masked_)?bias$|position_ids$|\.mtp\.|(^|\.)mtp")
@@ -190,6 +191,23 @@ def left_over(names: Iterable[str], network: Any) -> list[str]:
     kept = [name for name in names if not COMPUTED.search(name)]
     heads = [name for name in kept if HEAD.search(name) and not name.startswith(("lm_head", "mtp"))]
     return sorted({*heads, *(name for name in kept if name.partition(".")[0] in own)})
+
+
+def weightless(section: Model, key: str, kind: str) -> Any:
+    """The model without its weights; raises UserError for one that transformers does not know, or of several logits."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+
+    kinds: dict[str, Any] = {
+        "causal": AutoModelForCausalLM,
+        "classifier": AutoModelForSequenceClassification,
+        "translator": AutoModelForSeq2SeqLM,
+    }
+    config = load_config(section, key)
+    with refusing(f"{key}.model = '{section.model}' does not load", section.model), torch.device("meta"):
+        network = kinds[kind].from_config(config, trust_remote_code=section.trust_remote_code)
+    if kind == "classifier" and config.num_labels != 1:
+        raise UserError(f"{key}.model = '{section.model}' has {config.num_labels} logits, expected one")
+    return network
 
 
 @contextmanager

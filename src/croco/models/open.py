@@ -37,8 +37,8 @@ def check(recipe: Recipe) -> None:
 
 def release() -> None:
     """End the vLLM servers started here, which hold a GPU's memory."""
-    if "croco.models.vllm_server" in sys.modules:
-        sys.modules["croco.models.vllm_server"].release()
+    if "croco.models.vllm" in sys.modules:
+        sys.modules["croco.models.vllm"].release()
 
 
 def open_sampler(
@@ -61,7 +61,7 @@ def _sampler(
         causal, adapter = causal.model_copy(update={"model": str(adapter), "revision": None}), None
     template = Path(causal.chat_template) if causal.chat_template else None
     if getattr(runtime.engines, role) == "vllm":
-        from croco.models.vllm_server import open_policy
+        from croco.models.vllm import open_policy
 
         return open_policy(causal, runtime.vllm, seed, replica, adapter)
     if getattr(runtime.engines, role) == "server":
@@ -105,7 +105,7 @@ def open_scorer(recipe: Recipe, replica: int = 0) -> tuple[Scorer, Any]:
     """The reward model on the engine of the role "score", and its tokenizer."""
     reward, runtime = recipe.reward, recipe.runtime
     if runtime.engines.score == "vllm":
-        from croco.models.vllm_server import open_reward
+        from croco.models.vllm import open_reward
 
         return open_reward(reward, runtime.vllm)
     if runtime.engines.score == "server":
