@@ -126,10 +126,9 @@ def work_folder(work: Work) -> Path:
     """Where EuroEval runs: it finds its results so far and local datasets in its working directory."""
     folder = work.scratch() / "work"
     folder.mkdir(exist_ok=True)
-    section = work.recipe.euroeval
-    if section is not None and section.local is not None:
+    if (local := work.settings["local"]) is not None:
         ours = shutil.ignore_patterns(RESULTS_FILE)
-        shutil.copytree(Path(section.local).expanduser(), folder, ignore=ours, dirs_exist_ok=True)
+        shutil.copytree(Path(local).expanduser(), folder, ignore=ours, dirs_exist_ok=True)
     return folder
 
 
@@ -271,9 +270,9 @@ def served(work: Work, folder: Path) -> Iterator[tuple[vllm_server.Serving, dict
         return
     from croco.models.loading import pick_device, pick_dtype
 
-    policy = work.recipe.policy
+    policy = work.settings["policy"]
     dtype = str(pick_dtype(policy.dtype, pick_device(work.runtime.device))).removeprefix("torch.")
-    merged, identity = None, work.settings["policy"]["model"]
+    merged, identity = None, work.record_file["science"]["settings"]["policy"]["model"]
     if arm != BASE:
         weights = tuned_weights(work.inputs["train"])
         if weights.name == "model":  # all of them were tuned
