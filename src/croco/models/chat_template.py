@@ -118,6 +118,23 @@ def end_id(tokenizer: Any, generation_config: Any) -> int:
     return tokenizer.eos_token_id if tokenizer.eos_token_id is not None else min(ends)
 
 
+def check_markup(tokenizer: Any, conversations: Sequence[Messages]) -> None:
+    """Raise UserError when most conversations have a turn that begins with a special token: another tool has put the
+    chat template around their texts already."""
+    names = _special_names(tokenizer, str(tokenizer.chat_template))
+    marked = [
+        message["content"]
+        for messages in conversations
+        for message in messages
+        if names is not None and names.match(message["content"].lstrip())
+    ]
+    if len(marked) > len(conversations) / 2:
+        raise UserError(
+            f"{len(marked)} of {len(conversations)} prompts carry the model's chat markup already, as in "
+            f"{marked[0][:80]!r}; expected the text alone: the chat template adds special tokens, and twice is wrong"
+        )
+
+
 def check_prefix(tokenizer: Any, prompt: Sequence[int], conversation: Sequence[int]) -> None:
     """Raise UserError, showing both, unless the prompt's ids are a prefix of the conversation's ids."""
     if list(conversation[: len(prompt)]) == list(prompt):
