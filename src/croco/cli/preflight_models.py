@@ -16,6 +16,7 @@ from croco.config.recipe import Recipe
 from croco.errors import UserError
 from croco.models.loading import weightless
 from croco.models.model_files import context_of
+from croco.models.open import engine_of
 from croco.storage.hashing import model_identity
 
 PER_LANGUAGE = 3  # prompts looked at, besides the first of several turns and the longest
@@ -176,7 +177,7 @@ def _memory(recipe: Recipe, section: Model, network: Any, role: str) -> Iterator
     from croco.models import memory
     from croco.models.loading import pick_device, pick_dtype
 
-    if getattr(recipe.runtime.engines, role) != "transformers":
+    if engine_of(recipe.runtime, role)[0] != "transformers":
         return
     device = pick_device(recipe.runtime.device)
     size, budget = pick_dtype(section.dtype, device).itemsize, recipe.runtime.token_budget

@@ -12,7 +12,9 @@ Positive = Annotated[int, Field(gt=0, le=10**12)]
 Count = Annotated[int, Field(gt=0, le=4096)]  # of processes, threads, GPUs
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Seconds = Annotated[float, Field(gt=0, le=10**8)]
-EngineName = Literal["transformers", "vllm", "server"]
+EngineName = Literal[
+    "auto", "transformers", "vllm", "server"
+]  # "auto": vLLM on a GPU where it is, else transformers
 
 
 def _check_replicas(value: Any) -> Any:
@@ -72,11 +74,21 @@ class Section(BaseModel):
 class Engines(Section):
     """Which engine each generating stage runs on."""
 
-    translate: EngineName = "transformers"
-    sample: EngineName = "transformers"
-    score: EngineName = "transformers"
-    evaluate: EngineName = "transformers"
-    judge: EngineName = "transformers"
+    translate: EngineName = "auto"
+    sample: EngineName = "auto"
+    score: EngineName = "auto"
+    evaluate: EngineName = "auto"
+    judge: EngineName = "auto"
+
+
+class VllmRole(Section):
+    """What vLLM does otherwise for one role: a large judge takes more GPUs than the policy."""
+
+    tensor_parallel: Positive | None = None
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] | None = None
+    max_model_len: Positive | None = None
+    enforce_eager: bool | None = None
+    per_request_seeds: bool | None = None
 
 
 class Vllm(Section):
@@ -90,6 +102,16 @@ class Vllm(Section):
     max_model_len: Positive | None = None
     enforce_eager: bool = False  # starts faster and runs slower
     per_request_seeds: bool = False  # each completion from a seed of its own; slower, and not on a CPU
+    translate: VllmRole = VllmRole()
+    sample: VllmRole = VllmRole()
+    score: VllmRole = VllmRole()
+    evaluate: VllmRole = VllmRole()
+    judge: VllmRole = VllmRole()
+
+    def of(self, role: str) -> Vllm:
+        """The settings of one role."""
+        own: VllmRole = getattr(self, role)
+        return self.model_copy(update=own.model_dump(exclude_none=True))
 
 
 class Server(Section):
