@@ -96,12 +96,12 @@ def end_ids(tokenizer: Any, generation_config: Any) -> set[int]:
         raise UserError(
             f"{_name(tokenizer)}: its generation config has the end token {wrong[0]!r}, expected an id"
         )
-    found = {token for token in (*named, tokenizer.eos_token_id) if token is not None}
-    if not found:
+    ends = {token for token in (*named, tokenizer.eos_token_id) if token is not None}
+    if not ends:
         raise UserError(
             f"{_name(tokenizer)}: found no end-of-sequence token, expected one in tokenizer or generation config"
         )
-    return found
+    return ends
 
 
 def end_id(tokenizer: Any, generation_config: Any) -> int:
@@ -203,11 +203,11 @@ def _special_names(tokenizer: Any, template: str) -> re.Pattern[str] | None:
 def _encoded(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of texts; what stands on either side of a mark is tokenised by itself."""
     plain = [text.split(MARK)[0] for text in texts]
-    found: list[list[int]] = tokenizer(plain, add_special_tokens=False)["input_ids"] if texts else []
-    for ids, text in zip(found, texts, strict=True):
+    encoded: list[list[int]] = tokenizer(plain, add_special_tokens=False)["input_ids"] if texts else []
+    for ids, text in zip(encoded, texts, strict=True):
         for part in text.split(MARK)[1:]:
             ids += _continuing(tokenizer, part)
-    return found
+    return encoded
 
 
 def _continuing(tokenizer: Any, text: str) -> list[int]:

@@ -54,12 +54,12 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """The dtype named; for "auto" bfloat16 on a GPU and float32 on a CPU, where exactness costs little."""
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    found = getattr(torch, dtype, None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    chosen = getattr(torch, dtype, None)
+    if not isinstance(chosen, torch.dtype) or not chosen.is_floating_point:
         raise UserError(
             f"dtype {dtype!r}: found no such floating point type, expected auto, float32 or bfloat16"
         )
-    return found
+    return chosen
 
 
 def load_tokenizer(
@@ -150,7 +150,7 @@ def _load(
     auto: Any, model: str, revision: str | None, dtype: str, device: str, trust_remote_code: bool
 ) -> Any:
     """The model on its device; raises UserError where its files lack weights, of which transformers only warns."""
-    place, where = resolve_model(model), pick_device(device)
+    place, target = resolve_model(model), pick_device(device)
     check_weights(model, place)
     read_generation_config(place, revision)  # transformers goes on without one that is cut off
     with refusing(f"model {model!r}: does not load as {auto.__name__}", place):
@@ -159,16 +159,16 @@ def _load(
                 loaded, report = auto.from_pretrained(
                     place,
                     revision=revision,
-                    dtype=pick_dtype(dtype, where),
+                    dtype=pick_dtype(dtype, target),
                     trust_remote_code=trust_remote_code,
                     output_loading_info=True,
                     use_safetensors=True,
                 )
-                loaded = loaded.to(where)
+                loaded = loaded.to(target)
         except (RuntimeError, MemoryError) as error:
             if out_of_memory(error):
                 raise UserError(
-                    f"model {model!r}: its weights do not fit in the memory of {where}"
+                    f"model {model!r}: its weights do not fit in the memory of {target}"
                 ) from error
             raise
     if missing := sorted(report["missing_keys"]):

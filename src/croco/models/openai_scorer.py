@@ -66,7 +66,7 @@ class ServerScorer:
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[list[float]]:
         """Raw logits in the order of the requests and their completions."""
-        found = [[0.0] * len(request.completions) for request in requests]
+        scores = [[0.0] * len(request.completions) for request in requests]
         most = self.connection.server.completions_per_request or SCORES_PER_REQUEST
         calls = (
             self._call(
@@ -77,8 +77,8 @@ class ServerScorer:
             for start in range(0, len(request.completions), most)
         )
         for (number, start), answer in self.connection.client.ask(calls):
-            found[number][start : start + len(answer)] = answer
-        return found
+            scores[number][start : start + len(answer)] = answer
+        return scores
 
     def _probe(self, ids: list[int], activation: bool) -> float:
         return self.connection.client.one(self._call(None, [ids], activation), OPENING_RETRIES)[0]

@@ -99,7 +99,7 @@ def prefixes_disagree(network: Any, reach: int = TRIAL_TOKENS) -> str | None:
     ]
     last = [[2, 0, 1]] * len(groups)
 
-    def found(share: bool) -> torch.Tensor:
+    def outputs(share: bool) -> torch.Tensor:
         rows = {
             (g, i): output[0][line, last[g][i]].double()
             for batch, output in forward(network, groups, 64, share, last)
@@ -108,7 +108,7 @@ def prefixes_disagree(network: Any, reach: int = TRIAL_TOKENS) -> str | None:
         return torch.stack([rows[row] for row in sorted(rows)])
 
     try:
-        fast, slow = found(True), found(False)
+        fast, slow = outputs(True), outputs(False)
     except Exception as error:  # noqa: BLE001 (a trial runs the code of any architecture)
         return f"a trial of shared prefixes fails ({_first_line(error)})"
     gap = ((fast - slow).norm() / slow.norm()).item()

@@ -57,8 +57,8 @@ class Stops:
 
 def finished(ids: list[int], reason: str, seed: int, stops: Stops | None) -> Completion:
     """The completion of drawn ids (without an end token) that ended for a reason, cut before a stop string."""
-    found = stops.cut(ids) if stops is not None else None
-    if found is None:
+    cut = stops.cut(ids) if stops is not None else None
+    if cut is None:
         return Completion(ids, reason, seed)
-    kept, drawn = found
+    kept, drawn = cut
     return Completion(ids[:kept], "stop", seed, num_tokens=drawn)

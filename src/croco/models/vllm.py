@@ -189,8 +189,8 @@ def _room_for(adapter: Path, policy: Causal) -> int:
         config = load_config(policy, "policy")
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=policy.trust_remote_code)
         load_adapter(model, adapter)
-    found = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    rank = max([found["r"], *found.get("rank_pattern", {}).values()])
+    settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    rank = max([settings["r"], *settings.get("rank_pattern", {}).values()])
     room = next((room for room in ADAPTER_RANKS if room >= rank), None)
     if room is None:
         raise UserError(f"the adapter in {adapter} has rank {rank}, vLLM takes at most {ADAPTER_RANKS[-1]}")

@@ -39,8 +39,8 @@ def boundaries(config: Any) -> list[int]:
     """Lengths in tokens at which the model changes what it computes, ascending."""
     text = config.get_text_config()
     places = [text.to_dict(), *(part for part in _rope_parts(text))]
-    found = {place[name] for place in places for name in _BOUNDARIES if isinstance(place.get(name), int)}
-    return sorted(length for length in found if length > 0)
+    lengths = {place[name] for place in places for name in _BOUNDARIES if isinstance(place.get(name), int)}
+    return sorted(length for length in lengths if length > 0)
 
 
 def _rope_parts(config: Any) -> list[Mapping[str, Any]]:
