@@ -180,8 +180,10 @@ def pair_settings(recipe: Recipe, arm: str | None) -> Settings:
         rules["completions"] = section.completions
     if section.part:
         rules["part"] = section.part
-    # texts are told apart among these too, beside the languages of the prompts
-    rules["held_out_languages"] = sorted(recipe.run.held_out_languages)
+    if section.guards.wrong_language != "off":
+        rules["evaluated"] = sorted(
+            recipe.run.evaluated
+        )  # a text in the wrong language may be in any of these
     return rules | {"seed": recipe.run.seed}
 
 

@@ -99,7 +99,7 @@ STAGES: tuple[Stage, ...] = (
         function="croco.stages.pair.pair:pair",
         table="pairs",
         settings=fingerprint.pair_settings,
-        added=("held_out_languages",),
+        added=("evaluated",),
         follows=follows.paired_from,
         arms=arms.tuned_arms,
     ),

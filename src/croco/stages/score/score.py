@@ -31,7 +31,6 @@ from croco.models.open import open_scorer
 from croco.models.protocols import Scorer, ScoreRequest
 from croco.pipeline.compute import Advance, Finished, compute
 from croco.pipeline.stage import Settings, Work
-from croco.stages.pair.keys import REFERENCE
 from croco.stages.score.policy_logprobs import (
     Completion,
     Groups,
@@ -41,7 +40,7 @@ from croco.stages.score.policy_logprobs import (
     score_likelihood,
     too_long,
 )
-from croco.storage.schemas import SCORES, ledger
+from croco.storage.schemas import REFERENCE, SCORES, ledger
 from croco.storage.seeds import digest
 from croco.storage.shards import read_arrow, read_table, shard_path, shards
 
