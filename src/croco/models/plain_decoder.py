@@ -18,6 +18,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from croco.models.attention.support import depends_on_batch, forget_lengths
 from croco.models.protocols import Completion, Decoding, Request
 from croco.models.stop_strings import LOOK_EVERY, Stops, finished
 from croco.models.token_sampling import draw, tokens_drawn
@@ -86,6 +87,8 @@ def _continue(
     config = GenerationConfig(
         max_new_tokens=limit, do_sample=False, eos_token_id=ends or None, pad_token_id=0
     )
+    if depends_on_batch(model.config):
+        forget_lengths(model)
     with _own_defaults_off(model):
         whole = model.generate(
             input_ids=prompt,

@@ -20,7 +20,7 @@ from transformers import DynamicCache
 
 from croco.models.attention.decode import plugged_in
 from croco.models.attention.prefill import NAME, Batch, Prefix
-from croco.models.attention.support import depends_on_batch, unsupported
+from croco.models.attention.support import depends_on_batch, forget_lengths, unsupported
 from croco.models.batching import buckets
 
 CPU_TOKENS = 2048  # computed at once: larger batches leave a CPU's caches and are up to a third slower
@@ -139,6 +139,8 @@ def _rests(
         at_B = None
         if read_at is not None:
             at_B = torch.tensor([skips[g] + read_at[g][i] for g, i in places], device=network.device)
+        if alone:
+            forget_lengths(network)
         with _last_layer_at(network, at_B):
             if stored is None:
                 output = network(input_ids=ids_BT, use_cache=False)

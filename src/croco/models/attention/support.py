@@ -35,6 +35,18 @@ def depends_on_batch(config: Any) -> bool:
     return bool(_rope_types(config.get_text_config()) & _ROPE_OF_LENGTH)
 
 
+def forget_lengths(network: Any) -> None:
+    """Give positions of the type "dynamic" the angles that they begin with: transformers keeps those of the longest
+    sequence so far, so that a row's numbers would depend on what was computed before it."""
+    for module in network.modules():
+        for name, angles in list(module.named_buffers(recurse=False)):
+            first = getattr(module, name.replace("inv_freq", "original_inv_freq"), None)
+            if name.endswith("inv_freq") and "original" not in name and first is not None:
+                module.register_buffer(name, first.to(angles.device), persistent=False)
+                longest = name.replace("inv_freq", "max_seq_len_cached")
+                setattr(module, longest, module.original_max_seq_len)
+
+
 def boundaries(config: Any) -> list[int]:
     """Lengths in tokens at which the model changes what it computes, ascending."""
     text = config.get_text_config()
