@@ -26,7 +26,7 @@ from croco.report.claims import EQUIVALENT, FAILS, HOLDS, OPEN, UNTESTABLE, judg
 from croco.report.multi_seed import Pooled, pool
 from croco.report.transfer import good_over_forms, ranking
 from croco.stages.evaluate.stats import Interval
-from croco.storage import shards
+from croco.storage import files, shards
 from croco.storage.schemas import COMPLETIONS, SCORES, VERDICTS
 
 
@@ -320,7 +320,7 @@ def test_a_study_is_ordinary_runs(tmp_path: Path) -> None:
 def test_what_is_for_one_run_is_refused_for_a_study(tmp_path: Path) -> None:
     recipe, run = tmp_path / "study.toml", tmp_path / "run"
     recipe.write_text(RECIPE.format(folder=run))
-    shards.write_json(run / "recipe.json", load(recipe).model_dump(mode="json"))
+    files.write_json(run / "recipe.json", load(recipe).model_dump(mode="json"))
     for words in (
         ["sample", recipe],
         ["merge", run, "--arm", "monolingual", "--to", tmp_path / "merged"],

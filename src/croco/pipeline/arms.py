@@ -11,7 +11,7 @@ from collections.abc import Hashable
 from croco.config.arm import Arm
 from croco.config.arms import ENGLISH, languages_of
 from croco.config.recipe import Recipe
-from croco.pipeline.stage import Reference
+from croco.pipeline.node import Reference
 from croco.storage.hashing import canonical
 
 
