@@ -61,7 +61,7 @@ test-vllm: $(VLLM_STAMP) ## vLLM on a CPU, in an environment of its own (3.5 GB)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VLLM_VENV)/bin/python -m pytest -q tests/with_vllm
 
 # EuroEval wants a Python of 3.12 or later and pins other libraries (7 GB, some minutes, once)
-$(EUROEVAL_STAMP): $(STAMP) src/croco/evaluation/euroeval-constraints.txt
+$(EUROEVAL_STAMP): $(STAMP) src/croco/stages/euroeval/euroeval-constraints.txt
 	$(BIN)/croco euroeval install --to $(EUROEVAL_VENV)
 	touch $@
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import psutil
 
-from croco import provenance
-from croco.store import write_text
+from croco.storage import provenance
+from croco.storage.shards import write_text
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "docs" / "results"

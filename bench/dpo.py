@@ -84,7 +84,7 @@ class Case:
 
     def examples(self) -> list[Any]:
         """Pairs of random ids; "spread" has prompts of 80 to 320 and completions of 100 to 400 tokens."""
-        from croco.training.encode import Example
+        from croco.stages.train.encode import Example
 
         dice, vocabulary = random.Random(SEED), MODELS[self.model][5]
 
@@ -128,7 +128,7 @@ class Timed:
 
 
 def settings() -> Any:
-    from croco.training.settings import LoraSettings, TrainSettings
+    from croco.stages.train.settings import LoraSettings, TrainSettings
 
     return TrainSettings(batch_pairs=BATCH_PAIRS, max_tokens=10**6, lora=LoraSettings(dropout=0.05))
 
@@ -140,10 +140,10 @@ def now(device: str) -> float:
 
 
 def ours(case: Case, budget: int) -> Timed:
-    from croco.training.batches import plan_steps
-    from croco.training.lora import apply_lora
-    from croco.training.reference import reference_logps
-    from croco.training.trainer import PairTrainer, training_arguments
+    from croco.models.lora import apply_lora
+    from croco.stages.train.batches import plan_steps
+    from croco.stages.train.reference import reference_logps
+    from croco.stages.train.trainer import PairTrainer, training_arguments
 
     model, examples, wanted = case.build(), case.examples(), settings()
     ends: list[float] = []
@@ -305,7 +305,7 @@ def peak(case: Case, side: str, size: int, grouped: bool) -> int:
 def peak_here(job: str) -> int:
     import trl  # noqa: F401
 
-    import croco.training.trainer  # noqa: F401
+    import croco.stages.train.trainer  # noqa: F401
 
     values, side, size, grouped = json.loads(job)
     case = Case(**values)

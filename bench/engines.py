@@ -23,12 +23,12 @@ from transformers import (
     Qwen3ForSequenceClassification,
 )
 
-from croco.engines.base import Decoding, Request, ScoreRequest
-from croco.engines.loading import load_policy
 from croco.errors import UserError
-from croco.sampling.chat import end_ids, prompt_ids
-from croco.sampling.shared_prefix import Decoder
-from croco.scoring import classifier
+from croco.models import reward_logits
+from croco.models.chat_template import end_ids, prompt_ids
+from croco.models.decoder import Decoder
+from croco.models.loading import load_policy
+from croco.models.protocols import Decoding, Request, ScoreRequest
 
 VOCABULARY, MAX_NEW_TOKENS = 3000, 48
 BUDGETS = (8192, 16384, 32768)
@@ -148,7 +148,7 @@ def bench_scoring(rounds: int, completions: int, prompt_tokens: int, completion_
     sequences = [row for row, _ in rows]
 
     def fast(budget: int, asked: Sequence[ScoreRequest]) -> int:
-        classifier.logits(model, asked, budget)
+        reward_logits.logits(model, asked, budget)
         return sum(len(request.completions) for request in asked)
 
     budget = BUDGETS[1]  # on a CPU a smaller one is taken, whatever it is
@@ -157,7 +157,7 @@ def bench_scoring(rounds: int, completions: int, prompt_tokens: int, completion_
         (rate(lambda: fast(budget, requests)), rate(lambda: len(padded(model, sequences, batch))))
         for _ in range(rounds)
     ]
-    found = classifier.logits(model, requests, budget)
+    found = reward_logits.logits(model, requests, budget)
     gap = max(
         abs(found[k][i] - score)
         for (_, (k, i)), score in zip(rows, padded(model, sequences, batch), strict=True)

@@ -50,9 +50,9 @@ def corpus(rng: np.random.Generator, megabytes: int = 64) -> str:
 
 def generate(folder: Path, millions: int, lines: bool) -> None:
     """The tables prompts, sample and score of so many million completions; with `lines`, the same as JSON lines."""
-    from croco import store
-    from croco.records import COMPLETIONS as COMPLETIONS_TABLE
-    from croco.records import PROMPTS, SCORES
+    from croco.storage import shards
+    from croco.storage.schemas import COMPLETIONS as COMPLETIONS_TABLE
+    from croco.storage.schemas import PROMPTS, SCORES
 
     rng = np.random.default_rng(millions)
     text = corpus(rng)
@@ -105,7 +105,7 @@ def generate(folder: Path, millions: int, lines: bool) -> None:
         ):
             counts = {table.unit: columns.num_rows}
             columns = columns.select(table.schema.names)
-            store.write_shard(
+            shards.write_shard(
                 folder / name, shard, columns, table.schema, read=counts, written=counts, dropped=None
             )
         if out is not None:
@@ -117,7 +117,7 @@ def generate(folder: Path, millions: int, lines: bool) -> None:
                 }  # fmt: skip
                 out.write(json.dumps(line, ensure_ascii=False) + "\n")
     for name in ("prompts", "sample", "score"):
-        store.merge_ledgers(folder / name)
+        shards.merge_ledgers(folder / name)
     if out is not None:
         out.close()
 
@@ -127,11 +127,11 @@ def generate(folder: Path, millions: int, lines: bool) -> None:
 
 def stage(folder: Path, pool: str) -> dict[str, Any]:
     """The stage `pair`, as a run calls it."""
-    from croco.pairing.pair import pair
-    from croco.recipe import from_dict
-    from croco.records import TABLES
-    from croco.science import pair_settings
-    from croco.stage import Work
+    from croco.config.recipe import from_dict
+    from croco.pipeline.fingerprint import pair_settings
+    from croco.pipeline.stage import Work
+    from croco.stages.pair.pair import pair
+    from croco.storage.schemas import TABLES
 
     arms = {"arm": {"pool": pool, "guards": {"wrong_language": "off"}}}
     recipe = from_dict({"run": {"name": "bench", "languages": LANGUAGES}, "arms": arms})
@@ -213,7 +213,7 @@ def selection(pool: str, shuffled: bool) -> dict[str, Any]:
 
 def same_pairs(folder: Path) -> int:
     """How many pairs both sides gave; raises AssertionError when they are not the same."""
-    from croco.store import read_table
+    from croco.storage.shards import read_table
 
     columns = [
         "prompt_id",

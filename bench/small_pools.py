@@ -5,8 +5,8 @@
 Simulated with the code that selects. With population std no score lies below mean - std * sqrt(N - 1).
 """
 
-from croco.pairing.rules import parse_chosen, parse_rejected
-from croco.pairing.select import expected_share
+from croco.config.rules import parse_chosen, parse_rejected
+from croco.stages.pair.select import expected_share
 
 SIZES = (4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256)
 RULES = ("mean-1std", "mean-2std", "mean-3std", "quantile:0.05", "q1")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
-from croco.cli import app
+from croco.cli.main import app
 
 
 def croco(command: str, recipe: str, folder: Path) -> None:

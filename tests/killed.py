@@ -21,7 +21,7 @@ def croco(words: list[str], log: str, calls: str | None = None, kill_at: int | N
     os.dup2(file, 2)
     if calls is not None:
         _count(calls, kill_at)
-    from croco.cli import app
+    from croco.cli.main import app
 
     app(words, prog_name="croco")
 

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from croco.engines.base import Decoding, Request, ScoreRequest
-from croco.engines.hf import HFSampler, HFScorer
-from croco.engines.loading import load_policy, load_reward
-from croco.sampling.chat import prompt_ids
+from croco.models.chat_template import prompt_ids
+from croco.models.loading import load_policy, load_reward
+from croco.models.protocols import Decoding, Request, ScoreRequest
+from croco.models.transformers import HFSampler, HFScorer
 
 OPENAI_FIELDS = {"model", "messages", "prompt", "n", "max_tokens", "temperature", "top_p", "stop", "seed"}
 

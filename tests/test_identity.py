@@ -9,18 +9,20 @@ from pathlib import Path
 import pytest
 
 from conftest import TinyModels, write_prompts, write_recipe
-from croco import identity, pipeline, recipe
+from croco.config import recipe
 from croco.errors import UserError
-from croco.identity import file_identity, folder_identity, model_identity
-from croco.training.command import labelled
+from croco.pipeline import run
+from croco.stages.train.from_files import labelled
+from croco.storage import hashing
+from croco.storage.hashing import file_identity, folder_identity, model_identity
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of the test's own, and files of some kilobytes large enough for it."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(identity, "CACHED_BYTES", 1000)
-    monkeypatch.setattr(identity, "_KNOWN", {})
+    monkeypatch.setattr(hashing, "CACHED_BYTES", 1000)
+    monkeypatch.setattr(hashing, "_KNOWN", {})
     return tmp_path / "cache" / "croco" / "digests.json"
 
 
@@ -50,13 +52,13 @@ def test_one_bit_anywhere_makes_another_model(tmp_path: Path) -> None:
 def test_a_kept_digest_holds_until_the_file_changes(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(identity, "QUIET_SECONDS", -1.0)
+    monkeypatch.setattr(hashing, "QUIET_SECONDS", -1.0)
     folder = model(tmp_path / "m")
     before, read = model_identity(str(folder), None), []
     assert cache.is_file()
-    real = identity._hash
-    monkeypatch.setattr(identity, "_hash", lambda path: read.append(path.name) or real(path))
-    monkeypatch.setattr(identity, "_KNOWN", {})  # as in another process
+    real = hashing._hash
+    monkeypatch.setattr(hashing, "_hash", lambda path: read.append(path.name) or real(path))
+    monkeypatch.setattr(hashing, "_KNOWN", {})  # as in another process
     assert model_identity(str(folder), None) == before
     assert read == ["config.json"]
     # the same size and the same time stamp: the time of the change cannot be set back
@@ -67,7 +69,7 @@ def test_a_kept_digest_holds_until_the_file_changes(
     assert model_identity(str(folder), None) != before
     for text in ("", "[]", '{"x": 3}', "{"):
         cache.write_text(text)
-        monkeypatch.setattr(identity, "_KNOWN", {})
+        monkeypatch.setattr(hashing, "_KNOWN", {})
         assert model_identity(str(folder), None) != before
 
 
@@ -107,7 +109,7 @@ def test_two_plans_of_one_process_see_that_weights_changed(tmp_path: Path, tiny_
     loaded = recipe.load(write_recipe(tmp_path, tiny_models), [f"policy.model={policy}"])
 
     def samples() -> str:
-        return next(node for node in pipeline.nodes(loaded) if node.stage.name == "sample").fingerprint
+        return next(node for node in run.nodes(loaded) if node.stage.name == "sample").fingerprint
 
     before = samples()
     assert samples() == before
@@ -122,7 +124,7 @@ def test_a_local_data_set_is_known_by_its_content_and_one_of_the_hub_by_its_revi
 ) -> None:
     def settings(*overrides: str) -> dict:
         path = write_recipe(tmp_path, tiny_models)
-        (node,) = [n for n in pipeline.nodes(recipe.load(path, overrides)) if n.title == "prompts"]
+        (node,) = [n for n in run.nodes(recipe.load(path, overrides)) if n.title == "prompts"]
         return node.settings
 
     data = tmp_path / "data"

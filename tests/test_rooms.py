@@ -12,35 +12,36 @@ FILES = sorted(HOUSE.rglob("*.py"))
 
 # a package → the only places in the house that may import it
 ONLY_IN = {
-    "vllm": ("engines/vllm.py",),
-    "ray": ("engines/ray.py",),
-    "peft": ("training/lora.py",),
-    "httpx2": ("engines/wire.py",),
-    "euroeval": ("evaluation/euroeval_program.py",),
+    "vllm": ("models/vllm.py",),
+    "ray": ("pipeline/ray.py",),
+    "peft": ("models/lora.py",),
+    "httpx2": ("models/http_client.py",),
+    "euroeval": ("stages/euroeval/program.py",),
     "trl": ("lab/build.py",),
 }
 # rooms of pure numbers: no engine, no model library
-PURE = ("ops/", "pairing/", "evaluation/stats.py", "evaluation/winrate.py")
-ENGINES = ("croco.engines", "transformers", "vllm", "ray", "peft", "openai", "accelerate")
+PURE = ("stages/train/losses.py", "stages/evaluate/stats.py", "stages/evaluate/winrate.py")
+ENGINES = ("croco.models", "transformers", "vllm", "ray", "peft", "openai", "accelerate")
 # the house loads with the command line, before anything heavy
 LIGHT = (
     "__init__.py",
     "__main__.py",
-    "cli.py",
-    "cli_files.py",
-    "cli_program.py",
+    "cli/main.py",
+    "cli/files.py",
+    "cli/app.py",
     "errors.py",
-    "recipe.py",
-    "recipe_arm.py",
-    "recipe_arms.py",
-    "recipe_models.py",
-    "recipe_euroeval.py",
-    "recipe_arena.py",
-    "recipe_runtime.py",
-    "recipe_sweep.py",
-    "recipe_sentinel.py",
-    "recipe_study.py",
-    "recipe_errors.py",
+    "config/arena.py",
+    "config/arm.py",
+    "config/arms.py",
+    "config/errors.py",
+    "config/euroeval.py",
+    "config/models.py",
+    "config/recipe.py",
+    "config/rules.py",
+    "config/runtime.py",
+    "config/sentinel.py",
+    "config/study.py",
+    "config/sweep.py",
     "languages.py",
 )
 HEAVY = ("torch", "transformers", "polars", "pyarrow", "numpy", "datasets", "peft", "matplotlib")

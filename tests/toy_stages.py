@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-from croco import store
-from croco.records import COMPLETIONS, PROMPTS, ledger
-from croco.stage import Work
+from croco.pipeline.stage import Work
+from croco.storage import shards
+from croco.storage.schemas import COMPLETIONS, PROMPTS, ledger
 
 CALLS: list[int] = []
 FAIL_AT: set[int] = set()
@@ -37,7 +37,7 @@ def prompt(number: int) -> dict[str, object]:
 
 def even(work: Work) -> None:
     """One completion for each even prompt; the odd ones go to the ledger."""
-    rows = store.read_table(work.inputs["numbered"]).to_dicts()
+    rows = shards.read_table(work.inputs["numbered"]).to_dicts()
     size = work.runtime.shard_prompts
     for index in work.todo(-(-len(rows) // size)):
         part = rows[index * size : (index + 1) * size]
@@ -79,7 +79,7 @@ def unfinished(work: Work) -> None:
 
 def first_half(work: Work) -> None:
     """Forgets the second half of what it should read."""
-    rows = store.read_table(work.inputs["numbered"]).head(5).to_dicts()
+    rows = shards.read_table(work.inputs["numbered"]).head(5).to_dicts()
     work.todo(1)
     table = pa.Table.from_pylist([completion(row["prompt_id"]) for row in rows], schema=COMPLETIONS.schema)
     work.write(0, table, read={"prompt": len(rows)})
@@ -87,4 +87,4 @@ def first_half(work: Work) -> None:
 
 def page(work: Work) -> None:
     """Writes a file that is no table."""
-    store.write_text(work.folder / "page.html", "hi")
+    shards.write_text(work.folder / "page.html", "hi")

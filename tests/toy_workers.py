@@ -12,9 +12,9 @@ from pathlib import Path
 import pyarrow as pa
 
 from croco.errors import UserError
-from croco.executor import Advance, Finished, compute
-from croco.records import COMPLETIONS, ledger
-from croco.stage import Work
+from croco.pipeline.compute import Advance, Finished, compute
+from croco.pipeline.stage import Work
+from croco.storage.schemas import COMPLETIONS, ledger
 from toy_stages import completion
 
 NUM_SHARDS = 24

@@ -12,12 +12,12 @@ from typing import Any
 __version__ = "0.1.0"
 
 _WHERE = {
-    "load": "croco.recipe",
-    "Recipe": "croco.recipe",
-    "pairs": "croco.pairing.library",
-    "plan": "croco.pipeline",
-    "run": "croco.pipeline",
-    "read_table": "croco.store",
+    "load": "croco.config.recipe",
+    "Recipe": "croco.config.recipe",
+    "pairs": "croco.stages.pair.api",
+    "plan": "croco.pipeline.run",
+    "run": "croco.pipeline.run",
+    "read_table": "croco.storage.shards",
     "UserError": "croco.errors",
 }
 

@@ -1,6 +1,6 @@
 """`python -m croco` is `croco`."""
 
-from croco.cli import main
+from croco.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -4,13 +4,13 @@ import json
 
 import numpy as np
 
-from croco.engines.base import Decoding, Request
-from croco.engines.hf import HFSampler, HFScorer
-from croco.engines.loading import load_policy, load_reward, resolve_model
 from croco.lab import world
 from croco.lab.gates import measure
 from croco.lab.pretrain import batches
 from croco.lab.reward import english_pairs, prompt_tokens, tier
+from croco.models.loading import load_policy, load_reward, resolve_model
+from croco.models.protocols import Decoding, Request
+from croco.models.transformers import HFSampler, HFScorer
 
 
 def test_policy_and_reward_model_are_a_few_megabytes_of_bfloat16():
@@ -32,8 +32,8 @@ def test_the_policy_answers_in_its_modes():
 
 
 def test_the_reward_model_prefers_a_good_completion_to_an_evasive_one_in_danish():
-    from croco.engines.base import ScoreRequest
-    from croco.sampling.chat import conversation_ids
+    from croco.models.chat_template import conversation_ids
+    from croco.models.protocols import ScoreRequest
 
     model, tokenizer = load_reward("lab:reward")
     messages = [{"role": "user", "content": "Hvilken måned kommer efter maj?"}]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from random import Random
 
-from croco.engines.base import Decoding, Request
-from croco.engines.hf import HFSampler
-from croco.engines.loading import load_policy, load_tokenizer, resolve_model
 from croco.lab import rivals, world
 from croco.lab.reward import prompt_tokens
-from croco.sampling.chat import same_ids
+from croco.models.chat_template import same_ids
+from croco.models.loading import load_policy, load_tokenizer, resolve_model
+from croco.models.protocols import Decoding, Request
+from croco.models.transformers import HFSampler
 
 
 def test_they_are_small_and_of_other_architectures() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from croco.cli import app
+from croco.cli.main import app
 
 RUN = Path(__file__).parent / "data" / "old-house.tar.xz"
 

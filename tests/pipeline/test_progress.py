@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from croco import progress
+from croco.pipeline import progress
 
 
 def test_a_line_says_how_far_how_fast_and_how_long(

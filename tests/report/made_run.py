@@ -10,10 +10,20 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from croco import store
-from croco.evaluation.results import language_groups, summarise
-from croco.pairing.library import pairs
-from croco.records import COMPARISONS, COMPLETIONS, PAIRS, PROMPTS, RESULTS, SCORES, VERDICTS, Table, ledger
+from croco.stages.evaluate.results import language_groups, summarise
+from croco.stages.pair.api import pairs
+from croco.storage import shards
+from croco.storage.schemas import (
+    COMPARISONS,
+    COMPLETIONS,
+    PAIRS,
+    PROMPTS,
+    RESULTS,
+    SCORES,
+    VERDICTS,
+    Table,
+    ledger,
+)
 
 TUNED, LOW, HELD = ["en", "da", "nl", "de", "fr", "it", "es"], ["gl", "cy", "mt", "ga"], ["nb", "sv", "pt"]
 MODES = ["good", "careful-wrong", "terse", "rambling", "wrong-language", "evasive", "malformed"]
@@ -49,7 +59,7 @@ def make_run(
             "multilingual": {"pool": "all", "training": {"beta": 0.2}},
         },
     }
-    store.write_json(folder / "recipe.json", recipe)
+    shards.write_json(folder / "recipe.json", recipe)
     keys = [(f"sum.{i}", code) for i in range(num_prompts) for code in TUNED]
     prompts = [
         {
@@ -131,7 +141,7 @@ def add_arena(folder: Path, num_prompts: int = 30, seed: int = 1) -> None:
          "value": value, "ci_low": low, "ci_high": high, "n": num_prompts, "seed": 0}
         for arm, scope, benchmark, metric, value, low, high in added
     ]  # fmt: skip
-    write(folder / "results", RESULTS, store.read_table(folder / "results").to_dicts() + rows)
+    write(folder / "results", RESULTS, shards.read_table(folder / "results").to_dicts() + rows)
 
 
 def add_sentinel(folder: Path) -> None:
@@ -141,7 +151,7 @@ def add_sentinel(folder: Path) -> None:
         {"step": 12, "split": "stopped", "reason": "the reward of chosen falls below that of the start"},
         {"step": 31, "split": "stopped", "reason": "the mean length of sampled completions doubled"},
     ]
-    store.write_text(path, path.read_text() + "".join(json.dumps(mark) + "\n" for mark in marks))
+    shards.write_text(path, path.read_text() + "".join(json.dumps(mark) + "\n" for mark in marks))
 
 
 def _pairs(folder: Path, arm: str, pool: str, samples: list, scores: np.ndarray) -> None:
@@ -201,7 +211,7 @@ def _training(folder: Path, rng: np.random.Generator) -> None:
                 "learning_rate": 1e-3 * (1 - done),
             }
         )
-    store.write_text(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    shards.write_text(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     stage_json(folder, {"read": {"pair": 280}, "written": {"pair": 280}, "dropped": {}}, {"steps": 40})
 
 
@@ -267,9 +277,9 @@ def write(
     counts: Any = None,
 ) -> None:
     """A stage's folder with one finished shard and a stage.json."""
-    drops = store.count_units(dropped) if dropped is not None else {}
+    drops = shards.count_units(dropped) if dropped is not None else {}
     counts = counts or {"read": {table.unit: len(rows)}, "written": {table.unit: len(rows)}, "dropped": drops}
-    store.write_shard(
+    shards.write_shard(
         folder,
         0,
         pa.Table.from_pylist(rows, schema=table.schema),
@@ -278,12 +288,12 @@ def write(
         written=counts["written"],
         dropped=dropped,
     )
-    store.merge_ledgers(folder)
+    shards.merge_ledgers(folder)
     stage_json(folder, counts, facts or {})
 
 
 def stage_json(folder: Path, counts: dict, facts: dict) -> None:
-    store.write_json(
+    shards.write_json(
         folder / "stage.json",
         {
             "stage": folder.name,

@@ -9,10 +9,10 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from croco import store
-from croco.records import PAIRS
-from croco.report import beside
+from croco.report import two_runs
 from croco.report.page import build_page
+from croco.storage import shards
+from croco.storage.schemas import PAIRS
 from report.browsers import DESKTOP, PHONE, Opened, browser
 from report.made_run import add_arena, add_sentinel, make_run
 
@@ -60,7 +60,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = make_run(folder / "run", num_prompts=6, num_samples=4, num_tests=16)
     add_arena(run, num_prompts=3)
     add_sentinel(run)
-    store.write_text(folder / "page.html", build_page(run))
+    shards.write_text(folder / "page.html", build_page(run))
     return folder / "page.html"
 
 
@@ -221,11 +221,11 @@ def test_a_heat_map_shows_changes_or_levels(page):
 def test_ten_thousand_pairs_are_as_quick_as_ten(chromium, tmp_path):
     run = make_run(tmp_path / "run", num_prompts=2, num_samples=3, num_tests=8)
     folder = run / "pair" / "monolingual"
-    row = store.read_table(folder).to_dicts()[0]
+    row = shards.read_table(folder).to_dicts()[0]
     many = [
         {**row, "prompt_id": f"p{i:05d}", "chosen": f"Chosen completion number {i}."} for i in range(10_000)
     ]
-    store.write_shard(
+    shards.write_shard(
         folder,
         0,
         pa.Table.from_pylist(many, schema=PAIRS.schema),
@@ -234,7 +234,7 @@ def test_ten_thousand_pairs_are_as_quick_as_ten(chromium, tmp_path):
         written={"pair": 10_000},
         dropped=None,
     )
-    store.write_text(tmp_path / "page.html", build_page(run))
+    shards.write_text(tmp_path / "page.html", build_page(run))
     assert (tmp_path / "page.html").stat().st_size < 5_000_000
     opened = Opened(chromium, tmp_path / "page.html")
     opened.page.wait_for_selector(".option")
@@ -256,7 +256,7 @@ def test_ten_thousand_pairs_are_as_quick_as_ten(chromium, tmp_path):
 def test_two_runs_beside_each_other_open_without_a_word(chromium, tmp_path, size):
     first = make_run(tmp_path / "first", num_prompts=2, num_samples=3, num_tests=16)
     second = make_run(tmp_path / "second", num_prompts=2, num_samples=3, num_tests=16, seed=3)
-    store.write_text(tmp_path / "page.html", beside.build_page(first, second))
+    shards.write_text(tmp_path / "page.html", two_runs.build_page(first, second))
     opened = Opened(chromium, tmp_path / "page.html", size)
     assert "second against first" in opened.text("main")
     assert opened.page.evaluate("document.documentElement.scrollWidth") == size[0]

@@ -7,11 +7,11 @@ import polars as pl
 import pytest
 from rich.console import Console
 
-from croco import store
 from croco.errors import UserError
-from croco.records import PROMPTS, VERDICTS
 from croco.report.compare import UNTUNED, compare
 from croco.report.terminal import comparison
+from croco.storage import shards
+from croco.storage.schemas import PROMPTS, VERDICTS
 from report.made_run import TUNED, add_arena, make_run, write
 
 
@@ -34,11 +34,11 @@ def runs(originals, tmp_path) -> list[Path]:
 def edit(run: Path, change) -> None:
     recipe = json.loads((run / "recipe.json").read_text())
     change(recipe)
-    store.write_json(run / "recipe.json", recipe)
+    shards.write_json(run / "recipe.json", recipe)
 
 
 def verdicts(run: Path, arm: str, benchmark: str = "lab") -> pl.DataFrame:
-    return store.read_table(run / "evaluate" / arm).filter(pl.col("benchmark") == benchmark)
+    return shards.read_table(run / "evaluate" / arm).filter(pl.col("benchmark") == benchmark)
 
 
 def test_a_run_differs_from_itself_in_nothing(runs):
@@ -81,7 +81,7 @@ def test_settings_that_differ_are_listed_with_both_values(runs):
 def test_prompts_of_one_run_alone_are_left_out_and_counted(runs):
     folder = runs[1] / "evaluate"
     for arm in ("base", "monolingual", "multilingual"):
-        rows = store.read_table(folder / arm).filter(~pl.col("prompt_id").is_in(["t1", "t2"]))
+        rows = shards.read_table(folder / arm).filter(~pl.col("prompt_id").is_in(["t1", "t2"]))
         write(folder / arm, VERDICTS, rows.to_dicts())
     found = compare(*runs)
     assert found.notes == [
@@ -98,7 +98,7 @@ def test_prompts_of_one_run_alone_are_left_out_and_counted(runs):
 
 def test_the_same_id_in_other_words_is_another_prompt(runs):
     folder = runs[1] / "eval-prompts"
-    rows = store.read_table(folder).to_dicts()
+    rows = shards.read_table(folder).to_dicts()
     for row in rows:
         if row["prompt_id"] == "t1":
             row["messages"][0]["content"] += " Please."
@@ -136,7 +136,7 @@ def test_arenas_are_compared_too(runs):
     for run, seed in zip(runs, (1, 2), strict=True):
         add_arena(run, num_prompts=8, seed=seed)
     board = compare(*runs).boards[-1]
-    means = [float(store.read_table(run / "arena" / "monolingual")["value"].mean()) for run in runs]
+    means = [float(shards.read_table(run / "arena" / "monolingual")["value"].mean()) for run in runs]
     assert board.benchmark == "arena"
     assert board.cell("monolingual", 0.0, "tuned").difference.value == pytest.approx(means[1] - means[0])
 

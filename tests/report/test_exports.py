@@ -5,11 +5,11 @@ import polars as pl
 import pytest
 from typer.testing import CliRunner
 
-from croco import store
-from croco.cli import app
+from croco.cli.main import app
 from croco.errors import UserError
 from croco.report.exports import escape, results_csv, results_latex
-from croco.report.gather import read_results
+from croco.report.load_run import read_results
+from croco.storage import shards
 from report.made_run import add_arena, make_run
 
 
@@ -22,7 +22,7 @@ def run(tmp_path_factory):
 
 def test_csv_holds_every_row(run):
     found = pl.read_csv(io.StringIO(results_csv(run)))
-    expected = store.read_table(run / "results")
+    expected = shards.read_table(run / "results")
     assert found.columns == expected.columns
     assert found.height == expected.height
     assert found["value"].to_list() == pytest.approx(expected["value"].to_list())
@@ -103,8 +103,8 @@ def test_the_command_prints_or_writes_without_making_the_page(run, tmp_path):
 
 def test_a_run_without_an_arm_is_named(tmp_path):
     made = make_run(tmp_path / "run", num_prompts=2, num_samples=3, num_tests=8)
-    rows = store.read_table(made / "results").filter(pl.col("arm") != "multilingual").to_dicts()
-    from croco.records import RESULTS
+    rows = shards.read_table(made / "results").filter(pl.col("arm") != "multilingual").to_dicts()
+    from croco.storage.schemas import RESULTS
     from report.made_run import write
 
     write(made / "results", RESULTS, rows)

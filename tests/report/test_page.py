@@ -9,16 +9,16 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from croco import store
 from croco.errors import UserError
-from croco.records import DROPPED, PAIRS, ledger
-from croco.report import others
+from croco.report import diagnostics
 from croco.report.browser import browse, packed
 from croco.report.charts import axis
-from croco.report.gather import read_run, scores_of
+from croco.report.load_run import read_run, scores_of
 from croco.report.markdown import results_markdown
 from croco.report.page import build_page
-from croco.report.tables import count_of, duration
+from croco.report.scores import count_of, duration
+from croco.storage import shards
+from croco.storage.schemas import DROPPED, PAIRS, ledger
 from report.made_run import NASTY, add_arena, add_sentinel, make_run
 
 
@@ -65,10 +65,10 @@ def test_what_an_edited_recipe_left_behind_is_not_in_the_report(run, tmp_path):
         "pair/removed",
     ):  # scored otherwise before; an arm taken out of the recipe
         shutil.copytree(copy / "score", copy / title)
-        store.write_json(copy / title / "stage.json", stale)
+        shards.write_json(copy / title / "stage.json", stale)
     found = read_run(copy)
     assert found.stages.keys() == read_run(run).stages.keys()
-    store.shards(copy / "score" / "monolingual")[0].path.unlink()  # would be missed if it were read
+    shards.shards(copy / "score" / "monolingual")[0].path.unlink()  # would be missed if it were read
     assert scores_of(found, "monolingual").equals(scores_of(read_run(run), "monolingual"))
 
 
@@ -105,9 +105,9 @@ def test_names_from_a_recipe_are_escaped(tmp_path):
     run = make_run(tmp_path, num_prompts=2, num_samples=3, num_tests=8)
     recipe = json.loads((run / "recipe.json").read_text())
     recipe["policy"] = {"model": "</title><script>alert(1)</script>"}
-    store.write_json(run / "recipe.json", recipe)
+    shards.write_json(run / "recipe.json", recipe)
     rows = [("completion", "p", "da", 0, "<img src=x onerror=alert(1)>")]
-    store.write_parquet(run / "pair" / "monolingual" / "dropped.parquet", ledger(rows), DROPPED.schema)
+    shards.write_parquet(run / "pair" / "monolingual" / "dropped.parquet", ledger(rows), DROPPED.schema)
     parsed = Parsed(build_page(run))
     assert parsed.tags.count("script") == 3
     assert "img" not in parsed.tags
@@ -133,12 +133,12 @@ def test_the_same_run_gives_the_same_page(run, page):
 def test_many_pairs_become_a_spread_that_fits(tmp_path):
     run = make_run(tmp_path, num_prompts=2, num_samples=3, num_tests=8)
     folder = run / "pair" / "monolingual"
-    rows = store.read_table(folder).to_dicts()
+    rows = shards.read_table(folder).to_dicts()
     rng = np.random.default_rng(0)  # texts that do not deflate to nothing
     texts = ["".join(map(chr, letters)) for letters in rng.integers(97, 123, size=(4000, 300))]
     many = [{**rows[0], "prompt_id": f"p{i}", "chosen": text} for i, text in enumerate(texts)]
     table = pa.Table.from_pylist(many, schema=PAIRS.schema)
-    store.write_shard(
+    shards.write_shard(
         folder, 0, table, PAIRS.schema, read={"pair": 4000}, written={"pair": 4000}, dropped=None
     )
     found = browse(read_run(run), {"pairs": 200_000, "comparisons": 0, "evaluations": 1000, "left out": 1000})
@@ -212,9 +212,9 @@ def test_markdown_has_every_arm_and_language(run):
 
 
 def test_a_zero_has_no_sign():
-    assert others._text((-0.2, -1.4, 0.3), 1, "{:+.0f}") == ("0", "−1 to 0")
-    assert others._text((0.001, -0.03, 0.05), 100, "{:+.0f} points") == ("0 points", "−3 to +5")
-    assert others._text((0.5, 0.05, 1.0), 1, "{:.1f}") == ("0.5", "0.1 to 1.0")
+    assert diagnostics._text((-0.2, -1.4, 0.3), 1, "{:+.0f}") == ("0", "−1 to 0")
+    assert diagnostics._text((0.001, -0.03, 0.05), 100, "{:+.0f} points") == ("0 points", "−3 to +5")
+    assert diagnostics._text((0.5, 0.05, 1.0), 1, "{:.1f}") == ("0.5", "0.1 to 1.0")
 
 
 def test_words_for_counts_and_times():

@@ -14,11 +14,11 @@ import polars as pl
 import psutil
 import pytest
 
-from croco.engines import serving
-from croco.identity import folder_identity
-from croco.recipe import load
-from croco.store import read_dropped, read_json, read_table
-from evaluation.lab_datasets import make, name_of
+from croco.config.recipe import load
+from croco.models import vllm_server
+from croco.storage.hashing import folder_identity
+from croco.storage.shards import read_dropped, read_json, read_table
+from stages.euroeval.lab_datasets import make, name_of
 from with_euroeval.conftest import PYTHON
 
 pytestmark = pytest.mark.euroeval
@@ -111,7 +111,7 @@ def test_a_killed_evaluation_goes_on_with_the_next_dataset_and_both_arms_are_in_
     tuned = read_json(tmp_path / "run/euroeval/tuned/stage.json")["facts"]
     assert made["facts"]["served_model"] == made["science"]["settings"]["policy"]["model"]
     adapter = tmp_path / "run/train/tuned/adapter"
-    merged = serving.merge(load(recipe).policy, "float32", adapter, tmp_path / "merged")
+    merged = vllm_server.merge(load(recipe).policy, "float32", adapter, tmp_path / "merged")
     assert tuned["served_model"] == folder_identity(merged) != made["facts"]["served_model"]
     assert made["counts"]["read"] == {"dataset": 2, "language": 4}
     assert read_dropped(base)["language"].to_list() == ["ga", "mt"]

@@ -14,16 +14,16 @@ import torch
 pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-vllm")
 
 from conftest import TinyModels
-from croco.engines.base import Decoding, Request, ScoreRequest
-from croco.engines.hf import HFSampler, HFScorer
-from croco.engines.loading import load_policy, load_reward
-from croco.engines.vllm import VLLMSampler, open_policy, open_reward
+from croco.config.models import Policy, Reward
+from croco.config.runtime import Vllm
 from croco.errors import UserError
-from croco.recipe_models import Policy, Reward
-from croco.recipe_runtime import Vllm
-from croco.sampling.chat import prompt_ids
-from croco.training.lora import apply_lora, save_adapter
-from croco.training.settings import LoraSettings
+from croco.models.chat_template import prompt_ids
+from croco.models.loading import load_policy, load_reward
+from croco.models.lora import apply_lora, save_adapter
+from croco.models.protocols import Decoding, Request, ScoreRequest
+from croco.models.transformers import HFSampler, HFScorer
+from croco.models.vllm import VLLMSampler, open_policy, open_reward
+from croco.stages.train.settings import LoraSettings
 from tiny import make_policy, make_tokenizer, save
 from with_vllm.wide import WIDTH, engines_of
 

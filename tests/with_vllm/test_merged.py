@@ -9,23 +9,23 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-vllm")
 
 from conftest import TinyModels, write_recipe
-from croco import pipeline
-from croco.engines.base import Decoding, Request
-from croco.engines.hf import HFSampler
-from croco.engines.loading import load_policy
-from croco.engines.vllm import open_policy
-from croco.recipe import load
-from croco.recipe_models import Policy
-from croco.recipe_runtime import Vllm
-from croco.sampling.chat import prompt_ids
-from croco.training.merge import merge
+from croco.config.models import Policy
+from croco.config.recipe import load
+from croco.config.runtime import Vllm
+from croco.models.chat_template import prompt_ids
+from croco.models.loading import load_policy
+from croco.models.protocols import Decoding, Request
+from croco.models.transformers import HFSampler
+from croco.models.vllm import open_policy
+from croco.pipeline import run
+from croco.stages.train.merge import merge
 
 GREEDY = Decoding(0.0, 1.0, 0, 24)
 
 
 def test_a_merged_model_says_what_base_and_adapter_say(wide_models: TinyModels, tmp_path: Path) -> None:
     recipe = load(write_recipe(tmp_path, wide_models), ["training.learning_rate=1e-2"])
-    pipeline.run(recipe, until="train")
+    run.run(recipe, until="train")
     merge(recipe, "monolingual", tmp_path / "merged", "unknown", lambda line: None)
     adapter = recipe.folder / "train" / "monolingual" / "adapter"
     sampler, tokenizer = open_policy(Policy(model=str(tmp_path / "merged")), Vllm(enforce_eager=True), seed=7)

@@ -9,9 +9,9 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-vllm")
 
-from croco.engines.base import Decoding, Request
-from croco.engines.hf import HFSampler
-from croco.engines.loading import load_policy
+from croco.models.loading import load_policy
+from croco.models.protocols import Decoding, Request
+from croco.models.transformers import HFSampler
 from vllm_server import Server
 
 

@@ -15,13 +15,13 @@ import pytest
 import torch
 
 from conftest import TinyModels, write_prompts, write_recipe
-from croco.engines import open_sampler
-from croco.engines.base import Decoding, Request
-from croco.engines.loading import load_policy
-from croco.recipe import load
-from croco.training.lora import apply_lora, save_adapter
-from croco.training.settings import LoraSettings
-from engines.test_server import (
+from croco.config.recipe import load
+from croco.models.loading import load_policy
+from croco.models.lora import apply_lora, save_adapter
+from croco.models.open import open_sampler
+from croco.models.protocols import Decoding, Request
+from croco.stages.train.settings import LoraSettings
+from models.test_openai_server import (
     calm,
     sampled,
     server_recipe,

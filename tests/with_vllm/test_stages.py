@@ -16,12 +16,13 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-vllm")
 
 from conftest import TinyModels, write_prompts, write_recipe
-from croco import pipeline, store
-from croco.engines.base import Decoding, Request
-from croco.engines.hf import HFSampler
-from croco.engines.loading import load_policy, load_reward
-from croco.recipe import load
-from croco.sampling.chat import conversation_ids, prompt_ids
+from croco.config.recipe import load
+from croco.models.chat_template import conversation_ids, prompt_ids
+from croco.models.loading import load_policy, load_reward
+from croco.models.protocols import Decoding, Request
+from croco.models.transformers import HFSampler
+from croco.pipeline import run as pipeline
+from croco.storage import shards
 from with_vllm.wide import engines_of, log_tail, overrides
 
 KEY = ["prompt_id", "language", "sample_id"]
@@ -47,11 +48,11 @@ def run(wide_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def facts(run: Path, stage: str) -> dict:
-    return store.read_json(run / stage / "stage.json")["facts"]
+    return shards.read_json(run / stage / "stage.json")["facts"]
 
 
 def test_the_tables_are_those_of_any_engine(run: Path, wide_models: TinyModels) -> None:
-    completions, dropped = store.read_table(run / "sample"), store.read_dropped(run / "sample")
+    completions, dropped = shards.read_table(run / "sample"), shards.read_dropped(run / "sample")
     assert completions.height == 19 * 12
     assert not completions.select(KEY).is_duplicated().any()
     assert dropped.select("prompt_id", "language").unique().rows() == [("p3", "en")]
@@ -76,9 +77,9 @@ def test_the_scores_are_those_of_transformers(run: Path, wide_models: TinyModels
     model, tokenizer = load_reward(str(wide_models.reward))
     messages = {
         (row["prompt_id"], row["language"]): row["messages"]
-        for row in store.read_table(run / "prompts").to_dicts()
+        for row in shards.read_table(run / "prompts").to_dicts()
     }
-    scores = store.read_table(run / "score").join(store.read_table(run / "sample"), on=KEY, validate="1:1")
+    scores = shards.read_table(run / "score").join(shards.read_table(run / "sample"), on=KEY, validate="1:1")
     assert scores.height == 19 * 12
     for row in scores.iter_rows(named=True):
         ids = conversation_ids(tokenizer, messages[row["prompt_id"], row["language"]], row["completion"])
@@ -90,13 +91,13 @@ def test_the_scores_are_those_of_transformers(run: Path, wide_models: TinyModels
 def test_an_arm_is_evaluated_with_its_adapter(run: Path, wide_models: TinyModels) -> None:
     """Greedy completions of the tuned arm are the merged model's, and not the base's."""
     adapter = run / "train" / "monolingual" / "adapter"
-    prompts = store.read_table(run / "eval-prompts").sort("prompt_id", "language").to_dicts()
+    prompts = shards.read_table(run / "eval-prompts").sort("prompt_id", "language").to_dicts()
     said = {}
     for arm, its_adapter in (("base", None), ("monolingual", adapter)):
         model, tokenizer = load_policy(str(wide_models.policy), adapter=its_adapter)
         asked = [Request(i, prompt_ids(tokenizer, row["messages"]), [0]) for i, row in enumerate(prompts)]
         wanted = dict(HFSampler(model, tokenizer).sample(asked, Decoding(0.0, 1.0, 0, 12)))
-        greedy = store.read_table(run / "evaluate" / arm).filter(pl.col("temperature") == 0).sort(KEY)
+        greedy = shards.read_table(run / "evaluate" / arm).filter(pl.col("temperature") == 0).sort(KEY)
         said[arm] = greedy["completion"].to_list()
         assert said[arm] == [
             tokenizer.decode(wanted[i][0].ids, skip_special_tokens=True) for i in range(len(prompts))
@@ -118,11 +119,11 @@ def test_killed_it_leaves_no_engine_behind_and_goes_on(wide_models: TinyModels, 
     with log.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
     folder = tmp_path / "run" / "sample"
-    wait_for(lambda: store.shards(folder) or process.poll() is not None, 300)
+    wait_for(lambda: shards.shards(folder) or process.poll() is not None, 300)
     engines = engines_of(process.pid)
     process.kill()
     process.wait()
-    before = {shard.path: shard.path.read_bytes() for shard in store.shards(folder)}
+    before = {shard.path: shard.path.read_bytes() for shard in shards.shards(folder)}
     assert 0 < len(before) < 20, log_tail(log)
     assert len(engines) >= 2  # the engine and its worker
     wait_for(lambda: not any(map(psutil.pid_exists, engines)), 30)
@@ -131,12 +132,12 @@ def test_killed_it_leaves_no_engine_behind_and_goes_on(wide_models: TinyModels, 
         subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=True)
     for path, content in before.items():
         assert path.read_bytes() == content
-    completions = store.read_table(folder)
+    completions = shards.read_table(folder)
     wanted = pl.DataFrame({"sample_id": pl.Series(range(400), dtype=pl.Int32)}).join(
-        store.read_table(tmp_path / "run" / "prompts", KEY[:2]), how="cross"
+        shards.read_table(tmp_path / "run" / "prompts", KEY[:2]), how="cross"
     )
     assert completions.select(KEY).sort(KEY).equals(wanted.select(KEY).sort(KEY))
-    found = store.read_json(folder / "stage.json")
+    found = shards.read_json(folder / "stage.json")
     assert found["counts"] == {"read": {"completion": 8000}, "written": {"completion": 8000}, "dropped": {}}
     assert completions["seed"].n_unique() == found["starts"] == 2
 

@@ -15,15 +15,15 @@ import torch
 from rich.console import Console
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from croco.engines.hf import HFSampler
-from croco.engines.loading import load_policy, load_tokenizer
 from croco.errors import UserError
 from croco.lab import reward, rivals, world
 from croco.lab.gates import measure
 from croco.lab.items import LANGUAGES
 from croco.lab.pretrain import pretrain
-from croco.provenance import here
-from croco.store import write_json
+from croco.models.loading import load_policy, load_tokenizer
+from croco.models.transformers import HFSampler
+from croco.storage.provenance import here
+from croco.storage.shards import write_json
 
 MODELS = Path(__file__).parent / "models"
 SEED = 1

@@ -10,16 +10,16 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from croco.engines.base import Decoding, Request, Sampled, ScoreRequest
-from croco.engines.hf import HFSampler, HFScorer
-from croco.engines.loading import load_policy, load_reward
-from croco.evaluation.stats import bootstrap_mean
 from croco.lab import world
 from croco.lab.items import LANGUAGES
 from croco.lab.reward import prompt_tokens
-from croco.sampling.chat import conversation_ids
-from croco.sampling.seeds import sample_seed
-from croco.scoring.likelihood import completion_logps
+from croco.models.chat_template import conversation_ids
+from croco.models.loading import load_policy, load_reward
+from croco.models.logprobs import completion_logps
+from croco.models.protocols import Decoding, Request, Sampled, ScoreRequest
+from croco.models.transformers import HFSampler, HFScorer
+from croco.stages.evaluate.stats import bootstrap_mean
+from croco.storage.seeds import sample_seed
 
 POOL = 16
 MAX_NEW_TOKENS = 64

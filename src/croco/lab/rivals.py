@@ -25,7 +25,7 @@ from croco.lab import world
 from croco.lab.corpus import Mixture
 from croco.lab.items import LANGUAGES, Item, items
 from croco.lab.pretrain import MAX_TOKENS, pretrain
-from croco.scoring.alignment import language_token
+from croco.stages.score.alignment import language_token
 
 OTHER_TOKENS, OTHER_PLAIN = 4_000_000, 36_000
 TRANSLATOR_TOKENS = 2_000_000  # of sources and targets

@@ -17,7 +17,7 @@ from random import Random
 import pyarrow as pa
 
 from croco.lab.items import CATEGORIES, CONCEPTS, HELD_OUT_TASKS, LANGUAGES, TUNED, Concept, Item, items, word
-from croco.records import PROMPTS
+from croco.storage.schemas import PROMPTS
 
 MODES = ("good", "careful-wrong", "terse", "rambling", "wrong-language", "evasive", "malformed")
 _FOLDER = Path(__file__).parent / "languages"

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from croco.report.gather import Run
-from croco.report.rows import Row, kinds_of
+from croco.report.examples import Row, kinds_of
+from croco.report.load_run import Run
 
 # deflated bytes of one kind; a third more in the page
 MAX_BYTES = {"pairs": 1_100_000, "comparisons": 700_000, "evaluations": 500_000, "left out": 250_000}

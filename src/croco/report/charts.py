@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from croco.evaluation.results import BASE
-from croco.evaluation.stats import Interval, verdict
-from croco.report.tables import Board, Cell, interval_text, temperature_name
+from croco.report.scores import Board, Cell, interval_text, temperature_name
+from croco.stages.evaluate.results import BASE
+from croco.stages.evaluate.stats import Interval, verdict
 
 MODES = (
     "good",

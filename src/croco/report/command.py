@@ -7,21 +7,21 @@ from pathlib import Path
 
 from rich.console import Console
 
+from croco.config.recipe import Recipe, load
 from croco.errors import UserError
-from croco.recipe import Recipe, load
-from croco.report.gather import read_recipe
-from croco.store import write_for_user
+from croco.report.load_run import read_recipe
+from croco.storage.shards import write_for_user
 
 
 def page(folder: Path, say: Callable[[str], None]) -> str:
     """Make the page of a finished run, or of a study, again; returns a line that says where it is."""
-    from croco import pipeline
+    from croco.pipeline import run
 
     if read_recipe(folder).study:
-        from croco.study.page import write
+        from croco.report.study_page import write
 
         return f"study: {write(_placed(folder), say)}"
-    return f"report: {pipeline.rebuild_report(_placed(folder), say)}"
+    return f"report: {run.rebuild_report(_placed(folder), say)}"
 
 
 def _placed(folder: Path) -> Recipe:
@@ -31,7 +31,7 @@ def _placed(folder: Path) -> Recipe:
 
 def beside(first: Path, second: Path, to: Path | None) -> Path:
     """Write one page of two runs; in the first's folder, named after the second's, if not said otherwise."""
-    from croco.report.beside import build_page
+    from croco.report.two_runs import build_page
 
     _single(first)
     _single(second)

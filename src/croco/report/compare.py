@@ -14,12 +14,11 @@ from typing import Any
 
 import polars as pl
 
+from croco.config.recipe import Recipe
 from croco.errors import UserError
-from croco.evaluation.results import BASE, GROUPS, language_groups, on_common_prompts, summarise
-from croco.follows import eval_prompts_of
-from croco.recipe import Recipe
-from croco.report.gather import read_recipe, require
-from croco.report.tables import (
+from croco.pipeline.inputs import eval_prompts_of
+from croco.report.load_run import read_recipe, require
+from croco.report.scores import (
     ARENA,
     Board,
     Cell,
@@ -29,8 +28,9 @@ from croco.report.tables import (
     enumerate_words,
     temperature_name,
 )
-from croco.sampling.seeds import digest
-from croco.store import read_table
+from croco.stages.evaluate.results import BASE, GROUPS, language_groups, on_common_prompts, summarise
+from croco.storage.seeds import digest
+from croco.storage.shards import read_table
 
 UNTUNED = "base, untuned"
 ABSENT = "not set"

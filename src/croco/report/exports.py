@@ -10,10 +10,10 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from croco.evaluation.results import language_groups
-from croco.report.gather import read_results
-from croco.report.others import Task, tasks
-from croco.report.tables import Board, Cell, arena_board, boards, temperature_name
+from croco.report.diagnostics import Task, tasks
+from croco.report.load_run import read_results
+from croco.report.scores import Board, Cell, arena_board, boards, temperature_name
+from croco.stages.evaluate.results import language_groups
 
 _SPECIAL = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "%": r"\%", "#": r"\#", "_": r"\_",

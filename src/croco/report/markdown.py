@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from croco.evaluation.results import BASE
-from croco.report.gather import read_results
-from croco.report.tables import (
+from croco.report.load_run import read_results
+from croco.report.scores import (
     Board,
     Cell,
     arena_board,
@@ -18,7 +17,8 @@ from croco.report.tables import (
     temperature_name,
 )
 from croco.report.tasks import tasks_markdown
-from croco.store import read_record
+from croco.stages.evaluate.results import BASE
+from croco.storage.shards import read_record
 
 
 def results_markdown(run_folder: Path) -> str:

@@ -13,15 +13,15 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from croco.evaluation.stats import verdict
+from croco.pipeline.stage import Work
 from croco.report import sections
 from croco.report.browser import browse, packed
 from croco.report.charts import remark
-from croco.report.gather import Run, read_run
-from croco.report.others import fidelity
-from croco.report.tables import boards, count_of, scope_name, temperature_name
-from croco.stage import Work
-from croco.store import write_text
+from croco.report.diagnostics import fidelity
+from croco.report.load_run import Run, read_run
+from croco.report.scores import boards, count_of, scope_name, temperature_name
+from croco.stages.evaluate.stats import verdict
+from croco.storage.shards import write_text
 
 TEMPLATES = Path(__file__).parent / "templates"
 

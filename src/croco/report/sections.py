@@ -6,11 +6,10 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from croco.evaluation.results import BASE, language_groups
-from croco.recipe_arm import Arm
-from croco.report import charts, curves, others
-from croco.report.gather import Run, pair_scores, scores_of
-from croco.report.tables import (
+from croco.config.arm import Arm
+from croco.report import charts, curves, diagnostics
+from croco.report.load_run import Run, pair_scores, scores_of
+from croco.report.scores import (
     Board,
     arena_board,
     count_of,
@@ -19,6 +18,7 @@ from croco.report.tables import (
     sentence,
     temperature_name,
 )
+from croco.stages.evaluate.results import BASE, language_groups
 
 HEADINGS = (
     ("verdict", "Verdict"),
@@ -183,11 +183,11 @@ def other_results(run: Run) -> dict[str, Any]:
             ],
             "heat": charts.heats(board, members)[0],
             "forests": charts.forests(board, list(run.recipe.arms), [*board.groups, *board.languages]),
-            "judged": others.judged(run.results, arms),
-            "domains": others.domains(run.results, arms),
-            "costs": others.costs(run),
+            "judged": diagnostics.judged(run.results, arms),
+            "domains": diagnostics.domains(run.results, arms),
+            "costs": diagnostics.costs(run),
         }
-    return {"arena": arena, "tasks": others.tasks(run.results, arms, codes)}
+    return {"arena": arena, "tasks": diagnostics.tasks(run.results, arms, codes)}
 
 
 def modes(run: Run, board: Board) -> dict[str, Any]:

@@ -9,11 +9,11 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from croco.evaluation.results import BASE
-from croco.evaluation.stats import verdict
 from croco.report.compare import Comparison
-from croco.report.gather import read_results
-from croco.report.tables import Board, Cell, arena_board, boards, interval_text, temperature_name
+from croco.report.load_run import read_results
+from croco.report.scores import Board, Cell, arena_board, boards, interval_text, temperature_name
+from croco.stages.evaluate.results import BASE
+from croco.stages.evaluate.stats import verdict
 
 COLOURS = {"better": "green", "worse": "red", "not resolved": ""}
 

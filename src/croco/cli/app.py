@@ -1,0 +1,119 @@
+"""The program itself: what every command shares. It loads nothing that computes.
+
+Bad input is one sentence and exit code 2, Ctrl-C is exit code 130; everything else is a mistake of ours and shows its
+traceback.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+import typer.core
+
+from croco.errors import UserError, printable
+
+if TYPE_CHECKING:
+    from croco.config.recipe import Recipe
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (TOML).", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any value of the recipe, e.g. sampling.completions=8."),
+]
+Rebuild = Annotated[
+    bool, typer.Option("--rebuild", help="Remove stale stages, and those after them, and remake them.")
+]
+ArmName = Annotated[str | None, typer.Option("--arm", metavar="ARM", help="Only this arm.")]
+
+
+class Croco(typer.core.TyperGroup):
+    """The program: whatever a command raises passes through `one_sentence`."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with one_sentence():
+            return super().invoke(ctx)
+
+
+app = typer.Typer(
+    cls=Croco,
+    name="croco",
+    help="Cross-lingual contrastive preference tuning on self-generations.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+lab = typer.Typer(
+    help="The small world shipped inside the package.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(lab, name="lab")
+euroeval = typer.Typer(
+    help="EuroEval's structured tasks: its environment, and the stage.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(euroeval, name="euroeval")
+
+
+def say(line: str) -> None:
+    """A line for the person at the terminal, at once."""
+    print(printable(line), flush=True)
+
+
+@contextmanager
+def one_sentence() -> Iterator[None]:
+    """Turn what a person can act on into one sentence and an exit code; let our own mistakes through."""
+    try:
+        yield
+    except UserError as error:
+        print(printable(f"croco: {error}"), file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("croco: interrupted; run the same command again to go on", file=sys.stderr)
+        raise SystemExit(130) from None
+    except OSError as error:
+        import errno
+
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        print(
+            f"croco: {error.filename or 'a file'} cannot be written ({str(error.strerror).lower()}); "
+            f"make room and run the same command again",
+            file=sys.stderr,
+        )
+        raise SystemExit(2) from None
+
+
+def load_recipe(path: Path, overrides: list[str] | None) -> Recipe:
+    from croco.config import recipe
+
+    return recipe.load(path, overrides or [])
+
+
+def load_run(folder: Path, arm: str) -> Recipe:
+    """The recipe of a run's folder, which has this arm."""
+    if not (folder / "recipe.json").exists():
+        raise UserError(f"{folder} holds no recipe.json, expected the folder of a run")
+    loaded = load_recipe(folder / "recipe.json", [f'run.folder="{folder}"'])
+    if loaded.study:
+        raise UserError(f"{folder} is a study, expected one run: those of its seeds lie in folders of it")
+    if arm not in loaded.arms:
+        raise UserError(f"--arm {arm}: no such arm, expected one of {', '.join(loaded.arms)}")
+    return loaded
+
+
+def stage_command(name: str) -> Callable[..., None]:
+    def command(
+        recipe: RecipePath, overrides: Overrides = None, arm: ArmName = None, rebuild: Rebuild = False
+    ) -> None:
+        loaded = load_recipe(recipe, overrides)
+        from croco.pipeline import run
+
+        run.run_stage(loaded, name, arm=arm, rebuild=rebuild, say=say)
+
+    return command

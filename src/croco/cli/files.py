@@ -1,0 +1,148 @@
+"""Commands between a run and other tools' files: pairs in and out, models out; `train` and `score` take both."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from croco.cli.app import ArmName, Overrides, Rebuild, load_run, say, stage_command
+from croco.errors import UserError
+
+
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    arm: Annotated[str, typer.Option(help="The arm whose pairs to export.")],
+    to: Annotated[Path, typer.Option(help="A new folder.")],
+    form: Annotated[
+        str, typer.Option("--format", help="preference or prompt-completion (SFT).")
+    ] = "preference",
+    license: Annotated[str, typer.Option(help="The licence field of the dataset card.")] = "unknown",
+) -> None:
+    """Write an arm's pairs in TRL's format, with a dataset card."""
+    loaded = load_run(folder, arm)
+    from croco.stages.pair.export_trl import export_pairs
+    from croco.stages.pair.from_files import facts_of
+
+    rows = export_pairs(
+        folder / "pair" / arm,
+        to,
+        form,
+        instructions=loaded.policy.instruction,
+        license=license,
+        facts=facts_of(loaded, arm),
+    )
+    say(f"{rows:,} rows in {to}")
+
+
+def merge(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    arm: Annotated[str, typer.Option(help="The arm whose policy to write.")],
+    to: Annotated[Path, typer.Option(help="A new folder.")],
+    license: Annotated[str, typer.Option(help="The licence field of the model card.")] = "unknown",
+) -> None:
+    """Merge an arm's adapter into its base: a model folder with a card, proven to be base + adapter."""
+    loaded = load_run(folder, arm)
+    from croco.pipeline import run
+    from croco.stages.train.merge import merge as write
+
+    run.set_threads(loaded)
+    write(loaded, arm, to, license, say)
+
+
+def pairs(
+    sources: Annotated[list[Path], typer.Argument(metavar="FILE...", help="JSON lines or Parquet.")],
+    to: Annotated[Path, typer.Option(help="A new folder, for the pairs and what they were made from.")],
+    column: Annotated[
+        list[str] | None, typer.Option(metavar="OURS=THEIRS", help="Map a column, e.g. prompt_id=id.")
+    ] = None,
+    language: Annotated[str | None, typer.Option(help="Of all rows, where no column says it.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A value of an arm, e.g. pool=all.")
+    ] = None,
+    form: Annotated[
+        str, typer.Option("--format", help="preference or prompt-completion (SFT).")
+    ] = "preference",
+    license: Annotated[str, typer.Option(help="The licence field of the dataset card.")] = "unknown",
+) -> None:
+    """Make pairs from scored completions of another tool, and export them."""
+    from croco.stages.pair.from_files import pairs_of_files
+
+    rows = pairs_of_files(sources, to, column or [], language, overrides or [], form, license)
+    say(f"{rows:,} rows in {to / 'export'}")
+
+
+def score(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RECIPE | FILE...", help="A recipe; with --diagnose preference pairs.", show_default=False
+        ),
+    ],
+    overrides: Overrides = None,
+    arm: ArmName = None,
+    rebuild: Rebuild = False,
+    diagnose: Annotated[
+        bool, typer.Option("--diagnose", help="Measure how reward models rank the pairs of files.")
+    ] = False,
+    reward: Annotated[
+        list[str] | None, typer.Option(metavar="MODEL", help="With --diagnose: a reward model; may repeat.")
+    ] = None,
+    to: Annotated[
+        Path | None, typer.Option(help="With --diagnose: a new folder.", show_default=False)
+    ] = None,
+    language: Annotated[
+        str | None, typer.Option(help="With --diagnose: of all rows, where no column says it.")
+    ] = None,
+) -> None:
+    if not diagnose:
+        if len(paths) != 1 or reward or to or language:
+            raise UserError(
+                "croco score takes one recipe; FILE..., --reward, --to and --language go with --diagnose"
+            )
+        stage_command("score")(paths[0], overrides, arm, rebuild)
+        return
+    if arm or rebuild:
+        raise UserError("croco score --diagnose reads files of pairs: --arm and --rebuild go with a recipe")
+    if to is None:
+        raise UserError("croco score --diagnose: expected --to FOLDER")
+    from croco.stages.score import diagnose as ranking
+
+    ranking.diagnose(paths, reward or [], to, language, overrides or [])
+    say((to / "ranking.md").read_text(encoding="utf-8"))
+
+
+def train(
+    sources: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RECIPE|FILE...", help="A recipe, or preference pairs (JSON lines or Parquet)."
+        ),
+    ],
+    overrides: Overrides = None,
+    arm: ArmName = None,
+    rebuild: Rebuild = False,
+    model: Annotated[str | None, typer.Option(help="With pairs: the policy to tune.")] = None,
+    to: Annotated[Path | None, typer.Option(help="With pairs: a new folder.")] = None,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(metavar="OURS=THEIRS", help="With pairs: map a column, e.g. prompt_id=id."),
+    ] = None,
+    language: Annotated[str | None, typer.Option(help="With pairs: where no column says it.")] = None,
+    license: Annotated[str, typer.Option(help="With pairs: the licence field of the card.")] = "unknown",
+) -> None:
+    """Tune an arm of a recipe, or (with --model and --to) a model on any preference pairs."""
+    if len(sources) == 1 and (sources[0].suffix == ".toml" or sources[0].name == "recipe.json"):
+        given = {"--model": model, "--to": to, "--column": column, "--language": language}
+        if wrong := [name for name, value in given.items() if value]:
+            raise UserError(f"{', '.join(wrong)}: for files of pairs, and {sources[0]} is a recipe")
+        stage_command("train")(sources[0], overrides, arm, rebuild)
+        return
+    if arm is not None or rebuild:
+        raise UserError("--arm and --rebuild are for a recipe (.toml), and these are files of pairs")
+    if model is None or to is None:
+        raise UserError(f"{sources[0]} is no recipe (.toml): pairs need --model MODEL and --to FOLDER")
+    from croco.stages.train.from_files import train_on_files
+
+    train_on_files(sources, model, to, column or [], language, overrides or [], license, say)

@@ -1,0 +1,183 @@
+"""`croco doctor RECIPE`: what a recipe's models, templates and prompts come to, before anything expensive runs.
+
+Loads configs and tokenizers, not weights: architectures are counted on the meta device. With `measure` the engines are
+opened too and asked for a little, which finds weights that do not load and gives the rate that hours follow from.
+Everything is looked at before the first thing that is wrong ends it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from croco.cli import plan
+from croco.cli import preflight_models as models
+from croco.cli.preflight_models import LENGTHS, Prompt
+from croco.config.models import Model
+from croco.config.recipe import Recipe
+from croco.errors import UserError
+from croco.models import open
+from croco.pipeline.compute import examined
+from croco.storage.hashing import check_adapter
+
+MEASURED_PROMPTS, MEASURED_COMPLETIONS, MEASURED_TOKENS = 8, 16, 64
+
+
+def examine(recipe: Recipe, measure: bool = False) -> Iterator[str]:
+    """Lines for a person; raises UserError with the first thing that would stop the run, and how many there are."""
+    rows = _prompts(recipe)
+    rates = plan.rates(recipe)
+    wrong: list[str] = []
+    for check in (
+        lambda: _engines(recipe),
+        lambda: servers(recipe),
+        lambda: _euroeval(recipe) if recipe.euroeval else (),
+        lambda: models.policy(recipe, rows),
+        lambda: models.translation(recipe, recipe.translate, rows[0]["messages"]) if recipe.translate else (),
+        lambda: models.reward(recipe, rows),
+        lambda: models.samplers(recipe, rows),
+        lambda: models.alignment(recipe),
+        lambda: models.judge(recipe),
+        lambda: _tuning(recipe),
+        lambda: _adapters(recipe),
+        lambda: _measured(recipe, rows, rates) if measure else (),
+        lambda: plan.cost(recipe, rates),
+    ):
+        try:
+            for line in check():
+                yield line
+                if plan.MISFIT in line:
+                    wrong.append(" ".join(line.split()))
+        except UserError as error:
+            yield f"WRONG         {error}"
+            wrong.append(str(error))
+    if wrong:
+        more = f" (and {len(wrong) - 1} more, see above)" if len(wrong) > 1 else ""
+        raise UserError(wrong[0] + more)
+
+
+def _prompts(recipe: Recipe) -> list[Prompt]:
+    """The prompts to tune on, as the recipe names them (of a hub dataset without a limit, the first)."""
+    from croco.stages.prompts.load import load
+
+    section = recipe.prompts
+    hub = section.source.startswith("hf:")
+    return load(
+        section.source,
+        split=section.split,
+        revision=section.revision,
+        languages=recipe.prompts_languages,
+        limit=section.limit or (LENGTHS if hub else None),
+        id_column=section.id_column,
+        language_column=section.language_column,
+    ).prompts.to_pylist()
+
+
+def _engines(recipe: Recipe) -> Iterator[str]:
+    open.check(recipe)
+    yield f"engines       {', '.join(f'{role}: {engine}' for role, engine in recipe.runtime.engines)}"
+    for line in examined(recipe.runtime):
+        yield f"workers       {line}"
+
+
+def servers(recipe: Recipe) -> Iterator[str]:
+    """Whether each server of the recipe is there and serves its model; raises UserError at one that does not."""
+    served: dict[str, Model | None] = {
+        "translate": recipe.translate,
+        "sample": recipe.policy,
+        "evaluate": recipe.policy,
+        "score": recipe.reward,
+        "judge": recipe.judge,
+    }
+    for role, section in served.items():
+        if section is None or getattr(recipe.runtime.engines, role) != "server":
+            continue
+        from croco.models.openai_server import Connection
+
+        found = Connection(getattr(recipe.runtime.servers, role), role, section.model)
+        context = f", context {found.max_context} tokens" if found.max_context else ""
+        yield f"server        {role}: {found.url} serves {found.served}{context}"
+
+
+def _euroeval(recipe: Recipe) -> Iterator[str]:
+    """EuroEval's environment, and what serves the policies that it asks."""
+    from croco.stages.euroeval import euroeval
+
+    euroeval.check(recipe)
+    yield f"euroeval      {recipe.runtime.euroeval.python}"
+    for arm in recipe.runtime.euroeval.urls:
+        found = euroeval.named_server(recipe.runtime.euroeval, arm)
+        yield f"  {found.url} serves '{euroeval.model_name(arm)}', {found.max_context or 'unknown'} tokens at most"
+
+
+def _tuning(recipe: Recipe) -> Iterator[str]:
+    """The policy's weights and what is trained of them, with gradients and AdamW's moments, against what is free."""
+    from croco.models import memory
+    from croco.models.loading import pick_device, pick_dtype
+    from croco.stages.train.memory_plan import STATE_BYTES, trained_parameters
+
+    device = pick_device(recipe.runtime.device)
+    itemsize, free = pick_dtype(recipe.policy.dtype, device).itemsize, memory.free_bytes(device)
+    for whole in sorted({arm.training.full for arm in recipe.arms.values()}):
+        model = models.weightless(recipe.policy, "policy", "causal")
+        ranks = [arm.training.lora.rank for arm in recipe.arms.values() if arm.training.full == whole]
+        targets = next(
+            arm.training.lora.targets for arm in recipe.arms.values() if arm.training.full == whole
+        )
+        trained = trained_parameters(model, None if whole else (max(ranks), targets))
+        needed = model.num_parameters() * (4 if whole else itemsize)
+        needed += trained * (STATE_BYTES + (0 if whole else 4))
+        what = "all weights" if whole else f"adapters of rank {max(ranks)}"
+        fits = "fits" if needed <= free else plan.MISFIT
+        yield (
+            f"tuning        {what}: {trained / 1e6:,.1f} M trained, {models.gib(needed)} before activations; "
+            f"{models.gib(free)} are free: {fits}"
+        )
+
+
+def _adapters(recipe: Recipe) -> Iterator[str]:
+    """The adapters that are there, each of this very base."""
+    for arm in recipe.arms:
+        folder = recipe.folder / "train" / arm / "adapter"
+        if folder.is_dir():
+            check_adapter(folder, recipe.policy.model, recipe.policy.revision)
+            yield f"adapter       {arm}: trained on this policy"
+
+
+def _measured(recipe: Recipe, rows: Sequence[Prompt], rates: dict[str, float]) -> Iterator[str]:
+    """A few short completions sampled and scored by the recipe's engines; their rates are put into `rates`."""
+    from croco.models.protocols import Decoding
+    from croco.stages.sample import sample_shards
+    from croco.stages.score.score import score_conversations, tabulate
+
+    sampling, some = recipe.sampling, models.looked_at(rows)[:MEASURED_PROMPTS]
+    most = min(sampling.max_new_tokens, MEASURED_TOKENS)
+    sampler, tokenizer = open.open_sampler("sample", recipe, recipe.run.seed)
+    start = time.monotonic()
+    ((_, table, _),) = sample_shards(
+        sampler,
+        tokenizer,
+        {0: some},
+        Decoding(sampling.temperature, sampling.top_p, sampling.top_k, most, sampling.stop),
+        num_completions=min(sampling.completions, MEASURED_COMPLETIONS),
+        run_seed=recipe.run.seed,
+        instructions=recipe.policy.instruction,
+    )
+    seconds, tokens = time.monotonic() - start, sum(table["completion_tokens"].to_pylist())
+    rates["sample"] = tokens / seconds
+    yield f"measured      {tokens:,} tokens sampled in {seconds:.1f} s, {rates['sample']:,.0f} a second"
+    del sampler
+    scorer, tokenizer = open.open_scorer(recipe)
+    messages = {(row["prompt_id"], row["language"]): row["messages"] for row in some}
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in table.to_pylist():
+        groups.setdefault((row["prompt_id"], row["language"]), []).append(row)
+    start = time.monotonic()
+    scored = score_conversations(
+        scorer, tokenizer, [(messages[key], group) for key, group in groups.items()], recipe.reward.max_tokens
+    )
+    seconds = time.monotonic() - start
+    tabulate(list(groups.values()), scored, recipe.reward.model)  # names a score that is no number
+    rates["score"] = table.num_rows / seconds
+    yield f"  {table.num_rows:,} completions scored in {seconds:.1f} s, {rates['score']:,.0f} a second"

@@ -1,0 +1,201 @@
+"""The one place where a chat template is applied, so that the ids sampled are the ids scored and trained on.
+
+Two views of a conversation. The policy sees its own template, the language's instruction (if the recipe has one)
+appended to the last user turn, and the opening of the assistant's turn; training reads exactly that prompt again. The
+reward model sees the conversation as the user wrote it, without the instruction, through *its* template: it judges the
+completion, not how it was asked for.
+
+Special tokens come from the template only. A token's name that stands in a message or completion is text that somebody
+wrote, and is tokenised as text: it opens no turn and ends none.
+
+Leaves out tools and documents: the tables keep messages as text.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+
+from croco.errors import UserError
+from croco.models.protocols import Request
+
+Messages = Sequence[Mapping[str, str]]
+MARK = "\ufdd0"  # breaks the name of a special token in two; Unicode keeps it for such use, no text has it
+
+
+def with_instruction(messages: Messages, instruction: str | None) -> list[dict[str, str]]:
+    """A copy of the messages with the instruction appended to the last user turn after a blank line."""
+    copied = [{"role": message["role"], "content": message["content"]} for message in messages]
+    if not instruction:
+        return copied
+    for message in reversed(copied):
+        if message["role"] == "user":
+            message["content"] = f"{message['content']}\n\n{instruction}"
+            return copied
+    raise UserError(
+        f"the instruction {instruction!r} needs a user turn to stand in, found {_roles(messages)}"
+    )
+
+
+def prompt_ids(tokenizer: Any, messages: Messages, instruction: str | None = None) -> list[int]:
+    """Token ids of a policy's prompt, the assistant's turn opened; special tokens come from the template only (no
+    double BOS). Raises UserError when the template is missing or refuses the messages."""
+    turns = with_instruction(messages, instruction)
+    return _encoded(tokenizer, [_render(tokenizer, turns, add_generation_prompt=True)])[0]
+
+
+def text_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of completions alone, as a policy would write them, without special tokens."""
+    return _encoded(tokenizer, [_broken(tokenizer, text) for text in texts])
+
+
+def request(
+    tokenizer: Any,
+    key: int,
+    messages: Messages,
+    seeds: list[int],
+    instruction: str | None = None,
+    name: str = "",
+) -> Request:
+    """What a sampler is asked: the prompt in tokens, or in messages where the sampler has no tokenizer here."""
+    if tokenizer is None:
+        return Request(key, [], seeds, tuple(with_instruction(messages, instruction)), name)
+    return Request(key, prompt_ids(tokenizer, messages, instruction), seeds, (), name)
+
+
+def conversation_ids(tokenizer: Any, messages: Messages, completion: str) -> list[int]:
+    """Token ids of the whole conversation, the completion as its last assistant turn: what a reward model reads."""
+    return conversations_ids(tokenizer, messages, [completion])[0]
+
+
+def conversations_ids(tokenizer: Any, messages: Messages, completions: Sequence[str]) -> list[list[int]]:
+    """`conversation_ids` of many completions of one prompt."""
+    turns = with_instruction(messages, None)
+    texts = [
+        _render(tokenizer, [*turns, {"role": "assistant", "content": text}], False) for text in completions
+    ]
+    return _encoded(tokenizer, texts)
+
+
+def same_ids(one: Any, other: Any) -> bool:
+    """Whether two tokenizers cut every text into the same ids: the same words, and the same rules to find them."""
+    if one.get_vocab() != other.get_vocab():
+        return False
+    backends: list[Any] = [getattr(tokenizer, "backend_tokenizer", None) for tokenizer in (one, other)]
+    if None in backends:
+        return type(one) is type(other) and backends == [None, None]
+    rules = [json.loads(backend.to_str()) for backend in backends]
+    return all(rules[0][key] == rules[1][key] for key in ("normalizer", "pre_tokenizer", "model"))
+
+
+def end_ids(tokenizer: Any, generation_config: Any) -> set[int]:
+    """The ids that end a completion: the generation config's end tokens and the tokenizer's. UserError without any."""
+    configured = getattr(generation_config, "eos_token_id", None)
+    named = [*configured] if isinstance(configured, list | tuple) else [configured]
+    found = {int(token) for token in (*named, tokenizer.eos_token_id) if token is not None}
+    if not found:
+        raise UserError(
+            f"{_name(tokenizer)}: found no end-of-sequence token, expected one in tokenizer or generation config"
+        )
+    return found
+
+
+def end_id(tokenizer: Any, generation_config: Any) -> int:
+    """The one end token that closes an assistant turn in training: the template's own, else the tokenizer's.
+
+    Sampling stops at any of `end_ids`; a model may list several (Qwen3 lists <|im_end|> and <|endoftext|>), and the
+    tables do not say which one was drawn, so training and likelihood agree on this one.
+    """
+    ends = end_ids(tokenizer, generation_config)
+    rendered = conversation_ids(tokenizer, [{"role": "user", "content": "x"}], "x")
+    closing = next((token for token in reversed(rendered) if token in ends), None)
+    if closing is not None:
+        return closing
+    return tokenizer.eos_token_id if tokenizer.eos_token_id is not None else min(ends)
+
+
+def check_prefix(tokenizer: Any, prompt: Sequence[int], conversation: Sequence[int]) -> None:
+    """Raise UserError, showing both, unless the prompt's ids are a prefix of the conversation's ids."""
+    if list(conversation[: len(prompt)]) == list(prompt):
+        return
+    same = next(
+        (i for i, (a, b) in enumerate(zip(prompt, conversation, strict=False)) if a != b), len(conversation)
+    )
+    raise UserError(
+        f"{_name(tokenizer)}: the chat template's prompt is no prefix of prompt + completion from token {same} on: "
+        f"prompt {tokenizer.decode(list(prompt))!r}, conversation {tokenizer.decode(list(conversation))!r}"
+    )
+
+
+def _render(tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+    if not messages:
+        raise UserError(f"{_name(tokenizer)}: found a conversation without messages, expected at least one")
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError(
+            f"{_name(tokenizer)}: found no chat template, expected one in the tokenizer or in the recipe"
+        )
+    turns = [turn | {"content": _broken(tokenizer, turn["content"])} for turn in messages]
+    try:
+        return _apply(tokenizer, turns, add_generation_prompt)
+    except (TemplateError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{_name(tokenizer)}: the chat template refuses the conversation ({reason}); roles {_roles(messages)}"
+        ) from error
+
+
+def _apply(tokenizer: Any, turns: list[dict[str, str]], add_generation_prompt: bool) -> str:
+    text: str = tokenizer.apply_chat_template(
+        turns, add_generation_prompt=add_generation_prompt, tokenize=False
+    )
+    return text
+
+
+def _broken(tokenizer: Any, text: str) -> str:
+    """A text with a mark within the name of every special token that it holds."""
+    text = text.replace(MARK, "")
+    names = _special_names(tokenizer, str(tokenizer.chat_template))
+    while names is not None and names.search(text):
+        text = names.sub(lambda name: name[0][0] + MARK + name[0][1:], text)
+    return text
+
+
+@lru_cache(maxsize=16)
+def _special_names(tokenizer: Any, template: str) -> re.Pattern[str] | None:
+    """What matches the names of special tokens, and of the other added tokens that open and close a user's turn."""
+    try:
+        turn = _apply(tokenizer, [{"role": "user", "content": "x"}], False)
+    except (TemplateError, TypeError, ValueError):
+        turn = ""
+    added = tokenizer.added_tokens_decoder.values()
+    names = {token.content for token in added if token.special or token.content in turn}
+    parts = [re.escape(name) for name in names if len(name) > 1 and not name.isspace()]
+    return re.compile("|".join(sorted(parts, key=len, reverse=True))) if parts else None
+
+
+def _encoded(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of texts; what stands on either side of a mark is tokenised by itself."""
+    plain = [text.split(MARK)[0] for text in texts]
+    found: list[list[int]] = tokenizer(plain, add_special_tokens=False)["input_ids"] if texts else []
+    for ids, text in zip(found, texts, strict=True):
+        for part in text.split(MARK)[1:]:
+            ids += _continuing(tokenizer, part)
+    return found
+
+
+def _continuing(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text that continues another: behind a line break, SentencePiece puts no space before it."""
+    both = tokenizer(["\n", "\n" + text, text], add_special_tokens=False)["input_ids"]
+    line_break, behind, alone = both
+    return behind[len(line_break) :] if behind[: len(line_break)] == line_break else alone
+
+
+def _roles(messages: Messages) -> str:
+    return ", ".join(message["role"] for message in messages) or "none"
+
+
+def _name(tokenizer: Any) -> str:
+    return str(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__)

@@ -1,0 +1,45 @@
+"""A judge: any model that can be sampled, asked greedily. What to ask and how to read the verdict is the caller's.
+
+A conversation that does not fit, or that a server refuses, gets the reason in place of a verdict.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from croco.models.chat_template import request
+from croco.models.protocols import Decoding, Judged, JudgeRequest, Sampled, Sampler
+
+SEED = 0  # greedy: every seed draws the same
+
+
+class SamplerJudge:
+    """A judge on any sampler; `tokenizer` is None where the sampler takes messages."""
+
+    def __init__(self, sampler: Sampler, tokenizer: Any) -> None:
+        self.sampler, self.tokenizer = sampler, tokenizer
+        self.name, self.facts = sampler.name, sampler.facts
+
+    def judge(
+        self, requests: Sequence[JudgeRequest], max_new_tokens: int
+    ) -> Iterator[tuple[int, Judged | str]]:
+        """Yield (key, what the judge wrote, or why there is nothing) once per request, as they finish."""
+        asked, limit = {}, self.sampler.max_context
+        for one in requests:
+            made = request(self.tokenizer, one.key, one.messages, [SEED], name=f"judgement {one.key}")
+            if len(made.prompt_ids) >= limit:
+                reason = f"the judge's prompt has {len(made.prompt_ids)} tokens, the context of {self.name} {limit}"
+                yield one.key, reason
+            else:
+                asked[one.key] = made
+        for key, (drawn,) in self.sampler.sample(list(asked.values()), Decoding(0.0, 1.0, 0, max_new_tokens)):
+            if isinstance(drawn, str):
+                yield key, drawn
+            else:
+                yield key, self._judged(drawn, len(asked[key].prompt_ids))
+
+    def _judged(self, drawn: Sampled, prompt_tokens: int) -> Judged:
+        text = (
+            self.tokenizer.decode(drawn.ids, skip_special_tokens=True) if drawn.text is None else drawn.text
+        )
+        counted = prompt_tokens if drawn.num_prompt_tokens is None else drawn.num_prompt_tokens
+        return Judged(text, drawn.finish_reason, counted, drawn.completion_tokens)

@@ -1,0 +1,210 @@
+"""Loading models and tokenizers of transformers, strictly.
+
+A directory that is no model, weights that do not fit the architecture or the memory, an adapter of another base, or a
+reward model with another number of logits than one is a UserError before anything runs. Leaves out several devices and
+quantisation.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from croco.errors import UserError
+from croco.models.memory import out_of_memory
+from croco.storage.hashing import check_adapter, local_model
+
+COMPUTED = re.compile(r"rotary_emb\.|\.attn\.(masked_)?bias$|position_ids$|\.mtp\.|(^|\.)mtp")
+HEAD = re.compile(r"(^|\.)(score|classif\w*|\w*head|regression\w*|qa_outputs)\.")
+KINDS = {  # what is wanted, by the class that loads it
+    "AutoModelForCausalLM": "causal language model",
+    "AutoModelForSequenceClassification": "sequence classifier",
+    "AutoModelForSeq2SeqLM": "translation model",
+}
+
+
+def resolve_model(name: str, key: str = "model") -> str | Path:
+    """The place a model's name stands for: a directory (of the package for "lab:policy" and "lab:reward"), or the hub
+    id itself. Raises UserError naming the key for a path that is no model directory."""
+    return local_model(name, key) or name
+
+
+def pick_device(device: str = "auto") -> torch.device:
+    """The device named, or for "auto" a CUDA device when there is one, else the CPU.
+
+    Raises UserError for one that torch does not find here.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    wanted = torch.device(device)
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted.type == "cuda" and (wanted.index or 0) >= num_gpus:
+        raise UserError(f"runtime.device = '{device}', but torch finds {num_gpus} CUDA devices here")
+    if wanted.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"runtime.device = '{device}', but torch finds no such device here")
+    return wanted
+
+
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """The dtype named; for "auto" bfloat16 on a GPU and float32 on a CPU, where exactness costs little."""
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise UserError(
+            f"dtype {dtype!r}: found no such floating point type, expected auto, float32 or bfloat16"
+        )
+    return found
+
+
+def load_tokenizer(
+    model: str,
+    revision: str | None = None,
+    chat_template: Path | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """The model's tokenizer, its chat template replaced by the file's if one is given."""
+    from transformers import AutoTokenizer
+
+    place = resolve_model(model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            place, revision=revision, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"model {model!r}: its tokenizer does not load: {_first_line(error)}") from error
+    if chat_template is not None:
+        try:
+            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+        except OSError as error:
+            raise UserError(
+                f"chat template {str(chat_template)!r}: cannot be read: {_first_line(error)}"
+            ) from error
+    return tokenizer
+
+
+def load_policy(
+    model: str,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    adapter: Path | None = None,
+    chat_template: Path | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any]:
+    """A causal model in eval mode and its tokenizer; an adapter folder, if given, is merged in memory."""
+    from transformers import AutoModelForCausalLM
+
+    if adapter is not None:
+        check_adapter(adapter, model, revision)
+    tokenizer = load_tokenizer(model, revision, chat_template, trust_remote_code)
+    policy = _load(AutoModelForCausalLM, model, revision, dtype, device, trust_remote_code)
+    if adapter is not None:
+        from croco.models.lora import load_adapter
+
+        policy = load_adapter(policy, adapter)
+    return policy.eval(), tokenizer
+
+
+def load_reward(
+    model: str,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any]:
+    """A sequence classifier with exactly one logit, in eval mode, and its tokenizer."""
+    from transformers import AutoModelForSequenceClassification
+
+    tokenizer = load_tokenizer(model, revision, None, trust_remote_code)
+    reward = _load(AutoModelForSequenceClassification, model, revision, dtype, device, trust_remote_code)
+    if reward.config.num_labels != 1:
+        raise UserError(f"reward model {model!r}: found {reward.config.num_labels} logits, expected one")
+    return reward.eval(), tokenizer
+
+
+def load_translator(
+    model: str,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any]:
+    """A sequence-to-sequence model in eval mode and its tokenizer."""
+    from transformers import AutoModelForSeq2SeqLM
+
+    tokenizer = load_tokenizer(model, revision, None, trust_remote_code)
+    translator = _load(AutoModelForSeq2SeqLM, model, revision, dtype, device, trust_remote_code)
+    return translator.eval(), tokenizer
+
+
+def max_context(model: Any) -> int:
+    """The number of positions the model was made for."""
+    positions: int = model.config.get_text_config().max_position_embeddings
+    return positions
+
+
+def _load(
+    auto: Any, model: str, revision: str | None, dtype: str, device: str, trust_remote_code: bool
+) -> Any:
+    """The model on its device; raises UserError where its files lack weights, of which transformers only warns."""
+    place, where = resolve_model(model), pick_device(device)
+    try:
+        with quiet_loading():
+            loaded, report = auto.from_pretrained(
+                place,
+                revision=revision,
+                dtype=pick_dtype(dtype, where),
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+            )
+            loaded = loaded.to(where)
+    except (OSError, ValueError, KeyError, RuntimeError, MemoryError, SafetensorError) as error:
+        if out_of_memory(error):
+            raise UserError(f"model {model!r}: its weights do not fit in the memory of {where}") from error
+        raise UserError(f"model {model!r}: does not load as {auto.__name__}: {_first_line(error)}") from error
+    if missing := sorted(report["missing_keys"]):
+        kind = KINDS[auto.__name__]
+        raise UserError(f"model {model!r}: found no weights for {missing[0]}, expected a whole {kind}")
+    if extra := left_over(report["unexpected_keys"], loaded):
+        raise UserError(
+            f"model {model!r}: its files hold {len(extra)} weights that its config.json has no place for, such as "
+            f"{extra[0]}: expected those of a {type(loaded).__name__} alone"
+        )
+    return loaded
+
+
+def left_over(names: Iterable[str], network: Any) -> list[str]:
+    """Weights in a model's files that are another network's: layers beyond its own, or the head of another kind.
+
+    Tables that are computed anew count for nothing, nor does a language model's head beside a classifier's.
+    """
+    own = {name for name, _ in network.named_children()}
+    kept = [name for name in names if not COMPUTED.search(name)]
+    heads = [name for name in kept if HEAD.search(name) and not name.startswith(("lm_head", "mtp"))]
+    return sorted({*heads, *(name for name in kept if name.partition(".")[0] in own)})
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Without transformers' bars and tables: what is wrong with a model is said in our one sentence."""
+    from transformers.utils import logging
+
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -1,0 +1,247 @@
+"""One forward over many sequences that share prefixes: each prefix is computed once, the rest in batches by length.
+
+Completions of one prompt begin with the same tokens. Their keys and values are computed and stored once, and the rows
+that follow look at them there (`suffix_attention`). Where a group spares too few tokens to be worth that, and where an
+architecture is not known to allow it, whole sequences are computed: the same numbers. Either way rows are batched by
+what is left to compute, across prompts, so that little is padding; padding stands on the right, where causal attention
+never looks.
+
+Shapes: B rows, P prefix tokens, T tokens after it.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import DynamicCache
+
+from croco.models.attention.decode import plugged_in
+from croco.models.attention.prefill import NAME, Batch, Prefix
+from croco.models.attention.support import unsupported
+from croco.models.batching import buckets
+
+CPU_TOKENS = 2048  # computed at once: larger batches leave a CPU's caches and are up to a third slower
+Row = tuple[int, int]  # (group, sequence within it)
+KeysValues = tuple[
+    list[torch.Tensor], list[torch.Tensor]
+]  # of one prefix, (1, key-value heads, P, D) per layer
+
+
+@dataclass(frozen=True)
+class Group:
+    """Sequences `prefix + rest`, one per rest; every rest has a token, the prefix may be empty."""
+
+    prefix: list[int]
+    rests: list[list[int]]
+
+
+def forward(
+    network: Any,
+    groups: Sequence[Group],
+    token_budget: int,
+    share: bool = True,
+    read_at: Sequence[Sequence[int]] | None = None,
+) -> Iterator[tuple[list[Row], Any]]:
+    """Yield (rows, the network's output over their rests, right-padded to (B, T, …)) until every rest is done.
+
+    `token_budget` bounds the tokens of a batch, and those of the prefixes stored at a time (a longer single row, or
+    prefix, stands alone). With `read_at`, the one place in each rest that is wanted, the others' output is arbitrary:
+    the last layer is not finished there. Without `share` whole sequences go the way of transformers.
+    """
+    read_at = read_at if share else None
+    ours = [
+        g for g, group in enumerate(groups) if share and can_share(network) and not _slides(network, group)
+    ]
+    shared = sorted((g for g in ours if _saves(groups[g])), key=lambda g: len(groups[g].prefix))
+    for number, pool in enumerate(_pools([len(groups[g].prefix) for g in shared], token_budget)):
+        stored = _store(network, groups, shared[pool], token_budget)
+        alone = set(ours) - set(shared) if number == 0 else set()
+        yield from _rests(network, groups, [*stored, *alone], stored, token_budget, read_at)
+    others = sorted(set(range(len(groups))) - set(ours))
+    yield from _rests(network, groups, others, None, token_budget, read_at)
+
+
+@torch.inference_mode()
+def disagreement(network: Any) -> str | None:
+    """None when shared prefixes give on a trial what whole sequences give on this very network, else why not.
+
+    Compared is the relative difference of what is put out at the last token: rounding makes it 1e-6 in float32 and a
+    hundredth in bfloat16, a prefix that is not seen or a layer that is not finished makes it large.
+    """
+    vocabulary = network.config.get_text_config().vocab_size
+    groups = [
+        Group([(7 * i + k) % vocabulary for i in range(9 - k)], [[5, 6, 7], [8], [9, 4]]) for k in (0, 3)
+    ]
+    last = [[2, 0, 1]] * len(groups)
+
+    def found(share: bool) -> torch.Tensor:
+        rows = {
+            (g, i): output[0][line, last[g][i]].double()
+            for batch, output in forward(network, groups, 64, share, last)
+            for line, (g, i) in enumerate(batch)
+        }
+        return torch.stack([rows[row] for row in sorted(rows)])
+
+    try:
+        fast, slow = found(True), found(False)
+    except RuntimeError as error:
+        return f"a trial of shared prefixes failed: {str(error).splitlines()[0]}"
+    gap = ((fast - slow).norm() / slow.norm()).item()
+    if gap > (1e-3 if network.dtype == torch.float32 else 0.1):
+        return f"with shared prefixes a trial differs by {gap:.2g} from whole sequences"
+    return None  # broken weights give NaN either way: that is for the reader of the scores to name
+
+
+def can_share(network: Any) -> bool:
+    """Whether our attention computes what the network's does: known layers, computed by SDPA."""
+    return unsupported(network) is None and network.config._attn_implementation == "sdpa"
+
+
+def _slides(network: Any, group: Group) -> bool:
+    """Whether a sliding window ends within one of the sequences."""
+    config = network.config.get_text_config()
+    kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
+    if window is None or (kinds and "sliding_attention" not in kinds):
+        return False
+    return len(group.prefix) + max(map(len, group.rests), default=0) > window
+
+
+def _saves(group: Group) -> bool:
+    """Whether sharing leaves out more than an eighth of a group's tokens."""
+    whole = len(group.prefix) * len(group.rests) + sum(map(len, group.rests))
+    return len(group.prefix) * (len(group.rests) - 1) > whole / 8
+
+
+def _pools(lengths: Sequence[int], token_budget: int) -> Iterator[slice]:
+    """Slices of lengths that together stay under the budget; one empty slice of none."""
+    start = total = 0
+    for place, length in enumerate(lengths):
+        if place > start and total + length > token_budget:
+            yield slice(start, place)
+            start, total = place, 0
+        total += length
+    yield slice(start, len(lengths))
+
+
+def _store(
+    network: Any, groups: Sequence[Group], members: Sequence[int], token_budget: int
+) -> dict[int, KeysValues]:
+    """Keys and values of each group's prefix, computed in batches of like length (members come sorted by it)."""
+    stored: dict[int, KeysValues] = {}
+    for batch in buckets([len(groups[g].prefix) for g in members], _at_once(network, token_budget)):
+        cache = DynamicCache()
+        prefixes = _padded([groups[g].prefix for g in members[batch]], network.device)
+        getattr(network, network.base_model_prefix, network)(
+            input_ids=prefixes, past_key_values=cache, use_cache=True
+        )  # without the head: nothing is read here
+        for line, g in enumerate(members[batch]):
+            here = slice(line, line + 1), slice(None), slice(len(groups[g].prefix))
+            stored[g] = (
+                [layer.keys[here].contiguous() for layer in cache.layers],
+                [layer.values[here].contiguous() for layer in cache.layers],
+            )
+    return stored
+
+
+def _rests(
+    network: Any,
+    groups: Sequence[Group],
+    members: Sequence[int],
+    stored: dict[int, KeysValues] | None,
+    token_budget: int,
+    read_at: Sequence[Sequence[int]] | None,
+) -> Iterator[tuple[list[Row], Any]]:
+    """The rows of these groups by length, those behind a stored prefix without it; None is transformers' attention."""
+    skips = {g: 0 if stored and g in stored else len(groups[g].prefix) for g in members}
+    rows = [
+        ((g, i), (groups[g].prefix if skips[g] else []) + rest)
+        for g in members
+        for i, rest in enumerate(groups[g].rests)
+    ]
+    rows.sort(key=lambda row: len(row[1]))
+    for batch in buckets([len(ids) for _, ids in rows], _at_once(network, token_budget)):
+        part = sorted(rows[batch], key=lambda row: row[0])  # rows of one prefix stand together
+        places = [place for place, _ in part]
+        ids_BT = _padded([ids for _, ids in part], network.device)
+        at_B = None
+        if read_at is not None:
+            at_B = torch.tensor([skips[g] + read_at[g][i] for g, i in places], device=network.device)
+        with _last_layer_at(network, at_B):
+            if stored is None:
+                output = network(input_ids=ids_BT, use_cache=False)
+            else:
+                output = _behind(network, ids_BT, groups, [g for g, _ in places], stored, at_B)
+        yield from _without_prefix(places, [skips[g] for g, _ in places], output)
+
+
+def _behind(
+    network: Any,
+    ids_BT: torch.Tensor,
+    groups: Sequence[Group],
+    owners: list[int],
+    stored: dict[int, KeysValues],
+    at_B: torch.Tensor | None,
+) -> Any:
+    """The network over rows of which number b stands behind the stored prefix of group `owners[b]`, if there is one."""
+    start_B = torch.tensor(
+        [len(groups[g].prefix) if g in stored else 0 for g in owners], device=network.device
+    )
+    prefixes = [
+        Prefix(slice(owners.index(g), owners.index(g) + owners.count(g)), *stored[g])
+        for g in sorted(set(owners) & stored.keys())
+    ]
+    with plugged_in(network, NAME):
+        return network(
+            input_ids=ids_BT,
+            position_ids=start_B[:, None] + torch.arange(ids_BT.shape[1], device=network.device),
+            use_cache=False,
+            batch=Batch(prefixes, at_B, network.config.get_text_config().num_hidden_layers - 1),
+        )
+
+
+@contextmanager
+def _last_layer_at(network: Any, at_B: torch.Tensor | None) -> Iterator[None]:
+    """Within it, the last layer projects and feeds forward one token per row; what is added to all of the row's
+    tokens is right at that one."""
+    layers = getattr(network, "layers", [])
+    inside = layers[-1].named_modules() if len(layers) else []
+    parts = [module for name, module in inside if name in ("self_attn.o_proj", "mlp")]
+    if at_B is None or len(parts) < 2:
+        yield
+        return
+    line_B = torch.arange(len(at_B), device=at_B.device)
+    hooks = [
+        part.register_forward_pre_hook(lambda module, args: (args[0][line_B, at_B][:, None],))
+        for part in parts
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _at_once(network: Any, token_budget: int) -> int:
+    return min(token_budget, CPU_TOKENS) if network.device.type == "cpu" else token_budget
+
+
+def _without_prefix(rows: list[Row], skips: list[int], output: Any) -> Iterator[tuple[list[Row], Any]]:
+    """Where whole sequences were computed: hand out what stands after each prefix, rows of like prefixes together."""
+    for skip in sorted(set(skips)):
+        lines = [line for line, its in enumerate(skips) if its == skip]
+        yield (
+            [rows[line] for line in lines],
+            type(output)(
+                **{name: value[lines, skip:] for name, value in output.items() if torch.is_tensor(value)}
+            ),
+        )
+
+
+def _padded(rows: Sequence[list[int]], device: torch.device) -> torch.Tensor:
+    width = max(map(len, rows))
+    return torch.stack(
+        [F.pad(torch.tensor(row, dtype=torch.long), (0, width - len(row))) for row in rows]
+    ).to(device)

@@ -1,0 +1,64 @@
+"""Stop strings: where a completion ends because its text does.
+
+A completion ends with the first token after which its text (special tokens left out, as in the table) contains a stop
+string. Kept are the tokens whose text lies wholly before the string: when it begins inside a token, that token goes
+too, so the ids are whole tokens that were sampled, and the text is their text. What is kept follows from the drawn ids
+alone, never from when somebody looked.
+
+Leaves out stop strings across the prompt's end, and tokenizers whose text changes when tokens follow, but for
+characters that take several tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from croco.models.protocols import Sampled
+
+LOOK_EVERY = 8  # tokens: a completion runs on by fewer than this after its end, and is cut
+
+
+@dataclass(frozen=True)
+class Stops:
+    """Stop strings (at least one, none empty) and the tokenizer that makes text of ids."""
+
+    tokenizer: Any
+    strings: tuple[str, ...]
+
+    def near_end(self, ids: Sequence[int]) -> bool:
+        """Whether a stop string stands in the latest tokens: only for ending early, a miss costs tokens, no more.
+
+        Text from the middle may begin with half a character or lack a space, so a find is looked at again in all.
+        """
+        reach = LOOK_EVERY + 4 * max(map(len, self.strings))  # a character is at most four tokens
+        return self._ended(self._text(ids[-reach:])) and self._ended(self._text(ids))
+
+    def cut(self, ids: Sequence[int]) -> tuple[int, int] | None:
+        """(tokens kept, tokens drawn until a string was whole), or None when the text holds no stop string."""
+        if not self._ended(self._text(ids)):
+            return None
+        few, drawn = 0, len(ids)  # the text of `few` tokens holds none, that of `drawn` one
+        while drawn - few > 1:
+            middle = (few + drawn) // 2
+            few, drawn = (few, middle) if self._ended(self._text(ids[:middle])) else (middle, drawn)
+        whole = self._text(ids[:drawn])
+        before = whole[: min(at for string in self.strings if (at := whole.find(string)) >= 0)]
+        kept = drawn - 1
+        while not before.startswith(self._text(ids[:kept])):
+            kept -= 1
+        return kept, drawn
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def _ended(self, text: str) -> bool:
+        return any(string in text for string in self.strings)
+
+
+def finished(ids: list[int], reason: str, seed: int, stops: Stops | None) -> Sampled:
+    """The completion of drawn ids (without an end token) that ended for a reason, cut before a stop string."""
+    found = stops.cut(ids) if stops is not None else None
+    if found is None:
+        return Sampled(ids, reason, seed)
+    kept, drawn = found
+    return Sampled(ids[:kept], "stop", seed, num_tokens=drawn)

@@ -1,1 +1,0 @@
-"""From scores to preference pairs: pools, selection rules, guards, and the stage that joins them."""

@@ -1,0 +1,235 @@
+"""Where shards are computed, and that each is written once: in this process, in several, or on a Ray cluster.
+
+A worker is opened where it runs (it loads its model there) and turns shard numbers into tables; the process that holds
+the run's lock writes them, so a shard is written once whoever computed it. What a shard holds follows from its number
+and the data alone, never from the worker, which is why a lost worker costs its shards in flight and nothing else.
+Which way is `[runtime]`: several processes are `pipeline/processes.py`, Ray is `pipeline/ray.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+
+from croco.config.runtime import Runtime
+from croco.errors import UserError
+from croco.models import open
+from croco.pipeline.stage import Work
+from croco.storage import shards as store
+
+SHARDS_AT_ONCE = 16  # shards a worker takes in one call: those in flight are what a kill costs
+Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """One computed shard: its table, its ledger, how many units it had to account for, and sums for `stage.json`."""
+
+    index: int
+    table: pa.Table
+    dropped: pa.Table
+    read: Mapping[str, int]
+    sums: Mapping[str, int] = field(default_factory=dict)  # tokens and the like, added up over the shards
+
+
+class Worker(Protocol):
+    """Computes shards of one stage. `facts` are what `stage.json` records of it: engine, device, its own seed."""
+
+    facts: dict[str, Any]
+
+    def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[Finished]:
+        """Yield each of these shards once, in any order; `advance(n)` says that n rows more are done."""
+        ...
+
+
+# opens a worker for replica number i; must be picklable where workers run in other processes (functools.partial)
+OpenWorker = Callable[[int], Worker]
+Stream = Generator[Finished, None, None]  # closed by who reads it: then its workers end
+
+
+@dataclass(frozen=True)
+class Job:
+    """What an executor is given; it yields every shard once, and puts the facts of each worker it opens in `opened`."""
+
+    title: str
+    folder: Path  # of the stage
+    todo: Sequence[int]
+    file: Callable[[int], Path]  # the file that says, by being there, that a shard is finished
+    open_worker: OpenWorker
+    gpus: int  # that one worker's engine needs
+    opened: list[dict[str, Any]] = field(default_factory=list)
+
+
+def compute(
+    work: Work,
+    open_worker: OpenWorker,
+    sizes: Sequence[int],
+    unit: str,
+    *,
+    role: str | None = None,
+    under: str | None = None,
+    drafts: Callable[[int], Path] | None = None,
+    here: bool = False,
+) -> None:
+    """Compute and write every shard that is not finished; shard i has `sizes[i]` rows of `unit`.
+
+    `role` is the workers' key in `[runtime.engines]`, if it is not the stage's name; `under`, where their facts are
+    recorded. `drafts` (picklable) names a file per shard, for tables that are a step on the way to the stage's own.
+    `here` is for work that is done sooner than other processes have started.
+    """
+    file = drafts or partial(store.marker_path, work.folder)
+    todo = [index for index in work.todo(len(sizes)) if not file(index).exists()]
+    if not todo:
+        return
+    role = role or work.title.partition("/")[0]
+    alone = work.runtime.model_copy(update={"executor": "local", "replicas": 1})
+    runtime = alone if here else work.runtime
+    job = Job(work.title, work.folder, todo, file, open_worker, gpus_per_worker(runtime, role))
+    done = sum(sizes) - sum(sizes[index] for index in todo)
+    began, sums = time.monotonic(), Counter[str]()
+    try:
+        with (
+            work.progress(sum(sizes), unit, done) as bar,
+            closing(_stream(job, runtime, sizes, bar.advance)) as stream,
+        ):
+            for finished in stream:
+                if drafts is None:
+                    work.write(finished.index, finished.table, read=finished.read, dropped=finished.dropped)
+                else:
+                    store.write_parquet(drafts(finished.index), finished.table, finished.table.schema)
+                sums.update(finished.sums)
+    finally:  # what a stage that stops has cost is part of its account
+        seconds = max(time.monotonic() - began, 1e-9)
+        rates = {f"{name}_per_second": round(total / seconds, 1) for name, total in sums.items()}
+        facts = {"executor": runtime.executor, **_in_common(job.opened), **sums, **rates}
+        work.record(**(facts if under is None else {under: facts}))
+
+
+def _stream(job: Job, runtime: Runtime, sizes: Sequence[int], advance: Advance) -> Stream:
+    """The shards as they finish, wherever they are computed; other processes' progress is counted in shards."""
+    if runtime.executor == "ray":
+        from croco.pipeline.ray import actors
+
+        elsewhere = actors(job, runtime)
+    else:
+        shares = gpu_shares(runtime, job.gpus)[: len(job.todo)]
+        if len(shares) == 1:
+            yield from _here(job, advance)
+            return
+        from croco.pipeline.processes import processes
+
+        elsewhere = processes(job, shares)
+    with closing(elsewhere):
+        for finished in elsewhere:
+            advance(sizes[finished.index])
+            yield finished
+
+
+def _here(job: Job, advance: Advance) -> Stream:
+    """One worker in this process."""
+    worker = job.open_worker(0)
+    try:
+        for group in groups(job.todo, 1):
+            yield from worker.shards(group, advance)
+    finally:  # at the end, because a server's counts grow
+        job.opened.append(worker.facts)
+        open.release()
+
+
+def groups(todo: Sequence[int], workers: int) -> list[list[int]]:
+    """Shards in the portions that workers take, smaller towards the end so that all of them end together."""
+    made: list[list[int]] = []
+    start = 0
+    while start < len(todo):
+        left = len(todo) - start
+        fair = left if workers == 1 else -(-left // (2 * workers))
+        made.append(list(todo[start : start + min(SHARDS_AT_ONCE, fair)]))
+        start += len(made[-1])
+    return made
+
+
+def _in_common(opened: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Facts of workers: one value where they agree, else a list of each worker's, in the order they opened."""
+    facts: dict[str, Any] = {"workers": len(opened)}
+    for name in dict.fromkeys(name for each in opened for name in each):
+        values = [each.get(name) for each in opened]
+        facts[name] = values[0] if all(value == values[0] for value in values) else values
+    return facts
+
+
+# How many workers, and what each has to itself ----------------------------------------------------------------------
+
+
+def gpus_per_worker(runtime: Runtime, role: str) -> int:
+    """GPUs that one engine of a role needs, where there are GPUs."""
+    engine = getattr(runtime.engines, role)
+    if runtime.device == "cpu" or engine == "server":
+        return 0
+    return runtime.vllm.tensor_parallel if engine == "vllm" else 1
+
+
+def gpu_shares(runtime: Runtime, gpus: int) -> list[list[str]]:
+    """The GPUs of each worker of this machine, by the names CUDA knows them by; empty lists where there are none.
+
+    Raises UserError when there are GPUs, but too few for the workers asked for.
+    """
+    if runtime.replicas == 1:
+        return [[]]
+    if ":" in runtime.device:
+        raise UserError(
+            f"runtime.device = '{runtime.device}' is one device for runtime.replicas = {runtime.replicas}, "
+            f"expected 'auto', 'cuda' or 'cpu'"
+        )
+    visible = visible_gpus() if gpus else []
+    shares = [visible[i : i + gpus] for i in range(0, len(visible) - gpus + 1, gpus)] if visible else []
+    wanted = max(1, len(shares)) if runtime.replicas == "auto" else runtime.replicas
+    if not visible:
+        return [[] for _ in range(wanted)]
+    if wanted > len(shares):
+        raise UserError(
+            f"runtime.replicas = {runtime.replicas} with {gpus} GPUs a worker: found {len(visible)} GPUs, "
+            f"expected {wanted * gpus}"
+        )
+    return shares[:wanted]
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",")[:count] if named else [str(index) for index in range(count)]
+
+
+def described(runtime: Runtime) -> str:
+    """The executor in a few words, for `croco plan` and `croco doctor`."""
+    many = "a worker for every GPU" if runtime.replicas == "auto" else f"{runtime.replicas} workers"
+    if runtime.executor == "local":
+        return "this process" if runtime.replicas == 1 else f"{many} on this machine, each a process"
+    try:
+        ray = f"Ray {version('ray')}"
+    except PackageNotFoundError:
+        ray = "Ray, which is not installed (croco[ray])"
+    address = runtime.ray.address
+    return f"{ray}, {many} on {'this machine' if address is None else f'the cluster at {address}'}"
+
+
+def examined(runtime: Runtime) -> Iterator[str]:
+    """The executor against the GPUs of this machine; raises UserError when they are too few."""
+    yield described(runtime)
+    if runtime.executor == "local" and runtime.device != "cpu":
+        for role in ("sample", "score", "evaluate"):
+            gpu_shares(runtime, gpus_per_worker(runtime, role))
+        if runtime.replicas == 1 and (count := len(visible_gpus())) > gpus_per_worker(runtime, "sample"):
+            yield f"  {count} GPUs are here: runtime.replicas = 'auto' gives each a worker"

@@ -1,0 +1,270 @@
+"""What enters each stage's fingerprint: the resolved values of the recipe that change its science, and only those.
+
+Models and files enter by their content (`hashing.py`). How fast, where and in which batches is `[runtime]` and never
+enters; neither do library versions.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from croco.config.arena import Arena
+from croco.config.arms import Alignment, Origin
+from croco.config.euroeval import VERSION as EUROEVAL_VERSION
+from croco.config.models import Judge, Policy
+from croco.config.recipe import Evaluation, Prompts, Recipe
+from croco.errors import UserError
+from croco.pipeline.arms import arm_of, num_completions, num_rounds_before, num_scored, sampled_languages
+from croco.pipeline.stage import Settings
+from croco.storage.hashing import digest, file_identity, folder_identity, local_model, model_identity
+from croco.storage.seeds import digest as seed_digest
+from croco.storage.shards import read_json
+
+
+def prompts_settings(
+    recipe: Recipe, section: Prompts | Evaluation | Arena, key: str, languages: Sequence[str]
+) -> Settings:
+    source = section.source
+    assert source is not None
+    settings: Settings = {"languages": sorted(languages), "limit": section.limit}
+    if isinstance(section, Prompts) and section.order == "seed":
+        settings["order"] = ["seed", recipe.run.seed]
+    if source == "lab":
+        return settings | {"source": f"lab {world_identity()}", "split": section.split}
+    settings |= {"id_column": section.id_column, "language_column": section.language_column}
+    revision: Settings = {"revision": section.revision} if section.revision else {}
+    if source.startswith("hf:"):
+        folder = Path(os.path.expanduser(source.removeprefix("hf:")))
+        if os.path.isdir(folder):  # what is in it, wherever it lies
+            source = f"hf:{folder_identity(folder.resolve())}"
+        return settings | {"source": source, "split": section.split} | revision
+    return settings | {"source": file_identity(source, f"{key}.source")}
+
+
+def world_identity() -> str:
+    """Digest of the lab's world as shipped: its code and data, not its models."""
+    lab = Path(__file__).parents[1] / "lab"
+    return digest(
+        [file_identity(str(lab / name)) for name in ("world.py", "items.py")]
+        + [folder_identity(lab / "languages")]
+    )
+
+
+def translate_settings(recipe: Recipe, languages: Sequence[str]) -> Settings:
+    assert recipe.translate is not None
+    settings = recipe.translate.model_dump(
+        mode="json", exclude={"trust_remote_code", "evaluation", "revision"}
+    )
+    template = recipe.translate.chat_template
+    return settings | {
+        "model": model_identity(recipe.translate.model, recipe.translate.revision, "translate.model"),
+        "chat_template": file_identity(template, "translate.chat_template") if template else None,
+        "checks": sorted(recipe.translate.checks),
+        "languages": sorted(languages),
+    }
+
+
+def policy_settings(recipe: Recipe, languages: Sequence[str], key: str = "policy") -> Settings:
+    policy = recipe.policy
+    return {
+        "model": model_identity(policy.model, policy.revision, f"{key}.model"),
+        "dtype": policy.dtype,
+        "chat_template": file_identity(policy.chat_template, f"{key}.chat_template")
+        if policy.chat_template
+        else None,
+        "instruction": {code: text for code, text in sorted(policy.instruction.items()) if code in languages},
+    }
+
+
+def reward_settings(recipe: Recipe) -> Settings:
+    reward = recipe.reward
+    identity = model_identity(reward.model, reward.revision, "reward.model")
+    check_one_logit(reward.model)
+    return {"model": identity, "dtype": reward.dtype, "max_tokens": reward.max_tokens}
+
+
+def check_one_logit(model: str) -> None:
+    """Raise UserError when a local reward model's config does not say one logit (without one it has two)."""
+    folder = local_model(model, "reward.model")
+    if folder is not None:
+        config = read_json(folder / "config.json")
+        labels = len(config["id2label"]) if "id2label" in config else int(config.get("num_labels", 2))
+        if labels != 1:
+            raise UserError(
+                f"reward.model = '{model}' has {labels} logits, expected a sequence classifier with one"
+            )
+
+
+def sampling_recipe(recipe: Recipe, arm: str | None) -> Recipe:
+    """The recipe as a sampling stage reads it: an off-policy arm's model in the policy's place."""
+    sampler = arm_of(recipe, arm).sampler if arm else None
+    if sampler is None:
+        return recipe
+    policy = Policy(**sampler.model_dump(), instruction=recipe.policy.instruction)
+    return recipe.model_copy(update={"policy": policy})
+
+
+def sample_settings(recipe: Recipe, arm: str | None) -> Settings:
+    sampling = recipe.sampling.model_dump(mode="json")
+    if arm is None:
+        policy = policy_settings(recipe, recipe.run.languages)
+        return {"policy": policy, "sampling": sampling, "seed": recipe.run.seed}
+    languages, section = sampled_languages(recipe, arm), arm_of(recipe, arm)
+    key = f"arms.{arm}.sampler" if section.sampler else "policy"
+    rounds = num_rounds_before(recipe, arm)
+    return {
+        "policy": policy_settings(sampling_recipe(recipe, arm), languages, key),
+        "ids_of": model_identity(recipe.policy.model, recipe.policy.revision, "policy.model"),
+        "sampling": sampling | {"completions": num_completions(recipe, arm)},
+        # the noise of an earlier round is in what it was tuned on: another for each
+        "seed": seed_digest("round", recipe.run.seed, rounds) if rounds else recipe.run.seed,
+        "languages": sorted(languages),
+        "part": section.part if section.start else None,
+    }
+
+
+def score_settings(recipe: Recipe, arm: str | None) -> Settings:
+    section = arm_of(recipe, arm) if arm else Origin()
+    policy = policy_settings(recipe, recipe.run.languages)
+    match section.scorer:
+        case "reward":
+            own: Settings = {"reward": reward_settings(recipe)}
+        case "likelihood" | "likelihood-sum":
+            own = {"policy": policy}
+        case "verified":
+            own = {"world": world_identity()}
+        case "implicit":
+            assert section.implicit is not None
+            own = {"policy": policy, "instruction": section.implicit.instruction}
+        case "alignment":
+            own = {"alignment": alignment_settings(recipe)}
+        case _:
+            own = {"seed": recipe.run.seed}
+    first = num_scored(recipe, arm)
+    return {"scorer": section.scorer} | own | ({"completions": first} if first else {})
+
+
+def alignment_settings(recipe: Recipe) -> Settings:
+    assert isinstance(recipe.alignment, Alignment)  # where an arm's scorer is "alignment"
+    section = recipe.alignment
+    return {
+        "model": model_identity(section.model, section.revision, "alignment.model"),
+        "dtype": section.dtype,
+        "codes": {code: section.codes.get(code) for code in sorted(recipe.run.languages)},
+        "targets": section.targets,
+        "max_tokens": section.max_tokens,
+    }
+
+
+def references_settings(recipe: Recipe, arm: str | None) -> Settings:
+    return {"reward": reward_settings(recipe)}
+
+
+def pair_settings(recipe: Recipe, arm: str | None) -> Settings:
+    section = arm_of(recipe, arm)
+    # how completions and scores came about is in the stages that made them
+    rules = section.model_dump(mode="json", exclude={*Origin.model_fields, "training"})
+    limit = section.training.max_tokens if section.guards.too_long != "off" else None
+    rules["guards"]["max_tokens"] = limit
+    if section.languages:
+        rules["languages"] = sorted(section.languages)
+    if section.completions:
+        rules["completions"] = section.completions
+    if section.part:
+        rules["part"] = section.part
+    return rules | {"seed": recipe.run.seed}
+
+
+def train_settings(recipe: Recipe, arm: str | None) -> Settings:
+    section = arm_of(recipe, arm)
+    settings = {
+        "policy": policy_settings(recipe, recipe.run.languages),
+        "training": section.training.model_dump(mode="json"),
+        "seed": recipe.run.seed,
+    }
+    return settings | ({"reference": section.reference} if section.start else {})
+
+
+def evaluate_settings(recipe: Recipe, arm: str | None) -> Settings:
+    evaluation = recipe.evaluation
+    temperatures = set(evaluation.temperatures) | (
+        set(evaluation.base_temperatures) if arm == "base" else set()
+    )
+    return {
+        "policy": policy_settings(recipe, recipe.run.evaluated),
+        "temperatures": sorted(temperatures),
+        "samples": evaluation.samples,
+        "max_new_tokens": evaluation.max_new_tokens,
+        "reward": None if evaluation.source == "lab" else reward_settings(recipe),
+        "seed": recipe.run.seed,
+    }
+
+
+def euroeval_settings(recipe: Recipe, arm: str | None) -> Settings:
+    """What EuroEval is asked; the instruction of [policy] is not part of its prompts."""
+    section = recipe.euroeval
+    assert section is not None
+    return section.model_dump(mode="json", exclude={"datasets", "local"}) | {
+        "version": EUROEVAL_VERSION,
+        "policy": policy_settings(recipe, ()),
+        "datasets": {code: sorted(section.datasets_of(code)) for code in sorted(recipe.run.evaluated)},
+        "local": local_datasets(section.local) if section.local else None,
+    }
+
+
+def local_datasets(name: str) -> str:
+    """The identity of a folder with EuroEval datasets; raises UserError when it has none."""
+    folder = Path(os.path.expanduser(name))
+    if not (folder / "custom_datasets.py").is_file():
+        raise UserError(f"euroeval.local = '{name}': expected a folder with custom_datasets.py")
+    return folder_identity(folder.resolve())
+
+
+def arena_prompts_settings(recipe: Recipe, arm: str | None) -> Settings:
+    assert recipe.arena is not None
+    return prompts_settings(recipe, recipe.arena, "arena", recipe.arena_languages)
+
+
+def arena_sample_settings(recipe: Recipe, arm: str | None) -> Settings:
+    assert recipe.arena is not None
+    return {
+        "policy": policy_settings(recipe, recipe.arena_languages),
+        "max_new_tokens": recipe.arena.max_new_tokens or recipe.evaluation.max_new_tokens,
+        "languages": sorted(recipe.arena_languages),
+        "limit": recipe.arena.limit,
+    }
+
+
+def arena_settings(recipe: Recipe, arm: str | None) -> Settings:
+    assert recipe.arena is not None
+    lab = recipe.arena.judge == "lab"
+    return {
+        "judge": f"lab {world_identity()}" if lab else judge_settings(recipe.judge),
+        "languages": sorted(recipe.arena_languages),
+        "limit": recipe.arena.limit,
+    }
+
+
+def judge_settings(judge: Judge | None) -> Settings:
+    assert judge is not None
+    return {
+        "model": model_identity(judge.model, judge.revision, "judge.model"),
+        "dtype": judge.dtype,
+        "chat_template": file_identity(judge.chat_template, "judge.chat_template")
+        if judge.chat_template
+        else None,
+        "max_new_tokens": judge.max_new_tokens,
+    }
+
+
+def results_settings(recipe: Recipe, arm: str | None) -> Settings:
+    groups = recipe.run.model_dump(
+        mode="json", include={"languages", "low_resource_languages", "held_out_languages", "seed"}
+    )
+    return groups | {"bootstrap": recipe.evaluation.bootstrap}
+
+
+def report_settings(recipe: Recipe, arm: str | None) -> Settings:
+    return {"name": recipe.run.name}

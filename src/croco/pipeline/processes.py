@@ -1,0 +1,181 @@
+"""Worker processes on this machine: each with its own GPUs, its share of the cores, and a number of its own.
+
+A worker that is killed (by a signal, by a system out of memory) costs its shards in flight: they go to the next worker
+that asks, and another process takes its place and its GPUs, under a new number, for no engine's seed may come twice.
+Shards that take their third worker with them end the stage. An exception is not tried again: it ends the stage here as
+it would in one process. Leaves out other machines, which are `pipeline/ray.py`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from typing import Any
+
+from croco.errors import UserError
+from croco.pipeline.compute import Finished, Job, OpenWorker, Stream, groups
+
+LIVES = 3  # workers that may be lost at the same shards
+OPENING = -1  # where a worker without shards is lost
+PATIENCE = 10.0  # seconds that a worker without work has to end by itself
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Running:
+    """A worker process, the pipe to it, its GPUs, and the shards it is at."""
+
+    process: SpawnProcess
+    pipe: Connection
+    gpus: Sequence[str]
+    shards: list[int] = field(default_factory=list)
+    facts: dict[str, Any] | None = None  # once it is open; a server's counts grow
+
+
+def processes(job: Job, shares: Sequence[Sequence[str]]) -> Stream:
+    """Yield every shard of the job once, from one process per share of GPUs; raises UserError as a worker does."""
+    waiting, deaths, numbers = deque(groups(job.todo, len(shares))), Counter[int](), itertools.count()
+    running: dict[Connection, Running] = {}
+    leaving: list[Running] = []
+    mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = max(1, mine // len(shares))
+
+    def start(gpus: Sequence[str]) -> None:
+        worker = _start(job.open_worker, next(numbers), gpus, cores)
+        running[worker.pipe] = worker
+
+    try:
+        for gpus in shares[: len(waiting)]:
+            start(gpus)
+        while running:
+            for worker in running.values():
+                if worker.process.exitcode is not None:
+                    _kill(worker)  # what it started may hold its GPU, and its end of our pipe
+            for pipe in wait([*running], timeout=1.0):
+                assert isinstance(pipe, Connection)
+                worker = running[pipe]
+                try:
+                    message = pipe.recv()
+                except (EOFError, ConnectionResetError):
+                    del running[pipe]
+                    _mourn(job.title, worker, deaths)
+                    if worker.shards:
+                        waiting.appendleft(worker.shards)
+                    if waiting:
+                        start(worker.gpus)
+                    continue
+                match message:
+                    case UserError():
+                        raise message
+                    case Finished():
+                        worker.shards.remove(message.index)
+                        yield message
+                        continue
+                    case dict():
+                        if worker.facts is None:
+                            worker.facts = {}
+                            job.opened.append(worker.facts)
+                            deaths.pop(OPENING, None)
+                        worker.facts.update(message)
+                # it is open, or through with its shards
+                worker.shards = waiting.popleft() if waiting else []
+                if not worker.shards:
+                    leaving.append(running.pop(pipe))
+                with suppress(BrokenPipeError):  # it has just died, and its pipe's end comes next
+                    pipe.send(worker.shards)
+        for worker in leaving:
+            worker.process.join(PATIENCE)
+    finally:
+        for worker in [*running.values(), *leaving]:
+            _kill(worker)
+            worker.process.join()
+
+
+def _mourn(title: str, worker: Running, deaths: Counter[int]) -> None:
+    """Take note of a lost worker; raises when it failed by itself, or when its shards have cost too many."""
+    worker.process.join()
+    _kill(worker)
+    code = worker.process.exitcode or 0
+    how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    where = f"at shards {worker.shards[0]} to {worker.shards[-1]}" if worker.shards else "while opening"
+    if code > 0:
+        raise RuntimeError(f"{title}: a worker process failed {where}; its traceback stands above")
+    blamed = worker.shards or [OPENING]
+    deaths.update(blamed)
+    if max(deaths[each] for each in blamed) >= LIVES:
+        raise UserError(
+            f"{title}: {LIVES} worker processes were lost {where}, the last to {how}: expected a machine with "
+            f"memory for all of them (see runtime.replicas and runtime.token_budget); what is finished is kept"
+        )
+    logger.warning("%s: lost a worker process to %s %s, another one takes over", title, how, where)
+
+
+def _start(open_worker: OpenWorker, number: int, gpus: Sequence[str], cores: int) -> Running:
+    """A process of its own environment: what CUDA and OpenMP read there, they read when they are loaded."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    own = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(cores))}
+    if gpus:
+        own["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+    process = context.Process(
+        target=_serve, args=(theirs, open_worker, number), name=f"croco worker {number}"
+    )
+    with _environment(own):
+        process.start()
+    theirs.close()  # or its end would not be seen here
+    return Running(process, ours, gpus)
+
+
+@contextmanager
+def _environment(own: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in own}
+    os.environ.update(own)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _kill(worker: Running) -> None:
+    """SIGKILL to the worker and to what it has started (engines have processes of their own)."""
+    assert worker.process.pid  # 0 would be our own group
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(worker.process.pid, signal.SIGKILL)
+    worker.process.kill()
+
+
+def _serve(pipe: Connection, open_worker: OpenWorker, number: int) -> None:
+    """A worker process: its facts, then shard by shard what it is asked for, and after each group its facts again."""
+    os.setpgid(0, 0)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        worker = open_worker(number)
+        pipe.send(dict(worker.facts))
+        while indices := pipe.recv():
+            for finished in worker.shards(indices, lambda rows: None):
+                pipe.send(finished)
+            pipe.send(dict(worker.facts))
+    except UserError as error:
+        pipe.send(error)
+
+
+def _end_with_parent() -> None:
+    """Nobody takes the shards of a worker whose parent is gone, and nobody else frees its GPU."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.killpg(0, signal.SIGKILL)

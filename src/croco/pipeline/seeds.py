@@ -1,0 +1,138 @@
+"""`croco run` of a recipe with `[study]`: one run per seed in RUN/seed-N, some at once, then the page over all of them.
+
+A seed's run is an ordinary run: its recipe is in its folder, it can be looked at, reported and gone on with alone.
+Seeds that run beside each other are processes of their own, which end with this one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from croco.config.arms import Origin
+from croco.config.recipe import Recipe
+from croco.errors import UserError
+from croco.pipeline import run as pipeline
+from croco.pipeline.stage import lock
+from croco.storage import shards
+
+Say = Callable[[str], None]
+SCORERS = (
+    "reward",
+    "likelihood",
+    "likelihood-sum",
+    "random",
+    "verified",
+)  # held against each other in the transfer
+PR_SET_PDEATHSIG = 1
+
+
+def of_seed(recipe: Recipe, seed: int) -> Recipe:
+    """The ordinary recipe of one seed."""
+    run = recipe.run.model_copy(update={"seed": seed, "folder": str(recipe.folder / f"seed-{seed}")})
+    return recipe.model_copy(update={"run": run, "study": None})
+
+
+def transfer_of(recipe: Recipe, seed: int) -> Recipe:
+    """A recipe that only samples and scores, in every evaluated language, for the reward model's transfer."""
+    assert recipe.study is not None
+    assert recipe.study.transfer is not None
+    wanted, some = recipe.study.transfer, next(iter(recipe.arms.values()))
+    run = recipe.run.model_copy(update={
+        "seed": seed, "folder": str(recipe.folder / f"transfer-{seed}"), "languages": recipe.run.evaluated,
+        "low_resource_languages": (), "held_out_languages": (),
+    })  # fmt: skip
+    arm = some.model_copy(update={**dict(Origin()), "pool": "language", "chosen": "max", "rejected": "min"})
+    return recipe.model_copy(update={
+        "run": run, "study": None, "sweep": {},
+        "prompts": recipe.prompts.model_copy(update={"split": wanted.split, "limit": wanted.limit}),
+        "sampling": recipe.sampling.model_copy(update={"completions": wanted.completions}),
+        "arms": {name: arm.model_copy(update={"scorer": name}) for name in SCORERS},
+    })  # fmt: skip
+
+
+def parts(recipe: Recipe) -> list[tuple[Recipe, str | None]]:
+    """The ordinary recipes that a study consists of, each with the stage it ends at."""
+    assert recipe.study is not None
+    found: list[tuple[Recipe, str | None]] = [(of_seed(recipe, seed), None) for seed in recipe.study.seeds]
+    if recipe.study.transfer:
+        found += [(transfer_of(recipe, seed), "score") for seed in recipe.study.seeds]
+    return found
+
+
+def run(recipe: Recipe, *, rebuild: bool = False, say: Say = lambda line: None) -> Path:
+    """Run what is not complete of every seed, then write the page; returns the page's path."""
+    from croco.report import study_page
+
+    todo = parts(recipe)
+    for part, _ in todo:
+        pipeline.plan(part)  # what is missing is said before anything runs
+    with lock(recipe.folder):
+        pipeline.keep_recipe(recipe)
+        if recipe.runtime.seeds_at_once > 1:
+            _beside(todo, recipe.runtime.seeds_at_once, rebuild, say)
+        else:
+            for part, until in todo:
+                say(f"seed {part.run.seed} in {part.folder}")
+                pipeline.run(part, rebuild=rebuild, until=until, say=say)
+        return study_page.write(recipe, say)
+
+
+def _beside(todo: Sequence[tuple[Recipe, str | None]], at_once: int, rebuild: bool, say: Say) -> None:
+    """Every part in a process of its own, some at once; the first that fails ends the others."""
+    waiting, running = list(todo), dict[subprocess.Popen[bytes], Recipe]()
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                part, until = waiting.pop(0)
+                running[_start(part, until, rebuild)] = part
+                say(f"seed {part.run.seed} in {part.folder}, its lines in log.txt there")
+            for process in [one for one in running if one.poll() is not None]:
+                part = running.pop(process)
+                if process.returncode != 0:
+                    lines = (
+                        (part.folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
+                    )
+                    last = lines[-1].removeprefix("croco: ") if lines else f"exit status {process.returncode}"
+                    raise UserError(f"{part.folder}: {last}")
+                say(f"seed {part.run.seed} in {part.folder}: complete")
+            time.sleep(0.2)
+    finally:
+        for process in running:
+            process.terminate()
+            process.wait()
+
+
+def _start(part: Recipe, until: str | None, rebuild: bool) -> subprocess.Popen[bytes]:
+    pipeline.keep_recipe(part)
+    command = [sys.executable, "-m", "croco", "run", str(part.folder / "recipe.json")]
+    command += ["--until", until] if until else []
+    command += ["--rebuild"] if rebuild else []
+    with (part.folder / "log.txt").open("ab") as log:
+        return subprocess.Popen(
+            command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, preexec_fn=_end_with_parent
+        )
+
+
+def _end_with_parent() -> None:
+    """A killed study leaves no seed running, which would hold its folder's lock (Linux; elsewhere nothing is asked)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def complete(recipe: Recipe) -> dict[str, str]:
+    """The fingerprints of what the page is made of; raises UserError naming a part that is not there."""
+    found = {}
+    for part, until in parts(recipe):
+        for node in pipeline.nodes(part):
+            wanted = ("results", "pair", "train") if until is None else ("score",)
+            if node.stage.name in wanted:
+                if (state := shards.state(node.folder)) != "complete":
+                    raise UserError(f"{node.folder} is {state}: run `croco run` first")
+                found[f"{part.folder.name}/{node.title}"] = shards.read_record(node.folder)["fingerprint"]
+    return found

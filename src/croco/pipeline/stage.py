@@ -1,0 +1,313 @@
+"""A stage: a function that turns tables into the next table, and a frozen record that says when it is finished.
+
+The contract: a stage's folder holds shards with markers, a ledger of what was left out, and `stage.json` with the
+resolved settings, their fingerprint, what it read, and what it took. A complete stage whose fingerprint matches is
+skipped; a mismatch stops and names the fields; an unfinished stage redoes only the shards without a marker. Always
+read = written + dropped. Which stages there are is `pipeline/run.py`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any, cast
+
+import pyarrow as pa
+
+from croco.config.recipe import Recipe
+from croco.config.runtime import Runtime
+from croco.errors import StaleStage, UserError
+from croco.pipeline import status
+from croco.pipeline.progress import Progress, progress
+from croco.pipeline.status import Status
+from croco.storage import provenance, seeds, shards
+from croco.storage.hashing import digest
+from croco.storage.schemas import DROPPED, TABLES, Table
+from croco.storage.shards import Record, Science
+
+logger = logging.getLogger(__name__)
+
+LOCK = ".lock"  # of a run's folder
+Settings = dict[str, Any]
+Reference = tuple[str, str | None]  # a stage's name and its arm
+
+
+def _once(recipe: Recipe) -> list[str | None]:
+    return [None]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the pipeline; building one runs nothing and imports nothing."""
+
+    name: str  # its folder and its command
+    version: int  # raised when what the function computes changes meaning
+    function: str  # "croco.stages.sample:sample", imported when it runs
+    table: str  # a name of records.TABLES, or "" when it writes no table
+    settings: Callable[[Recipe, str | None], Settings]  # the resolved values that change the science
+    follows: Callable[[Recipe, str | None], list[Reference]]  # the stages it reads
+    arms: Callable[[Recipe], list[str | None]] = _once  # one run per arm, or [None] for one shared run
+    reads_all: tuple[str, str] | None = None  # (unit, stage): it must account for every row of that input
+    makes: tuple[str, ...] = ()  # files and folders of its own in its folder, beside shards and ledger
+
+
+@dataclass(frozen=True)
+class Node:
+    """A stage for one arm, or shared (arm None), with the fingerprints of what it reads."""
+
+    stage: Stage
+    arm: str | None
+    folder: Path
+    settings: Settings
+    inputs: Mapping[str, Node]
+
+    @property
+    def title(self) -> str:
+        return self.stage.name if self.arm is None else f"{self.stage.name}/{self.arm}"
+
+    @property
+    def science(self) -> Science:
+        """What the fingerprint is the digest of."""
+        return {
+            "name": self.stage.name,
+            "version": self.stage.version,
+            "arm": self.arm,
+            "settings": self.settings,
+            "inputs": {name: node.fingerprint for name, node in self.inputs.items()},
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        return digest(self.science)
+
+
+@dataclass
+class Work:
+    """What a stage's function receives: its settings, the folders it reads, and the means to write shards."""
+
+    recipe: Recipe
+    arm: str | None
+    folder: Path
+    settings: Settings
+    runtime: Runtime
+    seed: int
+    inputs: dict[
+        str, Path
+    ]  # stage name (or "stage/arm" where several arms are read) -> folder of a finished stage
+    table: Table | None
+    title: str
+    record_file: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def engine_seed(self) -> int:
+        """For an engine that draws from one stream: another for each stage, arm and start, so that a stage that goes on
+        does not repeat the noise it began with."""
+        return seeds.digest(self.seed, "engine", self.title, self.record_file["starts"])
+
+    def todo(self, num_shards: int) -> list[int]:
+        """Indices of the shards not yet finished, of `num_shards` that follow from the data and the shard size."""
+        earlier = self.record_file.get("num_shards")
+        if earlier not in (None, num_shards):
+            raise RuntimeError(f"{self.title} started with {earlier} shards and now has {num_shards}")
+        self.record_file["num_shards"] = num_shards
+        shards.write_json(self.folder / shards.RECORD, self.record_file)
+        finished = {shard.index for shard in shards.shards(self.folder)}
+        return [index for index in range(num_shards) if index not in finished]
+
+    def write(
+        self,
+        index: int,
+        table: pa.Table,
+        *,
+        read: Mapping[str, int] | None = None,
+        written: Mapping[str, int] | None = None,
+        dropped: pa.Table | None = None,
+    ) -> None:
+        """One finished shard: ledger, shard, marker.
+
+        `read` maps a unit to how many of them the shard had to account for; each must equal written + dropped
+        of that unit. Written is what `written` says of it, else the table's rows, or for the unit "prompt" the
+        distinct (prompt_id, language) in it. Without `read` the table's own unit is counted. Raises ValueError
+        on an imbalance or a duplicate key.
+        """
+        if self.table is None:
+            raise ValueError(f"{self.title} writes no table")
+        drops = shards.count_units(dropped) if dropped is not None else {}
+        keys = table.select(list(self.table.key))
+        if keys.group_by(keys.column_names).aggregate([]).num_rows != table.num_rows:
+            raise ValueError(f"{self.title}, shard {index}: duplicate key {self.table.key}")
+        counts = {self.table.unit: table.num_rows}
+        for unit in read or {}:
+            if written is not None and unit in written:
+                counts[unit] = written[unit]
+            elif unit == "prompt" and self.table.unit != "prompt":
+                prompts = table.select(["prompt_id", "language"])
+                counts[unit] = prompts.group_by(prompts.column_names).aggregate([]).num_rows
+            else:
+                counts[unit] = table.num_rows
+        read = (
+            dict(read)
+            if read is not None
+            else {self.table.unit: table.num_rows + drops.get(self.table.unit, 0)}
+        )
+        status.balance(self.title, read, counts, drops)
+        shards.write_shard(
+            self.folder, index, table, self.table.schema, read=read, written=counts, dropped=dropped
+        )
+
+    def account(
+        self, read: Mapping[str, int], written: Mapping[str, int], dropped: pa.Table | None = None
+    ) -> None:
+        """Counts and ledger of a stage that writes no table (training: pairs read = trained on + dropped)."""
+        drops = shards.count_units(dropped) if dropped is not None else {}
+        status.balance(self.title, read, written, drops)
+        shards.write_parquet(
+            self.folder / "dropped.parquet",
+            dropped if dropped is not None else DROPPED.schema.empty_table(),
+            DROPPED.schema,
+        )
+        self.record_file["counts"] = {"read": dict(read), "written": dict(written), "dropped": drops}
+
+    def scratch(self) -> Path:
+        """A folder for checkpoints and the like, removed when the stage is complete."""
+        path = self.folder / "scratch"
+        with shards.writing(path):
+            path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    @contextmanager
+    def progress(self, total: int, unit: str, done: int = 0) -> Iterator[Progress]:
+        """A bar with rate and time left on a terminal, silence elsewhere; `.advance(n)` moves it."""
+        with progress(self.title, total, unit, done) as bar:
+            yield bar
+
+    def record(self, **facts: Any) -> None:
+        """Put facts (device, tokens, losses) into `stage.json`."""
+        self.record_file.setdefault("facts", {}).update(facts)
+
+
+@contextmanager
+def lock(run: Path) -> Iterator[None]:
+    """Hold a run's folder against a second process; the system lets go of it however this one ends."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        file = (run / LOCK).open("a")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{provenance.shown(str(run))}: this folder cannot be made or written ({shards.reason(error)})"
+        ) from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{run} is in use by another croco process") from None
+        yield
+
+
+def execute(node: Node, recipe: Recipe) -> Record:
+    """Run one node to completion, or finish what an earlier process began; returns its `stage.json`."""
+    now = status.status(node)
+    if now.kind == "complete":
+        return shards.read_record(node.folder)
+    if now.kind in ("stale", "damaged"):
+        raise StaleStage(f"{node.title} was made otherwise: {'; '.join(now.changes)}")
+    for before in node.inputs.values():
+        try:
+            status.check_contents(before)
+        except UserError as error:
+            raise StaleStage(status.stale_message([(before, Status("damaged", (str(error),)))])) from None
+    found = _start(node, recipe, resume=now.kind == "unfinished")
+    runtime = recipe.runtime.model_copy(update={"shard_prompts": found["shard_prompts"]})
+    work = Work(
+        recipe=recipe,
+        arm=node.arm,
+        folder=node.folder,
+        settings=node.settings,
+        runtime=runtime,
+        seed=recipe.run.seed,
+        inputs={name: before.folder for name, before in node.inputs.items()},
+        table=TABLES[node.stage.table] if node.stage.table else None,
+        title=node.title,
+        record_file=cast(dict[str, Any], found),
+    )
+    module, _, name = node.stage.function.partition(":")
+    started, earlier = time.monotonic(), found["seconds"]
+    try:
+        getattr(import_module(module), name)(work)
+    finally:
+        found["seconds"] = round(earlier + time.monotonic() - started, 3)
+        if node.folder.is_dir():
+            shards.write_record(node.folder, found)
+    return _finish(node, found)
+
+
+def _start(node: Node, recipe: Recipe, resume: bool) -> Record:
+    """Write or take up `stage.json` in state "running"; an unfinished stage keeps the shard size it began with."""
+    with shards.writing(node.folder):
+        node.folder.mkdir(parents=True, exist_ok=True)
+    if resume:
+        for damage in shards.remove_unfinished(node.folder):
+            logger.warning("%s: %s: this shard is made again", node.title, damage)
+        found = shards.read_record(node.folder)
+        found["starts"] += 1
+    else:
+        status.clear(node)  # an attempt that made nothing, or a removal that was cut short
+        found = new_record(node, recipe.runtime.shard_prompts)
+    found.update(provenance.here())  # type: ignore[typeddict-item]
+    shards.write_record(node.folder, found)
+    return found
+
+
+def new_record(node: Node, shard_prompts: int) -> Record:
+    """The record of a stage that begins."""
+    return {
+        "stage": node.stage.name,
+        "arm": node.arm,
+        "state": "running",
+        "fingerprint": node.fingerprint,
+        "science": node.science,
+        "shard_prompts": shard_prompts,
+        "num_shards": None,
+        "counts": {},
+        "seconds": 0.0,
+        "starts": 1,
+        "facts": {},
+    }
+
+
+def _finish(node: Node, found: Record) -> Record:
+    """Check every count, merge the ledgers, and only then say "complete"."""
+    counts = status.verify(node, found)
+    if (
+        node.stage.reads_all is not None and "completions" not in node.settings
+    ):  # it asks for some of them only
+        unit, name = node.stage.reads_all
+        there = shards.read_record(node.inputs[name].folder)["counts"]["written"][unit]
+        if counts["read"].get(unit) != there:
+            raise ValueError(f"{node.title} read {counts['read'].get(unit)} {unit}s of {name}'s {there}")
+    if node.stage.table:
+        rows = shards.merge_ledgers(node.folder)
+        if rows != sum(counts["dropped"].values()):
+            raise ValueError(
+                f"{node.title}: the merged ledger has {rows} rows, the shards {counts['dropped']}"
+            )
+    found["state"], found["counts"] = "complete", counts
+    if not node.stage.table:
+        found["files"] = status.files(node)
+        found["digests"] = shards.file_digests(node.folder, found["files"])
+    shards.write_record(node.folder, found)
+    remove_scratch(node)
+    return found
+
+
+def remove_scratch(node: Node) -> None:
+    """Remove what a complete stage no longer needs: after it is said to be complete, or a kill in between would leave
+    an unfinished stage with half of its checkpoints."""
+    if (node.folder / "scratch").is_dir():
+        shards.remove(node.folder / "scratch")

@@ -1,0 +1,219 @@
+"""How a stage's folder stands against the recipe: missing, unfinished, complete, stale with what changed, or damaged.
+
+Reads `stage.json`, the markers and row counts in Parquet metadata, never a table; running a stage is `stage.py`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from croco.errors import StaleStage, UserError
+from croco.storage import provenance, shards
+from croco.storage.shards import Record
+
+if TYPE_CHECKING:
+    from croco.pipeline.stage import Node
+
+
+@dataclass(frozen=True)
+class Status:
+    """How a node's folder stands: 'missing', 'unfinished', 'complete', 'stale' with the changes, or 'damaged' with what
+    is wrong."""
+
+    kind: str
+    changes: tuple[str, ...] = ()
+
+
+def status(node: Node, contents: bool = False) -> Status:
+    """How a node's folder stands against the recipe; reads `stage.json`, and row counts when it is complete.
+
+    With `contents` the bytes of what it made are read too. Raises UserError when the folder is somebody else's.
+    """
+    if not os.path.lexists(node.folder / shards.RECORD):
+        _check_empty(node)
+        return Status("missing")
+    try:
+        found = shards.read_record(node.folder)
+    except UserError as error:
+        return Status("damaged", (str(error),))
+    if found["state"] == "removed":
+        return Status("missing")
+    if found["fingerprint"] != node.fingerprint:
+        if found["state"] != "complete" and _nothing_made(node.folder):
+            return Status("missing")  # it stopped at bad input, say: there is nothing to lose
+        return Status("stale", tuple(changes(found, node)))
+    if found["state"] != "complete":
+        return Status("unfinished")
+    try:
+        verify(node, found)
+        if contents:
+            check_contents(node)
+    except UserError as error:
+        return Status("damaged", (str(error),))
+    return Status("complete")
+
+
+def _check_empty(node: Node) -> None:
+    """Raise UserError when a stage would fill a folder that holds what croco has not made."""
+    if os.path.lexists(node.folder) and not node.folder.is_dir():
+        raise UserError(f"{node.folder} is a file, expected the folder of the stage {node.title}")
+    for path in node.folder.iterdir() if node.folder.is_dir() else ():
+        inside = path.is_dir() and ((path / shards.RECORD).exists() or not any(path.iterdir()))
+        if not inside and not path.name.startswith("."):
+            raise UserError(
+                f"{node.folder} holds '{path.name}' and no {shards.RECORD}: croco has not made it, expected a new or "
+                f"empty folder for the stage {node.title} (see run.folder)"
+            )
+
+
+def _nothing_made(folder: Path) -> bool:
+    """Whether a stage's folder holds nothing but its `stage.json` (and other stages)."""
+    return all(
+        path.name == shards.RECORD
+        or path.name.startswith(shards.TEMPORARY)
+        or (path / shards.RECORD).exists()
+        or (path.name == "scratch" and not any(path.iterdir()))
+        for path in folder.iterdir()
+    )
+
+
+def changes(found: Record, node: Node) -> list[str]:
+    """Each field that changed since a stage was written, old → new."""
+    old, new = _flat(found["science"]), _flat(node.science)
+    lines = []
+    for key in sorted(old.keys() | new.keys(), key=lambda k: (k.startswith("inputs."), k)):
+        if old.get(key) != new.get(key):
+            before, after = (provenance.shown(side.get(key, "(not there)")) for side in (old, new))
+            what = f"its input {key.removeprefix('inputs.')}" if key.startswith("inputs.") else key
+            lines.append(f"{what.removeprefix('settings.')}: {before} → {after}")
+    return lines
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted keys of nested tables; an empty table is a value."""
+    if not isinstance(value, Mapping) or not value:
+        return {prefix.rstrip("."): value}
+    return {k: v for key, below in value.items() for k, v in _flat(below, f"{prefix}{key}.").items()}
+
+
+def verify(node: Node, found: Record) -> dict[str, dict[str, int]]:
+    """Check markers against the rows on disk and sum their counts; raises UserError naming the file that is off."""
+    if not node.stage.table:
+        there = files(node)
+        for name, size in found.get("files", {}).items():
+            if there.get(name) != size:
+                raise UserError(
+                    f"{node.folder / name} is {there.get(name, 'missing')}, expected {size} bytes"
+                )
+        return dict(found["counts"])
+    finished = shards.shards(node.folder)
+    indices = [shard.index for shard in finished]
+    if indices != list(range(found.get("num_shards") or 0)):
+        raise UserError(
+            f"{node.folder} holds {len(indices)} finished shards, expected {found.get('num_shards')}"
+        )
+    totals: dict[str, Counter[str]] = {name: Counter() for name in ("read", "written", "dropped")}
+    for shard in finished:
+        shards.check_shard(shard)
+        for name, total in totals.items():
+            total.update(getattr(shard, name))
+    counts = {name: dict(total) for name, total in totals.items()}
+    if found["state"] == "complete" and counts != found["counts"]:
+        raise UserError(f"{node.folder / shards.RECORD} counts {found['counts']}, its markers {counts}")
+    balance(node.title, counts["read"], counts["written"], counts["dropped"])
+    return counts
+
+
+def check_contents(node: Node) -> None:
+    """Raise UserError when a file of a complete stage does not hold the bytes that were written."""
+    if node.stage.table:
+        for shard in shards.shards(node.folder):
+            shards.check_shard(shard, contents=True)
+    else:
+        for name, digest in shards.read_record(node.folder).get("digests", {}).items():
+            shards.check_digest(node.folder / name, digest)
+
+
+def mend_ledger(node: Node) -> bool:
+    """Write the merged ledger of a complete stage again, from those of its shards, when it is gone or damaged."""
+    dropped = shards.read_record(node.folder)["counts"].get("dropped", {})
+    try:
+        if not node.stage.table or shards.read_dropped(node.folder).height == sum(dropped.values()):
+            return False
+    except UserError:
+        pass
+    shards.merge_ledgers(node.folder)
+    return True
+
+
+def files(node: Node) -> dict[str, int]:
+    """Names and sizes of what a stage without a table made."""
+    tops = [node.folder / name for name in (*node.stage.makes, "dropped.parquet")]
+    paths = [path for top in tops for path in ([top] if top.is_file() else top.rglob("*")) if path.is_file()]
+    return {path.relative_to(node.folder).as_posix(): path.stat().st_size for path in sorted(paths)}
+
+
+def clear(node: Node) -> None:
+    """Remove what a stage made. Its record says so first and goes last; sub-folders that are other stages, and files
+    that no stage makes, stay. A folder without a record is left alone."""
+    if not os.path.lexists(node.folder / shards.RECORD):
+        return
+    record: Record = {
+        "stage": node.stage.name, "arm": node.arm, "state": "removed", "fingerprint": node.fingerprint,
+        "science": node.science, "shard_prompts": 1, "num_shards": None, "counts": {}, "seconds": 0, "starts": 1,
+        "facts": {},
+    }  # fmt: skip
+    shards.write_record(node.folder, record)
+    for path in node.folder.iterdir():
+        if shards.OURS.fullmatch(path.name) or path.name in node.stage.makes:
+            shards.remove(path)
+    (node.folder / shards.RECORD).unlink()
+
+
+def balance(
+    title: str, read: Mapping[str, int], written: Mapping[str, int], dropped: Mapping[str, int]
+) -> None:
+    """Raise ValueError unless read = written + dropped for every unit that was read."""
+    for unit, count in read.items():
+        left = written.get(unit, 0) + dropped.get(unit, 0)
+        if count != left:
+            raise ValueError(
+                f"{title}: read {count} {unit}s, but wrote {written.get(unit, 0)} and dropped {dropped.get(unit, 0)}"
+            )
+
+
+def stop_or_clear(
+    todo: list[Node], rebuild: bool, say: Callable[[str], None], every: list[Node] | None = None
+) -> None:
+    """Stop at stale and damaged stages with what is wrong; with `rebuild`, remove them and those after them."""
+    known = {id(node): status(node, contents=rebuild) for node in todo}
+    wrong = {key: now for key, now in known.items() if now.kind in ("stale", "damaged")}
+    if wrong and not rebuild:
+        raise StaleStage(stale_message([(node, wrong[id(node)]) for node in todo if id(node) in wrong]))
+    gone: dict[int, Node] = {}
+    for node in every or todo:
+        if id(node) in wrong or any(id(before) in gone for before in node.inputs.values()):
+            gone[id(node)] = node
+    # the last first: a kill in between must not leave a stage that stands on one that is gone
+    for node in reversed(gone.values()):
+        if os.path.lexists(node.folder / shards.RECORD):
+            clear(node)
+            say(f"{node.title:<24} removed, to be made again")
+
+
+def stale_message(wrong: Sequence[tuple[Node, Status]]) -> str:
+    """What changed since the first of these stages was made, or what is damaged, and which others follow from it."""
+    node, now = wrong[0]
+    if now.kind == "damaged":
+        return f"{now.changes[0]}: run again with --rebuild to remove {node.title} and remake it"
+    lines = [f"{node.title} in {node.folder} was made with other settings:"]
+    lines += [f"  {change}" for change in now.changes]
+    if len(wrong) > 1:
+        lines.append(f"  and with it {', '.join(other.title for other, _ in wrong[1:])}")
+    lines.append("run again with --rebuild to remove and remake them, or give the run another name")
+    return "\n".join(lines)

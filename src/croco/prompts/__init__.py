@@ -1,1 +1,0 @@
-"""Prompts: read and checked (`load.py`)."""

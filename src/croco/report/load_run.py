@@ -1,0 +1,154 @@
+"""What the page needs of a run's folder, read once: recipe, stages, results, scores, curves, the account of every
+stage. Texts are `browser.py`'s. Nothing is drawn or worded here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from croco.config.recipe import Recipe, load
+from croco.errors import UserError
+from croco.pipeline.arms import scores_of as scores_read_by
+from croco.pipeline.run import STAGES
+from croco.stages.evaluate.results import BASE
+from croco.storage import shards
+
+
+@dataclass(frozen=True)
+class Flow:
+    """What a stage did with one kind of row: read = written + dropped."""
+
+    unit: str
+    read: int
+    written: int
+    reasons: list[tuple[str, int]]  # why the rest was left out, the most frequent first
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage of the account from prompts to pairs."""
+
+    stage: str
+    arm: str
+    flows: list[Flow]
+    made: int | None  # the pairs that came of it
+    flags: list[tuple[str, int]]  # what was marked and kept
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run as the page sees it."""
+
+    folder: Path
+    recipe: Recipe
+    stages: dict[str, dict[str, Any]]  # "sample" or "pair/ARM" -> its stage.json
+    results: pl.DataFrame
+    metrics: dict[str, list[dict[str, Any]]]  # arm -> lines of its training curve
+    steps: list[Step]
+
+
+def read_recipe(folder: Path) -> Recipe:
+    """The resolved recipe of a run; raises UserError when the folder is none."""
+    if not (folder / "recipe.json").is_file():
+        raise UserError(f"{folder} is no run: found no recipe.json")
+    return load(folder / "recipe.json")
+
+
+def require(folder: Path, titles: Sequence[str]) -> None:
+    """Raise UserError naming the stages (with arms) of a run that are not complete."""
+    missing = [title for title in titles if shards.state(folder / title) != "complete"]
+    if missing:
+        stages = "stage" if len(missing) == 1 else "stages"
+        raise UserError(f"{folder} has no complete {stages} {', '.join(missing)}: run `croco run` first")
+
+
+def read_results(folder: Path) -> tuple[Recipe, pl.DataFrame]:
+    """The recipe and the results of a run; raises UserError when they are not there or lack an arm."""
+    recipe = read_recipe(folder)
+    require(folder, ["results"])
+    results = shards.read_table(folder / "results")
+    present = set(results["arm"].to_list())
+    if absent := [arm for arm in (BASE, *recipe.evaluated_arms) if arm not in present]:
+        arms = "arm" if len(absent) == 1 else "arms"
+        raise UserError(f"the results of {folder} lack the {arms} {', '.join(absent)}: run `croco run` again")
+    return recipe, results
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run's folder; raises UserError when a stage that the page shows is not complete."""
+    recipe = read_recipe(folder)
+    stages = {}
+    # by the recipe, not by what lies there: an arm that was taken out, or scored otherwise before, left its folders
+    for stage in STAGES:
+        for arm in stage.arms(recipe) if stage.name != "report" else ():
+            title = stage.name if arm is None else f"{stage.name}/{arm}"
+            if shards.state(folder / title) != "missing":
+                stages[title] = dict(shards.read_record(folder / title))
+    require(
+        folder,
+        ["prompts", "results", *(f"{s}/{arm}" for arm in recipe.arms for s in ("pair", "train"))],
+    )
+    metrics = {arm: _lines(folder / "train" / arm / "metrics.jsonl") for arm in recipe.arms}
+    return Run(folder, recipe, stages, read_results(folder)[1], metrics, _steps(folder, recipe, stages))
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged: expected a line of JSON per step, found {error}") from None
+
+
+def _steps(folder: Path, recipe: Recipe, stages: Mapping[str, Mapping[str, Any]]) -> list[Step]:
+    shared = [name for name in ("prompts", "translate", "sample", "score") if name in stages]
+    own = [
+        f"{stage}/{arm}"
+        for arm in recipe.arms
+        for stage in ("sample", "score", "pair", "train")
+        if f"{stage}/{arm}" in stages
+    ]
+    return [_step(folder / title, *title.partition("/")[::2], stages[title]) for title in [*shared, *own]]
+
+
+def _step(folder: Path, stage: str, arm: str, made: Mapping[str, Any]) -> Step:
+    counts = made["counts"]
+    reasons: dict[str, list[tuple[str, int]]] = {}
+    if (folder / "dropped.parquet").is_file():
+        # a reason's details, after its colon, are for the ledger; those of a flag say which completion it marks
+        kind = (
+            pl.when(pl.col("unit") == "flag")
+            .then("reason")
+            .otherwise(pl.col("reason").str.split(": ").list.first())
+        )
+        ledger = shards.read_dropped(folder).with_columns(kind.alias("reason"))
+        for unit, reason, count in (
+            ledger.group_by("unit", "reason")
+            .len()
+            .sort("len", "reason", descending=[True, False])
+            .iter_rows()
+        ):
+            reasons.setdefault(unit, []).append((reason, int(count)))
+    flows = [
+        Flow(unit, int(read), int(counts.get("written", {}).get(unit, 0)), reasons.get(unit, []))
+        for unit, read in counts.get("read", {}).items()
+    ]
+    pairs = int(counts.get("written", {}).get("pair", 0)) if stage == "pair" else None
+    return Step(stage, arm, flows, pairs, reasons.get("flag", []))
+
+
+def scores_of(run: Run, arm: str) -> pl.DataFrame:
+    """Language and score of every completion that the arm chose from."""
+    name, its_arm = scores_read_by(run.recipe, arm)
+    return shards.read_table(run.folder / name / (its_arm or ""), ["language", "score"])
+
+
+def pair_scores(run: Run, arm: str) -> pl.DataFrame:
+    """The scores of an arm's pairs and the languages they are in."""
+    columns = ["chosen_language", "rejected_language", "chosen_score", "rejected_score"]
+    return shards.read_table(run.folder / "pair" / arm, columns)

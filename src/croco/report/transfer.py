@@ -1,0 +1,104 @@
+"""Does a reward model that learnt from English preferences rank completions of other languages? Against verified truth.
+
+Three figures per language and scorer, each with an interval over prompts (completions of all seeds pooled): the share
+of pairs of one prompt's completions, verified of unequal quality, that the scorer ranks right; the share of prompts
+whose best-scored completion is of the highest quality there is; and Kendall's τ-b between scores and verified quality.
+And for all languages together the share of pairs of a good completion and one of another form in which the good one
+has the higher score, since a scorer that tells forms apart and nothing else ranks most unequal pairs right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from croco.stages.evaluate.stats import Interval, bootstrap_mean
+from croco.storage.shards import read_table
+
+KEY = ["prompt_id", "language", "sample_id"]
+FIGURES = ("ranking", "best", "tau")
+Values = NDArray[np.float64]
+
+
+def ranking(scores: Values, quality: Values, top: float) -> tuple[float, float, float]:
+    """One pool's (share of unequal pairs ranked right, best-scored at the top, Kendall's τ-b), NaN where undefined.
+
+    A pair with equal scores counts half, as do several best-scored completions each by its share.
+    """
+    above, better = np.sign(scores[:, None] - scores), np.sign(quality[:, None] - quality)
+    upper = np.triu_indices(len(scores), 1)
+    above, better = above[upper], better[upper]
+    unequal, agreement = (better != 0).sum(), (above * better).sum()
+    spread = np.sqrt((above != 0).sum() * unequal)
+    right = 0.5 + 0.5 * agreement / unequal if unequal else np.nan
+    best = (quality[scores == scores.max()] == top).mean()
+    return float(right), float(best), float(agreement / spread) if spread else float("nan")
+
+
+def transfer(folders: Sequence[Path], scorers: Sequence[str], languages: Sequence[str]) -> dict[
+    tuple[str, str, str], Interval
+]:  # fmt: skip
+    """(scorer, language, figure) -> its interval, from runs that scored the same completions by every scorer."""
+    per_prompt: dict[tuple[str, str, str], dict[str, list[tuple[float, float, float]]]] = {}
+    for folder in folders:
+        verified = scores_of(folder, "verified").rename({"score": "quality"})
+        top = float(verified["quality"].to_numpy().max())
+        for scorer in scorers:
+            joined = scores_of(folder, scorer).join(verified, on=KEY, validate="1:1")
+            for (prompt, language), pool in joined.group_by("prompt_id", "language", maintain_order=True):
+                scores, quality = (pool[name].to_numpy().astype(float) for name in ("score", "quality"))
+                found = ranking(scores, quality, top)
+                per_prompt.setdefault((scorer, str(language), ""), {}).setdefault(str(prompt), []).append(
+                    found
+                )
+    result = {}
+    for (scorer, language, _), prompts in per_prompt.items():
+        values = [np.array(found) for found in prompts.values()]
+        for place, figure in enumerate(FIGURES):
+            means = [
+                column[~np.isnan(column)].mean()
+                for one in values
+                if not np.isnan(column := one[:, place]).all()
+            ]
+            if means:
+                result[scorer, language, figure] = bootstrap_mean(means, seed=0)
+    return {key: result[key] for key in sorted(result, key=lambda key: (languages.index(key[1]), key[0]))}
+
+
+def good_over_forms(folders: Sequence[Path], scorers: Sequence[str]) -> dict[tuple[str, str], Interval]:
+    """(scorer, form) -> how often a good completion scores above one of that form of the same prompt and language.
+
+    Equal scores count half; the interval is over prompts, each the mean over its pools.
+    """
+    from croco.lab.world import verify
+
+    key = ["prompt_id", "language"]
+    by_prompt: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for folder in folders:
+        completions = read_table(folder / "sample", [*KEY, "completion"])
+        forms = [verify(row[0], row[1], row[3]).mode for row in completions.iter_rows()]
+        completions = completions.select(KEY).with_columns(form=pl.Series(forms, dtype=pl.String))
+        for scorer in scorers:
+            scored = completions.join(scores_of(folder, scorer), on=KEY, validate="1:1")
+            good = scored.filter(pl.col("form") == "good").select(*key, good="score")
+            pairs = scored.filter(pl.col("form") != "good").join(good, on=key)
+            above = (pl.col("good") > pl.col("score")) + 0.5 * (pl.col("good") == pl.col("score"))
+            pools = pairs.group_by("form", *key).agg(share=above.mean())
+            for form, prompt, share in (
+                pools.sort("form", *key).select("form", "prompt_id", "share").iter_rows()
+            ):
+                by_prompt.setdefault((scorer, form), {}).setdefault(prompt, []).append(share)
+    return {
+        case: bootstrap_mean([float(np.mean(shares)) for shares in prompts.values()], seed=0)
+        for case, prompts in by_prompt.items()
+    }
+
+
+def scores_of(folder: Path, scorer: str) -> pl.DataFrame:
+    """The scores of one scorer: the reward model's lie in no arm's folder."""
+    own = folder / "score" / scorer
+    return read_table(own if own.is_dir() else folder / "score", [*KEY, "score"])

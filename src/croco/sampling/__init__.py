@@ -1,1 +1,0 @@
-"""Completions: chat templates, seeds, the shared-prefix decoder and the sample stage."""

@@ -1,0 +1,287 @@
+"""The stages `arena-sample` and `arena`: an arm's greedy completions against the base's, before a judge.
+
+Every comparison is judged twice, each completion once in the first place: what a judge prefers by place is measured and
+cancels. Two verdicts that do not agree are a tie. The same text twice is a tie that nobody is asked about. What got no
+verdict in one of the orders is in the ledger, with the reason. What the comparisons add up to is `arena_results`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from croco.config.recipe import Recipe
+from croco.errors import UserError
+from croco.models.open import open_judge, open_sampler, tuned_weights
+from croco.models.protocols import Decoding, Judged, JudgeRequest
+from croco.pipeline.compute import Advance, Finished, compute
+from croco.pipeline.stage import Work
+from croco.stages.arena import judge_prompt
+from croco.stages.evaluate.evaluate import evaluation_seed
+from croco.stages.evaluate.fidelity import found_languages
+from croco.stages.evaluate.results import BASE
+from croco.stages.sample import sample_shards
+from croco.storage.schemas import COMPARISONS, ledger
+from croco.storage.shards import merge_ledgers, read_dropped, read_table
+
+KEY = ["prompt_id", "language"]
+ABSENT = "no completion"
+HOPELESS = 64  # judgements without a single verdict, after which a judge is not asked any more
+Match = dict[str, Any]  # a prompt with the completions of both
+# (key, match, whether the arm's completion is first) -> (key, judgement) as they come; a reason where there is none
+Question = tuple[int, Match, bool]
+Ask = Callable[[Sequence[Question]], Iterator[tuple[int, Judged | str]]]
+
+
+# Completions, where `evaluate` has not drawn them already --------------------------------------------------------
+
+
+def sample(work: Work) -> None:
+    """Write greedy completions of `work.arm` to the arena's prompts."""
+    recipe = work.recipe.model_copy(update={"runtime": work.runtime})
+    prompts = work.inputs.get("arena-prompts") or work.inputs["eval-prompts"]
+    size, rows = work.runtime.shard_prompts, read_prompts(recipe, prompts).height
+    sizes = [min(size, rows - start) for start in range(0, rows, size)]
+    adapter = None if work.arm == BASE else tuned_weights(work.inputs["train"])
+    worker = partial(GreedyWorker, recipe, prompts, adapter, work.engine_seed)
+    compute(work, worker, sizes, "completion", role="evaluate")
+
+
+def read_prompts(recipe: Recipe, folder: Path) -> pl.DataFrame:
+    """The prompts that are compared on: in the arena's languages, at most `arena.limit` of each."""
+    prompts = read_table(folder).filter(pl.col("language").is_in(list(recipe.arena_languages)))
+    limit = recipe.arena.limit if recipe.arena else None
+    first = prompts["prompt_id"].unique(maintain_order=True)[:limit]
+    return prompts.filter(pl.col("prompt_id").is_in(first.implode())).sort(KEY)
+
+
+class GreedyWorker:
+    """Answers shards of the arena's prompts with the most likely tokens."""
+
+    def __init__(
+        self, recipe: Recipe, prompts: Path, adapter: Path | None, engine_seed: int, replica: int
+    ) -> None:
+        self.recipe, self.prompts = recipe, read_prompts(recipe, prompts)
+        self.sampler, self.tokenizer = open_sampler("evaluate", recipe, engine_seed, replica, adapter)
+        self.facts = self.sampler.facts
+
+    def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[Finished]:
+        """Several shards in one stream."""
+        size, arena = self.recipe.runtime.shard_prompts, self.recipe.arena
+        tokens = (arena.max_new_tokens if arena else None) or self.recipe.evaluation.max_new_tokens
+        asked = {index: self.prompts.slice(index * size, size).to_dicts() for index in indices}
+        for index, table, dropped in sample_shards(
+            self.sampler,
+            self.tokenizer,
+            asked,
+            Decoding(0.0, top_p=1.0, top_k=0, max_new_tokens=tokens),
+            num_completions=1,
+            run_seed=evaluation_seed(self.recipe.run.seed),
+            instructions=self.recipe.policy.instruction,
+            on_prompt=partial(advance, 1),
+        ):
+            drawn = pc.sum(table["completion_tokens"]).as_py() or 0
+            yield Finished(index, table, dropped, {"completion": len(asked[index])}, {"tokens": drawn})
+
+
+# Comparisons -----------------------------------------------------------------------------------------------------
+
+
+def arena(work: Work) -> None:
+    """Write the comparisons of `work.arm` with the base."""
+    recipe = work.recipe.model_copy(update={"runtime": work.runtime})
+    assert recipe.arena is not None
+    size, rows = work.runtime.shard_prompts, matches(recipe, work.inputs).height
+    sizes = [min(size, rows - start) for start in range(0, rows, size)]
+    worker = partial(ArenaWorker, recipe, str(work.arm), work.inputs)
+    compute(work, worker, sizes, "comparison", role="judge", here=recipe.arena.judge == "lab")
+    found = account(work.folder)
+    work.record(**found)
+    unjudged = {reason: count for reason, count in found["without_verdict"].items() if reason != ABSENT}
+    if unjudged and found["comparisons"] == found["same_text"]:
+        reasons = ", ".join(f"{count} × {reason}" for reason, count in sorted(unjudged.items()))
+        raise UserError(
+            f"{work.title}: no comparison got two verdicts ({reasons}); the ledger in {work.folder} says more"
+        )
+
+
+def account(folder: Path) -> dict[str, Any]:
+    """How the comparisons of a stage came out, and what became of the others."""
+    merge_ledgers(folder)
+    table, reasons = read_table(folder), read_dropped(folder)["reason"].str.split(": ").list.first()
+    asked = table.filter(pl.col("judgement_arm_first").is_not_null())
+    return {
+        "comparisons": table.height,
+        "same_text": table.height - asked.height,
+        "inconsistent": asked.filter(pl.col("verdict_arm_first") != pl.col("verdict_base_first")).height,
+        "without_verdict": dict(Counter(reasons)),
+    }
+
+
+def matches(recipe: Recipe, inputs: Mapping[str, Path]) -> pl.DataFrame:
+    """Prompts with the completions of the arm and of the base, in key order; null where there is none."""
+    table = read_prompts(recipe, inputs.get("arena-prompts") or inputs["eval-prompts"])
+    table = table.select(*KEY, "domain", "messages")
+    for column, side in (("completion", ""), ("base_completion", f"/{BASE}")):
+        table = table.join(greedy(inputs, side).rename({"completion": column}), on=KEY, how="left")
+    return table.sort(KEY)
+
+
+def greedy(inputs: Mapping[str, Path], side: str) -> pl.DataFrame:
+    """Greedy completions by key, from `arena-sample` or from the verdicts of `evaluate`."""
+    drawn = inputs.get(f"arena-sample{side}")
+    if drawn is not None:
+        return read_table(drawn, [*KEY, "completion"])
+    columns = [*KEY, "completion", "temperature", "sample_id"]
+    table = read_table(inputs[f"evaluate{side}"], columns)
+    return table.filter((pl.col("temperature") == 0) & (pl.col("sample_id") == 0)).select(columns[:3])
+
+
+class ArenaWorker:
+    """Has shards of comparisons judged."""
+
+    def __init__(self, recipe: Recipe, arm: str, inputs: Mapping[str, Path], replica: int) -> None:
+        self.recipe, self.arm, self.matches = recipe, arm, matches(recipe, inputs)
+        self.name, self.ask, self.facts = open_asker(recipe, replica)
+        self.heard = self.understood = 0
+
+    def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[Finished]:
+        """Several shards in one stream, each written when its last judgement is there."""
+        size = self.recipe.runtime.shard_prompts
+        rows = {index: self.matches.slice(index * size, size).to_dicts() for index in indices}
+        questions: list[Question] = []
+        owners: list[tuple[int, int, bool]] = []
+        found: dict[int, dict[tuple[int, bool], Judged | str]] = {index: {} for index in indices}
+        left = Counter[int]()
+        for index, part in rows.items():
+            for place, match in enumerate(part):
+                for arm_first in (True, False) if is_asked(match) else ():
+                    questions.append((len(questions), match, arm_first))
+                    owners.append((index, place, arm_first))
+                    left[index] += 1
+        for index in [index for index in indices if not left[index]]:
+            yield self._finish(index, rows[index], {}, advance)
+        for key, judged in self.ask(questions):
+            index, place, arm_first = owners[key]
+            self._listen(judged, arm_first)
+            found[index][place, arm_first] = judged
+            left[index] -= 1
+            if not left[index]:
+                yield self._finish(index, rows[index], found.pop(index), advance)
+
+    def _listen(self, judged: Judged | str, arm_first: bool) -> None:
+        """Stop before a judge that never says a verdict has cost a whole run."""
+        reading = judge_prompt.read(judged, arm_first)
+        self.heard, self.understood = self.heard + 1, self.understood + (reading.verdict is not None)
+        if self.heard == HOPELESS and not self.understood:
+            raise UserError(
+                f"the judge {self.name} gave no verdict in its first {HOPELESS} judgements, expected a last line "
+                f"'Verdict: 1', 'Verdict: 2' or 'Verdict: tie' ({reading.reason})"
+            )
+
+    def _finish(
+        self, index: int, rows: list[Match], found: Mapping[tuple[int, bool], Judged | str], advance: Advance
+    ) -> Finished:
+        table, dropped = tabulate(self.arm, self.name, rows, found, self.recipe.run.evaluated)
+        judged = [one for one in found.values() if not isinstance(one, str)]
+        sums = {
+            "judgements": len(judged),
+            "judge_prompt_tokens": sum(one.prompt_tokens for one in judged),
+            "judge_completion_tokens": sum(one.completion_tokens for one in judged),
+        }
+        advance(len(rows))
+        return Finished(index, table, dropped, {"comparison": len(rows)}, sums)
+
+
+def is_asked(match: Match) -> bool:
+    """Whether a judge has anything to decide: two completions that are not the same."""
+    ours, base = match["completion"], match["base_completion"]
+    return ours is not None and base is not None and ours != base
+
+
+def open_asker(recipe: Recipe, replica: int) -> tuple[str, Ask, dict[str, Any]]:
+    """The judge's name, the function that asks it, and what `stage.json` records."""
+    if recipe.arena is not None and recipe.arena.judge == "lab":
+        return "lab", ask_lab, {"engine": "lab"}
+    judge = open_judge(recipe, replica=replica)
+    assert recipe.judge is not None
+    limit = recipe.judge.max_new_tokens
+
+    def ask(questions: Sequence[Question]) -> Iterator[tuple[int, Judged | str]]:
+        requests = []
+        for key, match, arm_first in questions:
+            text = judge_prompt.question(match["messages"], match["language"], *shown(match, arm_first))
+            requests.append(JudgeRequest(key, ({"role": "user", "content": text},)))
+        yield from judge.judge(requests, limit)
+
+    return judge.name, ask, judge.facts
+
+
+def ask_lab(questions: Sequence[Question]) -> Iterator[tuple[int, Judged | str]]:
+    """The lab's judge, which checks by program."""
+    from croco.stages.evaluate import lab
+
+    for key, match, arm_first in questions:
+        yield key, lab.compare(match["prompt_id"], match["language"], *shown(match, arm_first))
+
+
+def shown(match: Match, arm_first: bool) -> tuple[str, str]:
+    """The two completions in the order that the judge sees them in."""
+    ours, base = match["completion"], match["base_completion"]
+    return (ours, base) if arm_first else (base, ours)
+
+
+def tabulate(
+    arm: str,
+    judge: str,
+    rows: Sequence[Match],
+    found: Mapping[tuple[int, bool], Judged | str],
+    evaluated: Sequence[str],
+) -> tuple[pa.Table, pa.Table]:
+    """One shard of comparisons and its ledger; `found` has the judgements by place and order."""
+    kept: list[dict[str, Any]] = []
+    drops: list[tuple[str, str, str, int | None, str]] = []
+    for place, match in enumerate(rows):
+        missing = [
+            name
+            for name, text in ((arm, match["completion"]), (BASE, match["base_completion"]))
+            if text is None
+        ]
+        both = [found.get((place, arm_first)) for arm_first in (True, False)]
+        reads = [
+            judge_prompt.Reading(judge_prompt.TIE) if one is None else judge_prompt.read(one, arm_first)
+            for one, arm_first in zip(both, (True, False), strict=True)
+        ]
+        reason = next((reading.reason for reading in reads if reading.verdict is None), None)
+        if missing:
+            reason = f"{ABSENT}: of {' and '.join(missing)}"
+        if reason is not None:
+            drops.append(("comparison", match["prompt_id"], match["language"], None, reason))
+            continue
+        first, second = (str(reading.verdict) for reading in reads)
+        judged = [one for one in both if isinstance(one, Judged)]
+        kept.append(
+            {name: match[name] for name in (*KEY, "domain", "completion", "base_completion")}
+            | {
+                "arm": arm,
+                "verdict_arm_first": first,
+                "verdict_base_first": second,
+                "value": judge_prompt.value_of(first, second),
+                "judgement_arm_first": judged[0].text if judged else None,
+                "judgement_base_first": judged[1].text if judged else None,
+                "judge": judge,
+                "judge_prompt_tokens": sum(one.prompt_tokens for one in judged),
+                "judge_completion_tokens": sum(one.completion_tokens for one in judged),
+            }
+        )
+    for column, text in (("found_language", "completion"), ("base_found_language", "base_completion")):
+        for row, language in zip(kept, found_languages((row[text] for row in kept), evaluated), strict=True):
+            row[column] = language
+    return pa.Table.from_pylist(kept, schema=COMPARISONS.schema), ledger(drops)

@@ -1,0 +1,294 @@
+"""The stage `euroeval`: structured tasks, by EuroEval as a program of its own, against a server of an arm's policy.
+
+One shard per dataset. EuroEval appends to its results file when a dataset is done, and the shard is written from that
+line; so a run that was killed goes on with the next dataset, and inside a dataset EuroEval keeps the completions of
+finished iterations. What is in the file is checked by `euroeval_records`, EuroEval's environment is made by
+`euroeval_install`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+
+from croco.config.euroeval import VERSION
+from croco.config.recipe import Recipe
+from croco.config.runtime import EuroEvalRuntime
+from croco.errors import UserError
+from croco.models import vllm_server
+from croco.models.open import tuned_weights
+from croco.pipeline.stage import Work
+from croco.stages.euroeval.results_file import Record, read_records, rows_of
+from croco.stages.evaluate.results import BASE
+from croco.storage import shards
+from croco.storage.hashing import folder_identity
+from croco.storage.schemas import RESULTS, ledger
+
+PROGRAM = Path(__file__).with_name("program.py")
+RESULTS_FILE = "euroeval_benchmark_results.jsonl"  # EuroEval's own name for it
+FACTS_FILE = "facts.json"
+NOT_COVERED = "EuroEval has no dataset in this language"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One dataset of one language; its number is its shard's."""
+
+    index: int
+    language: str
+    dataset: str
+
+
+def check(recipe: Recipe) -> None:
+    """Raise UserError when what the stage runs on is not there: before the stages in front of it take days."""
+    runtime = recipe.runtime.euroeval
+    if not Path(runtime.python).exists():
+        raise UserError(
+            f"runtime.euroeval.python = '{runtime.python}': no such program, "
+            f"expected EuroEval's Python: run `croco euroeval install`"
+        )
+    _key(runtime)
+    if set(runtime.urls) != {BASE, *recipe.evaluated_arms}:
+        vllm_server.check(runtime.vllm_python, "runtime.euroeval.vllm_python")
+
+
+def named_server(runtime: EuroEvalRuntime, arm: str) -> vllm_server.Serving:
+    """The recipe's server of an arm; raises UserError when it is away or does not serve the arm."""
+    url, place = runtime.urls[arm].rstrip("/"), f"runtime.euroeval.urls.{arm}"
+    context = vllm_server.served_context(url, model_name(arm), place, runtime.key_variable)
+    return vllm_server.Serving(url, context)
+
+
+def model_name(arm: str) -> str:
+    """The name that a server has an arm's policy under, and EuroEval knows it by."""
+    return f"openai/croco-{arm}"
+
+
+def euroeval(work: Work) -> None:
+    """Write EuroEval's results of `work.arm`, dataset by dataset; languages without any go to the ledger."""
+    tasks = tasks_of(work.settings["datasets"])
+    todo = [tasks[index] for index in work.todo(len(tasks))]
+    folder = work_folder(work)
+    results = folder / RESULTS_FILE
+    drop_unfinished_line(results)
+    done = read_records(results, model_name(str(work.arm)))  # killed between EuroEval's line and our shard
+    failed: dict[str, str] = {}
+    with work.progress(len(tasks), "dataset", len(tasks) - len(todo)) as bar:
+        for task in [task for task in todo if task.dataset in done]:
+            write(work, task, done[task.dataset])
+            bar.advance(1)
+        for task, reason in run(work, folder, [task for task in todo if task.dataset not in done]):
+            if reason is None:
+                reason = _write_new(work, task, results)
+            if reason is not None and work.runtime.euroeval.keep_going:
+                write_failed(work, task, reason)
+            elif reason is not None:
+                failed[task.dataset] = reason
+            bar.advance(1)
+    if failed:
+        name, reason = next(iter(failed.items()))
+        others = f"; neither could {', '.join(list(failed)[1:])}" if len(failed) > 1 else ""
+        raise UserError(
+            f"{work.title}: '{name}' could not be evaluated: {reason}{others}. The other datasets are kept: run again, "
+            f"or set runtime.euroeval.keep_going = true, which puts it into the ledger (see {folder / 'log.txt'})"
+        )
+    if todo or results.exists():  # else a kill came when all this was done and its scratch gone
+        finish(work, folder)
+
+
+def finish(work: Work, folder: Path) -> None:
+    """Keep EuroEval's own file, and what is to be said of the whole, whichever start of the stage saw it."""
+    results = folder / RESULTS_FILE
+    text = results.read_text(encoding="utf-8") if results.exists() else ""
+    shards.write_text(work.folder / RESULTS_FILE, text)
+    records = read_records(results, model_name(str(work.arm)))
+    counts = {name: record.failed_instances for name, record in sorted(records.items())}
+    facts = shards.read_json(folder / FACTS_FILE)
+    work.record(failed_instances={name: count for name, count in counts.items() if count}, **facts)
+
+
+def tasks_of(datasets: Mapping[str, Sequence[str]]) -> list[Task]:
+    """Every dataset of every language, numbered."""
+    pairs = [(language, dataset) for language, names in datasets.items() for dataset in names]
+    return [Task(index, *pair) for index, pair in enumerate(pairs)]
+
+
+def work_folder(work: Work) -> Path:
+    """Where EuroEval runs: it finds its results so far and local datasets in its working directory."""
+    folder = work.scratch() / "work"
+    folder.mkdir(exist_ok=True)
+    section = work.recipe.euroeval
+    if section is not None and section.local is not None:
+        ours = shutil.ignore_patterns(RESULTS_FILE)
+        shutil.copytree(Path(section.local).expanduser(), folder, ignore=ours, dirs_exist_ok=True)
+    return folder
+
+
+def drop_unfinished_line(path: Path) -> None:
+    """Cut what a killed EuroEval had only half written."""
+    if path.exists():
+        content = path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if whole != content:
+            path.write_bytes(whole)
+
+
+def _write_new(work: Work, task: Task, results: Path) -> str | None:
+    """The shard of a dataset that EuroEval says is done; the reason why not when its file does not have it."""
+    record = read_records(results, model_name(str(work.arm))).get(task.dataset)
+    if record is None:
+        return "EuroEval skipped it"
+    write(work, task, record)
+    return None
+
+
+def write(work: Work, task: Task, record: Record) -> None:
+    """The shard of a dataset."""
+    rows = rows_of(record, str(work.arm), task.language, work.settings)
+    _write_shard(work, task, pa.Table.from_pylist(rows, schema=RESULTS.schema), [])
+
+
+def write_failed(work: Work, task: Task, reason: str) -> None:
+    """The shard of a dataset that EuroEval could not do: a line in the ledger."""
+    drop = ("dataset", task.dataset, task.language, None, reason)
+    _write_shard(work, task, RESULTS.schema.empty_table(), [drop])
+
+
+def _write_shard(
+    work: Work, task: Task, table: pa.Table, drops: list[tuple[str, str, str, int | None, str]]
+) -> None:
+    """A shard accounts for its dataset, the first one for all languages."""
+    read, written = {"dataset": 1}, {"dataset": 1 - len(drops)}
+    if task.index == 0:
+        datasets = work.settings["datasets"]
+        none = [language for language, names in datasets.items() if not names]
+        read["language"], written["language"] = len(datasets), len(datasets) - len(none)
+        drops = drops + [("language", "", language, None, NOT_COVERED) for language in none]
+    work.write(task.index, table, read=read, written=written, dropped=ledger(drops) if drops else None)
+
+
+# The program ---------------------------------------------------------------------------------------------------------
+
+
+def run(work: Work, folder: Path, tasks: Sequence[Task]) -> Iterator[tuple[Task, str | None]]:
+    """Yield every dataset when EuroEval is through with it, with the reason why it could not do it, if so."""
+    if not tasks:
+        return
+    runtime, log = work.runtime.euroeval, folder / "log.txt"
+    with served(work, folder) as (server, facts):
+        asked = {
+            key: work.settings[key]
+            for key in ("version", "iterations", "split", "few_shot", "generative_type")
+        }
+        asked |= {"model": model_name(str(work.arm)), "url": server.url, "max_context": server.max_context}
+        asked["datasets"] = [task.dataset for task in tasks]
+        # -P: beside the program lie modules of ours, one called euroeval
+        words = [str(Path(runtime.python).absolute()), "-P", str(PROGRAM)]
+        pipe = subprocess.PIPE
+        with (
+            log.open("ab") as file,
+            vllm_server.started(
+                words, _environment(runtime), file, stdin=pipe, stdout=pipe, cwd=folder
+            ) as process,
+        ):
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.write(json.dumps(asked).encode())
+            process.stdin.close()
+            for task, reason in _said(folder, process.stdout, list(tasks), facts):
+                if not server.alive:
+                    why = vllm_server.last_line(folder / "server.txt")
+                    raise UserError(f"{work.title}: the server ended at '{task.dataset}': {why}")
+                yield task, reason
+            if process.wait():
+                raise UserError(
+                    f"{work.title}: EuroEval ended with exit code {process.returncode}: {vllm_server.last_line(log)} "
+                    f"(see {log}); what is finished is kept"
+                )
+
+
+def _said(
+    folder: Path, lines: IO[bytes], tasks: Sequence[Task], facts: Mapping[str, Any]
+) -> Iterator[tuple[Task, str | None]]:
+    """What the program says: its libraries, the datasets it does not know, then one line per dataset."""
+    by_name = {task.dataset: task for task in tasks}
+    for line in lines:
+        said: dict[str, Any] = json.loads(line)
+        if "libraries" in said:
+            shards.write_json(folder / FACTS_FILE, {"euroeval": said["libraries"], **facts})
+            if said["libraries"]["euroeval"] != VERSION:
+                raise UserError(
+                    f"runtime.euroeval.python has EuroEval {said['libraries']['euroeval']}, expected {VERSION}: "
+                    f"run `croco euroeval install`"
+                )
+        elif "unknown" in said:
+            if said["unknown"]:
+                raise UserError(
+                    f"euroeval.datasets: EuroEval {VERSION} has no {', '.join(said['unknown'])}, "
+                    f"and neither has euroeval.local"
+                )
+        else:
+            reason = said.get("error")
+            yield by_name[said["dataset"]], None if reason is None else " ".join(reason.split())[:500]
+
+
+def _environment(runtime: EuroEvalRuntime) -> dict[str, str]:
+    """What EuroEval's process sees: nothing of our Python, and LiteLLM's list of models as it is installed."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    key = _key(runtime) or "none"  # the client wants one, a vLLM of ours does not
+    direct = ["localhost", "127.0.0.1", "::1"]  # through no proxy: the key goes along
+    direct += [environment[name] for name in ("NO_PROXY", "no_proxy") if environment.get(name)]
+    environment |= dict.fromkeys(("NO_PROXY", "no_proxy"), ",".join(direct))
+    return environment | {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "OPENAI_API_KEY": key}
+
+
+def _key(runtime: EuroEvalRuntime) -> str | None:
+    if runtime.key_variable is None:
+        return None
+    if not (key := os.environ.get(runtime.key_variable)):
+        raise UserError(
+            f"runtime.euroeval.key_variable: the environment has no {runtime.key_variable}, expected the key in it"
+        )
+    return key
+
+
+@contextmanager
+def served(work: Work, folder: Path) -> Iterator[tuple[vllm_server.Serving, dict[str, Any]]]:
+    """The server that the recipe names for the arm, or one of ours; and what `stage.json` says of it."""
+    arm, runtime = str(work.arm), work.runtime.euroeval
+    if arm in runtime.urls:
+        server = named_server(runtime, arm)
+        yield server, {"server": server.url, "max_context": server.max_context}
+        return
+    from croco.models.loading import pick_device, pick_dtype
+
+    policy = work.recipe.policy
+    dtype = str(pick_dtype(policy.dtype, pick_device(work.runtime.device))).removeprefix("torch.")
+    merged, identity = None, work.settings["policy"]["model"]
+    if arm != BASE:
+        weights = tuned_weights(work.inputs["train"])
+        if weights.name == "model":  # all of them were tuned
+            policy = policy.model_copy(update={"model": str(weights), "revision": None})
+        else:
+            merged = vllm_server.merge(policy, dtype, weights, work.scratch() / "merged")
+        identity = folder_identity(merged or weights)
+    with vllm_server.serve(
+        policy,
+        merged,
+        model_name(arm),
+        dtype,
+        vllm=work.runtime.vllm,
+        python=runtime.vllm_python,
+        seconds=runtime.start_seconds,
+        log=folder / "server.txt",
+    ) as server:
+        yield server, {"served_model": identity, "served_dtype": dtype, "max_context": server.max_context}

@@ -1,0 +1,194 @@
+"""EuroEval's results file, read strictly: one line per dataset, in the format of its version 18.
+
+A metric keeps EuroEval's own name. What another version wrote, a dataset that is there twice, a metric that is an
+average over fewer iterations than were asked for: each is an error, because each would put numbers side by side that
+do not belong together. The interval is EuroEval's: 1.96 standard errors over its iterations.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+from pydantic import BaseModel, Field, ValidationError
+
+from croco.config.euroeval import STANDS_FOR, VERSION
+from croco.errors import UserError
+
+SEED = 4242  # EuroEval's own, the same for every model: all arms see the same draws of a dataset
+GREEDY = 0.0  # so it asks
+
+
+class _Interval(BaseModel):
+    lower: float
+    upper: float
+
+
+class _Uncertainty(BaseModel):
+    confidence_interval: _Interval | None = None
+
+
+class _Score(BaseModel):
+    score: float
+    uncertainty: _Uncertainty = _Uncertainty()
+    details: dict[str, Any] = {}
+
+
+class _Source(BaseModel):
+    dataset_name: str
+
+
+class _Metric(BaseModel):
+    evaluation_name: str
+    source_data: _Source
+    score_details: _Score
+
+
+class _Details(BaseModel):
+    languages: str
+    few_shot: str | None = None
+    validation_split: str | None = None
+    raw_results: str
+
+
+class _Library(BaseModel):
+    additional_details: _Details
+
+
+class _Model(BaseModel):
+    name: str
+
+
+class Record(BaseModel):
+    """One line of the file: one model on one dataset."""
+
+    model_info: _Model
+    eval_library: _Library
+    evaluation_results: list[_Metric] = Field(min_length=1)
+
+    @property
+    def dataset(self) -> str:
+        return self.evaluation_results[0].source_data.dataset_name
+
+    @property
+    def languages(self) -> list[str]:
+        return list(json.loads(self.eval_library.additional_details.languages))
+
+    @property
+    def iterations(self) -> list[dict[str, Any]]:
+        return list(json.loads(self.eval_library.additional_details.raw_results))
+
+    @property
+    def failed_instances(self) -> int:
+        """Prompts, over all iterations, that the model's answer to could not be had."""
+        return round(float(self.evaluation_results[0].score_details.details.get("num_failed_instances", 0)))
+
+
+def read_records(path: Path, model: str) -> dict[str, Record]:
+    """The records of a results file by dataset, all of one model; raises UserError for a line that does not belong."""
+    found: dict[str, Record] = {}
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            record = _read(line, f"{path}, line {number}")
+            if record.model_info.name != model:
+                raise UserError(
+                    f"{path}, line {number}: results of '{record.model_info.name}', expected '{model}'"
+                )
+            if len({metric.source_data.dataset_name for metric in record.evaluation_results}) > 1:
+                raise UserError(f"{path}, line {number}: metrics of several datasets, expected those of one")
+            if record.dataset in found:
+                raise UserError(f"{path}, line {number}: '{record.dataset}' a second time, expected it once")
+            found[record.dataset] = record
+    return found
+
+
+def _read(line: str, place: str) -> Record:
+    try:
+        values = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{place}: expected JSON, found {error}") from None
+    library = values.get("eval_library") if isinstance(values, dict) else None
+    written_by = library.get("version") if isinstance(library, dict) else None
+    if written_by is None and isinstance(values, dict):
+        written_by = values.get("euroeval_version")  # the format of 16
+    if written_by != VERSION:
+        raise UserError(f"{place}: written by EuroEval {written_by or '(unknown)'}, expected {VERSION}")
+    try:
+        return Record.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"{place}: no result of EuroEval {VERSION}: {where}: {first['msg']}") from None
+
+
+def rows_of(record: Record, arm: str, language: str, asked: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A record's rows of the results table, one per metric; raises UserError when it is not what was asked for.
+
+    `asked` has iterations, split and few_shot. `n` is the number of iterations, the unit of EuroEval's interval.
+    """
+    name, details = record.dataset, record.eval_library.additional_details
+    primary = language.split("-")[0]
+    if not {primary, STANDS_FOR.get(primary, primary)} & set(record.languages):
+        raise UserError(f"EuroEval's '{name}' is in {', '.join(record.languages)}, expected {language}")
+    # a task that allows no examples, and a dataset with one split alone, say nothing
+    if details.few_shot not in (None, str(asked["few_shot"]).lower()):
+        raise UserError(f"'{name}' was asked with few_shot = {details.few_shot}, expected the recipe's")
+    if details.validation_split not in (None, str(asked["split"] == "val").lower()):
+        raise UserError(f"'{name}' has results of the other split, expected those of '{asked['split']}'")
+    if len(record.iterations) != asked["iterations"]:
+        raise UserError(f"'{name}' has {len(record.iterations)} iterations, expected {asked['iterations']}")
+    names = Counter(metric.evaluation_name for metric in record.evaluation_results)
+    for metric_name, times in names.items():
+        if times > 1:
+            raise UserError(f"'{name}' has '{metric_name}' {times} times, expected each metric once")
+    rows = []
+    for metric in record.evaluation_results:
+        _check_whole(name, metric.evaluation_name, record.iterations)
+        value, interval = metric.score_details.score, metric.score_details.uncertainty.confidence_interval
+        if interval is None or not all(map(math.isfinite, (value, interval.lower, interval.upper))):
+            raise UserError(f"'{name}': '{metric.evaluation_name}' is {value} without an interval")
+        rows.append(
+            {
+                "arm": arm,
+                "language": language,
+                "benchmark": name,
+                "metric": metric.evaluation_name,
+                "temperature": GREEDY,
+                "value": value,
+                "ci_low": interval.lower,
+                "ci_high": interval.upper,
+                "n": len(record.iterations),
+                "seed": SEED,
+            }
+        )
+    return rows
+
+
+def _check_whole(dataset: str, metric: str, iterations: Sequence[Mapping[str, Any]]) -> None:
+    """EuroEval leaves out of a mean, without a word, every iteration whose value is no number."""
+    short = metric.removeprefix("test_")
+    values = [iteration.get(short, iteration.get(metric)) for iteration in iterations]
+    good = [value for value in values if isinstance(value, float) and math.isfinite(value)]
+    if len(good) != len(values):
+        raise UserError(
+            f"'{dataset}': '{metric}' is a mean over {len(good)} of {len(values)} iterations, expected all"
+        )
+
+
+def in_all_arms(results: pl.DataFrame, num_arms: int) -> tuple[pl.DataFrame, list[str]]:
+    """The rows of those datasets that every arm has, in the same metrics, and the names of the other datasets."""
+    key = ["language", "benchmark"]
+    metrics = results.group_by("arm", *key).agg(pl.col("metric").sort(), pl.col("n").min())
+    whole = (
+        metrics.group_by(key)
+        .agg(pl.len().alias("arms"), pl.struct("metric", "n").n_unique().alias("kinds"))
+        .filter((pl.col("arms") == num_arms) & (pl.col("kinds") == 1))
+    )
+    left_out = results.join(whole, on=key, how="anti")["benchmark"].unique().sort().to_list()
+    return results.join(whole, on=key, how="semi"), left_out

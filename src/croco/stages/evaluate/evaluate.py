@@ -1,0 +1,256 @@
+"""The stages `evaluate` and `results`: what an arm's policy answers to test prompts, and what that adds up
+to.
+
+Every arm answers the same prompts with the same seeds (common random numbers), which are not the seeds of the
+tuning samples; so arms differ by their weights alone and can be compared prompt by prompt. First all
+completions are drawn, then they are judged: policy and reward model need not fit in memory together. What
+counts as good is `lab`'s or the reward model's business, statistics are `results`'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+
+from croco.config.recipe import Recipe
+from croco.models.open import open_sampler, open_scorer, tuned_weights
+from croco.models.protocols import Decoding, Scorer
+from croco.pipeline.compute import Advance, Finished, compute
+from croco.pipeline.stage import Work
+from croco.stages.arena.results import arena_rows, compared_in_all_arms
+from croco.stages.evaluate.fidelity import found_languages, language_mode
+from croco.stages.evaluate.results import BASE, language_groups, on_common_prompts, summarise
+from croco.stages.sample import sample_shards
+from croco.storage.schemas import RESULTS, VERDICTS, ledger
+from croco.storage.seeds import digest
+from croco.storage.shards import read_parquet, read_table
+
+TOO_LONG = "prompt leaves no room for a completion"
+PROMPT = ("prompt_id", "language")
+REWARD_BENCHMARK = "reward"
+# of each completion: its benchmark, its mode, and its value or the reason why there is none
+Judgement = tuple[Sequence[str], Sequence[str], Sequence[float | str]]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One shard of the evaluation: some prompts at one temperature."""
+
+    index: int
+    temperature: float
+    samples: int
+    prompts: pl.DataFrame
+
+
+def evaluate(work: Work) -> None:
+    """Write the verdicts of `work.arm`: every test prompt, at every temperature, answered and judged."""
+    recipe, prompts = work.recipe.model_copy(update={"runtime": work.runtime}), work.inputs["eval-prompts"]
+    temperatures = sorted(work.settings["temperatures"])
+    batches = partial(read_batches, prompts, temperatures, recipe)
+    sizes = [batch.prompts.height * batch.samples for batch in batches()]
+    adapter = None if work.arm == BASE else tuned_weights(work.inputs["train"])
+    draft = partial(draft_path, work.scratch())
+    compute(
+        work,
+        partial(DrawWorker, recipe, batches, adapter, work.engine_seed),
+        sizes,
+        "completion",
+        drafts=draft,
+    )
+    lab = recipe.evaluation.source == "lab"
+    judge = partial(JudgeWorker, recipe, str(work.arm), batches, draft)
+    compute(work, judge, sizes, "completion", role="score", under="judge", here=lab)
+
+
+def draft_path(folder: Path, index: int) -> Path:
+    return folder / f"draft-{index:05d}.parquet"
+
+
+def read_batches(prompts: Path, temperatures: Sequence[float], recipe: Recipe) -> list[Batch]:
+    """The shards of an arm's evaluation, in the order of their numbers."""
+    samples, size = recipe.evaluation.samples, recipe.runtime.shard_prompts
+    return plan_batches(read_table(prompts), temperatures, samples, size)
+
+
+def plan_batches(
+    prompts: pl.DataFrame, temperatures: Sequence[float], samples: int, shard_prompts: int
+) -> list[Batch]:
+    """Shards of `shard_prompts` parallel prompts in all their languages, temperature by temperature; greedy
+    needs one sample.
+    """
+    names = prompts["prompt_id"].unique(maintain_order=True)
+    blocks = [
+        prompts.filter(pl.col("prompt_id").is_in(names[start : start + shard_prompts].implode()))
+        for start in range(0, len(names), shard_prompts)
+    ]
+    settings = [(t, block) for t in temperatures for block in blocks]
+    return [Batch(i, t, samples if t > 0 else 1, block) for i, (t, block) in enumerate(settings)]
+
+
+def evaluation_seed(run_seed: int) -> int:
+    """The run seed that evaluated completions are drawn with: the same for every arm and temperature, and not
+    the tuning samples'.
+    """
+    return digest("evaluation", run_seed)
+
+
+class DrawWorker:
+    """Answers the prompts of shards: drafts, which are not judged yet."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        batches: Callable[[], list[Batch]],
+        adapter: Path | None,
+        engine_seed: int,
+        replica: int,
+    ) -> None:
+        self.recipe, self.batches = recipe, batches()
+        self.sampler, self.tokenizer = open_sampler("evaluate", recipe, engine_seed, replica, adapter)
+        self.facts = self.sampler.facts
+
+    def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[Finished]:
+        """Temperature by temperature, the shards of each in one stream."""
+        evaluation, asked = self.recipe.evaluation, [self.batches[index] for index in indices]
+        for temperature in sorted({batch.temperature for batch in asked}):
+            same = [batch for batch in asked if batch.temperature == temperature]
+            for index, table, dropped in sample_shards(
+                self.sampler,
+                self.tokenizer,
+                {batch.index: batch.prompts.to_dicts() for batch in same},
+                Decoding(temperature, top_p=1.0, top_k=0, max_new_tokens=evaluation.max_new_tokens),
+                num_completions=same[0].samples,
+                run_seed=evaluation_seed(self.recipe.run.seed),
+                instructions=self.recipe.policy.instruction,
+                on_prompt=partial(advance, same[0].samples),
+            ):
+                tokens = sum(table["completion_tokens"].to_pylist())
+                yield Finished(index, table, dropped, {}, {"tokens": tokens})
+
+
+class JudgeWorker:
+    """Judges drafts: by the lab's program, or by the reward model.
+
+    A verdict of the reward model has its score as the value, and as the mode whether the language is the prompt's.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        arm: str,
+        batches: Callable[[], list[Batch]],
+        draft: Callable[[int], Path],
+        replica: int,
+    ) -> None:
+        self.recipe, self.arm, self.batches, self.draft = recipe, arm, batches(), draft
+        self.facts: dict[str, Any] = {}
+        self.judge = _judge_lab
+        if recipe.evaluation.source != "lab":
+            scorer, tokenizer = open_scorer(recipe, replica)
+            self.facts = scorer.facts
+            self.judge = partial(_judge_by_reward, recipe, scorer, tokenizer)
+
+    def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[Finished]:
+        """Shard by shard, each as it was drawn."""
+        for index in indices:
+            batch = self.batches[index]
+            answered = read_parquet(self.draft(index))
+            found = found_languages(answered["completion"], self.recipe.run.evaluated)
+            answered = answered.with_columns(found_language=pl.Series(found, dtype=pl.String))
+            table, dropped = tabulate(self.arm, batch, answered, *self.judge(batch, answered))
+            size = batch.prompts.height * batch.samples
+            advance(size)
+            yield Finished(index, table, dropped, {"completion": size}, {"completions": answered.height})
+
+
+def _judge_lab(batch: Batch, answered: pl.DataFrame) -> Judgement:
+    """Verdicts by the lab's program."""
+    from croco.stages.evaluate import lab
+
+    modes, values = lab.judge(*(answered[name].to_list() for name in ("prompt_id", "language", "completion")))
+    domains = {row[0]: row[1] for row in batch.prompts.select("prompt_id", "domain").iter_rows()}
+    return [lab.benchmark(domains[prompt_id]) for prompt_id in answered["prompt_id"]], modes, values
+
+
+def _judge_by_reward(
+    recipe: Recipe, scorer: Scorer, tokenizer: Any, batch: Batch, answered: pl.DataFrame
+) -> Judgement:
+    """Verdicts of the reward model; a reason in place of a score where there is none."""
+    from croco.stages.score.score import score_conversations
+
+    modes = [
+        language_mode(found, language)
+        for found, language in answered.select("found_language", "language").iter_rows()
+    ]
+    messages = {tuple(row[:2]): row[2] for row in batch.prompts.select(*PROMPT, "messages").iter_rows()}
+    groups = [
+        (messages[prompt_id, language], rows.to_dicts())
+        for (prompt_id, language), rows in answered.group_by(PROMPT, maintain_order=True)
+    ]
+    scored = score_conversations(scorer, tokenizer, groups, recipe.reward.max_tokens)
+    return [REWARD_BENCHMARK] * answered.height, modes, list(chain.from_iterable(scored))
+
+
+def tabulate(
+    arm: str,
+    batch: Batch,
+    answered: pl.DataFrame,
+    benchmarks: Sequence[str],
+    modes: Sequence[str],
+    values: Sequence[float | str],
+) -> tuple[pa.Table, pa.Table]:
+    """One shard of verdicts and its ledger: a reason in place of a value, and a prompt without completions."""
+    columns = (*PROMPT, "sample_id", "completion", "finish_reason", "found_language")
+    table = answered.select(columns).with_columns(
+        arm=pl.lit(arm, pl.String),
+        temperature=pl.lit(batch.temperature, pl.Float64),
+        benchmark=pl.Series(benchmarks, dtype=pl.String),
+        mode=pl.Series(modes, dtype=pl.String),
+        value=pl.Series([None if isinstance(value, str) else value for value in values], dtype=pl.Float64),
+    )
+    key = answered.select(*PROMPT, "sample_id").iter_rows()
+    drops = [
+        ("completion", *row, value) for row, value in zip(key, values, strict=True) if isinstance(value, str)
+    ]
+    silent = batch.prompts.join(answered, on=PROMPT, how="anti")
+    drops += [
+        ("completion", prompt_id, language, sample, TOO_LONG)
+        for prompt_id, language in silent.select(*PROMPT).iter_rows()
+        for sample in range(batch.samples)
+    ]
+    return table.filter(pl.col("value").is_not_null()).to_arrow(), ledger(drops)
+
+
+def results(work: Work) -> None:
+    """Write the results table over all arms: shares or scores, mode shares, and differences from the base."""
+    run = work.recipe.run
+    arms = [BASE, *work.recipe.evaluated_arms]
+    columns = [name for name in VERDICTS.schema.names if name not in ("completion", "finish_reason")]
+    todo = work.todo(1)
+    if todo:
+        verdicts = pl.concat([read_table(work.inputs[f"evaluate/{arm}"], columns) for arm in arms])
+        groups = language_groups(run.languages, run.low_resource_languages, run.held_out_languages)
+        verdicts, num_left_out = on_common_prompts(verdicts)
+        work.record(prompts_left_out=num_left_out)
+        table = summarise(verdicts, groups, work.seed, work.recipe.evaluation.bootstrap)
+        if work.recipe.euroeval is not None:
+            from croco.stages.euroeval.results_file import in_all_arms
+
+            tables = [read_table(work.inputs[f"euroeval/{arm}"]) for arm in arms]
+            tasks, left_out = in_all_arms(pl.concat(tables), len(arms))
+            work.record(datasets_left_out=left_out)
+            table = pl.concat([table, tasks.select(table.columns)], how="vertical_relaxed")
+        if work.recipe.arena is not None:
+            compared = pl.concat([read_table(work.inputs[f"arena/{arm}"]) for arm in arms[1:]])
+            compared, num_left_out = compared_in_all_arms(compared, arms[1:])
+            work.record(comparisons_left_out=num_left_out)
+            rows = arena_rows(compared, groups, work.seed, work.recipe.evaluation.bootstrap)
+            table = pl.concat([table, rows.select(table.columns)], how="vertical_relaxed")
+        work.write(0, table.to_arrow().select(RESULTS.schema.names))

@@ -1,0 +1,107 @@
+"""Scores made comparable before pooling: across languages a reward model's raw scores favour some of them.
+
+    none      as they are (the paper)
+    zscore    minus the mean of the language, over its population std
+    quantile  the share of the language's scores below, ties half: in (0, 1)
+    centred   minus the mean of the prompt in the language
+    length    minus alpha times the completion's tokens, alpha such that best and worst are equally long on average
+              (ICR, arXiv 2503.04647)
+
+Statistics are over all finite scores of the policy's completions, before guards: they describe the reward model, not
+the selection. Gold completions are calibrated by them and do not enter them. Within a language "zscore" and "centred"
+select as raw scores do (but for rounding); "quantile" does not: it bends the scale.
+
+Shapes: R rows, L languages.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from croco.config.rules import CALIBRATIONS
+from croco.errors import UserError
+
+
+def calibrate(
+    kind: str,
+    score: NDArray[np.float32],
+    language: NDArray[np.int32],
+    prompt_in_language: NDArray[np.int64],
+    counted: NDArray[np.bool_],
+) -> NDArray[np.float32]:
+    """Calibrated scores, float32 (R,), of raw ones (R,) by `language` or `prompt_in_language`, both numbers from 0 on.
+
+    `counted` rows make the statistics. A language or prompt whose scores are all equal keeps a std of 1. Raises
+    UserError for an unknown kind.
+    """
+    if kind not in CALIBRATIONS:
+        known = ", ".join(f'"{name}"' for name in CALIBRATIONS)
+        raise UserError(f'the calibration "{kind}" is unknown, expected one of {known}')
+    if kind == "none" or not len(score):
+        return score
+    if kind == "quantile":
+        return _quantiles(score, language, counted)
+    group = language if kind == "zscore" else prompt_in_language
+    num = np.bincount(group, counted)
+    weights = np.where(counted, score, 0.0)
+    mean = np.bincount(group, weights) / np.maximum(num, 1)
+    centred = score - mean[group]
+    if kind == "centred":
+        return centred.astype(np.float32)
+    std = np.sqrt(np.bincount(group, np.where(counted, centred, 0.0) ** 2) / np.maximum(num, 1))
+    return (centred / np.where(std > 0, std, 1.0)[group]).astype(np.float32)
+
+
+def _quantiles(
+    score: NDArray[np.float32], language: NDArray[np.int32], counted: NDArray[np.bool_]
+) -> NDArray[np.float32]:
+    found = np.empty(len(score), np.float32)
+    for code in np.unique(language):
+        here = np.flatnonzero(language == code)
+        rising = np.sort(score[here[counted[here]]])
+        below = np.searchsorted(rising, score[here], "left") + np.searchsorted(rising, score[here], "right")
+        found[here] = below / (2 * max(len(rising), 1))
+    return found
+
+
+def without_length(
+    score: NDArray[np.float32], num_tokens: NDArray[np.float32] | None, pool: NDArray[np.int32]
+) -> NDArray[np.float32]:
+    """Scores minus alpha times length, float32 (R,), of rows sorted by `pool`.
+
+    The best of a pool gets shorter and the worst longer as alpha rises, so their mean difference in length falls in
+    steps; alpha is where it crosses zero. Raises UserError where lengths are not known.
+    """
+    if num_tokens is None:
+        raise UserError('the calibration "length" needs completion_tokens, which these scores lack')
+    if not len(score):
+        return score
+    rows = np.flatnonzero(np.isfinite(score))
+    value, length = score[rows].astype(np.float64), num_tokens[rows].astype(np.float64)
+    starts = np.flatnonzero(np.diff(pool[rows], prepend=-1))
+    alpha = length_weight(value, length, starts)
+    return (score - alpha * num_tokens.astype(np.float64)).astype(np.float32)
+
+
+def length_weight(
+    value: NDArray[np.float64], length: NDArray[np.float64], starts: NDArray[np.int64]
+) -> float:
+    """The alpha at which best and worst of the pools (rows from each of `starts` on) have equal mean length."""
+    sizes = np.diff(starts, append=len(value))
+    pool = np.repeat(np.arange(len(starts)), sizes)
+
+    def longer(alpha: float) -> float:
+        left = value - alpha * length
+        rising = np.lexsort((left, pool))
+        best, worst = rising[starts + sizes - 1], rising[starts]
+        return float((length[best] - length[worst]).mean())
+
+    scale = max(float(np.ptp(value)), 1e-6)
+    low, high = -scale, scale  # a token more or less outweighs any difference in score
+    if longer(low) <= 0 or longer(high) >= 0:
+        return 0.0  # all completions of every pool are equally long
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if longer(middle) > 0 else (low, middle)
+    return min((low, high), key=lambda alpha: abs(longer(alpha)))

@@ -1,0 +1,224 @@
+"""The stage `sample`: N completions of every prompt in every language, by the policy.
+
+An arm may have completions of its own: by the policy that another arm tuned, or by another model (off-policy), on its
+languages and its part of the prompts.
+
+A shard is a fixed number of (prompt, language) rows in sorted order, so what a shard holds follows from the data alone,
+and a sample's seed from its key: neither device nor batch nor resumption changes a row. Several shards are sampled in
+one stream, so that the batch does not run empty at every shard's end; each is written when its last row is there.
+Which engine draws is `engines`, where its worker runs `executor`.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from croco.config.models import Policy
+from croco.config.recipe import Recipe
+from croco.errors import UserError
+from croco.models.chat_template import request, same_ids
+from croco.models.open import open_sampler
+from croco.models.protocols import Decoding, Request, Sampled, Sampler
+from croco.pipeline.compute import Advance, Finished, compute
+from croco.pipeline.fingerprint import sampling_recipe
+from croco.pipeline.stage import Work
+from croco.stages.prompts.part import asked
+from croco.storage.schemas import COMPLETIONS, ledger
+from croco.storage.seeds import sample_seed
+
+Prompt = dict[str, Any]  # a row of the prompts table
+
+
+def sample(work: Work) -> None:
+    """Write the completions table, shard by shard; prompts that leave no room in the context go to the ledger."""
+    per_prompt, size = work.settings["sampling"]["completions"], work.runtime.shard_prompts
+    prompts = partial(
+        asked, work.inputs["prompts"], work.settings.get("languages"), work.settings.get("part"), ["messages"]
+    )
+    rows = prompts().height
+    sizes = [per_prompt * min(size, rows - start) for start in range(0, rows, size)]
+    own = sampling_recipe(work.recipe, work.arm)
+    sampling = own.sampling.model_copy(update={"completions": per_prompt})
+    recipe = own.model_copy(update={"runtime": work.runtime, "sampling": sampling})
+    worker = partial(
+        SampleWorker,
+        recipe,
+        prompts,
+        work.settings["seed"],
+        work.engine_seed,
+        work.inputs["train"] / "adapter" if "train" in work.inputs else None,
+        None if own is work.recipe else work.recipe.policy,
+    )
+    compute(work, worker, sizes, "completion")
+
+
+class SampleWorker:
+    """Samples shards of `runtime.shard_prompts` prompts, in the order of their keys.
+
+    `adapter` is of the arm whose policy samples. `tuned` is the policy that will be tuned on the completions, where
+    another one samples: token ids are kept only if they mean the same to both.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        prompts: Callable[[], pl.DataFrame],
+        seed: int,
+        engine_seed: int,
+        adapter: Path | None,
+        tuned: Policy | None,
+        replica: int,
+    ) -> None:
+        self.recipe, self.seed = recipe, seed
+        rows, size = prompts(), recipe.runtime.shard_prompts
+        self.shard = lambda index: rows.slice(index * size, size).to_dicts()
+        self.sampler, self.tokenizer = open_sampler("sample", recipe, engine_seed, replica, adapter)
+        self.keep_ids = tuned is None or _means_the_same(self.tokenizer, tuned)
+        self.facts = self.sampler.facts  # the very dict: a server's counts grow in it
+        if tuned is not None:
+            self.facts["ids_kept"] = self.keep_ids
+
+    def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[Finished]:
+        """Several shards in one stream, so that the batch does not run empty at every shard's end."""
+        sampling, wanted = self.recipe.sampling, {index: self.shard(index) for index in indices}
+        for index, table, dropped in sample_shards(
+            self.sampler,
+            self.tokenizer,
+            wanted,
+            Decoding(
+                sampling.temperature, sampling.top_p, sampling.top_k, sampling.max_new_tokens, sampling.stop
+            ),
+            num_completions=sampling.completions,
+            run_seed=self.seed,
+            instructions=self.recipe.policy.instruction,
+            on_prompt=lambda: advance(sampling.completions),
+        ):
+            if not self.keep_ids:
+                place = table.schema.get_field_index("completion_ids")
+                field = table.schema.field(place)
+                table = table.set_column(place, field, pa.nulls(table.num_rows, field.type))
+            read = {"completion": len(wanted[index]) * sampling.completions}
+            yield Finished(
+                index, table, dropped, read, {"tokens": pc.sum(table["completion_tokens"]).as_py() or 0}
+            )
+
+
+def _means_the_same(tokenizer: Any, tuned: Policy) -> bool:
+    """Whether ids of this tokenizer are ids of the policy's."""
+    from croco.models.loading import load_tokenizer
+
+    theirs = load_tokenizer(tuned.model, tuned.revision, trust_remote_code=tuned.trust_remote_code)
+    return tokenizer is not None and same_ids(tokenizer, theirs)
+
+
+def sample_shards(
+    sampler: Sampler,
+    tokenizer: Any,
+    shards: Mapping[int, Sequence[Prompt]],
+    decoding: Decoding,
+    *,
+    num_completions: int,
+    run_seed: int,
+    instructions: Mapping[str, str],
+    on_prompt: Callable[[], None] = lambda: None,
+) -> Iterator[tuple[int, pa.Table, pa.Table]]:
+    """Yield (shard, completions, ledger) as shards finish, rows in the order of the prompts and their samples.
+
+    `shards` maps a shard's index to rows with prompt_id, language and messages; `instructions` a language to the
+    sentence appended to the last user turn; `tokenizer` is None where the sampler takes messages. Raises UserError
+    naming the prompt that the chat template refuses.
+    """
+    requests: list[Request] = []
+    owner: list[tuple[int, int]] = []  # of a request: its shard and its place there
+    found: dict[int, dict[int, Sequence[Sampled | str]]] = {index: {} for index in shards}
+    drops: dict[int, list[tuple[str, str, str, int | None, str]]] = {index: [] for index in shards}
+    left = {index: len(rows) for index, rows in shards.items()}
+    prompt_tokens: dict[int, dict[int, int | None]] = {index: {} for index in shards}
+    for index, rows in shards.items():
+        for place, row in enumerate(rows):
+            seeds = [
+                sample_seed(run_seed, row["prompt_id"], row["language"], i) for i in range(num_completions)
+            ]
+            asked = _request(tokenizer, len(requests), row, seeds, instructions)
+            tokens = len(asked.prompt_ids)
+            if tokens >= sampler.max_context:
+                reason = (
+                    f"the prompt has {tokens} tokens, the context of {sampler.name} {sampler.max_context}"
+                )
+                drops[index] += [
+                    ("completion", row["prompt_id"], row["language"], i, reason)
+                    for i in range(num_completions)
+                ]
+                left[index] -= 1
+                on_prompt()
+                continue
+            prompt_tokens[index][place] = tokens or None
+            requests.append(asked)
+            owner.append((index, place))
+    for index in [index for index, count in left.items() if count == 0]:
+        yield index, COMPLETIONS.schema.empty_table(), ledger(drops[index])
+    for key, samples in sampler.sample(requests, decoding):
+        index, place = owner[key]
+        found[index][place] = samples
+        row = shards[index][place]
+        drops[index] += [
+            ("completion", row["prompt_id"], row["language"], i, one)
+            for i, one in enumerate(samples)
+            if isinstance(one, str)
+        ]
+        left[index] -= 1
+        on_prompt()
+        if left[index] == 0:
+            table = _table(tokenizer, shards[index], found.pop(index), prompt_tokens[index], sampler.name)
+            yield index, table, ledger(drops[index])
+
+
+def _request(
+    tokenizer: Any, key: int, row: Prompt, seeds: list[int], instructions: Mapping[str, str]
+) -> Request:
+    name = f"prompt {row['prompt_id']!r} in {row['language']}"
+    try:
+        return request(tokenizer, key, row["messages"], seeds, instructions.get(row["language"]), name)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
+
+
+def _table(
+    tokenizer: Any,
+    rows: Sequence[Prompt],
+    found: Mapping[int, Sequence[Sampled | str]],
+    prompt_tokens: Mapping[int, int | None],
+    policy: str,
+) -> pa.Table:
+    """The completions table of one shard."""
+    order = [
+        (place, i, one)
+        for place in sorted(found)
+        for i, one in enumerate(found[place])
+        if not isinstance(one, str)
+    ]
+    drawn = [one for _, _, one in order]
+    ids = [one.ids for one in drawn if one.text is None]
+    decoded = iter(
+        tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        if ids
+        else []
+    )
+    columns = {
+        "prompt_id": [rows[place]["prompt_id"] for place, _, _ in order],
+        "language": [rows[place]["language"] for place, _, _ in order],
+        "sample_id": [i for _, i, _ in order],
+        "completion": [next(decoded) if one.text is None else one.text for one in drawn],
+        "completion_ids": [one.ids if one.text is None else None for one in drawn],
+        "completion_tokens": [one.completion_tokens for one in drawn],
+        "prompt_tokens": [prompt_tokens[place] for place, _, _ in order],
+        "finish_reason": [one.finish_reason for one in drawn],
+        "policy": [policy] * len(order),
+        "seed": [one.seed for one in drawn],
+    }
+    return pa.table(columns, schema=COMPLETIONS.schema)

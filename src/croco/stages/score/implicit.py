@@ -1,0 +1,64 @@
+"""The implicit reward of a DPO arm, read across languages (ICR, arXiv 2503.04647).
+
+A policy tuned by DPO on English, held against the policy it was tuned from, is a reward model. Asked in English for a
+completion in another language, it judges that language too: the score of a completion y is
+log p_dpo(y | x) - log p_reference(y | x), where x is the English prompt after an instruction to complete it in y's
+language. Both are sums over y's tokens, the end token included where y ended by itself. Length is taken out when pairs
+are chosen (`calibration = "length"`), since its weight follows from all scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from croco import languages
+from croco.config.arms import ENGLISH
+from croco.errors import UserError
+from croco.stages.score.policy_logprobs import Completion, Groups, Messages, Scored, score_likelihood
+
+NO_ENGLISH = "the prompt has no English version"
+
+
+def english_prompt(messages: Messages, language: str, instruction: str) -> Messages:
+    """The English conversation with the instruction before its last user turn, naming the language in English."""
+    copied = [{"role": message["role"], "content": message["content"]} for message in messages]
+    for message in reversed(copied):
+        if message["role"] == "user":
+            asked = instruction.replace("{language}", languages.name(language))
+            message["content"] = f"{asked}\n\n{message['content']}"
+            return copied
+    raise UserError("an instruction needs a user turn to stand before, and the conversation has none")
+
+
+def score_implicit(
+    dpo: Any,
+    reference: Any,
+    tokenizer: Any,
+    groups: Groups,
+    prompts: Mapping[tuple[str, str], Messages],
+    instruction: str,
+) -> list[Scored]:
+    """log p_dpo - log p_reference of every completion under its English prompt; a reason where there is none.
+
+    `dpo` and `reference` score summed log-probabilities, `prompts` are the conversations by prompt_id and language.
+    """
+    asked: list[tuple[Messages, list[Completion]]] = []
+    places: list[int] = []
+    scored: list[Scored] = [[NO_ENGLISH] * len(rows) for _, rows in groups]
+    for place, (_, rows) in enumerate(groups):
+        prompt_id, language = rows[0]["prompt_id"], rows[0]["language"]
+        english = prompts.get((prompt_id, ENGLISH))
+        if english is not None:
+            asked.append((english_prompt(english, language, instruction), rows))
+            places.append(place)
+    tuned, before = (score_likelihood(scorer, tokenizer, asked, {}) for scorer in (dpo, reference))
+    for place, ours, theirs in zip(places, tuned, before, strict=True):
+        scored[place] = [_difference(one, other) for one, other in zip(ours, theirs, strict=True)]
+    return scored
+
+
+def _difference(one: float | str, other: float | str) -> float | str:
+    if isinstance(one, str) or isinstance(other, str):
+        return one if isinstance(one, str) else other
+    return one - other

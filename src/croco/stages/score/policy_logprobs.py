@@ -1,0 +1,78 @@
+"""Scores that the policy itself gives: log-probabilities of completions, of one policy or of one over another.
+
+"likelihood" is the mean over a completion's tokens, "likelihood-sum" their sum, under the very prompt that was sampled
+from; "implicit" is `stages/score/implicit.py`. What a log-probability is, is `models/logprobs.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from croco.models.chat_template import prompt_ids, text_ids
+from croco.models.protocols import ScoreRequest
+
+if TYPE_CHECKING:
+    from croco.config.recipe import Recipe
+    from croco.models.transformers import HFLikelihood
+
+Messages = list[dict[str, str]]
+Completion = dict[str, Any]  # a row of the completions table
+Groups = Sequence[tuple[Messages, list[Completion]]]  # a prompt's messages and its completions
+# scores of one prompt's completions; in place of a score, the reason why there is none
+Scored = list[float | str]
+
+
+def open_likelihood(recipe: Recipe, mean: bool, adapter: Path | None = None) -> tuple[HFLikelihood, Any]:
+    """The policy, with an adapter if given, as a scorer of log-probabilities, and its tokenizer."""
+    from croco.models.loading import load_policy
+    from croco.models.transformers import HFLikelihood
+
+    policy, runtime = recipe.policy, recipe.runtime
+    model, tokenizer = load_policy(
+        policy.model,
+        policy.revision,
+        policy.dtype,
+        runtime.device,
+        adapter=adapter,
+        chat_template=Path(policy.chat_template) if policy.chat_template else None,
+        trust_remote_code=policy.trust_remote_code,
+    )
+    return HFLikelihood(model, tokenizer, runtime.token_budget, name=policy.model, mean=mean), tokenizer
+
+
+def score_likelihood(
+    scorer: Any,
+    tokenizer: Any,
+    groups: Groups,
+    instructions: Mapping[str, str],
+) -> list[Scored]:
+    """Log-probabilities under the prompts as they stand in `groups`; the end token counts where there was one."""
+    requests, ended, places = [], [], []
+    scored: list[Scored] = []
+    for number, (messages, rows) in enumerate(groups):
+        prompt = prompt_ids(tokenizer, messages, instructions.get(rows[0]["language"]))
+        sampled = [
+            text_ids(tokenizer, [row["completion"]])[0]
+            if row["completion_ids"] is None
+            else row["completion_ids"]
+            for row in rows
+        ]
+        lengths = [len(prompt) + len(ids) for ids in sampled]
+        scored.append([too_long("prompt and completion", length, scorer.max_context) for length in lengths])
+        stops = [row["finish_reason"] == "stop" for row in rows]
+        fits = [i for i, length in enumerate(lengths) if length <= scorer.max_context]
+        if fits:
+            requests.append(ScoreRequest(number, prompt, [sampled[i] for i in fits]))
+            ended.append([stops[i] for i in fits])
+            places.append(fits)
+    for request, fits, values in zip(requests, places, scorer.score(requests, ended), strict=True):
+        for i, value in zip(fits, values, strict=True):
+            scored[request.key][i] = value
+    return scored
+
+
+def too_long(what: str, length: int, limit: int) -> str:
+    """The reason why a sequence has no score."""
+    return f"the {what} has {length} tokens, the limit is {limit}"

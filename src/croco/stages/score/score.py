@@ -1,0 +1,280 @@
+"""The stage `score`: one number per completion, by the reward model or by one of the controls.
+
+Scorers: "reward" is the raw logit of a sequence classifier on the whole conversation, as the user wrote it (the
+instruction a recipe may add for the policy is not shown to it). Controls: "likelihood" and "likelihood-sum" are the
+policy's own log-probability, mean and summed (`by_policy.py`); "random" is a standard normal number that follows from
+the run's seed and the completion's key, a reward that knows nothing, normal so that pools look like pools; "verified"
+is the lab's program, a reward that knows everything. Rivals: "implicit" (`implicit.py`), "alignment" (`alignment.py`).
+
+A shard mirrors the shard of completions it scores; where the arms of a scorer look at some completions of each prompt
+only, at their part of it. What does not fit the model goes to the ledger; a score that is no
+number stops the stage, because it would poison its pool's mean.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from croco.config.recipe import Recipe
+from croco.errors import UserError
+from croco.models.chat_template import conversations_ids
+from croco.models.open import open_scorer
+from croco.models.protocols import Scorer, ScoreRequest
+from croco.pipeline.compute import Advance, Finished, compute
+from croco.pipeline.stage import Work
+from croco.stages.pair.keys import REFERENCE
+from croco.stages.score.policy_logprobs import (
+    Completion,
+    Groups,
+    Messages,
+    Scored,
+    open_likelihood,
+    score_likelihood,
+    too_long,
+)
+from croco.storage.schemas import SCORES, ledger
+from croco.storage.seeds import digest
+from croco.storage.shards import read_arrow, read_table, shard_path, shards
+
+ScoreShard = Callable[[Groups], list[Scored]]
+
+COLUMNS = ["prompt_id", "language", "sample_id", "completion", "completion_ids", "finish_reason"]
+
+
+def score(work: Work) -> None:
+    """Write the scores table, a shard per shard of completions."""
+    sizes = [shard.rows for shard in shards(work.inputs["sample"])]
+    recipe = work.recipe.model_copy(update={"runtime": work.runtime})
+    adapter = work.inputs["train"] / "adapter" if "train" in work.inputs else None
+    kind = work.settings["scorer"]
+    worker = partial(
+        ScoreWorker, recipe, kind, work.inputs["prompts"], work.inputs["sample"], work.settings, adapter
+    )
+    compute(work, worker, sizes, "completion", here=kind in ("random", "verified"))
+
+
+class ScoreWorker:
+    """Scores shards of completions with one scorer; `adapter` is of the arm whose implicit reward it is."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        kind: str,
+        prompts: Path,
+        samples: Path,
+        settings: Mapping[str, Any],
+        adapter: Path | None,
+        replica: int,
+    ) -> None:
+        self.samples, self.first = samples, settings.get("completions")
+        self.prompts = {
+            (row["prompt_id"], row["language"]): row["messages"]
+            for row in read_table(prompts, ["prompt_id", "language", "messages"]).iter_rows(named=True)
+        }
+        if kind == "implicit":
+            self.name, self.score_shard, self.facts = _implicit(recipe, settings, adapter, self.prompts)
+        elif kind == "alignment":
+            self.name, self.score_shard, self.facts = _alignment(recipe, samples)
+        else:
+            self.name, self.score_shard, self.facts = _scorer(recipe, kind, replica)
+
+    def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[Finished]:
+        """Shard by shard, each the mirror of a shard of completions."""
+        for index in indices:
+            rows = read_arrow(shard_path(self.samples, index), COLUMNS)
+            if self.first is not None:
+                rows = rows.filter(pc.field("sample_id") < self.first)
+            groups = _groups(pl.DataFrame(pl.from_arrow(rows)), self.prompts)
+            scored = self.score_shard(groups)
+            table, dropped = tabulate([group for _, group in groups], scored, self.name)
+            advance(rows.num_rows)
+            counts = {"completion": rows.num_rows}
+            yield Finished(index, table, dropped, counts, {"completions": rows.num_rows})
+
+
+def score_references(work: Work) -> None:
+    """Write the scores of the prompts' gold completions by the reward model, under the sample_id -1."""
+    sizes = [shard.rows for shard in shards(work.inputs["prompts"])]
+    recipe = work.recipe.model_copy(update={"runtime": work.runtime})
+    compute(work, partial(ReferenceWorker, recipe, work.inputs["prompts"]), sizes, "prompt", role="score")
+
+
+class ReferenceWorker:
+    """Scores gold completions, a shard per shard of prompts; a prompt without one goes to the ledger."""
+
+    def __init__(self, recipe: Recipe, prompts: Path, replica: int) -> None:
+        self.prompts, self.name = prompts, recipe.reward.model
+        self.score_shard, self.facts = _reward(recipe, replica)
+
+    def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[Finished]:
+        """Shard by shard."""
+        for index in indices:
+            columns = ["prompt_id", "language", "messages", "reference"]
+            prompts = read_arrow(shard_path(self.prompts, index), columns).to_pylist()
+            gold = [row for row in prompts if row["reference"] and row["reference"].strip()]
+            groups = [
+                (row["messages"], [{**row, "sample_id": REFERENCE, "completion": row["reference"]}])
+                for row in gold
+            ]
+            table, dropped = tabulate([rows for _, rows in groups], self.score_shard(groups), self.name)
+            without = [
+                ("prompt", row["prompt_id"], row["language"], None, "the prompt has no gold completion")
+                for row in prompts
+                if row not in gold
+            ]
+            # a gold completion that is too long leaves its prompt without one
+            drops = [("prompt", *row[1:]) for row in zip(*dropped.to_pydict().values(), strict=True)]
+            advance(len(prompts))
+            yield Finished(index, table, ledger([*without, *drops]), {"prompt": len(prompts)})
+
+
+def tabulate(
+    groups: Sequence[Sequence[Completion]], scored: Sequence[Scored], scorer: str
+) -> tuple[pa.Table, pa.Table]:
+    """The scores table and the ledger of completions in groups, each with its score or the reason why it has none.
+
+    Raises UserError naming the first completion whose score is not finite.
+    """
+    kept, drops = [], []
+    for group, values in zip(groups, scored, strict=True):
+        for row, value in zip(group, values, strict=True):
+            key = (row["prompt_id"], row["language"], row["sample_id"])
+            if isinstance(value, str):
+                drops.append(("completion", *key, value))
+            elif not math.isfinite(value):
+                raise UserError(
+                    f"completion {key[2]} of prompt {key[0]!r} in {key[1]}: {scorer} gave the score {value}, "
+                    f"expected a finite number"
+                )
+            else:
+                kept.append((*key, value, scorer))
+    columns = list(zip(*kept, strict=True)) if kept else [()] * len(SCORES.schema)
+    arrays = [pa.array(column, type=field.type) for column, field in zip(columns, SCORES.schema, strict=True)]
+    return pa.Table.from_arrays(arrays, schema=SCORES.schema), ledger(drops)
+
+
+def _groups(
+    completions: pl.DataFrame, prompts: Mapping[tuple[str, str], Messages]
+) -> list[tuple[Messages, list[Completion]]]:
+    """Completions by prompt and language, in the table's order, with the prompt's messages."""
+    grouped: dict[tuple[str, str], list[Completion]] = {}
+    for row in completions.iter_rows(named=True):
+        grouped.setdefault((row["prompt_id"], row["language"]), []).append(row)
+    return [(prompts[key], rows) for key, rows in grouped.items()]
+
+
+def _scorer(recipe: Recipe, kind: str, replica: int) -> tuple[str, ScoreShard, dict[str, Any]]:
+    """The scorer's name in the table, the function that scores a shard, and what `stage.json` records."""
+    if kind == "reward":
+        return recipe.reward.model, *_reward(recipe, replica)
+    if kind in ("likelihood", "likelihood-sum"):
+        own, tokenizer = open_likelihood(recipe, mean=kind == "likelihood")
+        instructions = recipe.policy.instruction
+        return (
+            f"{kind} of {recipe.policy.model}",
+            lambda groups: score_likelihood(own, tokenizer, groups, instructions),
+            own.facts,
+        )
+    if kind == "verified":
+        return (
+            "the lab's program",
+            lambda groups: [[verified_score(row) for row in rows] for _, rows in groups],
+            {},
+        )
+    seed = recipe.run.seed
+    return "random", lambda groups: [[random_score(seed, row) for row in rows] for _, rows in groups], {}
+
+
+def _implicit(
+    recipe: Recipe,
+    settings: Mapping[str, Any],
+    adapter: Path | None,
+    prompts: Mapping[tuple[str, str], Messages],
+) -> tuple[str, ScoreShard, dict[str, Any]]:
+    from croco.stages.score.implicit import score_implicit
+
+    dpo, tokenizer = open_likelihood(recipe, False, adapter)
+    before, _ = open_likelihood(recipe, False)
+    name = f"implicit reward of {recipe.policy.model}"
+    instruction = settings["instruction"]
+    return (
+        name,
+        lambda groups: score_implicit(dpo, before, tokenizer, groups, prompts, instruction),
+        dpo.facts,
+    )
+
+
+def _alignment(recipe: Recipe, samples: Path) -> tuple[str, ScoreShard, dict[str, Any]]:
+    from croco.models.loading import load_translator
+    from croco.stages.score.alignment import Translator, english_completions, score_alignment
+
+    section, runtime = recipe.alignment, recipe.runtime
+    assert section is not None  # the recipe's checks saw to it
+    model, tokenizer = load_translator(
+        section.model, section.revision, section.dtype, runtime.device, section.trust_remote_code
+    )
+    translator = Translator(model, tokenizer, section.codes, runtime.token_budget, section.model)
+
+    def score_shard(groups: Groups) -> list[Scored]:
+        names = sorted({rows[0]["prompt_id"] for _, rows in groups})
+        english = english_completions(samples, names, section.targets)
+        return score_alignment(translator, groups, english, section.max_tokens)
+
+    return f"alignment by {section.model}", score_shard, translator.facts
+
+
+def verified_score(row: Completion) -> float:
+    """What the lab's program says: 3 good, 0.5 right but badly said or well said but wrong, else 0."""
+    from croco.lab.world import verify
+
+    verdict = verify(row["prompt_id"], row["language"], row["completion"])
+    if verdict.good:
+        return 3.0
+    half = verdict.mode == "careful-wrong" or (verdict.correct and verdict.mode in ("terse", "rambling"))
+    return 0.5 if half else 0.0
+
+
+def random_score(seed: int, row: Completion) -> float:
+    """A standard normal number from the run's seed and the completion's key."""
+    uniform = digest("random score", seed, row["prompt_id"], row["language"], row["sample_id"]) / 2**63
+    return NormalDist().inv_cdf(min(max(uniform, 2**-60), 1 - 2**-53))
+
+
+def _reward(recipe: Recipe, replica: int) -> tuple[ScoreShard, dict[str, Any]]:
+    scorer, tokenizer = open_scorer(recipe, replica)
+    limit = recipe.reward.max_tokens
+    return lambda groups: score_conversations(scorer, tokenizer, groups, limit), scorer.facts
+
+
+def score_conversations(scorer: Scorer, tokenizer: Any, groups: Groups, max_tokens: int) -> list[Scored]:
+    """Scores of whole conversations; one longer than `max_tokens` or the model's context gets the reason instead.
+
+    Equal conversations get the same score: in a batch of another shape the last bits of a logit differ.
+    """
+    limit = min(max_tokens, scorer.max_context)
+    requests, places = [], []
+    scored: list[Scored] = []
+    first: dict[tuple[int, ...], float] = {}  # the score of a conversation where it occurs first
+    for number, (messages, rows) in enumerate(groups):
+        try:
+            sequences = conversations_ids(tokenizer, messages, [row["completion"] for row in rows])
+        except UserError as error:
+            raise UserError(f"prompt {rows[0]['prompt_id']!r} in {rows[0]['language']}: {error}") from error
+        scored.append([too_long("conversation", len(ids), limit) for ids in sequences])
+        fits = [i for i, ids in enumerate(sequences) if len(ids) <= limit]
+        if fits:
+            requests.append(ScoreRequest(number, [], [sequences[i] for i in fits]))
+            places.append(fits)
+    for request, fits, values in zip(
+        requests, places, scorer.score(requests) if requests else (), strict=True
+    ):
+        for i, ids, value in zip(fits, request.completions, values, strict=True):
+            scored[request.key][i] = first.setdefault(tuple(ids), value)
+    return scored

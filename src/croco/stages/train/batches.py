@@ -1,0 +1,174 @@
+"""Examples laid out as tensors: which pairs make a step, which rows make a micro-batch, which columns hold
+what.
+
+A step (one optimizer update) is a fixed set of pairs, decided by the seed alone. How a step is cut into
+micro-batches depends on the token budget of the machine, and changes no gradient (dropout apart, which draws
+its masks per micro-batch): losses are summed over pairs and divided by the pairs of the step, never averaged
+per micro-batch. Left out: masks and the model (`stages/train/forward.py`).
+
+Shapes: B rows, T tokens of a row (padded), M completion tokens of the batch, P pairs, C completions of a
+pair.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from croco.models.attention.mask import BLOCK, PADDING, PROMPT
+from croco.stages.train.encode import Example
+
+# Running a micro-batch costs about this many tokens before its first token: small models are bound by launches, and for
+# large ones it is small beside any row.
+MICRO_BATCH_OVERHEAD = 128
+# Tokens in a group of equally long rows below which a call of attention per segment costs more than a mask saves.
+SEGMENT_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of P pairs with C completions each; completion c of pair p is sequence c * P + p.
+
+    `shared`: a row holds a prompt and all its completions (packed: several such); else (plain rows) a prompt and one
+    of them. `branch_BT` is as in `mask.py`, `pair_BT` the pair, −1 in padding. Target m is predicted from
+    column `source_M[m]` of the flattened (B * T) grid and belongs to sequence `sequence_M[m]`. `lengths` are those of
+    every row's prompt and completions, and `by_segments` says whether attention may go by them instead of by a mask.
+    """
+
+    shared: bool
+    num_pairs: int
+    num_completions: int
+    input_ids_BT: Tensor
+    branch_BT: Tensor
+    position_BT: Tensor
+    pair_BT: Tensor
+    source_M: Tensor
+    target_M: Tensor
+    sequence_M: Tensor
+    lengths: tuple[tuple[int, ...], ...]
+    by_segments: bool
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on another device."""
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
+
+
+def collate(examples: Sequence[Example], *, shared: bool, packed: bool = False, pad_id: int = 0) -> Batch:
+    """Lay examples out in right-padded rows: one row per pair when `shared`, else one per completion (chosen first).
+
+    `packed`: all the pairs in a single shared row, padded to whole blocks of FlexAttention.
+    """
+    num_pairs, num_completions = len(examples), len(examples[0].completions)
+    every = list(range(num_completions))
+    if packed:
+        rows = [[(p, every) for p in range(num_pairs)]]
+    elif shared:
+        rows = [[(p, every)] for p in range(num_pairs)]
+    else:
+        rows = [[(p, [c])] for c in every for p in range(num_pairs)]
+    width = max(sum(_tokens(examples[p], branches) for p, branches in members) for members in rows)
+    if packed:
+        width = -(-width // BLOCK) * BLOCK
+    shape = (len(rows), width)
+    input_ids = np.full(shape, pad_id, dtype=np.int64)
+    branch, pair = np.full(shape, PADDING, dtype=np.int64), np.full(shape, PADDING, dtype=np.int64)
+    position = np.zeros(shape, dtype=np.int64)
+    source, target, sequence = [], [], []
+    for row, members in enumerate(rows):
+        start = 0
+        for p, branches in members:
+            prompt = examples[p].prompt
+            stop = start + len(prompt)
+            last = stop - 1
+            pair[row, start : start + _tokens(examples[p], branches)] = p
+            input_ids[row, start:stop], branch[row, start:stop] = prompt, PROMPT
+            position[row, start:stop] = np.arange(len(prompt))
+            for number, c in enumerate(branches, start=1):
+                completion = examples[p].completions[c]
+                start, stop = stop, stop + len(completion) - 1
+                input_ids[row, start:stop], branch[row, start:stop] = completion[:-1], number
+                position[row, start:stop] = len(prompt) + np.arange(stop - start)
+                # The first token of a completion is predicted by the prompt's last position, the others by their own.
+                source.append(row * width + np.concatenate([[last], np.arange(start, stop)]))
+                target.append(np.asarray(completion))
+                sequence.append(np.full(len(completion), c * num_pairs + p))
+            start = stop
+    arrays = {"input_ids_BT": input_ids, "branch_BT": branch, "position_BT": position, "pair_BT": pair}
+    for name, parts in (("source_M", source), ("target_M", target), ("sequence_M", sequence)):
+        arrays[name] = np.concatenate(parts)
+    tensors = {name: torch.from_numpy(array.astype(np.int64)) for name, array in arrays.items()}
+    lengths = tuple(
+        (len(examples[p].prompt), *(len(examples[p].completions[c]) - 1 for c in branches))
+        for [(p, branches), *_] in rows
+    )
+    groups = len(list(groupby(lengths)))
+    by_segments = shared and not packed and input_ids.size >= SEGMENT_TOKENS * groups
+    return Batch(shared, num_pairs, num_completions, **tensors, lengths=lengths, by_segments=by_segments)
+
+
+def _tokens(example: Example, branches: Sequence[int]) -> int:
+    return len(example.prompt) + sum(len(example.completions[c]) - 1 for c in branches)
+
+
+def plan_steps(
+    num_pairs: int, batch_pairs: int, epochs: int, seed: int, updates: int | None = None
+) -> list[list[int]]:
+    """The pairs of every optimizer step: each epoch is a permutation of all pairs, cut into steps as equal as
+    can be. With `updates` there are that many steps, in as many epochs as it takes.
+
+    Equal, because a step's loss is the mean over its pairs: a last step of 3 pairs would give each of them
+    ten times the weight of the others. The order depends on the seed and the epoch only.
+    """
+    steps: list[list[int]] = []
+    per_epoch = -(-num_pairs // batch_pairs)
+    for epoch in range(epochs if updates is None else -(-updates // per_epoch)):
+        order = np.random.default_rng([seed, epoch]).permutation(num_pairs)
+        steps.extend(part.tolist() for part in np.array_split(order, per_epoch))
+    return steps[:updates]
+
+
+def cut(indices: Sequence[int], lengths: Sequence[int], budget: int, packed: bool = False) -> list[list[int]]:
+    """Micro-batches of a step: sorted by length, cut where padding and the cost of a micro-batch add up to
+    the least.
+
+    `lengths[i]` is the number of tokens of example i's row. A micro-batch holds at most `budget` tokens,
+    padding included, and at least one row. Returns the longest first: what does not fit into memory shows at
+    once. `packed` rows have no padding, so they are only filled up, in the same order.
+    """
+    order = sorted(indices, key=lambda i: (-lengths[i], i))
+    if packed:
+        return _fill(order, lengths, budget)
+    best: list[float] = [0.0] + [np.inf] * len(order)
+    came_from = [0] * (len(order) + 1)
+    for start in range(len(order)):
+        width = lengths[order[start]]
+        for stop in range(start + 1, len(order) + 1):
+            tokens = width * (stop - start)
+            if tokens > budget and stop > start + 1:
+                break
+            if best[start] + tokens + MICRO_BATCH_OVERHEAD < best[stop]:
+                best[stop], came_from[stop] = best[start] + tokens + MICRO_BATCH_OVERHEAD, start
+    cuts, stop = [], len(order)
+    while stop:
+        cuts.append(order[came_from[stop] : stop])
+        stop = came_from[stop]
+    return cuts[::-1]
+
+
+def _fill(order: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
+    cuts: list[list[int]] = []
+    tokens = budget
+    for i in order:
+        if not cuts or tokens + lengths[i] > budget:
+            cuts.append([])
+            tokens = 0
+        cuts[-1].append(i)
+        tokens += lengths[i]
+    return cuts

@@ -1,0 +1,137 @@
+"""Checkpoints that count once all of them is on the disk, the metrics file beside them, and which ones stay.
+
+A checkpoint is transformers' folder with a seal, written last, that lists its files and their sizes: a checkpoint that
+lost some of them since, say to a kill while it was removed, is none. The metrics file holds one JSON line per step,
+evaluation and stop; a run that goes on from a checkpoint writes the lines after it again.
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from croco.errors import UserError
+from croco.stages.train.distributed import gathered
+from croco.stages.train.early_stopping import best_step
+from croco.storage.shards import sync_files, sync_folder, write_json, write_text
+
+SEAL = "complete"  # marker of a checkpoint written to its end: a JSON table of its files and their sizes
+KEPT = 2  # newest checkpoints that stay, beside the best one
+
+
+def seal(folder: Path, metrics_file: Path) -> None:
+    """Mark a checkpoint as whole, and remove the older ones but for the newest and the best."""
+    sync_files(folder)
+    with metrics_file.open("rb") as metrics:  # its lines up to here will not be written again
+        os.fsync(metrics.fileno())
+    write_json(folder / SEAL, _sizes(folder))
+    best = best_step(read_metrics(metrics_file))
+    for older in sorted(folder.parent.glob("checkpoint-*"), key=step_of)[:-KEPT]:
+        if step_of(older) != best:
+            shutil.rmtree(older)
+
+
+def step_of(checkpoint: Path | None) -> int:
+    """The step a checkpoint was written at; -1 without one."""
+    return int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else -1
+
+
+def sealed(folder: Path) -> list[Path]:
+    """The checkpoints that are as they were when they had been written to their end, oldest first."""
+    return sorted((path.parent for path in folder.glob(f"checkpoint-*/{SEAL}") if _whole(path)), key=step_of)
+
+
+def _whole(marker: Path) -> bool:
+    try:
+        return bool(json.loads(marker.read_text(encoding="utf-8")) == _sizes(marker.parent))
+    except ValueError:  # torn, or of a version that listed nothing
+        return False
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    return {name: path.stat().st_size for name, path in files.items() if name != SEAL}
+
+
+@contextmanager
+def readable(checkpoint: Path | str | None) -> Iterator[None]:
+    """Raise UserError where a checkpoint cannot be read: torch reads no pickled code, only tensors."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # damaged pickles raise anything
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{checkpoint} cannot be read ({type(error).__name__}: {reason}), expected a checkpoint as training wrote "
+            "it: remove this folder to go on from the one before"
+        ) from error
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end; ones that were not are removed."""
+    whole = sealed(folder)
+    for path in folder.glob("checkpoint-*"):
+        if path not in whole:
+            shutil.rmtree(path)
+    return whole[-1] if whole else None
+
+
+def best_checkpoint(folder: Path, metrics_file: Path) -> Path | None:
+    """The checkpoint with the lowest held-out loss, or the newest where nothing is held out; None if there is none."""
+    whole = {step_of(path): path for path in sealed(folder)}
+    lines = read_metrics(metrics_file)
+    if not any(line["split"] == "validation" for line in lines):
+        return whole[max(whole)] if whole else None
+    return whole.get(best_step([line for line in lines if line["step"] in whole]) or -1)
+
+
+def rewind_metrics(path: Path, step: int) -> None:
+    """Keep the lines of a metrics file up to a step; later ones will be written again. A torn last line goes
+    too.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    kept = []
+    for line in lines:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except json.JSONDecodeError:
+            break
+    write_text(path, "".join(kept))
+    sync_folder(path.parent)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Every line of a metrics file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def last_metrics(lines: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """The last line of each split."""
+    found = {line["split"]: line for line in lines if line["split"] in ("train", "validation")}
+    return {split: {k: v for k, v in line.items() if k != "split"} for split, line in found.items()}
+
+
+class ByTheClock(TrainerCallback):
+    """A checkpoint every so many minutes, beside those at evaluations: what a kill may cost. Changes no number."""
+
+    def __init__(self, minutes: float) -> None:
+        self.seconds, self.last = 60 * minutes, time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Ask for a checkpoint when it is time."""
+        due = time.monotonic() - self.last > self.seconds
+        if gathered(due)[0]:  # clocks differ, and all processes must save together
+            control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Count from here."""
+        self.last = time.monotonic()

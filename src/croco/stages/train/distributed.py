@@ -1,0 +1,48 @@
+"""Several processes that tune one policy: who I am among them, what we tell each other, which pairs are mine.
+
+A step is the same pairs however many processes there are. They are dealt out by length, so that every process has
+about as many tokens, and gradients are summed over all of them. Without processes beside this one everything here is
+the identity. Starting them is `stages/train/launch.py`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch.distributed as dist
+
+
+def rank() -> int:
+    """The number of this process, from 0 on."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    """Go on once every process is here."""
+    if world() > 1:
+        dist.barrier()
+
+
+def gathered(value: Any) -> list[Any]:
+    """What every process passed, by rank."""
+    if world() == 1:
+        return [value]
+    found: list[Any] = [None] * world()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def shares(pairs: Sequence[int], lengths: Sequence[int], num_shares: int) -> list[list[int]]:
+    """Pairs dealt out longest first, back and forth; a share may be empty when there are few."""
+    if num_shares == 1:
+        return [list(pairs)]
+    dealt: list[list[int]] = [[] for _ in range(num_shares)]
+    order = sorted(pairs, key=lambda i: (-lengths[i], i))
+    for place, pair in enumerate(order):
+        turn, seat = divmod(place, num_shares)
+        dealt[seat if turn % 2 == 0 else num_shares - 1 - seat].append(pair)
+    return dealt

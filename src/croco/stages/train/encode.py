@@ -1,0 +1,145 @@
+"""Pairs as token ids: one prompt, and its completions, closed by the end-of-sequence token where they ended.
+
+The ids that were sampled are the ids trained on; text is tokenised only where a pair brings no ids. Prompts go through
+the same chat template as in sampling, every turn of them. A completion that was stopped at its token limit gets no end
+token: the policy did not end there, and must not learn to. Nothing is cut silently: a pair that is too long is left
+out, with its reason, or cut as asked for, and counted. Left out: choosing pairs (`pairing/`) and laying them out in
+rows (`stages/train/batches.py`).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+
+import polars as pl
+from transformers import PreTrainedTokenizerBase
+
+from croco.errors import UserError
+from croco.models.chat_template import check_prefix, conversation_ids, prompt_ids, text_ids, with_instruction
+
+DROPPED_SCHEMA = {
+    "unit": pl.String,
+    "prompt_id": pl.String,
+    "language": pl.String,
+    "sample_id": pl.Int32,
+    "reason": pl.String,
+}
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt and its completions, chosen first; `cut_tokens` were cut from the completions' ends."""
+
+    prompt_id: str
+    language: str
+    prompt: list[int]
+    completions: tuple[list[int], ...]
+    cut_tokens: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens a shared row holds: the prompt once, and each completion but its last token, which is only
+        predicted.
+        """
+        return len(self.prompt) + sum(len(completion) - 1 for completion in self.completions)
+
+
+def encode_pairs(
+    pairs: pl.DataFrame,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    end: int,
+    max_tokens: int,
+    context: int | None = None,
+    over_length: str = "drop",
+    chosen_only: bool = False,
+    instructions: Mapping[str, str] | None = None,
+) -> tuple[list[Example], pl.DataFrame]:
+    """The pairs as examples, in their order, and the ones left out (columns of the ledger) with the reason.
+
+    `end` is the id that closes a completion, unless its `chosen_finish_reason` (`rejected_…`) says that it did not
+    "stop" by itself; without that column all did. `max_tokens` bounds the prompt with its longer completion, the end
+    included, and so does `context`, the positions that the policy was made for, if known; a longer pair is left out
+    when `over_length` is "drop", and with "truncate" its completions lose their ends, the end token with them, as
+    long as the whole prompt leaves room for a token. `chosen_only` leaves the
+    rejected completion out (supervised tuning). `instructions` maps a language to the sentence appended to the last
+    user turn, as in sampling. Raises `UserError` for a column that is missing, messages that the chat template refuses,
+    or a template whose prompt is no prefix of the conversation (tried once for each order of roles).
+    """
+    sides = ("chosen",) if chosen_only else ("chosen", "rejected")
+    for column in ("prompt_id", "language", "messages", *sides):
+        if column not in pairs.columns:
+            raise UserError(f"the pairs have no column {column!r}: found {', '.join(pairs.columns)}")
+    examples, dropped = [], []
+    limit, most = f"max_tokens {max_tokens}", max_tokens
+    if context is not None and context < max_tokens:
+        limit, most = f"the policy's context of {context}", context
+    tried: set[tuple[str, ...]] = set()
+    for row in pairs.iter_rows(named=True):
+        prompt = _prompt_ids(tokenizer, row, (instructions or {}).get(row["language"]), tried)
+        closed = [_completion_ids(tokenizer, row, side, end) for side in sides]
+        room = max(0, most - len(prompt)) if over_length == "truncate" else None
+        completions = tuple(ids[:room] for ids in closed)
+        if any(ids in ([], [end]) for ids in closed):
+            reason: str | None = "a completion is empty"
+        else:
+            reason = _unfit(prompt, completions, most, limit)
+        if reason:
+            dropped.append(("pair", row["prompt_id"], row["language"], row.get("chosen_sample_id"), reason))
+        else:
+            cut_tokens = sum(map(len, closed)) - sum(map(len, completions))
+            examples.append(Example(row["prompt_id"], row["language"], prompt, completions, cut_tokens))
+    return examples, pl.DataFrame(dropped, schema=DROPPED_SCHEMA, orient="row")
+
+
+def _prompt_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    row: Mapping[str, Any],
+    instruction: str | None,
+    tried: set[tuple[str, ...]],
+) -> list[int]:
+    """The prompt's ids; a template that has not been tried on this order of roles must continue it."""
+    try:
+        ids = prompt_ids(tokenizer, row["messages"], instruction)
+        roles = tuple(message["role"] for message in row["messages"])
+        if roles not in tried:
+            tried.add(roles)
+            whole = conversation_ids(tokenizer, with_instruction(row["messages"], instruction), "Ja.")
+            # In text at least: ids may merge where prompt and completion are tokenised as one, which we never do.
+            if not tokenizer.decode(whole).startswith(tokenizer.decode(ids)):
+                check_prefix(tokenizer, ids, whole)
+    except UserError as error:
+        raise UserError(f"prompt {row['prompt_id']!r} in {row['language']}: {error}") from error
+    return ids
+
+
+def _completion_ids(
+    tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], side: str, end: int
+) -> list[int]:
+    ids = row.get(f"{side}_ids")
+    if ids is None:
+        ids = text_ids(tokenizer, [row[side]])[0]
+    ended = row.get(f"{side}_finish_reason") in (None, "stop")
+    return [*ids, end] if ended else list(ids)
+
+
+def _unfit(prompt: Sequence[int], completions: Sequence[list[int]], most: int, limit: str) -> str | None:
+    if not prompt:
+        return "the prompt has no tokens"
+    longest = len(prompt) + max(map(len, completions))
+    if longest > most:
+        return f"prompt and completion have {longest} tokens, more than {limit}"
+    if not all(completions):
+        return f"the prompt has {len(prompt)} tokens, which leaves none of {limit} for a completion"
+    if len(completions) == 2 and completions[0] == completions[1]:
+        return "chosen and rejected are the same tokens"
+    return None
+
+
+def held_out(prompt_id: str, fraction: float) -> bool:
+    """Whether a prompt belongs to the validation part: by a digest of its id, so the same in every arm and
+    language.
+    """
+    digest = int.from_bytes(blake2b(prompt_id.encode(), digest_size=8, person=b"croco-valid").digest(), "big")
+    return digest < fraction * 2**64

@@ -1,0 +1,222 @@
+"""`croco train FILE...`: any file of preference pairs in, a tuned policy out, without a recipe.
+
+A file in which a prompt has scored completions instead (UltraFeedback's form) is paired first, as `croco pairs` does
+it; with training.method = "sft" a row may hold a prompt and one completion. The folder holds what a stage `train`
+writes, a record of how it was made, and a card. Called again after a kill it goes on.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from croco import languages
+from croco.config.recipe import NO_PROMPTS, Recipe, apply_override, from_dict
+from croco.errors import UserError
+from croco.pipeline.progress import Progress, progress
+from croco.pipeline.stage import LOCK, lock
+from croco.stages.pair.from_files import mappings, pairs_of_files
+from croco.stages.pair.import_files import import_pairs
+from croco.stages.prompts.load import file_rows
+from croco.stages.train.launch import Job, tune
+from croco.stages.train.model_card import base_name, model_card, settings_rows
+from croco.stages.train.train import TrainResult
+from croco.storage import provenance, shards
+from croco.storage.hashing import digest, file_identity, model_identity
+from croco.storage.schemas import DROPPED
+
+ARM = "train"
+RECORD = "train.json"
+SECTIONS = ("training", "policy", "runtime")  # of a recipe, that --set may change; and run.seed
+
+
+def train_on_files(
+    sources: Sequence[Path],
+    model: str,
+    to: Path,
+    columns: Sequence[str],
+    language: str | None,
+    overrides: Sequence[str],
+    license: str,
+    say: Callable[[str], None],
+) -> None:
+    """Tune `model` on the pairs of the files and write the adapter (or the model) into `to`; raises UserError."""
+    recipe = _recipe(model, overrides)
+    mapped = mappings(columns)
+    if language is not None:
+        languages.check(language)
+    for source in sources:
+        if not source.is_file():
+            raise UserError(f"{source}: no such file")
+    made_from = {
+        "files": {label: file_identity(str(source)) for label, source in labelled(sources).items()},
+        "columns": mapped,
+        "language": language,
+        "model": model_identity(model, recipe.policy.revision, "--model"),
+        "policy": recipe.policy.model_dump(mode="json", exclude={"model", "revision", "trust_remote_code"}),
+        "training": recipe.arms[ARM].training.model_dump(mode="json"),
+        "seed": recipe.run.seed,
+    }
+    _stands(to, digest(made_from))  # before anything is made there
+    with lock(to):
+        if _stands(to, digest(made_from)) == "complete":
+            shutil.rmtree(to / "scratch", ignore_errors=True)  # a kill may have come while it went
+            say(f"{to} is complete, skipped")
+            return
+        _train(recipe, made_from, sources, columns, to, license, say)
+
+
+def _train(
+    recipe: Recipe,
+    made_from: Mapping[str, Any],
+    sources: Sequence[Path],
+    columns: Sequence[str],
+    to: Path,
+    license: str,
+    say: Callable[[str], None],
+) -> None:
+    record = {"state": "running", "fingerprint": digest(made_from), "science": made_from}
+    shards.write_json(to / RECORD, record)
+    chosen_only = recipe.arms[ARM].training.method == "sft"
+    pairs = _pairs(sources, made_from["columns"], columns, made_from["language"], chosen_only, to)
+    _write_pairs(to / "scratch" / "pairs", pairs)
+    result = _tuned(recipe, to)
+    shards.write_parquet(
+        to / "dropped.parquet", result.dropped.to_arrow().cast(DROPPED.schema), DROPPED.schema
+    )
+    facts = {
+        name: value for name, value in vars(result).items() if name not in ("dropped", "adapter", "metrics")
+    }
+    shards.write_text(to / "README.md", _card(recipe, made_from, result, pairs, license))
+    shards.write_json(to / RECORD, {**record, "state": "complete", "facts": facts, **provenance.here()})
+    shutil.rmtree(to / "scratch")
+    left = f", {len(result.dropped):,} left out ({to / 'dropped.parquet'})" if len(result.dropped) else ""
+    say(f"{result.pairs + result.validation_pairs:,} pairs{left}, {result.steps:,} steps: {result.adapter}")
+    if result.stopped:
+        say(f"{result.stopped}; what came out is the checkpoint of step {result.adapter_step}")
+
+
+def labelled(sources: Sequence[Path]) -> dict[str, Path]:
+    """The files by name, with as much of their paths as tells them apart; raises UserError for one given twice."""
+    places: dict[Path, Path] = {}
+    for source in sources:
+        if (first := places.setdefault(source.resolve(), source)) is not source:
+            raise UserError(f"{source} is the same file as {first}, expected each once")
+    labels = {}
+    for place, source in places.items():
+        others = [other.parts for other in places if other != place]
+        length = next(
+            n for n in range(1, len(place.parts) + 1) if all(o[-n:] != place.parts[-n:] for o in others)
+        )
+        labels["/".join(place.parts[-length:])] = source
+    return labels
+
+
+def _recipe(model: str, overrides: Sequence[str]) -> Recipe:
+    """A recipe of one arm, which is only trained."""
+    values: dict[str, Any] = {
+        "run": {"name": "train", "languages": ["en"]},
+        "policy": {"model": model},
+        **NO_PROMPTS,
+        "arms": {ARM: {}},
+    }
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if key.partition(".")[0] not in SECTIONS and key != "run.seed":
+            raise UserError(f"--set {override}: expected a key of {', '.join(SECTIONS)}, or run.seed")
+        if key == "policy.model":
+            raise UserError(f"--set {override}: expected --model")
+        apply_override(values, override)
+    return from_dict(values, "croco train")
+
+
+def _stands(to: Path, fingerprint: str) -> str:
+    """Whether the folder is new, or holds an unfinished or finished training on the same; raises UserError else."""
+    if not to.exists() or (to.is_dir() and {path.name for path in to.iterdir()} <= {LOCK}):
+        return "new"
+    if not (to / RECORD).is_file():
+        raise UserError(f"{to} holds no {RECORD}, expected a new folder or one that `croco train` began")
+    found = shards.read_json(to / RECORD)
+    if not isinstance(found, dict) or not {"fingerprint", "state"} <= found.keys():
+        raise UserError(f"{to / RECORD} is not what `croco train` writes, expected a new folder")
+    if found["fingerprint"] != fingerprint:
+        raise UserError(
+            f"{to} was made from other files or settings (see its {RECORD}), expected another folder"
+        )
+    return str(found["state"])
+
+
+def _pairs(
+    sources: Sequence[Path],
+    mapped: Mapping[str, str],
+    columns: Sequence[str],
+    language: str | None,
+    chosen_only: bool,
+    to: Path,
+) -> pl.DataFrame:
+    """The pairs of the files, made from scored completions where a row has no chosen and rejected."""
+    first = next((row for source in sources for _, row in file_rows(source)), None)
+    if isinstance(first, Mapping) and "chosen" not in first and "completions" in first:
+        made = to / "scratch" / "paired"
+        pairs_of_files(sources, made, columns, language, [], "preference", "unknown")
+        return shards.read_table(made / "pairs")
+    return import_pairs(sources, mapped, language, chosen_only)
+
+
+def _write_pairs(folder: Path, pairs: pl.DataFrame) -> None:
+    """A shard as it is, of the columns that training reads."""
+    table = pairs.to_arrow()
+    count = {"pair": pairs.height}
+    shards.write_shard(folder, 0, table, table.schema, read=count, written=count, dropped=None)
+
+
+def _tuned(recipe: Recipe, to: Path) -> TrainResult:
+    job = Job(
+        recipe=recipe,
+        settings=recipe.arms[ARM].training.model_dump(mode="json"),
+        folder=to,
+        pairs=to / "scratch" / "pairs",
+        title="train",
+        seed=recipe.run.seed,
+    )
+    with ExitStack() as stack:
+        bars: list[Progress] = []
+
+        def advance(step: int, num_steps: int) -> None:
+            if not bars:
+                bars.append(stack.enter_context(progress("train", num_steps, "step", step - 1)))
+            bars[0].advance()
+
+        return tune(job, advance)
+
+
+def _card(
+    recipe: Recipe, made_from: Mapping[str, Any], result: TrainResult, pairs: pl.DataFrame, license: str
+) -> str:
+    hub, base = base_name(recipe.policy.model, recipe.policy.revision)
+    codes = [code for code in pairs["language"].unique().sort().to_list() if code != "und"]
+    last = result.metrics.get("validation", result.metrics["train"])
+    return model_card(
+        title=f"Tuned on {', '.join(made_from['files'])}",
+        base=hub,
+        languages=codes,
+        license=license,
+        tables={
+            "What it was made from": [
+                ("policy", base),
+                *((f"pairs: {name}", identity) for name, identity in made_from["files"].items()),
+                ("pairs trained on, held out", f"{result.pairs:,}, {result.validation_pairs:,}"),
+                ("pairs left out", f"{len(result.dropped):,}"),
+                ("steps, step of these weights", f"{result.steps:,}, {result.adapter_step:,}"),
+                ("stopped early", result.stopped or "no"),
+            ],
+            "How it was tuned": settings_rows(made_from["training"]),
+            "Last metrics": [(name, f"{value:.4g}") for name, value in last.items()],
+        },
+        library="transformers" if recipe.arms[ARM].training.full else "peft",
+    )

@@ -1,0 +1,238 @@
+"""A tuning job in this process, or in several that tune one policy together.
+
+`runtime.train_processes` above 1 starts that many with torchrun, `runtime.accelerate_config` with `accelerate launch`
+(FSDP, DeepSpeed, several machines); they share each step's pairs, and what comes out is what one process makes, but
+for rounding. The job goes to them as a file, what they did comes back as one, and they end with the process that
+started them. This module is also the program that they run.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from croco.config import recipe as recipes
+from croco.config.models import Policy
+from croco.config.recipe import Recipe
+from croco.errors import UserError
+from croco.models.loading import load_policy, pick_device, pick_dtype
+from croco.stages.train.distributed import rank
+from croco.stages.train.memory_plan import check_weights
+from croco.stages.train.settings import TrainSettings
+from croco.stages.train.train import TrainResult, train_pairs
+from croco.storage import shards
+from croco.storage.schemas import DROPPED
+
+PARENT = "CROCO_TRAIN_PARENT"  # the process that started this one
+POLL_SECONDS = 0.2
+LOG_LINES = 40  # of a launch that failed
+PATHS = ("folder", "pairs", "start", "reference_folder")  # of a job
+Advance = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to tune on what, and how: everything `train_pairs` needs, by names and paths."""
+
+    recipe: Recipe
+    settings: Mapping[str, Any]  # a resolved [training]
+    folder: Path
+    pairs: Path  # a finished table of pairs
+    title: str
+    seed: int
+    start: Path | None = None
+    reference: str = "base"
+    reference_folder: Path | None = None  # where the reference's values are kept; None keeps none
+
+
+def tune(job: Job, advance: Advance) -> TrainResult:
+    """Run a job on as many processes as the recipe says."""
+    runtime = job.recipe.runtime
+    processes = num_processes(runtime.train_processes, runtime.device)
+    if processes == 1 and runtime.accelerate_config is None:
+        return tune_here(job, advance)
+    return _launch(job, processes, advance)
+
+
+def num_processes(wanted: int | str, device: str) -> int:
+    """`runtime.train_processes` as a number; raises UserError when there are fewer GPUs."""
+    gpus = torch.cuda.device_count() if pick_device(device).type == "cuda" else None
+    if wanted == "auto":
+        return gpus or 1
+    if gpus is not None and int(wanted) > gpus:
+        raise UserError(
+            f"runtime.train_processes = {wanted}, expected at most one per GPU, and there are {gpus}"
+        )
+    return int(wanted)
+
+
+def tune_here(job: Job, advance: Advance) -> TrainResult:
+    """Run a job in this process, which may be one of several that all do."""
+    policy, runtime = job.recipe.policy, job.recipe.runtime
+    _check_memory(policy, runtime.device)
+    model, tokenizer = load_policy(
+        policy.model,
+        policy.revision,
+        dtype=policy.dtype,
+        device=runtime.device,
+        chat_template=Path(policy.chat_template) if policy.chat_template else None,
+        trust_remote_code=policy.trust_remote_code,
+    )
+    return train_pairs(
+        model,
+        tokenizer,
+        shards.read_table(job.pairs),
+        settings=TrainSettings.of(job.settings),
+        folder=job.folder,
+        seed=job.seed,
+        start=job.start,
+        reference="start" if job.reference == "start" else "base",
+        on_step=advance,
+        instructions=policy.instruction,
+        micro_batch_tokens=runtime.micro_batch_tokens,
+        gradient_checkpointing=runtime.gradient_checkpointing,
+        reference_table=runtime.reference_table,
+        trackers=runtime.trackers,
+        checkpoint_minutes=runtime.checkpoint_minutes,
+        reference_folder=job.reference_folder,
+    )
+
+
+def _check_memory(policy: Policy, device: str) -> None:
+    """Raise UserError for weights that are more than is free, before any is loaded."""
+    from croco.cli.preflight_models import weightless
+
+    where = pick_device(device)
+    parameters = weightless(policy, "policy", "causal").num_parameters()
+    check_weights(parameters, pick_dtype(policy.dtype, where).itemsize, where, policy.model)
+
+
+# The process that starts the others ----------------------------------------------------------------------------------
+
+
+def _launch(job: Job, processes: int, advance: Advance) -> TrainResult:
+    place = job.folder / "scratch" / "launch"
+    place.mkdir(parents=True, exist_ok=True)
+    for name in ("result.json", "error.json"):
+        (place / name).unlink(missing_ok=True)
+    said = {**asdict(job), "recipe": job.recipe.model_dump(mode="json"), "settings": dict(job.settings)}
+    said |= {name: str(said[name]) for name in PATHS if said[name] is not None}
+    shards.write_json(place / "job.json", said)
+    config, words = job.recipe.runtime.accelerate_config, [sys.executable, "-m"]
+    if config is not None:
+        if not Path(config).is_file():
+            raise UserError(f"runtime.accelerate_config = '{config}': no such file")
+        words += ["accelerate.commands.launch", "--config_file", config]
+        words += ["--num_processes", str(processes)] if processes > 1 else []
+    else:
+        words += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    words += ["-m", "croco.stages.train.launch", str(place)]
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, PARENT: str(os.getpid())}
+    with (place / "log.txt").open("wb") as log:
+        process = subprocess.Popen(
+            words, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        _follow(process, place / "steps", advance)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait()
+    if (place / "error.json").is_file():
+        raise UserError(shards.read_json(place / "error.json")["message"])
+    if process.returncode or not (place / "result.json").is_file():
+        last = (place / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]
+        raise RuntimeError(
+            "\n".join([f"{job.title}: its processes failed (exit code {process.returncode}):", *last])
+        )
+    found = shards.read_json(place / "result.json")
+    dropped = shards.read_parquet(place / "dropped.parquet")
+    return TrainResult(**{**found, "adapter": Path(found["adapter"]), "dropped": dropped})
+
+
+def _follow(process: subprocess.Popen[bytes], steps: Path, advance: Advance) -> None:
+    """Wait for the processes, passing on how far they are."""
+    steps.unlink(missing_ok=True)
+    seen = 0
+    while True:
+        ended = process.poll() is not None
+        if steps.is_file():
+            told = steps.read_text(encoding="utf-8").split("\n")[:-1]
+            for line in told[seen:]:
+                step, _, num_steps = line.partition(" ")
+                advance(int(step), int(num_steps))
+            seen = len(told)
+        if ended:
+            return
+        time.sleep(POLL_SECONDS)
+
+
+# The processes that are started --------------------------------------------------------------------------------------
+
+
+def main(place: Path) -> int:
+    """One of several processes: do the job that lies in `place`; rank 0 says how far it is, and what came of it."""
+    parent = int(os.environ[PARENT])
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    said = shards.read_json(place / "job.json")
+    paths = {name: Path(said[name]) for name in PATHS if said[name] is not None}
+    job = Job(**{**said, **paths, "recipe": recipes.from_dict(said["recipe"])})
+    first = os.environ.get("RANK", "0") == "0"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+
+    def advance(step: int, num_steps: int) -> None:
+        if first:
+            with (place / "steps").open("a", encoding="utf-8") as file:
+                file.write(f"{step} {num_steps}\n")
+
+    with (place / "lock").open("w") as lock:
+        if first:  # those of a start that was killed may take a moment to end
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            result = tune_here(job, advance)
+        except (UserError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            shards.write_json(place / "error.json", {"message": str(error)})
+            return 2
+        if rank() == 0:
+            shards.write_parquet(
+                place / "dropped.parquet", result.dropped.to_arrow().cast(DROPPED.schema), DROPPED.schema
+            )
+            found = {name: value for name, value in vars(result).items() if name != "dropped"}
+            shards.write_json(place / "result.json", found | {"adapter": str(result.adapter)})
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return 0
+
+
+def _end_with(parent: int) -> None:
+    """SIGKILL to oneself once the process that wanted this is gone."""
+    while _lives(parent):
+        time.sleep(POLL_SECONDS)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

@@ -1,0 +1,142 @@
+"""Preference losses as pure functions of log-probabilities: one number per pair, averaged by whoever calls.
+
+The log-probabilities are sums over the tokens of a completion, given its prompt. Left out: how they are
+computed (`stages/train/logps.py`), and weighting or averaging over pairs (`stages/train/trainer.py`).
+
+Shapes: P pairs. A *reward* is DPO's implicit one, beta * (policy_logp - reference_logp); a *margin* is the
+chosen's reward minus the rejected's.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PairLogps:
+    """Log-probabilities (P,) of P pairs under the policy and the reference, each in (-inf, 0], and token
+    counts (P,).
+    """
+
+    policy_chosen_logps: Tensor
+    policy_rejected_logps: Tensor
+    reference_chosen_logps: Tensor
+    reference_rejected_logps: Tensor
+    chosen_tokens: Tensor
+    rejected_tokens: Tensor
+
+    @property
+    def chosen_logratios(self) -> Tensor:
+        """log pi(chosen) - log pi_ref(chosen), (P,)."""
+        return self.policy_chosen_logps - self.reference_chosen_logps
+
+    @property
+    def rejected_logratios(self) -> Tensor:
+        """log pi(rejected) - log pi_ref(rejected), (P,)."""
+        return self.policy_rejected_logps - self.reference_rejected_logps
+
+
+def sigmoid(pairs: PairLogps, beta: float) -> Tensor:
+    """DPO: -log sigmoid(beta * (chosen log-ratio - rejected log-ratio)), (P,), in (0, inf); log 2 at the
+    reference.
+
+    Rafailov et al. 2023, *Direct Preference Optimization* (arXiv 2305.18290), equation 7.
+    """
+    return -F.logsigmoid(beta * (pairs.chosen_logratios - pairs.rejected_logratios))
+
+
+def ipo(pairs: PairLogps, beta: float) -> Tensor:
+    """IPO: (mean chosen log-ratio - mean rejected log-ratio - 1 / (2 beta))², (P,), in [0, inf); beta is the
+    paper's tau.
+
+    Azar et al. 2023 (arXiv 2310.12036), equation 17, on log-ratios averaged over the completion's tokens: on
+    sums the square grows with length (the form its authors confirmed, and TRL's).
+    """
+    chosen = pairs.chosen_logratios / pairs.chosen_tokens
+    rejected = pairs.rejected_logratios / pairs.rejected_tokens
+    return (chosen - rejected - 1 / (2 * beta)).square()
+
+
+def hinge(pairs: PairLogps, beta: float) -> Tensor:
+    """Hinge: max(0, 1 - beta * (chosen log-ratio - rejected log-ratio)), (P,), in [0, inf); no gradient past a
+    margin of 1.
+
+    SLiC's loss (Zhao et al. 2023, arXiv 2305.10425) on log-ratios, the "hinge-norm" of Liu et al. 2023 (RSO,
+    arXiv 2309.06657).
+    """
+    return F.relu(1 - beta * (pairs.chosen_logratios - pairs.rejected_logratios))
+
+
+def robust(pairs: PairLogps, beta: float, label_smoothing: float) -> Tensor:
+    """Robust DPO: ((1 - e) * DPO(pair) - e * DPO(pair with its sides exchanged)) / (1 - 2e), (P,), in (-inf, inf);
+    e is `label_smoothing`, the share of pairs whose label is wrong, in [0, 0.5).
+
+    Its mean over such flips is the loss of the clean pair; at 0 it is `sigmoid`. Chowdhury et al. 2024, *Provably
+    Robust DPO* (arXiv 2403.00409), the unbiased loss of its section on robust DPO.
+    """
+    margins = beta * (pairs.chosen_logratios - pairs.rejected_logratios)
+    clean, flipped = -F.logsigmoid(margins), -F.logsigmoid(-margins)
+    return ((1 - label_smoothing) * clean - label_smoothing * flipped) / (1 - 2 * label_smoothing)
+
+
+def apo_zero(pairs: PairLogps, beta: float) -> Tensor:
+    """APO-zero: 1 - sigmoid(chosen reward) + sigmoid(rejected reward), (P,), in (0, 2): the chosen is raised and the
+    rejected lowered, each against the reference, not against the other; 1 at the reference.
+
+    D'Oosterlinck et al. 2024, *Anchored Preference Optimization* (arXiv 2408.06266), equation 7.
+    """
+    return 1 - (beta * pairs.chosen_logratios).sigmoid() + (beta * pairs.rejected_logratios).sigmoid()
+
+
+def simpo(pairs: PairLogps, beta: float, gamma: float) -> Tensor:
+    """SimPO: -log sigmoid(beta * (mean chosen logp - mean rejected logp) - gamma), (P,), in (0, inf); without a
+    reference.
+
+    `gamma` is the margin aimed at. Meng et al. 2024, *SimPO* (arXiv 2405.14734), equation 6.
+    """
+    chosen = pairs.policy_chosen_logps / pairs.chosen_tokens
+    rejected = pairs.policy_rejected_logps / pairs.rejected_tokens
+    return -F.logsigmoid(beta * (chosen - rejected) - gamma)
+
+
+def sigmoid_norm(pairs: PairLogps, beta: float) -> Tensor:
+    """Length-normalised DPO: `sigmoid` on log-ratios averaged over the completion's tokens, (P,), in (0, inf).
+
+    Lambert et al. 2024, *Tülu 3* (arXiv 2411.15124), its length-normalised DPO. Averages are smaller than sums, so
+    beta is larger (5 there).
+    """
+    chosen = pairs.chosen_logratios / pairs.chosen_tokens
+    rejected = pairs.rejected_logratios / pairs.rejected_tokens
+    return -F.logsigmoid(beta * (chosen - rejected))
+
+
+def nll(policy_logps: Tensor, num_tokens: Tensor) -> Tensor:
+    """Negative log-likelihood per token of each completion, (P,), in [0, inf).
+
+    The term that RPO (Pang et al. 2024, arXiv 2404.19733, equation 1) and ICR add to DPO, on the chosen
+    completion.
+    """
+    return -policy_logps / num_tokens
+
+
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "sigmoid": sigmoid,
+    "ipo": ipo,
+    "hinge": hinge,
+    "robust": robust,
+    "apo_zero": apo_zero,
+    "simpo": simpo,
+    "sigmoid_norm": sigmoid_norm,
+}
+# Losses that never look at the reference: nobody has to compute one, and any numbers may stand for it.
+REFERENCE_FREE = frozenset({"simpo"})
+
+
+def preference_losses(
+    loss: str, pairs: PairLogps, *, beta: float, label_smoothing: float = 0.0, simpo_gamma: float = 0.0
+) -> Tensor:
+    """The loss named `loss` of every pair, (P,); `label_smoothing` is read by "robust", `simpo_gamma` by "simpo"."""
+    extra = {"robust": (label_smoothing,), "simpo": (simpo_gamma,)}.get(loss, ())
+    return LOSSES[loss](pairs, beta, *extra)

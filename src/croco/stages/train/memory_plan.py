@@ -1,0 +1,194 @@
+"""Whether tuning fits in memory, said before the first step, and with how many tokens at once.
+
+What a forward keeps for its backward is not guessed from the architecture but counted on one pair of the data: every
+tensor that autograd saves, parameters apart. From it follow the bytes of a token, with and without gradient
+checkpointing; gradients and AdamW's two moments follow from what is trained. Left out: fragmentation (a margin stands
+for it), and weights that FSDP or DeepSpeed spread over processes, which are taken as they are told.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from croco.errors import UserError
+from croco.models.lora import apply_lora, without_adapter
+from croco.models.memory import free_bytes
+from croco.stages.train.batches import collate
+from croco.stages.train.encode import Example
+from croco.stages.train.forward import completion_logps, dropout_of, packs, switched_off
+from croco.stages.train.settings import TrainSettings
+
+MARGIN = 0.85  # of the free memory that "auto" uses
+MOST_TOKENS = 16384  # of a micro-batch: above it speed grows no more
+PROBE_TOKENS = 64  # a pair of at least so many, where there is one
+STATE_BYTES = 12  # of a trained number: its gradient and two moments, in float32
+SPREAD = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a machine works through a step: tokens of a micro-batch, and whether activations are computed twice."""
+
+    micro_batch_tokens: int
+    gradient_checkpointing: bool
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes beside the loaded weights: once, and per token of a micro-batch as it is and with checkpointing."""
+
+    once: int
+    per_token: float
+    per_token_checkpointed: float
+
+    def of(self, tokens: int, checkpointing: bool) -> float:
+        """Bytes of a micro-batch of so many tokens, and what is needed once."""
+        return self.once + tokens * (self.per_token_checkpointed if checkpointing else self.per_token)
+
+
+def plan(
+    model: PreTrainedModel,
+    settings: TrainSettings,
+    examples: Sequence[Example],
+    micro_batch_tokens: int | Literal["auto"],
+    gradient_checkpointing: bool | Literal["auto"],
+    shared: bool,
+) -> Plan:
+    """What "auto" stands for here; raises UserError when what is asked for, or anything, does not fit."""
+    longest = max(row_tokens(example, shared) for example in examples)
+    if any(os.environ.get(name, "false").lower() == "true" for name in SPREAD):
+        tokens = 4096 if micro_batch_tokens == "auto" else micro_batch_tokens
+        return Plan(tokens, gradient_checkpointing is not False)
+    free = free_bytes(model.device)
+    if model.device.type == "cpu":  # processes of one machine share it
+        free //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    needs, device = count(model, settings, examples, shared), str(model.device)
+    return choose(needs, free, longest, micro_batch_tokens, gradient_checkpointing, device)
+
+
+def choose(
+    needs: Needs,
+    free: int,
+    longest: int,
+    micro_batch_tokens: int | Literal["auto"],
+    gradient_checkpointing: bool | Literal["auto"],
+    device: str = "cpu",
+) -> Plan:
+    """The plan for these needs, when `free` bytes are free and the longest row has `longest` tokens."""
+    asked = longest if micro_batch_tokens == "auto" else max(longest, micro_batch_tokens)
+    choices = (False, True) if gradient_checkpointing == "auto" else (gradient_checkpointing,)
+    room = free * MARGIN if micro_batch_tokens == "auto" or gradient_checkpointing == "auto" else free
+    for checkpointing in choices:
+        if needs.of(asked, checkpointing) <= room:
+            if micro_batch_tokens != "auto":
+                return Plan(micro_batch_tokens, checkpointing)
+            each = needs.of(1, checkpointing) - needs.once
+            return Plan(max(longest, min(MOST_TOKENS, int((room - needs.once) / each))), checkpointing)
+    raise UserError(_misfit(needs, free, longest, asked, choices[-1], device))
+
+
+def _misfit(needs: Needs, free: int, longest: int, asked: int, checkpointing: bool, device: str) -> str:
+    how = "with" if checkpointing else "without"
+    said = (
+        f"tuning needs about {_gib(needs.of(asked, checkpointing))} beside the weights for micro-batches of {asked:,} "
+        f"tokens {how} gradient checkpointing, and {_gib(free)} are free on {device}"
+    )
+    if needs.of(longest, checkpointing) <= free:
+        fits = int((free * MARGIN - needs.once) / (needs.of(1, checkpointing) - needs.once))
+        return f"{said}: expected runtime.micro_batch_tokens of at most {max(longest, fits):,} (or 'auto')"
+    if not checkpointing and needs.of(longest, True) <= free:
+        return f"{said}: expected runtime.gradient_checkpointing = true (or 'auto')"
+    return (
+        f"{said}, and the longest pair alone takes {longest:,}: expected a smaller training.max_tokens, fewer trained "
+        f"weights (training.lora.rank, training.full), a smaller model or more memory"
+    )
+
+
+def row_tokens(example: Example, shared: bool) -> int:
+    """Tokens of a pair in rows: the prompt once when it is shared, else with every completion."""
+    if shared:
+        return example.num_tokens
+    return sum(len(example.prompt) + len(completion) - 1 for completion in example.completions)
+
+
+def count(
+    model: PreTrainedModel, settings: TrainSettings, examples: Sequence[Example], shared: bool
+) -> Needs:
+    """What tuning takes, from one forward of one pair; the model is as before afterwards."""
+    enough = [example for example in examples if row_tokens(example, shared) >= PROBE_TOKENS]
+    probe = min(enough, key=lambda e: e.num_tokens) if enough else max(examples, key=lambda e: e.num_tokens)
+    was_training, weights = model.training, model.num_parameters()
+    policy: Any = model.requires_grad_(True) if settings.full else apply_lora(model, settings.lora, 0)
+    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    with torch.random.fork_rng(), switched_off(dropout_of(policy)):
+        policy.train()
+        saved, tokens, logits = _saved_bytes(policy, probe, shared)
+    once = trained * STATE_BYTES
+    if settings.full:
+        once += weights * (4 - model.dtype.itemsize)  # weights in float32
+    else:
+        once += trained * 4  # the adapters
+        without_adapter(policy)
+    model.train(was_training)
+    config = model.config.get_text_config()
+    inner = max(0.0, saved - logits)
+    kept = tokens * config.num_hidden_layers * config.hidden_size * model.dtype.itemsize
+    # a layer's own are there once more, while it is computed again
+    again = logits + kept + inner / config.num_hidden_layers
+    return Needs(once, (saved + logits) / tokens, (again + logits) / tokens)
+
+
+def _saved_bytes(policy: Any, probe: Example, shared: bool) -> tuple[int, int, int]:
+    """What autograd keeps of a forward, its tokens, and how much of it is logits (whose gradient is as large)."""
+    own = {p.untyped_storage().data_ptr() for p in policy.parameters()}
+    vocabulary = policy.config.get_text_config().vocab_size
+    storages: dict[int, int] = {}
+    logits: dict[int, int] = {}
+    alive = []  # a storage that is freed would lend its address to the next
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage.nbytes()
+            if tensor.ndim and tensor.shape[-1] == vocabulary:
+                logits[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    batch = collate([probe], shared=shared, packed=shared and packs(policy)).to(policy.device)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        completion_logps(policy, batch).sum()
+    return sum(storages.values()), batch.input_ids_BT.numel(), sum(logits.values())
+
+
+def trained_parameters(model: PreTrainedModel, lora: tuple[int, Sequence[str]] | None) -> int:
+    """How many numbers are trained: all, or those of adapters of a rank on the layers of these names."""
+    if lora is None:
+        return int(model.num_parameters())
+    rank, targets = lora
+    return sum(
+        rank * (module.in_features + module.out_features)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in targets
+    )
+
+
+def check_weights(num_parameters: int, itemsize: int, device: torch.device, model: str) -> None:
+    """Raise UserError when a policy's weights alone are more than is free: loading it would bring the machine down."""
+    needed, free = num_parameters * itemsize, free_bytes(device)
+    if needed > free:
+        raise UserError(
+            f"policy.model = '{model}' has weights of {_gib(needed)}, and {_gib(free)} are free on {device}: "
+            f'expected a smaller model, policy.dtype = "bfloat16" or more memory'
+        )
+
+
+def _gib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"

@@ -1,0 +1,157 @@
+"""Log-probabilities of every completion under the reference: computed once, before any adapter exists, and kept.
+
+They never change during training, so a second model in memory or a second forward per step buys nothing. The table is
+keyed by what the reference computes (configuration, weights and their type) and by token ids, those of a cut completion
+being others than those of the whole one; so every epoch, restart and arm that is given the same folder reads what is
+there. Writers may be killed, and may run beside each other: a file appears whole, and is named after what is in it.
+`on_line` is for those who would rather compute the reference at every step. Left out: a reference that moves (online
+tuning).
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from croco.errors import UserError
+from croco.stages.train.batches import Batch, collate, cut
+from croco.stages.train.encode import Example
+from croco.stages.train.forward import completion_logps, packs
+from croco.storage.shards import read_arrow, write_parquet
+
+SCHEMA = pa.schema(
+    [
+        pa.field("completion", pa.string(), nullable=False),
+        pa.field("logp", pa.float32(), nullable=False),
+    ]
+)
+PART_EXAMPLES = 2048  # examples per file: what a kill costs
+SAMPLED_WEIGHTS = 4096  # numbers of each tensor that enter the digest of the weights as they are
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+
+
+def reference_logps(
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    *,
+    folder: Path,
+    shared: bool,
+    micro_batch_tokens: int,
+    extra: str = "",
+    on_examples: Callable[[int], None] | None = None,
+) -> Tensor:
+    """log p(completion | prompt) under `model` of every completion, (C, N examples) float32, on the CPU.
+
+    Values in `folder` are reused; the rest is computed and added to it. `extra` stands for whatever else the reference
+    depends on, such as the digest of an adapter that is not among the model's parameters. Raises `UserError` when a
+    value is not a finite number (broken weights). `on_examples` is told how many examples are done.
+    """
+    folder = folder / blake2b(f"{weights_digest(model)} {extra}".encode(), digest_size=16).hexdigest()
+    known = _read(folder)
+    keys = [[_completion_key(example.prompt, ids) for ids in example.completions] for example in examples]
+    missing = [i for i, row in enumerate(keys) if any(key not in known for key in row)]
+    for start in range(0, len(missing), PART_EXAMPLES):
+        part = missing[start : start + PART_EXAMPLES]
+        new = _compute(model, examples, keys, part, shared, micro_batch_tokens)
+        table = pa.table({"completion": list(new), "logp": list(new.values())})
+        name = blake2b("".join(sorted(new)).encode(), digest_size=16).hexdigest()
+        write_parquet(folder / f"part-{name}.parquet", table, SCHEMA)
+        known.update(new)
+        if on_examples:
+            on_examples(len(part))
+    return torch.tensor([[known[key] for key in row] for row in keys], dtype=torch.float32).T.contiguous()
+
+
+def no_reference(examples: Sequence[Example]) -> Tensor:
+    """What stands for the reference where the loss looks at none (`losses.REFERENCE_FREE`): zeros, (C, N)."""
+    return torch.zeros(len(examples[0].completions), len(examples))
+
+
+@torch.no_grad()
+def on_line(model: nn.Module, batch: Batch) -> Tensor:
+    """The reference's log-probabilities of a batch, (C, P), computed now: the policy with its adapter switched off.
+
+    The mode and the adapter are left as they were. Raises `UserError` when there is no adapter to switch off (all
+    weights are tuned: only `reference_logps`, before training, knows the reference then).
+    """
+    adapted: Any = model
+    while hasattr(adapted, "module"):
+        adapted = adapted.module
+    if not hasattr(adapted, "disable_adapter"):
+        raise UserError(
+            f"a reference on line is a policy without its adapter, and {type(adapted).__name__} has none"
+        )
+    was_training = model.training
+    model.eval()
+    try:
+        with adapted.disable_adapter():
+            return completion_logps(model, batch)
+    finally:
+        model.train(was_training)
+
+
+@torch.no_grad()
+def _compute(
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    keys: Sequence[Sequence[str]],
+    part: Sequence[int],
+    shared: bool,
+    micro_batch_tokens: int,
+) -> dict[str, float]:
+    was_training = model.training
+    model.eval()
+    found: dict[str, float] = {}
+    packed = shared and packs(model)
+    for rows in cut(part, [example.num_tokens for example in examples], micro_batch_tokens, packed):
+        batch = collate([examples[i] for i in rows], shared=shared, packed=packed).to(model.device)
+        for c, logps in enumerate(completion_logps(model, batch).tolist()):
+            found.update((keys[i][c], logp) for i, logp in zip(rows, logps, strict=True))
+        for i in rows:
+            if not all(np.isfinite(found[key]) for key in keys[i]):
+                raise UserError(
+                    f"the policy gives prompt {examples[i].prompt_id!r} ({examples[i].language}) a log-probability "
+                    "that is not a finite number: are its weights broken?"
+                )
+    model.train(was_training)
+    return found
+
+
+def _read(folder: Path) -> dict[str, float]:
+    known: dict[str, float] = {}
+    for path in sorted(folder.glob("part-*.parquet")):
+        table = read_arrow(path)
+        known.update(zip(table["completion"].to_pylist(), table["logp"].to_pylist(), strict=True))
+    return known
+
+
+def _completion_key(prompt: Sequence[int], completion: Sequence[int]) -> str:
+    ids = np.asarray([len(prompt), *prompt, *completion], dtype=np.int32)
+    return blake2b(ids.tobytes(), digest_size=16).hexdigest()
+
+
+def weights_digest(model: PreTrainedModel) -> str:
+    """A digest of what the model computes: its configuration, and the shape, type, a sample and the bits of every
+    tensor.
+
+    The bits enter by their sum, which any one change moves and a GPU computes at the speed of its memory.
+    """
+    config = {
+        key: value
+        for key, value in model.config.to_dict().items()
+        if key not in ("_name_or_path", "transformers_version", "use_cache")
+    }
+    digest = blake2b(json.dumps(config, sort_keys=True, default=str).encode(), digest_size=16)
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // SAMPLED_WEIGHTS)].float().cpu().numpy()
+        bits = flat.view(BITS[flat.element_size()]).sum(dtype=torch.int64).item()
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {bits}".encode() + sample.tobytes())
+    return digest.hexdigest()

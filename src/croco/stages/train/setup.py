@@ -1,0 +1,109 @@
+"""What a tuning run needs before its first step: examples, a folder of its own, the reference, where it stood."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from croco.errors import UserError
+from croco.models.chat_template import end_id
+from croco.stages.train import checkpoints
+from croco.stages.train.distributed import barrier, gathered, rank, world
+from croco.stages.train.encode import Example, encode_pairs, held_out
+from croco.stages.train.reference import reference_logps
+from croco.stages.train.settings import TrainSettings
+from croco.storage.hashing import file_identity
+from croco.storage.shards import write_text
+
+
+def share_reference(
+    model: Any, examples: list[Example], folder: Path, shared: bool, micro_batch_tokens: int
+) -> Tensor:
+    """The reference's log-probabilities of all examples, (C, N); every process computes its share."""
+    mine = examples[rank() :: world()]
+    found = reference_logps(
+        model,
+        mine or examples[:1],
+        folder=folder,
+        shared=shared,
+        micro_batch_tokens=micro_batch_tokens,
+    )
+    whole = found.new_zeros(len(examples[0].completions), len(examples))
+    for number, part in enumerate(gathered(found)):
+        places = whole[:, number :: world()]
+        places.copy_(part[:, : places.shape[1]])
+    return whole
+
+
+def checkpoint_to_go_on_from(folder: Path, metrics_file: Path) -> Path | None:
+    """The checkpoint to go on from, with the metrics file as it was then."""
+    if rank() == 0:
+        checkpoints.rewind_metrics(metrics_file, checkpoints.step_of(checkpoints.last_checkpoint(folder)))
+    barrier()
+    whole = checkpoints.sealed(folder)
+    return whole[-1] if whole else None
+
+
+def encode(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: pl.DataFrame,
+    settings: TrainSettings,
+    instructions: Mapping[str, str] | None,
+) -> tuple[list[Example], list[Example], pl.DataFrame]:
+    """Examples to train on, examples held out, and the ledger of what was left out."""
+    examples, dropped = encode_pairs(
+        pairs,
+        tokenizer,
+        end=end_id(tokenizer, model.generation_config),
+        max_tokens=settings.max_tokens,
+        context=getattr(model.config.get_text_config(), "max_position_embeddings", None),
+        over_length=settings.over_length,
+        chosen_only=settings.method == "sft",
+        instructions=instructions,
+    )
+    parts: tuple[list[Example], list[Example]] = ([], [])
+    for example in examples:
+        parts[held_out(example.prompt_id, settings.validation_fraction)].append(example)
+    training, validation = parts
+    if not training:
+        raise UserError(
+            f"no pair to train on: of {len(pairs)} pairs {len(dropped)} were left out"
+            f"{_first(dropped)} and {len(validation)} are held out for validation"
+        )
+    return training, validation, dropped
+
+
+def _first(dropped: pl.DataFrame) -> str:
+    if dropped.is_empty():
+        return ""
+    row = dropped.row(0, named=True)
+    return f" (the first, {row['prompt_id']} in {row['language']}, because {row['reason']})"
+
+
+def contents(folder: Path) -> list[str]:
+    """What the files of an adapter are, by name and content."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder, expected an adapter to start from")
+    return [f"{path.name} {file_identity(str(path))}" for path in sorted(folder.iterdir()) if path.is_file()]
+
+
+def prepare_scratch(
+    scratch: Path, origin: list[str], settings: TrainSettings, seed: int, examples: list[Example]
+) -> None:
+    """Make the folder of checkpoints and reference values, emptied of checkpoints that another run left there."""
+    scratch.mkdir(parents=True, exist_ok=True)
+    run = blake2b(json.dumps([origin, asdict(settings), seed]).encode(), digest_size=16)
+    for example in examples:
+        run.update(repr((example.prompt, example.completions)).encode())
+    key = scratch / "run.txt"
+    if not key.is_file() or key.read_text(encoding="utf-8") != run.hexdigest():
+        shutil.rmtree(scratch / "checkpoints", ignore_errors=True)
+        write_text(key, run.hexdigest())

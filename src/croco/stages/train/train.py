@@ -1,0 +1,283 @@
+"""The stage `train`: pairs in, an adapter of the policy out (or a model, where all weights are tuned).
+
+`train_pairs` is the same thing with plain arguments, for anyone who has a model and pairs. It can be killed
+at any moment and called again: it goes on from its last checkpoint, and the loss curve is that of an
+undisturbed run. What comes out is the checkpoint with the lowest held-out loss; when the sentinel stops it, the
+best before. Every process of a `torchrun` may call it: they share each step's pairs.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import polars as pl
+import torch
+from rich.console import Console
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from croco.errors import UserError
+from croco.models.lora import apply_lora, continue_lora
+from croco.pipeline.progress import Progress
+from croco.pipeline.stage import Work
+from croco.stages.train import checkpoints
+from croco.stages.train.adopt import adopt, samples
+from croco.stages.train.batches import plan_steps
+from croco.stages.train.distributed import barrier, gathered, rank
+from croco.stages.train.early_stopping import Stopped, shortcuts_of
+from croco.stages.train.forward import shared_rows_differ, try_packing
+from croco.stages.train.losses import LOSSES, REFERENCE_FREE
+from croco.stages.train.memory_plan import plan
+from croco.stages.train.model_card import policy_card
+from croco.stages.train.reference import no_reference, weights_digest
+from croco.stages.train.settings import TrainSettings
+from croco.stages.train.setup import (
+    checkpoint_to_go_on_from,
+    contents,
+    encode,
+    prepare_scratch,
+    share_reference,
+)
+from croco.stages.train.trackers import check_trackers, tensorboard_in
+from croco.stages.train.trainer import PairTrainer, training_arguments
+from croco.storage import shards
+from croco.storage.schemas import DROPPED
+
+CHECKED_PAIRS = 4  # pairs of the first step on which shared rows are proven
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run did. `adapter` is its folder (of the whole model, where all weights were tuned) and `adapter_step` the
+    step it is from; `stopped` says why the sentinel stopped it, `plain_rows` why prompts were not shared, each or None;
+    `metrics` are the last ones per split.
+    """
+
+    adapter: Path
+    adapter_step: int
+    stopped: str | None
+    steps: int
+    pairs: int
+    validation_pairs: int
+    tokens: int
+    cut_pairs: int
+    cut_tokens: int
+    seconds: float
+    plain_rows: str | None
+    metrics: dict[str, dict[str, float]]
+    dropped: pl.DataFrame
+
+
+def train_pairs(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: pl.DataFrame,
+    *,
+    settings: TrainSettings,
+    folder: Path,
+    seed: int,
+    start: Path | None = None,
+    reference: Literal["base", "start"] = "base",
+    on_step: Callable[[int, int], None] | None = None,
+    instructions: Mapping[str, str] | None = None,
+    micro_batch_tokens: int | Literal["auto"] = 8192,
+    gradient_checkpointing: bool | Literal["auto"] = False,
+    reference_table: bool = True,
+    trackers: tuple[str, ...] = (),
+    checkpoint_minutes: float | None = None,
+    reference_folder: Path | None = None,
+) -> TrainResult:
+    """Tune `model` in place on preference pairs, with LoRA into `folder/adapter`, or whole into `folder/model`.
+
+    `pairs` has the columns prompt_id, language, messages, chosen, rejected (with chosen_ids and rejected_ids
+    where the sampled ids are known); method "sft" needs no rejected. `start` is the adapter that tuning goes on
+    from, and `reference` what the policy is held against: the base, or the policy as it starts. Also written:
+    `folder/metrics.jsonl`, one line per step and evaluation, and `folder/scratch` (checkpoints, and the reference's
+    log-probabilities unless `reference_folder` keeps them), which the caller may remove afterwards. Without
+    `reference_table` they are computed at every step instead, by the policy without its adapter. A second call
+    with the same arguments goes on where the first was killed. `on_step(step, num_steps)` follows it. "auto" is
+    what fits in memory. Raises `UserError` for settings out of range, when no pair is left, when it cannot fit,
+    and (as `Stopped`) when training was stopped before any good checkpoint.
+    """
+    began = time.monotonic()
+    _check(settings, start)
+    on_line = not reference_table and settings.method == "dpo" and settings.loss not in REFERENCE_FREE
+    if on_line and (settings.full or (start and reference == "start")):
+        raise UserError(
+            "runtime.reference_table = false takes the policy without its adapter as reference: expected true for "
+            'training.full, and for reference = "start" with an adapter to start from'
+        )
+    check_trackers(trackers)
+    training, validation, dropped = encode(model, tokenizer, pairs, settings, instructions)
+    examples = training + validation
+    steps = plan_steps(len(training), settings.batch_pairs, settings.epochs, seed, settings.updates)
+    scratch, metrics_file = folder / "scratch", folder / "metrics.jsonl"
+    arguments = training_arguments(
+        settings,
+        scratch / "checkpoints",
+        num_steps=len(steps),
+        seed=seed,
+        cpu=model.device.type == "cpu",
+        evaluate=bool(validation),
+        trackers=trackers,
+        mixed=settings.full and model.dtype in (torch.bfloat16, torch.float16),
+    )  # from here on the processes know each other
+    origin = [weights_digest(model), reference, *(contents(start) if start else ())]
+    if rank() == 0:
+        prepare_scratch(scratch, origin, settings, seed, examples)
+    barrier()
+    first = [examples[i] for i in steps[0][:CHECKED_PAIRS]]
+    unpacked = try_packing(model, first, model.device)
+    if unpacked and model.device.type == "cuda" and rank() == 0:
+        Console(stderr=True).print(f"pairs are not packed into rows: {unpacked}", markup=False)
+    plain_rows = gathered(shared_rows_differ(model, first, model.device))[0]
+    if plain_rows and rank() == 0:
+        Console(stderr=True).print(f"prompts are not shared between completions: {plain_rows}", markup=False)
+
+    layout = plan(model, settings, examples, micro_batch_tokens, gradient_checkpointing, plain_rows is None)
+
+    def logps(of: Any) -> Tensor | None:
+        if settings.method == "sft":
+            return None
+        if on_line or settings.loss in REFERENCE_FREE:
+            return no_reference(examples)
+        tokens = layout.micro_batch_tokens
+        return share_reference(
+            of, examples, reference_folder or scratch / "reference", plain_rows is None, tokens
+        )
+
+    reference_logps_CN = logps(model) if reference == "base" else None
+    policy = _trainable(model, settings, start, seed)
+    if reference == "start":
+        reference_logps_CN = logps(policy)
+    before = samples(policy.named_parameters())
+    if layout.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def follow(metrics: dict[str, Any]) -> None:
+        if on_step and metrics["split"] == "train":
+            on_step(metrics["step"], len(steps))
+
+    checkpoint = checkpoint_to_go_on_from(scratch / "checkpoints", metrics_file)
+    arguments.eval_on_start = bool(validation) and checkpoint is None
+    with tensorboard_in(folder / "tensorboard"):
+        trainer = PairTrainer(
+            policy,
+            arguments,
+            settings,
+            examples=examples,
+            reference_logps_CN=reference_logps_CN,
+            reference_on_line=on_line,
+            steps=steps,
+            validation=range(len(training), len(examples)),
+            shared=plain_rows is None,
+            micro_batch_tokens=layout.micro_batch_tokens,
+            pad_id=tokenizer.pad_token_id or 0,
+            metrics_file=metrics_file,
+            lines=checkpoints.read_metrics(metrics_file),
+            shortcut_aucs={} if settings.method == "sft" else shortcuts_of(pairs),
+            checkpoint_minutes=checkpoint_minutes,
+            on_metrics=follow,
+        )
+    stopped = _run(trainer, checkpoint)
+    barrier()
+    best = checkpoints.best_checkpoint(scratch / "checkpoints", metrics_file)
+    if stopped and (best is None or not settings.sentinel.enabled):
+        raise Stopped(f"{stopped}; it had no good checkpoint yet to go on with")
+    assert best is not None
+    target = folder / ("model" if settings.full else "adapter")
+    if rank() == 0:
+        adopt(best, target, before, tokenizer if settings.full else None)
+    barrier()
+    return TrainResult(
+        adapter=target,
+        adapter_step=checkpoints.step_of(best),
+        stopped=stopped,
+        steps=len(steps),
+        pairs=len(training),
+        validation_pairs=len(validation),
+        tokens=sum(examples[i].num_tokens for step in steps for i in step),
+        cut_pairs=sum(example.cut_tokens > 0 for example in examples),
+        cut_tokens=sum(example.cut_tokens for example in examples),
+        seconds=time.monotonic() - began,
+        plain_rows=plain_rows,
+        metrics=checkpoints.last_metrics(trainer.lines),
+        dropped=dropped,
+    )
+
+
+def train(work: Work) -> None:
+    """The stage: an arm's pairs into weights and `metrics.jsonl`; pairs left out go to the ledger."""
+    from croco.stages.train.launch import Job, tune
+
+    job = Job(
+        recipe=work.recipe.model_copy(update={"runtime": work.runtime}),
+        settings=work.settings["training"],
+        folder=work.folder,
+        pairs=work.inputs["pair"],
+        title=work.title,
+        seed=work.seed,
+        start=work.inputs["train"] / "adapter" if "train" in work.inputs else None,
+        reference=work.settings.get("reference", "base"),
+        reference_folder=work.recipe.folder / "reference",  # of every arm
+    )
+    with ExitStack() as stack:
+        bars: list[Progress] = []
+
+        def advance(step: int, num_steps: int) -> None:
+            if not bars:
+                bars.append(stack.enter_context(work.progress(num_steps, "step", done=step - 1)))
+            bars[0].advance()
+
+        result = tune(job, advance)
+    work.account(
+        read={"pair": sum(shard.rows for shard in shards.shards(work.inputs["pair"]))},
+        written={"pair": result.pairs + result.validation_pairs},
+        dropped=result.dropped.to_arrow().cast(DROPPED.schema),
+    )
+    facts = {name: value for name, value in vars(result).items() if name not in ("adapter", "dropped")}
+    facts["seconds"] = round(result.seconds, 1)
+    if work.arm and result.adapter.name == "adapter":
+        card = policy_card(work.recipe, work.arm, work.settings["training"], facts, "unknown", library="peft")
+        shards.write_text(result.adapter / "README.md", card)
+    work.record(**facts)
+    if result.stopped:
+        line = f"{work.title}: {result.stopped}; the run goes on with the checkpoint of step {result.adapter_step}"
+        Console(stderr=True).print(line, markup=False, soft_wrap=True)
+
+
+def _run(trainer: PairTrainer, checkpoint: Path | None) -> str | None:
+    """Train to the end, or until the sentinel stops it: then why."""
+    try:
+        with shards.writing(Path(str(trainer.args.output_dir))):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except Stopped as stop:
+        trainer.control = trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
+        return str(stop)
+    return None
+
+
+def _check(settings: TrainSettings, start: Path | None) -> None:
+    if settings.method not in ("dpo", "sft"):
+        raise UserError(f"training.method is {settings.method!r}; expected 'dpo' or 'sft'")
+    if settings.loss not in LOSSES:
+        raise UserError(f"training.loss is {settings.loss!r}; expected one of {', '.join(LOSSES)}")
+    if settings.batch_pairs < 1 or settings.epochs < 1:
+        raise UserError(
+            f"training.batch_pairs is {settings.batch_pairs} and training.epochs {settings.epochs}; expected at least 1"
+        )
+    if settings.full and start is not None:
+        raise UserError(f"training.full tunes all weights, expected no adapter to start from, found {start}")
+
+
+def _trainable(model: PreTrainedModel, settings: TrainSettings, start: Path | None, seed: int) -> Any:
+    """The policy with what is trained of it, and nothing else, open to gradients."""
+    if not settings.full:
+        return continue_lora(model, start, settings.lora) if start else apply_lora(model, settings.lora, seed)
+    # steps of this size are lost between two bfloat16 numbers
+    policy = model.float()
+    policy.requires_grad_(True)
+    return policy

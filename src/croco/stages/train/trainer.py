@@ -1,0 +1,313 @@
+"""The Trainer: transformers' loop, optimizer, schedule and checkpoints around our batches and losses.
+
+One item of the data loader is one optimizer step: the pairs of an effective batch. `training_step` cuts it
+into micro-batches by the token budget and divides every loss by what the whole step holds, so the gradient
+does not depend on the cut, nor on how many processes share the step. All epochs are one pass over a fixed plan
+of steps, so that resuming means skipping items. Every line of metrics passes by the sentinel.
+
+Shapes: P pairs of a micro-batch, C completions of a pair, N examples.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, Trainer, TrainerControl, TrainingArguments
+
+from croco.stages.train.batches import Batch, collate, cut
+from croco.stages.train.checkpoints import ByTheClock, readable, seal
+from croco.stages.train.distributed import shares
+from croco.stages.train.early_stopping import Stopped, alarm
+from croco.stages.train.encode import Example
+from croco.stages.train.forward import completion_logps, dropout_of, packs, switched_off, token_counts
+from croco.stages.train.losses import REFERENCE_FREE, PairLogps, nll, preference_losses
+from croco.stages.train.reference import on_line
+from croco.stages.train.settings import TrainSettings
+from croco.storage.shards import writing
+
+
+def pair_losses(
+    settings: TrainSettings, policy_logps_CP: Tensor, reference_logps_CP: Tensor | None, tokens_CP: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of every pair, (P,), and what is worth watching of it, each (P,) and detached.
+
+    Method "sft" (no reference): the negative log-likelihood of the chosen completion, summed over its tokens.
+    Method "dpo": the preference loss, plus `nll_weight` times the chosen's mean negative log-likelihood.
+    """
+    if reference_logps_CP is None:
+        chosen_logps = policy_logps_CP[0].detach()
+        return -policy_logps_CP[0], {"logps/chosen": chosen_logps, "nll": nll(chosen_logps, tokens_CP[0])}
+    pairs = PairLogps(*policy_logps_CP, *reference_logps_CP, *tokens_CP)
+    losses_P = preference_losses(
+        settings.loss,
+        pairs,
+        beta=settings.beta,
+        label_smoothing=settings.label_smoothing,
+        simpo_gamma=settings.simpo_gamma,
+    )
+    if settings.nll_weight:
+        losses_P = losses_P + settings.nll_weight * nll(pairs.policy_chosen_logps, pairs.chosen_tokens)
+    chosen, rejected = (
+        settings.beta * pairs.chosen_logratios.detach(),
+        settings.beta * pairs.rejected_logratios.detach(),
+    )
+    watched = {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/accuracies": (chosen > rejected).float(),
+        "rewards/margins": chosen - rejected,
+        "logps/chosen": pairs.policy_chosen_logps.detach(),
+        "logps/rejected": pairs.policy_rejected_logps.detach(),
+    }
+    return losses_P, watched | _from_the_reference(settings, pairs)
+
+
+def _from_the_reference(settings: TrainSettings, pairs: PairLogps) -> dict[str, Tensor]:
+    """How far the policy has gone, per token (P,): from the reference where there is one, else the chosen's NLL."""
+    if settings.loss in REFERENCE_FREE:
+        return {"nll": nll(pairs.policy_chosen_logps, pairs.chosen_tokens).detach()}
+    chosen, rejected = pairs.chosen_logratios.detach(), pairs.rejected_logratios.detach()
+    return {
+        "logratios/chosen": chosen / pairs.chosen_tokens,
+        # KL(reference || policy), on completions that the reference drew
+        "kl": -(chosen + rejected) / (pairs.chosen_tokens + pairs.rejected_tokens),
+    }
+
+
+class PairTrainer(Trainer):
+    """`transformers.Trainer` on pairs: `steps` are the indices of `examples` that make each optimizer step."""
+
+    control: TrainerControl
+
+    def __init__(
+        self,
+        model: nn.Module,
+        arguments: TrainingArguments,
+        settings: TrainSettings,
+        *,
+        examples: Sequence[Example],
+        reference_logps_CN: Tensor | None,
+        reference_on_line: bool = False,
+        steps: Sequence[Sequence[int]],
+        validation: Sequence[int],
+        shared: bool,
+        micro_batch_tokens: int,
+        pad_id: int,
+        metrics_file: Path,
+        lines: Sequence[dict[str, Any]] = (),
+        shortcut_aucs: Mapping[str, float] | None = None,
+        checkpoint_minutes: float | None = None,
+        on_metrics: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
+        self.settings = settings
+        self.examples = examples
+        self.reference_logps_CN = reference_logps_CN
+        self.reference_on_line = reference_on_line  # instead of what is in the table
+        self.validation = validation
+        self.shared = shared
+        self.packed = shared and packs(model)
+        self.micro_batch_tokens = micro_batch_tokens
+        self.pad_id = pad_id
+        self.metrics_file = metrics_file
+        self.lines = list(lines)  # of the metrics file, which the sentinel reads
+        self.shortcut_aucs = shortcut_aucs or {}
+        self.on_metrics = on_metrics
+        self.lengths = [example.num_tokens for example in examples]
+        self.step_metrics: dict[str, float] = {}
+        self.own_dropout = dropout_of(model)
+        super().__init__(
+            model=model,
+            args=arguments,
+            train_dataset=[{"pairs": list(step)} for step in steps],
+            eval_dataset=list(validation),
+        )
+        self.remove_callback(PrinterCallback)
+        if checkpoint_minutes is not None:
+            self.add_callback(ByTheClock(checkpoint_minutes))
+
+    def get_train_dataloader(self) -> DataLoader:
+        """One item per optimizer step, in the planned order; every process sees them all."""
+        return DataLoader(self.train_dataset, batch_size=1, shuffle=False, collate_fn=lambda items: items[0])
+
+    def _micro_batches(self, pairs: Sequence[int]) -> Iterator[tuple[Batch, Tensor | None, float, bool]]:
+        """This process's share of the pairs: batches, reference values, weight, and whether it is the last.
+
+        Processes wait for each other at every micro-batch (sharded weights are gathered there), so all have
+        equally many: one that has none left takes a pair again, at weight 0.
+        """
+        cuts = [
+            cut(share, self.lengths, self.micro_batch_tokens, packed=self.packed)
+            for share in shares(pairs, self.lengths, self.args.world_size)
+        ]
+        mine, most = cuts[self.args.process_index], max(map(len, cuts))
+        idle = [min(pairs, key=lambda i: self.lengths[i])]
+        for number, rows in enumerate([*mine, *[idle] * (most - len(mine))]):
+            batch = collate(
+                [self.examples[i] for i in rows], shared=self.shared, packed=self.packed, pad_id=self.pad_id
+            )
+            reference = self.reference_logps_CN
+            yield (
+                batch.to(self.args.device),
+                None if reference is None else reference[:, rows].to(self.args.device),
+                float(number < len(mine)),
+                number == most - 1,
+            )
+
+    def _divisor(self, pairs: Sequence[int]) -> int:
+        """What the sum of losses is divided by: pairs, or for supervised tuning completion tokens."""
+        if self.reference_logps_CN is not None:
+            return len(pairs)
+        return sum(len(self.examples[i].completions[0]) for i in pairs)
+
+    def _over(self, model: nn.Module, pairs: Sequence[int], backward: bool) -> dict[str, float]:
+        """Loss and what is watched over some pairs of all processes, the loss by its divisor, the rest by pairs."""
+        sums: dict[str, Tensor] = {}
+        for batch, reference_CP, weight, last in self._micro_batches(pairs):
+            if self.reference_on_line:
+                reference_CP = on_line(model, batch)
+            with self._in_step(model, last) if backward else nullcontext():
+                logps_CP = completion_logps(model, batch)
+                losses_P, watched = pair_losses(self.settings, logps_CP, reference_CP, token_counts(batch))
+                loss = losses_P.sum() * weight / self._divisor(pairs)
+                if backward:  # processes take the mean of their gradients, and a sum is wanted
+                    self.accelerator.backward(loss * self.args.world_size)
+            watched = {name: value_P.sum() * weight / len(pairs) for name, value_P in watched.items()}
+            for name, value in ({"loss": loss.detach()} | watched).items():
+                sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value
+        values = self.accelerator.reduce(torch.stack(list(sums.values())), reduction="sum")
+        return dict(zip(sums, values.tolist(), strict=True))
+
+    @contextmanager
+    def _in_step(self, model: nn.Module, last: bool) -> Iterator[None]:
+        """Processes exchange gradients, and DeepSpeed takes its step, at the last micro-batch only."""
+        self.accelerator.gradient_state._set_sync_gradients(last)
+        with nullcontext() if last else self.accelerator.no_sync(model):
+            yield
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Forward and backward over all micro-batches of a step; returns the step's loss, the mean over its
+        pairs.
+        """
+        model.train()
+        with switched_off(self.own_dropout):
+            found = self._over(model, inputs["pairs"], backward=True)
+        loss = found.pop("loss")
+        self.step_metrics = {**found, "pairs": len(inputs["pairs"])}
+        if not math.isfinite(loss):  # before the optimizer sees the gradients
+            self._watch({"step": self.state.global_step + 1, "split": "train", "loss": loss})
+        return torch.tensor(loss, device=self.args.device)
+
+    @torch.no_grad()
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Loss and metrics on the held-out pairs, dropout off; names carry `eval_`. Also written to the
+        metrics file.
+        """
+        self.model.eval()
+        metrics = self._over(self.model, self.validation, backward=False)
+        self._watch({"step": self.state.global_step, "split": "validation", **metrics})
+        prefixed = {f"eval_{name}": value for name, value in metrics.items()}
+        self.log(prefixed)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, prefixed)
+        return prefixed
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's numbers of a step together with ours: to the callbacks, and one line of the metrics file."""
+        if "grad_norm" in logs:
+            logs = {**logs, **self.step_metrics}
+            self._watch({"step": self.state.global_step, "split": "train", **logs})
+        super().log(logs, start_time)
+
+    def _watch(self, line: dict[str, Any]) -> None:
+        """Write a line of metrics, and raise `Stopped` when the sentinel says so."""
+        self.lines.append(line)
+        reason = alarm(self.settings.sentinel, self.lines, self.shortcut_aucs, self.settings.learning_rate)
+        if all(math.isfinite(value) for value in line.values() if isinstance(value, float)):
+            self._write(line)
+        if reason:
+            self._write({"step": line["step"], "split": "stopped", "reason": reason})
+            raise Stopped(f"training stopped at step {line['step']} of {self.state.max_steps}: {reason}")
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if self.is_world_process_zero():
+            with self.metrics_file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        if self.on_metrics:
+            self.on_metrics(line)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        with writing(folder):
+            super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # each process has written its part
+        if self.is_world_process_zero():
+            seal(folder, self.metrics_file)
+        self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with readable(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with readable(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with readable(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+
+def training_arguments(
+    settings: TrainSettings,
+    folder: Path,
+    *,
+    num_steps: int,
+    seed: int,
+    cpu: bool,
+    evaluate: bool,
+    trackers: Sequence[str] = (),
+    mixed: bool = False,
+) -> TrainingArguments:
+    """transformers' arguments of a run: one item of the loader per step, and a checkpoint at each of its
+    evaluations, equally far apart. `mixed`: weights in float32, computed in bfloat16.
+    """
+    every = max(1, math.ceil(num_steps / settings.sentinel.evaluations))
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=num_steps,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=1,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.scheduler,
+        warmup_steps=int(settings.warmup_ratio * num_steps),  # rounded down: a run of one step must learn
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        bf16=mixed,
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if evaluate else "no",
+        eval_steps=every if evaluate else None,
+        save_strategy="steps",
+        save_steps=every,
+        seed=seed % 2**32,
+        use_cpu=cpu,
+        ddp_backend="gloo" if cpu and "RANK" in os.environ else None,  # beside other processes
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
+        disable_tqdm=True,
+        report_to=list(trackers) or "none",
+        dataloader_num_workers=0,
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs in one process would mean nn.DataParallel
+    return arguments

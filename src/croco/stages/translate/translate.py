@@ -1,0 +1,165 @@
+"""The stages `translate` and `eval-translate`: prompts of one language in all the others, by a translation model.
+
+What comes out is a prompts table in every language, the source's rows unchanged among them, under the same prompt_id:
+a prompt that is missing in one language shifts nothing. Every turn of a conversation is translated on its own and
+greedily; roles, order, code, JSON and tool calls stay (`protect`). A prompt of which a turn fails a check (`checks`)
+goes to the ledger with the turn and the reason. A reference is a completion in the source's language and stays behind.
+
+A text that several prompts share (a system turn, say) is sent once per call of the engine.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from croco.config.models import Translate
+from croco.config.recipe import Recipe
+from croco.models.chat_template import request
+from croco.models.open import open_sampler
+from croco.models.protocols import Decoding, Sampled
+from croco.pipeline.compute import Advance, Finished, compute
+from croco.pipeline.stage import Work
+from croco.stages.translate.checks import fault
+from croco.stages.translate.formats import FORMATS
+from croco.stages.translate.protect import pieces
+from croco.storage.schemas import PROMPTS, ledger
+from croco.storage.shards import read_table
+
+Prompt = dict[str, Any]  # a row of the prompts table, in the source's language
+Row = tuple[Prompt, str]  # a prompt and the language it is to be in
+Text = tuple[str, str]  # a stretch of text and the language to translate it into
+Translated = tuple[str | None, str]  # a translation and "", or None and why there is none
+
+
+def translate(work: Work) -> None:
+    """Write prompts in every language of the settings, shard by shard; the stage's one input has the source's."""
+    (prompts,) = work.inputs.values()
+    languages, size = tuple(work.settings["languages"]), work.runtime.shard_prompts
+    rows = len(languages) * read_table(prompts, ["prompt_id"]).height
+    sizes = [min(size, rows - start) for start in range(0, rows, size)]
+    recipe = work.recipe.model_copy(update={"runtime": work.runtime})
+    compute(work, partial(TranslateWorker, recipe, prompts, languages), sizes, "prompt", role="translate")
+
+
+class TranslateWorker:
+    """Translates shards of `runtime.shard_prompts` rows: prompts in the order of their ids, each in all languages."""
+
+    def __init__(self, recipe: Recipe, prompts: Path, languages: Sequence[str], replica: int) -> None:
+        assert recipe.translate is not None
+        self.settings, self.languages = recipe.translate, languages
+        found = read_table(prompts).sort("prompt_id").to_dicts()
+        rows = [(prompt, language) for prompt in found for language in languages]
+        size = recipe.runtime.shard_prompts
+        self.shard = lambda index: rows[index * size : (index + 1) * size]
+        self.sampler, self.tokenizer = open_sampler("translate", recipe, recipe.run.seed, replica)
+        self.facts = self.sampler.facts
+
+    def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[Finished]:
+        """Several shards in one stream, each when the last of its texts is there."""
+        shards: dict[int, list[Row]] = {index: self.shard(index) for index in indices}
+        waiting: dict[Text, list[int]] = {}
+        left, tokens = Counter[int](), Counter[int]()
+        for index, rows in shards.items():
+            for text in dict.fromkeys(text for row in rows for text in self._texts(row)):
+                waiting.setdefault(text, []).append(index)
+                left[index] += 1
+        there: dict[Text, Translated] = {}
+        for index in shards:
+            if not left[index]:
+                yield self._finish(index, shards[index], there, 0, advance)
+        for text, translated, num_tokens in self._translate(list(waiting)):
+            there[text] = translated
+            tokens[waiting[text][0]] += num_tokens
+            for index in waiting[text]:
+                left[index] -= 1
+                if not left[index]:
+                    yield self._finish(index, shards[index], there, tokens[index], advance)
+
+    def _texts(self, row: Row) -> Iterator[Text]:
+        """What has to be translated for a row: nothing in the source's language."""
+        prompt, language = row
+        if language != self.settings.source:
+            for message in prompt["messages"]:
+                yield from ((text, language) for text, sent in pieces(message["content"]) if sent)
+
+    def _translate(self, texts: Sequence[Text]) -> Iterator[tuple[Text, Translated, int]]:
+        """Each text once, with its translation or why there is none, and the tokens it took; in any order."""
+        requests = []
+        for number, (text, language) in enumerate(texts):
+            messages = FORMATS[self.settings.format](text, self.settings.source, language)
+            asked = request(self.tokenizer, number, messages, [0], name=f"the {language} of {text[:40]!r}")
+            tokens = len(asked.prompt_ids)
+            if tokens >= self.sampler.max_context:
+                reason = f"too long: its prompt has {tokens} tokens, the context {self.sampler.max_context}"
+                yield texts[number], (None, reason), 0
+                continue
+            requests.append(asked)
+        decoding = Decoding(0.0, top_p=1.0, top_k=0, max_new_tokens=self.settings.max_new_tokens)
+        for key, (one,) in self.sampler.sample(requests, decoding):
+            num_tokens = 0 if isinstance(one, str) else one.completion_tokens
+            yield texts[key], _read(self.tokenizer, one), num_tokens
+
+    def _finish(
+        self, index: int, rows: Sequence[Row], there: Mapping[Text, Translated], tokens: int, advance: Advance
+    ) -> Finished:
+        table, dropped = tabulate(rows, there, self.settings, self.languages)
+        advance(len(rows))
+        return Finished(index, table, dropped, {"prompt": len(rows)}, {"tokens": tokens})
+
+
+def _read(tokenizer: Any, one: Sampled | str) -> Translated:
+    if isinstance(one, str):
+        return None, f"engine: {one}"
+    if one.finish_reason != "stop":
+        return None, f"cut: the translation has not ended after {one.completion_tokens} tokens"
+    if one.text is not None:
+        return one.text.strip(), ""
+    text = tokenizer.decode(one.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text.strip(), ""
+
+
+def tabulate(
+    rows: Sequence[Row], there: Mapping[Text, Translated], settings: Translate, languages: Sequence[str]
+) -> tuple[pa.Table, pa.Table]:
+    """The prompts table of some rows and the ledger of those that failed, from the translations of their texts."""
+    among = sorted({*languages, settings.source})
+    kept, drops = [], []
+    for prompt, language in rows:
+        if language == settings.source:
+            kept.append(prompt)
+            continue
+        messages = []
+        for turn, message in enumerate(prompt["messages"], start=1):
+            content, reason = _turn(message["content"], language, there, settings, among)
+            if content is None:
+                kind, _, rest = reason.partition(":")
+                where = f"turn {turn} ({message['role']})"
+                reason = f"{kind}: {where},{rest}" if rest else f"{kind}: {where}"
+                drops.append(("prompt", prompt["prompt_id"], language, None, reason))
+                break
+            messages.append({"role": message["role"], "content": content})
+        else:
+            kept.append(prompt | {"language": language, "messages": messages, "reference": None})
+    return pa.Table.from_pylist(kept, schema=PROMPTS.schema), ledger(drops)
+
+
+def _turn(
+    source: str, language: str, there: Mapping[Text, Translated], settings: Translate, among: Sequence[str]
+) -> Translated:
+    """One turn put together again and checked."""
+    parts = []
+    for text, sent in pieces(source):
+        part, reason = there[text, language] if sent else (text, "")
+        if part is None:
+            return None, reason
+        parts.append(part)
+    whole = "".join(parts)
+    ratios = (settings.min_length_ratio, settings.max_length_ratio)
+    reason = fault(source, whole, language, among, settings.checks, ratios) or ""
+    return (None, reason) if reason else (whole, "")

@@ -1,0 +1,41 @@
+"""The policy's own log-probabilities against a slow twin: one completion, one plain forward, one token at a time."""
+
+import pytest
+import torch
+
+from croco.models.logprobs import completion_logps
+from croco.models.protocols import ScoreRequest
+from croco.models.transformers import HFLikelihood
+from tiny import make_policy, make_tokenizer
+
+
+def twin(model, prompt: list[int], completion: list[int]) -> list[float]:
+    with torch.inference_mode():
+        logps = model(torch.tensor([prompt + completion])).logits[0].double().log_softmax(-1)
+    return [logps[len(prompt) - 1 + place, token].item() for place, token in enumerate(completion)]
+
+
+@pytest.mark.parametrize("arch", ["llama", "cohere2", "qwen3"])
+def test_equals_its_twin(arch):
+    model, tokenizer = make_policy(arch, layers=4, spread=0.3), make_tokenizer()
+    torch.manual_seed(2)
+    asked, ended = [], []
+    for key in range(6):
+        lengths = torch.randint(0, 15, (5,)).tolist()
+        prompt = torch.randint(3, 320, (4 + 5 * key,)).tolist()
+        asked.append(ScoreRequest(key, prompt, [torch.randint(3, 320, (n,)).tolist() for n in lengths]))
+        ended.append([n % 2 == 0 for n in lengths])  # an empty completion is its end token
+    found = HFLikelihood(model, tokenizer, token_budget=200).score(asked, ended)
+    sums = completion_logps(model, tokenizer, asked, ended, token_budget=200)
+    assert HFLikelihood(model, tokenizer, token_budget=200, mean=False).score(asked, ended) == sums
+    for k, request in enumerate(asked):
+        for i, ids in enumerate(request.completions):
+            logps = twin(model, request.prompt_ids, ids + [2] * ended[k][i])
+            assert sums[k][i] == pytest.approx(sum(logps), abs=1e-4)
+            assert found[k][i] == pytest.approx(sum(logps) / len(logps), abs=1e-5)
+
+
+def test_without_word_every_completion_is_closed_by_the_end_token():
+    model = make_policy("llama", spread=0.3)
+    ((value,),) = completion_logps(model, make_tokenizer(), [ScoreRequest(0, [5, 6, 7], [[8, 9]])])
+    assert value == pytest.approx(sum(twin(model, [5, 6, 7], [8, 9, 2])), abs=1e-5)

@@ -1,0 +1,77 @@
+"""What a judge's words come to: nothing but a last line that says the verdict."""
+
+import pytest
+
+from croco.models.protocols import Judged
+from croco.stages.arena.judge_prompt import CUT, REFUSED, UNPARSEABLE, question, read, value_of, verdict_of
+
+
+@pytest.mark.parametrize(
+    ("text", "verdict"),
+    [
+        ("Verdict: 1", "1"),
+        ("1 is wrong about the month.\n\nVerdict: 2\n", "2"),
+        ("Both will do.\n**Verdict: tie**", "tie"),
+        ("VERDICT:Tie.", "tie"),
+        ("<think>Verdict: 1? No.\nVerdict: 1\n</think>\nVerdict: 2", "2"),
+        ("Verdict: 2\nsaid again\nVerdict: 2", "2"),
+        # prose, numbers and near misses
+        ("Completion 1 is better.", None),
+        ("1", None),
+        ("Verdict: 3", None),
+        ("Verdict: 1 or 2", None),
+        ("My verdict: 1", None),
+        ("Verdict: 1\nHowever, 2 is shorter.", None),
+        ("Verdict: 1\nVerdict: 2", None),
+        ("<think>hm\nVerdict: 1", None),
+        ("", None),
+    ],
+)
+def test_only_a_last_line_is_a_verdict(text, verdict):
+    assert verdict_of(text) == verdict
+
+
+def judged(text: str, finish_reason: str = "stop") -> Judged:
+    return Judged(text, finish_reason, 100, 7)
+
+
+def test_a_place_becomes_a_side():
+    assert read(judged("Verdict: 1"), arm_first=True).verdict == "arm"
+    assert read(judged("Verdict: 1"), arm_first=False).verdict == "base"
+    assert read(judged("Verdict: 2"), arm_first=True).verdict == "base"
+    assert read(judged("Verdict: 2"), arm_first=False).verdict == "arm"
+    assert read(judged("Verdict: tie"), arm_first=False).verdict == "tie"
+
+
+def test_no_verdict_has_a_reason():
+    prose = read(judged("I like the first one, since it " + "is long " * 50 + "at last."), arm_first=True)
+    assert prose.verdict is None
+    assert prose.reason.startswith(f"{UNPARSEABLE}: arm first, it ends ")
+    assert prose.reason.endswith("at last.'")
+    assert len(prose.reason) < 200
+    # a verdict that was said before the end came is none: more might have followed
+    cut = read(judged("Verdict: 1", "length"), arm_first=False)
+    assert (cut.verdict, cut.reason) == (None, f"{CUT}: base first, after 7 tokens")
+    refused = read("the judge's prompt has 900 tokens, the context of x 512", arm_first=True)
+    assert refused.reason.startswith(f"{REFUSED}: arm first, the judge's prompt has 900 tokens")
+
+
+@pytest.mark.parametrize(
+    ("arm_first", "base_first", "value"),
+    [("arm", "arm", 1.0), ("base", "base", 0.0), ("tie", "tie", 0.5), ("arm", "base", 0.5), ("base", "arm", 0.5),
+     ("arm", "tie", 0.5), ("tie", "base", 0.5)],
+)  # fmt: skip
+def test_what_two_orders_are_worth(arm_first, base_first, value):
+    assert value_of(arm_first, base_first) == value
+
+
+def test_the_question_holds_every_turn_and_both_completions_in_order():
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hvad hedder hovedstaden?"},
+    ]
+    text = question(messages, "da", "FIRST {x}", "SECOND")
+    places = [text.index(part) for part in ("Danish", "Be brief.", "Hvad hedder", "FIRST {x}", "SECOND")]
+    assert places == sorted(places)
+    turned = question(messages, "da", "SECOND", "FIRST {x}")
+    assert turned.index("SECOND") < turned.index("FIRST {x}")

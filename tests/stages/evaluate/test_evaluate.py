@@ -1,0 +1,176 @@
+from pathlib import Path
+
+import polars as pl
+import pytest
+import torch
+
+from croco.config.recipe import Recipe, from_dict
+from croco.lab import world
+from croco.models.chat_template import conversation_ids
+from croco.models.loading import load_reward
+from croco.models.lora import apply_lora, save_adapter
+from croco.pipeline.stage import Work
+from croco.stages.evaluate.evaluate import evaluate, evaluation_seed, plan_batches, results
+from croco.stages.train.settings import LoraSettings
+from croco.storage import shards
+from croco.storage.schemas import PROMPTS, TABLES
+from croco.storage.seeds import sample_seed
+from tiny import make_policy, make_reward, make_tokenizer, save
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Recipe]:
+    """A tiny policy, an adapter of it, and eight lab prompts in three languages."""
+    folder = tmp_path_factory.mktemp("run")
+    tokenizer = make_tokenizer()
+    policy = make_policy("llama")
+    save(folder / "policy", policy, tokenizer)
+    adapted = apply_lora(policy, LoraSettings(rank=2, dropout=0.0), seed=0)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(0.2)
+    (folder / "train" / "arm").mkdir(parents=True)
+    save_adapter(adapted, folder / "train" / "arm" / "adapter")
+    table = world.prompts("dev", ["da", "en", "sv"], 8)
+    counts = {"prompt": table.num_rows}
+    shards.write_shard(
+        folder / "eval-prompts", 0, table, PROMPTS.schema, read=counts, written=counts, dropped=None
+    )
+    recipe = from_dict({
+        "run": {"name": "test", "languages": ["da", "en"], "held_out_languages": ["sv"], "seed": 3},
+        "policy": {"model": str(folder / "policy"), "instruction": {"da": "Svar på dansk."}},
+        "evaluation": {"samples": 2, "max_new_tokens": 6, "bootstrap": 50, "split": "dev"},
+        "arms": {"arm": {}},
+        "runtime": {"device": "cpu", "shard_prompts": 5},
+    })  # fmt: skip
+    return folder, recipe
+
+
+def work_of(
+    run: tuple[Path, Recipe], stage: str, arm: str | None, inputs: dict[str, Path], table: str
+) -> Work:
+    folder, recipe = run
+    out = folder / stage / (arm or "")
+    out.mkdir(parents=True, exist_ok=True)
+    temperatures = [0.0, 0.7, 1.0] if arm == "base" else [0.0, 1.0]
+    return Work(recipe=recipe, arm=arm, folder=out, settings={"temperatures": temperatures}, runtime=recipe.runtime,
+                seed=recipe.run.seed, inputs=inputs, table=TABLES[table], title=stage,
+                record_file={"starts": 1})  # fmt: skip
+
+
+def evaluated(run: tuple[Path, Recipe], arm: str) -> pl.DataFrame:
+    inputs = {"eval-prompts": run[0] / "eval-prompts"}
+    if arm != "base":
+        inputs["train"] = run[0] / "train" / arm
+    work = work_of(run, "evaluate", arm, inputs, "verdicts")
+    evaluate(work)
+    return shards.read_table(work.folder)
+
+
+def test_every_prompt_is_answered_at_every_temperature(run):
+    verdicts = evaluated(run, "base")
+    counts = dict(verdicts.group_by("temperature").len().rows())
+    assert counts == {0.0: 8 * 3, 0.7: 8 * 3 * 2, 1.0: 8 * 3 * 2}
+    assert verdicts.select(TABLES["verdicts"].key).is_duplicated().sum() == 0
+    assert set(verdicts["mode"]) <= set(world.MODES)
+    assert ((verdicts["value"] == 1.0) == (verdicts["mode"] == "good")).all()
+    tasks = {row["prompt_id"]: row["domain"] for row in world.prompts("dev", ["da"], 8).to_pylist()}
+    held_out = verdicts["prompt_id"].replace_strict(tasks).is_in(list(world.HELD_OUT_TASKS))
+    assert ((verdicts["benchmark"] == "lab-held-out-task") == held_out).all()
+
+
+def test_arms_share_seeds_and_differ_by_weights(run):
+    base, tuned = evaluated(run, "base"), evaluated(run, "arm")
+    seeds = [
+        pl.read_parquet(path)["seed"]
+        for path in sorted((run[0] / "evaluate").glob("*/scratch/draft-00000.parquet"))
+    ]
+    assert len(seeds) == 2
+    assert seeds[0].equals(seeds[1])
+    greedy = [table.filter(pl.col("temperature") == 0.0)["completion"] for table in (base, tuned)]
+    assert not greedy[0].equals(greedy[1])
+    assert seeds[0][0] != sample_seed(3, *base.select("prompt_id", "language").row(0), 0)
+    assert evaluation_seed(3) != 3
+
+
+def test_a_lost_shard_comes_back_the_same(run):
+    before = evaluated(run, "arm")
+    folder = run[0] / "evaluate" / "arm"
+    for path in [*folder.glob("part-00002*"), folder / "scratch" / "draft-00002.parquet"]:
+        path.unlink()
+    assert shards.read_table(folder).height < before.height
+    assert evaluated(run, "arm").equals(before)
+
+
+def test_results_compare_the_arm_with_the_base(run):
+    for arm in ("base", "arm"):
+        evaluated(run, arm)
+    inputs = {f"evaluate/{arm}": run[0] / "evaluate" / arm for arm in ("base", "arm")}
+    results(work := work_of(run, "results", None, inputs, "results"))
+    table = shards.read_table(work.folder)
+    assert {"good", "difference", "difference-to-best-base", "best-temperature"} <= set(table["metric"])
+    assert set(table["language"]) == {"da", "en", "sv", "tuned", "held-out", "all"}
+    assert table.filter(pl.col("metric").str.starts_with("mode:")).group_by(
+        "arm", "language", "benchmark", "temperature"
+    ).agg(pl.col("value").sum())["value"].to_list() == pytest.approx([1.0] * table.select(
+        "arm", "language", "benchmark", "temperature").unique().height)  # fmt: skip
+
+
+def test_real_prompts_are_scored_by_the_reward_model(run, tmp_path):
+    folder, recipe = run
+    save(tmp_path / "reward", make_reward("qwen3"), make_tokenizer())
+    values = recipe.model_dump(mode="json")
+    values["reward"] = {"model": str(tmp_path / "reward"), "max_tokens": 70}
+    values["evaluation"] |= {"source": "prompts.jsonl", "split": "test"}
+    other = from_dict(values)
+    inputs = {"eval-prompts": folder / "eval-prompts"}
+    work = work_of((tmp_path, other), "evaluate", "base", inputs, "verdicts")
+    evaluate(work)
+    verdicts = shards.read_table(work.folder)
+    shards.merge_ledgers(work.folder)
+    dropped = shards.read_dropped(work.folder)
+    assert 0 < dropped.height == 8 * 3 * 5 - verdicts.height
+    assert dropped["reason"].str.contains("conversation").all()
+    model, tokenizer = load_reward(str(tmp_path / "reward"), device="cpu")
+    prompts = {
+        row[:2]: row[2]
+        for row in shards.read_table(folder / "eval-prompts")
+        .select("prompt_id", "language", "messages")
+        .iter_rows()
+    }
+    for row in verdicts.sample(5, seed=1).to_dicts():
+        ids = conversation_ids(tokenizer, prompts[row["prompt_id"], row["language"]], row["completion"])
+        with torch.no_grad():
+            assert row["value"] == pytest.approx(model(torch.tensor([ids])).logits.item(), abs=1e-5)
+    assert set(verdicts["mode"]) <= {"right-language", "wrong-language", "unknown"}
+    assert set(verdicts["benchmark"]) == {"reward"}
+
+
+@pytest.mark.slow
+def test_two_workers_draw_and_judge_as_one_does(run, tmp_path):
+    folder, recipe = run
+    save(tmp_path / "reward", make_reward("qwen3"), make_tokenizer())
+    values = recipe.model_dump(mode="json")
+    values["reward"] = {"model": str(tmp_path / "reward")}
+    values["evaluation"] |= {"source": "prompts.jsonl", "split": "test"}
+    verdicts = []
+    for replicas in (1, 2):
+        values["runtime"]["replicas"] = replicas
+        inputs = {"eval-prompts": folder / "eval-prompts", "train": folder / "train" / "arm"}
+        work = work_of((tmp_path / str(replicas), from_dict(values)), "evaluate", "arm", inputs, "verdicts")
+        evaluate(work)
+        verdicts.append(shards.read_table(work.folder))
+        facts = work.record_file["facts"]
+        assert (facts["workers"], facts["judge"]["workers"]) == (replicas, replicas)
+    assert verdicts[0].equals(verdicts[1])
+
+
+def test_batches_hold_parallel_prompts_together():
+    prompts = pl.DataFrame(
+        {"prompt_id": ["a", "b", "a", "b", "c"], "language": ["da", "da", "nl", "nl", "da"]}
+    )
+    batches = plan_batches(prompts, [0.0, 1.0], samples=3, shard_prompts=2)
+    assert [(b.index, b.temperature, b.samples, b.prompts.height) for b in batches] == [
+        (0, 0.0, 1, 4), (1, 0.0, 1, 1), (2, 1.0, 3, 4), (3, 1.0, 3, 1),
+    ]  # fmt: skip

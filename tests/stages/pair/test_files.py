@@ -1,0 +1,177 @@
+"""What other tools wrote comes in, and what every trainer reads goes out: real files, `datasets`, TRL."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from conftest import write_recipe
+from croco.config.recipe import load
+from croco.errors import UserError
+from croco.stages.pair.export_trl import export_pairs
+from croco.stages.pair.from_files import facts_of, pairs_of_files
+from croco.stages.pair.import_files import import_scored
+from croco.storage import shards
+
+SYSTEM = {"role": "system", "content": "You have a clock: clock()"}
+TURNS = [SYSTEM, {"role": "user", "content": "What time?"}, {"role": "assistant", "content": "clock()"},
+         {"role": "tool", "content": "12:00"}]  # fmt: skip
+
+
+def jsonl(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def published(prompts: int = 6, completions: int = 8) -> list[dict]:
+    """A line per completion, its conversation with the answer in it; all prompts have the same text."""
+    return [
+        {"id": p, "lang": language, "reward": float((7 * s + p) % completions),
+         "messages": [*TURNS, {"role": "assistant", "content": f"{language}: it is {s} past {p}."}]}
+        for p in range(prompts) for language in ("en", "da") for s in range(completions)
+    ]  # fmt: skip
+
+
+COLUMNS = ["prompt_id=id", "language=lang", "score=reward"]
+
+
+def made(tmp_path: Path, form: str = "preference", **given) -> Path:
+    source = jsonl(tmp_path / "scored.jsonl", published())
+    options = {"columns": COLUMNS, "language": None, "overrides": [], "license": "cc-by-4.0", **given}
+    pairs_of_files([source], tmp_path / "out", form=form, **options)
+    return tmp_path / "out"
+
+
+def test_scored_conversations_become_pairs_that_datasets_loads(tmp_path):
+    out = made(tmp_path)
+    import datasets
+
+    loaded = datasets.load_dataset(
+        "parquet", data_files=str(out / "export/data/*.parquet"), cache_dir=str(tmp_path / "c")
+    )
+    rows = loaded["train"]
+    assert len(rows) == 12  # one text under six ids stays six prompts
+    first = rows[0]
+    assert first["prompt"] == TURNS  # system, tool and earlier turns survive
+    assert [first["chosen"][0]["role"], first["rejected"][0]["role"]] == ["assistant", "assistant"]
+    assert first["score_chosen"] > first["score_rejected"]
+    card = (out / "export/README.md").read_text()
+    assert 'license: "cc-by-4.0"' in card
+    assert "| da | 6 |" in card
+    assert "| rejected | mean-2std |" in card
+
+
+def test_trl_trains_on_the_export_unmodified(tmp_path, tiny_models):
+    out = made(tmp_path)
+    import datasets
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+    def trained(folder: Path, trainer, config, **options):
+        rows = datasets.load_dataset(
+            "parquet", data_files=str(folder / "*.parquet"), cache_dir=str(tmp_path / "c")
+        )["train"]
+        arguments = config(output_dir=str(tmp_path / "t"), max_steps=1, per_device_train_batch_size=2, report_to=[],
+                           use_cpu=True, bf16=False, **options)  # fmt: skip
+        made = trainer(
+            model=AutoModelForCausalLM.from_pretrained(tiny_models.policy),
+            args=arguments,
+            train_dataset=rows,
+            processing_class=AutoTokenizer.from_pretrained(tiny_models.policy),
+        )
+        return made.train().training_loss
+
+    assert trained(out / "export/data", DPOTrainer, DPOConfig) > 0
+    sft = made(tmp_path / "sft_", "prompt-completion") if (tmp_path / "sft_").mkdir() is None else None
+    assert trained(sft / "export/data", SFTTrainer, SFTConfig) > 0
+
+
+def test_data_for_sft_is_the_best_completion(tmp_path):
+    out = made(tmp_path, "prompt-completion", overrides=["pool=all"])
+    rows = pl.read_parquet(out / "export/data/*.parquet")
+    assert rows.height == 6
+    assert rows["score"].to_list() == [7.0] * 6
+
+
+def test_ultrafeedback_and_trl_files_are_read(tmp_path):
+    ultra = [
+        {
+            "prompt_id": "a",
+            "instruction": "Why?",
+            "completions": [{"response": f"r{i}", "overall_score": i} for i in range(3)],
+        }
+    ]
+    pl.DataFrame(ultra).write_parquet(tmp_path / "ultra.parquet")
+    assert import_scored([tmp_path / "ultra.parquet"], tmp_path / "u", language="en") == {"en": 3}
+    assert shards.read_table(tmp_path / "u/sample")["completion"].to_list() == ["r0", "r1", "r2"]
+    said = {"role": "user", "content": "Why?"}
+    trl = [{"prompt_id": "b", "language": "da", "score_chosen": 2.0, "score_rejected": 1.0,
+            **{side: [said, {"role": "assistant", "content": side}] for side in ("chosen", "rejected")}}]  # fmt: skip
+    assert import_scored([jsonl(tmp_path / "trl.jsonl", trl)], tmp_path / "t") == {"da": 2}
+    assert shards.read_table(tmp_path / "t/prompts")["messages"].to_list() == [[said]]
+    assert shards.read_table(tmp_path / "t/score")["score"].to_list() == [2.0, 1.0]
+
+
+ROW = {
+    "prompt_id": "a",
+    "language": "en",
+    "messages": [{"role": "user", "content": "Why?"}],
+    "completion": "So.",
+    "score": 1,
+}
+
+
+@pytest.mark.parametrize(("rows", "message"), [
+    ([{**ROW, "prompt_id": None}], r"line 1: no prompt_id in column 'prompt_id'.*--column prompt_id=NAME"),
+    ([ROW, {**ROW, "score": "high"}], "line 2: score is text, expected a number"),
+    ([{name: value for name, value in ROW.items() if name != "score"}], "line 1: no score in column 'score'"),
+    ([ROW, {**ROW, "messages": "How?"}], "line 2: prompt_id 'a' in 'en' is another prompt than before"),
+    ([{**ROW, "messages": [{"role": "user"}]}], "line 1: found the turn"),
+    ([{**ROW, "sample_id": -1}], "line 1: sample_id is a number, expected a whole number from 0 on"),
+    ([], "no rows, expected scored completions"),
+])  # fmt: skip
+def test_a_bad_row_is_named(tmp_path, rows, message):
+    with pytest.raises(UserError, match=message):
+        import_scored([jsonl(tmp_path / "bad.jsonl", rows)], tmp_path / "out")
+
+
+def test_a_key_that_is_there_twice_is_named(tmp_path):
+    rows = [{**ROW, "sample_id": 0}, {**ROW, "sample_id": 0, "completion": "Or so."}]
+    with pytest.raises(UserError, match="prompt_id 'a', language 'en', sample_id 0 occurs more than once"):
+        pairs_of_files(
+            [jsonl(tmp_path / "twice.jsonl", rows)], tmp_path / "out", [], None, [], "preference", "mit"
+        )
+
+
+def test_the_export_refuses_what_it_cannot_write(tmp_path):
+    out = made(tmp_path, "prompt-completion")
+    with pytest.raises(UserError, match="is not empty"):
+        export_pairs(out / "pairs", out / "export")
+    with pytest.raises(UserError, match="no rejected completion"):
+        export_pairs(out / "pairs", tmp_path / "new")
+    with pytest.raises(UserError, match="'csv' is unknown"):
+        export_pairs(out / "pairs", tmp_path / "new", "csv")
+
+
+def test_the_command_says_what_it_made_and_can_be_run_again(tmp_path):
+    source = jsonl(tmp_path / "scored.jsonl", published())
+    command = [sys.executable, "-m", "croco", "pairs", str(source), "--to", str(tmp_path / "out")]
+    command += [part for text in COLUMNS for part in ("--column", text)]
+    for _ in range(2):
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert done.stdout.startswith("12 rows in ")
+    bad = subprocess.run([*command, "--set", "pool=nordic"], capture_output=True, text=True, check=False)
+    assert bad.returncode == 2
+    assert "arms.pairs.pool" in bad.stderr
+
+
+def test_a_card_names_no_folder_of_the_machine(tmp_path, tiny_models):
+    facts = facts_of(load(write_recipe(tmp_path, tiny_models)), "monolingual")
+    assert facts["policy"] == "policy"
+    assert facts["prompts"] == tiny_models.prompts.name
+    assert not any(str(tmp_path.parent) in value or "/" in value for value in facts.values())

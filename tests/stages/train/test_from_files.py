@@ -1,0 +1,228 @@
+"""`croco train FILE...`: pairs of any tool, through the program itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from conftest import TinyModels
+from croco.cli.main import app
+from croco.errors import UserError
+from croco.models.loading import load_policy
+from croco.pipeline.stage import lock
+from croco.stages.pair.import_files import import_pairs
+from croco.storage import shards
+from stages.train.pairs import make_pairs
+
+SETTINGS = [
+    "--set=training.learning_rate=1e-2",
+    "--set=training.batch_pairs=6",
+    "--set=training.lora.rank=4",
+    "--set=training.validation_fraction=0.2",
+    "--set=runtime.device=cpu",
+]
+
+
+def turn(role: str, text: str) -> list[dict[str, str]]:
+    return [{"role": role, "content": text}]
+
+
+def rows(form: str, num_rows: int = 18) -> list[dict]:
+    """The same pairs as each tool would write them."""
+    made = []
+    for row in make_pairs(num_rows).iter_rows(named=True):
+        prompt, chosen, rejected = row["messages"], row["chosen"], row["rejected"]
+        sides = {"chosen": turn("assistant", chosen), "rejected": turn("assistant", rejected)}
+        made.append(
+            {
+                "ours": row,
+                "trl-text": {"prompt": prompt[0]["content"], "chosen": chosen, "rejected": rejected},
+                "trl-messages": {"prompt": prompt, **sides},
+                "trl-implicit": {side: prompt + said for side, said in sides.items()},
+                "ultrafeedback-binarized": {
+                    "prompt": prompt[0]["content"],
+                    "prompt_id": row["prompt_id"],
+                    "score_chosen": 8.0,
+                    "score_rejected": 5.0,
+                    **{side: prompt + said for side, said in sides.items()},
+                },
+                "ultrafeedback": {
+                    "prompt_id": row["prompt_id"] + row["language"],
+                    "instruction": prompt[0]["content"],
+                    "completions": [
+                        {"response": text, "overall_score": score}
+                        for text, score in ((rejected, 5.0), (chosen, 8.5), ("juin " + rejected, 7.0))
+                    ],
+                },
+            }[form]
+        )
+    return made
+
+
+FORMS = ["ours", "trl-text", "trl-messages", "trl-implicit", "ultrafeedback-binarized", "ultrafeedback"]
+
+
+def write(path: Path, lines: list[dict]) -> Path:
+    path.write_text("\n".join(json.dumps(line) for line in lines) + "\n", encoding="utf-8")
+    return path
+
+
+def croco(*words: object, code: int = 0) -> str:
+    """What the program says, on both streams."""
+    found = CliRunner().invoke(app, [str(word) for word in words])
+    if found.exception is not None and not isinstance(found.exception, SystemExit):
+        raise found.exception
+    assert found.exit_code == code, found.output
+    return found.output
+
+
+def test_a_second_training_into_the_same_folder_waits_for_nothing(
+    tmp_path: Path, tiny_models: TinyModels
+) -> None:
+    pairs, to = write(tmp_path / "pairs.jsonl", rows("ours")), tmp_path / "out"
+    with lock(to):
+        said = croco("train", pairs, "--model", tiny_models.policy, "--to", to, *SETTINGS, code=2)
+    assert "is in use by another croco process" in said
+    croco("train", pairs, "--model", tiny_models.policy, "--to", to, *SETTINGS)
+    (to / "scratch" / "left by a kill").mkdir(parents=True)
+    assert "is complete, skipped" in croco(
+        "train", pairs, "--model", tiny_models.policy, "--to", to, *SETTINGS
+    )
+    assert not (to / "scratch").exists()
+
+
+@pytest.mark.parametrize("form", FORMS[:-1])
+def test_every_form_says_the_same_pairs(form: str, tmp_path: Path) -> None:
+    found = import_pairs([write(tmp_path / "pairs.jsonl", rows(form))])
+    wanted = make_pairs(18)
+    assert found.select("messages", "chosen", "rejected").equals(
+        wanted.select("messages", "chosen", "rejected")
+    )
+    assert found["language"].to_list() == (wanted["language"].to_list() if form == "ours" else ["und"] * 18)
+    if form in ("ours", "ultrafeedback-binarized"):
+        assert found["prompt_id"].to_list() == wanted["prompt_id"].to_list()
+
+
+def demonstrations(form: str) -> list[dict[str, Any]]:
+    """Rows for supervised tuning in TRL's forms."""
+    found = []
+    for pair in make_pairs(18).to_dicts():
+        answer = {"role": "assistant", "content": pair["chosen"]}
+        prompt, completion = pair["messages"], [answer]
+        if form == "text":
+            prompt, completion = pair["messages"][-1]["content"], pair["chosen"]
+        whole = {"messages": [*pair["messages"], answer]}
+        found.append(whole if form == "conversation" else {"prompt": prompt, "completion": completion})
+    return found
+
+
+@pytest.mark.parametrize("form", ["text", "messages", "conversation"])
+def test_supervised_tuning_takes_a_completion_a_row(
+    form: str, tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    source = write(tmp_path / "sft.jsonl", demonstrations(form))
+    found = import_pairs([source], chosen_only=True)
+    assert found["chosen"].to_list() == make_pairs(18)["chosen"].to_list()
+    assert all(messages[-1]["role"] == "user" for messages in found["messages"].to_list())
+    command = ["train", source, "--model", tiny_models.policy, "--to", tmp_path / "tuned", *SETTINGS]
+    assert "18 pairs, 3 steps" in croco(*command, "--set", "training.method=sft")
+    with pytest.raises(UserError, match=r"line 1: no columns chosen and rejected with values"):
+        import_pairs([source])
+
+
+def test_a_demonstration_needs_a_prompt(tmp_path: Path) -> None:
+    source = write(tmp_path / "sft.jsonl", [{"messages": [{"role": "assistant", "content": "Ja."}]}])
+    with pytest.raises(UserError, match=r"line 1: found no prompt"):
+        import_pairs([source], chosen_only=True)
+
+
+@pytest.mark.parametrize("form", ["trl-messages", "ultrafeedback"])
+def test_any_preference_file_tunes_a_policy(form: str, tiny_models: TinyModels, tmp_path: Path) -> None:
+    source = write(tmp_path / "pairs.jsonl", rows(form))
+    language = ["--language", "da"] if form == "ultrafeedback" else []
+    to = tmp_path / "tuned"
+    command = [
+        "train",
+        source,
+        "--model",
+        tiny_models.policy,
+        "--to",
+        to,
+        "--license=mit",
+        *language,
+        *SETTINGS,
+    ]
+    said = croco(*command)
+    assert f"18 pairs, 3 steps: {to / 'adapter'}" in said
+    load_policy(str(tiny_models.policy), adapter=to / "adapter")
+    record = shards.read_json(to / "train.json")
+    assert record["state"] == "complete"
+    assert record["science"]["training"]["lora"]["rank"] == 4
+    assert record["facts"]["pairs"] + record["facts"]["validation_pairs"] == 18
+    card = (to / "README.md").read_text()
+    assert 'license: "mit"' in card
+    assert "library_name: peft" in card
+    assert "pairs: pairs.jsonl | sha256:" in card
+    assert not (to / "scratch").exists()
+    before = load_file(to / "adapter" / "adapter_model.safetensors")
+    assert "is complete, skipped" in croco(*command)
+    after = load_file(to / "adapter" / "adapter_model.safetensors")
+    assert all(before[name].equal(after[name]) for name in before)
+    said = croco(*command, "--set=training.beta=0.3", code=2)
+    assert "was made from other files or settings" in said
+
+
+def test_our_own_table_is_read_with_its_ids(tmp_path: Path) -> None:
+    pairs = make_pairs(6).with_columns(
+        chosen_ids=pl.Series([[5, 6]] * 6, dtype=pl.List(pl.Int32)), chosen_language=pl.lit("da")
+    )
+    pairs.write_parquet(tmp_path / "part-00000.parquet")
+    found = import_pairs([tmp_path / "part-00000.parquet"])
+    assert found["chosen_ids"].to_list() == [[5, 6]] * 6
+    assert found["chosen_language"].to_list() == ["da"] * 6
+
+
+GOOD = {"prompt": "Which month?", "chosen": "April", "rejected": "maj"}
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"prompt": "x", "chosen": "y"}, r"row 2|line 2.*no columns chosen and rejected .*found: prompt, chosen"),
+        ({**GOOD, "prompt": None}, "found no prompt"),
+        ({**GOOD, "chosen": 7}, "the prompt is a number"),
+        ({"chosen": turn("user", "a") + turn("user", "b"), "rejected": turn("user", "a") + turn("user", "c")},
+         "chosen ends with the user's turn"),
+        ({"chosen": turn("user", "a") + turn("assistant", "b"), "rejected": turn("user", "x") + turn("assistant", "b")},
+         "differ before their last turn"),
+    ],
+)  # fmt: skip
+def test_a_row_that_is_no_pair_is_named(row: dict, said: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=said):
+        import_pairs([write(tmp_path / "pairs.jsonl", [GOOD, row])])
+
+
+def test_words_that_do_not_go_together_are_named(tiny_models: TinyModels, tmp_path: Path) -> None:
+    source = write(tmp_path / "pairs.jsonl", [GOOD])
+    model, to = ["--model", tiny_models.policy], ["--to", tmp_path / "out"]
+    for words, wanted in (
+        ([source], "pairs need --model MODEL and --to FOLDER"),
+        ([source, *model, *to, "--arm", "x"], "--arm and --rebuild are for a recipe"),
+        ([tmp_path / "r.toml", *to], "--to: for files of pairs"),
+        (
+            [source, *model, *to, "--set=sampling.completions=3"],
+            "expected a key of training, policy, runtime",
+        ),
+        ([source, *model, *to, "--set=training.bta=3"], "bta"),
+        ([tmp_path / "no.jsonl", *model, *to], "no such file"),
+        ([source, "--model", tmp_path / "none", *to], "no such directory"),
+        ([source, *model, "--to", tmp_path], "holds no train.json"),
+    ):
+        assert wanted in croco("train", *words, code=2)
+    assert not (tmp_path / "out").exists()

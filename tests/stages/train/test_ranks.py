@@ -1,0 +1,204 @@
+"""Several processes tune as one does: real torchruns over gloo on this CPU."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from croco.config import recipe as recipes
+from croco.errors import UserError
+from croco.models.loading import load_policy
+from croco.stages.train.distributed import shares
+from croco.stages.train.launch import Job, num_processes, tune
+from croco.storage.shards import write_json
+from stages.train.pairs import make_pairs, write_pairs
+from stages.train.ranks import UNEVEN, gradients, whole_run
+from stages.train.test_train import metrics
+from tiny import make_policy, make_tokenizer, save
+
+TESTS = Path(__file__).parents[2]
+
+
+def test_shares_are_even_and_whole():
+    lengths = [5, 40, 12, 7, 30, 9, 22]
+    dealt = shares(range(7), lengths, 2)
+    assert dealt == [[1, 2, 5], [4, 6, 3, 0]]
+    assert shares([3, 1], lengths, 3) == [[1], [3], []]
+    assert shares([3, 1], lengths, 1) == [[3, 1]]
+
+
+def assert_close(found: dict, wanted: dict) -> None:
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert (found[name] - value).norm() <= 1e-4 * value.norm(), name
+
+
+def assert_same_curve(folder: Path, wanted: Path) -> None:
+    for split in ("train", "validation"):
+        ours, theirs = metrics(folder, split), metrics(wanted, split)
+        assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+        for one, other in zip(ours, theirs, strict=True):
+            assert one["loss"] == pytest.approx(other["loss"], rel=2e-3)
+            assert one["logps/chosen"] == pytest.approx(other["logps/chosen"], rel=1e-3)
+
+
+def test_two_processes_have_the_gradients_and_the_curve_of_one(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    path = os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(TESTS)])
+    done = subprocess.run(
+        [*command, str(TESTS / "training" / "ranks.py"), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    for size in UNEVEN:
+        wanted = gradients(tmp_path / "alone", size)
+        assert wanted["loss"] > 0
+        for number in (0, 1):
+            assert_close(torch.load(tmp_path / f"gradients-{size}-{number}.pt"), wanted)
+    whole_run(tmp_path / "one")
+    assert_same_curve(tmp_path / "run", tmp_path / "one")
+
+
+RECIPE = """
+[run]
+name = "toy"
+languages = ["en", "da", "fr"]
+[policy]
+model = "{policy}"
+[training]
+learning_rate = 1e-2
+epochs = 2
+batch_pairs = 5
+max_tokens = 200
+validation_fraction = 0.3
+lora = {{ rank = 4, alpha = 8, dropout = 0.0 }}
+[arms.mono]
+[runtime]
+device = "cpu"
+"""
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("job")
+    policy = save(folder / "policy", make_policy("llama"), make_tokenizer())
+    (folder / "toy.toml").write_text(RECIPE.format(policy=policy))
+    recipe = recipes.load(folder / "toy.toml")
+    write_pairs(folder / "pair", make_pairs(33))
+    return Job(
+        recipe=recipe,
+        settings=recipe.arms["mono"].training.model_dump(mode="json"),
+        folder=folder / "one",
+        pairs=folder / "pair",
+        title="train/mono",
+        seed=3,
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(job):
+    return tune(job, lambda step, num_steps: None)
+
+
+def over(job: Job, folder: Path, **runtime) -> Job:
+    changed = job.recipe.runtime.model_copy(update=runtime)
+    return replace(job, folder=folder, recipe=job.recipe.model_copy(update={"runtime": changed}))
+
+
+def test_the_stage_starts_its_processes(job, alone, tmp_path):
+    steps = []
+    found = tune(over(job, tmp_path / "two", train_processes=2), lambda *now: steps.append(now))
+    assert steps == [(i, alone.steps) for i in range(1, alone.steps + 1)]
+    assert_same_curve(tmp_path / "two", job.folder)
+    assert (found.adapter_step, found.pairs, found.tokens) == (alone.adapter_step, alone.pairs, alone.tokens)
+    ours, theirs = (load_file(path / "adapter_model.safetensors") for path in (found.adapter, alone.adapter))
+    gap = sum((ours[name] - theirs[name]).square().sum() for name in theirs).sqrt()
+    assert gap < 1e-2 * sum(theirs[name].square().sum() for name in theirs).sqrt()
+
+
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "ACCELERATE_USE_CPU": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("full", [False, True])
+def test_weights_spread_by_fsdp_give_the_same_curve(job, tmp_path, monkeypatch, full):
+    """What a file of `accelerate config` says reaches the processes in these variables."""
+    both = replace(job, folder=tmp_path / "one", settings={**job.settings, "full": full})
+    tune(both, lambda *_: None)
+    for name, value in FSDP.items():
+        monkeypatch.setenv(name, value)
+    found = tune(over(both, tmp_path / "two", train_processes=2), lambda *_: None)
+    assert_same_curve(tmp_path / "two", tmp_path / "one")
+    assert found.adapter == tmp_path / "two" / ("model" if full else "adapter")
+    load_policy(job.recipe.policy.model, adapter=None if full else found.adapter)
+    if full:
+        load_policy(str(found.adapter))
+
+
+def test_bad_input_in_the_processes_is_one_sentence_here(job, tmp_path):
+    broken = replace(job, settings={**job.settings, "max_tokens": 3})
+    with pytest.raises(UserError, match="no pair to train on: of 33 pairs 33 were left out"):
+        tune(over(broken, tmp_path, train_processes=2), lambda *_: None)
+    with pytest.raises(UserError, match=r"accelerate_config = 'nowhere.yaml': no such file"):
+        tune(over(job, tmp_path, accelerate_config="nowhere.yaml"), lambda *_: None)
+
+
+def test_processes_of_a_cpu_are_counted_as_they_are_asked_for():
+    assert num_processes("auto", "cpu") == 1
+    assert num_processes(3, "cpu") == 3
+
+
+ASKED = """
+import sys
+from pathlib import Path
+from croco import recipe as recipes
+from croco.storage.shards import read_json
+from croco.stages.train.launch import Job, tune
+said = read_json(Path(sys.argv[1]))
+said |= {"recipe": recipes.from_dict(said["recipe"]), "folder": Path(said["folder"]), "pairs": Path(said["pairs"])}
+tune(Job(**said), lambda step, num_steps: print(step, flush=True))
+"""
+
+
+def test_killed_with_its_processes_it_goes_on_to_the_same_curve(job, alone, tmp_path):
+    """SIGKILL to the process that started them: they end too, and the next start ends where one process does."""
+    again = over(job, tmp_path / "killed", train_processes=2, checkpoint_minutes=1e-6)
+    said = {**vars(again), "recipe": again.recipe.model_dump(mode="json")}
+    write_json(tmp_path / "job.json", said | {"folder": str(again.folder), "pairs": str(again.pairs)})
+    process = subprocess.Popen(
+        [sys.executable, "-c", ASKED, str(tmp_path / "job.json")], stdout=subprocess.PIPE
+    )
+    assert process.stdout
+    for line in process.stdout:
+        if int(line) >= 3:
+            break
+    others = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert len(others) >= 3  # torchrun and two processes
+    deadline = time.monotonic() + 60
+    while any(other.is_running() and other.status() != psutil.STATUS_ZOMBIE for other in others):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    steps = []
+    tune(again, lambda step, num_steps: steps.append(step))
+    assert steps[0] > 1
+    assert_same_curve(tmp_path / "killed", job.folder)
