@@ -1,11 +1,12 @@
 """The lab's world: parallel prompts, disjoint splits, and a verifier that knows every kind of completion."""
 
+import hashlib
 import itertools
 from random import Random
 
 import pytest
 
-from croco.lab import corpus, world
+from croco.lab import WORLD, corpus, world
 from croco.lab.items import CATEGORIES, CONCEPTS, HELD_OUT_TASKS, LANGUAGES, LOW_RESOURCE, TUNED, items
 
 SPLITS = ("train", "dev", "test")
@@ -113,3 +114,28 @@ def test_the_corpus_is_the_same_for_a_seed_and_plain_first():
     assert first == list(itertools.islice(corpus.documents(3, num_plain=20), 60))
     assert first != list(itertools.islice(corpus.documents(4, num_plain=20), 60))
     assert all(len(document) % 2 == 0 for document in first[:20])
+
+
+def test_the_identity_of_the_world_is_raised_when_it_asks_or_judges_otherwise():
+    """Tables made in another world must not pass for tables of this one. Raise `lab.WORLD` together with the digest."""
+    rng, seen = Random(0), hashlib.sha256()
+    for split in SPLITS:
+        for row in world.prompts(split, LANGUAGES).to_pylist():
+            seen.update(
+                repr([row[key] for key in ("prompt_id", "language", "messages", "reference")]).encode()
+            )
+    for prompt_id in world.prompt_ids("test"):
+        item, _ = world.split_id(prompt_id)
+        for language in LANGUAGES:
+            value = world.say(item.answer, language)
+            for text in (
+                world.careful(item, language, value, rng),
+                world.careful(item, language, "7", rng),
+                world.rambling(language, value, rng),
+                world.evasive(language, rng),
+                value,
+                world.careful(item, rng.choice(LANGUAGES), value, rng),
+                value + "?",
+            ):
+                seen.update(repr([text, world.verify(prompt_id, language, text)]).encode())
+    assert (WORLD, seen.hexdigest()[:16]) == ("37ae4e5d22916a99", "8256a4c9fddf48de")

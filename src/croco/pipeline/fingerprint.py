@@ -16,9 +16,10 @@ from croco.config.euroeval import VERSION as EUROEVAL_VERSION
 from croco.config.models import Judge, Policy
 from croco.config.recipe import Evaluation, Prompts, Recipe
 from croco.errors import UserError
+from croco.lab import WORLD
 from croco.pipeline.arms import arm_of, num_completions, num_rounds_before, num_scored, sampled_languages
 from croco.pipeline.stage import Settings
-from croco.storage.hashing import digest, file_identity, folder_identity, local_model, model_identity
+from croco.storage.hashing import file_identity, folder_identity, local_model, model_identity
 from croco.storage.seeds import digest as seed_digest
 from croco.storage.shards import read_json
 
@@ -32,7 +33,7 @@ def prompts_settings(
     if isinstance(section, Prompts) and section.order == "seed":
         settings["order"] = ["seed", recipe.run.seed]
     if source == "lab":
-        return settings | {"source": f"lab {world_identity()}", "split": section.split}
+        return settings | {"source": f"lab {WORLD}", "split": section.split}
     settings |= {"id_column": section.id_column, "language_column": section.language_column}
     revision: Settings = {"revision": section.revision} if section.revision else {}
     if source.startswith("hf:"):
@@ -41,15 +42,6 @@ def prompts_settings(
             source = f"hf:{folder_identity(folder.resolve())}"
         return settings | {"source": source, "split": section.split} | revision
     return settings | {"source": file_identity(source, f"{key}.source")}
-
-
-def world_identity() -> str:
-    """Digest of the lab's world as shipped: its code and data, not its models."""
-    lab = Path(__file__).parents[1] / "lab"
-    return digest(
-        [file_identity(str(lab / name)) for name in ("world.py", "items.py")]
-        + [folder_identity(lab / "languages")]
-    )
 
 
 def translate_settings(recipe: Recipe, languages: Sequence[str]) -> Settings:
@@ -134,7 +126,7 @@ def score_settings(recipe: Recipe, arm: str | None) -> Settings:
         case "likelihood" | "likelihood-sum":
             own = {"policy": policy}
         case "verified":
-            own = {"world": world_identity()}
+            own = {"world": WORLD}
         case "implicit":
             assert section.implicit is not None
             own = {"policy": policy, "instruction": section.implicit.instruction}
@@ -241,7 +233,7 @@ def arena_settings(recipe: Recipe, arm: str | None) -> Settings:
     assert recipe.arena is not None
     lab = recipe.arena.judge == "lab"
     return {
-        "judge": f"lab {world_identity()}" if lab else judge_settings(recipe.judge),
+        "judge": f"lab {WORLD}" if lab else judge_settings(recipe.judge),
         "languages": sorted(recipe.arena_languages),
         "limit": recipe.arena.limit,
     }
