@@ -14,7 +14,7 @@ from croco.config.arena import Arena
 from croco.config.arms import Alignment, Origin
 from croco.config.euroeval import VERSION as EUROEVAL_VERSION
 from croco.config.models import Judge, Policy
-from croco.config.recipe import Evaluation, Prompts, Recipe
+from croco.config.recipe import Evaluation, Prompts, Recipe, has_splits
 from croco.errors import UserError
 from croco.lab import WORLD
 from croco.pipeline.arms import arm_of, num_completions, num_rounds_before, num_scored, sampled_languages
@@ -42,6 +42,23 @@ def prompts_settings(
             source = f"hf:{folder_identity(folder.resolve())}"
         return settings | {"source": source, "split": section.split} | revision
     return settings | {"source": file_identity(source, f"{key}.source")}
+
+
+def test_prompts_settings(
+    recipe: Recipe, section: Evaluation | Arena, key: str, languages: Sequence[str]
+) -> Settings:
+    """As `prompts_settings`; raises UserError when the file is the one tuned on, under whatever name."""
+    settings = prompts_settings(recipe, section, key, languages)
+    assert section.source is not None
+    both = (section.source, recipe.prompts.source)
+    if not any(has_splits(source) for source in both):
+        tuning = file_identity(recipe.prompts.source, "prompts.source")
+        if settings["source"] == tuning:
+            raise UserError(
+                f"{key}.source = '{both[0]}' has the content of prompts.source = '{both[1]}', the prompts tuned on: "
+                f"expected others"
+            )
+    return settings
 
 
 def translate_settings(recipe: Recipe, languages: Sequence[str]) -> Settings:
@@ -216,7 +233,7 @@ def local_datasets(name: str) -> str:
 
 def arena_prompts_settings(recipe: Recipe, arm: str | None) -> Settings:
     assert recipe.arena is not None
-    return prompts_settings(recipe, recipe.arena, "arena", recipe.arena_languages)
+    return test_prompts_settings(recipe, recipe.arena, "arena", recipe.arena_languages)
 
 
 def arena_sample_settings(recipe: Recipe, arm: str | None) -> Settings:

@@ -115,7 +115,7 @@ STAGES: tuple[Stage, ...] = (
         version=1,
         function="croco.stages.prompts.load:eval_prompts",
         table="prompts",
-        settings=lambda recipe, arm: fingerprint.prompts_settings(
+        settings=lambda recipe, arm: fingerprint.test_prompts_settings(
             recipe, recipe.evaluation, "evaluation", recipe.evaluation_languages
         ),
         follows=lambda recipe, arm: [],
@@ -249,6 +249,7 @@ def run(
     with stages.lock(recipe.folder):
         check_euroeval(todo, recipe)
         status.stop_or_clear(todo, rebuild, say)
+        check_test_prompts(todo, recipe, say)
         keep_recipe(recipe, every, say)
         for node in todo:
             run_node(node, recipe, say)
@@ -284,6 +285,19 @@ def run_stage(
         keep_recipe(recipe, every, say)
         for node in todo:
             run_node(node, recipe, say)
+
+
+def check_test_prompts(todo: Sequence[Node], recipe: Recipe, say: Say) -> None:
+    """Before anything is written: raise UserError when most test prompts are prompts tuned on, say when some are."""
+    if any(node.stage.name == "eval-prompts" and status.status(node).kind == "missing" for node in todo):
+        from croco.stages.prompts.load import overlap
+
+        same, num = overlap(recipe)
+        sentence = f"{same:,} of {num:,} test prompts of evaluation.source = '{recipe.evaluation.source}' are prompts"
+        if 2 * same > num:
+            raise UserError(f"{sentence} of prompts.source = '{recipe.prompts.source}' too: expected others")
+        if same:
+            say(f"{'eval-prompts':<24} {sentence} tuned on too")
 
 
 def _require(node: Node, before: Node) -> None:

@@ -14,11 +14,36 @@ import pyarrow as pa
 
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 ROLES = ("system", "user", "assistant", "tool")
+# what engines and other tools call the end of a completion, in lower case
+FINISH_REASONS = {
+    **dict.fromkeys(("stop", "eos", "eos_token", "stop_token", "stop_sequence", "end_turn", "end_of_turn", "endoftext",
+                     "complete", "completed", "finished"), "stop"),
+    **dict.fromkeys(("length", "max_tokens", "max_length", "max_new_tokens", "max_output_tokens", "model_length",
+                     "token_limit", "truncated", "incomplete", "model_context_window_exceeded"), "length"),
+    **dict.fromkeys(("content_filter", "safety", "refusal", "recitation", "blocklist", "prohibited_content",
+                     "tool_calls", "tool_call", "tool_use", "function_call", "pause_turn", "abort", "aborted",
+                     "cancelled", "error", "error_toxic", "other"), "unusable"),
+}  # fmt: skip
 
 
 def _schema(*columns: tuple[str, pa.DataType] | tuple[str, pa.DataType, bool]) -> pa.Schema:
     """Columns are required unless a third element says that they may be null."""
     return pa.schema([pa.field(c[0], c[1], nullable=len(c) == 3 and bool(c[2])) for c in columns])
+
+
+class UnknownFinishReason(ValueError):
+    """A finish reason that is none of FINISH_REASONS."""
+
+
+def finish_reason(value: str) -> str:
+    """ "stop", "length" or "unusable" for what any tool calls it; raises UnknownFinishReason."""
+    try:
+        return FINISH_REASONS[value.strip().lower().replace("-", "_")]
+    except KeyError:
+        known = ", ".join(name for name, meaning in FINISH_REASONS.items() if meaning != "unusable")
+        raise UnknownFinishReason(
+            f"the finish reason {value!r} is unknown, expected one of {known}"
+        ) from None
 
 
 @dataclass(frozen=True)

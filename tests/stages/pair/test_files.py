@@ -131,7 +131,7 @@ ROW = {
     ([ROW, {**ROW, "score": "high"}], "line 2: score is text, expected a number"),
     ([{name: value for name, value in ROW.items() if name != "score"}], "line 1: no score in column 'score'"),
     ([ROW, {**ROW, "messages": "How?"}], "line 2: prompt_id 'a' in 'en' is another prompt than before"),
-    ([{**ROW, "messages": [{"role": "user"}]}], "line 1: found the turn"),
+    ([{**ROW, "messages": [{"role": "user"}]}], "line 1, message 1: content is missing"),
     ([{**ROW, "sample_id": -1}], "line 1: sample_id is a number, expected a whole number from 0 on"),
     ([], "no rows, expected scored completions"),
 ])  # fmt: skip

@@ -135,7 +135,7 @@ def test_sources_that_do_not_work(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         read(str(tmp_path / "none.jsonl"))
     (tmp_path / "x.csv").write_text("a")
-    with pytest.raises(UserError, match=r"expected 'lab', a \.jsonl or \.parquet file"):
+    with pytest.raises(UserError, match=r"expected 'lab', a \.jsonl, \.jsonl\.gz, \.json or \.parquet file"):
         read(str(tmp_path / "x.csv"))
     with pytest.raises(UserError, match=r"hf:nobody/nothing' \(split 'train'\) cannot be loaded"):
         read("hf:nobody/nothing")

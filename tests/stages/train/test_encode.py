@@ -29,9 +29,10 @@ def test_text_is_tokenised_and_closed_by_the_end_token():
             assert TOKENIZER.decode(ids[:-1]) == row[side]
 
 
-def test_sampled_ids_win_over_text():
+def test_sampled_ids_win_over_text_they_spell():
     pairs = make_pairs(1).with_columns(
         pl.Series("chosen_ids", [[40, 41, 42]], dtype=pl.List(pl.Int32)),
+        pl.lit(TOKENIZER.decode([40, 41, 42])).alias("chosen"),
         pl.Series("rejected_ids", [None], dtype=pl.List(pl.Int32)),
     )
     (example,), _ = encode(pairs)

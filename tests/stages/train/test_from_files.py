@@ -99,7 +99,7 @@ def test_a_second_training_into_the_same_folder_waits_for_nothing(
 
 @pytest.mark.parametrize("form", FORMS[:-1])
 def test_every_form_says_the_same_pairs(form: str, tmp_path: Path) -> None:
-    found = import_pairs([write(tmp_path / "pairs.jsonl", rows(form))])
+    found, _ = import_pairs([write(tmp_path / "pairs.jsonl", rows(form))])
     wanted = make_pairs(18)
     assert found.select("messages", "chosen", "rejected").equals(
         wanted.select("messages", "chosen", "rejected")
@@ -127,7 +127,7 @@ def test_supervised_tuning_takes_a_completion_a_row(
     form: str, tiny_models: TinyModels, tmp_path: Path
 ) -> None:
     source = write(tmp_path / "sft.jsonl", demonstrations(form))
-    found = import_pairs([source], chosen_only=True)
+    found, _ = import_pairs([source], chosen_only=True)
     assert found["chosen"].to_list() == make_pairs(18)["chosen"].to_list()
     assert all(messages[-1]["role"] == "user" for messages in found["messages"].to_list())
     command = ["train", source, "--model", tiny_models.policy, "--to", tmp_path / "tuned", *SETTINGS]
@@ -183,7 +183,7 @@ def test_our_own_table_is_read_with_its_ids(tmp_path: Path) -> None:
         chosen_ids=pl.Series([[5, 6]] * 6, dtype=pl.List(pl.Int32)), chosen_language=pl.lit("da")
     )
     pairs.write_parquet(tmp_path / "part-00000.parquet")
-    found = import_pairs([tmp_path / "part-00000.parquet"])
+    found, _ = import_pairs([tmp_path / "part-00000.parquet"])
     assert found["chosen_ids"].to_list() == [[5, 6]] * 6
     assert found["chosen_language"].to_list() == ["da"] * 6
 
@@ -196,7 +196,7 @@ GOOD = {"prompt": "Which month?", "chosen": "April", "rejected": "maj"}
     [
         ({"prompt": "x", "chosen": "y"}, r"row 2|line 2.*no columns chosen and rejected .*found: prompt, chosen"),
         ({**GOOD, "prompt": None}, "found no prompt"),
-        ({**GOOD, "chosen": 7}, "the prompt is a number"),
+        ({**GOOD, "chosen": 7}, "chosen is a number, expected text or messages"),
         ({"chosen": turn("user", "a") + turn("user", "b"), "rejected": turn("user", "a") + turn("user", "c")},
          "chosen ends with the user's turn"),
         ({"chosen": turn("user", "a") + turn("assistant", "b"), "rejected": turn("user", "x") + turn("assistant", "b")},

@@ -12,8 +12,9 @@ from croco.errors import UserError
 from croco.pipeline.fingerprint import pair_settings
 from croco.pipeline.stage import Work
 from croco.stages.pair.export_trl import FORMATS, export_pairs
-from croco.stages.pair.import_files import NAMES, import_scored
+from croco.stages.pair.import_files import import_scored
 from croco.stages.pair.pair import pair
+from croco.stages.prompts.columns import NAMES
 from croco.storage import provenance, shards
 from croco.storage.hashing import digest
 from croco.storage.schemas import TABLES

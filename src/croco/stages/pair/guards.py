@@ -26,6 +26,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from croco import languages
+from croco.storage.schemas import FINISH_REASONS
 
 NOT_FINITE = "score is not finite"
 EMPTY = "completion is empty"
@@ -38,6 +39,7 @@ SMALL_GAP = "score gap is too small"
 SAME_TEXT = "chosen and rejected are the same text in two languages"
 LENGTH_RATIO = "chosen and rejected differ too much in length"
 
+CUT_REASONS = [name for name, meaning in FINISH_REASONS.items() if meaning == "length"]
 IDENTIFIED_CHARACTERS, CONFIDENCE = 1000, 0.9
 
 
@@ -101,7 +103,7 @@ def traits(rows: pa.Table, guards: Guards, among: Sequence[str]) -> Traits:
     too_long = (tokens > guards.max_tokens).fill_null(False) if guards.max_tokens else pl.lit(False)
     found = table.select(
         empty=text.str.strip_chars() == "",
-        cut=(pl.col("finish_reason") == "length").fill_null(False),
+        cut=pl.col("finish_reason").str.to_lowercase().is_in(CUT_REASONS).fill_null(False),
         too_long=too_long,
         text=text.hash(),
         characters=text.str.len_chars().cast(pl.Int32),

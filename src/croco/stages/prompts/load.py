@@ -7,23 +7,24 @@ cannot be carried (a message with tool calls) goes to the ledger. Languages that
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from croco.config.arena import Arena
-from croco.config.recipe import Evaluation, Prompts
+from croco.config.recipe import Evaluation, Prompts, Recipe
 from croco.errors import UserError
 from croco.pipeline.stage import Work
-from croco.storage.schemas import PROMPTS, ROLES, ledger
+from croco.stages.prompts.columns import FileRow, Turn, Unusable, warn_of_unread
+from croco.stages.prompts.files import EXPECTED, SUFFIXES, Located, file_rows, kind
+from croco.storage.hashing import canonical
+from croco.storage.schemas import PROMPTS, ledger
 from croco.storage.seeds import digest
 
 
@@ -35,6 +36,7 @@ class Loaded:
     dropped: pa.Table
     not_asked_for: dict[str, int]
     beyond_limit: int
+    unread: dict[str, int] = field(default_factory=dict)  # columns and message keys that are not read
 
 
 def prompts(work: Work) -> None:
@@ -61,6 +63,28 @@ def _stage(
     languages: Sequence[str],
     shuffled: int | None = None,
 ) -> None:
+    loaded = load_section(section, key, languages, shuffled)
+    warn_of_unread(work.title, loaded.unread)
+    ids = loaded.prompts.column("prompt_id")
+    work.record(
+        num_prompt_ids=len(ids.unique()),
+        prompts_per_language=_counts(loaded.prompts),
+        rows_of_other_languages=loaded.not_asked_for,
+        rows_beyond_limit=loaded.beyond_limit,
+        **({"not_read": loaded.unread} if loaded.unread else {}),
+    )
+    size, rows = work.runtime.shard_prompts, loaded.prompts.num_rows
+    for index in work.todo(-(-rows // size)):
+        part = loaded.prompts.slice(index * size, size)
+        dropped = loaded.dropped if index == 0 else None
+        read = part.num_rows + (dropped.num_rows if dropped is not None else 0)
+        work.write(index, part, read={"prompt": read}, dropped=dropped)
+
+
+def load_section(
+    section: Prompts | Evaluation | Arena, key: str, languages: Sequence[str], shuffled: int | None = None
+) -> Loaded:
+    """What a section of a recipe asks for; `shuffled` is the seed of another order than the source's."""
     assert section.source is not None
     loaded = load(
         section.source,
@@ -72,21 +96,17 @@ def _stage(
         language_column=section.language_column,
         key=key,
     )
-    if shuffled is not None:
-        loaded = first_of_shuffled(loaded, section.limit, shuffled)
-    ids = loaded.prompts.column("prompt_id")
-    work.record(
-        num_prompt_ids=len(ids.unique()),
-        prompts_per_language=_counts(loaded.prompts),
-        rows_of_other_languages=loaded.not_asked_for,
-        rows_beyond_limit=loaded.beyond_limit,
-    )
-    size, rows = work.runtime.shard_prompts, loaded.prompts.num_rows
-    for index in work.todo(-(-rows // size)):
-        part = loaded.prompts.slice(index * size, size)
-        dropped = loaded.dropped if index == 0 else None
-        read = part.num_rows + (dropped.num_rows if dropped is not None else 0)
-        work.write(index, part, read={"prompt": read}, dropped=dropped)
+    return loaded if shuffled is None else first_of_shuffled(loaded, section.limit, shuffled)
+
+
+def overlap(recipe: Recipe) -> tuple[int, int]:
+    """How many test prompts are prompts to tune on, word for word, and how many test prompts there are."""
+    seed = recipe.run.seed if recipe.prompts.order == "seed" else None
+    tuning = load_section(recipe.prompts, "prompts", recipe.prompts_languages, seed).prompts
+    test = load_section(recipe.evaluation, "evaluation", recipe.evaluation_languages).prompts
+    known = set(map(canonical, tuning.column("messages").to_pylist()))
+    same = sum(canonical(messages) in known for messages in test.column("messages").to_pylist())
+    return same, test.num_rows
 
 
 def first_of_shuffled(loaded: Loaded, limit: int | None, seed: int) -> Loaded:
@@ -134,58 +154,31 @@ def load(
         if code not in there:
             found = ", ".join(sorted(there.keys() | loaded.not_asked_for.keys())) or "none at all"
             raise UserError(
-                f"{key}.source = '{source}' has no prompts in '{code}' (languages found: {found})"
+                f"{key}.source = '{source}' has no prompts in '{code}' (languages found: {found}"
+                f"{_reasons(loaded.dropped, code)})"
             )
     return loaded
 
 
-def _rows(source: str, split: str, key: str, revision: str | None) -> Iterator[tuple[str, Any]]:
+def _reasons(dropped: pa.Table, language: str) -> str:
+    """Why rows in a language were left out, the most frequent reasons first."""
+    rows = dropped.filter(pc.field("language") == language).column("reason").to_pylist()
+    return "".join(f"; left out: {count:,}, {reason}" for reason, count in Counter(rows).most_common(3))
+
+
+def _rows(source: str, split: str, key: str, revision: str | None) -> Iterator[Located]:
     """(where, row) of each row of a source; where is "FILE, line 3"."""
     if source.startswith("hf:"):
-        yield from _hub_rows(source.removeprefix("hf:"), split, key, revision)
-        return
+        return _hub_rows(source.removeprefix("hf:"), split, key, revision)
     path = Path(os.path.expanduser(source))
     if not os.path.isfile(path):
         raise UserError(f"{key}.source = '{source:.200}': no such file")
-    if path.suffix not in (".jsonl", ".parquet"):
-        raise UserError(f"{key}.source = '{source}', expected 'lab', a .jsonl or .parquet file, or 'hf:NAME'")
-    yield from file_rows(path)
+    if not path.name.endswith(SUFFIXES):
+        raise UserError(f"{key}.source = '{source}', expected 'lab', {EXPECTED}, or 'hf:NAME'")
+    return file_rows(path)
 
 
-def file_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """(where, row) of each row of a JSON lines or Parquet file; raises UserError naming what cannot be read."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    if path.suffix not in (".jsonl", ".parquet"):
-        raise UserError(f"{path}: expected a .jsonl or .parquet file")
-    yield from _jsonl_rows(path) if path.suffix == ".jsonl" else _parquet_rows(path)
-
-
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                yield where, json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise UserError(f"{where}: expected a JSON object, found {error}") from None
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        file = pq.ParquetFile(path)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise UserError(f"{path}: expected a Parquet file, found {error}") from None
-    number = 0
-    for batch in file.iter_batches(batch_size=1024):
-        for row in batch.to_pylist():
-            number += 1
-            yield f"{path}, row {number}", row
-
-
-def _hub_rows(name: str, split: str, key: str, revision: str | None) -> Iterator[tuple[str, Any]]:
+def _hub_rows(name: str, split: str, key: str, revision: str | None) -> Iterator[Located]:
     import datasets
 
     try:
@@ -198,7 +191,7 @@ def _hub_rows(name: str, split: str, key: str, revision: str | None) -> Iterator
 
 
 def _checked(
-    rows: Iterable[tuple[str, Any]],
+    rows: Iterable[Located],
     languages: Sequence[str],
     limit: int | None,
     id_column: str,
@@ -209,36 +202,39 @@ def _checked(
     drops: list[tuple[str, str, str, int | None, str]] = []
     seen: dict[tuple[str, str], str] = {}
     ids: set[str] = set()
-    others: Counter[str] = Counter()
+    others, unread = Counter[str](), Counter[str]()
     beyond = 0
-    for where, row in rows:
-        prompt_id, language = _identity(where, row, id_column, language_column, key)
+    for where, values in rows:
+        prompt_id, language = _identity(where, values, id_column, language_column, key)
         if (prompt_id, language) in seen:
             first = seen[prompt_id, language]
             raise UserError(f"{where}: prompt_id '{prompt_id}' in '{language}' is a duplicate of {first}")
         seen[prompt_id, language] = where
         if language not in languages:
             others[language] += 1
-        elif limit is not None and prompt_id not in ids and len(ids) >= limit:
+            continue
+        if limit is not None and prompt_id not in ids and len(ids) >= limit:
             beyond += 1
-        else:
-            ids.add(prompt_id)
-            messages, obstacle = _messages(where, row)
-            if obstacle is not None:
-                drops.append(("prompt", prompt_id, language, None, obstacle))
-                continue
-            kept.append(
-                {
-                    "prompt_id": prompt_id,
-                    "language": language,
-                    "messages": messages,
-                    "reference": _optional_text(where, row, "reference"),
-                    "source": _optional_text(where, row, "source")
-                    or where.partition(", ")[0].rpartition("/")[2],
-                    "domain": _optional_text(where, row, "domain"),
-                }
-            )
-    return Loaded(pa.Table.from_pylist(kept, schema=PROMPTS.schema), ledger(drops), dict(others), beyond)
+            continue
+        ids.add(prompt_id)
+        row = FileRow(where, values, {"prompt_id": id_column, "language": language_column}, unread)
+        try:
+            messages = _prompt(row)
+        except Unusable as reason:
+            drops.append(("prompt", prompt_id, language, None, str(reason)))
+            continue
+        kept.append(
+            {
+                "prompt_id": prompt_id,
+                "language": language,
+                "messages": messages,
+                "reference": _optional_text(row, "reference"),
+                "source": _optional_text(row, "source") or where.partition(", ")[0].rpartition("/")[2],
+                "domain": _optional_text(row, "domain"),
+            }
+        )
+    table = pa.Table.from_pylist(kept, schema=PROMPTS.schema)
+    return Loaded(table, ledger(drops), dict(others), beyond, dict(unread))
 
 
 def _identity(where: str, row: Any, id_column: str, language_column: str, key: str) -> tuple[str, str]:
@@ -259,56 +255,25 @@ def _identity(where: str, row: Any, id_column: str, language_column: str, key: s
     return found[0], found[1]
 
 
-def _messages(where: str, row: Mapping[str, Any]) -> tuple[list[dict[str, str]], str | None]:
-    """The conversation, and why it cannot be carried (or None)."""
-    messages = row.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise UserError(f"{where}: messages is {kind(messages)}, expected a list of {{role, content}}")
-    kept = []
-    for number, message in enumerate(messages, start=1):
-        here = f"{where}, message {number}"
-        if not isinstance(message, Mapping):
-            raise UserError(f"{here}: expected {{role, content}}, found {kind(message)}")
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES:
-            raise UserError(f"{here}: role is {role!r}, expected one of {', '.join(ROLES)}")
-        extra = sorted(
-            name
-            for name in message
-            if name not in ("role", "content") and message[name] not in (None, [], {})
+def _prompt(row: FileRow) -> list[Turn]:
+    """The conversation; raises Unusable when it cannot be carried."""
+    value = row.values.get("messages")
+    if not isinstance(value, list) or not value:
+        raise UserError(f"{row.where}: messages is {kind(value)}, expected a list of {{role, content}}")
+    row.can_carry()
+    turns = row.prompt()
+    if turns[-1]["role"] not in ("user", "tool"):
+        raise UserError(
+            f"{row.where}: the last message is the {turns[-1]['role']}'s, expected the user's or a tool's"
         )
-        if extra:
-            return [], f"a message has {', '.join(extra)}, which a prompt cannot carry"
-        if not isinstance(content, str):
-            raise UserError(f"{here}: content is {kind(content)}, expected text")
-        kept.append({"role": role, "content": content})
-    last = kept[-1]
-    if last["role"] not in ("user", "tool"):
-        raise UserError(f"{where}: the last message is the {last['role']}'s, expected the user's or a tool's")
-    if not last["content"].strip():
-        raise UserError(f"{where}: the prompt is empty, expected text in its last message")
-    return kept, None
+    if not turns[-1]["content"].strip():
+        raise UserError(f"{row.where}: the prompt is empty, expected text in its last message")
+    row.check_unread(turns, [], ("prompt", "system"))
+    return turns
 
 
-def _optional_text(where: str, row: Mapping[str, Any], column: str) -> str | None:
-    value = row.get(column)
+def _optional_text(row: FileRow, column: str) -> str | None:
+    value = row.values.get(column)
     if value is not None and not isinstance(value, str):
-        raise UserError(f"{where}: {column} is {kind(value)}, expected text or nothing")
+        raise UserError(f"{row.where}: {column} is {kind(value)}, expected text or nothing")
     return value
-
-
-def kind(value: Any) -> str:
-    """What a value is, in a person's words."""
-    if value is None:
-        return "missing"
-    if value in ("", [], {}):
-        return "empty"
-    names = {
-        str: "text",
-        bool: "true or false",
-        int: "a number",
-        float: "a number",
-        list: "a list",
-        dict: "an object",
-    }
-    return names.get(type(value), type(value).__name__)

@@ -24,8 +24,8 @@ from croco.config.recipe import NO_PROMPTS, Recipe, apply_override, from_dict
 from croco.errors import UserError
 from croco.models import open
 from croco.pipeline.progress import progress
-from croco.stages.pair.import_files import sides_of
-from croco.stages.prompts.load import file_rows, kind
+from croco.stages.prompts.columns import FileRow, Unusable
+from croco.stages.prompts.files import file_rows
 from croco.stages.score.diagnose_metrics import Row, agreement, rank
 from croco.stages.score.diagnose_page import markdown
 from croco.storage import provenance, shards
@@ -152,25 +152,28 @@ def files_of(source: Path) -> list[Path]:
     return [path for path in found if path.name != "dropped.parquet"]
 
 
-def _pair(where: str, row: Any, language: str | None) -> tuple[Pair, str]:
-    if not isinstance(row, Mapping):
-        raise UserError(f"{where}: expected an object, found {kind(row)}")
+def _pair(where: str, values: Any, language: str | None) -> tuple[Pair, str]:
+    row = FileRow(where, values)
     for column in ("chosen", "rejected"):
-        if column not in row:
-            there = ", ".join(map(str, row)) or "none"
+        if column not in row.values:
+            there = ", ".join(map(str, row.values)) or "none"
             raise UserError(f"{where}: no column '{column}' (found: {there}), expected a preference pair")
-    said = row.get("language") or language
-    if not isinstance(said, str):
+    spoken = row.values.get("language") or language
+    if not isinstance(spoken, str):
         raise UserError(f"{where}: no language, expected a column 'language' or --language")
     try:
-        code = languages.normal(said)
+        code = languages.normal(spoken)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    prompt_id = next((str(row[name]) for name in IDS if row.get(name) is not None), where)
-    category = next((str(row[name]) for name in CATEGORIES if row.get(name) is not None), None)
-    if row["rejected"] is None or row["chosen"] is None:
-        return Pair(prompt_id, code, category, [], "", ""), "a side of the pair is missing"
-    messages, sides = sides_of(where, row)
+    prompt_id = next((str(row.values[name]) for name in IDS if row.values.get(name) is not None), where)
+    category = next((str(row.values[name]) for name in CATEGORIES if row.values.get(name) is not None), None)
+    empty = Pair(prompt_id, code, category, [], "", "")
+    if row.values["rejected"] is None or row.values["chosen"] is None:
+        return empty, "a side of the pair is missing"
+    try:
+        messages, sides = row.sides()
+    except Unusable as reason:
+        return empty, str(reason)
     return Pair(prompt_id, code, category, messages, sides["chosen"], sides["rejected"]), ""
 
 

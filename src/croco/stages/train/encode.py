@@ -1,6 +1,7 @@
 """Pairs as token ids: one prompt, and its completions, closed by the end-of-sequence token where they ended.
 
-The ids that were sampled are the ids trained on; text is tokenised only where a pair brings no ids. Prompts go through
+The ids that were sampled are the ids trained on; text is tokenised where a pair brings no ids, or such as do not spell
+it in this tokenizer. Prompts go through
 the same chat template as in sampling, every turn of them. A completion that was stopped at its token limit gets no end
 token: the policy did not end there, and must not learn to. Nothing is cut silently: a pair that is too long is left
 out, with its reason, or cut as asked for, and counted. Left out: choosing pairs (`pairing/`) and laying them out in
@@ -17,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from croco.errors import UserError
 from croco.models.chat_template import check_prefix, conversation_ids, prompt_ids, text_ids, with_instruction
+from croco.storage.schemas import UnknownFinishReason, finish_reason
 
 DROPPED_SCHEMA = {
     "unit": pl.String,
@@ -52,6 +54,7 @@ def encode_pairs(
     end: int,
     max_tokens: int,
     context: int | None = None,
+    num_ids: int | None = None,
     over_length: str = "drop",
     chosen_only: bool = False,
     instructions: Mapping[str, str] | None = None,
@@ -59,7 +62,8 @@ def encode_pairs(
     """The pairs as examples, in their order, and the ones left out (columns of the ledger) with the reason.
 
     `end` is the id that closes a completion, unless its `chosen_finish_reason` (`rejected_…`) says that it did not
-    "stop" by itself; without that column all did. `max_tokens` bounds the prompt with its longer completion, the end
+    "stop" by itself; without that column all did. `num_ids` is how many ids the
+    policy has. `max_tokens` bounds the prompt with its longer completion, the end
     included, and so does `context`, the positions that the policy was made for, if known; a longer pair is left out
     when `over_length` is "drop", and with "truncate" its completions lose their ends, the end token with them, as
     long as the whole prompt leaves room for a token. `chosen_only` leaves the
@@ -78,7 +82,7 @@ def encode_pairs(
     tried: set[tuple[str, ...]] = set()
     for row in pairs.iter_rows(named=True):
         prompt = _prompt_ids(tokenizer, row, (instructions or {}).get(row["language"]), tried)
-        closed = [_completion_ids(tokenizer, row, side, end) for side in sides]
+        closed = [_completion_ids(tokenizer, row, side, end, num_ids or len(tokenizer)) for side in sides]
         room = max(0, most - len(prompt)) if over_length == "truncate" else None
         completions = tuple(ids[:room] for ids in closed)
         if any(ids in ([], [end]) for ids in closed):
@@ -110,17 +114,34 @@ def _prompt_ids(
             if not tokenizer.decode(whole).startswith(tokenizer.decode(ids)):
                 check_prefix(tokenizer, ids, whole)
     except UserError as error:
-        raise UserError(f"prompt {row['prompt_id']!r} in {row['language']}: {error}") from error
+        raise UserError(f"{_named(row)}: {error}") from error
     return ids
 
 
+def _named(row: Mapping[str, Any]) -> str:
+    """How an error names a pair: by file and row where it is from one."""
+    return row.get("where") or f"prompt {row['prompt_id']!r} in {row['language']}"
+
+
 def _completion_ids(
-    tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], side: str, end: int
+    tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], side: str, end: int, num_ids: int
 ) -> list[int]:
+    """The side's ids, if they spell its text in this tokenizer (a file may hold another policy's), else the text's."""
     ids = row.get(f"{side}_ids")
+    if ids is not None:
+        if foreign := [token for token in ids if not 0 <= token < num_ids]:
+            raise UserError(
+                f"{_named(row)}: {side}_ids holds {foreign[0]}, and the policy has the ids 0 to "
+                f"{num_ids - 1}: they are another policy's, remove the column"
+            )
+        text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        ids = ids if text == row[side] else None
     if ids is None:
         ids = text_ids(tokenizer, [row[side]])[0]
-    ended = row.get(f"{side}_finish_reason") in (None, "stop")
+    try:
+        ended = finish_reason(row.get(f"{side}_finish_reason") or "stop") == "stop"
+    except UnknownFinishReason as error:
+        raise UserError(f"{_named(row)}: {error}") from None
     return [*ids, end] if ended else list(ids)
 
 

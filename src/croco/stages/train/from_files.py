@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+import pyarrow as pa
 
 from croco import languages
 from croco.config.recipe import NO_PROMPTS, Recipe, apply_override, from_dict
@@ -21,14 +22,14 @@ from croco.errors import UserError
 from croco.pipeline.progress import Progress, progress
 from croco.pipeline.stage import LOCK, lock
 from croco.stages.pair.from_files import mappings, pairs_of_files
-from croco.stages.pair.import_files import import_pairs
-from croco.stages.prompts.load import file_rows
+from croco.stages.pair.import_files import Drop, import_pairs
+from croco.stages.prompts.files import file_rows
 from croco.stages.train.launch import Job, tune
 from croco.stages.train.model_card import base_name, model_card, settings_rows
 from croco.stages.train.train import TrainResult
 from croco.storage import provenance, shards
 from croco.storage.hashing import digest, file_identity, model_identity
-from croco.storage.schemas import DROPPED
+from croco.storage.schemas import DROPPED, ledger
 
 ARM = "train"
 RECORD = "train.json"
@@ -83,19 +84,18 @@ def _train(
     record = {"state": "running", "fingerprint": digest(made_from), "science": made_from}
     shards.write_json(to / RECORD, record)
     chosen_only = recipe.arms[ARM].training.method == "sft"
-    pairs = _pairs(sources, made_from["columns"], columns, made_from["language"], chosen_only, to)
+    pairs, unusable = _pairs(sources, made_from["columns"], columns, made_from["language"], chosen_only, to)
     _write_pairs(to / "scratch" / "pairs", pairs)
     result = _tuned(recipe, to)
-    shards.write_parquet(
-        to / "dropped.parquet", result.dropped.to_arrow().cast(DROPPED.schema), DROPPED.schema
-    )
+    dropped = pa.concat_tables([ledger(unusable), result.dropped.to_arrow().cast(DROPPED.schema)])
+    shards.write_parquet(to / "dropped.parquet", dropped, DROPPED.schema)
     facts = {
         name: value for name, value in vars(result).items() if name not in ("dropped", "adapter", "metrics")
     }
-    shards.write_text(to / "README.md", _card(recipe, made_from, result, pairs, license))
+    shards.write_text(to / "README.md", _card(recipe, made_from, result, pairs, dropped.num_rows, license))
     shards.write_json(to / RECORD, {**record, "state": "complete", "facts": facts, **provenance.here()})
     shutil.rmtree(to / "scratch")
-    left = f", {len(result.dropped):,} left out ({to / 'dropped.parquet'})" if len(result.dropped) else ""
+    left = f", {dropped.num_rows:,} left out ({to / 'dropped.parquet'})" if dropped.num_rows else ""
     say(f"{result.pairs + result.validation_pairs:,} pairs{left}, {result.steps:,} steps: {result.adapter}")
     if result.stopped:
         say(f"{result.stopped}; what came out is the checkpoint of step {result.adapter_step}")
@@ -158,13 +158,13 @@ def _pairs(
     language: str | None,
     chosen_only: bool,
     to: Path,
-) -> pl.DataFrame:
-    """The pairs of the files, made from scored completions where a row has no chosen and rejected."""
+) -> tuple[pl.DataFrame, list[Drop]]:
+    """The pairs of the files, made from scored completions where a row has no chosen and rejected, and the ledger."""
     first = next((row for source in sources for _, row in file_rows(source)), None)
     if isinstance(first, Mapping) and "chosen" not in first and "completions" in first:
         made = to / "scratch" / "paired"
         pairs_of_files(sources, made, columns, language, [], "preference", "unknown")
-        return shards.read_table(made / "pairs")
+        return shards.read_table(made / "pairs"), []
     return import_pairs(sources, mapped, language, chosen_only)
 
 
@@ -196,7 +196,12 @@ def _tuned(recipe: Recipe, to: Path) -> TrainResult:
 
 
 def _card(
-    recipe: Recipe, made_from: Mapping[str, Any], result: TrainResult, pairs: pl.DataFrame, license: str
+    recipe: Recipe,
+    made_from: Mapping[str, Any],
+    result: TrainResult,
+    pairs: pl.DataFrame,
+    left_out: int,
+    license: str,
 ) -> str:
     hub, base = base_name(recipe.policy.model, recipe.policy.revision)
     codes = [code for code in pairs["language"].unique().sort().to_list() if code != "und"]
@@ -211,7 +216,7 @@ def _card(
                 ("policy", base),
                 *((f"pairs: {name}", identity) for name, identity in made_from["files"].items()),
                 ("pairs trained on, held out", f"{result.pairs:,}, {result.validation_pairs:,}"),
-                ("pairs left out", f"{len(result.dropped):,}"),
+                ("pairs left out", f"{left_out:,}"),
                 ("steps, step of these weights", f"{result.steps:,}, {result.adapter_step:,}"),
                 ("stopped early", result.stopped or "no"),
             ],

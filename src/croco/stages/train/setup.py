@@ -65,6 +65,7 @@ def encode(
         end=end_id(tokenizer, model.generation_config),
         max_tokens=settings.max_tokens,
         context=getattr(model.config.get_text_config(), "max_position_embeddings", None),
+        num_ids=model.get_input_embeddings().weight.shape[0],
         over_length=settings.over_length,
         chosen_only=settings.method == "sft",
         instructions=instructions,

@@ -1,0 +1,384 @@
+"""Which columns of a row are the prompt, the completions and the rest, in the forms that other tools write.
+
+Read are the forms of TRL, UltraFeedback, axolotl, ms-swift, LLaMA-Factory, Alpaca and ShareGPT, told apart by their
+columns. Everything of a row that belongs to its prompt is read: a system prompt, Alpaca's `input`, a `history`. What
+cannot be carried (tools, pictures, a tool call) raises `Unusable`, whose text is the reason in a ledger; a column that
+says something else than what was read, or a value of a wrong type, raises UserError naming file, row and column.
+Columns and message keys that are not known are not read, and counted.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+
+from croco.errors import UserError
+from croco.stages.prompts.files import kind
+from croco.storage.schemas import ROLES, UnknownFinishReason, finish_reason
+
+Turn = dict[str, str]
+# our names for columns, and other tools' names for them, tried in this order
+NAMES = {
+    "prompt_id": ("prompt_id",),
+    "language": ("language",),
+    "sample_id": ("sample_id",),
+    "system": ("system", "system_prompt"),
+    "prompt": ("messages", "conversations", "prompt", "instruction", "question", "query", "input"),
+    "completion": ("completion", "response", "output", "text"),
+    "chosen": ("chosen", "chosen_response"),
+    "rejected": ("rejected", "rejected_response", "rejected_messages"),
+    "score": ("score", "reward", "overall_score"),
+    "finish_reason": ("finish_reason",),
+}
+CANNOT_CARRY = ("tools", "functions", "images", "image", "videos", "video", "audios", "audio", "documents",
+                "chat_template_kwargs")  # fmt: skip
+# of a message: what a template or a trainer would do something with
+TURN_CANNOT_CARRY = ("tool_calls", "function_call", "tool_call_id", "name", "images", "audio", "reasoning_content",
+                     "reasoning", "thinking", "refusal", "prefix")  # fmt: skip
+NOT_A_TARGET = ("weight", "train", "training", "loss")  # of a completion's message: zero or false
+ROLE_NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "developer": "system",
+              "observation": "tool", "ipython": "tool"}  # fmt: skip
+MAX_SAMPLE_ID = 2**31 - 1
+# read where a form has them, so never counted as unknown
+KNOWN = {name for names in NAMES.values() for name in names} | {
+    "id", "history", "label", "kto_tag", "completions", "reference", "source", "domain", "category", "subset",
+    *(f"{side}_{name}" for side in ("chosen", "rejected") for name in ("ids", "language", "finish_reason", "score")),
+    "score_chosen", "score_rejected",
+}  # fmt: skip
+
+
+class Unusable(Exception):
+    """A row that is right but cannot be used; the text is the reason for the ledger."""
+
+
+class FileRow:
+    """One row of a file, read by our names for its columns; `columns` maps those to the file's where they differ."""
+
+    def __init__(
+        self,
+        where: str,
+        values: Any,
+        columns: Mapping[str, str] | None = None,
+        unread: Counter[str] | None = None,
+    ) -> None:
+        if not isinstance(values, Mapping):
+            raise UserError(f"{where}: expected an object, found {kind(values)}")
+        self.where, self.values, self.columns = where, values, columns or {}
+        self.unread = Counter[str]() if unread is None else unread
+        self.read: set[str] = set()
+
+    def column(self, name: str) -> str | None:
+        """The column that holds one of ours, or None."""
+        names = (self.columns[name],) if name in self.columns else NAMES[name]
+        return next((column for column in names if self.values.get(column) is not None), None)
+
+    def need(self, name: str) -> Any:
+        """The value of one of our columns; raises UserError where there is none."""
+        column = self.column(name)
+        if column is None:
+            wanted = self.columns.get(name) or " or ".join(f"'{one}'" for one in NAMES[name])
+            there = ", ".join(map(str, self.values)) or "none"
+            raise UserError(
+                f"{self.where}: no {name} in column {wanted} (found: {there}); map it with --column {name}=NAME"
+            )
+        self.read.add(column)
+        return self.values[column]
+
+    def text(self, name: str) -> str:
+        """Text, or a whole number as text."""
+        value = self.need(name)
+        if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
+            raise UserError(f"{self.where}: {name} is {kind(value)}, expected text or a whole number")
+        return str(value)
+
+    # Conversations ---------------------------------------------------------------------------------------------
+
+    def turns(self, value: Any, what: str = "the prompt", role: str = "user") -> list[Turn]:
+        """Messages in any form as {role, content}; a text is one turn of `role`."""
+        if isinstance(value, str):
+            return [{"role": role, "content": value}]
+        if isinstance(value, Mapping):
+            value = [value]
+        if not isinstance(value, list) or not value:
+            raise UserError(f"{self.where}: {what} is {kind(value)}, expected text or messages")
+        return [self._turn(turn, number) for number, turn in enumerate(value, start=1)]
+
+    def _turn(self, turn: Any, number: int) -> Turn:
+        here = f"{self.where}, message {number}"
+        if not isinstance(turn, Mapping):
+            raise UserError(f"{here}: expected {{role, content}}, found {kind(turn)}")
+        names = ("from", "value") if "role" not in turn and "from" in turn else ("role", "content")
+        role, content = (turn.get(name) for name in names)
+        if role in ("function_call", "tool_call"):
+            raise Unusable(f"a message is a {role}, which a prompt cannot carry")
+        if isinstance(role, str) and (names[0] == "from" or role == "developer"):
+            role = ROLE_NAMES.get(role, role)
+        if role not in ROLES:
+            raise UserError(f"{here}: role is {role!r}, expected one of {', '.join(ROLES)}")
+        others = {name for name in turn if name not in names and turn[name] not in (None, "", [], {})}
+        if extra := sorted(name for name in others & set(TURN_CANNOT_CARRY) if says_something(turn[name])):
+            raise Unusable(f"a message has {', '.join(extra)}, which a prompt cannot carry")
+        self.unread.update(f"message key {name}" for name in others)
+        if isinstance(content, list) and content:
+            content = self._joined(here, content)
+        if not isinstance(content, str):
+            raise UserError(f"{here}: content is {kind(content)}, expected text")
+        return {"role": role, "content": content}
+
+    @staticmethod
+    def _joined(here: str, parts: Sequence[Any]) -> str:
+        """The text of a message whose content is in parts."""
+        for part in parts:
+            if not isinstance(part, Mapping) or not isinstance(part.get("type"), str):
+                raise UserError(f"{here}: found the part {json.dumps(part, default=str)[:80]}, expected text")
+            if part["type"] != "text":
+                raise Unusable(f"a message has a part of type {part['type']!r}, which a prompt cannot carry")
+            if not isinstance(part.get("text"), str):
+                raise UserError(f"{here}: the text of a part is {kind(part.get('text'))}, expected text")
+        return "".join(part["text"] for part in parts)
+
+    def prompt(self) -> list[Turn]:
+        """The conversation in the prompt's column, the system prompt and the history before it."""
+        value = self.need("prompt")
+        if self.column("prompt") == "instruction" and says_something(self.values.get("input")):
+            more = self.values["input"]
+            if not isinstance(value, str) or not isinstance(more, str):
+                raise UserError(
+                    f"{self.where}: input is {kind(more)}, expected text beside an instruction in text"
+                )
+            self.read.add("input")
+            value = f"{value}\n{more}" if value else more  # as LLaMA-Factory joins them
+        return self._with_system([*self._history(), *self.turns(value)])
+
+    def _history(self) -> list[Turn]:
+        value = self.values.get("history")
+        if not says_something(value):
+            return []
+        turns: list[Turn] = []
+        for one in value if isinstance(value, list) else [value]:
+            if not isinstance(one, list) or [type(text) for text in one] != [str, str]:
+                raise UserError(f"{self.where}: history is not a list of [user's text, assistant's text]")
+            turns += [{"role": "user", "content": one[0]}, {"role": "assistant", "content": one[1]}]
+        return turns
+
+    def _with_system(self, turns: list[Turn]) -> list[Turn]:
+        column = self.column("system")
+        value = None if column is None else self.need("system")
+        if not says_something(value):
+            return turns
+        if not isinstance(value, str):
+            raise UserError(f"{self.where}: {column} is {kind(value)}, expected text")
+        if turns and turns[0]["role"] == "system":
+            if turns[0]["content"].strip() != value.strip():
+                raise UserError(
+                    f"{self.where}: {column} and the first message are two system prompts, expected one"
+                )
+            return turns
+        return [{"role": "system", "content": value}, *turns]
+
+    # Completions -----------------------------------------------------------------------------------------------
+
+    def completion(self) -> str:
+        """The completion's text, given as text or as a single turn."""
+        value = self.need("completion")
+        if isinstance(value, list | Mapping):
+            turns = self.turns(value, "the completion", "assistant")
+            self._is_target(value if isinstance(value, Mapping) else value[-1])
+            value = turns[0]["content"] if len(turns) == 1 and turns[0]["role"] == "assistant" else None
+        if not isinstance(value, str):
+            raise UserError(
+                f"{self.where}: completion is {kind(value)}, expected text or one assistant's turn"
+            )
+        return value
+
+    def answered(self) -> tuple[list[Turn], str]:
+        """The prompt of a row with one completion, which may be the last turn of its messages, and that completion."""
+        self.can_carry()
+        turns = self.prompt()
+        if turns[-1]["role"] != "assistant" or "completion" in self.columns:
+            completion = self.completion()
+            prompt = turns[:-1] if turns[-1] == {"role": "assistant", "content": completion} else turns
+        else:
+            value = self.values[str(self.column("prompt"))]
+            self._is_target(value[-1] if isinstance(value, list) else value)
+            prompt, completion = turns[:-1], turns[-1]["content"]
+        if not prompt:
+            raise UserError(f"{self.where}: found no prompt before the assistant's turn")
+        self.check_unread(prompt, [completion], ("prompt", "completion", "system"))
+        return prompt, completion
+
+    def is_pair(self) -> bool:
+        """Whether the row has a chosen and a rejected completion."""
+        if self.column("rejected") is None:
+            return False
+        return self.column("chosen") is not None or str(self.column("rejected")).startswith("rejected_")
+
+    def sides(self) -> tuple[list[Turn], dict[str, str]]:
+        """The prompt of a row with a chosen and a rejected completion, and the text of both."""
+        self.can_carry()
+        rejected = self.turns(self.need("rejected"), "rejected", "assistant")
+        given = self.prompt() if self.column("prompt") else []
+        if self.column("chosen") is not None:
+            chosen = self.turns(self.need("chosen"), "chosen", "assistant")
+        elif given and given[-1]["role"] == "assistant":
+            given, chosen = given[:-1], given[-1:]  # ms-swift
+        else:
+            chosen = [{"role": "assistant", "content": self.completion()}]
+        sides = {"chosen": chosen, "rejected": rejected}
+        for side, turns in sides.items():
+            if turns[-1]["role"] != "assistant":
+                raise UserError(
+                    f"{self.where}: {side} ends with the {turns[-1]['role']}'s turn, expected the assistant's"
+                )
+            column = self.column(side)
+            if column and isinstance(self.values[column], list):
+                self._is_target(self.values[column][-1])
+        if given and given[-1]["role"] == "assistant" and _repeats(given, chosen):
+            given = given[:-1]  # UltraFeedback binarized: the column messages is the chosen conversation
+        prompts = [self._with_system(self._whole(given, turns[:-1])) for turns in sides.values()]
+        if prompts[0] != prompts[1]:
+            raise UserError(
+                f"{self.where}: chosen and rejected differ before their last turn, expected one prompt"
+            )
+        if not prompts[0]:
+            raise UserError(
+                f"{self.where}: found no prompt, expected one before the last turns or in a column prompt"
+            )
+        texts = {side: turns[-1]["content"] for side, turns in sides.items()}
+        self.check_unread(prompts[0], list(texts.values()), ("prompt", "system"))
+        return prompts[0], texts
+
+    def _whole(self, given: list[Turn], before: list[Turn]) -> list[Turn]:
+        """The prompt, from its column and the turns before a side's last, of which one may hold only a part."""
+        if not before or not given or given == before:
+            return given or before
+        if before[0]["role"] == "assistant":
+            return [*given, *before]
+        for longer, shorter in ((given, before), (before, given)):
+            if longer[-len(shorter) :] == shorter or longer[: len(shorter)] == shorter:
+                return longer
+        if len(given) == 1 and _repeats(given, before):
+            return before
+        raise UserError(
+            f"{self.where}: column {self.column('prompt')} and the conversations of chosen and rejected are two "
+            f"prompts, expected one (the column to use can be mapped with --column prompt=NAME)"
+        )
+
+    # What is not read ------------------------------------------------------------------------------------------
+
+    def can_carry(self) -> None:
+        """Raise Unusable for a column that belongs to the prompt and has no place in our tables."""
+        for column in CANNOT_CARRY:
+            if column not in self.columns.values() and says_something(self.values.get(column)):
+                raise Unusable(f"the row has {column}, which a prompt cannot carry")
+
+    def _is_target(self, turn: Any) -> None:
+        if isinstance(turn, Mapping):
+            for key in NOT_A_TARGET:
+                if key in turn and turn[key] is not None and not turn[key]:
+                    raise Unusable(
+                        f"the completion's message has {key} {turn[key]}, so it is not to be learnt"
+                    )
+
+    def check_unread(self, prompt: Sequence[Turn], completions: Sequence[str], names: Sequence[str]) -> None:
+        """Raise UserError for a column of the prompt or completion that was not read and says something else."""
+        read = [*prompt, *({"role": "assistant", "content": text} for text in completions)]
+        for name in names:
+            for column in NAMES[name] if name not in self.columns else ():
+                value = self.values.get(column)
+                if column in self.read or not says_something(value) or self._is_repeated(column, value, read):
+                    continue
+                raise UserError(
+                    f"{self.where}: column {column} holds something else than the {name} that was read"
+                    f" ({', '.join(sorted(self.read))}): remove it, or say which to use with --column {name}=NAME"
+                )
+        self.count_unread()
+
+    def _is_repeated(self, column: str, value: Any, read: Sequence[Turn]) -> bool:
+        if isinstance(value, str):  # a copy of a turn; Alpaca's `text` is all of them as one text
+            texts = [turn["content"].strip() for turn in read]
+            return value.strip() in texts or (column == "text" and all(text in value for text in texts))
+        try:
+            return _repeats(self.turns(value), read)
+        except (UserError, Unusable):
+            return False
+
+    def count_unread(self) -> None:
+        """Count the columns that no form has a use for."""
+        mapped = set(self.columns.values())
+        self.unread.update(str(name) for name in self.values if name not in KNOWN and name not in mapped)
+
+
+def _repeats(turns: Sequence[Turn], read: Sequence[Turn]) -> bool:
+    """Whether all turns are among those that were read."""
+    texts = {turn["content"].strip() for turn in read}
+    return all(turn["content"].strip() in texts for turn in turns)
+
+
+def says_something(value: Any) -> bool:
+    """Whether a value is more than nothing: "", [], {}, "[]", 0, false and null say nothing."""
+    return bool(value) and value not in ("[]", "{}")
+
+
+def warn_of_unread(title: str, unread: Mapping[str, int]) -> None:
+    """Say on the terminal which columns and message keys of a file were not read."""
+    if unread:
+        names = ", ".join(f"{name} ({count:,})" for name, count in sorted(unread.items()))
+        Console(stderr=True).print(f"{title}: not read: {names}", markup=False, soft_wrap=True)
+
+
+# Values of scored completions ------------------------------------------------------------------------------------
+
+
+def score_of(row: FileRow) -> float:
+    """The score as a number; nan where it is not finite."""
+    score = row.need("score")
+    if isinstance(score, bool) or not isinstance(score, (int, float)):
+        raise UserError(f"{row.where}: score is {kind(score)}, expected a number")
+    try:
+        return float(score) if math.isfinite(score) else math.nan
+    except OverflowError:
+        raise UserError(f"{row.where}: score has more digits than a number can have here") from None
+
+
+def sample_of(row: FileRow) -> int | None:
+    """The sample's number, or None."""
+    column = row.column("sample_id")
+    number = None if column is None else row.need("sample_id")
+    if number is not None and (
+        isinstance(number, bool) or not isinstance(number, int) or not 0 <= number <= MAX_SAMPLE_ID
+    ):
+        shown = f"{number}" if isinstance(number, int) and number > 0 else kind(number)
+        raise UserError(f"{row.where}: sample_id is {shown}, expected a whole number from 0 on (to 2^31 - 1)")
+    return number
+
+
+def finish_of(row: FileRow, value: Any, name: str = "finish_reason") -> str:
+    """ "stop" or "length" for what another tool calls it; "stop" where nothing is said."""
+    if value is None or value == "":
+        return "stop"
+    if not isinstance(value, str):
+        raise UserError(f"{row.where}: {name} is {kind(value)}, expected text")
+    try:
+        reason = finish_reason(value)
+    except UnknownFinishReason as error:
+        raise UserError(f"{row.where}: {error}") from None
+    if reason not in ("stop", "length"):
+        raise Unusable(f"the completion ended with {value!r}")
+    return reason
+
+
+def ids_of(row: FileRow, name: str) -> list[int] | None:
+    """The token ids in a column, or None; whether they are the text's is checked where the tokenizer is."""
+    value = row.values.get(name)
+    if value is None:
+        return None
+    whole = isinstance(value, list) and all(type(one) is int and 0 <= one <= MAX_SAMPLE_ID for one in value)
+    if not whole:
+        raise UserError(f"{row.where}: {name} is {kind(value)}, expected token ids (whole numbers from 0 on)")
+    return list(value)
