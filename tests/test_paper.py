@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from croco.config.recipe import load
+from croco.config.load import load
 
 ROOT = Path(__file__).parent.parent
 NAMES = ("paper-eurollm-9b", "paper-tiny-aya")

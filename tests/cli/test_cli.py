@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from conftest import TinyModels, write_recipe
 from croco.cli.app import one_sentence
 from croco.cli.main import STAGE_COMMANDS, app
-from croco.config import recipe
+from croco.config import load as recipe
 from croco.pipeline import run, status
 from croco.pipeline.stage import Node
 

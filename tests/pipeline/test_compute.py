@@ -10,7 +10,8 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
-from croco.config.recipe import Recipe, from_dict
+from croco.config.load import from_dict
+from croco.config.recipe import Recipe
 from croco.config.runtime import Runtime
 from croco.errors import UserError
 from croco.pipeline import stage

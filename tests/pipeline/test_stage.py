@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import toy_stages
-from croco.config.recipe import Recipe, from_dict
+from croco.config.load import from_dict
+from croco.config.recipe import Recipe
 from croco.errors import StaleStage, UserError
 from croco.pipeline import run, stage
 from croco.pipeline import status as standing

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from croco.config.recipe import Recipe, load
+from croco.config.load import load
+from croco.config.recipe import Recipe
 from croco.errors import UserError
 from croco.report.load_run import read_recipe
 from croco.storage.shards import write_for_user

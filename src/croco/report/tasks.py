@@ -11,8 +11,9 @@ import polars as pl
 from rich.table import Table
 
 from croco import languages
-from croco.config.euroeval import VERSION
-from croco.config.recipe import Recipe, load
+from croco.config.evaluation import VERSION
+from croco.config.load import load
+from croco.config.recipe import Recipe
 from croco.storage.shards import read_record, read_table
 
 Row = tuple[str, str, str, list[str]]  # language, dataset, metric, a text per arm

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from croco.config.arena import Arena
+from croco.config.evaluation import Arena
 from croco.config.recipe import Evaluation, Prompts, Recipe
 from croco.errors import UserError
 from croco.pipeline.stage import Work

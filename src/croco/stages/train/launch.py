@@ -24,7 +24,7 @@ from typing import Any
 import psutil
 import torch
 
-from croco.config import recipe as recipes
+from croco.config import load as recipes
 from croco.config.models import Policy
 from croco.config.recipe import Recipe
 from croco.errors import UserError
