@@ -7,8 +7,9 @@ from typer.testing import CliRunner
 
 from croco.cli.main import app
 from croco.errors import UserError
-from croco.report.exports import escape, results_csv, results_latex
+from croco.report.exports import results_csv, results_latex
 from croco.report.load_run import read_results
+from croco.report.render import escape
 from croco.storage import shards
 from report.made_run import add_arena, make_run
 
@@ -49,7 +50,7 @@ def test_latex_has_arms_as_rows_and_languages_as_columns(run):
 
 
 def test_the_best_of_a_column_is_bold(run):
-    _, results = read_results(run)
+    results = read_results(run).results
     rows = results.filter(
         (pl.col("benchmark") == "lab")
         & (pl.col("language") == "da")

@@ -304,7 +304,8 @@ def test_a_study_is_killed_and_goes_on_and_a_second_run_computes_nothing(tmp_pat
     ):
         assert word in text
     page = (run / "study.html").read_text()
-    assert "<script>" not in page
+    assert "<script>alert" not in page
+    assert "&lt;script&gt;alert(1)" in page
     assert "<svg" in page
 
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*.parquet")}

@@ -90,7 +90,9 @@ class Engines(Section):
 
 
 class Vllm(Section):
-    """vLLM in process, for every role that runs on it."""
+    """vLLM, started as a server of ours for every role that runs on it."""
+
+    python: str | None = None  # of an environment with vLLM; null is this one
 
     tensor_parallel: Count = 1
     """GPUs that one engine takes."""

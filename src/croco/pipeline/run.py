@@ -14,9 +14,11 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from croco.config.recipe import Recipe
+from croco.config.runtime import Runtime
 from croco.errors import UserError
 from croco.models import open
 from croco.pipeline import arms, fingerprint, status
@@ -97,6 +99,7 @@ STAGES: tuple[Stage, ...] = (
         function="croco.stages.pair.pair:pair",
         table="pairs",
         settings=fingerprint.pair_settings,
+        added=("held_out_languages",),
         follows=follows.paired_from,
         arms=arms.tuned_arms,
     ),
@@ -172,6 +175,7 @@ STAGES: tuple[Stage, ...] = (
         function="croco.stages.arena.arena:arena",
         table="comparisons",
         settings=fingerprint.arena_settings,
+        added=("evaluated",),
         follows=follows.compared_from,
         arms=follows.arena_arms,
     ),
@@ -210,13 +214,27 @@ def nodes(recipe: Recipe) -> list[Node]:
             reads = stage.follows(recipe, arm)
             inputs = {_input_name(arm, before, reads): make(*before) for before in reads}
             where = folder if arm is None else folder / arm
-            made[name, arm] = Node(stage, arm, where, stage.settings(recipe, arm), inputs)
+            made[name, arm] = _as_recorded(Node(stage, arm, where, stage.settings(recipe, arm), inputs))
         return made[name, arm]
 
     for stage in STAGES:
         for arm in stage.arms(recipe):
             make(stage.name, arm)
     return list(made.values())
+
+
+def _as_recorded(node: Node) -> Node:
+    """The node with the fingerprint that its record has, where that differs only by settings which the croco that wrote
+    it did not know yet: what an earlier version made stays complete."""
+    if not node.stage.added or not os.path.lexists(node.folder / shards.RECORD):
+        return node
+    try:
+        record = shards.read_record(node.folder)
+    except UserError:
+        return node  # what is wrong with it is the status's to say
+    absent = [name for name in node.stage.added if name not in record["science"]["settings"]]
+    earlier = replace(node, not_recorded=tuple(absent))
+    return earlier if earlier.fingerprint == record["fingerprint"] else node
 
 
 def _input_name(arm: str | None, before: Reference, reads: Sequence[Reference]) -> str:
@@ -252,7 +270,7 @@ def run(
         check_test_prompts(todo, recipe, say)
         keep_recipe(recipe, every, say)
         for node in todo:
-            run_node(node, recipe, say)
+            run_node(node, recipe.runtime, say)
     return list(dict.fromkeys(node.stage.name for node in todo))
 
 
@@ -284,7 +302,7 @@ def run_stage(
         status.stop_or_clear(todo, rebuild, say, every)
         keep_recipe(recipe, every, say)
         for node in todo:
-            run_node(node, recipe, say)
+            run_node(node, recipe.runtime, say)
 
 
 def check_test_prompts(todo: Sequence[Node], recipe: Recipe, say: Say) -> None:
@@ -327,7 +345,7 @@ def _of_stage(every: Sequence[Node], name: str) -> list[Node]:
     return found
 
 
-def run_node(node: Node, recipe: Recipe, say: Say) -> None:
+def run_node(node: Node, runtime: Runtime, say: Say) -> None:
     """Run one node, saying in one line what became of it."""
     now = status.status(node)
     if now.kind == "complete":
@@ -337,7 +355,7 @@ def run_node(node: Node, recipe: Recipe, say: Say) -> None:
         return
     if now.kind == "unfinished":
         say(f"{node.title:<24} unfinished, going on")
-    found = stages.execute(node, recipe)
+    found = stages.execute(node, runtime)
     say(f"{node.title:<24} {counted(node, found)}{found['seconds']:.1f} s")
 
 
@@ -360,7 +378,7 @@ def rebuild_report(recipe: Recipe, say: Say = lambda line: None) -> Path:
             _require(node, before)
         if status.status(node).kind != "missing":  # the old page stays until the new one is there
             shards.write_record(node.folder, stages.new_record(node, recipe.runtime.shard_prompts))
-        run_node(node, recipe, say)
+        run_node(node, recipe.runtime, say)
     return node.folder / "report.html"
 
 
@@ -396,7 +414,7 @@ def _made_otherwise(node: Node) -> bool:
     """Whether a stage has other settings, or has read a table that is not there any more; that more tables are to be
     read (of an arm that was added) is no contradiction."""
     made = shards.read_record(node.folder)["science"]
-    if canonical(made["settings"]) != canonical(node.settings):
+    if canonical(made["settings"]) != canonical(node.science["settings"]):
         return True
     for name, before in node.inputs.items():
         read = made["inputs"].get(name, before.fingerprint)

@@ -67,7 +67,7 @@ def parts(recipe: Recipe) -> list[tuple[Recipe, str | None]]:
 
 def run(recipe: Recipe, *, rebuild: bool = False, say: Say = lambda line: None) -> Path:
     """Run what is not complete of every seed, then write the page; returns the page's path."""
-    from croco.report import study_page
+    from croco.report import study as page
 
     todo = parts(recipe)
     for part, _ in todo:
@@ -80,7 +80,7 @@ def run(recipe: Recipe, *, rebuild: bool = False, say: Say = lambda line: None) 
             for part, until in todo:
                 say(f"seed {part.run.seed} in {part.folder}")
                 pipeline.run(part, rebuild=rebuild, until=until, say=say)
-        return study_page.write(recipe, say)
+        return page.write(recipe, say)
 
 
 def _beside(todo: Sequence[tuple[Recipe, str | None]], at_once: int, rebuild: bool, say: Say) -> None:

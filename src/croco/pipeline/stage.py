@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
@@ -34,12 +35,30 @@ from croco.storage.shards import Record, Science
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"  # of a run's folder
-Settings = dict[str, Any]
+Settings = dict[str, Any]  # JSON values; `Given` where a stage needs more than its fingerprint holds
 Reference = tuple[str, str | None]  # a stage's name and its arm
 
 
 def _once(recipe: Recipe) -> list[str | None]:
     return [None]
+
+
+@dataclass(frozen=True)
+class Given:
+    """A setting of which the fingerprint holds an identity: a model's path, say, and the digest of its weights."""
+
+    value: Any  # what the stage's function gets
+    identity: Any  # JSON
+
+
+def settings_values(settings: Settings) -> Settings:
+    """Settings as a stage's function gets them."""
+    return {name: value.value if isinstance(value, Given) else value for name, value in settings.items()}
+
+
+def settings_identities(settings: Settings) -> Settings:
+    """Settings as the fingerprint holds them."""
+    return {name: value.identity if isinstance(value, Given) else value for name, value in settings.items()}
 
 
 @dataclass(frozen=True)
@@ -54,6 +73,7 @@ class Stage:
     follows: Callable[[Recipe, str | None], list[Reference]]  # the stages it reads
     arms: Callable[[Recipe], list[str | None]] = _once  # one run per arm, or [None] for one shared run
     reads_all: tuple[str, str] | None = None  # (unit, stage): it must account for every row of that input
+    added: tuple[str, ...] = ()  # settings that the records of earlier versions lack
     makes: tuple[str, ...] = ()  # files and folders of its own in its folder, beside shards and ledger
 
 
@@ -66,37 +86,41 @@ class Node:
     folder: Path
     settings: Settings
     inputs: Mapping[str, Node]
+    not_recorded: tuple[str, ...] = ()  # settings that its record, of an earlier version, lacks
 
     @property
     def title(self) -> str:
         return self.stage.name if self.arm is None else f"{self.stage.name}/{self.arm}"
 
-    @property
+    @cached_property
     def science(self) -> Science:
         """What the fingerprint is the digest of."""
         return {
             "name": self.stage.name,
             "version": self.stage.version,
             "arm": self.arm,
-            "settings": self.settings,
+            "settings": {
+                name: value
+                for name, value in settings_identities(self.settings).items()
+                if name not in self.not_recorded
+            },
             "inputs": {name: node.fingerprint for name, node in self.inputs.items()},
         }
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         return digest(self.science)
 
 
 @dataclass
 class Work:
-    """What a stage's function receives: its settings, the folders it reads, and the means to write shards."""
+    """What a stage's function receives: the settings that its fingerprint holds, the folders it reads, and `[runtime]`,
+    which changes no result; and the means to write shards."""
 
-    recipe: Recipe
     arm: str | None
     folder: Path
     settings: Settings
     runtime: Runtime
-    seed: int
     inputs: dict[
         str, Path
     ]  # stage name (or "stage/arm" where several arms are read) -> folder of a finished stage
@@ -108,7 +132,7 @@ class Work:
     def engine_seed(self) -> int:
         """For an engine that draws from one stream: another for each stage, arm and start, so that a stage that goes on
         does not repeat the noise it began with."""
-        return seeds.digest(self.seed, "engine", self.title, self.record_file["starts"])
+        return seeds.digest(self.settings.get("seed", 0), "engine", self.title, self.record_file["starts"])
 
     def todo(self, num_shards: int) -> list[int]:
         """Indices of the shards not yet finished, of `num_shards` that follow from the data and the shard size."""
@@ -210,7 +234,7 @@ def lock(run: Path) -> Iterator[None]:
         yield
 
 
-def execute(node: Node, recipe: Recipe) -> Record:
+def execute(node: Node, runtime: Runtime) -> Record:
     """Run one node to completion, or finish what an earlier process began; returns its `stage.json`."""
     now = status.status(node)
     if now.kind == "complete":
@@ -222,15 +246,12 @@ def execute(node: Node, recipe: Recipe) -> Record:
             status.check_contents(before)
         except UserError as error:
             raise StaleStage(status.stale_message([(before, Status("damaged", (str(error),)))])) from None
-    found = _start(node, recipe, resume=now.kind == "unfinished")
-    runtime = recipe.runtime.model_copy(update={"shard_prompts": found["shard_prompts"]})
+    found = _start(node, runtime, resume=now.kind == "unfinished")
     work = Work(
-        recipe=recipe,
         arm=node.arm,
         folder=node.folder,
-        settings=node.settings,
-        runtime=runtime,
-        seed=recipe.run.seed,
+        settings=settings_values(node.settings),
+        runtime=runtime.model_copy(update={"shard_prompts": found["shard_prompts"]}),
         inputs={name: before.folder for name, before in node.inputs.items()},
         table=TABLES[node.stage.table] if node.stage.table else None,
         title=node.title,
@@ -247,7 +268,7 @@ def execute(node: Node, recipe: Recipe) -> Record:
     return _finish(node, found)
 
 
-def _start(node: Node, recipe: Recipe, resume: bool) -> Record:
+def _start(node: Node, runtime: Runtime, resume: bool) -> Record:
     """Write or take up `stage.json` in state "running"; an unfinished stage keeps the shard size it began with."""
     with shards.writing(node.folder):
         node.folder.mkdir(parents=True, exist_ok=True)
@@ -258,7 +279,7 @@ def _start(node: Node, recipe: Recipe, resume: bool) -> Record:
         found["starts"] += 1
     else:
         status.clear(node)  # an attempt that made nothing, or a removal that was cut short
-        found = new_record(node, recipe.runtime.shard_prompts)
+        found = new_record(node, runtime.shard_prompts)
     found.update(provenance.here())  # type: ignore[typeddict-item]
     shards.write_record(node.folder, found)
     return found

@@ -119,12 +119,10 @@ def run(folder: pathlib.Path, arm: str, inputs: dict[str, pathlib.Path]) -> pl.D
     recipe = from_dict(RECIPE)
     out = folder / "pair" / arm
     work = Work(
-        recipe=recipe,
         arm=arm,
         folder=out,
         settings=pair_settings(recipe, arm),
         runtime=recipe.runtime,
-        seed=0,
         inputs=inputs,
         table=TABLES["pairs"],
         title=f"pair/{arm}",

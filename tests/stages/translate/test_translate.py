@@ -266,7 +266,9 @@ def test_a_shard_does_not_depend_on_the_others_and_a_text_is_sent_once(
     tables, sent = [], []
     for size in (2, 5, 100):
         cut = recipe.model_copy(update={"runtime": recipe.runtime.model_copy(update={"shard_prompts": size})})
-        worker = TranslateWorker(cut, tmp_path / "run" / "prompts", ("da", "de", "en"), 0)
+        worker = TranslateWorker(
+            cut.translate, cut.runtime, tmp_path / "run" / "prompts", ("da", "de", "en"), 0
+        )
         sample = worker.sampler.sample
         worker.sampler.sample = lambda requests, decoding, sample=sample: (
             sent.append(len(requests)) or sample(requests, decoding)
@@ -333,7 +335,7 @@ def test_a_gemma_3_with_a_template_like_translategemmas_is_asked_in_its_form(
     recipe = load(write_recipe(tmp_path, tiny_models, folder), ["translate.format=translategemma"])
     pipeline.run(recipe, until="translate")
     assert read_json(tmp_path / "run" / "translate" / "stage.json")["state"] == "complete"
-    _, tokenizer = open_sampler("translate", recipe, 0)
+    _, tokenizer = open_sampler("translate", recipe.translate, recipe.runtime, 0)
     asked = tokenizer.decode(prompt_ids(tokenizer, FORMATS["translategemma"](" März? ", "de", "da")))
     assert asked == "<|bos|><|user|>de > da: März?<|end|><|assistant|>"
     with pytest.raises(UserError, match="content must be a list with one entry"):

@@ -58,13 +58,13 @@ def check(recipe: Recipe) -> None:
         )
     _key(runtime)
     if set(runtime.urls) != {BASE, *recipe.evaluated_arms}:
-        vllm_server.check(runtime.vllm_python, "runtime.euroeval.vllm_python")
+        vllm_server.check(runtime.vllm_python or recipe.runtime.vllm.python, "runtime.euroeval.vllm_python")
 
 
 def named_server(runtime: EuroEvalRuntime, arm: str) -> vllm_server.Serving:
     """The recipe's server of an arm; raises UserError when it is away or does not serve the arm."""
     url, place = runtime.urls[arm].rstrip("/"), f"runtime.euroeval.urls.{arm}"
-    context = vllm_server.served_context(url, model_name(arm), place, runtime.key_variable)
+    context = vllm_server.ask_context(url, model_name(arm), place, runtime.key_variable)
     return vllm_server.Serving(url, context)
 
 
@@ -126,10 +126,9 @@ def work_folder(work: Work) -> Path:
     """Where EuroEval runs: it finds its results so far and local datasets in its working directory."""
     folder = work.scratch() / "work"
     folder.mkdir(exist_ok=True)
-    section = work.recipe.euroeval
-    if section is not None and section.local is not None:
+    if (local := work.settings["local"]) is not None:
         ours = shutil.ignore_patterns(RESULTS_FILE)
-        shutil.copytree(Path(section.local).expanduser(), folder, ignore=ours, dirs_exist_ok=True)
+        shutil.copytree(Path(local).expanduser(), folder, ignore=ours, dirs_exist_ok=True)
     return folder
 
 
@@ -206,12 +205,12 @@ def run(work: Work, folder: Path, tasks: Sequence[Task]) -> Iterator[tuple[Task,
             process.stdin.close()
             for task, reason in _said(folder, process.stdout, list(tasks), facts):
                 if not server.alive:
-                    why = vllm_server.last_line(folder / "server.txt")
+                    why = vllm_server.reason(folder / "server.txt")
                     raise UserError(f"{work.title}: the server ended at '{task.dataset}': {why}")
                 yield task, reason
             if process.wait():
                 raise UserError(
-                    f"{work.title}: EuroEval ended with exit code {process.returncode}: {vllm_server.last_line(log)} "
+                    f"{work.title}: EuroEval ended with exit code {process.returncode}: {vllm_server.reason(log)} "
                     f"(see {log}); what is finished is kept"
                 )
 
@@ -271,9 +270,9 @@ def served(work: Work, folder: Path) -> Iterator[tuple[vllm_server.Serving, dict
         return
     from croco.models.loading import pick_device, pick_dtype
 
-    policy = work.recipe.policy
+    policy = work.settings["policy"]
     dtype = str(pick_dtype(policy.dtype, pick_device(work.runtime.device))).removeprefix("torch.")
-    merged, identity = None, work.settings["policy"]["model"]
+    merged, identity = None, work.record_file["science"]["settings"]["policy"]["model"]
     if arm != BASE:
         weights = tuned_weights(work.inputs["train"])
         if weights.name == "model":  # all of them were tuned
@@ -281,13 +280,15 @@ def served(work: Work, folder: Path) -> Iterator[tuple[vllm_server.Serving, dict
         else:
             merged = vllm_server.merge(policy, dtype, weights, work.scratch() / "merged")
         identity = folder_identity(merged or weights)
+    words = vllm_server.policy_words(policy, merged)
+    if work.runtime.vllm.max_model_len is not None:
+        words += ["--max-model-len", str(work.runtime.vllm.max_model_len)]
     with vllm_server.serve(
-        policy,
-        merged,
+        words,
         model_name(arm),
         dtype,
         vllm=work.runtime.vllm,
-        python=runtime.vllm_python,
+        python=runtime.vllm_python or work.runtime.vllm.python,
         seconds=runtime.start_seconds,
         log=folder / "server.txt",
     ) as server:

@@ -59,12 +59,10 @@ def pairs_of_files(
     found = import_scored(sources, to, mapped, language)
     recipe = _recipe(sorted(found), form, overrides)
     work = Work(
-        recipe=recipe,
         arm=ARM,
         folder=to / "pairs",
         settings=pair_settings(recipe, ARM),
         runtime=recipe.runtime,
-        seed=recipe.run.seed,
         inputs={name: to / name for name in ("prompts", "sample", "score")},
         table=TABLES["pairs"],
         title="pairs",

@@ -40,7 +40,7 @@ class Shards:
 def read_scored(
     samples: Path,
     scores: Path,
-    languages: Sequence[str],
+    languages: Sequence[str] | None,
     how: Contrast,
     references: Path | None = None,
     first: int | None = None,
@@ -76,20 +76,20 @@ def read_scored(
 def assemble(
     keys: Keys,
     score: Scores,
-    languages: Sequence[str],
+    languages: Sequence[str] | None,
     how: Contrast,
     gold: tuple[Keys, Scores] | None = None,
     kept: Flags | None = None,
     table: str = "scores",
     num_tokens: Scores | None = None,
 ) -> Scored:
-    """Sort by pool, calibrate and number the pools; rows in other languages, or not `kept`, take no part.
+    """Sort by pool, calibrate and number the pools; rows in other languages (if any are given), or not `kept`, are out.
 
     `gold` are the keys and scores of gold completions; one whose pool has no completion takes no part. `num_tokens` are
     the lengths of the rows, for the calibration "length". Raises UserError for a key that occurs twice.
     """
     names, group_of = groups_of(how.pool, keys.languages)
-    tuned = np.isin(keys.languages, list(languages))
+    tuned = np.isin(keys.languages, list(keys.languages if languages is None else languages))
     part = tuned[keys.language] if kept is None else tuned[keys.language] & kept
     place = _by_pool(keys, group_of, part, table)
     mine, value, num = keys.take(place), score[place], len(place)

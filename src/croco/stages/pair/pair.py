@@ -60,13 +60,13 @@ def pair(work: Work) -> None:
     scored, shards = read_scored(
         samples,
         work.inputs["score"],
-        _languages(work),
+        work.settings.get("languages"),
         how,
         work.inputs.get("score-references"),
         first=work.settings.get("completions"),
         prompts=in_part(prompts, work.settings.get("part")),
     )
-    among = sorted({*work.recipe.run.evaluated, "en"})
+    among = sorted({*_prompt_languages(work), *work.settings["held_out_languages"], "en"})
     texts = Texts(shards, how.guards, among, held=_held(shards))
     where = locate(prompts, PROMPT)
     lengths = gold_characters(scored, prompts)
@@ -94,9 +94,8 @@ def pair(work: Work) -> None:
     statistics.warn(work.title, how, work.record_file["facts"])
 
 
-def _languages(work: Work) -> list[str]:
-    """The languages that the arm is tuned on."""
-    return list(work.settings.get("languages") or work.recipe.run.languages)
+def _prompt_languages(work: Work) -> list[str]:
+    return locate(work.inputs["prompts"], PROMPT)["language"].unique().sort().to_list()
 
 
 def _prompts_of(scored: Scored, where: pl.DataFrame, first: int, last: int) -> pl.DataFrame:
@@ -155,7 +154,8 @@ def _per_language(scored: Scored, rows: NDArray[np.int64]) -> dict[str, int]:
 
 def gold_data(work: Work) -> None:
     """Data for SFT on the gold completions of the prompts: no completion of the policy and no score takes part."""
-    prompts, languages = work.inputs["prompts"], _languages(work)
+    prompts = work.inputs["prompts"]
+    languages = work.settings.get("languages") or _prompt_languages(work)
     has = (pl.col("reference").str.strip_chars() != "").fill_null(False).alias("has")
     rows = locate(prompts, PROMPT, ("reference",), lambda found: found.select(*PROMPT, has))
     rows = rows.filter(pl.col("language").is_in(languages)).sort(PROMPT)

@@ -17,15 +17,17 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from croco.config.evaluation import Arena
-from croco.config.recipe import Evaluation, Prompts, Recipe
+from croco.config.recipe import Recipe
 from croco.errors import UserError
-from croco.pipeline.stage import Work
+from croco.pipeline.fingerprint import prompts_settings
+from croco.pipeline.stage import Settings, Work, settings_values
 from croco.stages.prompts.columns import FileRow, Turn, Unusable, warn_of_unread
 from croco.stages.prompts.files import EXPECTED, SUFFIXES, Located, file_rows, kind
 from croco.storage.hashing import canonical
 from croco.storage.schemas import PROMPTS, ledger
 from croco.storage.seeds import digest
+
+FROM_SOURCE = ("split", "revision", "id_column", "language_column")  # settings that `load` takes as they are
 
 
 @dataclass(frozen=True)
@@ -41,29 +43,21 @@ class Loaded:
 
 def prompts(work: Work) -> None:
     """The prompts to tune on, in the tuned languages or the one they are translated from."""
-    shuffled = work.seed if work.recipe.prompts.order == "seed" else None
-    _stage(work, work.recipe.prompts, "prompts", work.recipe.prompts_languages, shuffled)
+    _stage(work, "prompts")
 
 
 def eval_prompts(work: Work) -> None:
     """The prompts to evaluate on, in all languages or the one they are translated from."""
-    _stage(work, work.recipe.evaluation, "evaluation", work.recipe.evaluation_languages)
+    _stage(work, "evaluation")
 
 
 def arena_prompts(work: Work) -> None:
     """The arena's own prompts, in the languages it compares in."""
-    assert work.recipe.arena is not None
-    _stage(work, work.recipe.arena, "arena", work.recipe.arena_languages)
+    _stage(work, "arena")
 
 
-def _stage(
-    work: Work,
-    section: Prompts | Evaluation | Arena,
-    key: str,
-    languages: Sequence[str],
-    shuffled: int | None = None,
-) -> None:
-    loaded = load_section(section, key, languages, shuffled)
+def _stage(work: Work, key: str) -> None:
+    loaded = load_settings(work.settings, key)
     warn_of_unread(work.title, loaded.unread)
     ids = loaded.prompts.column("prompt_id")
     work.record(
@@ -81,29 +75,28 @@ def _stage(
         work.write(index, part, read={"prompt": read}, dropped=dropped)
 
 
-def load_section(
-    section: Prompts | Evaluation | Arena, key: str, languages: Sequence[str], shuffled: int | None = None
-) -> Loaded:
-    """What a section of a recipe asks for; `shuffled` is the seed of another order than the source's."""
-    assert section.source is not None
+def load_settings(settings: Settings, key: str) -> Loaded:
+    """What a stage's settings ask for."""
+    order, limit = settings.get("order"), settings["limit"]
     loaded = load(
-        section.source,
-        split=section.split,
-        revision=section.revision,
-        languages=languages,
-        limit=section.limit if shuffled is None else None,
-        id_column=section.id_column,
-        language_column=section.language_column,
+        settings["source"],
+        languages=settings["languages"],
+        limit=limit if order is None else None,
         key=key,
+        **{name: settings[name] for name in FROM_SOURCE if name in settings},
     )
-    return loaded if shuffled is None else first_of_shuffled(loaded, section.limit, shuffled)
+    return loaded if order is None else first_of_shuffled(loaded, limit, order[1])
 
 
 def overlap(recipe: Recipe) -> tuple[int, int]:
     """How many test prompts are prompts to tune on, word for word, and how many test prompts there are."""
-    seed = recipe.run.seed if recipe.prompts.order == "seed" else None
-    tuning = load_section(recipe.prompts, "prompts", recipe.prompts_languages, seed).prompts
-    test = load_section(recipe.evaluation, "evaluation", recipe.evaluation_languages).prompts
+    tuning, test = (
+        load_settings(settings_values(prompts_settings(recipe, section, key, languages)), key).prompts
+        for section, key, languages in (
+            (recipe.prompts, "prompts", recipe.prompts_languages),
+            (recipe.evaluation, "evaluation", recipe.evaluation_languages),
+        )
+    )
     known = set(map(canonical, tuning.column("messages").to_pylist()))
     same = sum(canonical(messages) in known for messages in test.column("messages").to_pylist())
     return same, test.num_rows
@@ -127,9 +120,9 @@ def _counts(table: pa.Table) -> dict[str, int]:
 def load(
     source: str,
     *,
-    split: str,
     languages: Sequence[str],
     limit: int | None,
+    split: str = "",
     revision: str | None = None,
     id_column: str = "prompt_id",
     language_column: str = "language",

@@ -186,7 +186,7 @@ def score_pairs(pairs: Sequence[Pair], recipe: Recipe) -> tuple[NDArray[np.float
     from croco.stages.score.score import score_conversations
 
     scores, reasons = np.full((len(pairs), 2), math.nan), {}
-    scorer, tokenizer = open.open_scorer(recipe)
+    scorer, tokenizer = open.open_scorer(recipe.reward, recipe.runtime)
     try:
         with progress(recipe.reward.model, len(pairs), "pair") as bar:
             for start in range(0, len(pairs), CHUNK):

@@ -178,7 +178,8 @@ def _write_pairs(folder: Path, pairs: pl.DataFrame) -> None:
 
 def _tuned(recipe: Recipe, to: Path) -> TrainResult:
     job = Job(
-        recipe=recipe,
+        policy=recipe.policy,
+        runtime=recipe.runtime,
         settings=recipe.arms[ARM].training.model_dump(mode="json"),
         folder=to,
         pairs=to / "scratch" / "pairs",

@@ -24,9 +24,8 @@ from typing import Any
 import psutil
 import torch
 
-from croco.config import load as recipes
 from croco.config.models import Policy
-from croco.config.recipe import Recipe
+from croco.config.runtime import Runtime
 from croco.errors import UserError
 from croco.models.loading import load_policy, pick_device, pick_dtype
 from croco.stages.train.distributed import rank
@@ -47,7 +46,8 @@ Advance = Callable[[int, int], None]
 class Job:
     """What to tune on what, and how: everything `train_pairs` needs, by names and paths."""
 
-    recipe: Recipe
+    policy: Policy
+    runtime: Runtime
     settings: Mapping[str, Any]  # a resolved [training]
     folder: Path
     pairs: Path  # a finished table of pairs
@@ -60,7 +60,7 @@ class Job:
 
 def tune(job: Job, advance: Advance) -> TrainResult:
     """Run a job on as many processes as the recipe says."""
-    runtime = job.recipe.runtime
+    runtime = job.runtime
     processes = num_processes(runtime.train_processes, runtime.device)
     if processes == 1 and runtime.accelerate_config is None:
         return tune_here(job, advance)
@@ -81,7 +81,7 @@ def num_processes(wanted: int | str, device: str) -> int:
 
 def tune_here(job: Job, advance: Advance) -> TrainResult:
     """Run a job in this process, which may be one of several that all do."""
-    policy, runtime = job.recipe.policy, job.recipe.runtime
+    policy, runtime = job.policy, job.runtime
     _check_memory(policy, runtime.device)
     model, tokenizer = load_policy(
         policy.model,
@@ -128,10 +128,11 @@ def _launch(job: Job, processes: int, advance: Advance) -> TrainResult:
     place.mkdir(parents=True, exist_ok=True)
     for name in ("result.json", "error.json"):
         (place / name).unlink(missing_ok=True)
-    said = {**asdict(job), "recipe": job.recipe.model_dump(mode="json"), "settings": dict(job.settings)}
+    said = {**asdict(job), "settings": dict(job.settings)}
+    said |= {name: getattr(job, name).model_dump(mode="json") for name in ("policy", "runtime")}
     said |= {name: str(said[name]) for name in PATHS if said[name] is not None}
     shards.write_json(place / "job.json", said)
-    config, words = job.recipe.runtime.accelerate_config, [sys.executable, "-m"]
+    config, words = job.runtime.accelerate_config, [sys.executable, "-m"]
     if config is not None:
         if not Path(config).is_file():
             raise UserError(f"runtime.accelerate_config = '{config}': no such file")
@@ -189,7 +190,8 @@ def main(place: Path) -> int:
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     said = shards.read_json(place / "job.json")
     paths = {name: Path(said[name]) for name in PATHS if said[name] is not None}
-    job = Job(**{**said, **paths, "recipe": recipes.from_dict(said["recipe"])})
+    sections = {"policy": Policy(**said["policy"]), "runtime": Runtime(**said["runtime"])}
+    job = Job(**{**said, **paths, **sections})
     first = os.environ.get("RANK", "0") == "0"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))

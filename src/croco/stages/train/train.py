@@ -19,6 +19,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from croco.config.load import load
 from croco.errors import UserError
 from croco.models.lora import apply_lora, continue_lora
 from croco.pipeline.progress import Progress
@@ -214,15 +215,16 @@ def train(work: Work) -> None:
     from croco.stages.train.launch import Job, tune
 
     job = Job(
-        recipe=work.recipe.model_copy(update={"runtime": work.runtime}),
+        policy=work.settings["policy"],
+        runtime=work.runtime,
         settings=work.settings["training"],
         folder=work.folder,
         pairs=work.inputs["pair"],
         title=work.title,
-        seed=work.seed,
+        seed=work.settings["seed"],
         start=work.inputs["train"] / "adapter" if "train" in work.inputs else None,
         reference=work.settings.get("reference", "base"),
-        reference_folder=work.recipe.folder / "reference",  # of every arm
+        reference_folder=work.folder.parents[1] / "reference",  # of every arm
     )
     with ExitStack() as stack:
         bars: list[Progress] = []
@@ -241,7 +243,10 @@ def train(work: Work) -> None:
     facts = {name: value for name, value in vars(result).items() if name not in ("adapter", "dropped")}
     facts["seconds"] = round(result.seconds, 1)
     if work.arm and result.adapter.name == "adapter":
-        card = policy_card(work.recipe, work.arm, work.settings["training"], facts, "unknown", library="peft")
+        run = work.folder.parents[1]
+        # like the report, the card changes nothing and reads what the run's folder says of itself
+        recipe = load(run / "recipe.json", [f'run.folder="{run}"'])
+        card = policy_card(recipe, work.arm, work.settings["training"], facts, "unknown", library="peft")
         shards.write_text(result.adapter / "README.md", card)
     work.record(**facts)
     if result.stopped:
