@@ -40,6 +40,6 @@ def test_a_held_out_language_more_makes_its_pairs_stale(recipe: Path) -> None:
     more = ["--set", 'run.held_out_languages=["sv", "de"]']
     assert "pair/mono                    complete" in croco("plan", str(recipe), *more)
     record = shards.read_record(Path("run/pair/mono"))
-    record["science"]["settings"]["held_out_languages"] = ["sv"]
+    record["science"]["settings"]["evaluated"] = ["da", "en", "sv"]
     shards.write_record(Path("run/pair/mono"), record)
     assert "pair/mono                    stale" in croco("plan", str(recipe), *more)

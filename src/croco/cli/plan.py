@@ -12,9 +12,9 @@ from pathlib import Path
 
 from croco.config.evaluation import Arena, EuroEval
 from croco.config.recipe import Evaluation, Prompts, Recipe
-from croco.pipeline import arms, inputs, run
+from croco.pipeline import arms, graph, run
 from croco.pipeline.compute import described
-from croco.pipeline.stage import Node
+from croco.pipeline.node import Node
 from croco.pipeline.status import Status
 from croco.stages.prompts import load as prompts_load
 from croco.storage import shards
@@ -112,7 +112,7 @@ def cost(recipe: Recipe, rates: Mapping[str, float], until: str | None = None) -
     if recipe.arena is not None and until is None:
         asked = _arena_prompts(recipe, recipe.arena, test)
         yield _comparisons(recipe, recipe.arena, asked)
-        drawn = len(inputs.arena_sampled(recipe)) * (asked or 0)
+        drawn = len(graph.arena_sampled(recipe)) * (asked or 0)
         if drawn:
             limit = drawn * (recipe.arena.max_new_tokens or recipe.evaluation.max_new_tokens)
             rows, tokens = rows + drawn, tokens + limit

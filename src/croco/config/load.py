@@ -15,7 +15,6 @@ from croco.config.errors import sentence
 from croco.config.recipe import Recipe, Sampling
 from croco.config.sweep import expanded
 from croco.errors import UserError
-from croco.storage.shards import read_json
 
 # what an arm has when nobody says otherwise
 ARM_DEFAULTS = {
@@ -36,6 +35,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: expected a recipe in TOML, found {error}") from None
     if path.suffix == ".json":
+        from croco.storage.shards import read_json
+
         values = read_json(path)
     else:
         try:

@@ -92,8 +92,8 @@ class Engines(Section):
 class Vllm(Section):
     """vLLM, started as a server of ours for every role that runs on it."""
 
-    python: str | None = None  # of an environment with vLLM; null is this one
-
+    python: str | None = None
+    """Of an environment with vLLM; null is this one."""
     tensor_parallel: Count = 1
     """GPUs that one engine takes."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9

@@ -14,13 +14,11 @@ Leaves out quantisation, and several adapters in one server.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -28,18 +26,19 @@ import tempfile
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from croco.config.models import Causal, Model, Policy, Reward
 from croco.config.runtime import Server, Vllm
 from croco.errors import UserError
 from croco.models.chat_template import end_ids
+from croco.models.children import started
 from croco.models.config import context_of, generation_config, load_config
 from croco.models.http_client import Call, Wire
 from croco.models.openai_scorer import ServerScorer
@@ -48,7 +47,6 @@ from croco.models.protocols import Decoding, Request, Sampled
 from croco.storage.hashing import local_model
 from croco.storage.seeds import digest
 
-END_SECONDS = 60.0  # that a server has to end by itself
 START_SECONDS = 3600.0  # that it has to load a model
 ROWS_AHEAD = 512  # completions asked for at once: twice what vLLM computes together by default
 CPU_CACHE_GIB = "4"  # of keys and values, where there is no GPU and VLLM_CPU_KVCACHE_SPACE does not say
@@ -350,46 +348,6 @@ def vllm_words(vllm: Vllm) -> list[str]:
     if "gpu_memory_utilization" in vllm.model_fields_set:
         words += ["--gpu-memory-utilization", str(vllm.gpu_memory_utilization)]
     return words + (["--enforce-eager"] if vllm.enforce_eager else [])
-
-
-@contextmanager
-def started(
-    words: list[str],
-    environment: Mapping[str, str],
-    log: IO[bytes],
-    *,
-    stdin: int = subprocess.DEVNULL,
-    stdout: int | IO[bytes] | None = None,
-    cwd: Path | None = None,
-) -> Iterator[subprocess.Popen[bytes]]:
-    """A program in a session of its own, ended with the context and with this process; its words go to `log`."""
-    process = subprocess.Popen(
-        words,
-        env=dict(environment),
-        cwd=cwd,
-        stdin=stdin,
-        stdout=log if stdout is None else stdout,
-        stderr=log,
-        start_new_session=True,
-        preexec_fn=_end_with_parent(),
-    )
-    try:
-        yield process
-    finally:
-        process.terminate()
-        try:
-            process.wait(END_SECONDS)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def _end_with_parent() -> Callable[[], None] | None:
-    """For a child to be told to end when we are killed; Linux alone has it."""
-    if sys.platform != "linux":
-        return None
-    prctl, set_death_signal = ctypes.CDLL(None).prctl, 1  # looked up before the fork
-    return lambda: prctl(set_death_signal, signal.SIGTERM)
 
 
 def _wait_until_ready(

@@ -10,7 +10,7 @@ from collections.abc import Hashable
 
 from croco.config.arms import ENGLISH, Arm
 from croco.config.recipe import Recipe
-from croco.pipeline.stage import Reference
+from croco.pipeline.node import Reference
 from croco.storage.hashing import canonical
 
 

@@ -19,10 +19,18 @@ from croco.config.recipe import Evaluation, Prompts, Recipe
 from croco.errors import UserError
 from croco.lab import WORLD
 from croco.pipeline.arms import arm_of, num_completions, num_rounds_before, num_scored, sampled_languages
-from croco.pipeline.stage import Given, Settings
+from croco.pipeline.node import Given, Settings
 from croco.storage.hashing import file_identity, folder_identity, local_model, model_identity
 from croco.storage.seeds import digest as seed_digest
 from croco.storage.shards import read_json
+
+
+def tuning_prompts_settings(recipe: Recipe, arm: str | None) -> Settings:
+    return prompts_settings(recipe, recipe.prompts, "prompts", recipe.prompts_languages)
+
+
+def eval_prompts_settings(recipe: Recipe, arm: str | None) -> Settings:
+    return test_prompts_settings(recipe, recipe.evaluation, "evaluation", recipe.evaluation_languages)
 
 
 def prompts_settings(
@@ -62,7 +70,15 @@ def test_prompts_settings(
     return settings
 
 
-def translate_settings(recipe: Recipe, languages: Sequence[str]) -> Settings:
+def translate_settings(recipe: Recipe, arm: str | None) -> Settings:
+    return _translate_settings(recipe, recipe.run.languages)
+
+
+def eval_translate_settings(recipe: Recipe, arm: str | None) -> Settings:
+    return _translate_settings(recipe, recipe.run.evaluated)
+
+
+def _translate_settings(recipe: Recipe, languages: Sequence[str]) -> Settings:
     assert recipe.translate is not None
     settings = recipe.translate.model_dump(
         mode="json", exclude={"trust_remote_code", "evaluation", "revision"}
@@ -181,8 +197,10 @@ def pair_settings(recipe: Recipe, arm: str | None) -> Settings:
         rules["completions"] = section.completions
     if section.part:
         rules["part"] = section.part
-    # texts are told apart among these too, beside the languages of the prompts
-    rules["held_out_languages"] = sorted(recipe.run.held_out_languages)
+    if section.guards.wrong_language != "off":
+        rules["evaluated"] = sorted(
+            recipe.run.evaluated
+        )  # a text in the wrong language may be in any of these
     return rules | {"seed": recipe.run.seed}
 
 

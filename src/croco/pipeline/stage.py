@@ -1,9 +1,9 @@
-"""A stage: a function that turns tables into the next table, and a frozen record that says when it is finished.
+"""Runs a stage: a function that turns tables into the next table, and a record that says when it is finished.
 
 The contract: a stage's folder holds shards with markers, a ledger of what was left out, and `stage.json` with the
 resolved settings, their fingerprint, what it read, and what it took. A complete stage whose fingerprint matches is
 skipped; a mismatch stops and names the fields; an unfinished stage redoes only the shards without a marker. Always
-read = written + dropped. Which stages there are is `pipeline/run.py`.
+read = written + dropped. Which stages there are is `graph.py`.
 """
 
 from __future__ import annotations
@@ -11,105 +11,28 @@ from __future__ import annotations
 import fcntl
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
 import pyarrow as pa
 
-from croco.config.recipe import Recipe
 from croco.config.runtime import Runtime
 from croco.errors import StaleStage, UserError
 from croco.pipeline import status
+from croco.pipeline.node import Node, Settings, settings_values
 from croco.pipeline.progress import Progress, progress
-from croco.pipeline.status import Status
+from croco.pipeline.status import WRONG, Status, status_of
 from croco.storage import provenance, seeds, shards
-from croco.storage.hashing import digest
 from croco.storage.schemas import DROPPED, TABLES, Table
-from croco.storage.shards import Record, Science
+from croco.storage.shards import Record
 
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"  # of a run's folder
-Settings = dict[str, Any]  # JSON values; `Given` where a stage needs more than its fingerprint holds
-Reference = tuple[str, str | None]  # a stage's name and its arm
-
-
-def _once(recipe: Recipe) -> list[str | None]:
-    return [None]
-
-
-@dataclass(frozen=True)
-class Given:
-    """A setting of which the fingerprint holds an identity: a model's path, say, and the digest of its weights."""
-
-    value: Any  # what the stage's function gets
-    identity: Any  # JSON
-
-
-def settings_values(settings: Settings) -> Settings:
-    """Settings as a stage's function gets them."""
-    return {name: value.value if isinstance(value, Given) else value for name, value in settings.items()}
-
-
-def settings_identities(settings: Settings) -> Settings:
-    """Settings as the fingerprint holds them."""
-    return {name: value.identity if isinstance(value, Given) else value for name, value in settings.items()}
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One step of the pipeline; building one runs nothing and imports nothing."""
-
-    name: str  # its folder and its command
-    version: int  # raised when what the function computes changes meaning
-    function: str  # "croco.stages.sample:sample", imported when it runs
-    table: str  # a name of records.TABLES, or "" when it writes no table
-    settings: Callable[[Recipe, str | None], Settings]  # the resolved values that change the science
-    follows: Callable[[Recipe, str | None], list[Reference]]  # the stages it reads
-    arms: Callable[[Recipe], list[str | None]] = _once  # one run per arm, or [None] for one shared run
-    reads_all: tuple[str, str] | None = None  # (unit, stage): it must account for every row of that input
-    added: tuple[str, ...] = ()  # settings that the records of earlier versions lack
-    makes: tuple[str, ...] = ()  # files and folders of its own in its folder, beside shards and ledger
-
-
-@dataclass(frozen=True)
-class Node:
-    """A stage for one arm, or shared (arm None), with the fingerprints of what it reads."""
-
-    stage: Stage
-    arm: str | None
-    folder: Path
-    settings: Settings
-    inputs: Mapping[str, Node]
-    not_recorded: tuple[str, ...] = ()  # settings that its record, of an earlier version, lacks
-
-    @property
-    def title(self) -> str:
-        return self.stage.name if self.arm is None else f"{self.stage.name}/{self.arm}"
-
-    @cached_property
-    def science(self) -> Science:
-        """What the fingerprint is the digest of."""
-        return {
-            "name": self.stage.name,
-            "version": self.stage.version,
-            "arm": self.arm,
-            "settings": {
-                name: value
-                for name, value in settings_identities(self.settings).items()
-                if name not in self.not_recorded
-            },
-            "inputs": {name: node.fingerprint for name, node in self.inputs.items()},
-        }
-
-    @cached_property
-    def fingerprint(self) -> str:
-        return digest(self.science)
 
 
 @dataclass
@@ -234,13 +157,16 @@ def lock(run: Path) -> Iterator[None]:
         yield
 
 
-def execute(node: Node, runtime: Runtime) -> Record:
-    """Run one node to completion, or finish what an earlier process began; returns its `stage.json`."""
-    now = status.status(node)
+def execute(node: Node, runtime: Runtime, now: Status | None = None) -> Record:
+    """Run one node to completion, or finish what an earlier process began; returns its `stage.json`.
+
+    `now` is the node's state, if it is known.
+    """
+    now = now or status_of(node)
     if now.kind == "complete":
         return shards.read_record(node.folder)
-    if now.kind in ("stale", "damaged"):
-        raise StaleStage(f"{node.title} was made otherwise: {'; '.join(now.changes)}")
+    if now.kind in WRONG:
+        raise StaleStage(f"{node.title} was made with other settings: {'; '.join(now.changes)}")
     for before in node.inputs.values():
         try:
             status.check_contents(before)

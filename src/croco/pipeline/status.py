@@ -1,4 +1,4 @@
-"""How a stage's folder stands against the recipe: missing, unfinished, complete, stale with what changed, or damaged.
+"""Compares a stage's folder with the recipe: missing, unfinished, complete, stale with what changed, or damaged.
 
 Reads `stage.json`, the markers and row counts in Parquet metadata, never a table; running a stage is `stage.py`.
 """
@@ -10,27 +10,26 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from croco.errors import StaleStage, UserError
+from croco.pipeline.node import Node
 from croco.storage import provenance, shards
 from croco.storage.shards import Record
 
-if TYPE_CHECKING:
-    from croco.pipeline.stage import Node
+WRONG = ("stale", "damaged")
 
 
 @dataclass(frozen=True)
 class Status:
-    """How a node's folder stands: 'missing', 'unfinished', 'complete', 'stale' with the changes, or 'damaged' with what
-    is wrong."""
+    """The state of a node's folder: 'missing', 'unfinished', 'complete', or with what is wrong 'stale' or 'damaged'."""
 
     kind: str
     changes: tuple[str, ...] = ()
 
 
-def status(node: Node, contents: bool = False) -> Status:
-    """How a node's folder stands against the recipe; reads `stage.json`, and row counts when it is complete.
+def status_of(node: Node, contents: bool = False) -> Status:
+    """The state of a node's folder; reads `stage.json`, and row counts when it is complete.
 
     With `contents` the bytes of what it made are read too. Raises UserError when the folder is somebody else's.
     """
@@ -187,23 +186,28 @@ def balance(
             )
 
 
-def stop_or_clear(
-    todo: list[Node], rebuild: bool, say: Callable[[str], None], every: list[Node] | None = None
-) -> None:
-    """Stop at stale and damaged stages with what is wrong; with `rebuild`, remove them and those after them."""
-    known = {id(node): status(node, contents=rebuild) for node in todo}
-    wrong = {key: now for key, now in known.items() if now.kind in ("stale", "damaged")}
-    if wrong and not rebuild:
-        raise StaleStage(stale_message([(node, wrong[id(node)]) for node in todo if id(node) in wrong]))
-    gone: dict[int, Node] = {}
-    for node in every or todo:
-        if id(node) in wrong or any(id(before) in gone for before in node.inputs.values()):
-            gone[id(node)] = node
+def stop_if_wrong(known: Mapping[Node, Status]) -> None:
+    """Raise StaleStage when a stage is stale or damaged, with what is wrong."""
+    wrong = [(node, now) for node, now in known.items() if now.kind in WRONG]
+    if wrong:
+        raise StaleStage(stale_message(wrong))
+
+
+def clear_wrong(
+    known: Mapping[Node, Status], every: Sequence[Node], say: Callable[[str], None]
+) -> dict[Node, Status]:
+    """Remove stale and damaged stages, and those of `every` after them; returns the states that follow."""
+    gone: list[Node] = []
+    for node in every:
+        wrong = node in known and known[node].kind in WRONG
+        if wrong or any(before in gone for before in node.inputs.values()):
+            gone.append(node)
     # the last first: a kill in between must not leave a stage that stands on one that is gone
-    for node in reversed(gone.values()):
+    for node in reversed(gone):
         if os.path.lexists(node.folder / shards.RECORD):
             clear(node)
             say(f"{node.title:<24} removed, to be made again")
+    return {**known, **{node: Status("missing") for node in gone}}
 
 
 def stale_message(wrong: Sequence[tuple[Node, Status]]) -> str:

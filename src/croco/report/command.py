@@ -36,9 +36,9 @@ def page(folder: Path, say: Callable[[str], None]) -> str:
 
 
 def _titles(recipe: Recipe) -> list[str]:
-    from croco.pipeline import run
+    from croco.pipeline.graph import nodes
 
-    return [node.title for node in run.nodes(recipe) if node.stage.name != "report"]
+    return [node.title for node in nodes(recipe) if node.stage.name != "report"]
 
 
 def progress(folder: Path, recipe: Recipe) -> Table:

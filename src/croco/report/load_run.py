@@ -16,7 +16,7 @@ from croco.config.load import load
 from croco.config.recipe import Recipe
 from croco.errors import UserError
 from croco.pipeline.arms import scores_of as scores_read_by
-from croco.pipeline.run import STAGES
+from croco.pipeline.graph import STAGES
 from croco.stages.evaluate.results import BASE
 from croco.storage import shards
 

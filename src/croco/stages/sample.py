@@ -24,8 +24,10 @@ from croco.errors import UserError
 from croco.models.chat_template import request, same_ids
 from croco.models.open import open_sampler
 from croco.models.protocols import Decoding, Request, Sampled, Sampler
-from croco.pipeline.compute import Advance, Finished, compute
-from croco.pipeline.stage import Settings, Work
+from croco.pipeline.compute import compute
+from croco.pipeline.node import Settings
+from croco.pipeline.stage import Work
+from croco.pipeline.workers import Advance, ShardResult
 from croco.stages.prompts.part import asked
 from croco.storage.schemas import COMPLETIONS, ledger
 from croco.storage.seeds import sample_seed
@@ -73,7 +75,7 @@ class SampleWorker:
         if tuned is not None and (tuned.model, tuned.revision) != (self.policy.model, self.policy.revision):
             self.facts["ids_kept"] = self.keep_ids = _means_the_same(self.tokenizer, tuned)
 
-    def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[Finished]:
+    def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[ShardResult]:
         """Several shards in one stream, so that the batch does not run empty at every shard's end."""
         sampling, wanted = self.settings["sampling"], {index: self.shard(index) for index in indices}
         decoding = Decoding(
@@ -98,7 +100,7 @@ class SampleWorker:
                 field = table.schema.field(place)
                 table = table.set_column(place, field, pa.nulls(table.num_rows, field.type))
             read = {"completion": len(wanted[index]) * sampling["completions"]}
-            yield Finished(
+            yield ShardResult(
                 index, table, dropped, read, {"tokens": pc.sum(table["completion_tokens"]).as_py() or 0}
             )
 

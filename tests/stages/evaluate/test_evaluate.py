@@ -11,7 +11,8 @@ from croco.models.chat_template import conversation_ids
 from croco.models.loading import load_reward
 from croco.models.lora import apply_lora, save_adapter
 from croco.pipeline.fingerprint import evaluate_settings, results_settings
-from croco.pipeline.stage import Work, settings_values
+from croco.pipeline.node import settings_values
+from croco.pipeline.stage import Work
 from croco.stages.evaluate.evaluate import evaluate, evaluation_seed, plan_batches, results
 from croco.stages.train.settings import LoraSettings
 from croco.storage import shards

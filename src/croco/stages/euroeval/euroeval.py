@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from croco.config.recipe import Recipe
 from croco.config.runtime import EuroEvalRuntime
 from croco.errors import UserError
 from croco.models import vllm_server
+from croco.models.children import started
 from croco.models.open import tuned_weights
 from croco.pipeline.stage import Work
 from croco.stages.euroeval.results_file import Record, read_records, rows_of
@@ -48,7 +49,7 @@ class Task:
     dataset: str
 
 
-def check(recipe: Recipe) -> None:
+def check(recipe: Recipe, say: Callable[[str], None] = print) -> None:
     """Raise UserError when what the stage runs on is not there: before the stages in front of it take days."""
     runtime = recipe.runtime.euroeval
     if not Path(runtime.python).exists():
@@ -195,9 +196,7 @@ def run(work: Work, folder: Path, tasks: Sequence[Task]) -> Iterator[tuple[Task,
         pipe = subprocess.PIPE
         with (
             log.open("ab") as file,
-            vllm_server.started(
-                words, _environment(runtime), file, stdin=pipe, stdout=pipe, cwd=folder
-            ) as process,
+            started(words, _environment(runtime), file, stdin=pipe, stdout=pipe, cwd=folder) as process,
         ):
             assert process.stdin is not None
             assert process.stdout is not None

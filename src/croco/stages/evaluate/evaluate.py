@@ -23,8 +23,10 @@ from croco.config.models import Reward
 from croco.config.runtime import Runtime
 from croco.models.open import open_sampler, open_scorer, tuned_weights
 from croco.models.protocols import Decoding, Scorer
-from croco.pipeline.compute import Advance, Finished, compute
-from croco.pipeline.stage import Settings, Work
+from croco.pipeline.compute import compute
+from croco.pipeline.node import Settings
+from croco.pipeline.stage import Work
+from croco.pipeline.workers import Advance, ShardResult
 from croco.stages.arena.results import arena_rows, compared_in_all_arms
 from croco.stages.evaluate.fidelity import found_languages, language_mode
 from croco.stages.evaluate.results import BASE, language_groups, on_common_prompts, summarise
@@ -121,7 +123,7 @@ class DrawWorker:
         )
         self.facts = self.sampler.facts
 
-    def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[Finished]:
+    def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[ShardResult]:
         """Temperature by temperature, the shards of each in one stream."""
         asked = [self.batches[index] for index in indices]
         for temperature in sorted({batch.temperature for batch in asked}):
@@ -137,7 +139,7 @@ class DrawWorker:
                 on_prompt=partial(advance, same[0].samples),
             ):
                 tokens = sum(table["completion_tokens"].to_pylist())
-                yield Finished(index, table, dropped, {}, {"tokens": tokens})
+                yield ShardResult(index, table, dropped, {}, {"tokens": tokens})
 
 
 class JudgeWorker:
@@ -165,7 +167,7 @@ class JudgeWorker:
             self.facts = scorer.facts
             self.judge = partial(_judge_by_reward, reward.max_tokens, scorer, tokenizer)
 
-    def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[Finished]:
+    def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[ShardResult]:
         """Shard by shard, each as it was drawn."""
         for index in indices:
             batch = self.batches[index]
@@ -175,7 +177,7 @@ class JudgeWorker:
             table, dropped = tabulate(self.arm, batch, answered, *self.judge(batch, answered))
             size = batch.prompts.height * batch.samples
             advance(size)
-            yield Finished(index, table, dropped, {"completion": size}, {"completions": answered.height})
+            yield ShardResult(index, table, dropped, {"completion": size}, {"completions": answered.height})
 
 
 def _judge_lab(batch: Batch, answered: pl.DataFrame) -> Judgement:

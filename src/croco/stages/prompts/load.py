@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ import pyarrow.compute as pc
 from croco.config.recipe import Recipe
 from croco.errors import UserError
 from croco.pipeline.fingerprint import prompts_settings
-from croco.pipeline.stage import Settings, Work, settings_values
+from croco.pipeline.node import Settings, settings_values
+from croco.pipeline.stage import Work
 from croco.stages.prompts.columns import FileRow, Turn, Unusable, warn_of_unread
 from croco.stages.prompts.files import EXPECTED, SUFFIXES, Located, file_rows, kind
 from croco.storage.hashing import canonical
@@ -86,6 +87,18 @@ def load_settings(settings: Settings, key: str) -> Loaded:
         **{name: settings[name] for name in FROM_SOURCE if name in settings},
     )
     return loaded if order is None else first_of_shuffled(loaded, limit, order[1])
+
+
+def check_overlap(recipe: Recipe, say: Callable[[str], None]) -> None:
+    """Raise UserError when most test prompts are prompts tuned on, say when some are."""
+    same, num = overlap(recipe)
+    sentence = (
+        f"{same:,} of {num:,} test prompts of evaluation.source = '{recipe.evaluation.source}' are prompts"
+    )
+    if 2 * same > num:
+        raise UserError(f"{sentence} of prompts.source = '{recipe.prompts.source}' too: expected others")
+    if same:
+        say(f"{'eval-prompts':<24} {sentence} tuned on too")
 
 
 def overlap(recipe: Recipe) -> tuple[int, int]:

@@ -29,9 +29,10 @@ from croco.errors import UserError
 from croco.models.chat_template import conversations_ids
 from croco.models.open import open_scorer
 from croco.models.protocols import Scorer, ScoreRequest
-from croco.pipeline.compute import Advance, Finished, compute
-from croco.pipeline.stage import Settings, Work
-from croco.stages.pair.keys import REFERENCE
+from croco.pipeline.compute import compute
+from croco.pipeline.node import Settings
+from croco.pipeline.stage import Work
+from croco.pipeline.workers import Advance, ShardResult
 from croco.stages.score.policy_logprobs import (
     Completion,
     Groups,
@@ -41,7 +42,7 @@ from croco.stages.score.policy_logprobs import (
     score_likelihood,
     too_long,
 )
-from croco.storage.schemas import SCORES, ledger
+from croco.storage.schemas import REFERENCE, SCORES, ledger
 from croco.storage.seeds import digest
 from croco.storage.shards import read_arrow, read_table, shard_path, shards
 
@@ -85,7 +86,7 @@ class ScoreWorker:
         else:
             self.name, self.score_shard, self.facts = _scorer(settings, runtime, replica)
 
-    def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[Finished]:
+    def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[ShardResult]:
         """Shard by shard, each the mirror of a shard of completions."""
         for index in indices:
             rows = read_arrow(shard_path(self.samples, index), COLUMNS)
@@ -96,7 +97,7 @@ class ScoreWorker:
             table, dropped = tabulate([group for _, group in groups], scored, self.name)
             advance(rows.num_rows)
             counts = {"completion": rows.num_rows}
-            yield Finished(index, table, dropped, counts, {"completions": rows.num_rows})
+            yield ShardResult(index, table, dropped, counts, {"completions": rows.num_rows})
 
 
 def score_references(work: Work) -> None:
@@ -113,7 +114,7 @@ class ReferenceWorker:
         self.prompts, self.name = prompts, reward.model
         self.score_shard, self.facts = _reward(reward, runtime, replica)
 
-    def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[Finished]:
+    def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[ShardResult]:
         """Shard by shard."""
         for index in indices:
             columns = ["prompt_id", "language", "messages", "reference"]
@@ -132,7 +133,7 @@ class ReferenceWorker:
             # a gold completion that is too long leaves its prompt without one
             drops = [("prompt", *row[1:]) for row in zip(*dropped.to_pydict().values(), strict=True)]
             advance(len(prompts))
-            yield Finished(index, table, ledger([*without, *drops]), {"prompt": len(prompts)})
+            yield ShardResult(index, table, ledger([*without, *drops]), {"prompt": len(prompts)})
 
 
 def tabulate(

@@ -14,19 +14,18 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from croco.config.models import Policy
 from croco.config.runtime import Runtime
 from croco.errors import UserError
+from croco.models.children import end_with
 from croco.models.loading import load_policy, pick_device, pick_dtype
 from croco.stages.train.distributed import rank
 from croco.stages.train.memory_plan import check_weights
@@ -186,8 +185,7 @@ def _follow(process: subprocess.Popen[bytes], steps: Path, advance: Advance) -> 
 
 def main(place: Path) -> int:
     """One of several processes: do the job that lies in `place`; rank 0 says how far it is, and what came of it."""
-    parent = int(os.environ[PARENT])
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    end_with(int(os.environ[PARENT]))
     said = shards.read_json(place / "job.json")
     paths = {name: Path(said[name]) for name in PATHS if said[name] is not None}
     sections = {"policy": Policy(**said["policy"]), "runtime": Runtime(**said["runtime"])}
@@ -220,20 +218,6 @@ def main(place: Path) -> int:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return 0
-
-
-def _end_with(parent: int) -> None:
-    """SIGKILL to oneself once the process that wanted this is gone."""
-    while _lives(parent):
-        time.sleep(POLL_SECONDS)
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _lives(pid: int) -> bool:
-    try:
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
 
 
 if __name__ == "__main__":
