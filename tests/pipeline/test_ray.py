@@ -16,7 +16,8 @@ import pytest
 
 from croco.errors import UserError
 from croco.pipeline.ray import ShardWorker
-from croco.storage.shards import marker_path, write_json
+from croco.storage.files import write_json
+from croco.storage.shards import marker_path
 from toy_workers import NUM_SHARDS, ToyWorker
 
 HERE = Path(__file__).parents[1]

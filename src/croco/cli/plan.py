@@ -17,7 +17,7 @@ from croco.pipeline.compute import described
 from croco.pipeline.node import Node
 from croco.pipeline.status import Status
 from croco.stages.prompts import load as prompts_load
-from croco.storage import shards
+from croco.storage import records, shards
 
 # in a table a token is its id (4 bytes) and about as much text, before compression
 TOKEN_BYTES = 8
@@ -45,7 +45,7 @@ def describe(recipe: Recipe, until: str | None = None) -> Iterator[str]:
 
 def _standing(node: Node, status: Status) -> str:
     if status.kind == "complete":
-        found = shards.read_record(node.folder)
+        found = records.read_record(node.folder)
         return f"complete: {run.counted(node, found)}{found['seconds']:.1f} s"
     if status.kind == "unfinished":
         return f"unfinished ({len(shards.shards(node.folder))} shards there): would go on"
@@ -59,7 +59,7 @@ def rates(recipe: Recipe) -> dict[str, float]:
     found = {}
     for stage, fact in (("sample", "tokens_per_second"), ("score", "completions_per_second")):
         folder = recipe.folder / stage
-        rate = shards.read_record(folder)["facts"].get(fact) if shards.state(folder) != "missing" else None
+        rate = records.read_record(folder)["facts"].get(fact) if records.state(folder) != "missing" else None
         if rate:
             found[stage] = float(rate)
     return found

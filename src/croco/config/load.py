@@ -35,7 +35,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: expected a recipe in TOML, found {error}") from None
     if path.suffix == ".json":
-        from croco.storage.shards import read_json
+        from croco.storage.files import read_json
 
         values = read_json(path)
     else:

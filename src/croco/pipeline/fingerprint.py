@@ -20,9 +20,9 @@ from croco.errors import UserError
 from croco.lab import WORLD
 from croco.pipeline.arms import arm_of, num_completions, num_rounds_before, num_scored, sampled_languages
 from croco.pipeline.node import Given, Settings
+from croco.storage.files import read_json
 from croco.storage.hashing import file_identity, folder_identity, local_model, model_identity
 from croco.storage.seeds import digest as seed_digest
-from croco.storage.shards import read_json
 
 
 def tuning_prompts_settings(recipe: Recipe, arm: str | None) -> Settings:
@@ -134,10 +134,11 @@ def sample_settings(recipe: Recipe, arm: str | None) -> Settings:
     if section.sampler:
         policy = Policy(**section.sampler.model_dump(), instruction=policy.instruction)
         key = f"arms.{arm}.sampler"
-    rounds, tuned = num_rounds_before(recipe, arm), recipe.policy
+    rounds = num_rounds_before(recipe, arm)
+    tokenizer = Policy(**recipe.policy.model_dump(include={"model", "revision", "trust_remote_code"}))
     return {
         "policy": given_policy(policy, languages, key),
-        "ids_of": Given(tuned, model_identity(tuned.model, tuned.revision, "policy.model")),
+        "ids_of": Given(tokenizer, model_identity(tokenizer.model, tokenizer.revision, "policy.model")),
         "sampling": sampling | {"completions": num_completions(recipe, arm)},
         # the noise of an earlier round is in what it was tuned on: another for each
         "seed": seed_digest("round", recipe.run.seed, rounds) if rounds else recipe.run.seed,

@@ -32,7 +32,7 @@ from croco.pipeline.workers import (
     WorkerFactory,
     groups,
 )
-from croco.storage.shards import read_record
+from croco.storage.records import read_record
 
 SHARD = pa.schema(
     [

@@ -19,7 +19,7 @@ from croco.pipeline import run as pipeline
 from croco.pipeline import status
 from croco.pipeline.graph import nodes
 from croco.pipeline.stage import lock
-from croco.storage import shards
+from croco.storage import records
 
 Say = Callable[[str], None]
 SCORERS = (
@@ -124,9 +124,9 @@ def complete(recipe: Recipe) -> dict[str, str]:
         for node in nodes(part):
             wanted = ("results", "pair", "train") if until is None else ("score",)
             if node.stage.name in wanted:
-                if (state := shards.state(node.folder)) != "complete":
+                if (state := records.state(node.folder)) != "complete":
                     raise UserError(f"{node.folder} is {state}: run `croco run` first")
-                fingerprints[f"{part.folder.name}/{node.title}"] = shards.read_record(node.folder)[
+                fingerprints[f"{part.folder.name}/{node.title}"] = records.read_record(node.folder)[
                     "fingerprint"
                 ]
     return fingerprints

@@ -18,7 +18,7 @@ from croco.errors import UserError
 from croco.models.loading import load_policy
 from croco.stages.train.distributed import shares
 from croco.stages.train.launch import Job, num_processes, tune
-from croco.storage.shards import write_json
+from croco.storage.files import write_json
 from stages.train.pairs import make_pairs, write_pairs
 from stages.train.ranks import UNEVEN, gradients, whole_run
 from stages.train.test_train import metrics
@@ -171,7 +171,7 @@ import sys
 from pathlib import Path
 from croco.config.models import Policy
 from croco.config.runtime import Runtime
-from croco.storage.shards import read_json
+from croco.storage.files import read_json
 from croco.stages.train.launch import Job, tune
 said = read_json(Path(sys.argv[1]))
 said |= {"policy": Policy(**said["policy"]), "runtime": Runtime(**said["runtime"])}

@@ -29,7 +29,8 @@ from croco.pipeline import run as pipeline
 from croco.stages.translate.formats import FORMATS
 from croco.stages.translate.translate import TranslateWorker
 from croco.storage import shards
-from croco.storage.shards import read_dropped, read_json, read_table
+from croco.storage.files import read_json
+from croco.storage.shards import read_dropped, read_table
 from served import Served, serve
 
 LIMIT = 40  # new tokens
