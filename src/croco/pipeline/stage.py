@@ -169,6 +169,7 @@ def execute(node: Node, runtime: Runtime, now: Status | None = None) -> Record:
         raise StaleStage(f"{node.title} was made with other settings: {'; '.join(now.changes)}")
     for before in node.inputs.values():
         try:
+            status.mend_ledger(before)
             status.check_contents(before)
         except UserError as error:
             raise StaleStage(status.stale_message([(before, Status("damaged", (str(error),)))])) from None
@@ -233,7 +234,7 @@ def _finish(node: Node, found: Record) -> Record:
     counts = status.verify(node, found)
     if (
         node.stage.reads_all is not None and "completions" not in node.settings
-    ):  # it asks for some of them only
+    ):  # else it asks for some of them
         unit, name = node.stage.reads_all
         there = records.read_record(node.inputs[name].folder)["counts"]["written"][unit]
         if counts["read"].get(unit) != there:
@@ -247,7 +248,7 @@ def _finish(node: Node, found: Record) -> Record:
     found["state"], found["counts"] = "complete", counts
     if not node.stage.table:
         found["files"] = status.files_made(node)
-        found["digests"] = files.file_digests(node.folder, found["files"])
+    found["digests"] = files.file_digests(node.folder, found.get("files", ["dropped.parquet"]))
     records.write_record(node.folder, found)
     remove_scratch(node)
     return found

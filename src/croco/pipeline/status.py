@@ -140,13 +140,21 @@ def check_contents(node: Node) -> None:
 
 def mend_ledger(node: Node) -> bool:
     """Write the merged ledger of a complete stage again, from those of its shards, when it is gone or damaged."""
-    dropped = records.read_record(node.folder)["counts"].get("dropped", {})
+    if not node.stage.table:
+        return False
+    record, name = records.read_record(node.folder), "dropped.parquet"
+    digest = record.get("digests", {}).get(name)
     try:
-        if not node.stage.table or shards.read_dropped(node.folder).height == sum(dropped.values()):
+        if digest is not None:
+            files.check_digest(node.folder / name, digest)
+            return False
+        if shards.num_rows(node.folder / name) == sum(record["counts"].get("dropped", {}).values()):
             return False
     except UserError:
         pass
     shards.merge_ledgers(node.folder)
+    record["digests"] = files.file_digests(node.folder, [name])
+    records.write_record(node.folder, record)
     return True
 
 

@@ -50,7 +50,7 @@ class Record(TypedDict):
     starts: PositiveInt
     facts: dict[str, Any]
     files: NotRequired[Counts]  # of a stage without a table: names and sizes
-    digests: NotRequired[dict[str, str]]  # of these files
+    digests: NotRequired[dict[str, str]]  # of these files, or of the ledger
     commit: NotRequired[str | None]
     libraries: NotRequired[dict[str, str]]
     machine: NotRequired[str]
