@@ -95,8 +95,8 @@ def state(folder: Path) -> str:
     """ "complete", "running", or "missing" for a folder without a stage; raises UserError as `read_record`."""
     if not os.path.lexists(folder / RECORD):
         return "missing"
-    found = read_record(folder)["state"]
-    return "missing" if found == "removed" else found
+    recorded = read_record(folder)["state"]
+    return "missing" if recorded == "removed" else recorded
 
 
 def read_marker(path: Path) -> Marker:
