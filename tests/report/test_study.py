@@ -17,7 +17,7 @@ from scipy.stats import kendalltau
 from typer.testing import CliRunner
 
 from croco.cli.main import app
-from croco.config.recipe import load
+from croco.config.load import load
 from croco.config.study import Comparison, Study
 from croco.errors import UserError
 from croco.lab import world as lab

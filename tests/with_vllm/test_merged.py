@@ -9,8 +9,8 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-vllm")
 
 from conftest import TinyModels, write_recipe
+from croco.config.load import load
 from croco.config.models import Policy
-from croco.config.recipe import load
 from croco.config.runtime import Vllm
 from croco.models.chat_template import prompt_ids
 from croco.models.loading import load_policy

@@ -97,9 +97,9 @@ def one_sentence() -> Iterator[None]:
 
 def load_recipe(path: Path, overrides: list[str] | None, limit: int | None = None) -> Recipe:
     """The recipe; with a limit, that of a trial on the first prompts, in a folder of its own."""
-    from croco.config import recipe
+    from croco.config.load import load
 
-    loaded = recipe.load(path, overrides or [])
+    loaded = load(path, overrides or [])
     if limit is None:
         return loaded
     sections = {"prompts": loaded.prompts, "evaluation": loaded.evaluation, "arena": loaded.arena}
@@ -107,7 +107,7 @@ def load_recipe(path: Path, overrides: list[str] | None, limit: int | None = Non
         f"{name}.limit={min(limit, section.limit or limit)}" for name, section in sections.items() if section
     ]
     trial.append(f'run.folder="{loaded.folder}-limit-{limit}"')
-    return recipe.load(path, [*(overrides or []), *trial])
+    return load(path, [*(overrides or []), *trial])
 
 
 def load_run(folder: Path, arm: str) -> Recipe:

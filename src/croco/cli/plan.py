@@ -10,9 +10,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from croco.config.arena import Arena
-from croco.config.arms import languages_of
-from croco.config.euroeval import EuroEval
+from croco.config.evaluation import Arena, EuroEval
 from croco.config.recipe import Evaluation, Prompts, Recipe
 from croco.pipeline import arms, graph, run
 from croco.pipeline.compute import described
@@ -156,7 +154,7 @@ def _trained(recipe: Recipe, tuning: int) -> str:
     """What all arms are tuned on at most: a pair per pool, or as many as the arm asks for."""
     total = 0
     for arm in recipe.arms.values():
-        languages = len(languages_of(recipe, arm))
+        languages = len(recipe.languages_of(arm))
         pools = {"language": languages, "all": 1}[arm.pool] if isinstance(arm.pool, str) else len(arm.pool)
         prompts = tuning // len(recipe.run.languages) // (arm.part[1] if arm.part else 1)
         shown = languages if arm.prompt == "each" and arm.pool == "all" else 1

@@ -10,11 +10,12 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from croco.config.arena import Arena
 from croco.config.arms import Alignment, Origin
-from croco.config.euroeval import VERSION as EUROEVAL_VERSION
+from croco.config.checks import has_splits
+from croco.config.evaluation import VERSION as EUROEVAL_VERSION
+from croco.config.evaluation import Arena
 from croco.config.models import Judge, Policy, Reward
-from croco.config.recipe import Evaluation, Prompts, Recipe, has_splits
+from croco.config.recipe import Evaluation, Prompts, Recipe
 from croco.errors import UserError
 from croco.lab import WORLD
 from croco.pipeline.arms import arm_of, num_completions, num_rounds_before, num_scored, sampled_languages

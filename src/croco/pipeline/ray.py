@@ -143,7 +143,7 @@ class ShardWorker:
         try:
             os.chdir(self.place)
             seen = record.exists() and read_record(self.folder)["fingerprint"] == self.fingerprint
-        except OSError:
+        except (OSError, UserError):
             seen = False
         if not seen:
             raise UserError(

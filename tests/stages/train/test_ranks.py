@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from croco.config import recipe as recipes
+from croco.config import load as recipes
 from croco.errors import UserError
 from croco.models.loading import load_policy
 from croco.stages.train.distributed import shares

@@ -21,7 +21,7 @@ import killed
 import tiny
 from conftest import TinyModels
 from croco.cli.main import app
-from croco.config.recipe import load
+from croco.config.load import load
 from croco.errors import UserError
 from croco.models.chat_template import prompt_ids
 from croco.models.open import open_sampler

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from croco import languages
-from croco.config.recipe import NO_PROMPTS, Recipe, apply_override, from_dict
+from croco.config.load import NO_PROMPTS, apply_override, from_dict
+from croco.config.recipe import Recipe
 from croco.errors import UserError
 from croco.pipeline.fingerprint import pair_settings
 from croco.pipeline.stage import Work

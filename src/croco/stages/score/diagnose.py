@@ -20,7 +20,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from croco import languages
-from croco.config.recipe import NO_PROMPTS, Recipe, apply_override, from_dict
+from croco.config.load import NO_PROMPTS, apply_override, from_dict
+from croco.config.recipe import Recipe
 from croco.errors import UserError
 from croco.models import open
 from croco.pipeline.progress import progress

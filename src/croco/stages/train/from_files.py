@@ -17,7 +17,8 @@ import polars as pl
 import pyarrow as pa
 
 from croco import languages
-from croco.config.recipe import NO_PROMPTS, Recipe, apply_override, from_dict
+from croco.config.load import NO_PROMPTS, apply_override, from_dict
+from croco.config.recipe import Recipe
 from croco.errors import UserError
 from croco.pipeline.progress import Progress, progress
 from croco.pipeline.stage import LOCK, lock

@@ -1,4 +1,4 @@
-"""`[euroeval]` of the recipe: which of EuroEval's datasets, and how they are asked."""
+"""`[arena]` and `[euroeval]` of the recipe: completions before a judge, and structured tasks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,33 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from croco.config.runtime import Section
+from croco.config.runtime import Positive, Section
+
+
+class Arena(Section):
+    """Every arm's greedy completions against the base's, before a judge."""
+
+    judge: Literal["model", "lab"] = "model"
+    """The model of [judge], or the lab's program."""
+    source: str | None = None
+    """Prompts of its own, as in [evaluation]; null is the prompts of [evaluation]."""
+    split: str = "test"
+    """Of the lab or a hub data set."""
+    revision: str | None = None
+    """Of a hub data set."""
+    limit: Positive | None = None
+    """Prompts per language, the first ones."""
+    id_column: str = "prompt_id"
+    """As in [prompts]."""
+    language_column: str = "language"
+    """As in [prompts]."""
+    languages: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Of those that are evaluated; none named is all of them."""
+    max_new_tokens: Positive | None = None
+    """Of a completion; null is evaluation.max_new_tokens."""
+
+
+# EuroEval -------------------------------------------------------------------------------------------------------------
 
 VERSION = "18.3.0"  # whose results files are read; `evaluation/euroeval-constraints.txt` pins what it runs on
 
@@ -38,16 +64,18 @@ OURS = ("lab", "reward", "arena")  # benchmarks of the results table that are no
 class EuroEval(Section):
     """Structured tasks, evaluated by EuroEval in an environment of its own; without this section there are none."""
 
-    datasets: dict[str, Names] | None = (
-        None  # per language; null is the paper's, for every evaluated language
-    )
-    local: str | None = (
-        None  # a folder with custom_datasets.py and what it needs, for datasets that are your own
-    )
-    iterations: Annotated[int, Field(ge=2, le=1000)] = 3  # of each dataset; one alone has no interval
+    datasets: dict[str, Names] | None = None
+    """Per language; null is the paper's, for every evaluated language."""
+    local: str | None = None
+    """A folder with custom_datasets.py and what it needs, for data sets of your own."""
+    iterations: Annotated[int, Field(ge=2, le=1000)] = 3
+    """Of each data set; one alone has no interval."""
     split: Literal["test", "val"] = "test"
-    few_shot: bool = True  # examples in the prompt; a task that allows none has none
+    """Of the data sets."""
+    few_shot: bool = True
+    """Examples in the prompt; a task that allows none has none."""
     generative_type: Literal["base", "instruction_tuned", "reasoning"] = "instruction_tuned"
+    """What EuroEval takes the policies for."""
 
     @field_validator("datasets")
     @classmethod
