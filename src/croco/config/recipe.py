@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from croco import languages
-from croco.config.arena import Arena
+from croco.config.arena import Arena, Source, has_splits
 from croco.config.arm import Arm, Guards, Training
 from croco.config.arms import Alignment, Completions, Name, Strings, Sweep, check_arms
 from croco.config.euroeval import EuroEval
@@ -61,16 +61,10 @@ class Run(Section):
         return self
 
 
-class Prompts(Section):
-    source: str = "lab"  # "lab", a .jsonl or .parquet file with messages, or "hf:NAME"
-    split: str = "train"  # of the lab or a hub dataset; files have none
-    revision: str | None = None  # of a hub dataset: a commit, tag or branch
-    limit: Positive | None = None  # prompts per language, the first ones
-    order: Literal["source", "seed"] = (
-        "source"  # "seed": shuffled by run.seed, so that another seed tunes on others
-    )
-    id_column: str = "prompt_id"
-    language_column: str = "language"
+class Prompts(Source):
+    source: str = "lab"
+    # "seed": shuffled by run.seed, so that another seed tunes on others
+    order: Literal["source", "seed"] = "source"
 
 
 class Sampling(Section):
@@ -84,13 +78,9 @@ class Sampling(Section):
     stop: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)] = ()
 
 
-class Evaluation(Section):
+class Evaluation(Source):
     source: str = "lab"
     split: str = "test"
-    revision: str | None = None
-    limit: Positive | None = None
-    id_column: str = "prompt_id"
-    language_column: str = "language"
     temperatures: Temperatures = Field(default=(0.0, 1.0), min_length=1)  # every arm; 0 is greedy
     base_temperatures: Temperatures = ()  # the untuned policy, beside those above
     samples: Annotated[int, Field(gt=0, le=10_000)] = 1  # per prompt and temperature above 0
@@ -214,8 +204,7 @@ class Recipe(Section):
             raise ValueError(f"arena.judge = 'lab' judges prompts of the lab, and they are of '{source}'")
         if arena.judge == "model" and self.judge is None:
             raise ValueError("arena.judge = 'model' is the model of [judge], which is missing")
-        splits = (self.prompts.split, arena.split) if has_splits(source) else ("", "")
-        if arena.source == self.prompts.source and splits[0] == splits[1]:
+        if arena.source and _same_rows(self.prompts, arena):
             raise ValueError(f"arena.source is '{arena.source}', the prompts tuned on: expected others")
         return self
 
@@ -240,9 +229,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _test_prompts_apart(self) -> Recipe:
         tuning, test = self.prompts, self.evaluation
-        if (tuning.source, tuning.split) == (test.source, test.split) or (
-            tuning.source == test.source and not has_splits(tuning.source)
-        ):
+        if _same_rows(tuning, test):
             raise ValueError(f"evaluation.source is '{test.source}', the prompts tuned on: expected others")
         for key, section in (("prompts", tuning), ("evaluation", test)):
             if "split" in section.model_fields_set and not has_splits(section.source):
@@ -254,6 +241,15 @@ class Recipe(Section):
         return self
 
 
+def _same_rows(tuning: Source, test: Source) -> bool:
+    """Whether two sections read the same rows of the same source."""
+    assert tuning.source is not None
+    rows = [section.of(None) for section in (tuning, test)]
+    if not has_splits(tuning.source):
+        rows = [{"source": of["source"], "data_files": of["data_files"]} for of in rows]
+    return rows[0] == rows[1]
+
+
 # what an arm has when nobody says otherwise
 ARM_DEFAULTS = {
     **{name: field.default for name, field in Arm.model_fields.items()},
@@ -263,10 +259,6 @@ ARM_DEFAULTS = {
 
 # what a command on files puts in the place of [prompts] and [evaluation], which it does not read
 NO_PROMPTS = {"prompts": {"source": "files.jsonl"}, "evaluation": {"source": "none.jsonl"}}
-
-
-def has_splits(source: str) -> bool:
-    return source == "lab" or source.startswith("hf:")
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
