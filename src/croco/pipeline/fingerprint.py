@@ -20,7 +20,7 @@ from croco.errors import UserError
 from croco.lab import WORLD
 from croco.pipeline.arms import arm_of, num_completions, num_rounds_before, num_scored, sampled_languages
 from croco.pipeline.stage import Settings
-from croco.storage.files import files_of, is_saved_dataset
+from croco.storage.rows import files_of, is_saved_dataset
 from croco.storage.hashing import file_identity, folder_identity, local_model, model_identity
 from croco.storage.seeds import digest as seed_digest
 from croco.storage.shards import read_json

@@ -36,7 +36,7 @@ from croco.stages.prompts.columns import (
     warn_of_unread,
 )
 from croco.storage import shards
-from croco.storage.files import file_rows, kind
+from croco.storage.rows import file_rows, kind
 from croco.storage.hashing import digest
 from croco.storage.schemas import COMPLETIONS, PROMPTS, SCORES, Table, ledger
 

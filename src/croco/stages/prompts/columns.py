@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 
 from croco.errors import UserError
-from croco.storage.files import kind
+from croco.storage.rows import kind
 from croco.storage.schemas import ROLES, UnknownFinishReason, finish_reason
 
 Turn = dict[str, str]

@@ -23,7 +23,7 @@ from croco.errors import UserError
 from croco.languages import normal
 from croco.pipeline.stage import Work
 from croco.stages.prompts.columns import FileRow, Turn, Unusable, warn_of_unread
-from croco.storage.files import (
+from croco.storage.rows import (
     Located,
     dataset_rows,
     file_rows,

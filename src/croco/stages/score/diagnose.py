@@ -28,7 +28,7 @@ from croco.stages.prompts.columns import FileRow, Unusable
 from croco.stages.score.diagnose_metrics import Row, agreement, rank
 from croco.stages.score.diagnose_page import markdown
 from croco.storage import provenance, shards
-from croco.storage.files import file_rows
+from croco.storage.rows import file_rows
 from croco.storage.schemas import DROPPED, ledger
 
 FILES = ("pairs.parquet", "ranking.parquet", "dropped.parquet", "ranking.md", "diagnosis.json")

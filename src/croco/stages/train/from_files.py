@@ -27,7 +27,7 @@ from croco.stages.train.launch import Job, tune
 from croco.stages.train.model_card import base_name, model_card, settings_rows
 from croco.stages.train.train import TrainResult
 from croco.storage import provenance, shards
-from croco.storage.files import file_rows
+from croco.storage.rows import file_rows
 from croco.storage.hashing import digest, file_identity, model_identity
 from croco.storage.schemas import DROPPED, ledger
 

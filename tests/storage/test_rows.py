@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from croco.errors import UserError
-from croco.storage.files import file_rows, files_of
+from croco.storage.rows import file_rows, files_of
 
 
 @pytest.mark.parametrize(
