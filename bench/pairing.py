@@ -127,7 +127,7 @@ def generate(folder: Path, millions: int, lines: bool) -> None:
 
 def stage(folder: Path, pool: str) -> dict[str, Any]:
     """The stage `pair`, as a run calls it."""
-    from croco.config.recipe import from_dict
+    from croco.config.load import from_dict
     from croco.pipeline.fingerprint import pair_settings
     from croco.pipeline.stage import Work
     from croco.stages.pair.pair import pair
@@ -137,7 +137,7 @@ def stage(folder: Path, pool: str) -> dict[str, Any]:
     recipe = from_dict({"run": {"name": "bench", "languages": LANGUAGES}, "arms": arms})
     shutil.rmtree(folder / "pair", ignore_errors=True)
     work = Work(
-        recipe=recipe, arm="arm", folder=folder / "pair", settings=pair_settings(recipe, "arm"), seed=0,
+        arm="arm", folder=folder / "pair", settings=pair_settings(recipe, "arm"),
         inputs={name: folder / name for name in ("prompts", "sample", "score")}, table=TABLES["pairs"],
         runtime=recipe.runtime, title="pair",
     )  # fmt: skip

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from croco.config.recipe import from_dict
+from croco.config.load import from_dict
 from croco.config.runtime import Vllm
 from croco.errors import UserError
 from croco.models import vllm_server
@@ -52,11 +52,11 @@ def test_the_server_is_told_what_the_recipe_says(tmp_path: Path) -> None:
         "policy": {"model": "org/model", "revision": "abc", "chat_template": "t.jinja"},
         "runtime": {"vllm": {"max_model_len": 2048}},
     })  # fmt: skip
-    words = vllm_server.model_words(recipe.policy, None) + vllm_server.vllm_words(recipe.runtime.vllm)
-    assert words[:6] == ["--model", "org/model", "--revision", "abc", "--chat-template", "t.jinja"]
-    assert words[words.index("--max-model-len") + 1] == "2048"
+    words = vllm_server.policy_words(recipe.policy, None) + vllm_server.vllm_words(recipe.runtime.vllm)
+    for option, value in (("--model", "org/model"), ("--revision", "abc"), ("--chat-template", "t.jinja")):
+        assert words[words.index(option) + 1] == value
     assert "--gpu-memory-utilization" not in words  # vLLM's own, which is another one on a CPU
-    assert vllm_server.model_words(recipe.policy, tmp_path)[:2] == ["--model", str(tmp_path)]
+    assert vllm_server.policy_words(recipe.policy, tmp_path) == ["--model", str(tmp_path)]
 
 
 class Names(Handler):
@@ -73,7 +73,7 @@ def test_a_server_that_does_not_start_or_serve_is_one_sentence(tmp_path: Path) -
     python.chmod(0o755)
     with (
         pytest.raises(UserError, match="vLLM's server did not start: no weights found"),
-        vllm_server.serve(policy, tmp_path, "x", "float32", vllm=Vllm(), python=str(python),
+        vllm_server.serve(vllm_server.policy_words(policy, tmp_path), "x", "float32", vllm=Vllm(), python=str(python),
                       seconds=60, log=tmp_path / "log.txt"),
     ):  # fmt: skip
         pass
@@ -81,4 +81,4 @@ def test_a_server_that_does_not_start_or_serve_is_one_sentence(tmp_path: Path) -
         listening(Names) as address,
         pytest.raises(UserError, match=r"serves openai/croco-base, not 'openai/croco-x'"),
     ):
-        vllm_server.served_context(f"{address}/v1", "openai/croco-x")
+        vllm_server.ask_context(f"{address}/v1", "openai/croco-x")

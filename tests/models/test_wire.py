@@ -18,7 +18,7 @@ from croco.errors import UserError, printable
 from croco.models.http_client import ANSWER_BYTES, REDACTED, Call, Wire
 from croco.models.openai_server import Connection, ServerSampler
 from croco.models.protocols import Decoding, Request, Sampled
-from croco.models.vllm_server import served_context
+from croco.models.vllm_server import ask_context
 from served import Handler, listening
 
 KEY = "sk-croco-test-4711"
@@ -84,7 +84,7 @@ def test_a_key_goes_to_the_recipes_address_only(monkeypatch: pytest.MonkeyPatch)
             with pytest.raises(UserError, match=r"status 302 .*redirects are not followed"):
                 asked(url)
             with pytest.raises(UserError, match="redirects are not followed"):
-                served_context(url, "m", "runtime.euroeval.urls.a", "CROCO_KEY")
+                ask_context(url, "m", "runtime.euroeval.urls.a", "CROCO_KEY")
             assert keys == [f"Bearer {KEY}"] * 2
         for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
             monkeypatch.setenv(name, elsewhere.removesuffix("/v1"))

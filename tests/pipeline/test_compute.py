@@ -10,12 +10,12 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
-from croco.config.recipe import Recipe, from_dict
 from croco.config.runtime import Runtime
 from croco.errors import UserError
 from croco.pipeline import stage
-from croco.pipeline.compute import gpu_shares, groups
-from croco.pipeline.stage import Node, Stage
+from croco.pipeline.compute import gpu_shares
+from croco.pipeline.node import Node, Stage
+from croco.pipeline.workers import groups
 from croco.storage import shards
 from toy_workers import NUM_SHARDS, UNLUCKY
 
@@ -40,9 +40,9 @@ def _environment() -> Iterator[None]:
         assert psutil.wait_procs(started, timeout=20)[1] == []
 
 
-def recipe(executor: str, replicas: int = 2) -> Recipe:
-    runtime = {"device": "cpu", "executor": executor, "replicas": replicas, "ray": {"cpus_per_worker": 0.5}}
-    return from_dict({"run": {"name": "toy", "languages": ["en"]}, "arms": {"a": {}}, "runtime": runtime})
+def on(executor: str, replicas: int = 2) -> Runtime:
+    ray = {"cpus_per_worker": 0.5}
+    return Runtime(device="cpu", executor=executor, replicas=replicas, ray=ray)
 
 
 def node(folder: Path, mishap: str) -> Node:
@@ -57,8 +57,8 @@ def starts(folder: Path, index: int) -> int:
 
 @pytest.mark.parametrize("executor", EXECUTORS)
 def test_several_workers_write_what_one_would(tmp_path: Path, executor: str) -> None:
-    one = stage.execute(node(tmp_path / "one", "none"), recipe(LOCAL, 1))
-    two = stage.execute(node(tmp_path / "two", "none"), recipe(executor))
+    one = stage.execute(node(tmp_path / "one", "none"), on(LOCAL, 1))
+    two = stage.execute(node(tmp_path / "two", "none"), on(executor))
     assert two["counts"] == one["counts"]
     for name in ["dropped.parquet", *(f"part-{index:05d}.parquet" for index in range(NUM_SHARDS))]:
         ours, theirs = (pq.read_table(tmp_path / which / "sample" / name) for which in ("two", "one"))
@@ -73,7 +73,7 @@ def test_several_workers_write_what_one_would(tmp_path: Path, executor: str) -> 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
 def test_a_killed_worker_costs_its_shards_in_flight(tmp_path: Path, executor: str) -> None:
-    found = stage.execute(node(tmp_path, "killed once"), recipe(executor))
+    found = stage.execute(node(tmp_path, "killed once"), on(executor))
     assert found["counts"]["written"] == {"completion": NUM_SHARDS}
     begun = {index: starts(tmp_path, index) for index in range(NUM_SHARDS)}
     assert begun[UNLUCKY] == 2
@@ -99,7 +99,7 @@ def test_what_cannot_go_on_ends_in_one_sentence(
     tmp_path: Path, executor: str, mishap: str, sentence: str
 ) -> None:
     with pytest.raises(UserError, match=sentence) as caught:
-        stage.execute(node(tmp_path, mishap), recipe(executor))
+        stage.execute(node(tmp_path, mishap), on(executor))
     assert "\n" not in str(caught.value)
     if mishap == "killed":
         assert starts(tmp_path, UNLUCKY) == 3
@@ -113,7 +113,7 @@ def test_a_mistake_of_ours_is_not_hidden(
     tmp_path: Path, executor: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(Exception) as caught:
-        stage.execute(node(tmp_path, "mistake"), recipe(executor))
+        stage.execute(node(tmp_path, "mistake"), on(executor))
     assert not isinstance(caught.value, UserError)
     assert "a mistake of ours" in f"{caught.value}\n{capfd.readouterr().err}"
     assert starts(tmp_path, UNLUCKY) == 1
@@ -121,7 +121,7 @@ def test_a_mistake_of_ours_is_not_hidden(
 
 def test_no_process_is_left(tmp_path: Path) -> None:
     with pytest.raises(UserError):
-        stage.execute(node(tmp_path, "refuses"), recipe(LOCAL))
+        stage.execute(node(tmp_path, "refuses"), on(LOCAL))
     left = [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
     assert left == []
 

@@ -16,7 +16,8 @@ import pytest
 
 from croco.errors import UserError
 from croco.pipeline.ray import ShardWorker
-from croco.storage.shards import marker_path, write_json
+from croco.storage.files import write_json
+from croco.storage.shards import marker_path
 from toy_workers import NUM_SHARDS, ToyWorker
 
 HERE = Path(__file__).parents[1]
@@ -87,11 +88,11 @@ import sys
 from pathlib import Path
 from pipeline import test_compute as test_executor
 from croco.pipeline import stage
-recipe = test_executor.recipe("ray")
-ray = recipe.runtime.ray.model_copy(update={"address": sys.argv[1]})
-runtime = recipe.runtime.model_copy(update={"ray": ray})
+runtime = test_executor.on("ray")
+ray = runtime.ray.model_copy(update={"address": sys.argv[1]})
+runtime = runtime.model_copy(update={"ray": ray})
 node = test_executor.node(Path("run"), "none")
-print(stage.execute(node, recipe.model_copy(update={"runtime": runtime}))["counts"])
+print(stage.execute(node, runtime)["counts"])
 """
 
 

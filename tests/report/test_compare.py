@@ -9,8 +9,8 @@ from rich.console import Console
 
 from croco.errors import UserError
 from croco.report.compare import UNTUNED, compare
-from croco.report.terminal import comparison
-from croco.storage import shards
+from croco.report.exports import comparison_terminal
+from croco.storage import files, shards
 from croco.storage.schemas import PROMPTS, VERDICTS
 from report.made_run import TUNED, add_arena, make_run, write
 
@@ -34,7 +34,7 @@ def runs(originals, tmp_path) -> list[Path]:
 def edit(run: Path, change) -> None:
     recipe = json.loads((run / "recipe.json").read_text())
     change(recipe)
-    shards.write_json(run / "recipe.json", recipe)
+    files.write_json(run / "recipe.json", recipe)
 
 
 def verdicts(run: Path, arm: str, benchmark: str = "lab") -> pl.DataFrame:
@@ -151,16 +151,16 @@ def test_what_is_missing_is_named(runs, tmp_path):
 
 def test_on_a_terminal(runs):
     edit(runs[1], lambda recipe: recipe["sampling"].update(completions=64))
-    console = Console(width=140, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    for part in comparison(compare(*runs)):
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    for part in comparison_terminal(compare(*runs)):
         console.print(part)
     text = console.export_text()
     for expected in (
         "sampling.completions",
         "64",
-        "Tasks seen in tuning: first → second",
+        "Tasks seen in tuning: first, second, and the second minus the first",
         UNTUNED,
         "held-out",
-        "[",
+        "±",
     ):
         assert expected in text

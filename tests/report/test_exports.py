@@ -1,5 +1,7 @@
 import io
 import re
+import shutil
+import subprocess
 
 import polars as pl
 import pytest
@@ -7,8 +9,9 @@ from typer.testing import CliRunner
 
 from croco.cli.main import app
 from croco.errors import UserError
-from croco.report.exports import escape, results_csv, results_latex
+from croco.report.exports import results_csv, results_latex
 from croco.report.load_run import read_results
+from croco.report.render import escape
 from croco.storage import shards
 from report.made_run import add_arena, make_run
 
@@ -49,7 +52,7 @@ def test_latex_has_arms_as_rows_and_languages_as_columns(run):
 
 
 def test_the_best_of_a_column_is_bold(run):
-    _, results = read_results(run)
+    results = read_results(run).results
     rows = results.filter(
         (pl.col("benchmark") == "lab")
         & (pl.col("language") == "da")
@@ -76,6 +79,21 @@ def test_nothing_is_bold_where_all_are_the_same(run):
 def test_intervals_are_printed_when_asked_for(run):
     assert r"{\tiny [" in results_latex(run, intervals=True)
     assert "tiny" not in results_latex(run)
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no LaTeX on this machine")
+def test_latex_sets_the_tables(run, tmp_path):
+    """Every table of the run in a document of class article, without an error or a missing character."""
+    for intervals in (False, True):
+        text = results_latex(run, intervals)
+        document = (
+            rf"\documentclass{{article}}\usepackage{{booktabs}}\begin{{document}}{text}\end{{document}}"
+        )
+        (tmp_path / "t.tex").write_text(document, encoding="utf-8")
+        command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "t.tex"]
+        made = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+        assert made.returncode == 0, made.stdout[-2000:]
+        assert (tmp_path / "t.pdf").stat().st_size > 10_000
 
 
 def test_latex_is_given_no_commands():

@@ -10,14 +10,14 @@ import pyarrow as pa
 import pytest
 
 from croco.errors import UserError
-from croco.report import diagnostics
 from croco.report.browser import browse, packed
 from croco.report.charts import axis
+from croco.report.exports import results_markdown
 from croco.report.load_run import read_run, scores_of
-from croco.report.markdown import results_markdown
 from croco.report.page import build_page
-from croco.report.scores import count_of, duration
-from croco.storage import shards
+from croco.report.table import POINTS, Number, Unit, count_of, duration
+from croco.stages.evaluate.stats import Interval
+from croco.storage import files, shards
 from croco.storage.schemas import DROPPED, PAIRS, ledger
 from report.made_run import NASTY, add_arena, add_sentinel, make_run
 
@@ -65,7 +65,7 @@ def test_what_an_edited_recipe_left_behind_is_not_in_the_report(run, tmp_path):
         "pair/removed",
     ):  # scored otherwise before; an arm taken out of the recipe
         shutil.copytree(copy / "score", copy / title)
-        shards.write_json(copy / title / "stage.json", stale)
+        files.write_json(copy / title / "stage.json", stale)
     found = read_run(copy)
     assert found.stages.keys() == read_run(run).stages.keys()
     shards.shards(copy / "score" / "monolingual")[0].path.unlink()  # would be missed if it were read
@@ -105,7 +105,7 @@ def test_names_from_a_recipe_are_escaped(tmp_path):
     run = make_run(tmp_path, num_prompts=2, num_samples=3, num_tests=8)
     recipe = json.loads((run / "recipe.json").read_text())
     recipe["policy"] = {"model": "</title><script>alert(1)</script>"}
-    shards.write_json(run / "recipe.json", recipe)
+    files.write_json(run / "recipe.json", recipe)
     rows = [("completion", "p", "da", 0, "<img src=x onerror=alert(1)>")]
     shards.write_parquet(run / "pair" / "monolingual" / "dropped.parquet", ledger(rows), DROPPED.schema)
     parsed = Parsed(build_page(run))
@@ -141,7 +141,9 @@ def test_many_pairs_become_a_spread_that_fits(tmp_path):
     shards.write_shard(
         folder, 0, table, PAIRS.schema, read={"pair": 4000}, written={"pair": 4000}, dropped=None
     )
-    found = browse(read_run(run), {"pairs": 200_000, "comparisons": 0, "evaluations": 1000, "left out": 1000})
+    found = browse(
+        {"": read_run(run)}, {"pairs": 200_000, "comparisons": 0, "evaluations": 1000, "left out": 1000}
+    )
     pairs = found["kinds"]["pairs"]
     assert pairs["total"] == 4002
     assert 500 < len(pairs["rows"]) < 1500
@@ -165,7 +167,7 @@ def test_an_arena_tasks_and_the_sentinel_are_shown_where_there_are_any(tmp_path)
     assert "Better on tuned (+14 greedy)." in text
     assert "Not resolved on tuned (+4 greedy)." in text
     assert "test_mcc" in text
-    assert "<b>90 %</b><br><small>88 to 92</small>" in text  # in the right language
+    assert "<b>90 %</b> <small>88 to 92, n = 4</small>" in text  # in the right language, of so many prompts
     assert "p = 0.004 (Holm)" in text
     assert "<b>22.5</b> <small>20.0 to 25.0</small>" in text  # the highest of its row
     assert "step 12: the reward of chosen falls below that of the start" in text
@@ -211,10 +213,17 @@ def test_markdown_has_every_arm_and_language(run):
     assert widths == {7}
 
 
+def written(unit, *ends):
+    number = Number(Interval(*ends), unit)
+    return number.text, f"{number.low} to {number.high}"
+
+
 def test_a_zero_has_no_sign():
-    assert diagnostics._text((-0.2, -1.4, 0.3), 1, "{:+.0f}") == ("0", "−1 to 0")
-    assert diagnostics._text((0.001, -0.03, 0.05), 100, "{:+.0f} points") == ("0 points", "−3 to +5")
-    assert diagnostics._text((0.5, 0.05, 1.0), 1, "{:.1f}") == ("0.5", "0.1 to 1.0")
+    assert written(Unit(signed=True), -0.2, -1.4, 0.3) == ("0", "−1 to 0")
+    points = Unit(100, signed=True, suffix=" points")
+    assert written(points, 0.001, -0.03, 0.05) == ("0 points", "−3 to +5")
+    assert written(Unit(digits=1), 0.5, 0.05, 1.0) == ("0.5", "0.1 to 1.0")
+    assert written(POINTS, -0.004, -0.1, 0.1) == ("0", "−10 to +10")
 
 
 def test_words_for_counts_and_times():

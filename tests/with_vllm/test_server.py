@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from conftest import TinyModels, write_prompts, write_recipe
-from croco.config.recipe import load
+from croco.config.load import load
 from croco.models.loading import load_policy
 from croco.models.lora import apply_lora, save_adapter
 from croco.models.open import open_sampler
@@ -94,7 +94,7 @@ def test_greedy_is_that_of_transformers_with_and_without_an_adapter(
     drawn = {}
     for put_on in (None, adapter):
         for where, recipe in (("there", there), ("here", here)):
-            sampler, _ = open_sampler("evaluate", recipe, 0, adapter=put_on)
+            sampler, _ = open_sampler("evaluate", recipe.policy, recipe.runtime, 0, adapter=put_on)
             found = dict(sampler.sample(requests, Decoding(0.0, 1.0, 0, 24)))
             drawn[where, put_on] = [found[key][0].ids for key in range(12)]
         same = [a == b for a, b in zip(drawn["there", put_on], drawn["here", put_on], strict=True)]
@@ -111,7 +111,7 @@ def test_a_stop_string_cuts_ids_as_in_process(
         server_recipe(tmp_path, tiny_models, served.url),
         load(write_recipe(tmp_path, tiny_models)),
     ):
-        sampler, tokenizer = open_sampler("sample", recipe, 0)
+        sampler, tokenizer = open_sampler("sample", recipe.policy, recipe.runtime, 0)
         found = dict(sampler.sample(requests, Decoding(0.0, 1.0, 0, 24, ("e", "Qu"))))
         drawn[sampler.facts["engine"]] = [
             (one.ids, one.finish_reason, one.completion_tokens) for key in range(30) for one in found[key]

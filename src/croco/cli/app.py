@@ -90,9 +90,9 @@ def one_sentence() -> Iterator[None]:
 
 
 def load_recipe(path: Path, overrides: list[str] | None) -> Recipe:
-    from croco.config import recipe
+    from croco.config.load import load
 
-    return recipe.load(path, overrides or [])
+    return load(path, overrides or [])
 
 
 def load_run(folder: Path, arm: str) -> Recipe:

@@ -60,7 +60,7 @@ def _vllm() -> str:
     if found is None:
         return "not installed (optional)"
     try:
-        import_module("croco.models.vllm")
+        import_module("vllm")
     except (ImportError, OSError, RuntimeError) as error:
         return f"{found}, NOT USABLE: {' '.join(str(error).split())[:200]}"
     import torch

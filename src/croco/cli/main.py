@@ -64,7 +64,10 @@ def run(
             raise UserError(
                 f"--until {until}: a study ends with its page; run the recipe of one seed, in its folder"
             )
-        say(f"study: {study.run(loaded, rebuild=rebuild, say=say)}")
+        study.run(loaded, rebuild=rebuild, say=say)
+        from croco.report.study import write
+
+        say(f"study: {write(loaded, say)}")
         return
     from croco.pipeline import run as pipeline
 

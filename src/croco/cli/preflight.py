@@ -146,7 +146,7 @@ def _measured(recipe: Recipe, rows: Sequence[Prompt], rates: dict[str, float]) -
 
     sampling, some = recipe.sampling, models.looked_at(rows)[:MEASURED_PROMPTS]
     most = min(sampling.max_new_tokens, MEASURED_TOKENS)
-    sampler, tokenizer = open.open_sampler("sample", recipe, recipe.run.seed)
+    sampler, tokenizer = open.open_sampler("sample", recipe.policy, recipe.runtime, recipe.run.seed)
     start = time.monotonic()
     ((_, table, _),) = sample_shards(
         sampler,
@@ -161,7 +161,7 @@ def _measured(recipe: Recipe, rows: Sequence[Prompt], rates: dict[str, float]) -
     rates["sample"] = tokens / seconds
     yield f"measured      {tokens:,} tokens sampled in {seconds:.1f} s, {rates['sample']:,.0f} a second"
     del sampler
-    scorer, tokenizer = open.open_scorer(recipe)
+    scorer, tokenizer = open.open_scorer(recipe.reward, recipe.runtime)
     messages = {(row["prompt_id"], row["language"]): row["messages"] for row in some}
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in table.to_pylist():

@@ -14,6 +14,7 @@ from croco.cli import plan
 from croco.config.models import Model, Translate
 from croco.config.recipe import Recipe
 from croco.errors import UserError
+from croco.models.config import context_of
 from croco.storage.hashing import model_identity
 
 PER_LANGUAGE = 3  # prompts looked at, besides the first of several turns and the longest
@@ -49,7 +50,7 @@ def policy(recipe: Recipe, rows: Sequence[Prompt]) -> Iterator[str]:
     yield from examine_policy(tokenizer, ends, looked_at(rows), policy.instruction)
     some = rows[:: -(-len(rows) // LENGTHS)]
     lengths = [len(prompt_ids(tokenizer, r["messages"], policy.instruction.get(r["language"]))) for r in some]
-    context, wanted = network.config.get_text_config().max_position_embeddings, sampling.max_new_tokens
+    context, wanted = context_of(network.config), sampling.max_new_tokens
     none, less = sum(n >= context for n in lengths), sum(context - wanted < n < context for n in lengths)
     yield (
         f"  context {context:,} tokens: of {len(some):,} prompts {none:,} leave no room in it (they go to the ledger), "
@@ -68,7 +69,7 @@ def reward(recipe: Recipe, rows: Sequence[Prompt]) -> Iterator[str]:
     network = weightless(reward, "reward", "classifier")
     yield f"reward model  {_what(reward, 'reward', network)}"
     yield from _memory(recipe, reward, network, "score")
-    limit = min(reward.max_tokens, network.config.get_text_config().max_position_embeddings)
+    limit = min(reward.max_tokens, context_of(network.config))
     yield from examine_reward(tokenizer, looked_at(rows), limit)
     some = rows[:: -(-len(rows) // LENGTHS)]
     lengths = [len(conversation_ids(tokenizer, row["messages"], "")) for row in some]
@@ -146,7 +147,7 @@ def judge(recipe: Recipe) -> Iterator[str]:
     yield f"judge         {_what(section, 'judge', network)}"
     yield from _memory(recipe, section, network, "judge")
     prompt_ids(tokenizer, [{"role": "user", "content": "Which is better?"}])
-    context = network.config.get_text_config().max_position_embeddings
+    context = context_of(network.config)
     yield f"  context {context:,} tokens for a prompt, two completions and a verdict of {section.max_new_tokens:,}"
     if section.max_new_tokens >= context:
         raise UserError(
@@ -200,7 +201,7 @@ def weightless(section: Model, key: str, kind: str) -> Any:
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
-    from croco.models.config import load_config
+    from croco.models.config import load_config, refusing
 
     kinds: dict[str, Any] = {
         "causal": AutoModelForCausalLM,
@@ -208,13 +209,8 @@ def weightless(section: Model, key: str, kind: str) -> Any:
         "translator": AutoModelForSeq2SeqLM,
     }
     config = load_config(section, key)
-    try:
-        with torch.device("meta"):
-            network = kinds[kind].from_config(config, trust_remote_code=section.trust_remote_code)
-    except ValueError as error:
-        raise UserError(
-            f"{key}.model = '{section.model}' does not load: {str(error).splitlines()[0]}"
-        ) from None
+    with refusing(f"{key}.model = '{section.model}' does not load", section.model), torch.device("meta"):
+        network = kinds[kind].from_config(config, trust_remote_code=section.trust_remote_code)
     if kind == "classifier" and config.num_labels != 1:
         raise UserError(f"{key}.model = '{section.model}' has {config.num_labels} logits, expected one")
     return network

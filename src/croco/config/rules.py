@@ -1,64 +1,106 @@
-"""The words in which a recipe says how a pair is chosen: selection rules, pools, calibrations. No numbers are touched.
+"""The words in which a recipe says how a pair is chosen: selection rules, pools, calibrations.
 
 A rule names a target score; the completion nearest to it is picked. It is plain text so that a table's metadata, a
-command line and a recipe say it alike. The recipe reads this file, so it imports nothing heavy.
+command line and a recipe say it alike. A new rule is a new line in FORMS. The recipe reads this file, so it imports
+nothing heavy.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 from croco.errors import UserError
 
 CALIBRATIONS = ("none", "zscore", "quantile", "centred", "length")
 PROMPTS = ("chosen", "rejected", "random", "each")
 
+
+class PoolScores(Protocol):
+    """What a rule may ask of P pools, each as float64 (P,)."""
+
+    @property
+    def max(self) -> Any: ...
+    @property
+    def min(self) -> Any: ...
+    @property
+    def mean(self) -> Any: ...
+    @property
+    def std(self) -> Any: ...  # of the population
+    def quantile(self, share: float) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Form:
+    """One kind of rule: how it is written, for which sides, and the score it aims at in every pool.
+
+    `target` takes the pools, the amount and the chosen scores (P,); a rule without one picks no completion of the pool.
+    A rule written without a number has the `default` amount.
+    """
+
+    written: str
+    pattern: str
+    sides: tuple[str, ...] = ("chosen", "rejected")
+    target: Callable[[PoolScores, float, Any], Any] | None = None
+    default: float = 0.0
+
+
 _NUMBER = r"\d+(?:\.\d+)?"
-_MEAN = re.compile(rf"mean(?:([+-])({_NUMBER})\*?std)?")
-_QUANTILE = re.compile(rf"quantile:({_NUMBER})")
-_GAP = re.compile(rf"gap:({_NUMBER})")
-_FORMS = '"mean", "mean-K*std", "mean+K*std", "quantile:Q", "q1"'
+FORMS = {
+    "max": Form('"max"', "max", ("chosen",), lambda pools, amount, chosen: pools.max),
+    "min": Form('"min"', "min", ("rejected",), lambda pools, amount, chosen: pools.min),
+    # so many population standard deviations from the mean
+    "mean": Form(
+        '"mean", "mean-K*std", "mean+K*std"',
+        rf"mean(?:([+-]{_NUMBER})\*?std)?",
+        target=lambda pools, amount, chosen: pools.mean + amount * pools.std,
+    ),
+    "quantile": Form(
+        '"quantile:Q", "q1"',
+        r"quantile:(0(?:\.\d+)?|1(?:\.0+)?)|q1",
+        target=lambda pools, amount, chosen: pools.quantile(amount),
+        default=0.25,
+    ),
+    # so far below the chosen score
+    "gap": Form('"gap:X"', f"gap:({_NUMBER})", ("rejected",), lambda pools, amount, chosen: chosen - amount),
+    "reference": Form('"reference" (the gold completion)', "reference", ("chosen",)),
+    "none": Form('"none" (data for SFT)', "none", ("rejected",)),
+}
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A target score: `kind` is "max", "min", "mean", "quantile", "gap", "reference" or "none".
-
-    `amount` is the number of population standard deviations from the mean, the quantile in [0, 1], or the distance
-    below the chosen score.
-    """
+    """A kind of FORMS and its number, such as ("mean", -2.0)."""
 
     kind: str
     amount: float = 0.0
 
+    def target(self, pools: PoolScores, chosen: Any = None) -> Any:
+        """The score aimed at in every pool, float64 (P,), given the chosen scores; None when no completion is."""
+        target = FORMS[self.kind].target
+        return None if target is None else target(pools, self.amount, chosen)
+
 
 def parse_chosen(text: str) -> Rule:
-    """The rule of the chosen completion: a target score, or "reference" (the gold completion). Raises UserError."""
-    if text == "reference":
-        return Rule(text)
-    rule = _target(text)
-    if rule is None or rule.kind == "min":
-        raise UserError(f'the rule "{text}" for chosen is unknown, expected "max", {_FORMS} or "reference"')
-    return rule
+    """The rule of the chosen completion. Raises UserError for an unknown one."""
+    return _parse(text, "chosen")
 
 
 def parse_rejected(text: str) -> Rule:
-    """The rule of the rejected completion: a target score, "gap:X" (X below the chosen), or "none" (data for SFT).
+    """The rule of the rejected completion. Raises UserError for an unknown one."""
+    return _parse(text, "rejected")
 
-    Raises UserError for anything else.
-    """
-    if text == "none":
-        return Rule(text)
-    if match := _GAP.fullmatch(text):
-        return Rule("gap", float(match[1]))
-    rule = _target(text)
-    if rule is None or rule.kind == "max":
-        raise UserError(
-            f'the rule "{text}" for rejected is unknown, expected "min", {_FORMS}, "gap:X" or "none"'
-        )
-    return rule
+
+def _parse(text: str, side: str) -> Rule:
+    forms = {kind: form for kind, form in FORMS.items() if side in form.sides}
+    for kind, form in forms.items():
+        if match := re.fullmatch(form.pattern, text):
+            amount = match[1] if match.re.groups and match[1] else form.default
+            return Rule(kind, float(amount))
+    known = ", ".join(form.written for form in forms.values())
+    raise UserError(f'the rule "{text}" for {side} is unknown, expected one of {known}')
 
 
 def check_groups(pool: str | Mapping[str, Sequence[str]], languages: Sequence[str]) -> dict[str, str]:
@@ -85,16 +127,3 @@ def check_groups(pool: str | Mapping[str, Sequence[str]], languages: Sequence[st
         if name in languages and name not in owner:
             raise UserError(f"the group {name} has the name of a language in no group, expected another name")
     return owner
-
-
-def _target(text: str) -> Rule | None:
-    if text in ("max", "min"):
-        return Rule(text)
-    if text == "q1":
-        return Rule("quantile", 0.25)
-    if match := _MEAN.fullmatch(text):
-        sign = -1.0 if match[1] == "-" else 1.0
-        return Rule("mean", sign * float(match[2]) if match[2] else 0.0)
-    if (match := _QUANTILE.fullmatch(text)) and float(match[1]) <= 1.0:
-        return Rule("quantile", float(match[1]))
-    return None

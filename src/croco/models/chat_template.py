@@ -17,10 +17,9 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from jinja2.exceptions import TemplateError
-
 from croco.errors import UserError
 from croco.models.protocols import Request
+from croco.models.sandbox import render
 
 Messages = Sequence[Mapping[str, str]]
 MARK = "\ufdd0"  # breaks the name of a special token in two; Unicode keeps it for such use, no text has it
@@ -44,7 +43,7 @@ def prompt_ids(tokenizer: Any, messages: Messages, instruction: str | None = Non
     """Token ids of a policy's prompt, the assistant's turn opened; special tokens come from the template only (no
     double BOS). Raises UserError when the template is missing or refuses the messages."""
     turns = with_instruction(messages, instruction)
-    return _encoded(tokenizer, [_render(tokenizer, turns, add_generation_prompt=True)])[0]
+    return _encoded(tokenizer, _render(tokenizer, [turns], opened=True))[0]
 
 
 def text_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
@@ -74,10 +73,8 @@ def conversation_ids(tokenizer: Any, messages: Messages, completion: str) -> lis
 def conversations_ids(tokenizer: Any, messages: Messages, completions: Sequence[str]) -> list[list[int]]:
     """`conversation_ids` of many completions of one prompt."""
     turns = with_instruction(messages, None)
-    texts = [
-        _render(tokenizer, [*turns, {"role": "assistant", "content": text}], False) for text in completions
-    ]
-    return _encoded(tokenizer, texts)
+    conversations = [[*turns, {"role": "assistant", "content": text}] for text in completions]
+    return _encoded(tokenizer, _render(tokenizer, conversations, opened=False))
 
 
 def same_ids(one: Any, other: Any) -> bool:
@@ -95,7 +92,11 @@ def end_ids(tokenizer: Any, generation_config: Any) -> set[int]:
     """The ids that end a completion: the generation config's end tokens and the tokenizer's. UserError without any."""
     configured = getattr(generation_config, "eos_token_id", None)
     named = [*configured] if isinstance(configured, list | tuple) else [configured]
-    found = {int(token) for token in (*named, tokenizer.eos_token_id) if token is not None}
+    if wrong := [token for token in named if token is not None and not isinstance(token, int)]:
+        raise UserError(
+            f"{_name(tokenizer)}: its generation config has the end token {wrong[0]!r}, expected an id"
+        )
+    found = {token for token in (*named, tokenizer.eos_token_id) if token is not None}
     if not found:
         raise UserError(
             f"{_name(tokenizer)}: found no end-of-sequence token, expected one in tokenizer or generation config"
@@ -130,28 +131,34 @@ def check_prefix(tokenizer: Any, prompt: Sequence[int], conversation: Sequence[i
     )
 
 
-def _render(tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-    if not messages:
+def _render(tokenizer: Any, conversations: Sequence[list[dict[str, str]]], opened: bool) -> list[str]:
+    """Each conversation as the template writes it, special tokens in its texts broken; with the assistant's turn
+    `opened`."""
+    if not all(conversations):
         raise UserError(f"{_name(tokenizer)}: found a conversation without messages, expected at least one")
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(
             f"{_name(tokenizer)}: found no chat template, expected one in the tokenizer or in the recipe"
         )
-    turns = [turn | {"content": _broken(tokenizer, turn["content"])} for turn in messages]
+    turns = [
+        [turn | {"content": _broken(tokenizer, turn["content"])} for turn in messages]
+        for messages in conversations
+    ]
     try:
-        return _apply(tokenizer, turns, add_generation_prompt)
-    except (TemplateError, TypeError, ValueError) as error:
+        return _apply(tokenizer, turns, opened)
+    except Exception as error:  # a template is a program: it may raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"{_name(tokenizer)}: the chat template refuses the conversation ({reason}); roles {_roles(messages)}"
+            f"{_name(tokenizer)}: the chat template refuses the conversation ({reason[:300]}); "
+            f"roles {_roles(conversations[0])}"
         ) from error
 
 
-def _apply(tokenizer: Any, turns: list[dict[str, str]], add_generation_prompt: bool) -> str:
-    text: str = tokenizer.apply_chat_template(
-        turns, add_generation_prompt=add_generation_prompt, tokenize=False
-    )
-    return text
+def _apply(tokenizer: Any, conversations: Sequence[list[dict[str, str]]], opened: bool) -> list[str]:
+    if type(tokenizer).apply_chat_template.__module__ != "transformers.tokenization_utils_base":
+        options = {"add_generation_prompt": opened, "tokenize": False}  # a way of its own: Mistral's
+        return [tokenizer.apply_chat_template(messages, **options) for messages in conversations]
+    return render(tokenizer.get_chat_template(), conversations, opened, tokenizer.special_tokens_map)
 
 
 def _broken(tokenizer: Any, text: str) -> str:
@@ -167,8 +174,8 @@ def _broken(tokenizer: Any, text: str) -> str:
 def _special_names(tokenizer: Any, template: str) -> re.Pattern[str] | None:
     """What matches the names of special tokens, and of the other added tokens that open and close a user's turn."""
     try:
-        turn = _apply(tokenizer, [{"role": "user", "content": "x"}], False)
-    except (TemplateError, TypeError, ValueError):
+        (turn,) = _apply(tokenizer, [[{"role": "user", "content": "x"}]], False)
+    except Exception:  # noqa: BLE001 (it is said when a prompt meets it)
         turn = ""
     added = tokenizer.added_tokens_decoder.values()
     names = {token.content for token in added if token.special or token.content in turn}

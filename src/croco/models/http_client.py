@@ -74,8 +74,12 @@ class Wire:
     """Calls to one server, at most `concurrency` at once. `counts` has requests, retries and seconds, and whatever
     tokens its user adds."""
 
-    def __init__(self, server: Server, place: str) -> None:
-        """`place` is the recipe's key, for errors. Raises UserError when the key's variable is not set."""
+    def __init__(self, server: Server, place: str, gone: Callable[[], str | None] = lambda: None) -> None:
+        """`place` is the recipe's key, for errors; `gone` says why the server will not come back, if that is known.
+
+        Raises UserError when the key's variable is not set.
+        """
+        self.gone = gone
         self.server, self.place, self.url = server, place, server.url.rstrip("/")
         self.key = _key(server.key_variable, place)
         self.counts: dict[str, Any] = {"requests": 0, "retries": 0, "request_seconds": 0.0}
@@ -84,15 +88,20 @@ class Wire:
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, name=place, daemon=True).start()
 
-    def ask(self, calls: Iterable[Call[T]], retries: int | None = None) -> Iterator[tuple[Any, T]]:
-        """Yield (key, what was read) as answers come.
+    def ask(
+        self, calls: Iterable[Call[T]], retries: int | None = None, at_once: int | None = None
+    ) -> Iterator[tuple[Any, T]]:
+        """Yield (key, what was read) as answers come, `at_once` requests (else `concurrency`) being open.
 
         Raises UserError, after those that came, when a call is refused or gets no proper answer in `retries` + 1
         attempts.
         """
         answers: SimpleQueue[tuple[Any, T] | None] = SimpleQueue()
         retries = self.server.retries if retries is None else retries
-        job = asyncio.run_coroutine_threadsafe(self._all(iter(calls), retries, answers.put), self.loop)
+        at_once = at_once or self.server.concurrency
+        job = asyncio.run_coroutine_threadsafe(
+            self._all(iter(calls), retries, at_once, answers.put), self.loop
+        )
         job.add_done_callback(lambda _: answers.put(None))
         try:
             while (answer := answers.get()) is not None:
@@ -106,15 +115,17 @@ class Wire:
         ((_, answer),) = self.ask([call], retries)
         return answer
 
-    async def _all(self, calls: Iterator[Call[T]], retries: int, put: Callable[[Any], None]) -> None:
+    async def _all(
+        self, calls: Iterator[Call[T]], retries: int, at_once: int, put: Callable[[Any], None]
+    ) -> None:
         async def work() -> None:
             for call in calls:  # shared by all: each takes the next
                 put((call.key, await self._answer(client, call, retries)))
 
-        async with self._client() as client:
+        async with self._client(at_once) as client:
             try:
                 async with asyncio.TaskGroup() as group:
-                    for _ in range(self.server.concurrency):
+                    for _ in range(at_once):
                         group.create_task(work())
             except ExceptionGroup as errors:
                 raise errors.exceptions[0] from None
@@ -123,12 +134,12 @@ class Wire:
         """End the thread that answers are read in."""
         self.loop.call_soon_threadsafe(self.loop.stop)
 
-    def _client(self) -> httpx2.AsyncClient:
+    def _client(self, at_once: int) -> httpx2.AsyncClient:
         headers = {"Accept-Encoding": "identity"}  # what is sent is what is read: no answer unpacks to more
         return httpx2.AsyncClient(
             headers=headers | ({"Authorization": f"Bearer {self.key}"} if self.key else {}),
             timeout=httpx2.Timeout(None, connect=CONNECT_SECONDS),
-            limits=httpx2.Limits(max_connections=self.server.concurrency),
+            limits=httpx2.Limits(max_connections=at_once),
             follow_redirects=False,
             trust_env=not _is_loopback(self.url),
         )
@@ -148,6 +159,8 @@ class Wire:
                         f"shards stay, run the same command again then"
                     ) from None
                 self.not_before = max(self.not_before, time.monotonic() + again.after_seconds)
+            if why := self.gone():
+                raise UserError(f"{why}; finished shards stay, run the same command again to go on")
             if attempt < retries:
                 wait = min(self.server.retry_seconds * 2**attempt, LONGEST_WAIT_SECONDS)
                 if attempt == 2:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from croco.errors import UserError
+from croco.models.config import check_weights, context_of, read_generation_config, refusing
 from croco.models.memory import out_of_memory
 from croco.storage.hashing import check_adapter, local_model
 
@@ -71,16 +71,14 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     place = resolve_model(model)
-    try:
+    with refusing(f"model {model!r}: its tokenizer does not load", place):
         tokenizer = AutoTokenizer.from_pretrained(
             place, revision=revision, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError) as error:
-        raise UserError(f"model {model!r}: its tokenizer does not load: {_first_line(error)}") from error
     if chat_template is not None:
         try:
             tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise UserError(
                 f"chat template {str(chat_template)!r}: cannot be read: {_first_line(error)}"
             ) from error
@@ -143,9 +141,8 @@ def load_translator(
 
 
 def max_context(model: Any) -> int:
-    """The number of positions the model was made for."""
-    positions: int = model.config.get_text_config().max_position_embeddings
-    return positions
+    """The number of tokens that the model was made for."""
+    return context_of(model.config)
 
 
 def _load(
@@ -153,20 +150,26 @@ def _load(
 ) -> Any:
     """The model on its device; raises UserError where its files lack weights, of which transformers only warns."""
     place, where = resolve_model(model), pick_device(device)
-    try:
-        with quiet_loading():
-            loaded, report = auto.from_pretrained(
-                place,
-                revision=revision,
-                dtype=pick_dtype(dtype, where),
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-            )
-            loaded = loaded.to(where)
-    except (OSError, ValueError, KeyError, RuntimeError, MemoryError, SafetensorError) as error:
-        if out_of_memory(error):
-            raise UserError(f"model {model!r}: its weights do not fit in the memory of {where}") from error
-        raise UserError(f"model {model!r}: does not load as {auto.__name__}: {_first_line(error)}") from error
+    check_weights(model, place)
+    read_generation_config(place, revision)  # transformers goes on without one that is cut off
+    with refusing(f"model {model!r}: does not load as {auto.__name__}", place):
+        try:
+            with quiet_loading():
+                loaded, report = auto.from_pretrained(
+                    place,
+                    revision=revision,
+                    dtype=pick_dtype(dtype, where),
+                    trust_remote_code=trust_remote_code,
+                    output_loading_info=True,
+                    use_safetensors=True,
+                )
+                loaded = loaded.to(where)
+        except (RuntimeError, MemoryError) as error:
+            if out_of_memory(error):
+                raise UserError(
+                    f"model {model!r}: its weights do not fit in the memory of {where}"
+                ) from error
+            raise
     if missing := sorted(report["missing_keys"]):
         kind = KINDS[auto.__name__]
         raise UserError(f"model {model!r}: found no weights for {missing[0]}, expected a whole {kind}")

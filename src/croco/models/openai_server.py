@@ -12,7 +12,7 @@ Leaves out starting servers, how requests survive faults (`http_client.py`), and
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -115,10 +115,19 @@ def served_context(wire: Wire, name: str, expected: str, retries: int = OPENING_
 class Connection:
     """A server that serves the model asked for: what samplers and scorers have in common."""
 
-    def __init__(self, server: Server, role: str, model: str, key: str = "model") -> None:
-        """`model` is the recipe's name, `server.model` another it is served under, which the recipe has in `key`."""
-        self.server, self.place = server, f"runtime.servers.{role}"
-        self.wire = Wire(server, self.place)
+    def __init__(
+        self,
+        server: Server,
+        role: str,
+        model: str,
+        key: str = "model",
+        place: str = "",
+        gone: Callable[[], str | None] = lambda: None,
+    ) -> None:
+        """`model` is the recipe's name, `server.model` another it is served under, which the recipe has in `key`;
+        `place` is what errors call the server, `gone` says why a server of ours has ended, if it has."""
+        self.server, self.place = server, place or f"runtime.servers.{role}"
+        self.wire = Wire(server, self.place, gone)
         self.url, self.served = self.wire.url, server.model or model
         context = served_context(self.wire, self.served, f"the name it serves in {self.place}.{key}")
         self.max_context = server.max_context or context
@@ -155,6 +164,8 @@ class ServerSampler:
         self.connection, self.server, self.name = connection, connection.server, name
         self.tokenizer, self.ends, self.vocabulary = tokenizer, set(ends), vocabulary
         self.chat = self.server.api == "chat"
+        self.seed: int | None = None  # of all completions, where the server draws them from one stream
+        self.rows_ahead = 0  # completions to ask for at once, where not as many requests as `concurrency`
         self.max_context = connection.max_context or sys.maxsize if self.chat else connection.known_context()
         self.facts = connection.facts
         self.facts |= {"api": self.server.api, "dialect": self.server.dialect}
@@ -170,7 +181,11 @@ class ServerSampler:
             )
         asked = {request.key: request for request in requests if request.seeds}
         parts: dict[int, dict[int, list[Sampled | str]]] = {key: {} for key in asked}
-        for (key, start), answer in self.connection.wire.ask(self._calls(asked.values(), decoding)):
+        most = max(len(request.seeds) for request in requests) if asked else 1
+        at_once = max(2, self.rows_ahead // most) if self.rows_ahead else None
+        for (key, start), answer in self.connection.wire.ask(
+            self._calls(asked.values(), decoding), at_once=at_once
+        ):
             parts[key][start] = answer
             if sum(map(len, parts[key].values())) == len(asked[key].seeds):
                 yield key, [one for _, part in sorted(parts.pop(key).items()) for one in part]
@@ -193,7 +208,9 @@ class ServerSampler:
                 )
 
     def _drawn_from(self, seeds: list[int]) -> list[int]:
-        """What vLLM makes of the first one's seed for the others."""
+        """The seeds to write down: vLLM makes those of the others from the first one's."""
+        if self.seed is not None:
+            return [self.seed] * len(seeds)
         followed = self.server.seeds and self.server.dialect == "vllm"
         return [seeds[0] + number for number in range(len(seeds))] if followed else seeds
 

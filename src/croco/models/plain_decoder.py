@@ -1,14 +1,22 @@
-"""Sampling by the obvious loop, one prompt at a time, on transformers' own cache and masks.
+"""Sampling one prompt at a time with transformers' own `generate`, which is given the tokens that we draw.
 
 For architectures that the shared-prefix decoder does not handle exactly, and its slow twin in tests: same seeds, same
-draws, no padding, no joining of prompts.
+draws, no padding, no joining of prompts. Caches, masks and positions are `generate`'s, so whatever model it can run is
+sampled as it would be there.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import DynamicCache
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from croco.models.protocols import Decoding, Request, Sampled
 from croco.models.stop_strings import LOOK_EVERY, Stops, finished
@@ -34,6 +42,33 @@ def sample(
         yield index, samples
 
 
+class _Draw(LogitsProcessor):
+    """Leaves one token per row: the one drawn. (`generate` then takes the largest logit.)"""
+
+    def __init__(self, model: Any, seeds_R: torch.Tensor, prompt_tokens: int, decoding: Decoding) -> None:
+        self.model, self.seeds_R, self.prompt_tokens, self.decoding = model, seeds_R, prompt_tokens, decoding
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        step = input_ids.shape[1] - self.prompt_tokens
+        token_R = draw(scores, self.seeds_R, torch.full_like(self.seeds_R, step), self.decoding)
+        tokens_drawn(self.model, token_R)  # raises where there is none
+        return torch.full_like(scores, float("-inf")).scatter(1, token_R[:, None], 0.0)
+
+
+class _StopStrings(StoppingCriteria):
+    """Rows whose latest tokens hold a stop string have ended."""
+
+    def __init__(self, stops: Stops, prompt_tokens: int) -> None:
+        self.stops, self.prompt_tokens = stops, prompt_tokens
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        drawn = input_ids[:, self.prompt_tokens :]
+        look = drawn.shape[1] % LOOK_EVERY == 0
+        return torch.tensor(
+            [look and self.stops.near_end(row) for row in drawn.tolist()], device=input_ids.device
+        )
+
+
 def _continue(
     model: Any,
     end_tokens: set[int],
@@ -43,25 +78,35 @@ def _continue(
     max_context: int,
     stops: Stops | None,
 ) -> list[Sampled]:
-    device = model.device
+    prompt = torch.tensor([request.prompt_ids], device=model.device).expand(len(seeds), -1)
+    processor = _Draw(model, torch.tensor(seeds, device=model.device), prompt.shape[1], decoding)
+    criteria = [_StopStrings(stops, prompt.shape[1])] if stops is not None else []
     limit = min(decoding.max_new_tokens, max_context - len(request.prompt_ids))
-    cache = DynamicCache(config=model.config)
-    seeds_R = torch.tensor(seeds, device=device)
-    fed = torch.tensor([request.prompt_ids], device=device).expand(len(seeds), -1)
-    columns: list[list[int]] = []
-    ended: set[int] = set()
-    while len(columns) < limit and len(ended) < len(seeds):
-        logits = model(input_ids=fed, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-        token_R = draw(logits, seeds_R, torch.full_like(seeds_R, len(columns)), decoding)
-        columns.append(tokens_drawn(model, token_R).tolist())
-        ended |= {row for row, token in enumerate(columns[-1]) if token in end_tokens}
-        if stops is not None and len(columns) % LOOK_EVERY == 0:
-            running = [row for row in range(len(seeds)) if row not in ended]
-            ended |= {row for row in running if stops.near_end([column[row] for column in columns])}
-        fed = token_R[:, None]
+    ends = sorted(end_tokens)
+    config = GenerationConfig(
+        max_new_tokens=limit, do_sample=False, eos_token_id=ends or None, pad_token_id=0
+    )
+    with _own_defaults_off(model):
+        whole = model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            generation_config=config,
+            logits_processor=LogitsProcessorList([processor]),
+            stopping_criteria=StoppingCriteriaList(criteria),
+        )
     samples = []
-    for row, seed in enumerate(seeds):
-        ids = [column[row] for column in columns]
+    for ids, seed in zip(whole[:, prompt.shape[1] :].tolist(), seeds, strict=True):
         end = next((place for place, token in enumerate(ids) if token in end_tokens), None)
         samples.append(finished(ids[:end], "length" if end is None else "stop", seed, stops))
     return samples
+
+
+@contextmanager
+def _own_defaults_off(model: Any) -> Iterator[None]:
+    """Within it, `generate` adds nothing of the model's generation config, such as a repetition penalty."""
+    before = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = before

@@ -20,7 +20,7 @@ from transformers import DynamicCache
 
 from croco.models.attention.decode import plugged_in
 from croco.models.attention.prefill import NAME, Batch, Prefix
-from croco.models.attention.support import unsupported
+from croco.models.attention.support import TRIAL_TOKENS, depends_on_batch, trial_lengths, unsupported
 from croco.models.batching import buckets
 
 CPU_TOKENS = 2048  # computed at once: larger batches leave a CPU's caches and are up to a third slower
@@ -64,8 +64,17 @@ def forward(
     yield from _rests(network, groups, others, None, token_budget, read_at)
 
 
+def unshared_because(network: Any, reach: int = TRIAL_TOKENS) -> str | None:
+    """None when a network may score with shared prefixes, else why not."""
+    if (reason := unsupported(network)) is not None:
+        return reason
+    if network.config._attn_implementation != "sdpa":
+        return f"its attention is {network.config._attn_implementation}, not SDPA"
+    return disagreement(network, reach)
+
+
 @torch.inference_mode()
-def disagreement(network: Any) -> str | None:
+def disagreement(network: Any, reach: int = TRIAL_TOKENS) -> str | None:
     """None when shared prefixes give on a trial what whole sequences give on this very network, else why not.
 
     Compared is the relative difference of what is put out at the last token: rounding makes it 1e-6 in float32 and a
@@ -73,7 +82,8 @@ def disagreement(network: Any) -> str | None:
     """
     vocabulary = network.config.get_text_config().vocab_size
     groups = [
-        Group([(7 * i + k) % vocabulary for i in range(9 - k)], [[5, 6, 7], [8], [9, 4]]) for k in (0, 3)
+        Group([(7 * i + length) % vocabulary for i in range(length)], [[5, 6, 7], [8], [9, 4]])
+        for length in trial_lengths(network.config, reach)
     ]
     last = [[2, 0, 1]] * len(groups)
 
@@ -87,8 +97,8 @@ def disagreement(network: Any) -> str | None:
 
     try:
         fast, slow = found(True), found(False)
-    except RuntimeError as error:
-        return f"a trial of shared prefixes failed: {str(error).splitlines()[0]}"
+    except Exception as error:  # noqa: BLE001 (a trial runs the code of any architecture)
+        return f"a trial of shared prefixes fails ({type(error).__name__} {str(error)[:200]})"
     gap = ((fast - slow).norm() / slow.norm()).item()
     if gap > (1e-3 if network.dtype == torch.float32 else 0.1):
         return f"with shared prefixes a trial differs by {gap:.2g} from whole sequences"
@@ -155,6 +165,7 @@ def _rests(
     read_at: Sequence[Sequence[int]] | None,
 ) -> Iterator[tuple[list[Row], Any]]:
     """The rows of these groups by length, those behind a stored prefix without it; None is transformers' attention."""
+    alone = depends_on_batch(network.config)
     skips = {g: 0 if stored and g in stored else len(groups[g].prefix) for g in members}
     rows = [
         ((g, i), (groups[g].prefix if skips[g] else []) + rest)
@@ -162,7 +173,7 @@ def _rests(
         for i, rest in enumerate(groups[g].rests)
     ]
     rows.sort(key=lambda row: len(row[1]))
-    for batch in buckets([len(ids) for _, ids in rows], _at_once(network, token_budget)):
+    for batch in buckets([len(ids) for _, ids in rows], 1 if alone else _at_once(network, token_budget)):
         part = sorted(rows[batch], key=lambda row: row[0])  # rows of one prefix stand together
         places = [place for place, _ in part]
         ids_BT = _padded([ids for _, ids in part], network.device)

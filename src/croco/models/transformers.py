@@ -8,7 +8,13 @@ import torch
 
 from croco.errors import UserError
 from croco.models import logprobs, plain_decoder, prefix_forward, reward_logits
-from croco.models.attention.support import disagreement, unsupported
+from croco.models.attention.support import (
+    TRIAL_TOKENS,
+    boundaries,
+    depends_on_batch,
+    disagreement,
+    unsupported,
+)
 from croco.models.chat_template import end_ids
 from croco.models.decoder import Decoder
 from croco.models.loading import max_context
@@ -23,6 +29,16 @@ def _facts(model: Any) -> dict[str, Any]:
     return {"engine": "transformers", "device": str(model.device), "dtype": str(model.dtype)}
 
 
+def check_ids(model: Any, ids: Sequence[int], what: str) -> None:
+    """Raise UserError for a token that the model has no embedding for: a tokenizer may have more of them."""
+    rows = model.get_input_embeddings().num_embeddings
+    if ids and max(ids) >= rows:
+        raise UserError(
+            f"{what} has the token {max(ids)}, but {model.name_or_path!r} has embeddings for {rows} tokens only, "
+            f"expected the tokenizer and template that it was trained with"
+        )
+
+
 class HFSampler:
     """Samples with a loaded causal model: shared prompts where the architecture allows it, else prompt by prompt.
 
@@ -34,13 +50,22 @@ class HFSampler:
         self.name = name or str(tokenizer.name_or_path)
         self.max_context = max_context(model)
         self.end_tokens = end_ids(tokenizer, model.generation_config)
-        self.reason = unsupported(model) or disagreement(model)
-        self.path = "plain" if self.reason else "shared-prefix"
-        self.facts = _facts(model) | {"sampler": self.path, "reason": self.reason}
-        if self.reason:
-            logger.warning(
-                "%s is sampled prompt by prompt, which is slower, because %s", self.name, self.reason
-            )
+        self.facts = _facts(model)
+        self.proven_tokens = TRIAL_TOKENS
+        self._choose(unsupported(model) or disagreement(model))
+
+    def _choose(self, reason: str | None) -> None:
+        self.reason, self.path = reason, "plain" if reason else "shared-prefix"
+        self.facts |= {"sampler": self.path, "reason": reason}
+        if reason:
+            logger.warning("%s is sampled prompt by prompt, which is slower, because %s", self.name, reason)
+
+    def _prove(self, tokens: int) -> None:
+        """Try the fast path past every boundary that sequences of so many tokens meet, if that was not done."""
+        if any(self.proven_tokens < length <= tokens for length in boundaries(self.model.config)):
+            self.proven_tokens = tokens
+            if self.path == "shared-prefix":
+                self._choose(disagreement(self.model, tokens))
 
     @torch.inference_mode()
     def sample(self, requests: Sequence[Request], decoding: Decoding) -> Iterator[tuple[int, list[Sampled]]]:
@@ -51,7 +76,9 @@ class HFSampler:
                     f"request {request.key}: found a prompt of {len(request.prompt_ids)} tokens, "
                     f"expected 1 to {self.max_context - 1}, the context of {self.name}"
                 )
+            check_ids(self.model, request.prompt_ids, request.name or f"request {request.key}")
         left = [request for request in requests if request.seeds]
+        self._prove(max((len(request.prompt_ids) for request in left), default=0) + decoding.max_new_tokens)
         while left:
             done: set[int] = set()
             try:
@@ -76,47 +103,69 @@ class HFSampler:
         return decoder.run()
 
 
-def _sharing(network: Any, name: str) -> tuple[bool, dict[str, Any]]:
-    """Whether a network scores with shared prefixes, tried on it, and the facts that say so."""
-    reason = unsupported(network) or prefix_forward.disagreement(network)
-    if reason:
-        logger.warning("%s scores without sharing prompts, which is slower, because %s", name, reason)
-    scorer = "whole sequences" if reason else "shared-prefix"
-    return reason is None, _facts(network) | {"scorer": scorer, "reason": reason}
+class _Scoring:
+    """How a network computes many sequences: with shared prefixes, whole in batches, or whole and one by one."""
+
+    def __init__(self, model: Any, network: Any, name: str, token_budget: int) -> None:
+        self.model, self.network, self.name, self.token_budget = model, network, name, token_budget
+        self.max_context = max_context(model)
+        self.facts, self.proven_tokens = _facts(network), TRIAL_TOKENS
+        self._choose(prefix_forward.unshared_because(network))
+
+    def _choose(self, reason: str | None) -> None:
+        self.share, self.reason = reason is None, reason
+        alone = depends_on_batch(self.network.config)
+        ways = "shared-prefix" if self.share else "one by one" if alone else "whole sequences"
+        self.facts |= {"scorer": ways, "reason": reason}
+        if reason:
+            logger.warning(
+                "%s scores without sharing prompts, which is slower, because %s", self.name, reason
+            )
+
+    def _prove(self, requests: Sequence[ScoreRequest]) -> None:
+        """Try shared prefixes past every boundary that these sequences meet, if that was not done."""
+        longest = max(
+            (len(one.prompt_ids) + len(ids) for one in requests for ids in one.completions), default=0
+        )
+        for one in requests:
+            for ids in (one.prompt_ids, *one.completions):
+                check_ids(self.network, ids, "a conversation")
+        if any(self.proven_tokens < length <= longest for length in boundaries(self.network.config)):
+            self.proven_tokens = longest
+            if self.share:
+                self._choose(prefix_forward.unshared_because(self.network, longest))
 
 
-class HFScorer:
+class HFScorer(_Scoring):
     """Scores with a loaded sequence classifier of one logit: the raw logit of each conversation."""
 
     def __init__(self, model: Any, tokenizer: Any, token_budget: int = 16384, name: str = "") -> None:
-        self.model, self.token_budget = model, token_budget
-        self.name = name or str(tokenizer.name_or_path)
-        self.max_context = max_context(model)
-        self.share, self.facts = _sharing(getattr(model, model.base_model_prefix, model), self.name)
+        network = getattr(model, model.base_model_prefix, model)
+        super().__init__(model, network, name or str(tokenizer.name_or_path), token_budget)
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[list[float]]:
         """Raw logits in the order of the requests; what they share is found here, `prompt_ids` may be empty."""
+        self._prove(requests)
         return with_less_memory(
             self, lambda budget: reward_logits.logits(self.model, requests, budget, self.share)
         )
 
 
-class HFLikelihood:
+class HFLikelihood(_Scoring):
     """Scores with the policy itself: the log-probability of a completion, its end token included, as the mean over its
     tokens or summed."""
 
     def __init__(
         self, model: Any, tokenizer: Any, token_budget: int = 16384, name: str = "", mean: bool = True
     ) -> None:
-        self.model, self.tokenizer, self.token_budget, self.mean = model, tokenizer, token_budget, mean
-        self.name = name or str(tokenizer.name_or_path)
-        self.max_context = max_context(model)
-        self.share, self.facts = _sharing(model, self.name)
+        self.tokenizer, self.mean = tokenizer, mean
+        super().__init__(model, model, name or str(tokenizer.name_or_path), token_budget)
 
     def score(
         self, requests: Sequence[ScoreRequest], ended: Sequence[Sequence[bool]] | None = None
     ) -> list[list[float]]:
         """Log-probabilities in the order of the requests; `ended` False marks completions without an end token."""
+        self._prove(requests)
         sums = with_less_memory(
             self,
             lambda budget: logprobs.completion_logps(

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
-from croco.config.arm import Arm
-from croco.config.arms import ENGLISH, languages_of
+from croco.config.arms import ENGLISH, Arm
 from croco.config.recipe import Recipe
-from croco.pipeline.stage import Reference
+from croco.pipeline.node import Reference
 from croco.storage.hashing import canonical
 
 
@@ -112,7 +111,7 @@ def num_scored(recipe: Recipe, owner: str | None) -> int | None:
 def sampled_languages(recipe: Recipe, owner: str | None) -> tuple[str, ...]:
     """The languages that a sampling stage asks in: of an arm's own, those that any arm of it is tuned on."""
     arms = sharing(recipe, owner)
-    wanted = {code for arm in arms for code in languages_of(recipe, arm)}
+    wanted = {code for arm in arms for code in recipe.languages_of(arm)}
     if any(arm.scorer == "alignment" for arm in arms):
         wanted.add(ENGLISH)  # what the others are held against
     return tuple(code for code in recipe.run.languages if owner is None or code in wanted)

@@ -11,19 +11,28 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from croco.config.arena import Arena, has_splits
 from croco.config.arms import Alignment, Origin
-from croco.config.euroeval import VERSION as EUROEVAL_VERSION
-from croco.config.models import Judge, Policy
+from croco.config.checks import has_splits
+from croco.config.evaluation import VERSION as EUROEVAL_VERSION
+from croco.config.evaluation import Arena, Source
+from croco.config.models import Judge, Policy, Reward
 from croco.config.recipe import Evaluation, Prompts, Recipe
 from croco.errors import UserError
 from croco.lab import WORLD
 from croco.pipeline.arms import arm_of, num_completions, num_rounds_before, num_scored, sampled_languages
-from croco.pipeline.stage import Settings
-from croco.storage.rows import files_of, is_saved_dataset
+from croco.pipeline.node import Given, Settings
+from croco.storage.files import read_json
 from croco.storage.hashing import file_identity, folder_identity, local_model, model_identity
+from croco.storage.rows import files_of, is_saved_dataset
 from croco.storage.seeds import digest as seed_digest
-from croco.storage.shards import read_json
+
+
+def tuning_prompts_settings(recipe: Recipe, arm: str | None) -> Settings:
+    return prompts_settings(recipe, recipe.prompts, "prompts", recipe.prompts_languages)
+
+
+def eval_prompts_settings(recipe: Recipe, arm: str | None) -> Settings:
+    return test_prompts_settings(recipe, recipe.evaluation, "evaluation", recipe.evaluation_languages)
 
 
 def prompts_settings(
@@ -31,31 +40,31 @@ def prompts_settings(
 ) -> Settings:
     source = section.source
     assert source is not None
-    settings: Settings = {"languages": sorted(languages), "limit": section.limit}
+    settings: Settings = {"languages": Given(tuple(languages), sorted(languages)), "limit": section.limit}
     if isinstance(section, Prompts) and section.order == "seed":
         settings["order"] = ["seed", recipe.run.seed]
+    given = Source(**section.model_dump(include=set(Source.model_fields)))
     if source == "lab":
-        return settings | {"source": f"lab {WORLD}", "split": section.split}
+        return settings | {"source": Given(given, f"lab {WORLD}"), "split": section.split}
     settings |= {"id_column": section.id_column, "language_column": section.language_column}
     settings |= section.model_dump(include={"columns", "language"}, exclude_defaults=True)
     codes = languages if section.by_language else [None]
     identities = {code: _source_identity(section.of(code), f"{key}.source") for code in codes}
-    settings["source"] = identities if section.by_language else identities[None]
+    settings["source"] = Given(given, identities if section.by_language else identities[None])
     if has_splits(source):
         named = section.of(None)
-        settings |= {"split": section.split}
+        settings["split"] = section.split
         settings |= {name: named[name] for name in ("config", "revision") if named[name] is not None}
     return settings
 
 
 def _source_identity(of: Mapping[str, Any], key: str) -> str | list[str]:
-    """What a file or folder holds, wherever it lies; a dataset of the hub by its name and files."""
+    """What a file or folder holds, wherever it lies; a data set of the hub by its name and files."""
     source = of["source"]
-    hub = source.startswith("hf:")
     folder = Path(os.path.expanduser(source.removeprefix("hf:")))
-    if (hub and os.path.isdir(folder)) or is_saved_dataset(source):
+    if is_saved_dataset(source) or (source.startswith("hf:") and os.path.isdir(folder)):
         return f"hf:{folder_identity(folder.resolve())}"
-    if hub:
+    if source.startswith("hf:"):
         return [source, *of["data_files"]] if of["data_files"] else source
     identities = [file_identity(str(path), key) for path in files_of(source, of["data_files"], key)]
     return identities[0] if len(identities) == 1 else identities
@@ -64,13 +73,13 @@ def _source_identity(of: Mapping[str, Any], key: str) -> str | list[str]:
 def test_prompts_settings(
     recipe: Recipe, section: Evaluation | Arena, key: str, languages: Sequence[str]
 ) -> Settings:
-    """As `prompts_settings`; raises UserError when the files are those tuned on, under whatever name."""
+    """As `prompts_settings`; raises UserError when the file is the one tuned on, under whatever name."""
     settings = prompts_settings(recipe, section, key, languages)
     assert section.source is not None
     both = (section.source, recipe.prompts.source)
     if not any(has_splits(source) for source in both):
         tuning = prompts_settings(recipe, recipe.prompts, "prompts", languages)
-        if settings["source"] == tuning["source"]:
+        if settings["source"].identity == tuning["source"].identity:
             raise UserError(
                 f"{key}.source = '{both[0]}' has the content of prompts.source = '{both[1]}', the prompts tuned on: "
                 f"expected others"
@@ -78,37 +87,46 @@ def test_prompts_settings(
     return settings
 
 
-def translate_settings(recipe: Recipe, languages: Sequence[str]) -> Settings:
+def translate_settings(recipe: Recipe, arm: str | None) -> Settings:
+    return _translate_settings(recipe, recipe.run.languages)
+
+
+def eval_translate_settings(recipe: Recipe, arm: str | None) -> Settings:
+    return _translate_settings(recipe, recipe.run.evaluated)
+
+
+def _translate_settings(recipe: Recipe, languages: Sequence[str]) -> Settings:
     assert recipe.translate is not None
     settings = recipe.translate.model_dump(
         mode="json", exclude={"trust_remote_code", "evaluation", "revision"}
     )
     template = recipe.translate.chat_template
+    identity = model_identity(recipe.translate.model, recipe.translate.revision, "translate.model")
     return settings | {
-        "model": model_identity(recipe.translate.model, recipe.translate.revision, "translate.model"),
+        "model": Given(recipe.translate, identity),
         "chat_template": file_identity(template, "translate.chat_template") if template else None,
         "checks": sorted(recipe.translate.checks),
         "languages": sorted(languages),
     }
 
 
-def policy_settings(recipe: Recipe, languages: Sequence[str], key: str = "policy") -> Settings:
-    policy = recipe.policy
-    return {
+def given_policy(policy: Policy, languages: Sequence[str], key: str = "policy") -> Given:
+    """A policy that is prompted in these languages."""
+    instruction = {code: text for code, text in sorted(policy.instruction.items()) if code in languages}
+    template = policy.chat_template
+    identity = {
         "model": model_identity(policy.model, policy.revision, f"{key}.model"),
         "dtype": policy.dtype,
-        "chat_template": file_identity(policy.chat_template, f"{key}.chat_template")
-        if policy.chat_template
-        else None,
-        "instruction": {code: text for code, text in sorted(policy.instruction.items()) if code in languages},
+        "chat_template": file_identity(template, f"{key}.chat_template") if template else None,
+        "instruction": instruction,
     }
+    return Given(policy.model_copy(update={"instruction": instruction}), identity)
 
 
-def reward_settings(recipe: Recipe) -> Settings:
-    reward = recipe.reward
+def given_reward(reward: Reward) -> Given:
     identity = model_identity(reward.model, reward.revision, "reward.model")
     check_one_logit(reward.model)
-    return {"model": identity, "dtype": reward.dtype, "max_tokens": reward.max_tokens}
+    return Given(reward, {"model": identity, "dtype": reward.dtype, "max_tokens": reward.max_tokens})
 
 
 def check_one_logit(model: str) -> None:
@@ -123,26 +141,21 @@ def check_one_logit(model: str) -> None:
             )
 
 
-def sampling_recipe(recipe: Recipe, arm: str | None) -> Recipe:
-    """The recipe as a sampling stage reads it: an off-policy arm's model in the policy's place."""
-    sampler = arm_of(recipe, arm).sampler if arm else None
-    if sampler is None:
-        return recipe
-    policy = Policy(**sampler.model_dump(), instruction=recipe.policy.instruction)
-    return recipe.model_copy(update={"policy": policy})
-
-
 def sample_settings(recipe: Recipe, arm: str | None) -> Settings:
     sampling = recipe.sampling.model_dump(mode="json")
     if arm is None:
-        policy = policy_settings(recipe, recipe.run.languages)
-        return {"policy": policy, "sampling": sampling, "seed": recipe.run.seed}
+        shared = given_policy(recipe.policy, recipe.run.languages)
+        return {"policy": shared, "sampling": sampling, "seed": recipe.run.seed}
     languages, section = sampled_languages(recipe, arm), arm_of(recipe, arm)
-    key = f"arms.{arm}.sampler" if section.sampler else "policy"
+    policy, key = recipe.policy, "policy"
+    if section.sampler:
+        policy = Policy(**section.sampler.model_dump(), instruction=policy.instruction)
+        key = f"arms.{arm}.sampler"
     rounds = num_rounds_before(recipe, arm)
+    tokenizer = Policy(**recipe.policy.model_dump(include={"model", "revision", "trust_remote_code"}))
     return {
-        "policy": policy_settings(sampling_recipe(recipe, arm), languages, key),
-        "ids_of": model_identity(recipe.policy.model, recipe.policy.revision, "policy.model"),
+        "policy": given_policy(policy, languages, key),
+        "ids_of": Given(tokenizer, model_identity(tokenizer.model, tokenizer.revision, "policy.model")),
         "sampling": sampling | {"completions": num_completions(recipe, arm)},
         # the noise of an earlier round is in what it was tuned on: another for each
         "seed": seed_digest("round", recipe.run.seed, rounds) if rounds else recipe.run.seed,
@@ -153,10 +166,10 @@ def sample_settings(recipe: Recipe, arm: str | None) -> Settings:
 
 def score_settings(recipe: Recipe, arm: str | None) -> Settings:
     section = arm_of(recipe, arm) if arm else Origin()
-    policy = policy_settings(recipe, recipe.run.languages)
+    policy = given_policy(recipe.policy, recipe.run.languages)
     match section.scorer:
         case "reward":
-            own: Settings = {"reward": reward_settings(recipe)}
+            own: Settings = {"reward": given_reward(recipe.reward)}
         case "likelihood" | "likelihood-sum":
             own = {"policy": policy}
         case "verified":
@@ -165,27 +178,29 @@ def score_settings(recipe: Recipe, arm: str | None) -> Settings:
             assert section.implicit is not None
             own = {"policy": policy, "instruction": section.implicit.instruction}
         case "alignment":
-            own = {"alignment": alignment_settings(recipe)}
+            own = {"alignment": given_alignment(recipe)}
         case _:
             own = {"seed": recipe.run.seed}
     first = num_scored(recipe, arm)
     return {"scorer": section.scorer} | own | ({"completions": first} if first else {})
 
 
-def alignment_settings(recipe: Recipe) -> Settings:
+def given_alignment(recipe: Recipe) -> Given:
     assert isinstance(recipe.alignment, Alignment)  # where an arm's scorer is "alignment"
     section = recipe.alignment
-    return {
+    codes = {code: section.codes.get(code) for code in sorted(recipe.run.languages)}
+    identity = {
         "model": model_identity(section.model, section.revision, "alignment.model"),
         "dtype": section.dtype,
-        "codes": {code: section.codes.get(code) for code in sorted(recipe.run.languages)},
+        "codes": codes,
         "targets": section.targets,
         "max_tokens": section.max_tokens,
     }
+    return Given(section, identity)
 
 
 def references_settings(recipe: Recipe, arm: str | None) -> Settings:
-    return {"reward": reward_settings(recipe)}
+    return {"reward": given_reward(recipe.reward)}
 
 
 def pair_settings(recipe: Recipe, arm: str | None) -> Settings:
@@ -200,13 +215,17 @@ def pair_settings(recipe: Recipe, arm: str | None) -> Settings:
         rules["completions"] = section.completions
     if section.part:
         rules["part"] = section.part
+    if section.guards.wrong_language != "off":
+        rules["evaluated"] = sorted(
+            recipe.run.evaluated
+        )  # a text in the wrong language may be in any of these
     return rules | {"seed": recipe.run.seed}
 
 
 def train_settings(recipe: Recipe, arm: str | None) -> Settings:
     section = arm_of(recipe, arm)
     settings = {
-        "policy": policy_settings(recipe, recipe.run.languages),
+        "policy": given_policy(recipe.policy, recipe.run.languages),
         "training": section.training.model_dump(mode="json"),
         "seed": recipe.run.seed,
     }
@@ -219,11 +238,11 @@ def evaluate_settings(recipe: Recipe, arm: str | None) -> Settings:
         set(evaluation.base_temperatures) if arm == "base" else set()
     )
     return {
-        "policy": policy_settings(recipe, recipe.run.evaluated),
+        "policy": given_policy(recipe.policy, recipe.run.evaluated),
         "temperatures": sorted(temperatures),
         "samples": evaluation.samples,
         "max_new_tokens": evaluation.max_new_tokens,
-        "reward": None if evaluation.source == "lab" else reward_settings(recipe),
+        "reward": None if evaluation.source == "lab" else given_reward(recipe.reward),
         "seed": recipe.run.seed,
     }
 
@@ -234,9 +253,9 @@ def euroeval_settings(recipe: Recipe, arm: str | None) -> Settings:
     assert section is not None
     return section.model_dump(mode="json", exclude={"datasets", "local"}) | {
         "version": EUROEVAL_VERSION,
-        "policy": policy_settings(recipe, ()),
+        "policy": given_policy(recipe.policy, ()),
         "datasets": {code: sorted(section.datasets_of(code)) for code in sorted(recipe.run.evaluated)},
-        "local": local_datasets(section.local) if section.local else None,
+        "local": Given(section.local, local_datasets(section.local)) if section.local else None,
     }
 
 
@@ -256,7 +275,7 @@ def arena_prompts_settings(recipe: Recipe, arm: str | None) -> Settings:
 def arena_sample_settings(recipe: Recipe, arm: str | None) -> Settings:
     assert recipe.arena is not None
     return {
-        "policy": policy_settings(recipe, recipe.arena_languages),
+        "policy": given_policy(recipe.policy, recipe.arena_languages),
         "max_new_tokens": recipe.arena.max_new_tokens or recipe.evaluation.max_new_tokens,
         "languages": sorted(recipe.arena_languages),
         "limit": recipe.arena.limit,
@@ -267,22 +286,23 @@ def arena_settings(recipe: Recipe, arm: str | None) -> Settings:
     assert recipe.arena is not None
     lab = recipe.arena.judge == "lab"
     return {
-        "judge": f"lab {WORLD}" if lab else judge_settings(recipe.judge),
+        "judge": Given("lab", f"lab {WORLD}") if lab else given_judge(recipe.judge),
         "languages": sorted(recipe.arena_languages),
+        "evaluated": sorted(recipe.run.evaluated),  # completions are told apart among these
         "limit": recipe.arena.limit,
     }
 
 
-def judge_settings(judge: Judge | None) -> Settings:
-    assert judge is not None
-    return {
+def given_judge(judge: Judge | None) -> Given:
+    assert judge is not None  # the recipe's checks saw to it
+    template = judge.chat_template
+    identity = {
         "model": model_identity(judge.model, judge.revision, "judge.model"),
         "dtype": judge.dtype,
-        "chat_template": file_identity(judge.chat_template, "judge.chat_template")
-        if judge.chat_template
-        else None,
+        "chat_template": file_identity(template, "judge.chat_template") if template else None,
         "max_new_tokens": judge.max_new_tokens,
     }
+    return Given(judge, identity)
 
 
 def results_settings(recipe: Recipe, arm: str | None) -> Settings:

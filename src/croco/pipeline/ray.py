@@ -23,9 +23,16 @@ import pyarrow as pa
 import croco
 from croco.config.runtime import Runtime
 from croco.errors import UserError
-from croco.pipeline.compute import Finished, Job, OpenWorker, Stream, Worker, groups
-from croco.pipeline.processes import LIVES
-from croco.storage.shards import read_record
+from croco.pipeline.workers import (
+    MAX_WORKER_DEATHS,
+    ComputeJob,
+    ShardResult,
+    Stream,
+    Worker,
+    WorkerFactory,
+    groups,
+)
+from croco.storage.records import read_record
 
 SHARD = pa.schema(
     [
@@ -38,7 +45,7 @@ SHARD = pa.schema(
 )
 
 
-def actors(job: Job, runtime: Runtime) -> Stream:
+def actors(job: ComputeJob, runtime: Runtime) -> Stream:
     """Yield every shard of the job once, from `runtime.replicas` actors; raises UserError as a worker does."""
     join(runtime)
     from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, WorkerCrashedError
@@ -58,17 +65,17 @@ def actors(job: Job, runtime: Runtime) -> Stream:
                     opened[said["worker"]] = {}
                     job.opened.append(opened[said["worker"]])
                 opened[said["worker"]].update(said["facts"])  # a server's counts grow
-                yield Finished(
+                yield ShardResult(
                     row["index"], _table(row["table"]), _table(row["dropped"]), said["read"], said["sums"]
                 )
     except (RayActorError, WorkerCrashedError, NodeDiedError, OutOfMemoryError) as error:
         raise UserError(
-            f"{job.title}: {LIVES} Ray workers were lost at the same shards, the last so: {_first_line(error)}; "
-            f"what is finished is kept"
+            f"{job.title}: {MAX_WORKER_DEATHS} Ray workers were lost at the same shards, the last so: "
+            f"{_first_line(error)}; what is finished is kept"
         ) from None
 
 
-def dataset(job: Job, runtime: Runtime) -> Any:
+def dataset(job: ComputeJob, runtime: Runtime) -> Any:
     """Ray Data's plan: a block per group of shards, and a pool of actors that make a block per shard of it."""
     import ray.data
 
@@ -93,7 +100,7 @@ def dataset(job: Job, runtime: Runtime) -> Any:
             num_gpus=gpus,
             memory=memory and memory * 2**30,
             max_restarts=-1,
-            max_task_retries=LIVES - 1,
+            max_task_retries=MAX_WORKER_DEATHS - 1,
         )
     planned.context.target_max_block_size = 1  # a block per shard, sent when it is there
     planned.context.execution_no_progress_timeout_s = -1  # a shard may take hours
@@ -105,7 +112,12 @@ class ShardWorker:
     """An actor: a worker of ours, opened at its first group, so that Ray counts a worker lost while opening too."""
 
     def __init__(
-        self, open_worker: OpenWorker, folder: Path, file: Callable[[int], Path], fingerprint: str, place: str
+        self,
+        open_worker: WorkerFactory,
+        folder: Path,
+        file: Callable[[int], Path],
+        fingerprint: str,
+        place: str,
     ) -> None:
         self.open_worker, self.folder, self.file = open_worker, folder, file
         self.fingerprint, self.place = fingerprint, place

@@ -1,4 +1,4 @@
-"""How a stage's folder stands against the recipe: missing, unfinished, complete, stale with what changed, or damaged.
+"""Compares a stage's folder with the recipe: missing, unfinished, complete, stale with what changed, or damaged.
 
 Reads `stage.json`, the markers and row counts in Parquet metadata, never a table; running a stage is `stage.py`.
 """
@@ -10,35 +10,34 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from croco.errors import StaleStage, UserError
-from croco.storage import provenance, shards
-from croco.storage.shards import Record
+from croco.pipeline.node import Node
+from croco.storage import files, provenance, records, shards
+from croco.storage.records import Record
 
-if TYPE_CHECKING:
-    from croco.pipeline.stage import Node
+WRONG = ("stale", "damaged")
 
 
 @dataclass(frozen=True)
 class Status:
-    """How a node's folder stands: 'missing', 'unfinished', 'complete', 'stale' with the changes, or 'damaged' with what
-    is wrong."""
+    """The state of a node's folder: 'missing', 'unfinished', 'complete', or with what is wrong 'stale' or 'damaged'."""
 
     kind: str
     changes: tuple[str, ...] = ()
 
 
-def status(node: Node, contents: bool = False) -> Status:
-    """How a node's folder stands against the recipe; reads `stage.json`, and row counts when it is complete.
+def status_of(node: Node, contents: bool = False) -> Status:
+    """The state of a node's folder; reads `stage.json`, and row counts when it is complete.
 
     With `contents` the bytes of what it made are read too. Raises UserError when the folder is somebody else's.
     """
-    if not os.path.lexists(node.folder / shards.RECORD):
+    if not os.path.lexists(node.folder / records.RECORD):
         _check_empty(node)
         return Status("missing")
     try:
-        found = shards.read_record(node.folder)
+        found = records.read_record(node.folder)
     except UserError as error:
         return Status("damaged", (str(error),))
     if found["state"] == "removed":
@@ -63,10 +62,10 @@ def _check_empty(node: Node) -> None:
     if os.path.lexists(node.folder) and not node.folder.is_dir():
         raise UserError(f"{node.folder} is a file, expected the folder of the stage {node.title}")
     for path in node.folder.iterdir() if node.folder.is_dir() else ():
-        inside = path.is_dir() and ((path / shards.RECORD).exists() or not any(path.iterdir()))
+        inside = path.is_dir() and ((path / records.RECORD).exists() or not any(path.iterdir()))
         if not inside and not path.name.startswith("."):
             raise UserError(
-                f"{node.folder} holds '{path.name}' and no {shards.RECORD}: croco has not made it, expected a new or "
+                f"{node.folder} holds '{path.name}' and no {records.RECORD}: croco has not made it, expected a new or "
                 f"empty folder for the stage {node.title} (see run.folder)"
             )
 
@@ -74,9 +73,9 @@ def _check_empty(node: Node) -> None:
 def _nothing_made(folder: Path) -> bool:
     """Whether a stage's folder holds nothing but its `stage.json` (and other stages)."""
     return all(
-        path.name == shards.RECORD
-        or path.name.startswith(shards.TEMPORARY)
-        or (path / shards.RECORD).exists()
+        path.name == records.RECORD
+        or path.name.startswith(files.TEMPORARY)
+        or (path / records.RECORD).exists()
         or (path.name == "scratch" and not any(path.iterdir()))
         for path in folder.iterdir()
     )
@@ -104,7 +103,7 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 def verify(node: Node, found: Record) -> dict[str, dict[str, int]]:
     """Check markers against the rows on disk and sum their counts; raises UserError naming the file that is off."""
     if not node.stage.table:
-        there = files(node)
+        there = files_made(node)
         for name, size in found.get("files", {}).items():
             if there.get(name) != size:
                 raise UserError(
@@ -124,7 +123,7 @@ def verify(node: Node, found: Record) -> dict[str, dict[str, int]]:
             total.update(getattr(shard, name))
     counts = {name: dict(total) for name, total in totals.items()}
     if found["state"] == "complete" and counts != found["counts"]:
-        raise UserError(f"{node.folder / shards.RECORD} counts {found['counts']}, its markers {counts}")
+        raise UserError(f"{node.folder / records.RECORD} counts {found['counts']}, its markers {counts}")
     balance(node.title, counts["read"], counts["written"], counts["dropped"])
     return counts
 
@@ -135,13 +134,13 @@ def check_contents(node: Node) -> None:
         for shard in shards.shards(node.folder):
             shards.check_shard(shard, contents=True)
     else:
-        for name, digest in shards.read_record(node.folder).get("digests", {}).items():
-            shards.check_digest(node.folder / name, digest)
+        for name, digest in records.read_record(node.folder).get("digests", {}).items():
+            files.check_digest(node.folder / name, digest)
 
 
 def mend_ledger(node: Node) -> bool:
     """Write the merged ledger of a complete stage again, from those of its shards, when it is gone or damaged."""
-    dropped = shards.read_record(node.folder)["counts"].get("dropped", {})
+    dropped = records.read_record(node.folder)["counts"].get("dropped", {})
     try:
         if not node.stage.table or shards.read_dropped(node.folder).height == sum(dropped.values()):
             return False
@@ -151,7 +150,7 @@ def mend_ledger(node: Node) -> bool:
     return True
 
 
-def files(node: Node) -> dict[str, int]:
+def files_made(node: Node) -> dict[str, int]:
     """Names and sizes of what a stage without a table made."""
     tops = [node.folder / name for name in (*node.stage.makes, "dropped.parquet")]
     paths = [path for top in tops for path in ([top] if top.is_file() else top.rglob("*")) if path.is_file()]
@@ -161,18 +160,18 @@ def files(node: Node) -> dict[str, int]:
 def clear(node: Node) -> None:
     """Remove what a stage made. Its record says so first and goes last; sub-folders that are other stages, and files
     that no stage makes, stay. A folder without a record is left alone."""
-    if not os.path.lexists(node.folder / shards.RECORD):
+    if not os.path.lexists(node.folder / records.RECORD):
         return
     record: Record = {
         "stage": node.stage.name, "arm": node.arm, "state": "removed", "fingerprint": node.fingerprint,
         "science": node.science, "shard_prompts": 1, "num_shards": None, "counts": {}, "seconds": 0, "starts": 1,
         "facts": {},
     }  # fmt: skip
-    shards.write_record(node.folder, record)
+    records.write_record(node.folder, record)
     for path in node.folder.iterdir():
-        if shards.OURS.fullmatch(path.name) or path.name in node.stage.makes:
-            shards.remove(path)
-    (node.folder / shards.RECORD).unlink()
+        if files.OURS.fullmatch(path.name) or path.name in node.stage.makes:
+            files.remove(path)
+    (node.folder / records.RECORD).unlink()
 
 
 def balance(
@@ -187,23 +186,28 @@ def balance(
             )
 
 
-def stop_or_clear(
-    todo: list[Node], rebuild: bool, say: Callable[[str], None], every: list[Node] | None = None
-) -> None:
-    """Stop at stale and damaged stages with what is wrong; with `rebuild`, remove them and those after them."""
-    known = {id(node): status(node, contents=rebuild) for node in todo}
-    wrong = {key: now for key, now in known.items() if now.kind in ("stale", "damaged")}
-    if wrong and not rebuild:
-        raise StaleStage(stale_message([(node, wrong[id(node)]) for node in todo if id(node) in wrong]))
-    gone: dict[int, Node] = {}
-    for node in every or todo:
-        if id(node) in wrong or any(id(before) in gone for before in node.inputs.values()):
-            gone[id(node)] = node
+def stop_if_wrong(known: Mapping[Node, Status]) -> None:
+    """Raise StaleStage when a stage is stale or damaged, with what is wrong."""
+    wrong = [(node, now) for node, now in known.items() if now.kind in WRONG]
+    if wrong:
+        raise StaleStage(stale_message(wrong))
+
+
+def clear_wrong(
+    known: Mapping[Node, Status], every: Sequence[Node], say: Callable[[str], None]
+) -> dict[Node, Status]:
+    """Remove stale and damaged stages, and those of `every` after them; returns the states that follow."""
+    gone: list[Node] = []
+    for node in every:
+        wrong = node in known and known[node].kind in WRONG
+        if wrong or any(before in gone for before in node.inputs.values()):
+            gone.append(node)
     # the last first: a kill in between must not leave a stage that stands on one that is gone
-    for node in reversed(gone.values()):
-        if os.path.lexists(node.folder / shards.RECORD):
+    for node in reversed(gone):
+        if os.path.lexists(node.folder / records.RECORD):
             clear(node)
             say(f"{node.title:<24} removed, to be made again")
+    return {**known, **{node: Status("missing") for node in gone}}
 
 
 def stale_message(wrong: Sequence[tuple[Node, Status]]) -> str:

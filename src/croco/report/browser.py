@@ -11,7 +11,7 @@ import base64
 import json
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from croco.report.examples import Row, kinds_of
@@ -54,9 +54,10 @@ class Pack:
             used += len(squeeze.compress(json.dumps([packed[-1], self.fresh]).encode()))
             if used > budget:
                 break
+        made = self.kinds.setdefault(kind, {**about, "total": 0, "rows": []})
+        made["total"] += total
         keys, names = list(self.prompts), list(self.texts)
-        packed.sort(key=lambda row: (names[row[0]], keys[row[1]]))
-        self.kinds[kind] = {**about, "total": total, "rows": packed}
+        made["rows"] = sorted(made["rows"] + packed, key=lambda row: (names[row[0]], keys[row[1]]))
 
     def _text(self, text: str) -> int:
         if text not in self.texts:
@@ -95,10 +96,15 @@ def packed(data: Mapping[str, Any]) -> str:
     return base64.b64encode(zlib.compress(text.encode(), 9)).decode()
 
 
-def browse(run: Run, budgets: Mapping[str, int] = MAX_BYTES) -> dict[str, Any]:
-    """All kinds of rows that a run has, each a spread of at most `MAX_ROWS` and about its budget of bytes."""
+def browse(runs: Mapping[str, Run], budgets: Mapping[str, int] = MAX_BYTES) -> dict[str, Any]:
+    """All kinds of rows that the runs have, each a spread of at most `MAX_ROWS` and about its budget of bytes.
+
+    With several runs an arm's name is preceded by its run's.
+    """
     pack = Pack()
-    for kind, (about, total, rows) in kinds_of(run).items():
-        if total:
-            pack.add(kind, about, total, rows, budgets[kind])
+    for name, run in runs.items():
+        for kind, (about, total, rows) in kinds_of(run).items():
+            if total:
+                named = (replace(row, arm=f"{name}: {row.arm}") for row in rows) if name else rows
+                pack.add(kind, about, total, named, budgets[kind] // len(runs))
     return pack.data()

@@ -11,23 +11,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from croco.report.scores import Board, Cell, interval_text, temperature_name
+from croco.report.scores import Board, Cell
+from croco.report.table import Number, temperature_name
 from croco.stages.evaluate.results import BASE
 from croco.stages.evaluate.stats import Interval, verdict
 
-MODES = (
-    "good",
-    "right-language",
-    "careful-wrong",
-    "terse",
-    "rambling",
-    "wrong-language",
-    "evasive",
-    "malformed",
-)
-_MODE_PLACES = {"good": 1, "right-language": 1, "careful-wrong": 2, "terse": 3, "rambling": 4, "wrong-language": 5,
-                "evasive": 6}  # fmt: skip
-SHAPES = ("circle", "square", "diamond", "triangle", "ring", "frame")
+# the known modes in the order of bars and legends, each with its place in the palette; others get the last
+MODES = {
+    "good": 1, "right-language": 1, "careful-wrong": 2, "terse": 3, "rambling": 4, "wrong-language": 5, "evasive": 6,
+    "malformed": 7,
+}  # fmt: skip
 STEPS = 4  # of colour, to each side of zero
 
 
@@ -82,21 +75,21 @@ class Forest:
 
 def forests(board: Board, arms: Sequence[str], scopes: Sequence[str]) -> list[Forest]:
     """One forest per temperature that some arm shares with the base: the arms' differences from the base."""
-    found = {
+    differences = {
         (arm, temperature, scope): cell.difference
         for (arm, temperature, scope), cell in board.cells.items()
         if cell.difference is not None and scope in scopes
     }
-    if not found:
+    if not differences:
         return []
-    scale = axis([end for difference in found.values() for end in difference])
-    ticks = [(scale.place(tick), board.signed(tick)) for tick in scale.ticks]
+    scale = axis([end for difference in differences.values() for end in difference])
+    ticks = [(scale.place(tick), board.change.text(tick)) for tick in scale.ticks]
     made = []
-    for temperature in sorted({key[1] for key in found}):
+    for temperature in sorted({key[1] for key in differences}):
         rows = [
             (scope, scope in board.groups, [
-                _mark(board, scale, arms.index(arm), arm, found[arm, temperature, scope])
-                for arm in arms if (arm, temperature, scope) in found
+                _mark(board, scale, arms.index(arm), arm, differences[arm, temperature, scope])
+                for arm in arms if (arm, temperature, scope) in differences
             ])
             for scope in scopes
         ]  # fmt: skip
@@ -107,8 +100,8 @@ def forests(board: Board, arms: Sequence[str], scopes: Sequence[str]) -> list[Fo
 
 def _mark(board: Board, scale: Axis, series: int, arm: str, difference: Interval) -> Mark:
     value, low, high = (scale.place(end) for end in difference)
-    text = f"{arm} {interval_text(board, difference, signed=True)}, {verdict(difference)}"
-    return Mark(series, value, low, high, board.signed(difference.value), text, verdict(difference))
+    number, word = Number(difference, board.change), verdict(difference)
+    return Mark(series, value, low, high, number.text, f"{arm} {number.with_interval}, {word}", word)
 
 
 # a temperature by name, and per scope the text, the step of colour and the words of a cell, or null
@@ -152,8 +145,8 @@ def heats(
             if arm != BASE and any((cell := board.cell(arm, t, s)) and cell.difference for s in scopes)
         ]
         ends = [top * step / STEPS for step in range(1, STEPS + 1)]
-        scale = [(f"dm{step}", board.signed(-ends[step - 1])) for step in range(STEPS, 0, -1)]
-        scale += [(f"dp{step}", board.signed(ends[step - 1])) for step in range(1, STEPS + 1)]
+        scale = [(f"dm{step}", board.change.text(-ends[step - 1])) for step in range(STEPS, 0, -1)]
+        scale += [(f"dp{step}", board.change.text(ends[step - 1])) for step in range(1, STEPS + 1)]
         made.append(Heat(titles[0], "difference", columns, _by_arm(rows), scale))
     values = [cell.value.value for cell in board.cells.values()]
     low, high = (0.0, max([*values, 0.01])) if board.is_share else (min(values), max(values))
@@ -162,7 +155,7 @@ def heats(
         for arm, t in board.settings
     ]
     span = (high - low) or 1.0
-    scale = [(f"s{step}", board.number(low + span * step / 5)) for step in range(6)]
+    scale = [(f"s{step}", board.unit.text(low + span * step / 5)) for step in range(6)]
     made.append(Heat(titles[1], "level", columns, _by_arm(rows), scale))
     return made
 
@@ -176,37 +169,25 @@ def _by_arm(
 def _change(board: Board, cell: Cell | None, top: float) -> tuple[str, str, str] | None:
     if cell is None or cell.difference is None:
         return None
-    difference = cell.difference
-    found = verdict(difference)
-    if found == "not resolved":
-        name = "d0"
-    else:
-        step = min(STEPS, max(1, math.ceil(STEPS * abs(difference.value) / top - 1e-9)))
-        name = f"d{'p' if difference.value > 0 else 'm'}{step}"
-    words = f"{interval_text(board, difference, signed=True)}, {found}{remark(cell)}"
-    return board.signed(difference.value), name, words
-
-
-def remark(cell: Cell) -> str:
-    """What the tests add to an interval: the p-value over all languages and arms, the prompts that would settle it."""
-    words = "" if cell.holm is None else f"; p = {cell.holm:.3g} (Holm)"
-    if cell.needed is not None and cell.difference is not None and verdict(cell.difference) == "not resolved":
-        words += f"; about {cell.needed:,.0f} prompts would resolve it"
-    return words
+    number, word, name = Number(cell.difference, board.change), verdict(cell.difference), "d0"
+    if word != "not resolved":
+        step = min(STEPS, max(1, math.ceil(STEPS * abs(cell.difference.value) / top - 1e-9)))
+        name = f"d{'p' if cell.difference.value > 0 else 'm'}{step}"
+    return number.text, name, "; ".join(filter(None, [f"{number.with_interval}, {word}", cell.remark]))
 
 
 def _level(board: Board, cell: Cell | None, low: float, high: float) -> tuple[str, str, str] | None:
     if cell is None:
         return None
-    step = round(5 * (cell.value.value - low) / ((high - low) or 1.0))
-    return board.number(cell.value.value), f"s{step}", interval_text(board, cell.value)
+    step, number = round(5 * (cell.value.value - low) / ((high - low) or 1.0)), Number(cell.value, board.unit)
+    return number.text, f"s{step}", number.with_interval
 
 
 def mode_place(mode: str) -> int:
     """The place of a mode in the palette; the last for those without one."""
-    return _MODE_PLACES.get(mode, 7)
+    return MODES.get(mode, 7)
 
 
-def mode_order(seen: set[str]) -> list[str]:
+def mode_order(modes: set[str]) -> list[str]:
     """The modes in the order of bars and legends: the known ones, then the others by name."""
-    return [mode for mode in MODES if mode in seen] + sorted(seen - set(MODES))
+    return [mode for mode in MODES if mode in modes] + sorted(modes - set(MODES))

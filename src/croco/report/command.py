@@ -2,26 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 
-from croco.config.recipe import Recipe, load
+from croco.config.load import load
+from croco.config.recipe import Recipe
 from croco.errors import UserError
-from croco.report.load_run import read_recipe
-from croco.storage.shards import write_for_user
+from croco.report.load_run import read_recipe, read_stages, steps_of
+from croco.report.render import terminal
+from croco.report.table import Entry, Table, count_of
+from croco.storage.files import write_for_user
+from croco.storage.records import state
+from croco.storage.shards import shards
 
 
 def page(folder: Path, say: Callable[[str], None]) -> str:
-    """Make the page of a finished run, or of a study, again; returns a line that says where it is."""
+    """Make the page of a finished run, or of a study, again; returns a line that says where it is.
+
+    Of a run that is not finished it prints how far it came and where rows went, and raises UserError.
+    """
     from croco.pipeline import run
 
-    if read_recipe(folder).study:
-        from croco.report.study_page import write
+    recipe = read_recipe(folder)
+    if recipe.study:
+        from croco.report.study import write
 
         return f"study: {write(_placed(folder), say)}"
+    left = [title for title in _titles(recipe) if state(folder / title) != "complete"]
+    if left:
+        _print([terminal(progress(folder, recipe))])
+        raise UserError(f"{folder} is not finished, so there is no page: `croco run` goes on with {left[0]}")
     return f"report: {run.rebuild_report(_placed(folder), say)}"
+
+
+def _titles(recipe: Recipe) -> list[str]:
+    from croco.pipeline.graph import nodes
+
+    return [node.title for node in nodes(recipe) if node.stage.name != "report"]
+
+
+def progress(folder: Path, recipe: Recipe) -> Table:
+    """Every stage with its state, what it read and kept, and its most frequent reasons to leave rows out."""
+    stages = read_stages(folder, recipe)
+    steps = {f"{step.stage}/{step.arm}".rstrip("/"): step for step in steps_of(folder, recipe, stages)}
+    rows: list[list[Entry]] = []
+    for title in _titles(recipe):
+        made, step = stages.get(title, {}), steps.get(title)
+        how_far = str(made.get("state", "not begun"))
+        if how_far != "complete" and made:
+            how_far = f"{len(shards(folder / title))} of {made.get('num_shards') or '?'} shards"
+        flows = [
+            f"{flow.written:,} of {count_of(flow.read, flow.unit)} kept"
+            + "".join(f"; {count:,} {reason}" for reason, count in flow.reasons[:3])
+            for flow in (step.flows if step else ())
+        ]
+        if not step and made:
+            flows = [count_of(int(count), unit) for unit, count in made["counts"].get("written", {}).items()]
+        rows.append([title, how_far, "\n".join(flows)])
+    return Table(["stage", "state", "rows"], rows, 3, f"{recipe.run.name}: how far it came")
 
 
 def _placed(folder: Path) -> Recipe:
@@ -35,9 +75,8 @@ def beside(first: Path, second: Path, to: Path | None) -> Path:
 
     _single(first)
     _single(second)
-    made = build_page(first, second)
     path = to or first / f"beside-{second.resolve().name}.html"
-    write_for_user(path, made)
+    write_for_user(path, build_page(first, second))
     return path
 
 
@@ -48,25 +87,25 @@ def _single(folder: Path) -> None:
 
 def show(folder: Path) -> None:
     """Print the tables that `croco run` ends with."""
-    from croco.report.tasks import tasks_table
-    from croco.report.terminal import results_table
+    from croco.report.exports import results_terminal
 
     _single(folder)
-    console = Console()
-    console.print(results_table(folder))
-    if (tasks := tasks_table(folder)) is not None:
-        console.print(tasks)
+    _print(results_terminal(folder))
 
 
 def show_comparison(first: Path, second: Path) -> None:
     """Print what differs between two runs."""
     from croco.report.compare import compare
-    from croco.report.terminal import comparison
+    from croco.report.exports import comparison_terminal
 
     _single(first)
     _single(second)
+    _print(comparison_terminal(compare(first, second)))
+
+
+def _print(parts: Iterable[RenderableType]) -> None:
     console = Console()
-    for part in comparison(compare(first, second)):
+    for part in parts:
         console.print(part)
 
 
@@ -74,20 +113,18 @@ def export(
     folder: Path, markdown: Path | None, csv: Path | None, latex: Path | None, intervals: bool
 ) -> list[Path]:
     """Write the tables of a run to the files that are named; returns those files."""
-    from croco.report.exports import results_csv, results_latex
-    from croco.report.markdown import results_markdown
+    from croco.report.exports import results_csv, results_latex, results_markdown
 
-    if markdown and read_recipe(folder).study:
-        write_for_user(markdown, (folder / "study.md").read_text(encoding="utf-8"))
-        return [markdown]
-    made = []
-    for path, text in (
+    writers = (
         (markdown, lambda: results_markdown(folder)),
         (csv, lambda: results_csv(folder)),
         (latex, lambda: results_latex(folder, intervals)),
-    ):
-        if path is not None:
-            _single(folder)
-            write_for_user(path, text())
-            made.append(path)
-    return made
+    )
+    wanted = [(path, write) for path, write in writers if path is not None]
+    if wanted and wanted[0][0] == markdown and read_recipe(folder).study:
+        wanted[0] = (markdown, lambda: (folder / "study.md").read_text(encoding="utf-8"))
+    elif wanted:
+        _single(folder)
+    for path, write in wanted:
+        write_for_user(path, write())
+    return [path for path, _ in wanted]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,8 @@ import polars as pl
 from numpy.typing import NDArray
 
 from croco.report.charts import Axis, axis
+from croco.report.table import MINUS, Unit
+from croco.stages.evaluate.stats import Interval
 
 BINS = 72
 
@@ -83,24 +85,47 @@ def _line(points: Sequence[tuple[float, float]]) -> str:
 
 @dataclass(frozen=True)
 class Curve:
-    """One arm in a panel: a line on training pairs, and dots on pairs held out."""
+    """One arm in a panel: a line with dots on it, or beside it where they are of pairs held out."""
 
     series: int
     arm: str
     path: str
     dots: list[tuple[float, float]]  # percent from the left, from the top
     last: str
+    bars: str = ""  # the intervals of the dots, as lines
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One training metric over steps."""
+    """Curves over steps or over another number."""
 
     title: str
     curves: list[Curve]
     rows: list[tuple[float, str]]  # ticks of the value: percent from the top, label
     columns: list[tuple[float, str]]  # ticks of the step
-    marks: list[tuple[float, int, str]]  # percent from the left, series, words
+    marks: list[tuple[float, int, str]] = field(default_factory=list)  # percent from the left, series, words
+    over: str = "steps"
+
+
+def value_panel(title: str, series: Mapping[str, Sequence[tuple[float, Interval]]], unit: Unit) -> Panel:
+    """Values with intervals over a number; on a scale of doublings where the numbers span a factor of 8."""
+    numbers = sorted({x for points in series.values() for x, _ in points})
+    doublings = len(numbers) > 2 and numbers[0] > 0 and numbers[-1] / numbers[0] >= 8
+    places = {x: math.log2(x) if doublings else x for x in numbers}
+    across = axis(list(places.values()), with_zero=False)
+    up = axis([end for points in series.values() for _, interval in points for end in interval], num_ticks=4)
+    curves = []
+    for place, (name, points) in enumerate(series.items()):
+        dots = [(across.place(places[x]), round(100 - up.place(i.value), 2)) for x, i in points]
+        bars = "".join(
+            _line([(dot[0], 100 - up.place(i.low)), (dot[0], 100 - up.place(i.high))])
+            for dot, (_, i) in zip(dots, points, strict=True)
+        )
+        curves.append(Curve(place, name, _line(dots), dots, unit.text(points[-1][1].value), bars))
+    return Panel(
+        title, curves, [(100 - up.place(tick), unit.text(tick)) for tick in up.ticks],
+        [(across.place(place), f"{x:g}") for x, place in places.items()], over=title,
+    )  # fmt: skip
 
 
 def panels(metrics: Mapping[str, Sequence[Mapping[str, Any]]], titles: Mapping[str, str]) -> list[Panel]:
@@ -130,7 +155,7 @@ def panels(metrics: Mapping[str, Sequence[Mapping[str, Any]]], titles: Mapping[s
             if last is not None:
                 path = _line(points["train"]) if points["train"] else ""
                 curves.append(
-                    Curve(series, arm, path, points["validation"], f"{last:.3g}".replace("-", "\u2212"))
+                    Curve(series, arm, path, points["validation"], f"{last:.3g}".replace("-", MINUS))
                 )
         marks = [(across.place(step), series, f"{arm}, step {step}: {text}")
                  for series, arm, step, text in sentinel(metrics)]  # fmt: skip
@@ -162,4 +187,4 @@ def _finite(value: Any) -> bool:
 
 
 def _tick(value: float) -> str:
-    return f"{value:,.4g}".replace("-", "\u2212")
+    return f"{value:,.4g}".replace("-", MINUS)

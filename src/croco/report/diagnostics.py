@@ -1,113 +1,57 @@
-"""Results that are no board: what to think of the arena's judge, and the metrics of structured tasks.
+"""Results that are no board: what to think of the arena's judge, and the metrics of structured tasks (EuroEval).
 
 Nothing is averaged here: a correlation and an accuracy have no common mean, so every metric keeps its own line.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import polars as pl
 
+from croco import languages
+from croco.config.evaluation import VERSION
 from croco.report.load_run import Run
-from croco.report.scores import ARENA, MINUS, Board, scope_name, temperature_name
+from croco.report.scores import ARENA, Board, mark_best, metrics_of
+from croco.report.table import POINTS, SHARE, Entry, Number, Table, Unit, scope_name
 from croco.stages.evaluate.results import BASE, GROUPS, headline
 
-RIGHT = "right-language"
-# metric -> heading, factor, how it is written
+TASK = Unit(digits=1)
+# metric -> heading, unit
 JUDGED = {
-    "win-rate": ("win rate", 100, "{:.0f} %"),
-    "lc-win-rate": ("length-controlled", 100, "{:.0f} %"),
-    "tie": ("ties", 100, "{:.0f} %"),
-    "self-consistency": ("both orders agree", 100, "{:.0f} %"),
-    "position-bias": ("leans to the first shown", 100, "{:+.0f} points"),
-    "length-difference": ("characters longer", 1, "{:+.0f}"),
-    "right-language": ("right language", 100, "{:.0f} %"),
+    "win-rate": ("win rate", SHARE),
+    "lc-win-rate": ("length-controlled", SHARE),
+    "tie": ("ties", SHARE),
+    "self-consistency": ("both orders agree", SHARE),
+    "position-bias": ("leans to the first shown", Unit(POINTS.factor, signed=True, suffix=" points")),
+    "length-difference": ("characters longer", Unit(signed=True)),
+    "right-language": ("right language", SHARE),
 }
 
 
-@dataclass(frozen=True)
-class Grid:
-    """A table of texts: headings, rows of a name with its texts, and an interval for each text where there is one."""
-
-    headings: list[str]
-    rows: list[tuple[str, list[tuple[str, str] | None]]]
-
-
-def judged(results: pl.DataFrame, arms: Sequence[str]) -> Grid | None:
+def judged(arena: Board, arms: Sequence[str]) -> Table | None:
     """The arena's figures over all languages, one row per arm."""
-    rows = results.filter((pl.col("benchmark") == ARENA) & (pl.col("language") == "all"))
-    values = _values(rows)
-    metrics = [metric for metric in JUDGED if any((arm, metric) in values for arm in arms)]
-    if not metrics:
-        return None
-    found = [
-        (arm, [_text(values.get((arm, metric)), *JUDGED[metric][1:]) for metric in metrics])
-        for arm in (BASE, *arms)
-        if any((arm, metric) in values for metric in metrics)
-    ]
-    return Grid([JUDGED[metric][0] for metric in metrics], found)
+    return _of_all_languages(arena, [BASE, *arms], JUDGED)
 
 
-def domains(results: pl.DataFrame, arms: Sequence[str]) -> Grid | None:
+def domains(arena: Board, arms: Sequence[str]) -> Table | None:
     """Win rates per domain of the prompts, over all languages."""
-    rows = results.filter(
-        (pl.col("benchmark") == ARENA)
-        & (pl.col("language") == "all")
-        & pl.col("metric").str.starts_with("win-rate:")
-    )
-    values = _values(rows)
-    names = sorted({metric for _, metric in values})
-    if not names:
-        return None
-    found = [(arm, [_text(values.get((arm, name)), 100, "{:.0f} %") for name in names]) for arm in arms]
-    return Grid([name.removeprefix("win-rate:") for name in names], found)
+    names = sorted({m for of in arena.metrics.values() for m in of if m.startswith("win-rate:")})
+    return _of_all_languages(arena, arms, {name: (name.removeprefix("win-rate:"), SHARE) for name in names})
 
 
-def _values(rows: pl.DataFrame) -> dict[tuple[str, str], tuple[float, float, float]]:
-    return {
-        (arm, metric): (value, low, high)
-        for arm, metric, value, low, high in rows.select(
-            "arm", "metric", "value", "ci_low", "ci_high"
-        ).iter_rows()
-    }
-
-
-def _text(found: tuple[float, float, float] | None, factor: float, form: str) -> tuple[str, str] | None:
-    if found is None:
-        return None
-    value, low, high = (factor * end for end in found)
-    ends = form.split("}")[0] + "}"
-    return _zero(form.format(value)), f"{_zero(ends.format(low))} to {_zero(ends.format(high))}"
-
-
-def _zero(text: str) -> str:
-    """A number with a real minus sign, and a zero without any sign."""
-    return re.sub(r"^[+-](?=0(\.0+)?( |$))", "", text).replace("-", MINUS)
-
-
-def fidelity(results: pl.DataFrame, board: Board) -> Grid | None:
-    """The share of completions in the right language, of those whose language could be told, by group."""
-    rows = results.filter(
-        (pl.col("benchmark") == board.benchmark)
-        & (pl.col("metric") == RIGHT)
-        & pl.col("language").is_in(board.groups)
-    )
-    if rows.is_empty():
-        return None
-    found = []
-    for arm, temperature in board.settings:
-        part = rows.filter((pl.col("arm") == arm) & (pl.col("temperature") == temperature))
-        values = {
-            row["language"]: (row["value"], row["ci_low"], row["ci_high"])
-            for row in part.iter_rows(named=True)
-        }
-        texts = [_text(values.get(scope), 100, "{:.0f} %") for scope in board.groups]
-        found.append((f"{arm}, {temperature_name(temperature)}", texts))
-    return Grid(board.groups, found)
+def _of_all_languages(
+    arena: Board, arms: Sequence[str], units: Mapping[str, tuple[str, Unit]]
+) -> Table | None:
+    of = {arm: metrics for (arm, _, scope), metrics in arena.metrics.items() if scope == "all"}
+    columns = [metric for metric in units if any(metric in metrics for metrics in of.values())]
+    rows: list[list[Entry]] = [
+        [arm, *(Number(of[arm][m][0], units[m][1]) if m in of[arm] else None for m in columns)]
+        for arm in arms
+        if arm in of and any(metric in of[arm] for metric in columns)
+    ]
+    return Table(["arm", *(units[metric][0] for metric in columns)], rows) if rows else None
 
 
 def costs(run: Run) -> list[tuple[str, str]]:
@@ -133,37 +77,40 @@ def costs(run: Run) -> list[tuple[str, str]]:
     return lines
 
 
-@dataclass(frozen=True)
-class Task:
-    """One metric of one dataset in one language, for every arm; `best` are the arms with the highest value."""
-
-    language: str
-    dataset: str
-    metric: str
-    texts: list[tuple[str, str] | None]
-    best: list[bool]
-
-
-def tasks(results: pl.DataFrame, arms: Sequence[str], codes: Sequence[str]) -> list[Task]:
-    """Every metric of those benchmarks that are neither shares of good completions, mean scores nor the arena."""
-    own = {
-        name
-        for (name,), part in results.group_by("benchmark")
-        if headline(str(name)) in part["metric"].to_list()
-    }
-    rows = results.filter(~pl.col("benchmark").is_in([*own, ARENA]) & ~pl.col("language").is_in(GROUPS))
-    values: dict[tuple[str, str, str], dict[str, tuple[float, float, float]]] = {}
-    for row in rows.iter_rows(named=True):
-        key = (row["language"], row["benchmark"], row["metric"])
-        values.setdefault(key, {})[row["arm"]] = (row["value"], row["ci_low"], row["ci_high"])
+def tasks(results: pl.DataFrame, arms: Sequence[str], codes: Sequence[str]) -> Table | None:
+    """Every metric of the benchmarks that are neither boards nor the arena: a row each, arms as columns."""
+    values: dict[tuple[str, str, str], dict[str, Number]] = {}
+    for benchmark, metrics in metrics_of(results).items():
+        if benchmark == ARENA or any(headline(benchmark) in of for of in metrics.values()):
+            continue
+        for (arm, _, scope), of in metrics.items():
+            for metric, (interval, _) in of.items() if scope not in GROUPS else ():
+                values.setdefault((scope, benchmark, metric), {})[arm] = Number(interval, TASK)
     order = {code: place for place, code in enumerate(codes)}
-    found = []
-    for key in sorted(values, key=lambda key: (order.get(key[0], len(order)), key)):
-        of = values[key]
-        top = max(value for value, _, _ in of.values())
-        names = (BASE, *arms)
-        texts = [_text(of.get(arm), 1, "{:.1f}") for arm in names]
-        found.append(
-            Task(scope_name(key[0]), *key[1:], texts, [arm in of and of[arm][0] == top for arm in names])
-        )
-    return found
+    rows: list[list[Entry]] = [
+        [scope_name(key[0]), *key[1:], *mark_best([values[key].get(arm) for arm in (BASE, *arms)])]
+        for key in sorted(values, key=lambda key: (order.get(key[0], len(order)), key))
+    ]
+    return (
+        Table(["language", "dataset", "metric", BASE, *arms], rows, 3, "Structured tasks") if rows else None
+    )
+
+
+def task_notes(run: Run) -> list[str]:
+    """What a reader of the tasks has to know: how they were made, and what is not among them."""
+    section = run.recipe.euroeval
+    if section is None:
+        return []
+    lines = [
+        f"EuroEval {VERSION}, split '{section.split}', {'few' if section.few_shot else 'zero'}-shot; its own metrics, "
+        f"means and 95 % intervals over {section.iterations} iterations."
+    ]
+    if none := [code for code in run.recipe.run.evaluated if not section.datasets_of(code)]:
+        lines.append(f"Not covered by EuroEval: {', '.join(map(languages.name, none))}.")
+    if left_out := run.stages["results"]["facts"].get("datasets_left_out"):
+        lines.append(f"Left out, since not every arm has them: {', '.join(left_out)}.")
+    for arm in (BASE, *run.recipe.evaluated_arms):
+        if failed := run.stages.get(f"euroeval/{arm}", {}).get("facts", {}).get("failed_instances"):
+            counts = ", ".join(f"{dataset} {count:,}" for dataset, count in sorted(failed.items()))
+            lines.append(f"Completions of {arm} in which EuroEval found no label or that failed: {counts}.")
+    return lines

@@ -6,18 +6,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
-from croco.config.recipe import Recipe, load
+from croco.config.load import load
+from croco.config.recipe import Recipe
 from croco.errors import UserError
 from croco.pipeline.arms import scores_of as scores_read_by
-from croco.pipeline.run import STAGES
+from croco.pipeline.graph import STAGES
 from croco.stages.evaluate.results import BASE
-from croco.storage import shards
+from croco.storage import files, records, shards
 
 
 @dataclass(frozen=True)
@@ -57,19 +58,21 @@ def read_recipe(folder: Path) -> Recipe:
     """The resolved recipe of a run; raises UserError when the folder is none."""
     if not (folder / "recipe.json").is_file():
         raise UserError(f"{folder} is no run: found no recipe.json")
+    if not isinstance(files.read_json(folder / "recipe.json"), dict):
+        raise UserError(f"{folder / 'recipe.json'}: expected a table of settings")
     return load(folder / "recipe.json")
 
 
 def require(folder: Path, titles: Sequence[str]) -> None:
     """Raise UserError naming the stages (with arms) of a run that are not complete."""
-    missing = [title for title in titles if shards.state(folder / title) != "complete"]
+    missing = [title for title in titles if records.state(folder / title) != "complete"]
     if missing:
         stages = "stage" if len(missing) == 1 else "stages"
         raise UserError(f"{folder} has no complete {stages} {', '.join(missing)}: run `croco run` first")
 
 
-def read_results(folder: Path) -> tuple[Recipe, pl.DataFrame]:
-    """The recipe and the results of a run; raises UserError when they are not there or lack an arm."""
+def read_results(folder: Path) -> Run:
+    """A run's recipe, stages and results; raises UserError when the results are not there or lack an arm."""
     recipe = read_recipe(folder)
     require(folder, ["results"])
     results = shards.read_table(folder / "results")
@@ -77,35 +80,55 @@ def read_results(folder: Path) -> tuple[Recipe, pl.DataFrame]:
     if absent := [arm for arm in (BASE, *recipe.evaluated_arms) if arm not in present]:
         arms = "arm" if len(absent) == 1 else "arms"
         raise UserError(f"the results of {folder} lack the {arms} {', '.join(absent)}: run `croco run` again")
-    return recipe, results
+    return Run(folder, recipe, read_stages(folder, recipe), results, {}, [])
+
+
+def read_stages(folder: Path, recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """The records of all stages but the report, by title.
+
+    By the recipe, not by what lies there: an arm that was taken out, or scored otherwise before, left its folders.
+    """
+    titles = [
+        stage.name if arm is None else f"{stage.name}/{arm}"
+        for stage in STAGES
+        if stage.name != "report"
+        for arm in stage.arms(recipe)
+    ]
+    return {
+        title: dict(records.read_record(folder / title))
+        for title in titles
+        if records.state(folder / title) != "missing"
+    }
 
 
 def read_run(folder: Path) -> Run:
     """Read a run's folder; raises UserError when a stage that the page shows is not complete."""
     recipe = read_recipe(folder)
-    stages = {}
-    # by the recipe, not by what lies there: an arm that was taken out, or scored otherwise before, left its folders
-    for stage in STAGES:
-        for arm in stage.arms(recipe) if stage.name != "report" else ():
-            title = stage.name if arm is None else f"{stage.name}/{arm}"
-            if shards.state(folder / title) != "missing":
-                stages[title] = dict(shards.read_record(folder / title))
-    require(
-        folder,
-        ["prompts", "results", *(f"{s}/{arm}" for arm in recipe.arms for s in ("pair", "train"))],
-    )
+    trained = [f"{stage}/{arm}" for arm in recipe.arms for stage in ("pair", "train")]
+    require(folder, ["prompts", "results", *trained])
+    run = read_results(folder)
     metrics = {arm: _lines(folder / "train" / arm / "metrics.jsonl") for arm in recipe.arms}
-    return Run(folder, recipe, stages, read_results(folder)[1], metrics, _steps(folder, recipe, stages))
+    return replace(run, metrics=metrics, steps=steps_of(folder, recipe, run.stages))
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged: expected a line of JSON per step, found {error}") from None
+    lines = []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        if line.strip():
+            try:
+                made = json.loads(line)
+            except json.JSONDecodeError:
+                made = None
+            if not isinstance(made, dict):
+                raise UserError(
+                    f"{path}, line {number}: expected the metrics of a step as JSON, found {line[:60]!r}"
+                )
+            lines.append(made)
+    return lines
 
 
-def _steps(folder: Path, recipe: Recipe, stages: Mapping[str, Mapping[str, Any]]) -> list[Step]:
+def steps_of(folder: Path, recipe: Recipe, stages: Mapping[str, Mapping[str, Any]]) -> list[Step]:
+    """The account of every stage from prompts to training, as far as it is recorded."""
     shared = [name for name in ("prompts", "translate", "sample", "score") if name in stages]
     own = [
         f"{stage}/{arm}"

@@ -44,17 +44,34 @@ class Pooled:
         return headline(self.benchmark)
 
     @property
+    def is_share(self) -> bool:
+        return self.headline == "good"
+
+    @property
+    def num_seeds(self) -> int:
+        return int(self.values.shape[0])
+
+    @property
     def num_prompts(self) -> int:
         return int(self.values.shape[2])
+
+    @property
+    def main_groups(self) -> list[str]:
+        """The groups that hold languages, without that of all."""
+        return [name for name, codes in self.groups.items() if codes and name != "all"]
+
+    def settings_of(self, arms: Sequence[str]) -> list[Setting]:
+        """The arms' settings, in the order of the arms."""
+        return [(arm, temperature) for arm in arms for temperature in self.temperatures(arm)]
 
     def of(self, setting: Setting, scope: str, metric: str | None = None) -> Array:
         """One value per seed and prompt, (S, P'): the mean over the scope's languages; prompts without any are out."""
         members = [code for code in self.groups.get(scope, [scope]) if code in self.languages]
         places = [self.languages.index(code) for code in members]
         column = self.metrics.index(metric or self.headline)
-        found = self.values[:, self.settings.index(setting)][:, :, places, column]
-        there = ~np.isnan(found).all(axis=(0, 2))
-        return np.asarray(np.nanmean(found[:, there], axis=2))
+        values = self.values[:, self.settings.index(setting)][:, :, places, column]
+        answered = ~np.isnan(values).all(axis=(0, 2))
+        return np.asarray(np.nanmean(values[:, answered], axis=2))
 
     def mean(self, setting: Setting, scope: str, metric: str | None = None) -> Interval:
         """A setting's mean with its interval over seeds and prompts."""
@@ -135,6 +152,6 @@ def _pooled(
     return Pooled(benchmark, values, settings, languages, metrics, groups, resamples)
 
 
-def _places(found: Sequence[object], among: Sequence[object]) -> NDArray[np.int64]:
-    number = {value: place for place, value in enumerate(among)}
-    return np.array([number[value] for value in found], dtype=np.int64)
+def _places(values: Sequence[object], order: Sequence[object]) -> NDArray[np.int64]:
+    number = {value: place for place, value in enumerate(order)}
+    return np.array([number[value] for value in values], dtype=np.int64)

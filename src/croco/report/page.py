@@ -7,6 +7,7 @@ What the sections say lives in `sections.py`, their layout in `templates/`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,10 @@ from markupsafe import Markup
 from croco.pipeline.stage import Work
 from croco.report import sections
 from croco.report.browser import browse, packed
-from croco.report.charts import remark
-from croco.report.diagnostics import fidelity
 from croco.report.load_run import Run, read_run
-from croco.report.scores import boards, count_of, scope_name, temperature_name
-from croco.stages.evaluate.stats import verdict
-from croco.storage.shards import write_text
+from croco.report.scores import boards
+from croco.report.table import count_of, numbers, scope_name
+from croco.storage.files import write_text
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -37,27 +36,28 @@ def build_page(run_folder: Path) -> str:
 
 
 def _context(run: Run) -> dict[str, Any]:
-    found = boards(run.results, run.recipe.evaluated_arms, run.recipe.run.evaluated)
-    data = browse(run)
+    made = boards(run.results, run.recipe.evaluated_arms, run.recipe.run.evaluated)
     others = sections.other_results(run)
-    present = [heading for heading in sections.HEADINGS if others.get(heading[0], True)]
     return {
         "name": run.recipe.run.name,
-        "headings": present,
-        "facts": sections.facts(run, found[0]),
-        "boards": found,
-        **sections.verdicts(run, found[0]),
-        **sections.results(run, found),
+        "headings": [heading for heading in sections.HEADINGS if others.get(heading[0], True)],
+        "facts": sections.facts(run, made),
+        **sections.verdicts(run, made[0]),
+        **sections.results(run, made),
         **others,
-        "modes": sections.modes(run, found[0]),
-        "fidelity": fidelity(run.results, found[0]),
+        "modes": sections.modes(run, made[0]),
         **sections.distributions(run),
         "steps": run.steps,
         **sections.training(run),
         **sections.provenance(run),
-        "data": packed(data),
-        "kinds": {name: kind["title"] for name, kind in data["kinds"].items()},
+        **browsing({"": run}),
     }
+
+
+def browsing(runs: Mapping[str, Run]) -> dict[str, Any]:
+    """The list of pairs, comparisons, completions and what was left out, packed."""
+    data = browse(runs)
+    return {"data": packed(data), "kinds": {name: kind["title"] for name, kind in data["kinds"].items()}}
 
 
 def render(template: str, **context: Any) -> str:
@@ -69,13 +69,8 @@ def render(template: str, **context: Any) -> str:
         lstrip_blocks=True,
         loader=FileSystemLoader(TEMPLATES),
     )
-    words = {
-        "scope_name": scope_name,
-        "temperature_name": temperature_name,
-        "verdict": verdict,
-        "count_of": count_of,
-        "remark": remark,
-    }
+    environment.filters["enumerated"] = enumerate
+    words = {"scope_name": scope_name, "count_of": count_of, "numbers": numbers}
     style = "".join((TEMPLATES / name).read_text(encoding="utf-8") for name in ("style.css", "charts.css"))
     scripts = {
         name: Markup((TEMPLATES / f"{name}.js").read_text(encoding="utf-8")) for name in ("page", "browser")

@@ -1,18 +1,31 @@
-"""The tables people read: arms by groups of languages, arms by language, one sentence per arm.
+"""The scores that people read: arms by groups of languages and by language, and one sentence per arm.
 
-Pure arrangements of the results table; the page, the terminal and the exports print the same numbers
-because they take them from here. Shares are shown as whole percentages and their differences as points;
-scores with two decimals.
+Pure arrangements of the results table; the page, the terminal and the exports print the same numbers because they take
+them from here. Shares are shown as whole percentages and their differences as points; scores with two decimals.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import polars as pl
 
-from croco import languages
+from croco.report.table import (  # fmt: skip
+    PERCENT,
+    POINTS,
+    SCORE,
+    SCORE_CHANGE,
+    SHARE,
+    Entry,
+    Number,
+    Table,
+    Unit,
+    enumerate_words,
+    numbers,
+    temperature_name,
+)
+from croco.stages.evaluate.fidelity import RIGHT
 from croco.stages.evaluate.results import BASE, GROUPS, headline
 from croco.stages.evaluate.stats import Interval, verdict
 
@@ -23,7 +36,10 @@ TITLES = {
     "arena": "Judged against the base",
 }
 ARENA = "arena"
-MINUS = "−"
+Key = tuple[str, float, str]  # arm, temperature, language or group
+Metrics = Mapping[
+    Key, Mapping[str, tuple[Interval, int]]
+]  # metric -> its interval, and the prompts it rests on
 
 
 @dataclass(frozen=True)
@@ -37,18 +53,25 @@ class Cell:
     holm: float | None = None  # the difference's p-value, adjusted over all languages and arms
     needed: float | None = None  # prompts that would resolve it
 
+    @property
+    def remark(self) -> str:
+        """What the tests add to the difference: its adjusted p-value, the prompts that would settle it."""
+        words = [] if self.holm is None else [f"p = {self.holm:.3g} (Holm)"]
+        if self.needed is not None and self.difference and verdict(self.difference) == "not resolved":
+            words.append(f"about {self.needed:,.0f} prompts would resolve it")
+        return "; ".join(words)
+
 
 @dataclass(frozen=True)
 class Board:
-    """All cells of one benchmark. `settings` are (arm, temperature), the base first; `scopes` languages and
-    groups.
-    """
+    """All cells of one benchmark. `settings` are (arm, temperature), the base first; `scopes` groups and languages."""
 
     benchmark: str
     settings: list[tuple[str, float]]
     scopes: list[str]
-    cells: Mapping[tuple[str, float, str], Cell]
+    cells: Mapping[Key, Cell]
     best_base: Mapping[str, float]  # scope -> the temperature at which the base did best
+    metrics: Metrics = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -59,16 +82,30 @@ class Board:
         return self.benchmark == ARENA or headline(self.benchmark) == "good"
 
     @property
+    def unit(self) -> Unit:
+        return PERCENT if self.is_share else SCORE
+
+    @property
+    def change(self) -> Unit:
+        """How a difference is written."""
+        return POINTS if self.is_share else SCORE_CHANGE
+
+    @property
     def groups(self) -> list[str]:
         return [scope for scope in self.scopes if scope in GROUPS]
+
+    @property
+    def main_groups(self) -> list[str]:
+        """The groups without that of all languages, unless it is the only one."""
+        return [scope for scope in self.groups if scope != "all"] or self.groups
 
     @property
     def languages(self) -> list[str]:
         return [scope for scope in self.scopes if scope not in GROUPS]
 
-    def by_arm(self) -> list[tuple[str, list[float]]]:
-        """Every arm with its temperatures, in order."""
-        return [(arm, self.temperatures(arm)) for arm in dict.fromkeys(arm for arm, _ in self.settings)]
+    @property
+    def num_prompts(self) -> int:
+        return max(cell.num_prompts for cell in self.cells.values())
 
     def temperatures(self, arm: str) -> list[float]:
         return [temperature for name, temperature in self.settings if name == arm]
@@ -76,28 +113,75 @@ class Board:
     def cell(self, arm: str, temperature: float, scope: str) -> Cell | None:
         return self.cells.get((arm, temperature, scope))
 
-    def number(self, value: float) -> str:
-        """A value as this benchmark writes it: "61" (percent) or "1.25"."""
-        return (f"{100 * value:.0f}" if self.is_share else f"{value:.2f}").replace("-", MINUS)
+    def entry(self, setting: tuple[str, float], scope: str, show: Sequence[str]) -> tuple[Number, ...]:
+        """The numbers of a cell that `show` names among "value", "difference" and "to_best"; none where it has none."""
+        if (cell := self.cell(*setting, scope)) is None:
+            return ()
+        numbers = []
+        for name in show:
+            if name == "value":
+                best = setting[0] == BASE and self.best_base.get(scope) == setting[1]
+                numbers.append(Number(cell.value, self.unit, note="best of the base" if best else ""))
+            elif (difference := cell.difference if name == "difference" else cell.to_best) is not None:
+                flags, note = (
+                    (verdict(difference).replace(" ", "-"),),
+                    cell.remark if name == "difference" else "",
+                )
+                numbers.append(Number(difference, self.change, flags=flags, note=note))
+        return tuple(numbers)
 
-    def signed(self, value: float) -> str:
-        text = f"{100 * value:+.0f}" if self.is_share else f"{value:+.2f}"
-        return "0" if text in ("+0", "-0") else text.replace("-", MINUS)
+
+def arms_table(
+    board: Board, scopes: Sequence[str], show: Sequence[str] = ("value",), title: str = "", base: bool = True
+) -> Table:
+    """Arms and temperatures as rows, groups or languages as columns."""
+    rows: list[list[Entry]] = [
+        [arm, temperature_name(t), *(board.entry((arm, t), scope, show) for scope in scopes)]
+        for arm, t in board.settings
+        if base or arm != BASE
+    ]
+    return Table(["arm", "decoding", *scopes], rows, 2, title)
+
+
+def mark_best(entries: Sequence[Entry]) -> list[Entry]:
+    """The entries with the highest first number flagged as "best", as printed; none where all print the same."""
+    first = [found[0] for entry in entries if (found := numbers(entry))]
+    if len({number.text for number in first}) < 2:
+        return list(entries)
+    best = max(first, key=lambda number: number.interval.value).text
+    return [
+        (replace(found[0], flags=(*found[0].flags, "best")), *found[1:])
+        if (found := numbers(entry)) and found[0].text == best
+        else entry
+        for entry in entries
+    ]
+
+
+def metrics_of(results: pl.DataFrame) -> dict[str, dict[Key, dict[str, tuple[Interval, int]]]]:
+    """Every row of the results by benchmark, (arm, temperature, language or group) and metric."""
+    values: dict[str, dict[Key, dict[str, tuple[Interval, int]]]] = {}
+    columns = ("benchmark", "arm", "temperature", "language", "metric", "value", "ci_low", "ci_high", "n")
+    for benchmark, arm, temperature, scope, metric, value, low, high, n in results.select(
+        columns
+    ).iter_rows():
+        by_key = values.setdefault(benchmark, {})
+        by_key.setdefault((arm, temperature, scope), {})[metric] = (Interval(value, low, high), n)
+    return values
 
 
 def boards(results: pl.DataFrame, arms: Sequence[str], codes: Sequence[str]) -> list[Board]:
-    """One board per benchmark, those seen in tuning first; arms in the given order after the base, languages
-    as in `codes`.
+    """One board per benchmark, those seen in tuning first; arms in the given order, languages as in `codes`.
+
+    What has no share of good completions and no mean score is shown by `diagnostics.py`.
     """
-    found = []
-    for benchmark in sorted(results["benchmark"].unique().to_list(), key=lambda name: (len(name), name)):
-        metrics = _metrics(results.filter(pl.col("benchmark") == benchmark))
+    made = []
+    for benchmark, metrics in sorted(metrics_of(results).items(), key=lambda item: (len(item[0]), item[0])):
         decisive = headline(benchmark)
         cells = {
             key: Cell(
                 of[decisive][0],
-                _interval(of, "difference"),
-                _interval(of, "difference-to-best-base"),
+                of["difference"][0] if "difference" in of else None,
+                of["difference-to-best-base"][0] if "difference-to-best-base" in of else None,
                 of[decisive][1],
                 _value(of, "difference-p-holm"),
                 _value(of, "prompts-to-resolve"),
@@ -105,42 +189,31 @@ def boards(results: pl.DataFrame, arms: Sequence[str], codes: Sequence[str]) -> 
             for key, of in metrics.items()
             if decisive in of
         }
-        if cells:  # what has no share of good completions and no mean score is shown by `other`
+        if cells:
             best = {key[2]: key[1] for key, of in metrics.items() if "best-temperature" in of}
-            found.append(board_of(benchmark, cells, arms, codes, best))
-    return found
+            made.append(board_of(benchmark, cells, arms, codes, best, metrics))
+    return made
 
 
 def arena_board(results: pl.DataFrame, arms: Sequence[str], codes: Sequence[str]) -> Board | None:
     """The win rates against the base as a board: their difference is that from a half."""
-    cells = {}
-    for key, of in _metrics(results.filter(pl.col("benchmark") == ARENA)).items():
+    metrics, cells = metrics_of(results).get(ARENA, {}), {}
+    for key, of in metrics.items():
         if "win-rate" in of:
             value, num_prompts = of["win-rate"]
             over = Interval(*(end - 0.5 for end in value))
             tests = (_value(of, "win-rate-p-holm"), _value(of, "prompts-to-resolve"))
             cells[key] = Cell(value, over, None, num_prompts, *tests)
-    return board_of(ARENA, cells, arms, codes, {}) if cells else None
-
-
-Metrics = Mapping[str, tuple[Interval, int]]
-
-
-def _metrics(part: pl.DataFrame) -> dict[tuple[str, float, str], dict[str, tuple[Interval, int]]]:
-    """The metrics of one benchmark by (arm, temperature, language or group)."""
-    values: dict[tuple[str, float, str], dict[str, tuple[Interval, int]]] = {}
-    columns = part.select("arm", "temperature", "language", "metric", "value", "ci_low", "ci_high", "n")
-    for arm, temperature, scope, metric, value, low, high, num_prompts in columns.iter_rows():
-        values.setdefault((arm, temperature, scope), {})[metric] = (Interval(value, low, high), num_prompts)
-    return values
+    return board_of(ARENA, cells, arms, codes, {}, metrics) if cells else None
 
 
 def board_of(
     benchmark: str,
-    cells: Mapping[tuple[str, float, str], Cell],
+    cells: Mapping[Key, Cell],
     arms: Sequence[str],
     codes: Sequence[str],
     best: Mapping[str, float],
+    metrics: Metrics | None = None,
 ) -> Board:
     """Cells in the order that tables show them: the base, the arms, groups, languages."""
     order = {name: place for place, name in enumerate([BASE, *arms])}
@@ -152,92 +225,96 @@ def board_of(
         cells[arm, t, "all"].value == cells[arm, t, groups[0]].value for arm, t in settings
     ):
         scopes.remove("all")  # of a single group it says nothing new
-    return Board(benchmark, settings, scopes, cells, best)
+    return Board(benchmark, settings, scopes, cells, best, metrics or {})
 
 
-def mode_shares(results: pl.DataFrame, benchmark: str) -> dict[tuple[str, float, str], dict[str, float]]:
-    """The share of each mode, by (arm, temperature, language or group)."""
-    rows = results.filter((pl.col("benchmark") == benchmark) & pl.col("metric").str.starts_with("mode:"))
-    found: dict[tuple[str, float, str], dict[str, float]] = {}
-    for arm, temperature, scope, metric, value in rows.select(
-        "arm", "temperature", "language", "metric", "value"
-    ).iter_rows():
-        found.setdefault((arm, temperature, scope), {})[metric.removeprefix("mode:")] = value
-    return found
-
-
-def _interval(metrics: Metrics, name: str) -> Interval | None:
-    return metrics[name][0] if name in metrics else None
-
-
-def _value(metrics: Metrics, name: str) -> float | None:
+def _value(metrics: Mapping[str, tuple[Interval, int]], name: str) -> float | None:
     return metrics[name][0].value if name in metrics else None
 
 
-def temperature_name(temperature: float) -> str:
-    """ "greedy" for 0, else "T = 0.7"."""
-    return "greedy" if temperature == 0 else f"T = {temperature:g}"
+def mode_shares(board: Board) -> dict[Key, dict[str, float]]:
+    """The share of each mode, by (arm, temperature, language or group)."""
+    return {
+        key: {m.removeprefix("mode:"): i.value for m, (i, _) in of.items() if m.startswith("mode:")}
+        for key, of in board.metrics.items()
+        if any(metric.startswith("mode:") for metric in of)
+    }
 
 
-def scope_name(scope: str) -> str:
-    """A group as it is, a language with its English name."""
-    return scope if scope in GROUPS else languages.name(scope)
+def modes_table(board: Board) -> Table:
+    """Where the mass went: percent of completions in each mode, per group."""
+    shares = mode_shares(board)
+    modes = sorted({mode for of in shares.values() for mode in of})
+    rows: list[list[Entry]] = [
+        [
+            arm,
+            temperature_name(t),
+            scope,
+            *(PERCENT.text(shares.get((arm, t, scope), {}).get(m, 0.0)) for m in modes),
+        ]
+        for arm, t in board.settings
+        for scope in board.main_groups
+    ]
+    return Table(["arm", "decoding", "group", *modes], rows, 3)
 
 
-def count_of(count: int, unit: str) -> str:
-    """ "1 pair", "1,024 pairs"."""
-    return f"{count:,} {unit}" if count == 1 else f"{count:,} {unit}s"
+def fidelity_table(board: Board) -> Table | None:
+    """The share of completions in the right language, of those whose language could be told, with their prompts."""
+    rows: list[list[Entry]] = []
+    for arm, t in board.settings:
+        of = [board.metrics.get((arm, t, scope), {}).get(RIGHT) for scope in board.groups]
+        if any(of):
+            rows.append([arm, temperature_name(t), *(Number(i[0], SHARE, n=i[1]) if i else None for i in of)])
+    return Table(["arm", "decoding", *board.groups], rows, 2) if rows else None
 
 
-def duration(seconds: float) -> str:
-    """ "48 s", "3 min 20 s", "5 h 12 min"."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
+def language_sentence(board: Board, arm: str) -> str:
+    """Where the share in the right language fell or rose: intervals apart from the base's at the same temperature."""
+    changes: dict[str, list[str]] = {"falls": [], "rises": []}
+    for scope in board.main_groups:
+        for t in sorted(board.temperatures(arm), reverse=True):
+            pair = [board.metrics.get((name, t, scope), {}).get(RIGHT) for name in (BASE, arm)]
+            if pair[0] is None or pair[1] is None:
+                continue
+            (before, _), (after, _) = pair[0], pair[1]
+            words = f"{scope} {PERCENT.text(before.value)} → {SHARE.text(after.value)} {_at(t)}"
+            if after.high < before.low:
+                changes["falls"].append(words)
+            elif after.low > before.high:
+                changes["rises"].append(words)
+    parts = [f"{verb}: {enumerate_words(where)}" for verb, where in changes.items() if where]
+    return f"The share in the right language {'; it '.join(parts)}." if parts else ""
 
 
 def sentence(board: Board, arm: str, to_best: bool = False) -> str:
-    """One sentence: in which groups the arm is better than the base, worse, or not told apart from it.
+    """One sentence: in which groups the arm is better than the base, worse, mixed, or not told apart from it.
 
-    A group counts as better or worse when every temperature says so, and as mixed when they disagree. With
+    Better (worse): at some temperature, and worse (better) at none. Mixed: better at one and worse at another. With
     `to_best` the rival is the base at its best temperature.
     """
     clauses: dict[str, list[str]] = {"better": [], "mixed": [], "not resolved": [], "worse": []}
-    for scope in board.groups:
-        if scope == "all" and len(board.groups) > 1:
-            continue
-        found = {}
+    for scope in board.main_groups:
+        differences = {}
         for temperature in sorted(board.temperatures(arm), reverse=True):
             cell = board.cell(arm, temperature, scope)
             difference = None if cell is None else (cell.to_best if to_best else cell.difference)
             if difference is not None:
-                found[temperature] = difference
-        if found:
-            verdicts = {verdict(difference) for difference in found.values()}
-            numbers = ", ".join(
-                f"{board.signed(d.value)} {'greedy' if t == 0 else f'at T = {t:g}'}" for t, d in found.items()
-            )
-            clauses[verdicts.pop() if len(verdicts) == 1 else "mixed"].append(f"{scope} ({numbers})")
-    words = {
-        "better": "better on",
-        "mixed": "mixed on",
-        "not resolved": "not resolved on",
-        "worse": "worse on",
-    }
-    parts = [f"{words[kind]} {enumerate_words(scopes)}" for kind, scopes in clauses.items() if scopes]
-    text = "; ".join(parts)
+                differences[temperature] = difference
+        if not differences:
+            continue
+        verdicts = {verdict(difference) for difference in differences.values()}
+        resolved = verdicts - {"not resolved"} or verdicts
+        kind = "mixed" if len(resolved) > 1 else next(iter(resolved))
+        words = [
+            f"{board.change.text(d.value)} {_at(t)}"
+            + (", not resolved" if len(verdicts) > 1 and verdict(d) == "not resolved" else "")
+            for t, d in differences.items()
+        ]
+        between = "; " if len(resolved) < len(verdicts) else ", "
+        clauses[kind].append(f"{scope} ({between.join(words)})")
+    text = "; ".join(f"{kind} on {enumerate_words(scopes)}" for kind, scopes in clauses.items() if scopes)
     return f"{text[:1].upper()}{text[1:]}." if text else "Not compared with the base."
 
 
-def enumerate_words(items: Sequence[str]) -> str:
-    """ "a", "a and b", "a, b and c"."""
-    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
-
-
-def interval_text(board: Board, interval: Interval, signed: bool = False) -> str:
-    """ "61 [58, 64]"."""
-    write = board.signed if signed else board.number
-    return f"{write(interval.value)} [{write(interval.low)}, {write(interval.high)}]"
+def _at(temperature: float) -> str:
+    return temperature_name(temperature) if temperature == 0 else f"at {temperature_name(temperature)}"

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from croco.config.arm import Arm
+from croco.config.arms import Arm
 from croco.report import charts, curves, diagnostics
 from croco.report.load_run import Run, pair_scores, scores_of
-from croco.report.scores import (
+from croco.report.scores import (  # fmt: skip
     Board,
     arena_board,
-    count_of,
-    duration,
+    arms_table,
+    fidelity_table,
+    language_sentence,
     mode_shares,
     sentence,
-    temperature_name,
 )
+from croco.report.table import Entry, Table, count_of, duration, scope_name, temperature_name
 from croco.stages.evaluate.results import BASE, language_groups
 
 HEADINGS = (
@@ -44,10 +46,10 @@ CURVES = {
 }
 
 
-def facts(run: Run, board: Board) -> list[tuple[str, str]]:
+def facts(run: Run, boards: Sequence[Board]) -> list[tuple[str, str]]:
     """What a reader wants to know before the results, in a few words each."""
     recipe = run.recipe
-    num_tests = max(cell.num_prompts for cell in board.cells.values())
+    num_tests = sum(board.num_prompts for board in boards)  # no prompt is in two benchmarks
     scorers = {arm.scorer for arm in recipe.arms.values()}
     untuned = (*recipe.run.low_resource_languages, *recipe.run.held_out_languages)
     prompts = _written(run, "translate" if recipe.translate else "prompts", "prompt")
@@ -109,9 +111,7 @@ def evaluated(run: Run) -> list[tuple[int, str]]:
 def verdicts(run: Run, board: Board) -> dict[str, Any]:
     """One card per arm: its sentence, and the interval of every group at every temperature."""
     arms = []
-    scopes = [scope for scope in board.groups if scope != "all"] or board.groups
-    names = list(run.recipe.arms)
-    drawn = charts.forests(board, names, scopes)
+    drawn = charts.forests(board, list(run.recipe.arms), board.main_groups)
     for series, (name, arm) in enumerate(run.recipe.arms.items()):
         if not arm.evaluated:
             continue
@@ -123,6 +123,7 @@ def verdicts(run: Run, board: Board) -> dict[str, Any]:
                 "series": series,
                 "about": about(arm),
                 "sentence": sentence(board, name),
+                "language": language_sentence(board, name),
                 "to_best": to_best[:1].lower() + to_best[1:],
                 "strips": strips,
                 "stopped": run.stages[f"train/{name}"].get("facts", {}).get("stopped"),
@@ -154,28 +155,47 @@ def strips_of(drawn: Sequence[charts.Forest], series: int) -> list[tuple[str, st
     ]
 
 
-def results(run: Run, found: list[Board]) -> dict[str, Any]:
-    """Heat maps and forests of every benchmark."""
+def results(run: Run, boards: list[Board]) -> dict[str, Any]:
+    """Heat maps, forests and tables of every benchmark."""
     members = groups_of(run)
     sizes = {name: count_of(len(codes), "language") for name, codes in members.items()}
     del members["all"]
-    arms = list(run.recipe.arms)
     drawn = []
-    for board in found:
-        scopes = [
-            *board.groups,
-            *(code for codes in members.values() for code in codes if code in board.languages),
+    for board in boards:
+        codes = [code for of in members.values() for code in of if code in board.languages]
+        groups = arms_table(board, board.groups, ("value", "difference"), f"{board.title}: groups")
+        headed = [*groups.head[:2], *(f"{scope}\n{sizes[scope]}" for scope in board.groups)]
+        drawn.append({
+            "board": board,
+            "heats": charts.heats(board, members),
+            "forests": charts.forests(board, list(run.recipe.arms), [*board.groups, *codes]),
+            "tables": [replace(groups, head=headed), languages_table(board)],
+        })  # fmt: skip
+    return {"drawn": drawn, "series": evaluated(run)}
+
+
+def languages_table(board: Board) -> Table:
+    """Languages as rows, arms and temperatures as columns."""
+    head = ["language", *(f"{arm}\n{temperature_name(t)}" for arm, t in board.settings)]
+    rows: list[list[Entry]] = [
+        [
+            f"{scope}\n{scope_name(scope)}",
+            *(board.entry(s, scope, ("value", "difference")) for s in board.settings),
         ]
-        drawn.append((board, charts.heats(board, members), charts.forests(board, arms, scopes)))
-    return {"drawn": drawn, "scope_sizes": sizes, "series": evaluated(run), "members": members}
+        for scope in board.languages
+    ]
+    return Table(head, rows, 1, f"{board.title}: languages")
 
 
 def other_results(run: Run) -> dict[str, Any]:
-    """The arena and the structured tasks; null and empty in a run without them."""
+    """The arena and the structured tasks; null in a run without them."""
     arms, codes = run.recipe.evaluated_arms, run.recipe.run.evaluated
     board, arena = arena_board(run.results, arms, codes), None
     if board is not None:
         members = {name: codes for name, codes in groups_of(run).items() if name != "all"}
+        tables = (
+            ("The judge", diagnostics.judged(board, arms)), ("Win rate by domain", diagnostics.domains(board, arms)),
+        )  # fmt: skip
         arena = {
             "arms": [
                 {"name": arm, "series": place, "sentence": sentence(board, arm)}
@@ -183,18 +203,20 @@ def other_results(run: Run) -> dict[str, Any]:
             ],
             "heat": charts.heats(board, members)[0],
             "forests": charts.forests(board, list(run.recipe.arms), [*board.groups, *board.languages]),
-            "judged": diagnostics.judged(run.results, arms),
-            "domains": diagnostics.domains(run.results, arms),
+            "tables": [(title, table) for title, table in tables if table],
             "costs": diagnostics.costs(run),
         }
-    return {"arena": arena, "tasks": diagnostics.tasks(run.results, arms, codes)}
+    return {
+        "arena": arena,
+        "tasks": diagnostics.tasks(run.results, arms, codes),
+        "task_notes": diagnostics.task_notes(run),
+    }
 
 
 def modes(run: Run, board: Board) -> dict[str, Any]:
     """Stacked bars of mode shares: per temperature and group, one bar per arm."""
-    shares = mode_shares(run.results, board.benchmark)
-    order = charts.mode_order({mode for found in shares.values() for mode in found})
-    groups = [scope for scope in board.groups if scope != "all"] or board.groups
+    shares = mode_shares(board)
+    order = charts.mode_order({mode for of in shares.values() for mode in of})
     rows = []
     for temperature in sorted({t for arm, t in board.settings if arm != BASE}):
         panels = [
@@ -203,7 +225,7 @@ def modes(run: Run, board: Board) -> dict[str, Any]:
                        for mode in order])
                 for arm, t in board.settings if t == temperature and (arm, t, scope) in shares
             ])
-            for scope in groups
+            for scope in board.main_groups
         ]  # fmt: skip
         rows.append(("Greedy" if temperature == 0 else f"Sampled at {temperature_name(temperature)}", panels))
     title = "How completions fail, before and after" if board.is_share else "Language of the completions"
@@ -211,6 +233,7 @@ def modes(run: Run, board: Board) -> dict[str, Any]:
         "title": title,
         "rows": rows,
         "legend": [(mode.replace("-", " "), charts.mode_place(mode)) for mode in order],
+        "fidelity": fidelity_table(board),
     }
 
 

@@ -1,78 +1,144 @@
-"""The parts of a study's page as words and tables; nothing here knows Markdown or HTML.
+"""The page of a study, as Markdown and as HTML, from the runs of all seeds; written again only when something changed.
 
 Percentages are of completions; an interval is of 95 % over seeds and prompts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markdown_it import MarkdownIt
+from markupsafe import Markup
 
 from croco import languages
 from croco.config.recipe import Recipe
-from croco.config.study import GROUPS
-from croco.pipeline.seeds import of_seed
-from croco.report import waves
-from croco.report.claims import Judged
-from croco.report.multi_seed import Pooled
-from croco.report.transfer import FIGURES
-from croco.stages.evaluate.results import BASE
+from croco.config.study import Study
+from croco.errors import UserError
+from croco.pipeline.seeds import SCORERS, complete, of_seed, transfer_of
+from croco.report.claims import Judged, judge_all
+from croco.report.curves import Panel, value_panel
+from croco.report.multi_seed import Pooled, pool
+from croco.report.page import render
+from croco.report.render import markdown as table_markdown
+from croco.report.table import PERCENT, POINTS, SCORE, SCORE_CHANGE, Entry, Number, Table, temperature_name
+from croco.report.transfer import FIGURES, good_over_forms, transfer
+from croco.stages.evaluate.results import BASE, language_groups
 from croco.stages.evaluate.stats import Interval
-from croco.storage import shards
+from croco.storage import files, provenance, records
+from croco.storage.hashing import digest
 
-Rows = list[list[str]]
-
-
-@dataclass(frozen=True)
-class Table:
-    """Texts in rows; `left` columns are words, the others numbers."""
-
-    head: list[str]
-    rows: Rows
-    left: int = 1
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Values with intervals over a number, for a drawing: series -> [(x, interval)]."""
-
-    title: str
-    x: str
-    y: str
-    series: dict[str, list[tuple[float, Interval]]]
+VERSION = 5
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the page: paragraphs, then tables and curves."""
+    """A part of the page: paragraphs of Markdown, then curves and tables."""
 
     name: str
     title: str
-    text: list[str]
+    text: list[str] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
-    curves: list[Curve] = field(default_factory=list)
+    panels: list[Panel] = field(default_factory=list)
 
 
-def shown(interval: Interval, share: bool, signed: bool = False) -> str:
-    """ "61 [58, 64]" in percent, or with two decimals."""
-    sign = "+" if signed else ""
-    values = [100 * x for x in interval] if share else list(interval)
-    digits = ".0f" if share else ".2f"
-    value, low, high = (f"{x:{sign}{digits}}".replace("-", "−") for x in values)
-    return f"{value} [{low}, {high}]"
+def write(recipe: Recipe, say: Callable[[str], None] = lambda line: None) -> Path:
+    """Write RUN/study.md and RUN/study.html; returns the latter. Raises UserError naming a part that is missing."""
+    study = _study(recipe)
+    made_of = digest([VERSION, complete(recipe), study.model_dump(mode="json"), recipe.evaluation.bootstrap])
+    page, stamp = recipe.folder / "study.html", recipe.folder / "study.json"
+    written = files.read_json(stamp) if stamp.exists() else None
+    ours = written.get("made_of") if isinstance(written, dict) else None
+    for path in (page, recipe.folder / "study.md", stamp):
+        if path.exists() and not ours:
+            raise UserError(f"{path} is not a page of croco's, expected another run.folder, or no such file")
+    if page.exists() and ours == made_of:
+        say("study: complete, skipped")
+        return page
+    parts = build(recipe)
+    files.write_text(recipe.folder / "study.md", markdown(recipe, parts))
+    files.write_text(page, html(recipe, parts))
+    files.write_json(stamp, {"made_of": made_of, **provenance.here()})
+    return page
 
 
-def decoding(temperature: float) -> str:
-    return "greedy" if temperature == 0 else f"T = {temperature:g}"
+def _study(recipe: Recipe) -> Study:
+    assert recipe.study is not None
+    return recipe.study
 
 
-def claims_table(judged: Mapping[str, Judged], equivalence: float) -> list[Part]:
+def build(recipe: Recipe) -> list[Part]:
+    """Every part of the page, in order, each with its remark of the recipe."""
+    run, study = recipe.run, _study(recipe)
+    groups = language_groups(run.languages, run.low_resource_languages, run.held_out_languages)
+    seeds, arms = [of_seed(recipe, seed).folder for seed in study.seeds], recipe.evaluated_arms
+    pooled = pool(seeds, arms, groups, recipe.evaluation.bootstrap)
+    benchmarks = [pooled[name] for name in sorted(pooled, key=len)]
+    judged = judge_all(study, pooled)
+    parts = claims_parts(judged, study.equivalence)
+    parts += [claim_part(name, claim, pooled) for name, claim in judged.items()]
+    parts += [arms_part(one, arms) for one in benchmarks]
+    parts += sweep_parts(recipe, benchmarks[0])
+    if study.transfer:
+        folders = [transfer_of(recipe, seed).folder for seed in study.seeds]
+        parts.append(
+            transfer_part(transfer(folders, SCORERS, run.evaluated), good_over_forms(folders, SCORERS))
+        )
+    parts += [modes_part(benchmarks[0], arms), pairs_part(recipe)]
+    parts += [languages_part(one, arms) for one in benchmarks]
+    for part in parts:
+        if remark := study.remarks.get(part.name):
+            part.text.append(remark)
+    return parts
+
+
+def _made(recipe: Recipe) -> str:
+    seeds = ", ".join(map(str, _study(recipe).seeds))
+    return (
+        f"Seeds {seeds}; values with 95 % intervals over seeds and prompts (pigeonhole bootstrap: with few samples a "
+        "prompt it covers more often than 95 %)."
+    )
+
+
+def _versions() -> str:
+    here = provenance.here()
+    return (
+        f"{here['machine']}; {', '.join(f'{name} {version}' for name, version in here['libraries'].items())}."
+    )
+
+
+def markdown(recipe: Recipe, parts: Sequence[Part]) -> str:
+    """The page as Markdown, tables without curves."""
+    made = f"Tables made by `croco run`, paragraphs written by hand. {_made(recipe)} {_versions()}"
+    lines = [f"# {recipe.run.name}", _study(recipe).introduction, made]
+    for part in parts:
+        lines += [f"## {part.title}", *part.text, *(table_markdown(table).rstrip() for table in part.tables)]
+    return "\n\n".join(filter(None, lines)) + "\n"
+
+
+def html(recipe: Recipe, parts: Sequence[Part]) -> str:
+    """The same page for a browser, in one file, with curves; text of the recipe is Markdown, everything is escaped."""
+    text = MarkdownIt("commonmark", {"html": False}).render
+    shown = [(part, Markup("".join(map(text, part.text)))) for part in parts]
+    named = {"claims": "Claims", "transfer": "Transfer", "modes": "Modes", "pairs": "Pairs"}
+    headings = [(part.name, named.get(part.name, part.title)) for part in parts
+                if part.name in named or part.name.startswith(("arms-", "languages-"))]  # fmt: skip
+    return render(
+        "study.html", name=recipe.run.name, headings=headings, made=_made(recipe), versions=_versions(),
+        introduction=Markup(text(_study(recipe).introduction)), parts=shown,
+    )  # fmt: skip
+
+
+def claims_parts(judged: Mapping[str, Judged], equivalence: float) -> list[Part]:
     """The verdicts, primary claims apart from secondary ones."""
     parts = []
-    for secondary, title in ((False, "Claim by claim"), (True, "Secondary claims")):
+    for secondary, name, title in (
+        (False, "claims", "Claim by claim"),
+        (True, "secondary", "Secondary claims"),
+    ):
         family = [one for one in judged.values() if one.claim.secondary == secondary]
         counted = sum(one.p_value is not None for one in family)
         rows = [
@@ -85,7 +151,6 @@ def claims_table(judged: Mapping[str, Judged], equivalence: float) -> list[Part]
             f"within ± {equivalence:g}. The base is at its best temperature."
         )
         if rows:
-            name = "secondary-claims" if secondary else "claims"
             parts.append(Part(name, title, [text], [Table(["claim", "in this study", "p"], rows, 2)]))
     return parts
 
@@ -97,20 +162,18 @@ def p_text(p_value: float) -> str:
 
 def claim_part(name: str, judged: Judged, pooled: Mapping[str, Pooled]) -> Part:
     """One claim: its comparisons, and why it came out so."""
-    claim, rows = judged.claim, []
+    claim, rows = judged.claim, list[list[Entry]]()
     for test in judged.tests:
-        one, share = test.comparison, pooled[test.comparison.benchmark].headline == "good"
-        share = share or (one.metric or "").startswith("mode:")
-        measure = (one.metric or pooled[one.benchmark].headline) + (
+        one, benchmark = test.comparison, pooled[test.comparison.benchmark]
+        share = benchmark.is_share or (one.metric or "").startswith("mode:")
+        unit = POINTS if share else SCORE_CHANGE
+        measure = (one.metric or benchmark.headline) + (
             f", {one.benchmark}" if one.benchmark != "lab" else ""
         )
-        wanted = one.want + (f" by {100 * one.margin:g}" if one.margin and share else "")
-        seeds = ", ".join(
-            f"{100 * x if share else x:+.{0 if share else 2}f}".replace("-", "−") for x in test.by_seed
-        )
         rows.append([
-            one.arm, f"{test.rival[0]} ({decoding(test.rival[1])})", measure, test.scope,
-            decoding(test.temperature), shown(test.difference, share, signed=True), seeds, wanted,
+            one.arm, f"{test.rival[0]} ({temperature_name(test.rival[1])})", measure, test.scope,
+            temperature_name(test.temperature), Number(test.difference, unit), ", ".join(map(unit.text, test.by_seed)),
+            one.want + (f" by {PERCENT.text(one.margin)}" if one.margin and share else ""),
             p_text(min(1.0, 2 * min(test.p_wanted, 1 - test.p_wanted))), "yes" if test.equivalent else "",
         ])  # fmt: skip
     head = [
@@ -126,74 +189,66 @@ def claim_part(name: str, judged: Judged, pooled: Mapping[str, Pooled]) -> Part:
         "equivalent",
     ]
     verdict = f"**{judged.verdict[0].upper()}{judged.verdict[1:]}**"
-    if claim.not_testable:
-        text = [f"{verdict}: {claim.not_testable}"]
-    else:
-        text = [
-            f"{verdict} ({claim.need} of {len(rows)} comparisons are needed; p of a row is not corrected)."
-        ]
-    return Part(
-        f"claim-{name}", claim.says, text + ([claim.why] if claim.why else []), [Table(head, rows, 5)]
-    )
+    rule = f" ({claim.need} of {len(rows)} comparisons are needed; p of a row is not corrected)."
+    text = [verdict + (f": {claim.not_testable}" if claim.not_testable else rule)]
+    return Part(f"claim-{name}", claim.says, [*text, *filter(None, [claim.why])], [Table(head, rows, 5)])
 
 
 def arms_part(pooled: Pooled, arms: Sequence[str]) -> Part:
     """Every arm on every group, and what it gained over the base, at the same and at the base's best temperature."""
-    share, scopes = pooled.headline == "good", [s for s in GROUPS if s != "all" and pooled.groups[s]]
-    values: Rows = []
-    gains: Rows = []
-    for arm in [BASE, *arms]:
-        for temperature in pooled.temperatures(arm):
-            mine = (arm, temperature)
-            values.append([arm, decoding(temperature), *(shown(pooled.mean(mine, s), share) for s in scopes)])
-            if arm != BASE and (BASE, temperature) in pooled.settings:
-                cells = []
-                for scope in scopes:
-                    same, _ = pooled.difference(mine, (BASE, temperature), scope)
-                    best, _ = pooled.difference(mine, pooled.best(BASE, scope), scope)
-                    cells.append(f"{shown(same, share, True)} / {shown(best, share, True)}")
-                gains.append([arm, decoding(temperature), *cells])
-    rivals = ", ".join(f"{scope}: {decoding(pooled.best(BASE, scope)[1])}" for scope in scopes)
-    unit = "Percent of completions that are good" if share else "Mean score"
-    text = [
-        f"{unit}; {pooled.values.shape[0]} seeds, {pooled.num_prompts} test prompts a language.",
-        f"Second table: gain over the base at the same temperature / at the base's best temperature ({rivals}).",
-    ]
-    head = ["arm", "decoding", *scopes]
-    return Part(
-        f"arms-{pooled.benchmark}",
-        f"All arms: {pooled.benchmark}",
-        text,
-        [Table(head, values, 2), Table(head, gains, 2)],
+    values, gains = list[list[Entry]](), list[list[Entry]]()
+    unit, change = (PERCENT, POINTS) if pooled.is_share else (SCORE, SCORE_CHANGE)
+    for setting in pooled.settings_of([BASE, *arms]):
+        arm, temperature = setting
+        named: list[Entry] = [arm, temperature_name(temperature)]
+        values.append([*named, *(Number(pooled.mean(setting, scope), unit) for scope in pooled.main_groups)])
+        if arm != BASE and (BASE, temperature) in pooled.settings:
+            rivals = [((BASE, temperature), pooled.best(BASE, scope)) for scope in pooled.main_groups]
+            gains.append(named + [
+                tuple(Number(pooled.difference(setting, rival, scope)[0], change) for rival in both)
+                for scope, both in zip(pooled.main_groups, rivals, strict=True)
+            ])  # fmt: skip
+    best = ", ".join(
+        f"{scope}: {temperature_name(pooled.best(BASE, scope)[1])}" for scope in pooled.main_groups
     )
+    text = [
+        f"{'Percent of completions that are good' if pooled.is_share else 'Mean score'}; {pooled.num_seeds} seeds, "
+        f"{pooled.num_prompts} test prompts a language.",
+        f"Second table: gain over the base at the same temperature / at the base's best temperature ({best}).",
+    ]
+    head = ["arm", "decoding", *pooled.main_groups]
+    tables = [Table(head, values, 2), Table(head, gains, 2)]
+    return Part(f"arms-{pooled.benchmark}", f"All arms: {pooled.benchmark}", text, tables)
 
 
 def languages_part(pooled: Pooled, arms: Sequence[str]) -> Part:
     """Every arm in every language, without intervals: where to look."""
-    share, rows = pooled.headline == "good", []
-    for arm in [BASE, *arms]:
-        for temperature in pooled.temperatures(arm):
-            means = [pooled.of((arm, temperature), code).mean() for code in pooled.languages]
-            rows.append(
-                [arm, decoding(temperature), *(f"{100 * x:.0f}" if share else f"{x:.2f}" for x in means)]
-            )
-    return Part(
-        f"languages-{pooled.benchmark}",
-        f"By language: {pooled.benchmark}",
-        [],
-        [Table(["arm", "decoding", *pooled.languages], rows, 2)],
-    )
+    unit = PERCENT if pooled.is_share else SCORE
+    rows = [
+        [
+            arm,
+            temperature_name(t),
+            *(unit.text(pooled.of((arm, t), code).mean()) for code in pooled.languages),
+        ]
+        for arm, t in pooled.settings_of([BASE, *arms])
+    ]
+    table = Table(["arm", "decoding", *pooled.languages], rows, 2)
+    return Part(f"languages-{pooled.benchmark}", f"By language: {pooled.benchmark}", [], [table])
 
 
 def modes_part(pooled: Pooled, arms: Sequence[str]) -> Part:
-    """Where the mass went: the share of each mode, tuned and held-out languages apart."""
+    """Where the mass went: the share of each mode, per group of languages."""
     modes = [metric for metric in pooled.metrics if metric.startswith("mode:")]
-    rows = []
-    for arm in [BASE, *arms]:
-        for temperature in pooled.temperatures(arm):
-            for scope in (s for s in GROUPS if s != "all" and pooled.groups[s]):
-                means = [pooled.of((arm, temperature), scope, mode).mean() for mode in modes]
-                rows.append([arm, decoding(temperature), scope, *(f"{100 * x:.0f}" for x in means)])
+    rows = [
+        [
+            arm,
+            temperature_name(t),
+            scope,
+            *(PERCENT.text(pooled.of((arm, t), scope, mode).mean()) for mode in modes),
+        ]
+        for arm, t in pooled.settings_of([BASE, *arms])
+        for scope in pooled.main_groups
+    ]
     head = ["arm", "decoding", "languages", *(mode.removeprefix("mode:") for mode in modes)]
     return Part(
         "modes", "Where the mass went", ["Percent of completions in each mode."], [Table(head, rows, 3)]
@@ -202,78 +257,50 @@ def modes_part(pooled: Pooled, arms: Sequence[str]) -> Part:
 
 def sweep_parts(recipe: Recipe, pooled: Pooled) -> Iterator[Part]:
     """Each grid as a table; one over a number also as a curve."""
-    share, scopes = pooled.headline == "good", [s for s in GROUPS if s != "all" and pooled.groups[s]]
+    unit = PERCENT if pooled.is_share else SCORE
     for name, sweep in recipe.sweep.items():
-        keys, rows = list(sweep.grid), []
+        keys, rows = list(sweep.grid), list[list[Entry]]()
         series: dict[str, list[tuple[float, Interval]]] = {}
         points = sorted(
-            sweep.arms.items(), key=lambda point: [sweep.grid[key].index(point[1][key]) for key in keys]
+            sweep.arms.items(), key=lambda point: [sweep.grid[k].index(point[1][k]) for k in keys]
         )
         for arm, place in points:
-            for temperature in pooled.temperatures(arm):
-                cells = [pooled.mean((arm, temperature), scope) for scope in scopes]
-                rows.append(
-                    [
-                        *(_value(place[key]) for key in keys),
-                        decoding(temperature),
-                        *(shown(c, share) for c in cells),
-                    ]
-                )
-                if len(keys) == 1 and isinstance(place[keys[0]], int | float):
-                    for scope, cell in zip(scopes, cells, strict=True):
-                        series.setdefault(f"{scope}, {decoding(temperature)}", []).append(
-                            (float(place[keys[0]]), cell)
-                        )
-        curves = (
-            [Curve(f"{sweep.of}: {keys[0]}", keys[0], "% good" if share else "mean score", series)]
-            if series
-            else []
-        )
-        table = Table([*keys, "decoding", *scopes], rows, len(keys) + 1)
-        yield Part(f"sweep-{name}", f"Sweep: {', '.join(keys)} of {sweep.of}", [], [table], curves)
-
-
-def _value(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            first = place[keys[0]]
+            for t in pooled.temperatures(arm):
+                cells = {scope: pooled.mean((arm, t), scope) for scope in pooled.main_groups}
+                values = [", ".join(map(str, v)) if isinstance(v := place[k], list) else str(v) for k in keys]
+                rows.append([*values, temperature_name(t), *(Number(cell, unit) for cell in cells.values())])
+                if len(keys) == 1 and isinstance(first, int | float):
+                    for scope, cell in cells.items():
+                        series.setdefault(f"{scope}, {temperature_name(t)}", []).append((float(first), cell))
+        table = Table([*keys, "decoding", *pooled.main_groups], rows, len(keys) + 1)
+        panels = [value_panel(f"{keys[0]} of {sweep.of}", series, unit)] if series else []
+        yield Part(f"sweep-{name}", f"Sweep: {', '.join(keys)} of {sweep.of}", [], [table], panels)
 
 
 def pairs_part(recipe: Recipe) -> Part:
     """What every arm was tuned on, over the seeds: pairs, shortcuts, languages, updates and seconds."""
-    assert recipe.study is not None
-    rows, stops = [], []
+    rows, stops, seeds = list[list[Entry]](), list[str](), _study(recipe).seeds
+    folders = [of_seed(recipe, seed).folder for seed in seeds]
     for arm in recipe.arms:
-        folders = [of_seed(recipe, seed).folder for seed in recipe.study.seeds]
-        pairs = [shards.read_record(folder / "pair" / arm)["facts"] for folder in folders]
-        tuned = [shards.read_record(folder / "train" / arm) for folder in folders]
-
-        def mean(values: Sequence[float | None]) -> str:
-            found = [value for value in values if value is not None]
-            return f"{np.mean(found):.2f}" if found else ""
-
+        pairs = [records.read_record(folder / "pair" / arm)["facts"] for folder in folders]
+        tuned = [records.read_record(folder / "train" / arm) for folder in folders]
+        shares = [[p.get("share_other_than_minimum") for p in pairs]]
+        shares += [[p.get("shortcuts", {}).get(key) for p in pairs] for key in ("language", "length")]
+        known = [[value for value in values if value is not None] for values in shares]
         rows.append([
-            arm, f"{np.mean([p['pairs'] for p in pairs]):,.0f}",
-            mean([p.get("share_other_than_minimum") for p in pairs]),
-            *(mean([p.get("shortcuts", {}).get(key) for p in pairs]) for key in ("language", "length")),
-            _mix(pairs, "chosen"), _mix(pairs, "rejected"),
+            arm, _mix(pairs, "chosen"), _mix(pairs, "rejected"), f"{np.mean([p['pairs'] for p in pairs]):,.0f}",
+            *(f"{np.mean(values):.2f}" if values else "" for values in known),
             ", ".join(map(str, dict.fromkeys(t["facts"]["adapter_step"] for t in tuned))),
             f"{np.mean([t['seconds'] for t in tuned]):.0f}",
         ])  # fmt: skip
-        for seed, facts in zip(recipe.study.seeds, (t["facts"] for t in tuned), strict=True):
-            if facts["stopped"]:
-                stops.append(
-                    f"- {arm}, seed {seed}, taken at step {facts['adapter_step']}: {facts['stopped']}"
-                )
-    head = [
-        "arm",
-        "pairs",
-        "not the minimum",
-        "AUC language",
-        "AUC length",
-        "languages of chosen",
-        "of rejected",
-        "updates",
-        "seconds",
-    ]
+        stops += [
+            f"- {arm}, seed {seed}, taken at step {made['facts']['adapter_step']}: {made['facts']['stopped']}"
+            for seed, made in zip(seeds, tuned, strict=True)
+            if made["facts"]["stopped"]
+        ]
+    head = ["arm", "languages of chosen", "of rejected", "pairs", "not the minimum", "AUC language", "AUC length",
+            "updates", "seconds"]  # fmt: skip
     text = [
         "Means over seeds. AUC: how well language or length alone tells chosen from rejected (0.5: not at all)."
     ]
@@ -281,17 +308,16 @@ def pairs_part(recipe: Recipe) -> Part:
         text.append(
             "Stopped by the sentinel, and so with fewer updates than the others:\n\n" + "\n".join(stops)
         )
-    return Part("pairs", "What the arms were tuned on", text, [Table(head, rows, 1)])
+    return Part("pairs", "What the arms were tuned on", text, [Table(head, rows, 3)])
 
 
 def _mix(pairs: Sequence[Mapping[str, Any]], side: str) -> str:
-    """The two most frequent languages of a side, with their shares; "even" where none has twice its due."""
+    """The two most frequent languages of a side with their shares; "even" where none has 1.5 times its share."""
     counts: dict[str, float] = {}
     for facts in pairs:
-        for code, found in facts.get("languages", {}).items():
-            counts[code] = counts.get(code, 0) + found[side]
-    total = sum(counts.values())
-    if not total:
+        for code, sides in facts.get("languages", {}).items():
+            counts[code] = counts.get(code, 0) + sides[side]
+    if not (total := sum(counts.values())):
         return ""
     first = sorted(counts.items(), key=lambda item: -item[1])
     if first[0][1] / total < 1.5 / len(counts):
@@ -299,37 +325,8 @@ def _mix(pairs: Sequence[Mapping[str, Any]], side: str) -> str:
     return ", ".join(f"{code} {100 * count / total:.0f} %" for code, count in first[:2])
 
 
-def waves_part(recipe: Recipe) -> Part:
-    """The quality of pairs against what they cost, by a fixed number of completions and by waves that stop."""
-    assert recipe.study is not None
-    folders = [of_seed(recipe, seed).folder for seed in recipe.study.seeds]
-    tables, text = [], [
-        "Quality of the pairs (chosen: the best score, rejected: nearest to mean − 2·std) against tokens. Adaptive "
-        f"rules draw {waves.WAVE} completions at a time (pooled: one a language) until the next promise little."
-    ]  # fmt: skip
-    for title, pooled in (("one language", False), ("all languages", True)):
-        found = waves.points([waves.read_pools(folder, pooled) for folder in folders])
-        rows = []
-        for p in found:
-            quality = (f"{100 * share:.1f}" for share in (p.chosen_good, p.rejected_good))
-            rows.append([p.rule, f"{p.completions:.1f}", f"{p.tokens:.0f}", *quality])
-        head = [f"pool: {title}", "completions", "tokens", "% chosen good", "% rejected good"]
-        tables.append(Table(head, rows))
-        shares = [(p.rule, waves.saved(found, p)) for p in found if not p.rule.startswith("gain")]
-        said = [
-            f"{rule}: {100 * share:.0f} %".replace("-", "−") for rule, share in shares if share is not None
-        ]
-        text.append(
-            f"Tokens that the cheapest rule saves beside the cheapest fixed number, both with chosen as good as "
-            f"those of N, pool of {title}: {'; '.join(said)}."
-        )
-    return Part("waves", "How many completions are worth it?", text, tables)
-
-
 def transfer_part(
-    found: Mapping[tuple[str, str, str], Interval],
-    forms: Mapping[tuple[str, str], Interval],
-    scorers: Sequence[str],
+    found: Mapping[tuple[str, str, str], Interval], forms: Mapping[tuple[str, str], Interval]
 ) -> Part:
     """Reward model, likelihood and chance against the verified truth, in every language and per pair of forms."""
     codes = list(dict.fromkeys(code for _, code, _ in found))
@@ -338,24 +335,20 @@ def transfer_part(
         "best": "percent of prompts whose best-scored completion is good",
         "tau": "Kendall's τ-b with verified quality",
     }
-    # the truth ranks itself right; as a picker it is the ceiling
-    own = [scorer for scorer in scorers if scorer != "verified"]
-    tables = [
-        Table(["percent of pairs with the good one above: good and", *own], [
-            [form, *(shown(forms[scorer, form], True) for scorer in own)]
-            for form in sorted({form for _, form in forms})
-        ])
-    ]  # fmt: skip
+    own = [scorer for scorer in SCORERS if scorer != "verified"]  # the truth ranks itself right
+    by_form: list[list[Entry]] = [
+        [form, *(Number(forms[scorer, form], PERCENT) for scorer in own)]
+        for form in sorted({f for _, f in forms})
+    ]
+    tables = [Table(["percent of pairs with the good one above: good and", *own], by_form)]
     for figure in FIGURES:
-        columns = scorers if figure == "best" else own
-        rows = [
-            [languages.name(code)]
-            + [
-                shown(found[key], figure != "tau") if (key := (scorer, code, figure)) in found else ""
-                for scorer in columns
-            ]
+        columns, unit = SCORERS if figure == "best" else own, SCORE if figure == "tau" else PERCENT
+        rows: list[list[Entry]] = [
+            [languages.name(code), *(
+                Number(found[key], unit) if (key := (scorer, code, figure)) in found else None for scorer in columns
+            )]
             for code in codes
-        ]
+        ]  # fmt: skip
         tables.append(Table([titles[figure], *columns], rows))
     text = [
         "Within one prompt in one language, on dev prompts; the completions of all seeds together.",

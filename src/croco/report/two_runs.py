@@ -8,7 +8,7 @@ from typing import Any
 from croco.report import charts, curves, sections
 from croco.report.compare import UNTUNED, Comparison, compare
 from croco.report.load_run import Run, read_run
-from croco.report.page import render
+from croco.report.page import browsing, render
 from croco.report.scores import Board, board_of, boards, sentence
 
 HEADINGS = (
@@ -17,6 +17,7 @@ HEADINGS = (
     ("results", "Results"),
     ("gains", "Intervals"),
     ("training", "Training"),
+    ("browse", "Browse"),
 )
 
 
@@ -36,22 +37,23 @@ def build_page(first: Path, second: Path) -> str:
         drawn=[_drawn(found, board) for board in found.boards],
         series=list(enumerate(found.arms)),
         **_training(found, runs),
+        **browsing(dict(zip(found.names, runs, strict=True))),
     )
 
 
 def _side(name: str, run: Run) -> dict[str, Any]:
     """One run on its own: its facts, and a sentence per arm against its own base."""
-    board = boards(run.results, run.recipe.evaluated_arms, run.recipe.run.evaluated)[0]
+    made = boards(run.results, run.recipe.evaluated_arms, run.recipe.run.evaluated)
     arms = [
-        (arm, sections.about(run.recipe.arms[arm]), sentence(board, arm)) for arm in run.recipe.evaluated_arms
+        (arm, sections.about(run.recipe.arms[arm]), sentence(made[0], arm))
+        for arm in run.recipe.evaluated_arms
     ]
-    return {"name": name, "facts": sections.facts(run, board), "arms": arms}
+    return {"name": name, "facts": sections.facts(run, made), "arms": arms}
 
 
 def _verdicts(found: Comparison) -> dict[str, Any]:
     board = found.boards[0]
-    scopes = [scope for scope in board.groups if scope != "all"] or board.groups or board.languages
-    drawn = charts.forests(board, found.arms, scopes)
+    drawn = charts.forests(board, found.arms, board.main_groups or board.languages)
     arms = [
         {
             "name": arm,

@@ -19,14 +19,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from croco.config.models import Policy
-from croco.config.recipe import Recipe
+from croco.config.runtime import Runtime
 from croco.errors import UserError
 from croco.models.chat_template import request, same_ids
 from croco.models.open import open_sampler
 from croco.models.protocols import Decoding, Request, Sampled, Sampler
-from croco.pipeline.compute import Advance, Finished, compute
-from croco.pipeline.fingerprint import sampling_recipe
+from croco.pipeline.compute import compute
+from croco.pipeline.node import Settings
 from croco.pipeline.stage import Work
+from croco.pipeline.workers import Advance, ShardResult
 from croco.stages.prompts.part import asked
 from croco.storage.schemas import COMPLETIONS, ledger
 from croco.storage.seeds import sample_seed
@@ -42,68 +43,64 @@ def sample(work: Work) -> None:
     )
     rows = prompts().height
     sizes = [per_prompt * min(size, rows - start) for start in range(0, rows, size)]
-    own = sampling_recipe(work.recipe, work.arm)
-    sampling = own.sampling.model_copy(update={"completions": per_prompt})
-    recipe = own.model_copy(update={"runtime": work.runtime, "sampling": sampling})
-    worker = partial(
-        SampleWorker,
-        recipe,
-        prompts,
-        work.settings["seed"],
-        work.engine_seed,
-        work.inputs["train"] / "adapter" if "train" in work.inputs else None,
-        None if own is work.recipe else work.recipe.policy,
-    )
+    adapter = work.inputs["train"] / "adapter" if "train" in work.inputs else None
+    worker = partial(SampleWorker, work.settings, work.runtime, prompts, work.engine_seed, adapter)
     compute(work, worker, sizes, "completion")
 
 
 class SampleWorker:
     """Samples shards of `runtime.shard_prompts` prompts, in the order of their keys.
 
-    `adapter` is of the arm whose policy samples. `tuned` is the policy that will be tuned on the completions, where
-    another one samples: token ids are kept only if they mean the same to both.
+    `adapter` is of the arm whose policy samples. Where another model samples than the policy that will be tuned on the
+    completions, token ids are kept only if they mean the same to both.
     """
 
     def __init__(
         self,
-        recipe: Recipe,
+        settings: Settings,
+        runtime: Runtime,
         prompts: Callable[[], pl.DataFrame],
-        seed: int,
         engine_seed: int,
         adapter: Path | None,
-        tuned: Policy | None,
         replica: int,
     ) -> None:
-        self.recipe, self.seed = recipe, seed
-        rows, size = prompts(), recipe.runtime.shard_prompts
+        self.settings, self.policy = settings, settings["policy"]
+        rows, size = prompts(), runtime.shard_prompts
         self.shard = lambda index: rows.slice(index * size, size).to_dicts()
-        self.sampler, self.tokenizer = open_sampler("sample", recipe, engine_seed, replica, adapter)
-        self.keep_ids = tuned is None or _means_the_same(self.tokenizer, tuned)
+        self.sampler, self.tokenizer = open_sampler(
+            "sample", self.policy, runtime, engine_seed, replica, adapter
+        )
         self.facts = self.sampler.facts  # the very dict: a server's counts grow in it
-        if tuned is not None:
-            self.facts["ids_kept"] = self.keep_ids
+        tuned, self.keep_ids = settings.get("ids_of"), True
+        if tuned is not None and (tuned.model, tuned.revision) != (self.policy.model, self.policy.revision):
+            self.facts["ids_kept"] = self.keep_ids = _means_the_same(self.tokenizer, tuned)
 
-    def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[Finished]:
+    def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[ShardResult]:
         """Several shards in one stream, so that the batch does not run empty at every shard's end."""
-        sampling, wanted = self.recipe.sampling, {index: self.shard(index) for index in indices}
+        sampling, wanted = self.settings["sampling"], {index: self.shard(index) for index in indices}
+        decoding = Decoding(
+            sampling["temperature"],
+            sampling["top_p"],
+            sampling["top_k"],
+            sampling["max_new_tokens"],
+            tuple(sampling["stop"]),
+        )
         for index, table, dropped in sample_shards(
             self.sampler,
             self.tokenizer,
             wanted,
-            Decoding(
-                sampling.temperature, sampling.top_p, sampling.top_k, sampling.max_new_tokens, sampling.stop
-            ),
-            num_completions=sampling.completions,
-            run_seed=self.seed,
-            instructions=self.recipe.policy.instruction,
-            on_prompt=lambda: advance(sampling.completions),
+            decoding,
+            num_completions=sampling["completions"],
+            run_seed=self.settings["seed"],
+            instructions=self.policy.instruction,
+            on_prompt=lambda: advance(sampling["completions"]),
         ):
             if not self.keep_ids:
                 place = table.schema.get_field_index("completion_ids")
                 field = table.schema.field(place)
                 table = table.set_column(place, field, pa.nulls(table.num_rows, field.type))
-            read = {"completion": len(wanted[index]) * sampling.completions}
-            yield Finished(
+            read = {"completion": len(wanted[index]) * sampling["completions"]}
+            yield ShardResult(
                 index, table, dropped, read, {"tokens": pc.sum(table["completion_tokens"]).as_py() or 0}
             )
 

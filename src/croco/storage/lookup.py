@@ -1,20 +1,25 @@
-"""Texts by key from sharded tables, without holding a table's texts in memory.
+"""Rows of sharded tables by key or by number, without holding a table's texts in memory.
 
-`locate` notes for every row which shard holds it, and may reduce each shard to what is needed; `gather` opens
-only the shards it must. Which rows are wanted is decided elsewhere, on numbers.
+`locate` notes for every row which shard holds it, and may reduce each shard to what is needed; `gather` opens only the
+shards it must; `ShardRows` reads ahead in threads. Which rows are wanted is decided elsewhere, on numbers.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
-import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from croco.errors import UserError
 from croco.storage import shards
+
+Places = NDArray[np.integer]
 
 
 def locate(
@@ -51,7 +56,69 @@ def gather(folder: Path, wanted: pl.DataFrame, key: Sequence[str], columns: Sequ
             raise UserError(f"{path} holds {found.height} of the {rows.height} rows that are wanted from it")
         parts.append(found.select("place", *columns))
     if not parts:
-        schema = pq.read_schema(shards.shards(folder)[0].path)
-        empty = pa.schema([schema.field(name) for name in columns]).empty_table()
-        return pl.DataFrame(pl.from_arrow(empty))
+        return shards.read_parquet(shards.shards(folder)[0].path, columns).clear()
     return pl.concat(parts).sort("place").drop("place")
+
+
+class ShardRows:
+    """Rows of a table by their place: their number in all of its finished shards, one after the other.
+
+    A shard is read whole (its `columns`, and those that `prepare` makes of them) and stays in memory until `held`
+    others were asked for. Reading ahead runs in threads: decompression leaves the interpreter alone.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        columns: Sequence[str],
+        prepare: Callable[[pl.DataFrame], pl.DataFrame] | None = None,
+        held: int = 2,
+        threads: int = 2,
+    ) -> None:
+        self._shards = shards.shards(folder)
+        self.edges = np.cumsum([0, *(shard.rows for shard in self._shards)])
+        self._columns, self._prepare, self.held = list(columns), prepare, held
+        self._read_shards: OrderedDict[int, Future[pa.Table]] = OrderedDict()
+        self._pool = ThreadPoolExecutor(threads)
+
+    def shards_of(self, places: Places) -> list[int]:
+        """The shards that hold the rows, in order."""
+        return np.unique(np.searchsorted(self.edges, places, side="right") - 1).tolist()
+
+    def read_ahead(self, places: Places) -> None:
+        """Begin to read the shards that hold the rows, as far as they find room."""
+        for index in self.shards_of(places)[: self.held]:
+            self._get(index)
+
+    def take(self, places: Places, columns: Sequence[str]) -> pl.DataFrame:
+        """The columns of the rows, in their order; a row may be asked for more than once."""
+        order = np.argsort(places, kind="stable")
+        rising = places[order]
+        bounds = np.searchsorted(rising, self.edges)
+        parts = []
+        for index in np.flatnonzero(np.diff(bounds)).tolist() or [0]:
+            rows = rising[bounds[index] : bounds[index + 1]] - self.edges[index]
+            parts.append(self._get(index).result().select(list(columns)).take(rows))
+        table = pa.concat_tables(parts)
+        if (order[1:] < order[:-1]).any():
+            table = table.take(np.argsort(order))
+        return pl.DataFrame(pl.from_arrow(table))
+
+    def _get(self, index: int) -> Future[pa.Table]:
+        if index not in self._read_shards:
+            self._read_shards[index] = self._pool.submit(self._read, index)
+            while len(self._read_shards) > self.held:
+                self._read_shards.popitem(last=False)
+        self._read_shards.move_to_end(index)
+        return self._read_shards[index]
+
+    def _read(self, index: int) -> pa.Table:
+        shard = self._shards[index]
+        table = shards.read_arrow(shard.path, self._columns)
+        if table.num_rows != shard.rows:
+            raise UserError(f"{shard.path} holds {table.num_rows} rows, expected {shard.rows}: it changed")
+        if self._prepare is not None:
+            made = self._prepare(pl.DataFrame(pl.from_arrow(table))).to_arrow()
+            for name in made.column_names:
+                table = table.append_column(name, made[name])
+        return table

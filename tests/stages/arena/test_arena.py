@@ -9,11 +9,14 @@ import torch
 
 import tiny
 from conftest import TinyModels, write_prompts, write_recipe
-from croco.config.recipe import Recipe, from_dict, load
+from croco.config.load import from_dict, load
+from croco.config.recipe import Recipe
 from croco.errors import UserError
 from croco.lab import world
 from croco.models.chat_template import prompt_ids
 from croco.pipeline import run
+from croco.pipeline.fingerprint import arena_settings
+from croco.pipeline.node import settings_values
 from croco.pipeline.stage import Work
 from croco.stages.arena import arena, judge_prompt
 from croco.stages.arena.arena import HOPELESS, ArenaWorker, account, matches
@@ -68,7 +71,8 @@ def evaluated(tmp_path: Path) -> dict[str, Path]:
 
 def work_of(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> Work:
     folder.mkdir(parents=True, exist_ok=True)
-    return Work(recipe=recipe, arm="croco", folder=folder, settings={}, runtime=recipe.runtime, seed=0, inputs=inputs,
+    settings = settings_values(arena_settings(recipe, "croco"))
+    return Work(arm="croco", folder=folder, settings=settings, runtime=recipe.runtime, inputs=inputs,
                 table=TABLES["comparisons"], title="arena/croco", record_file={"starts": 1})  # fmt: skip
 
 
@@ -111,7 +115,7 @@ def test_the_labs_judge_has_three_tiers() -> None:
 
 def test_limit_and_languages_choose_the_prompts(evaluated: dict[str, Path]) -> None:
     recipe = made_recipe(arena={"judge": "lab", "limit": 4, "languages": ["en"]})
-    found = matches(recipe, evaluated)
+    found = matches(settings_values(arena_settings(recipe, "croco")), evaluated)
     first = shards.read_table(evaluated["eval-prompts"])["prompt_id"].unique(maintain_order=True)[:4]
     assert sorted(found["prompt_id"]) == sorted(first)
     assert set(found["language"]) == {"en"}
@@ -129,7 +133,11 @@ def test_a_tiny_model_as_judge_writes_garbage_and_that_is_counted(
     work = work_of(recipe, tmp_path / "arena", evaluated)
     with pytest.raises(UserError, match=r"arena/croco: no comparison got two verdicts"):
         arena.arena(work)
-    asked = [row for row in matches(recipe, evaluated).to_dicts() if arena.is_asked(row)]
+    asked = [
+        row
+        for row in matches(settings_values(arena_settings(recipe, "croco")), evaluated).to_dicts()
+        if arena.is_asked(row)
+    ]
     dropped = shards.read_dropped(work.folder)
     reasons = dropped["reason"].str.split(": ").list.first().to_list()
     assert set(reasons) <= {"no verdict in the judgement", "judgement cut off", "no completion"}
@@ -159,7 +167,7 @@ def teach(model: Any, tokenizer: Any, questions: list[str], saying: str) -> None
 
 def test_a_real_judge_that_always_takes_the_first(evaluated: dict[str, Path], tmp_path: Path) -> None:
     model, tokenizer = tiny.make_policy("llama", max_positions=2048), tiny.make_tokenizer()
-    rows = matches(made_recipe(), evaluated).to_dicts()
+    rows = matches(settings_values(arena_settings(made_recipe(), "croco")), evaluated).to_dicts()
     questions = [
         judge_prompt.question(row["messages"], row["language"], *arena.shown(row, first))
         for row in rows if arena.is_asked(row) for first in (True, False)
@@ -202,7 +210,9 @@ def test_a_conversation_that_does_not_fit_the_judge_is_in_the_ledger(
 
 def test_a_hopeless_judge_is_not_asked_for_ever(evaluated: dict[str, Path], tiny_models: TinyModels) -> None:
     recipe = made_recipe(judge={"model": str(tiny_models.policy)})
-    worker = ArenaWorker(recipe, "croco", evaluated, 0)
+    worker = ArenaWorker(
+        settings_values(arena_settings(recipe, "croco")), recipe.runtime, "croco", evaluated, 0
+    )
     for _ in range(HOPELESS - 1):
         worker._listen("refused", True)
     with pytest.raises(

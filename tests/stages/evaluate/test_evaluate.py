@@ -4,11 +4,14 @@ import polars as pl
 import pytest
 import torch
 
-from croco.config.recipe import Recipe, from_dict
+from croco.config.load import from_dict
+from croco.config.recipe import Recipe
 from croco.lab import world
 from croco.models.chat_template import conversation_ids
 from croco.models.loading import load_reward
 from croco.models.lora import apply_lora, save_adapter
+from croco.pipeline.fingerprint import evaluate_settings, results_settings
+from croco.pipeline.node import settings_values
 from croco.pipeline.stage import Work
 from croco.stages.evaluate.evaluate import evaluate, evaluation_seed, plan_batches, results
 from croco.stages.train.settings import LoraSettings
@@ -40,7 +43,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Recipe]:
     recipe = from_dict({
         "run": {"name": "test", "languages": ["da", "en"], "held_out_languages": ["sv"], "seed": 3},
         "policy": {"model": str(folder / "policy"), "instruction": {"da": "Svar på dansk."}},
-        "evaluation": {"samples": 2, "max_new_tokens": 6, "bootstrap": 50, "split": "dev"},
+        "evaluation": {"base_temperatures": [0.7], "samples": 2, "max_new_tokens": 6, "bootstrap": 50, "split": "dev"},
         "arms": {"arm": {}},
         "runtime": {"device": "cpu", "shard_prompts": 5},
     })  # fmt: skip
@@ -53,10 +56,9 @@ def work_of(
     folder, recipe = run
     out = folder / stage / (arm or "")
     out.mkdir(parents=True, exist_ok=True)
-    temperatures = [0.0, 0.7, 1.0] if arm == "base" else [0.0, 1.0]
-    return Work(recipe=recipe, arm=arm, folder=out, settings={"temperatures": temperatures}, runtime=recipe.runtime,
-                seed=recipe.run.seed, inputs=inputs, table=TABLES[table], title=stage,
-                record_file={"starts": 1})  # fmt: skip
+    settings = (results_settings if stage == "results" else evaluate_settings)(recipe, arm)
+    return Work(arm=arm, folder=out, settings=settings_values(settings), runtime=recipe.runtime,
+                inputs=inputs, table=TABLES[table], title=stage, record_file={"starts": 1})  # fmt: skip
 
 
 def evaluated(run: tuple[Path, Recipe], arm: str) -> pl.DataFrame:

@@ -9,14 +9,24 @@ from croco.errors import UserError
 from croco.stages.pair.calibrate import calibrate, without_length
 
 SCORES = np.array([0, 2, 4, 10, 10, np.nan, 7], np.float32)
-LANGUAGE = np.array([0, 0, 0, 1, 1, 1, 0], np.int32)
+LANGUAGE = ["da", "da", "da", "nl", "nl", "nl", "da"]
 PROMPT = np.array([0, 0, 1, 2, 2, 2, 1], np.int64)  # of the prompt in its language
 COUNTED = np.array([True] * 5 + [False, False])  # not the NaN, and not a gold completion (the last)
 
 
 def test_by_hand():
+    rows = pl.DataFrame(
+        {
+            "prompt_id": PROMPT,
+            "language": LANGUAGE,
+            "sample_id": np.where(COUNTED | np.isnan(SCORES), 0, -1),
+            "score": SCORES,
+        },
+        schema_overrides={"language": pl.Enum(["da", "nl"]), "score": pl.Float32},
+    )
+
     def made(kind: str) -> list[float]:
-        return calibrate(kind, SCORES, LANGUAGE, PROMPT, COUNTED).tolist()
+        return calibrate(kind, rows).tolist()
 
     std = np.sqrt(8 / 3)  # of 0, 2, 4 around 2; the other language is constant and keeps a std of 1
     assert made("none") == pytest.approx(SCORES.tolist(), nan_ok=True)
@@ -78,5 +88,6 @@ def test_equal_lengths_stay_as_they_are() -> None:
     score = np.array([1, 2, 3, 4], np.float32)
     pool = np.array([0, 0, 1, 1], np.int32)
     assert (without_length(score, np.full(4, 7, np.float32), pool) == score).all()
+    rows = pl.DataFrame({"pool": pool, "score": score})
     with pytest.raises(UserError, match="needs completion_tokens"):
-        without_length(score, None, pool)
+        calibrate("length", rows)

@@ -11,7 +11,7 @@ import polars as pl
 import pytest
 
 from conftest import write_recipe
-from croco.config.recipe import load
+from croco.config.load import load
 from croco.errors import UserError
 from croco.stages.pair.export_trl import export_pairs
 from croco.stages.pair.from_files import facts_of, pairs_of_files

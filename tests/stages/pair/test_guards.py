@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import polars as pl
-import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -101,10 +100,10 @@ def test_near_duplicates_share_their_outline_or_have_none(text, pattern, data):
     )  # fmt: skip
     if normal(base) != normal(other):
         return  # upper and lower case are not always each other's
-    one, two = outlines(pa.chunked_array([[base, f"  {other}\n"]]))
+    one, two = outlines(pl.Series([base, f"  {other}\n"]))
     assert one == two or 0 in (one, two)
 
 
 def test_an_outline_tells_texts_apart():
     texts = [f"The capital of country {number} is called town {number}." for number in range(500)]
-    assert len(np.unique(outlines(pa.chunked_array([texts])))) > 450
+    assert len(np.unique(outlines(pl.Series(texts)))) > 450

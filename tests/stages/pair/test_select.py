@@ -15,8 +15,7 @@ from croco.config.rules import parse_chosen, parse_rejected
 from croco.errors import UserError
 from croco.stages.pair.contrast import NO_CANDIDATE, NONE_BELOW, ONE_CANDIDATE
 from croco.stages.pair.guards import SAME_TEXT
-from croco.stages.pair.pools import build_pools
-from croco.stages.pair.select import expected_share, select, targets
+from croco.stages.pair.select import Pools, expected_share, select
 from stages.pair import twin
 from stages.pair.twin import Row
 
@@ -129,24 +128,22 @@ def test_a_side_has_rules_of_its_own():
 def test_quantiles_agree_with_numpy():
     scores = np.random.default_rng(1).normal(size=37).astype(np.float32)
     scores[5] = -0.0
-    pools = build_pools(np.zeros(37, np.int32), scores, np.arange(37))
+    pools = Pools(np.zeros(37, np.int64), scores, np.arange(37))
     for q in (0.0, 0.1, 0.25, 0.5, 1.0):
-        assert targets(parse_rejected(f"quantile:{q}"), pools)[0] == pytest.approx(
+        assert parse_rejected(f"quantile:{q}").target(pools)[0] == pytest.approx(
             np.quantile(scores.astype(float), q)
         )
 
 
 def test_pool_statistics_do_not_cancel():
-    pools = build_pools(
-        np.array([0, 0, 0, 4]), np.array([1e4, 1e4 + 1, 1e4 + 2, 5], np.float32), np.arange(4)
-    )
+    pools = Pools(np.array([0, 0, 0, 4]), np.array([1e4, 1e4 + 1, 1e4 + 2, 5], np.float32), np.arange(4))
     assert pools.mean.tolist() == [10_001.0, 5.0]
     assert pools.std.tolist() == [pytest.approx(np.sqrt(2 / 3), rel=1e-12), 0.0]  # population: ddof 0
 
 
 def test_no_rows_make_no_pools():
-    nothing = build_pools(np.empty(0, np.int32), np.empty(0, np.float32), np.empty(0, np.int64))
-    assert len(select(nothing, parse_chosen("max"), parse_rejected("min")).pool) == 0
+    nothing = Pools(np.empty(0, np.int64), np.empty(0, np.float32), np.empty(0, np.int64))
+    assert select(nothing, parse_chosen("max"), parse_rejected("min")).is_empty()
     pairs, dropped = croco.pairs(one_pool([]))
     assert (pairs.height, dropped.height) == (0, 0)
 

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from croco.config.arena import Source
-from croco.config.recipe import from_dict
+from croco.config.evaluation import Source
+from croco.config.load import from_dict
 from croco.errors import UserError
 from croco.stages.prompts.load import Loaded, load, overlap
 

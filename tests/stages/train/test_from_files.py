@@ -17,7 +17,7 @@ from croco.errors import UserError
 from croco.models.loading import load_policy
 from croco.pipeline.stage import lock
 from croco.stages.pair.import_files import import_pairs
-from croco.storage import shards
+from croco.storage import files
 from stages.train.pairs import make_pairs
 
 SETTINGS = [
@@ -161,7 +161,7 @@ def test_any_preference_file_tunes_a_policy(form: str, tiny_models: TinyModels, 
     said = croco(*command)
     assert f"18 pairs, 3 steps: {to / 'adapter'}" in said
     load_policy(str(tiny_models.policy), adapter=to / "adapter")
-    record = shards.read_json(to / "train.json")
+    record = files.read_json(to / "train.json")
     assert record["state"] == "complete"
     assert record["science"]["training"]["lora"]["rank"] == 4
     assert record["facts"]["pairs"] + record["facts"]["validation_pairs"] == 18

@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from croco.config import recipe as recipes
+from croco.config import load as recipes
 from croco.errors import UserError
 from croco.models.loading import load_policy
 from croco.stages.train.distributed import shares
 from croco.stages.train.launch import Job, num_processes, tune
-from croco.storage.shards import write_json
+from croco.storage.files import write_json
 from stages.train.pairs import make_pairs, write_pairs
 from stages.train.ranks import UNEVEN, gradients, whole_run
 from stages.train.test_train import metrics
@@ -95,7 +95,8 @@ def job(tmp_path_factory):
     recipe = recipes.load(folder / "toy.toml")
     write_pairs(folder / "pair", make_pairs(33))
     return Job(
-        recipe=recipe,
+        policy=recipe.policy,
+        runtime=recipe.runtime,
         settings=recipe.arms["mono"].training.model_dump(mode="json"),
         folder=folder / "one",
         pairs=folder / "pair",
@@ -110,8 +111,7 @@ def alone(job):
 
 
 def over(job: Job, folder: Path, **runtime) -> Job:
-    changed = job.recipe.runtime.model_copy(update=runtime)
-    return replace(job, folder=folder, recipe=job.recipe.model_copy(update={"runtime": changed}))
+    return replace(job, folder=folder, runtime=job.runtime.model_copy(update=runtime))
 
 
 def test_the_stage_starts_its_processes(job, alone, tmp_path):
@@ -148,7 +148,7 @@ def test_weights_spread_by_fsdp_give_the_same_curve(job, tmp_path, monkeypatch, 
     found = tune(over(both, tmp_path / "two", train_processes=2), lambda *_: None)
     assert_same_curve(tmp_path / "two", tmp_path / "one")
     assert found.adapter == tmp_path / "two" / ("model" if full else "adapter")
-    load_policy(job.recipe.policy.model, adapter=None if full else found.adapter)
+    load_policy(job.policy.model, adapter=None if full else found.adapter)
     if full:
         load_policy(str(found.adapter))
 
@@ -169,11 +169,13 @@ def test_processes_of_a_cpu_are_counted_as_they_are_asked_for():
 ASKED = """
 import sys
 from pathlib import Path
-from croco import recipe as recipes
-from croco.storage.shards import read_json
+from croco.config.models import Policy
+from croco.config.runtime import Runtime
+from croco.storage.files import read_json
 from croco.stages.train.launch import Job, tune
 said = read_json(Path(sys.argv[1]))
-said |= {"recipe": recipes.from_dict(said["recipe"]), "folder": Path(said["folder"]), "pairs": Path(said["pairs"])}
+said |= {"policy": Policy(**said["policy"]), "runtime": Runtime(**said["runtime"])}
+said |= {"folder": Path(said["folder"]), "pairs": Path(said["pairs"])}
 tune(Job(**said), lambda step, num_steps: print(step, flush=True))
 """
 
@@ -181,7 +183,10 @@ tune(Job(**said), lambda step, num_steps: print(step, flush=True))
 def test_killed_with_its_processes_it_goes_on_to_the_same_curve(job, alone, tmp_path):
     """SIGKILL to the process that started them: they end too, and the next start ends where one process does."""
     again = over(job, tmp_path / "killed", train_processes=2, checkpoint_minutes=1e-6)
-    said = {**vars(again), "recipe": again.recipe.model_dump(mode="json")}
+    said = {
+        **vars(again),
+        **{name: getattr(again, name).model_dump(mode="json") for name in ("policy", "runtime")},
+    }
     write_json(tmp_path / "job.json", said | {"folder": str(again.folder), "pairs": str(again.pairs)})
     process = subprocess.Popen(
         [sys.executable, "-c", ASKED, str(tmp_path / "job.json")], stdout=subprocess.PIPE

@@ -21,7 +21,7 @@ import killed
 import tiny
 from conftest import TinyModels
 from croco.cli.main import app
-from croco.config.recipe import load
+from croco.config.load import load
 from croco.errors import UserError
 from croco.models.chat_template import prompt_ids
 from croco.models.open import open_sampler
@@ -29,7 +29,8 @@ from croco.pipeline import run as pipeline
 from croco.stages.translate.formats import FORMATS
 from croco.stages.translate.translate import TranslateWorker
 from croco.storage import shards
-from croco.storage.shards import read_dropped, read_json, read_table
+from croco.storage.files import read_json
+from croco.storage.shards import read_dropped, read_table
 from served import Served, serve
 
 LIMIT = 40  # new tokens
@@ -266,7 +267,9 @@ def test_a_shard_does_not_depend_on_the_others_and_a_text_is_sent_once(
     tables, sent = [], []
     for size in (2, 5, 100):
         cut = recipe.model_copy(update={"runtime": recipe.runtime.model_copy(update={"shard_prompts": size})})
-        worker = TranslateWorker(cut, tmp_path / "run" / "prompts", ("da", "de", "en"), 0)
+        worker = TranslateWorker(
+            cut.translate, cut.runtime, tmp_path / "run" / "prompts", ("da", "de", "en"), 0
+        )
         sample = worker.sampler.sample
         worker.sampler.sample = lambda requests, decoding, sample=sample: (
             sent.append(len(requests)) or sample(requests, decoding)
@@ -333,7 +336,7 @@ def test_a_gemma_3_with_a_template_like_translategemmas_is_asked_in_its_form(
     recipe = load(write_recipe(tmp_path, tiny_models, folder), ["translate.format=translategemma"])
     pipeline.run(recipe, until="translate")
     assert read_json(tmp_path / "run" / "translate" / "stage.json")["state"] == "complete"
-    _, tokenizer = open_sampler("translate", recipe, 0)
+    _, tokenizer = open_sampler("translate", recipe.translate, recipe.runtime, 0)
     asked = tokenizer.decode(prompt_ids(tokenizer, FORMATS["translategemma"](" März? ", "de", "da")))
     assert asked == "<|bos|><|user|>de > da: März?<|end|><|assistant|>"
     with pytest.raises(UserError, match="content must be a list with one entry"):

@@ -10,7 +10,7 @@ Shapes: R rows, G prompts, N most rows of one prompt, H key-value heads, Q query
 tokens (padded), C own tokens (capacity), D head dimension.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +19,20 @@ import torch
 from transformers import AttentionInterface
 
 NAME = "croco_shared_prefix"
+# what models pass to an attention function beside queries, keys and values, and what changes no number here
+_HARMLESS = {
+    "dropout", "position_ids", "cache_position", "past_key_values", "use_cache", "is_causal", "output_attentions",
+    "output_hidden_states", "output_router_logits", "return_dict", "logits_to_keep", "sliding_window",
+    "position_embeddings", "layer_idx",
+}  # fmt: skip
+
+
+def refuse_unknown(options: Mapping[str, Any]) -> None:
+    """Raise NotImplementedError for an option of an attention function that we would not obey: attention sinks, caps,
+    biases."""
+    for name, value in options.items():
+        if value is not None and name not in _HARMLESS:
+            raise NotImplementedError(f"attention with {name}")
 
 
 @dataclass
@@ -116,6 +130,7 @@ def attend(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Exact attention over prompt and own tokens; returns (R, 1, H·Q, D), as transformers expects."""
+    refuse_unknown(kwargs)
     layer: int = module.layer_idx  # type: ignore[assignment]
     keys_GHDP, values_GHPD = shared_prefix.prefix_keys[layer], shared_prefix.prefix_values[layer]
     prompts, heads, width, prompt_tokens = keys_GHDP.shape

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from transformers import AttentionInterface
 
+from croco.models.attention.decode import refuse_unknown
+
 NAME = "croco_shared_suffix"
 _BLOCK = 64  # queries
 
@@ -50,6 +52,7 @@ def attend(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Exact causal attention over prefix and own tokens; returns (B, T, H, D), as transformers expects."""
+    refuse_unknown(kwargs)
     layer: int = module.layer_idx  # type: ignore[assignment]
     rows, heads, tokens, width = query.shape
     scale = width**-0.5 if scaling is None else scaling

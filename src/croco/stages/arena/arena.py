@@ -11,18 +11,21 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from croco.config.recipe import Recipe
+from croco.config.models import Judge
+from croco.config.runtime import Runtime
 from croco.errors import UserError
 from croco.models.open import open_judge, open_sampler, tuned_weights
 from croco.models.protocols import Decoding, Judged, JudgeRequest
-from croco.pipeline.compute import Advance, Finished, compute
+from croco.pipeline.compute import compute
+from croco.pipeline.node import Settings
 from croco.pipeline.stage import Work
+from croco.pipeline.workers import Advance, ShardResult
 from croco.stages.arena import judge_prompt
 from croco.stages.evaluate.evaluate import evaluation_seed
 from croco.stages.evaluate.fidelity import found_languages
@@ -45,20 +48,18 @@ Ask = Callable[[Sequence[Question]], Iterator[tuple[int, Judged | str]]]
 
 def sample(work: Work) -> None:
     """Write greedy completions of `work.arm` to the arena's prompts."""
-    recipe = work.recipe.model_copy(update={"runtime": work.runtime})
-    prompts = work.inputs.get("arena-prompts") or work.inputs["eval-prompts"]
-    size, rows = work.runtime.shard_prompts, read_prompts(recipe, prompts).height
+    size, rows = work.runtime.shard_prompts, read_prompts(work.settings, work.inputs).height
     sizes = [min(size, rows - start) for start in range(0, rows, size)]
     adapter = None if work.arm == BASE else tuned_weights(work.inputs["train"])
-    worker = partial(GreedyWorker, recipe, prompts, adapter, work.engine_seed)
+    worker = partial(GreedyWorker, work.settings, work.runtime, work.inputs, adapter, work.engine_seed)
     compute(work, worker, sizes, "completion", role="evaluate")
 
 
-def read_prompts(recipe: Recipe, folder: Path) -> pl.DataFrame:
+def read_prompts(settings: Settings, inputs: Mapping[str, Path]) -> pl.DataFrame:
     """The prompts that are compared on: in the arena's languages, at most `arena.limit` of each."""
-    prompts = read_table(folder).filter(pl.col("language").is_in(list(recipe.arena_languages)))
-    limit = recipe.arena.limit if recipe.arena else None
-    first = prompts["prompt_id"].unique(maintain_order=True)[:limit]
+    prompts = read_table(inputs.get("arena-prompts") or inputs["eval-prompts"])
+    prompts = prompts.filter(pl.col("language").is_in(list(settings["languages"])))
+    first = prompts["prompt_id"].unique(maintain_order=True)[: settings["limit"]]
     return prompts.filter(pl.col("prompt_id").is_in(first.implode())).sort(KEY)
 
 
@@ -66,29 +67,39 @@ class GreedyWorker:
     """Answers shards of the arena's prompts with the most likely tokens."""
 
     def __init__(
-        self, recipe: Recipe, prompts: Path, adapter: Path | None, engine_seed: int, replica: int
+        self,
+        settings: Settings,
+        runtime: Runtime,
+        inputs: Mapping[str, Path],
+        adapter: Path | None,
+        engine_seed: int,
+        replica: int,
     ) -> None:
-        self.recipe, self.prompts = recipe, read_prompts(recipe, prompts)
-        self.sampler, self.tokenizer = open_sampler("evaluate", recipe, engine_seed, replica, adapter)
+        self.settings, self.size, self.prompts = (
+            settings,
+            runtime.shard_prompts,
+            read_prompts(settings, inputs),
+        )
+        self.sampler, self.tokenizer = open_sampler(
+            "evaluate", settings["policy"], runtime, engine_seed, replica, adapter
+        )
         self.facts = self.sampler.facts
 
-    def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[Finished]:
+    def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[ShardResult]:
         """Several shards in one stream."""
-        size, arena = self.recipe.runtime.shard_prompts, self.recipe.arena
-        tokens = (arena.max_new_tokens if arena else None) or self.recipe.evaluation.max_new_tokens
-        asked = {index: self.prompts.slice(index * size, size).to_dicts() for index in indices}
+        asked = {index: self.prompts.slice(index * self.size, self.size).to_dicts() for index in indices}
         for index, table, dropped in sample_shards(
             self.sampler,
             self.tokenizer,
             asked,
-            Decoding(0.0, top_p=1.0, top_k=0, max_new_tokens=tokens),
+            Decoding(0.0, top_p=1.0, top_k=0, max_new_tokens=self.settings["max_new_tokens"]),
             num_completions=1,
-            run_seed=evaluation_seed(self.recipe.run.seed),
-            instructions=self.recipe.policy.instruction,
+            run_seed=evaluation_seed(0),  # no seed makes another completion
+            instructions=self.settings["policy"].instruction,
             on_prompt=partial(advance, 1),
         ):
             drawn = pc.sum(table["completion_tokens"]).as_py() or 0
-            yield Finished(index, table, dropped, {"completion": len(asked[index])}, {"tokens": drawn})
+            yield ShardResult(index, table, dropped, {"completion": len(asked[index])}, {"tokens": drawn})
 
 
 # Comparisons -----------------------------------------------------------------------------------------------------
@@ -96,12 +107,10 @@ class GreedyWorker:
 
 def arena(work: Work) -> None:
     """Write the comparisons of `work.arm` with the base."""
-    recipe = work.recipe.model_copy(update={"runtime": work.runtime})
-    assert recipe.arena is not None
-    size, rows = work.runtime.shard_prompts, matches(recipe, work.inputs).height
+    size, rows = work.runtime.shard_prompts, matches(work.settings, work.inputs).height
     sizes = [min(size, rows - start) for start in range(0, rows, size)]
-    worker = partial(ArenaWorker, recipe, str(work.arm), work.inputs)
-    compute(work, worker, sizes, "comparison", role="judge", here=recipe.arena.judge == "lab")
+    worker = partial(ArenaWorker, work.settings, work.runtime, str(work.arm), work.inputs)
+    compute(work, worker, sizes, "comparison", role="judge", here=work.settings["judge"] == "lab")
     found = account(work.folder)
     work.record(**found)
     unjudged = {reason: count for reason, count in found["without_verdict"].items() if reason != ABSENT}
@@ -125,10 +134,9 @@ def account(folder: Path) -> dict[str, Any]:
     }
 
 
-def matches(recipe: Recipe, inputs: Mapping[str, Path]) -> pl.DataFrame:
+def matches(settings: Settings, inputs: Mapping[str, Path]) -> pl.DataFrame:
     """Prompts with the completions of the arm and of the base, in key order; null where there is none."""
-    table = read_prompts(recipe, inputs.get("arena-prompts") or inputs["eval-prompts"])
-    table = table.select(*KEY, "domain", "messages")
+    table = read_prompts(settings, inputs).select(*KEY, "domain", "messages")
     for column, side in (("completion", ""), ("base_completion", f"/{BASE}")):
         table = table.join(greedy(inputs, side).rename({"completion": column}), on=KEY, how="left")
     return table.sort(KEY)
@@ -147,15 +155,17 @@ def greedy(inputs: Mapping[str, Path], side: str) -> pl.DataFrame:
 class ArenaWorker:
     """Has shards of comparisons judged."""
 
-    def __init__(self, recipe: Recipe, arm: str, inputs: Mapping[str, Path], replica: int) -> None:
-        self.recipe, self.arm, self.matches = recipe, arm, matches(recipe, inputs)
-        self.name, self.ask, self.facts = open_asker(recipe, replica)
+    def __init__(
+        self, settings: Settings, runtime: Runtime, arm: str, inputs: Mapping[str, Path], replica: int
+    ) -> None:
+        self.languages = settings["evaluated"]
+        self.arm, self.size, self.matches = arm, runtime.shard_prompts, matches(settings, inputs)
+        self.name, self.ask, self.facts = open_asker(settings["judge"], runtime, replica)
         self.heard = self.understood = 0
 
-    def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[Finished]:
+    def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[ShardResult]:
         """Several shards in one stream, each written when its last judgement is there."""
-        size = self.recipe.runtime.shard_prompts
-        rows = {index: self.matches.slice(index * size, size).to_dicts() for index in indices}
+        rows = {index: self.matches.slice(index * self.size, self.size).to_dicts() for index in indices}
         questions: list[Question] = []
         owners: list[tuple[int, int, bool]] = []
         found: dict[int, dict[tuple[int, bool], Judged | str]] = {index: {} for index in indices}
@@ -188,8 +198,8 @@ class ArenaWorker:
 
     def _finish(
         self, index: int, rows: list[Match], found: Mapping[tuple[int, bool], Judged | str], advance: Advance
-    ) -> Finished:
-        table, dropped = tabulate(self.arm, self.name, rows, found, self.recipe.run.evaluated)
+    ) -> ShardResult:
+        table, dropped = tabulate(self.arm, self.name, rows, found, self.languages)
         judged = [one for one in found.values() if not isinstance(one, str)]
         sums = {
             "judgements": len(judged),
@@ -197,7 +207,7 @@ class ArenaWorker:
             "judge_completion_tokens": sum(one.completion_tokens for one in judged),
         }
         advance(len(rows))
-        return Finished(index, table, dropped, {"comparison": len(rows)}, sums)
+        return ShardResult(index, table, dropped, {"comparison": len(rows)}, sums)
 
 
 def is_asked(match: Match) -> bool:
@@ -206,22 +216,22 @@ def is_asked(match: Match) -> bool:
     return ours is not None and base is not None and ours != base
 
 
-def open_asker(recipe: Recipe, replica: int) -> tuple[str, Ask, dict[str, Any]]:
+def open_asker(
+    judge: Judge | Literal["lab"], runtime: Runtime, replica: int
+) -> tuple[str, Ask, dict[str, Any]]:
     """The judge's name, the function that asks it, and what `stage.json` records."""
-    if recipe.arena is not None and recipe.arena.judge == "lab":
+    if judge == "lab":
         return "lab", ask_lab, {"engine": "lab"}
-    judge = open_judge(recipe, replica=replica)
-    assert recipe.judge is not None
-    limit = recipe.judge.max_new_tokens
+    opened = open_judge(judge, runtime, replica=replica)
 
     def ask(questions: Sequence[Question]) -> Iterator[tuple[int, Judged | str]]:
         requests = []
         for key, match, arm_first in questions:
             text = judge_prompt.question(match["messages"], match["language"], *shown(match, arm_first))
             requests.append(JudgeRequest(key, ({"role": "user", "content": text},)))
-        yield from judge.judge(requests, limit)
+        yield from opened.judge(requests, judge.max_new_tokens)
 
-    return judge.name, ask, judge.facts
+    return opened.name, ask, opened.facts
 
 
 def ask_lab(questions: Sequence[Question]) -> Iterator[tuple[int, Judged | str]]:

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,16 +20,17 @@ from typing import IO, Any
 
 import pyarrow as pa
 
-from croco.config.euroeval import VERSION
+from croco.config.evaluation import VERSION
 from croco.config.recipe import Recipe
 from croco.config.runtime import EuroEvalRuntime
 from croco.errors import UserError
 from croco.models import vllm_server
+from croco.models.children import started
 from croco.models.open import tuned_weights
 from croco.pipeline.stage import Work
 from croco.stages.euroeval.results_file import Record, read_records, rows_of
 from croco.stages.evaluate.results import BASE
-from croco.storage import shards
+from croco.storage import files
 from croco.storage.hashing import folder_identity
 from croco.storage.schemas import RESULTS, ledger
 
@@ -48,7 +49,7 @@ class Task:
     dataset: str
 
 
-def check(recipe: Recipe) -> None:
+def check(recipe: Recipe, say: Callable[[str], None] = print) -> None:
     """Raise UserError when what the stage runs on is not there: before the stages in front of it take days."""
     runtime = recipe.runtime.euroeval
     if not Path(runtime.python).exists():
@@ -58,13 +59,13 @@ def check(recipe: Recipe) -> None:
         )
     _key(runtime)
     if set(runtime.urls) != {BASE, *recipe.evaluated_arms}:
-        vllm_server.check(runtime.vllm_python, "runtime.euroeval.vllm_python")
+        vllm_server.check(runtime.vllm_python or recipe.runtime.vllm.python, "runtime.euroeval.vllm_python")
 
 
 def named_server(runtime: EuroEvalRuntime, arm: str) -> vllm_server.Serving:
     """The recipe's server of an arm; raises UserError when it is away or does not serve the arm."""
     url, place = runtime.urls[arm].rstrip("/"), f"runtime.euroeval.urls.{arm}"
-    context = vllm_server.served_context(url, model_name(arm), place, runtime.key_variable)
+    context = vllm_server.ask_context(url, model_name(arm), place, runtime.key_variable)
     return vllm_server.Serving(url, context)
 
 
@@ -109,10 +110,10 @@ def finish(work: Work, folder: Path) -> None:
     """Keep EuroEval's own file, and what is to be said of the whole, whichever start of the stage saw it."""
     results = folder / RESULTS_FILE
     text = results.read_text(encoding="utf-8") if results.exists() else ""
-    shards.write_text(work.folder / RESULTS_FILE, text)
+    files.write_text(work.folder / RESULTS_FILE, text)
     records = read_records(results, model_name(str(work.arm)))
     counts = {name: record.failed_instances for name, record in sorted(records.items())}
-    facts = shards.read_json(folder / FACTS_FILE)
+    facts = files.read_json(folder / FACTS_FILE)
     work.record(failed_instances={name: count for name, count in counts.items() if count}, **facts)
 
 
@@ -126,10 +127,9 @@ def work_folder(work: Work) -> Path:
     """Where EuroEval runs: it finds its results so far and local datasets in its working directory."""
     folder = work.scratch() / "work"
     folder.mkdir(exist_ok=True)
-    section = work.recipe.euroeval
-    if section is not None and section.local is not None:
+    if (local := work.settings["local"]) is not None:
         ours = shutil.ignore_patterns(RESULTS_FILE)
-        shutil.copytree(Path(section.local).expanduser(), folder, ignore=ours, dirs_exist_ok=True)
+        shutil.copytree(Path(local).expanduser(), folder, ignore=ours, dirs_exist_ok=True)
     return folder
 
 
@@ -196,9 +196,7 @@ def run(work: Work, folder: Path, tasks: Sequence[Task]) -> Iterator[tuple[Task,
         pipe = subprocess.PIPE
         with (
             log.open("ab") as file,
-            vllm_server.started(
-                words, _environment(runtime), file, stdin=pipe, stdout=pipe, cwd=folder
-            ) as process,
+            started(words, _environment(runtime), file, stdin=pipe, stdout=pipe, cwd=folder) as process,
         ):
             assert process.stdin is not None
             assert process.stdout is not None
@@ -206,12 +204,12 @@ def run(work: Work, folder: Path, tasks: Sequence[Task]) -> Iterator[tuple[Task,
             process.stdin.close()
             for task, reason in _said(folder, process.stdout, list(tasks), facts):
                 if not server.alive:
-                    why = vllm_server.last_line(folder / "server.txt")
+                    why = vllm_server.reason(folder / "server.txt")
                     raise UserError(f"{work.title}: the server ended at '{task.dataset}': {why}")
                 yield task, reason
             if process.wait():
                 raise UserError(
-                    f"{work.title}: EuroEval ended with exit code {process.returncode}: {vllm_server.last_line(log)} "
+                    f"{work.title}: EuroEval ended with exit code {process.returncode}: {vllm_server.reason(log)} "
                     f"(see {log}); what is finished is kept"
                 )
 
@@ -224,7 +222,7 @@ def _said(
     for line in lines:
         said: dict[str, Any] = json.loads(line)
         if "libraries" in said:
-            shards.write_json(folder / FACTS_FILE, {"euroeval": said["libraries"], **facts})
+            files.write_json(folder / FACTS_FILE, {"euroeval": said["libraries"], **facts})
             if said["libraries"]["euroeval"] != VERSION:
                 raise UserError(
                     f"runtime.euroeval.python has EuroEval {said['libraries']['euroeval']}, expected {VERSION}: "
@@ -271,9 +269,9 @@ def served(work: Work, folder: Path) -> Iterator[tuple[vllm_server.Serving, dict
         return
     from croco.models.loading import pick_device, pick_dtype
 
-    policy = work.recipe.policy
+    policy = work.settings["policy"]
     dtype = str(pick_dtype(policy.dtype, pick_device(work.runtime.device))).removeprefix("torch.")
-    merged, identity = None, work.settings["policy"]["model"]
+    merged, identity = None, work.record_file["science"]["settings"]["policy"]["model"]
     if arm != BASE:
         weights = tuned_weights(work.inputs["train"])
         if weights.name == "model":  # all of them were tuned
@@ -281,13 +279,15 @@ def served(work: Work, folder: Path) -> Iterator[tuple[vllm_server.Serving, dict
         else:
             merged = vllm_server.merge(policy, dtype, weights, work.scratch() / "merged")
         identity = folder_identity(merged or weights)
+    words = vllm_server.policy_words(policy, merged)
+    if work.runtime.vllm.max_model_len is not None:
+        words += ["--max-model-len", str(work.runtime.vllm.max_model_len)]
     with vllm_server.serve(
-        policy,
-        merged,
+        words,
         model_name(arm),
         dtype,
         vllm=work.runtime.vllm,
-        python=runtime.vllm_python,
+        python=runtime.vllm_python or work.runtime.vllm.python,
         seconds=runtime.start_seconds,
         log=folder / "server.txt",
     ) as server:

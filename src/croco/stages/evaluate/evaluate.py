@@ -19,11 +19,14 @@ from typing import Any
 import polars as pl
 import pyarrow as pa
 
-from croco.config.recipe import Recipe
+from croco.config.models import Reward
+from croco.config.runtime import Runtime
 from croco.models.open import open_sampler, open_scorer, tuned_weights
 from croco.models.protocols import Decoding, Scorer
-from croco.pipeline.compute import Advance, Finished, compute
+from croco.pipeline.compute import compute
+from croco.pipeline.node import Settings
 from croco.pipeline.stage import Work
+from croco.pipeline.workers import Advance, ShardResult
 from croco.stages.arena.results import arena_rows, compared_in_all_arms
 from croco.stages.evaluate.fidelity import found_languages, language_mode
 from croco.stages.evaluate.results import BASE, language_groups, on_common_prompts, summarise
@@ -51,32 +54,33 @@ class Batch:
 
 def evaluate(work: Work) -> None:
     """Write the verdicts of `work.arm`: every test prompt, at every temperature, answered and judged."""
-    recipe, prompts = work.recipe.model_copy(update={"runtime": work.runtime}), work.inputs["eval-prompts"]
-    temperatures = sorted(work.settings["temperatures"])
-    batches = partial(read_batches, prompts, temperatures, recipe)
+    settings, prompts = work.settings, work.inputs["eval-prompts"]
+    size = work.runtime.shard_prompts
+    batches = partial(read_batches, prompts, sorted(settings["temperatures"]), settings["samples"], size)
     sizes = [batch.prompts.height * batch.samples for batch in batches()]
     adapter = None if work.arm == BASE else tuned_weights(work.inputs["train"])
     draft = partial(draft_path, work.scratch())
     compute(
         work,
-        partial(DrawWorker, recipe, batches, adapter, work.engine_seed),
+        partial(DrawWorker, settings, work.runtime, batches, adapter, work.engine_seed),
         sizes,
         "completion",
         drafts=draft,
     )
-    lab = recipe.evaluation.source == "lab"
-    judge = partial(JudgeWorker, recipe, str(work.arm), batches, draft)
-    compute(work, judge, sizes, "completion", role="score", under="judge", here=lab)
+    judge = partial(JudgeWorker, settings["reward"], work.runtime, str(work.arm), batches, draft)
+    here = settings["reward"] is None
+    compute(work, judge, sizes, "completion", role="score", under="judge", here=here)
 
 
 def draft_path(folder: Path, index: int) -> Path:
     return folder / f"draft-{index:05d}.parquet"
 
 
-def read_batches(prompts: Path, temperatures: Sequence[float], recipe: Recipe) -> list[Batch]:
+def read_batches(
+    prompts: Path, temperatures: Sequence[float], samples: int, shard_prompts: int
+) -> list[Batch]:
     """The shards of an arm's evaluation, in the order of their numbers."""
-    samples, size = recipe.evaluation.samples, recipe.runtime.shard_prompts
-    return plan_batches(read_table(prompts), temperatures, samples, size)
+    return plan_batches(read_table(prompts), temperatures, samples, shard_prompts)
 
 
 def plan_batches(
@@ -106,68 +110,74 @@ class DrawWorker:
 
     def __init__(
         self,
-        recipe: Recipe,
+        settings: Settings,
+        runtime: Runtime,
         batches: Callable[[], list[Batch]],
         adapter: Path | None,
         engine_seed: int,
         replica: int,
     ) -> None:
-        self.recipe, self.batches = recipe, batches()
-        self.sampler, self.tokenizer = open_sampler("evaluate", recipe, engine_seed, replica, adapter)
+        self.settings, self.policy, self.batches = settings, settings["policy"], batches()
+        self.sampler, self.tokenizer = open_sampler(
+            "evaluate", self.policy, runtime, engine_seed, replica, adapter
+        )
         self.facts = self.sampler.facts
 
-    def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[Finished]:
+    def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[ShardResult]:
         """Temperature by temperature, the shards of each in one stream."""
-        evaluation, asked = self.recipe.evaluation, [self.batches[index] for index in indices]
+        asked = [self.batches[index] for index in indices]
         for temperature in sorted({batch.temperature for batch in asked}):
             same = [batch for batch in asked if batch.temperature == temperature]
             for index, table, dropped in sample_shards(
                 self.sampler,
                 self.tokenizer,
                 {batch.index: batch.prompts.to_dicts() for batch in same},
-                Decoding(temperature, top_p=1.0, top_k=0, max_new_tokens=evaluation.max_new_tokens),
+                Decoding(temperature, top_p=1.0, top_k=0, max_new_tokens=self.settings["max_new_tokens"]),
                 num_completions=same[0].samples,
-                run_seed=evaluation_seed(self.recipe.run.seed),
-                instructions=self.recipe.policy.instruction,
+                run_seed=evaluation_seed(self.settings["seed"]),
+                instructions=self.policy.instruction,
                 on_prompt=partial(advance, same[0].samples),
             ):
                 tokens = sum(table["completion_tokens"].to_pylist())
-                yield Finished(index, table, dropped, {}, {"tokens": tokens})
+                yield ShardResult(index, table, dropped, {}, {"tokens": tokens})
 
 
 class JudgeWorker:
-    """Judges drafts: by the lab's program, or by the reward model.
+    """Judges drafts: by the reward model, or without one by the lab's program.
 
     A verdict of the reward model has its score as the value, and as the mode whether the language is the prompt's.
     """
 
     def __init__(
         self,
-        recipe: Recipe,
+        reward: Reward | None,
+        runtime: Runtime,
         arm: str,
         batches: Callable[[], list[Batch]],
         draft: Callable[[int], Path],
         replica: int,
     ) -> None:
-        self.recipe, self.arm, self.batches, self.draft = recipe, arm, batches(), draft
+        self.arm, self.batches, self.draft = arm, batches(), draft
+        prompts = pl.concat([batch.prompts.select("language") for batch in self.batches])
+        self.languages = prompts["language"].unique().sort().to_list()
         self.facts: dict[str, Any] = {}
         self.judge = _judge_lab
-        if recipe.evaluation.source != "lab":
-            scorer, tokenizer = open_scorer(recipe, replica)
+        if reward is not None:
+            scorer, tokenizer = open_scorer(reward, runtime, replica)
             self.facts = scorer.facts
-            self.judge = partial(_judge_by_reward, recipe, scorer, tokenizer)
+            self.judge = partial(_judge_by_reward, reward.max_tokens, scorer, tokenizer)
 
-    def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[Finished]:
+    def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[ShardResult]:
         """Shard by shard, each as it was drawn."""
         for index in indices:
             batch = self.batches[index]
             answered = read_parquet(self.draft(index))
-            found = found_languages(answered["completion"], self.recipe.run.evaluated)
+            found = found_languages(answered["completion"], self.languages)
             answered = answered.with_columns(found_language=pl.Series(found, dtype=pl.String))
             table, dropped = tabulate(self.arm, batch, answered, *self.judge(batch, answered))
             size = batch.prompts.height * batch.samples
             advance(size)
-            yield Finished(index, table, dropped, {"completion": size}, {"completions": answered.height})
+            yield ShardResult(index, table, dropped, {"completion": size}, {"completions": answered.height})
 
 
 def _judge_lab(batch: Batch, answered: pl.DataFrame) -> Judgement:
@@ -180,7 +190,7 @@ def _judge_lab(batch: Batch, answered: pl.DataFrame) -> Judgement:
 
 
 def _judge_by_reward(
-    recipe: Recipe, scorer: Scorer, tokenizer: Any, batch: Batch, answered: pl.DataFrame
+    max_tokens: int, scorer: Scorer, tokenizer: Any, batch: Batch, answered: pl.DataFrame
 ) -> Judgement:
     """Verdicts of the reward model; a reason in place of a score where there is none."""
     from croco.stages.score.score import score_conversations
@@ -194,7 +204,7 @@ def _judge_by_reward(
         (messages[prompt_id, language], rows.to_dicts())
         for (prompt_id, language), rows in answered.group_by(PROMPT, maintain_order=True)
     ]
-    scored = score_conversations(scorer, tokenizer, groups, recipe.reward.max_tokens)
+    scored = score_conversations(scorer, tokenizer, groups, max_tokens)
     return [REWARD_BENCHMARK] * answered.height, modes, list(chain.from_iterable(scored))
 
 
@@ -230,27 +240,29 @@ def tabulate(
 
 def results(work: Work) -> None:
     """Write the results table over all arms: shares or scores, mode shares, and differences from the base."""
-    run = work.recipe.run
-    arms = [BASE, *work.recipe.evaluated_arms]
+    settings = work.settings
+    arms = [name.removeprefix("evaluate/") for name in work.inputs if name.startswith("evaluate/")]
     columns = [name for name in VERDICTS.schema.names if name not in ("completion", "finish_reason")]
     todo = work.todo(1)
     if todo:
         verdicts = pl.concat([read_table(work.inputs[f"evaluate/{arm}"], columns) for arm in arms])
-        groups = language_groups(run.languages, run.low_resource_languages, run.held_out_languages)
+        groups = language_groups(
+            settings["languages"], settings["low_resource_languages"], settings["held_out_languages"]
+        )
         verdicts, num_left_out = on_common_prompts(verdicts)
         work.record(prompts_left_out=num_left_out)
-        table = summarise(verdicts, groups, work.seed, work.recipe.evaluation.bootstrap)
-        if work.recipe.euroeval is not None:
+        table = summarise(verdicts, groups, settings["seed"], settings["bootstrap"])
+        if f"euroeval/{BASE}" in work.inputs:
             from croco.stages.euroeval.results_file import in_all_arms
 
             tables = [read_table(work.inputs[f"euroeval/{arm}"]) for arm in arms]
             tasks, left_out = in_all_arms(pl.concat(tables), len(arms))
             work.record(datasets_left_out=left_out)
             table = pl.concat([table, tasks.select(table.columns)], how="vertical_relaxed")
-        if work.recipe.arena is not None:
+        if any(name.startswith("arena/") for name in work.inputs):
             compared = pl.concat([read_table(work.inputs[f"arena/{arm}"]) for arm in arms[1:]])
             compared, num_left_out = compared_in_all_arms(compared, arms[1:])
             work.record(comparisons_left_out=num_left_out)
-            rows = arena_rows(compared, groups, work.seed, work.recipe.evaluation.bootstrap)
+            rows = arena_rows(compared, groups, settings["seed"], settings["bootstrap"])
             table = pl.concat([table, rows.select(table.columns)], how="vertical_relaxed")
         work.write(0, table.to_arrow().select(RESULTS.schema.names))

@@ -10,16 +10,12 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from numpy.typing import NDArray
 
 from croco.config.rules import PROMPTS, check_groups
 from croco.errors import UserError
-from croco.stages.pair.contrast import Contrast, Scored, contrast
-from croco.stages.pair.guards import Guards, traits
-from croco.stages.pair.keys import KEY, Names, finish, number
-from croco.stages.pair.load_scores import assemble
-from croco.stages.pair.pools import Groups
-from croco.stages.pair.rows import SIDES, flag_languages, flags_of, ledger_of, with_numbers
+from croco.stages.pair.contrast import Contrast, contrast
+from croco.stages.pair.guards import Guards, Rows, traits
+from croco.stages.pair.load_scores import KEY, Groups, by_pool, check_keys, enumerated
 
 PART_ROWS = 2**20  # completions whose pools are decided at once
 _FIRST = ("prompt_id", "language", "pair_id")
@@ -55,40 +51,43 @@ def pairs(
     """
     table = table_of(scores)
     _check(table, pool, prompt, pairs_per_pool, guards or {}, languages)
-    how = Contrast(
+    rule = Contrast(
         pool, chosen, rejected, prompt, calibration, pairs_per_pool, Guards(**(guards or {})), seed
     )
-    prompts, codes = Names(), Names()
-    [keys] = finish(prompts, codes, [number(table.select(KEY), prompts, codes)])
-    value = table["score"].cast(pl.Float32).to_numpy()
-    check_groups(pool, list(languages or keys.languages))
-    num_tokens = table["completion_tokens"].cast(pl.Float32) if "completion_tokens" in table.columns else None
-    lengths = None if num_tokens is None or num_tokens.null_count() else num_tokens.to_numpy()
-    scored = assemble(keys, value, list(languages or keys.languages), how, num_tokens=lengths)
-    among = sorted({*keys.languages, "en"})
-    texts = judged = None
-    if "completion" in table.columns:
-        texts = table["completion"]
-        absent = [
-            pl.lit(None, kind).alias(name) for name, kind in _OPTIONAL.items() if name not in table.columns
-        ]
-        judged = table.with_columns(absent).select("completion", "language", *_OPTIONAL)
-    made, left = [], []
-    for first, last in itertools.pairwise(_edges(scored)):
-        rows = scored.place[scored.rows(first, last)[0]]
-        mine = None if judged is None else traits(judged[rows].to_arrow(), how.guards, among)
-        found = contrast(scored, first, last, how, mine, None if texts is None else partial(_of, texts, rows))
-        made.append(with_numbers(scored, found, how))
-        left.append(ledger_of(scored, found))
-    table = pl.concat(made)
-    if texts is not None:
-        for side in SIDES:
-            picked = table[f"{side}_row"]
-            places = pl.Series(scored.place[picked.to_numpy()]).set(picked < 0, None)
-            table = table.with_columns(texts.gather(places).alias(side))
-        table = flag_languages(table, how.guards, among)
-    hidden = ("pool", "chosen_row", "rejected_row")
-    return table.select(*_FIRST, pl.exclude(*_FIRST, *hidden)), pl.concat([*left, flags_of(table)])
+    check_keys(table)
+    [keyed] = enumerated([table.select(*KEY, "score", *({"completion_tokens"} & set(table.columns)))])
+    rows = by_pool(keyed, list(languages or table["language"].unique()), pool, calibration)
+    known = sorted({*table["language"].unique(), "en"})
+    made, dropped = [], []
+    for part in _parts(rows):
+        texts = None
+        if "completion" in table.columns:
+            own = table.select(
+                pl.col("completion", "language", *_OPTIONAL.keys() & set(table.columns)).gather(part["place"])
+            )
+            own = own.with_columns(
+                pl.lit(None, kind).alias(name) for name, kind in _OPTIONAL.items() if name not in own.columns
+            )
+            part = part.hstack(traits(own, rule.guards, known))
+            texts = partial(_of, own)
+        found = contrast(part, rule, known, texts)
+        made.append(found.pairs)
+        dropped.append(found.dropped)
+    first = [name for name in _FIRST if name in made[0].columns]
+    return pl.concat(made).select(*first, pl.exclude(first)), pl.concat(dropped)
+
+
+def _parts(rows: pl.DataFrame) -> list[pl.DataFrame]:
+    """The rows in parts of about PART_ROWS, whole pools in each; at least one part."""
+    pool = rows["pool"].to_numpy()
+    edges = np.searchsorted(pool, pool[::PART_ROWS]) if len(pool) else np.array([0])
+    return [
+        rows[int(first) : int(last)] for first, last in itertools.pairwise([*np.unique(edges), len(pool)])
+    ]
+
+
+def _of(texts: pl.DataFrame, at: Rows, columns: Sequence[str]) -> pl.DataFrame:
+    return texts.select(pl.col([name for name in columns if name in texts.columns]).gather(at))
 
 
 def table_of(scores: Any) -> pl.DataFrame:
@@ -158,13 +157,3 @@ def _check(
     for code in [languages] if isinstance(languages, str) else languages or ():
         if isinstance(languages, str) or code not in there:
             raise UserError(f"languages names '{code}', expected a list of those in the scores")
-
-
-def _edges(scored: Scored) -> list[int]:
-    """Pool numbers that bound parts of about PART_ROWS completions; at least one part."""
-    at = np.arange(0, scored.num_completions, PART_ROWS)
-    return [*np.unique(scored.pool[at]).tolist(), scored.num_pools] if len(at) else [0, 0]
-
-
-def _of(texts: pl.Series, rows: NDArray[np.int64], wanted: NDArray[np.int64]) -> pl.Series:
-    return texts.gather(rows[wanted])

@@ -17,69 +17,71 @@ Shapes: R rows, L languages.
 from __future__ import annotations
 
 import numpy as np
+import polars as pl
 from numpy.typing import NDArray
 
 from croco.config.rules import CALIBRATIONS
 from croco.errors import UserError
+from croco.storage.schemas import REFERENCE
+
+Scores = NDArray[np.float32]
 
 
-def calibrate(
-    kind: str,
-    score: NDArray[np.float32],
-    language: NDArray[np.int32],
-    prompt_in_language: NDArray[np.int64],
-    counted: NDArray[np.bool_],
-) -> NDArray[np.float32]:
-    """Calibrated scores, float32 (R,), of raw ones (R,) by `language` or `prompt_in_language`, both numbers from 0 on.
+def calibrate(kind: str, rows: pl.DataFrame) -> Scores:
+    """Calibrated scores, float32 (R,), of rows that come sorted by `pool`, with the columns of a key and `score`; for
+    "length" also completion_tokens.
 
-    `counted` rows make the statistics. A language or prompt whose scores are all equal keeps a std of 1. Raises
-    UserError for an unknown kind.
+    A language or prompt whose scores are all equal keeps a std of 1. Raises UserError for an unknown kind, and for
+    "length" without lengths.
     """
     if kind not in CALIBRATIONS:
         known = ", ".join(f'"{name}"' for name in CALIBRATIONS)
         raise UserError(f'the calibration "{kind}" is unknown, expected one of {known}')
-    if kind == "none" or not len(score):
+    score: Scores = rows["score"].to_numpy()
+    if kind == "length":
+        if "completion_tokens" not in rows.columns or rows["completion_tokens"].null_count():
+            raise UserError('the calibration "length" needs completion_tokens, which these scores lack')
+        lengths: Scores = rows["completion_tokens"].cast(pl.Float32).to_numpy()
+        return without_length(score, lengths, rows["pool"].to_numpy())
+    if kind == "none" or rows.is_empty():
         return score
+    counted = np.isfinite(score) & (rows["sample_id"] != REFERENCE).to_numpy()
+    language = rows["language"].to_physical().to_numpy()
     if kind == "quantile":
         return _quantiles(score, language, counted)
-    group = language if kind == "zscore" else prompt_in_language
-    num = np.bincount(group, counted)
-    weights = np.where(counted, score, 0.0)
-    mean = np.bincount(group, weights) / np.maximum(num, 1)
-    centred = score - mean[group]
+    group = language
     if kind == "centred":
-        return centred.astype(np.float32)
-    std = np.sqrt(np.bincount(group, np.where(counted, centred, 0.0) ** 2) / np.maximum(num, 1))
-    return (centred / np.where(std > 0, std, 1.0)[group]).astype(np.float32)
+        group = rows.select(pl.struct("prompt_id", "language").rank("dense")).to_series().to_numpy()
+    num = np.bincount(group, counted)
+    mean = np.bincount(group, np.where(counted, score, 0.0)) / np.maximum(num, 1)
+    centred = score - mean[group]
+    if kind == "zscore":
+        std = np.sqrt(np.bincount(group, np.where(counted, centred, 0.0) ** 2) / np.maximum(num, 1))
+        centred = centred / np.where(std > 0, std, 1.0)[group]
+    return np.asarray(centred, np.float32)
 
 
-def _quantiles(
-    score: NDArray[np.float32], language: NDArray[np.int32], counted: NDArray[np.bool_]
-) -> NDArray[np.float32]:
-    found = np.empty(len(score), np.float32)
+def _quantiles(score: Scores, language: NDArray[np.integer], counted: NDArray[np.bool_]) -> Scores:
+    shares = np.empty(len(score), np.float32)
     for code in np.unique(language):
         here = np.flatnonzero(language == code)
         rising = np.sort(score[here[counted[here]]])
         below = np.searchsorted(rising, score[here], "left") + np.searchsorted(rising, score[here], "right")
-        found[here] = below / (2 * max(len(rising), 1))
-    return found
+        shares[here] = below / (2 * max(len(rising), 1))
+    return shares
 
 
-def without_length(
-    score: NDArray[np.float32], num_tokens: NDArray[np.float32] | None, pool: NDArray[np.int32]
-) -> NDArray[np.float32]:
+def without_length(score: Scores, num_tokens: Scores, pool: NDArray[np.integer]) -> Scores:
     """Scores minus alpha times length, float32 (R,), of rows sorted by `pool`.
 
     The best of a pool gets shorter and the worst longer as alpha rises, so their mean difference in length falls in
-    steps; alpha is where it crosses zero. Raises UserError where lengths are not known.
+    steps; alpha is where it crosses zero.
     """
-    if num_tokens is None:
-        raise UserError('the calibration "length" needs completion_tokens, which these scores lack')
     if not len(score):
         return score
     rows = np.flatnonzero(np.isfinite(score))
     value, length = score[rows].astype(np.float64), num_tokens[rows].astype(np.float64)
-    starts = np.flatnonzero(np.diff(pool[rows], prepend=-1))
+    starts = np.flatnonzero(np.diff(pool[rows].astype(np.int64), prepend=-1))
     alpha = length_weight(value, length, starts)
     return (score - alpha * num_tokens.astype(np.float64)).astype(np.float32)
 

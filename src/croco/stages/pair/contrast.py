@@ -1,41 +1,47 @@
-"""The contrast: from scored completions, sorted by pool, to the pairs and to the account of what was left out.
+"""The contrast: from scored completions, sorted by pool, to pairs and to the ledger of what was left out.
 
-Pure numbers, over as many pools as one likes: the stage calls it pool block by pool block, `croco.pairs` once.
-Texts enter only through `Texts`, for the few completions that may be near duplicates.
+The stage calls it block by block, `croco.pairs` part by part; pools must be whole. Texts are asked for only where they
+are needed: of completions that may be near duplicates, and of those that are picked.
 
-Shapes: R completions, F references, P pools, K pairs.
+Shapes: R rows, P pools, K pairs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import polars as pl
-from numpy.typing import NDArray
 
 from croco.config.rules import parse_chosen, parse_rejected
 from croco.stages.pair.guards import (
-    CANDIDATE,
     LENGTH_RATIO,
     REASONS,
     SAME_TEXT,
     SMALL_GAP,
     Guards,
-    Texts,
-    Traits,
-    Verdicts,
+    Mask,
+    Rows,
+    is_wrong_language,
     judge,
 )
-from croco.stages.pair.keys import Keys
-from croco.stages.pair.pools import Groups, Pools, build_pools
-from croco.stages.pair.select import NO_ROW, References, Selection, select
+from croco.stages.pair.load_scores import Groups
+from croco.stages.pair.select import NO_ROW, Pools, select
+from croco.storage.schemas import PAIRS, REFERENCE
+from croco.storage.seeds import digest
 
 NO_CANDIDATE = "no candidate left in the pool"
 ONE_CANDIDATE = "only one candidate in the pool"
 NONE_BELOW = "no candidate scores below the chosen one"
 NO_REFERENCE = "no scored gold completion"
+SIDES = ("chosen", "rejected")
+TEXTS = {
+    "completion": "",
+    "completion_ids": "_ids",
+    "finish_reason": "_finish_reason",
+}  # and their names in pairs
+Texts = Callable[[Rows, Sequence[str]], pl.DataFrame]  # some columns of TEXTS of some rows
 
 
 @dataclass(frozen=True)
@@ -53,194 +59,201 @@ class Contrast:
 
 
 @dataclass(frozen=True)
-class Scored:
-    """R completions sorted by pool, then language and sample; then F references, sorted by pool.
-
-    `keys`, raw `score`, `calibrated` score and `pool` number are (R + F,); `place` (R + F,) says where the text
-    is: a row of the completions or, for a reference, of the gold completions. `groups` names the group of
-    languages of each pool, (num_pools,).
-    """
-
-    keys: Keys
-    score: NDArray[np.float32]
-    calibrated: NDArray[np.float32]
-    pool: NDArray[np.int32]
-    place: NDArray[np.int64]
-    num_completions: int
-    num_pools: int
-    groups: list[str]
-    group_of_pool: NDArray[np.int32]
-    prompt_of_pool: NDArray[np.int32]
-
-    def rows(self, first: int, last: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The completions and the references of the pools from `first` up to `last`, as row numbers."""
-        edges = np.array([first, last], np.int32)  # the pools' own type: another would copy them all
-        mine = np.searchsorted(self.pool[: self.num_completions], edges)
-        gold = self.num_completions + np.searchsorted(self.pool[self.num_completions :], edges)
-        return np.arange(*mine), np.arange(*gold)
-
-
-@dataclass(frozen=True)
 class Contrasted:
-    """The pairs of some pools. `rows` (R,) are the completions looked at and `verdicts` theirs; `pairs` (K
-    rows) has the columns pool, pair_id, chosen and rejected (row numbers of `Scored`; NO_ROW without a rejected
-    one), pool_size, pool_mean, pool_std, pool_min, flags; `left` (pool, reason) are the pools without a pair,
-    `refused` (chosen, reason) the pairs that a guard dropped.
+    """The pairs in columns of the pairs table (without `arm` and messages), the ledger, and the languages of all
+    candidates.
     """
 
-    rows: NDArray[np.int64]
-    verdicts: Verdicts
     pairs: pl.DataFrame
-    left: pl.DataFrame
-    refused: pl.DataFrame
-
-    @classmethod
-    def joined(cls, parts: Sequence[Contrasted]) -> Contrasted:
-        """Those of successive pools as one (flags of completions are in the pairs by then)."""
-        return cls(
-            np.concatenate([part.rows for part in parts]),
-            Verdicts(np.concatenate([part.verdicts.dropped for part in parts]), {}),
-            *(pl.concat([getattr(part, name) for part in parts]) for name in ("pairs", "left", "refused")),
-        )
+    dropped: pl.DataFrame
+    candidates: pl.Series
 
 
 def contrast(
-    scored: Scored,
-    first: int,
-    last: int,
-    how: Contrast,
-    traits: Traits | None = None,
-    texts: Texts | None = None,
+    rows: pl.DataFrame, rule: Contrast, known: Sequence[str] = (), texts: Texts | None = None
 ) -> Contrasted:
-    """Guard, pool and select in the pools from `first` up to `last`.
+    """Guard, pool and select in whole pools.
 
-    `traits` are of the pools' completions in their order, then of their references; without them only scores are
-    judged. `texts` gives the texts of completions by their number in that order.
+    `rows` are as `scored.by_pool` gives them, with the columns `guards.TRAITS` where there are `texts`; without texts
+    only scores are judged. A wrong language is one of the `known`.
     """
-    rows, gold = scored.rows(first, last)
-    keys = scored.keys
-    group = keys.prompt[rows].astype(np.int64) * len(keys.languages) + keys.language[rows]
-    if traits is None or texts is None:
-        finite = np.isfinite(scored.score[rows])
-        verdicts = Verdicts(np.where(finite, CANDIDATE, 0).astype(np.int8), {})
-    else:
-        mine = traits.take(np.arange(len(rows)))
-        verdicts = judge(group, scored.score[rows], mine, how.guards, texts)
-    kept = np.flatnonzero(verdicts.dropped == CANDIDATE)
-    of = rows[kept]
-    order = keys.sample[of].astype(np.int64) * len(keys.languages) + keys.language[of]
-    pools = build_pools(scored.pool[of], scored.calibrated[of], order)
-    number = scored.pool[of][pools.starts].astype(np.int64)
-    usable = gold[np.isfinite(scored.score[gold]) & np.isin(scored.pool[gold], number)]
-    references = References(np.searchsorted(number, scored.pool[usable]), scored.calibrated[usable])
-    rejected = parse_rejected(how.rejected)
-    found = select(pools, parse_chosen(how.chosen), rejected, how.pairs_per_pool, references)
-    # rows of Scored, and in the order of the traits
-    both, at = np.concatenate([of, usable]), np.concatenate([kept, len(rows) + np.searchsorted(gold, usable)])
-    pairs = _pairs(pools, number, found, both)
-    pairs, refused = _guarded(pairs, found, at, scored, how.guards, traits, verdicts)
-    left = _left(
-        scored, first, last, pools, number, pairs, refused, references if how.chosen == "reference" else None
+    completions = None if texts is None else lambda at: texts(at, ["completion"])["completion"]
+    reason, flags = judge(rows, rule.guards, completions)
+    gold = (rows["sample_id"] == REFERENCE).to_numpy()
+    kept = np.flatnonzero(reason.is_null().to_numpy() & ~gold)
+    pairs, pools = _selected(rows, kept, gold, rule)
+    for side in SIDES:
+        pairs = pairs.with_columns(_numbers(rows, pairs[f"{side}_row"], side))
+    if texts is not None:
+        pairs = _with_texts(pairs, texts)
+    pairs, refused = _guarded(pairs, rule.guards, flags, known)
+    left = _left(rows, pools, pairs, refused, gold if parse_chosen(rule.chosen).kind == "reference" else None)
+    pairs = _prompted(pairs, rows, rule)
+    out = rows.with_columns(reason=reason).filter(pl.col("reason").is_not_null() & ~pl.Series(gold))
+    refused = rows[refused["chosen_row"]].with_columns(reason=refused["reason"])
+    dropped = pl.concat(
+        [_ledger("completion", out), _ledger("pair", refused), _ledger("pool", left), _flagged(pairs)]
     )
-    return Contrasted(rows, verdicts, pairs, left, refused)
+    names = [name for name in PAIRS.schema.names if name in pairs.columns]
+    return Contrasted(pairs.select(names), dropped, rows["language"].gather(kept).cast(pl.String))
 
 
-def _pairs(
-    pools: Pools, number: NDArray[np.int64], found: Selection, both: NDArray[np.int64]
-) -> pl.DataFrame:
-    minimum = np.minimum.reduceat(pools.score, pools.starts) if len(pools) else pools.score
-    rejected = (
-        np.where(found.rejected == NO_ROW, NO_ROW, both[found.rejected]) if len(both) else found.rejected
+def _selected(
+    rows: pl.DataFrame, kept: Rows, gold: Mask, rule: Contrast
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """The pairs as rows of both sides with the numbers of their pool, and the pools with their size."""
+    part = rows[kept]
+    num_languages = len(part["language"].dtype.categories)  # type: ignore[attr-defined]
+    language = part["language"].to_physical().to_numpy().astype(np.int64)
+    pools = Pools(
+        part["pool"].to_numpy().astype(np.int64),
+        part["calibrated"].to_numpy(),
+        part["sample_id"].to_numpy().astype(np.int64) * num_languages + language,
     )
-    return pl.DataFrame(
+    number = pools.number[pools.starts]
+    best = (
+        rows.with_row_index("row").filter(pl.Series(gold) & pl.col("score").is_finite())
+        .sort("pool", -pl.col("calibrated"), "row").unique("pool", keep="first", maintain_order=True)
+    )  # fmt: skip
+    reference = pl.DataFrame({"pool": pl.Series(number, dtype=rows.schema["pool"])}).join(
+        best, on="pool", how="left", maintain_order="left"
+    )
+    chosen, rejected = parse_chosen(rule.chosen), parse_rejected(rule.rejected)
+    gold_scores = reference["calibrated"].cast(pl.Float32).fill_null(float("nan")).to_numpy()
+    picked = select(pools, chosen, rejected, rule.pairs_per_pool, gold_scores)
+    at = picked["pool"].to_numpy()
+    where = pl.Series(kept, dtype=pl.UInt32)
+    one, other = (where.gather(picked[side].set(picked[side] == NO_ROW, None)) for side in SIDES)
+    pairs = pl.DataFrame(
         {
-            "pool": number[found.pool],
-            "pair_id": found.number.astype(np.int32),
-            "chosen": both[found.chosen] if len(both) else found.chosen,
-            "rejected": rejected,
-            "pool_size": pools.sizes[found.pool].astype(np.int32),
-            "pool_mean": pools.mean[found.pool],
-            "pool_std": pools.std[found.pool],
-            "pool_min": minimum[found.pool],
+            "pool": reference["pool"].gather(picked["pool"]),
+            "pair_id": picked["pair_id"],
+            "chosen_row": one if chosen.kind != "reference" else reference["row"].gather(picked["pool"]),
+            "rejected_row": other,
+            "pool_size": pools.sizes[at].astype(np.int32),
+            "pool_mean": pools.mean[at],
+            "pool_std": pools.std[at],
+            "pool_min": pools.min[at].astype(np.float32),
         }
     )
+    return pairs, reference.select("pool", pl.Series("size", pools.sizes))
+
+
+def _numbers(rows: pl.DataFrame, at: pl.Series, side: str) -> pl.DataFrame:
+    """Key, score and calibrated score of one side; null where there is none."""
+    names = ["prompt_id"] * (side == "chosen") + ["language", "sample_id", "score", "calibrated"]
+    picked = rows.select(pl.col(names).gather(at)).with_columns(pl.col(pl.Enum).cast(pl.String))
+    return picked.rename({name: name if name == "prompt_id" else f"{side}_{name}" for name in names})
+
+
+def _with_texts(pairs: pl.DataFrame, texts: Texts) -> pl.DataFrame:
+    """The pairs with text, ids and finish reason of both sides."""
+    rows = np.unique(pl.concat([pairs[f"{side}_row"] for side in SIDES]).drop_nulls().to_numpy())
+    picked = texts(rows.astype(np.int64), list(TEXTS))
+    for side in SIDES:
+        row = pairs[f"{side}_row"]
+        at = pl.Series(np.searchsorted(rows, row.fill_null(0).to_numpy())).set(row.is_null(), None)
+        names = {name: side + suffix for name, suffix in TEXTS.items() if name in picked.columns}
+        pairs = pairs.with_columns(picked.select(pl.col(list(names)).gather(at)).rename(names))
+    return pairs
 
 
 def _guarded(
-    pairs: pl.DataFrame,
-    found: Selection,
-    at: NDArray[np.int64],
-    scored: Scored,
-    guards: Guards,
-    traits: Traits | None,
-    verdicts: Verdicts,
+    pairs: pl.DataFrame, guards: Guards, flags: dict[str, Mask], known: Sequence[str]
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Pairs with their flags, without those that a guard of the pair drops; and those, with the reason."""
-    two = found.rejected != NO_ROW
-    chosen, rejected = (
-        at[found.chosen] if len(at) else found.chosen,
-        at[found.rejected] if len(at) else found.rejected,
-    )
-    hits: list[tuple[str, str, NDArray[np.bool_]]] = []
-    one, other = (scored.calibrated[pairs[side].to_numpy()] for side in ("chosen", "rejected"))
-    hits.append((guards.score_gap, SMALL_GAP, two & (one - other < np.float32(guards.min_score_gap))))
-    if traits is not None:
-        if len(traits.text) and guards.duplicate != "off":  # of two languages: one language holds a text once
-            both = (chosen < len(traits.text)) & (rejected < len(traits.text)) & two
-            one_text, other_text = (traits.text[np.where(both, picked, 0)] for picked in (chosen, rejected))
-            hits.append((guards.duplicate, SAME_TEXT, both & (one_text == other_text)))
-        length = traits.characters.astype(np.float64)
-        longer, shorter = (
-            np.maximum(length[chosen], length[rejected]),
-            np.minimum(length[chosen], length[rejected]),
-        )
+    gap = pl.col("chosen_calibrated") - pl.col("rejected_calibrated")
+    hits = [(guards.score_gap, SMALL_GAP, gap < pl.lit(guards.min_score_gap, pl.Float32))]
+    if "rejected" in pairs.columns:
+        both = (pl.col("chosen_sample_id") != REFERENCE) & (pl.col("rejected_sample_id") != REFERENCE)
+        same = "off" if guards.duplicate == "off" else guards.duplicate
+        hits.append((same, SAME_TEXT, both & (pl.col("chosen") == pl.col("rejected"))))
+        lengths = [pl.col(side).str.len_chars() for side in SIDES]
+        longer, shorter = pl.max_horizontal(lengths), pl.min_horizontal(lengths)
+        two = pl.col("rejected").is_not_null()
         hits.append((guards.length_ratio, LENGTH_RATIO, two & (longer > guards.max_length_ratio * shorter)))
-    for name, flagged in verdicts.flags.items():
-        for side, picked in (("chosen", chosen), ("rejected", rejected)):
-            mine = (picked < len(flagged)) & (two | (side == "chosen"))  # a gold completion has no flags
-            hits.append(("flag", f"{side}: {REASONS[name]}", mine & flagged[np.where(mine, picked, 0)]))
-    marks = [(name, hit) for action, name, hit in hits if action == "flag" and hit.any()]
-    drops = [(name, hit) for action, name, hit in hits if action == "drop" and hit.any()]
-    flags: list[list[str]] = [[] for _ in range(len(pairs))] if marks else []
-    for name, hit in marks:
-        for k in np.flatnonzero(hit):
-            flags[k].append(name)
-    reason = np.select([hit for _, hit in drops], [name for name, _ in drops], default="") if drops else None
+    for name, flagged in flags.items():
+        for side in SIDES:
+            mark = pl.lit(pl.Series(flagged)).gather(pl.col(f"{side}_row"))
+            hits.append(("flag", f"{side}: {REASONS[name]}", mark))
+    dropping = [pl.when(hit).then(pl.lit(name)) for action, name, hit in hits if action == "drop"]
+    pairs = pairs.with_columns(reason=pl.coalesce(*dropping, pl.lit(None, pl.String)))
+    refused = pairs.filter(pl.col("reason").is_not_null()).select("pool", "chosen_row", "reason")
+    pairs = pairs.filter(pl.col("reason").is_null()).drop("reason")
+    marks = [pl.when(hit).then(pl.lit(name)) for action, name, hit in hits if action == "flag"]
+    if guards.wrong_language == "flag" and "rejected" in pairs.columns:
+        for side in SIDES:
+            spoken = pairs.select(side, f"{side}_language").iter_rows()
+            wrong = [
+                text is not None and is_wrong_language(text, code, known, guards.min_letters)
+                for text, code in spoken
+            ]
+            mark = pl.lit(pl.Series(wrong, dtype=pl.Boolean))
+            marks.append(pl.when(mark).then(pl.lit(f"{side}: {REASONS['wrong_language']}")))
     empty = pl.lit([], pl.List(pl.String))
-    pairs = pairs.with_columns(
-        flags=pl.Series(flags, dtype=pl.List(pl.String)) if marks else empty,
-        reason=pl.lit("") if reason is None else pl.Series(reason.tolist(), dtype=pl.String),
-    )
-    refused = pairs.filter(pl.col("reason") != "").select("pool", "chosen", "reason")
-    return pairs.filter(pl.col("reason") == "").drop("reason"), refused
+    return pairs.with_columns(flags=pl.concat_list(marks).list.drop_nulls() if marks else empty), refused
 
 
 def _left(
-    scored: Scored,
-    first: int,
-    last: int,
-    pools: Pools,
-    number: NDArray[np.int64],
-    pairs: pl.DataFrame,
-    refused: pl.DataFrame,
-    references: References | None,
+    rows: pl.DataFrame, pools: pl.DataFrame, pairs: pl.DataFrame, refused: pl.DataFrame, gold: Mask | None
 ) -> pl.DataFrame:
-    """The pools without a pair, with the reason."""
-    sizes = np.zeros(last - first, np.int64)
-    sizes[number - first] = pools.sizes
-    gold = np.ones(last - first, np.bool_)
-    if references is not None:
-        gold[:] = False
-        gold[number[references.pool] - first] = True
-    reason = np.select(
-        [sizes == 0, ~gold, (sizes == 1) & (references is None)],
-        [NO_CANDIDATE, NO_REFERENCE, ONE_CANDIDATE],
-        default=NONE_BELOW,
-    ).astype(object)
-    reason[refused["pool"].to_numpy() - first] = refused["reason"].to_list()
-    without = np.ones(last - first, np.bool_)
-    without[pairs["pool"].to_numpy() - first] = False
-    return pl.DataFrame(
-        {"pool": np.flatnonzero(without) + first, "reason": reason[without].tolist()},
-        schema={"pool": pl.Int64, "reason": pl.String},
+    """The pools without a pair, with the reason; `gold` are the rows of gold completions where those are chosen."""
+    left = rows.unique("pool", keep="first", maintain_order=True).join(
+        pairs, on="pool", how="anti", maintain_order="left"
+    )
+    left = left.join(pools, on="pool", how="left", maintain_order="left")
+    left = left.join(refused.unique("pool", keep="last"), on="pool", how="left", maintain_order="left")
+    scored = pl.lit(False)
+    if gold is not None:
+        scored = pl.col("pool").is_in(
+            rows.filter(pl.Series(gold) & pl.col("score").is_finite())["pool"].implode()
+        )
+    why = (
+        pl.when(pl.col("size").is_null()).then(pl.lit(NO_CANDIDATE))
+        .when(pl.lit(gold is not None) & ~scored).then(pl.lit(NO_REFERENCE))
+        .when(pl.lit(gold is None) & (pl.col("size") == 1)).then(pl.lit(ONE_CANDIDATE))
+        .otherwise(pl.lit(NONE_BELOW))
+    )  # fmt: skip
+    return left.select(
+        "prompt_id", language="group", sample_id=pl.lit(None, pl.Int32), reason=pl.coalesce("reason", why)
+    )
+
+
+def _prompted(pairs: pl.DataFrame, rows: pl.DataFrame, rule: Contrast) -> pl.DataFrame:
+    """The pairs with the language of their prompt: that of the chosen, of the rejected, of either by a seeded digest,
+    or one row for each language of the pool.
+    """
+    pairs = pairs.with_columns(calibration=pl.lit(rule.calibration))
+    if rule.prompt in SIDES:
+        return pairs.with_columns(language=f"{rule.prompt}_language")
+    if rule.prompt == "random":
+        columns = ("prompt_id", "pair_id", "chosen_language", "rejected_language")
+        drawn = [
+            sides[digest("prompt-language", rule.seed, prompt, pair_id) % 2]
+            for prompt, pair_id, *sides in pairs.select(columns).rows()
+        ]
+        return pairs.with_columns(language=pl.Series(drawn, dtype=pl.String))
+    spoken = rows.select("pool", pl.col("language").cast(pl.String)).unique(maintain_order=True)
+    return pairs.join(spoken, on="pool", how="left", maintain_order="left_right")
+
+
+def _ledger(unit: str, rows: pl.DataFrame) -> pl.DataFrame:
+    """Rows of the ledger: a key and the reason."""
+    names = (pl.col(name).cast(pl.String) for name in ("prompt_id", "language"))
+    return rows.select(pl.lit(unit).alias("unit"), *names, "sample_id", pl.col("reason").cast(pl.String))
+
+
+def _flagged(pairs: pl.DataFrame) -> pl.DataFrame:
+    """A ledger row per flag of a pair, under the completion it is about; nothing was left out: the unit is "flag"."""
+    flags = pairs.explode("flags").drop_nulls("flags").rename({"flags": "reason"})
+    rejected = pl.col("reason").str.starts_with("rejected: ")
+    of_side = {
+        name: pl.when(rejected).then(f"rejected_{name}").otherwise(f"chosen_{name}")
+        for name in ("language", "sample_id")
+    }
+    return _ledger(
+        "flag",
+        flags.with_columns(**of_side).unique(
+            ("prompt_id", "language", "sample_id", "reason"), maintain_order=True
+        ),
     )

@@ -1,15 +1,14 @@
-"""Guards: which completions may not become candidates, which pairs may not stand, and what a pair should be
-marked with.
+"""Guards: which completions may not become candidates, which pairs may not stand, and what is marked.
 
-Each guard drops, flags or is off. What is dropped enters no pool's mean or std and is in the ledger with its
-reason. What is flagged stays: a pair that holds such a completion says so in its `flags`, and the ledger counts
-it. A score that is no number is always dropped, because it would poison every mean it enters.
+Each guard drops, flags or is off. What is dropped enters no pool's mean or std and is in the ledger with its reason.
+What is flagged stays: a pair that holds such a completion says so in its `flags`, and the ledger counts it. A score
+that is no number is always dropped, because it would poison every mean it enters.
 
-A completion cut at the token limit has no end to learn from; an empty one teaches nothing; a repeated one would
-weigh twice. Repetition is judged on the text and on the text in lower case with its white space made one ("near
-duplicate"). A language is judged by the offline identifier on the first 1,000 characters, with a confidence of
-0.9, and never for a text with few letters; as a flag only on the completions that are picked, because it takes
-a third of a millisecond.
+A completion cut at the token limit has no end to learn from; an empty one teaches nothing; a repeated one would weigh
+twice. Repetition is judged on the text, and on the text in lower case with its white space made one and without
+characters that nobody sees ("near duplicate"). A language is judged by the offline identifier on the first 1,000
+characters, with a confidence of 0.9, and never for a text with few letters; as a flag only on the completions that are
+picked, because it takes a third of a millisecond.
 
 Shapes: R rows.
 """
@@ -28,26 +27,30 @@ from numpy.typing import NDArray
 from croco import languages
 from croco.storage.schemas import FINISH_REASONS
 
-NOT_FINITE = "score is not finite"
-EMPTY = "completion is empty"
-CUT = "cut at the token limit"
-TOO_LONG = "prompt and completion are too long to train on"
-WRONG_LANGUAGE = "wrong language"
-DUPLICATE = "duplicate of an earlier completion"
-NEAR_DUPLICATE = "near duplicate of an earlier completion"
 SMALL_GAP = "score gap is too small"
 SAME_TEXT = "chosen and rejected are the same text in two languages"
 LENGTH_RATIO = "chosen and rejected differ too much in length"
-
+# in this order: a completion has one reason, the first that applies
+REASONS = {
+    "not_finite": "score is not finite",
+    "empty": "completion is empty",
+    "cut": "cut at the token limit",
+    "too_long": "prompt and completion are too long to train on",
+    "wrong_language": "wrong language",
+    "duplicate": "duplicate of an earlier completion",
+    "near_duplicate": "near duplicate of an earlier completion",
+}
+REASON = pl.Enum(list(REASONS.values()))
 CUT_REASONS = [name for name, meaning in FINISH_REASONS.items() if meaning == "length"]
 IDENTIFIED_CHARACTERS, CONFIDENCE = 1000, 0.9
+
+Rows = NDArray[np.int64]
+Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
 class Guards:
-    """Actions ("drop", "flag", "off") and their limits; `max_tokens` is of prompt and completion, None for no
-    limit.
-    """
+    """Actions ("drop", "flag", "off") and their limits; `max_tokens` is of prompt and completion, None for no limit."""
 
     cut: str = "drop"
     empty: str = "drop"
@@ -63,214 +66,160 @@ class Guards:
     max_length_ratio: float = 3.0
 
 
-@dataclass(frozen=True)
-class Traits:
-    """What the guards need of R completions once their text has left memory: `wrong` holds, per guard of the
-    text, a flag; `text` a hash of the text, `outline` one that near duplicates share (0: not known),
-    `characters` its length.
+# traits of a text: all that is kept of it until it is picked -------------------------------------------------------
+
+TRAITS = ("empty", "cut", "too_long", "wrong_language", "outline")
+
+
+def traits(texts: pl.DataFrame, guards: Guards, known: Sequence[str]) -> pl.DataFrame:
+    """The columns TRAITS of completions (columns completion, finish_reason, prompt_tokens, completion_tokens and
+    language): a flag per guard of a single text, and an `outline` (uint64) that near duplicates share, 0 where it is
+    not known. Languages are identified among the `known` ones, and only where a wrong one is dropped.
     """
-
-    wrong: dict[str, NDArray[np.bool_]]
-    text: NDArray[np.uint64]
-    outline: NDArray[np.uint64]
-    characters: NDArray[np.int32]
-
-    def take(self, rows: NDArray[np.int64]) -> Traits:
-        return Traits(
-            {name: flags[rows] for name, flags in self.wrong.items()},
-            self.text[rows],
-            self.outline[rows],
-            self.characters[rows],
-        )
-
-    @classmethod
-    def joined(cls, parts: Sequence[Traits]) -> Traits:
-        return cls(
-            {name: np.concatenate([part.wrong[name] for part in parts]) for name in parts[0].wrong},
-            np.concatenate([part.text for part in parts]),
-            np.concatenate([part.outline for part in parts]),
-            np.concatenate([part.characters for part in parts]),
-        )
-
-
-def traits(rows: pa.Table, guards: Guards, among: Sequence[str]) -> Traits:
-    """The traits of completions (columns completion, finish_reason, prompt_tokens, completion_tokens,
-    language); where a language is to be dropped, it is identified among the given ones.
-    """
-    table = pl.DataFrame(pl.from_arrow(rows))
-    text = pl.col("completion")
     tokens = pl.col("prompt_tokens") + pl.col("completion_tokens")
-    too_long = (tokens > guards.max_tokens).fill_null(False) if guards.max_tokens else pl.lit(False)
-    found = table.select(
-        empty=text.str.strip_chars() == "",
-        cut=pl.col("finish_reason").str.to_lowercase().is_in(CUT_REASONS).fill_null(False),
-        too_long=too_long,
-        text=text.hash(),
-        characters=text.str.len_chars().cast(pl.Int32),
-    )
-    wrong = {name: found[name].to_numpy() for name in ("empty", "cut", "too_long")}
+    outline = pl.Series("outline", outlines(texts["completion"]))
+    wrong = pl.Series([False], dtype=pl.Boolean).new_from_index(0, texts.height)
     if guards.wrong_language == "drop":
-        spoken = table.select("completion", "language").iter_rows()
-        wrong["wrong_language"] = np.array(
-            [wrong_language(one, code, among, guards.min_letters) is not None for one, code in spoken],
-            np.bool_,
+        spoken = texts.select("completion", pl.col("language").cast(pl.String)).iter_rows()
+        wrong = pl.Series(
+            [is_wrong_language(text, code, known, guards.min_letters) for text, code in spoken],
+            dtype=pl.Boolean,
         )
-    known = guards.near_duplicate != "off"
-    outline = outlines(rows["completion"]) if known else np.zeros(len(table), np.uint64)
-    return Traits(wrong, found["text"].to_numpy(), outline, found["characters"].to_numpy())
+    bare = (outline == 0).arg_true()  # only a text without an outline can be empty
+    empty = np.zeros(texts.height, np.bool_)
+    empty[bare.to_numpy()] = (normalised(texts["completion"].gather(bare)) == "").to_numpy()
+    return texts.select(
+        empty=pl.Series(empty),
+        cut=pl.col("finish_reason").str.to_lowercase().is_in(CUT_REASONS).fill_null(False),
+        too_long=(tokens > guards.max_tokens).fill_null(False) if guards.max_tokens else pl.lit(False),
+        wrong_language=wrong,
+        outline=outline,
+    )
 
 
-def wrong_language(text: str, language: str, among: Sequence[str], min_letters: int) -> str | None:
-    """The language a text is in when that is another than it should be; None when right, short or not sure."""
-    if (
-        not languages.identifiable(language)
-        or len(re.findall(r"[^\W\d_]", text[:IDENTIFIED_CHARACTERS])) < min_letters
-    ):
-        return None
-    found = languages.identify(text[:IDENTIFIED_CHARACTERS], among, CONFIDENCE)
-    return None if found is None or languages.same_to_identifier(found, language) else found
+def is_wrong_language(text: str, language: str, known: Sequence[str], min_letters: int) -> bool:
+    """Whether a text is in another language than it should be; False when it is short or the identifier not sure."""
+    text = text[:IDENTIFIED_CHARACTERS]
+    if not languages.identifiable(language) or len(re.findall(r"[^\W\d_]", text)) < min_letters:
+        return False
+    identified = languages.identify(text, known, CONFIDENCE)
+    return identified is not None and not languages.same_to_identifier(identified, language)
 
 
 def normalised(texts: pl.Series) -> pl.Series:
-    """Texts in lower case, each run of white space one space, none at the ends."""
-    return texts.str.to_lowercase().str.replace_all(r"\s+", " ").str.strip_chars()
+    """Texts in lower case, without invisible characters, each run of white space one space, none at the ends."""
+    return (
+        texts.str.to_lowercase()
+        .str.replace_all(r"[\p{Cf}\p{Default_Ignorable_Code_Point}]", "")
+        .str.replace_all(r"\s\s+|[\s--\x20]", " ")
+        .str.strip_chars()
+    )
 
 
-# outlines -------------------------------------------------------------------------------------------------
-
-_WINDOW, _LETTERS = 40, 8  # bytes looked at on either end, and how many of their letters make the outline
+_WINDOWS, _LETTERS = (
+    (24, 400),
+    8,
+)  # bytes looked at on either end, and how many of their letters make the outline
 # each byte's letter, 0 for those left out: white space, all bytes of non-ASCII characters, and k and i, which are the
 # lower case of non-ASCII characters too (K, İ). What is left is equal wherever the normalised texts are equal.
-_FOLDED = np.array(
-    [ord(chr(b).lower()) if 33 <= b < 127 and chr(b) not in "kKiI" else 0 for b in range(256)], np.uint8
-)
+_FOLDED = bytes(ord(chr(b).lower()) if 33 <= b < 127 and chr(b) not in "kKiI" else 0 for b in range(256))
+_LEFT_OUT = bytes(b for b in range(256) if not _FOLDED[b])
 
 
-def outlines(texts: pa.ChunkedArray) -> NDArray[np.uint64]:
+def outlines(texts: pl.Series) -> NDArray[np.uint64]:
     """A number per text that is the same for near duplicates, from the letters at its ends; 0 where they are too few.
 
-    Cheap on purpose: only texts of one prompt with the same outline, and those without, need be normalised.
+    Cheap on purpose: only texts of one prompt with the same outline, and those without, need be compared.
     """
-    return np.concatenate([_outlines(chunk) for chunk in texts.chunks] or [np.empty(0, np.uint64)])
+    ends = texts.cast(pl.Binary)
+    outline = np.zeros(len(texts), np.uint64)
+    for window in _WINDOWS:  # most texts have enough letters in the first one
+        bare = np.flatnonzero(outline == 0)
+        some = (ends if len(bare) == len(ends) else ends.gather(bare)).bin
+        first, last = _letters(some.head(window), 0), _letters(some.tail(window), -_LETTERS)
+        mixed = first * np.uint64(0x9E3779B97F4A7C15) ^ last * np.uint64(0xC2B2AE3D27D4EB4F)
+        outline[bare] = np.where((first != 0) & (last != 0), mixed, np.uint64(0))
+    return outline
 
 
-def _outlines(chunk: pa.Array) -> NDArray[np.uint64]:
-    chunk = chunk.cast(pa.large_string())
-    _, offsets, data = chunk.buffers()
-    if data is None or not len(chunk):
-        return np.zeros(len(chunk), np.uint64)
-    edges = np.frombuffer(offsets, np.int64)[chunk.offset : chunk.offset + len(chunk) + 1]
-    content = np.pad(np.frombuffer(data, np.uint8)[edges[0] : edges[-1]], _WINDOW)
-    windows = np.lib.stride_tricks.sliding_window_view(content, _WINDOW)
-    begin, end, steps = edges[:-1] - edges[0], edges[1:] - edges[0], np.arange(_WINDOW)
-    inside = steps < (end - begin)[:, None]
-    first = _first_letters(windows[begin + _WINDOW], inside)
-    last = _first_letters(windows[end][:, ::-1], inside)
-    mixed = first * np.uint64(0x9E3779B97F4A7C15) ^ last * np.uint64(0xC2B2AE3D27D4EB4F)
-    return np.where((first != 0) & (last != 0), mixed, 0).astype(np.uint64)
+def _letters(windows: pl.Series, at: int) -> NDArray[np.uint64]:
+    """The first letters (`at` 0) or the last ones of each window as one number, 0 where there are too few, (R,)."""
+    arrow = windows.to_arrow().cast(pa.large_binary())
+    _, offsets, data = arrow.buffers()
+    if not len(arrow) or data is None:
+        return np.zeros(len(arrow), np.uint64)
+    edges = np.frombuffer(offsets, np.int64)[arrow.offset : arrow.offset + len(arrow) + 1]
+    content = bytes(data)[edges[0] : edges[-1]]
+    kept = np.frombuffer(content.translate(_FOLDED), np.uint8) != 0
+    num = np.add.reduceat(np.append(kept, False), edges[:-1] - edges[0], dtype=np.int64)
+    before = np.concatenate([[0], np.cumsum(np.where(np.diff(edges) > 0, num, 0))])
+    letters = np.frombuffer(content.translate(_FOLDED, _LEFT_OUT) + bytes(_LETTERS), np.uint8)
+    # the eight bytes from any place on as one number: a view, whose rows overlap
+    numbers = np.lib.stride_tricks.sliding_window_view(letters, _LETTERS)
+    start = before[1:] + at if at else before[:-1]
+    enough = np.diff(before) >= _LETTERS
+    return np.where(enough, numbers[np.where(enough, start, 0)].copy().view(np.uint64)[:, 0], np.uint64(0))
 
 
-def _first_letters(window: NDArray[np.uint8], inside: NDArray[np.bool_]) -> NDArray[np.uint64]:
-    """The first letters of each row as one number, 0 where there are too few, (R,)."""
-    letters = _FOLDED[window]
-    kept = (letters != 0) & inside
-    kept &= np.cumsum(kept, axis=1, dtype=np.int8) <= _LETTERS
-    enough = kept.sum(axis=1, dtype=np.int8) == _LETTERS
-    kept[~enough] = False
-    found = np.zeros(len(window), np.uint64)
-    found[enough] = letters[kept].reshape(-1, _LETTERS).view(np.uint64)[:, 0]
-    return found
-
-
-# verdicts -------------------------------------------------------------------------------------------------
-
-# in this order: a completion has one reason, the first that applies
-REASONS = {
-    "not_finite": NOT_FINITE,
-    "empty": EMPTY,
-    "cut": CUT,
-    "too_long": TOO_LONG,
-    "wrong_language": WRONG_LANGUAGE,
-    "duplicate": DUPLICATE,
-    "near_duplicate": NEAR_DUPLICATE,
-}
-NAMES = list(REASONS)
-CANDIDATE = -1
-Texts = Callable[[NDArray[np.int64]], pl.Series]  # the texts of some of the rows
-
-
-@dataclass(frozen=True)
-class Verdicts:
-    """Per completion the number of the guard that dropped it in NAMES, or CANDIDATE, int8 (R,); and the flags
-    that it would bring into a pair, bool (R,) per guard.
-    """
-
-    dropped: NDArray[np.int8]
-    flags: dict[str, NDArray[np.bool_]]
+# verdicts ----------------------------------------------------------------------------------------------------------
 
 
 def judge(
-    group: NDArray[np.integer], score: NDArray[np.float32], found: Traits, guards: Guards, texts: Texts
-) -> Verdicts:
-    """Which completions are no candidates; rows come sorted by `group` (prompt and language) and sample.
+    rows: pl.DataFrame, guards: Guards, texts: Callable[[Rows], pl.Series] | None
+) -> tuple[pl.Series, dict[str, Mask]]:
+    """Why completions are no candidates (REASON, null where they are), and per guard those that it flags, (R,) each.
 
-    Only completions that pass the other guards can make a later one a duplicate.
+    `rows` come sorted by prompt, language and sample, with the columns score and TRAITS; `texts` gives the texts of
+    some of them. Without texts only scores are judged. A completion that no guard dropped makes a later one a
+    duplicate; gold completions (null traits) are not judged.
     """
-    dropped = np.full(len(score), CANDIDATE, np.int8)
-    flags: dict[str, NDArray[np.bool_]] = {}
-    _apply(dropped, flags, "not_finite", "drop", ~np.isfinite(score))
-    for name, flagged in found.wrong.items():
-        _apply(dropped, flags, name, getattr(guards, name), flagged)
-    if guards.duplicate != "off":
-        sound = dropped == CANDIDATE
-        _apply(dropped, flags, "duplicate", guards.duplicate, _repeated(group, found.text, sound))
-    if guards.near_duplicate != "off":
-        sound = (dropped == CANDIDATE) & ~flags.get("duplicate", np.zeros_like(dropped, np.bool_))
-        alike = _alike(group, found.outline, sound)
-        if len(alike):
-            folded = np.zeros(len(score), np.uint64)
-            folded[alike] = normalised(texts(alike)).hash().to_numpy()
-            marked = np.zeros_like(sound)
-            marked[alike] = True
-            repeated = _repeated(group, folded, marked)
-            _apply(dropped, flags, "near_duplicate", guards.near_duplicate, repeated)
-    return Verdicts(dropped, flags)
+    reason = np.full(rows.height, -1, np.int8)
+    flags: dict[str, Mask] = {}
+
+    def apply(name: str, hit: Mask) -> None:
+        action = "drop" if name == "not_finite" else getattr(guards, name)
+        if action == "drop":
+            reason[hit & (reason < 0)] = list(REASONS).index(name)
+        elif action == "flag":
+            flags[name] = hit
+
+    apply("not_finite", ~rows["score"].is_finite().to_numpy())
+    if texts is not None:
+        for name in ("empty", "cut", "too_long", "wrong_language"):
+            apply(name, rows[name].fill_null(False).to_numpy())
+        if guards.duplicate != "off" or guards.near_duplicate != "off":
+            own = rows["outline"].is_not_null().to_numpy()
+            group = rows.select(pl.struct("prompt_id", "language").rle_id()).to_series().to_numpy()
+            outline = rows["outline"].fill_null(0).to_numpy()
+            alike = _alike(group, outline, np.flatnonzero(own & (reason < 0)))
+            text = texts(alike)
+            apply("duplicate", _repeated(group, alike, text))
+            sound = own & (reason < 0) & ~flags.get("duplicate", np.zeros_like(own))
+            if guards.near_duplicate != "off":
+                nearly = _alike(group, outline, np.flatnonzero(sound))
+                text = normalised(text.gather(np.searchsorted(alike, nearly)))
+                apply("near_duplicate", _repeated(group, nearly, text))
+    names = pl.Series(reason).cast(pl.Int16)
+    return pl.Series(list(REASONS.values()), dtype=REASON).gather(
+        names.set(names < 0, None).cast(pl.UInt32)
+    ), flags
 
 
-def _apply(
-    dropped: NDArray[np.int8],
-    flags: dict[str, NDArray[np.bool_]],
-    name: str,
-    action: str,
-    found: NDArray[np.bool_],
-) -> None:
-    if action == "drop":
-        dropped[found & (dropped == CANDIDATE)] = NAMES.index(name)
-    elif action == "flag":
-        flags[name] = found
-
-
-def _repeated(
-    group: NDArray[np.integer], value: NDArray[np.uint64], among: NDArray[np.bool_]
-) -> NDArray[np.bool_]:
-    """Rows whose value an earlier row of the group has, looking only at the rows `among`, (R,)."""
-    rows = np.flatnonzero(among)
+def _repeated(group: NDArray[np.uint32], rows: Rows, text: pl.Series) -> Mask:
+    """Those of the rows whose text an earlier one of them has in its group, as a mask of all rows, (R,)."""
     repeated = np.zeros(len(group), np.bool_)
-    repeated[rows] = ~pl.Series(_within(group[rows], value[rows])).is_first_distinct().to_numpy()
+    repeated[rows] = ~pl.Series(_within(group[rows], text.hash().to_numpy())).is_first_distinct().to_numpy()
     return repeated
 
 
-def _alike(
-    group: NDArray[np.integer], outline: NDArray[np.uint64], sound: NDArray[np.bool_]
-) -> NDArray[np.int64]:
-    """Sound rows that may have a near duplicate: another of the group has their outline, or one has none."""
-    rows = np.flatnonzero(sound)
+def _alike(group: NDArray[np.uint32], outline: NDArray[np.uint64], rows: Rows) -> Rows:
+    """Those of the rows that may have a near duplicate: another of the group has their outline, or one has none."""
     group, outline = group[rows], outline[rows]
     shared = pl.Series(_within(group, outline)).is_duplicated().to_numpy()
     bare = outline == 0
     return rows[shared | np.isin(group, group[bare])] if bare.any() else rows[shared]
 
 
-def _within(group: NDArray[np.integer], value: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def _within(group: NDArray[np.uint32], value: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Hashes made the group's own: equal for equal hashes of one group, and by chance once in 10^19."""
     return value + (group.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)

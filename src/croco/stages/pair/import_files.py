@@ -36,8 +36,8 @@ from croco.stages.prompts.columns import (
     warn_of_unread,
 )
 from croco.storage import shards
-from croco.storage.rows import file_rows, kind
 from croco.storage.hashing import digest
+from croco.storage.rows import file_rows, kind
 from croco.storage.schemas import COMPLETIONS, PROMPTS, SCORES, Table, ledger
 
 ROWS_PER_SHARD = 4096

@@ -1,10 +1,10 @@
 """The stage `pair`: one arm's preference pairs (or its data for SFT) from completions and their scores.
 
-Keys and scores are read whole, as numbers; texts pass through, some shards at a time: each shard is read once,
-judged by the guards, its pools are decided, and the few completions that were picked are taken from it. So
-memory grows by some tens of bytes per completion and never with their text. Pairs are written in key order,
-whatever the order and the shard size of what was read; where a table's rows are not in key order its shards are
-read more than once.
+Keys and scores are read whole, as numbers. Texts pass through: each shard of completions is read once, its traits are
+taken (`guards.traits`), the pools of a block are decided on traits and scores, and the few completions that were picked
+are gathered from the shards that are still in memory. So memory grows by some tens of bytes per completion and never
+with their text. Pairs are written in key order, whatever the order and the shard size of what was read; where a table's
+rows are not in key order its shards are read more than once.
 
 Accounts that must balance: completions read = candidates + dropped, in every language; pools read = pools with
 a pair + dropped. A completion that the scorer left out stands in the scorer's ledger and is not read here.
@@ -13,98 +13,67 @@ a pair + dropped. A completion that the scorer left out stands in the scorer's l
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import polars as pl
-from numpy.typing import NDArray
 
+from croco.config.rules import parse_chosen, parse_rejected
+from croco.errors import UserError
 from croco.pipeline.stage import Work
 from croco.pipeline.status import balance
 from croco.stages.pair import statistics
-from croco.stages.pair.contrast import Contrast, Contrasted, Scored, contrast
-from croco.stages.pair.guards import CANDIDATE, Guards
-from croco.stages.pair.keys import REFERENCE
-from croco.stages.pair.load_scores import Shards, read_scored
-from croco.stages.pair.rows import (
-    PROMPT,
-    Picked,
-    flag_languages,
-    flags_of,
-    gold_characters,
-    ledger_of,
-    with_texts,
-)
-from croco.stages.pair.texts import Texts
+from croco.stages.pair.contrast import Contrast, Contrasted, contrast
+from croco.stages.pair.guards import TRAITS, Guards, Rows, traits
+from croco.stages.pair.load_scores import read_scored
 from croco.stages.prompts.part import in_part
-from croco.storage.lookup import gather, locate
-from croco.storage.schemas import DROPPED, PAIRS, ledger
+from croco.storage.lookup import ShardRows, gather, locate
+from croco.storage.schemas import DROPPED, PAIRS, REFERENCE, ledger
 
 POOLS_PER_SHARD = 4096
-BLOCK_ROWS = 16384  # completions whose pools are decided at once, while their texts are in memory
-FAR_SHARDS = (
-    16  # a block spread over more shards than this is not decided from memory: the table is not in key order
-)
+BLOCK_ROWS = 32768  # completions whose pools are decided at once, while their texts are in memory
+FAR_SHARDS = 16  # a block in more shards than these is not decided from memory: the table is not in key order
 NO_GOLD = "the prompt has no gold completion"
+PROMPT = ("prompt_id", "language")
+READ = ("language", "completion", "completion_ids", "finish_reason", "prompt_tokens", "completion_tokens")
 
 
 def pair(work: Work) -> None:
     """Write the pairs of `work.arm`; every completion and pool left out goes to the ledger with its reason."""
-    how = contrast_of(work)
-    if how.chosen == "reference" and how.rejected == "none":
+    rule = contrast_of(work)
+    if parse_chosen(rule.chosen).kind == "reference" and parse_rejected(rule.rejected).kind == "none":
         gold_data(work)
         return
     samples, prompts = work.inputs["sample"], work.inputs["prompts"]
-    scored, shards = read_scored(
+    rows = read_scored(
         samples,
         work.inputs["score"],
-        _languages(work),
-        how,
+        work.settings.get("languages"),
+        rule.pool,
+        rule.calibration,
         work.inputs.get("score-references"),
         first=work.settings.get("completions"),
         prompts=in_part(prompts, work.settings.get("part")),
     )
-    among = sorted({*work.recipe.run.evaluated, "en"})
-    texts = Texts(shards, how.guards, among, held=_held(shards))
     where = locate(prompts, PROMPT)
-    lengths = gold_characters(scored, prompts)
-    num_shards = max(1, -(-scored.num_pools // POOLS_PER_SHARD))
-    todo = work.todo(num_shards)
-    with work.progress(num_shards, "shard", done=num_shards - len(todo)) as progress:
+    known = sorted({*work.settings.get("evaluated", ()), "en"})
+    texts = ShardRows(samples, READ, lambda shard: traits(shard, rule.guards, known))
+    decide = partial(_decide, rule=rule, known=known, texts=texts, prompts=prompts, where=where)
+    pool = rows["pool"].to_numpy()
+    edges = np.append(np.flatnonzero(np.diff(pool, prepend=np.uint32(2**32 - 1))), len(pool))
+    bounds = [*range(0, len(edges) - 1, POOLS_PER_SHARD), len(edges) - 1] if len(edges) > 1 else [0, 0]
+    shards = list(itertools.pairwise(edges[bounds].tolist()))
+    todo = work.todo(len(shards))
+    with work.progress(len(shards), "shard", done=len(shards) - len(todo)) as progress:
         for index in todo:
-            first, last = index * POOLS_PER_SHARD, min((index + 1) * POOLS_PER_SHARD, scored.num_pools)
-            here = _prompts_of(scored, where, first, last)
-            parts, picked = [], []
-            for part in _decided(scored, shards, first, last, how, texts, lengths):
-                parts.append(part)
-                picked.append(Picked.of(scored, part, texts))
-            found = Contrasted.joined(parts)
-            table = with_texts(scored, found, how, Picked.joined(picked), prompts, here)
-            table = flag_languages(table, how.guards, among)
-            dropped = pl.concat([ledger_of(scored, found), flags_of(table)])
-            candidates = _per_language(scored, found.rows[found.verdicts.dropped == CANDIDATE])
-            _write(work, index, scored, (first, last), table, dropped, candidates)
-            texts.forget()
+            first, last = shards[index]
+            _write(work, index, rows[first:last], decide(rows[first:last]))
             progress.advance()
-    work.record(
-        **statistics.facts(work.folder, how, _per_language(scored, np.arange(scored.num_completions)))
-    )
-    statistics.warn(work.title, how, work.record_file["facts"])
-
-
-def _languages(work: Work) -> list[str]:
-    """The languages that the arm is tuned on."""
-    return list(work.settings.get("languages") or work.recipe.run.languages)
-
-
-def _prompts_of(scored: Scored, where: pl.DataFrame, first: int, last: int) -> pl.DataFrame:
-    """The rows of `where` that pools from `first` up to `last` can ask for."""
-    names = scored.keys.prompts.gather(
-        pl.Series(np.unique(scored.prompt_of_pool[first:last]).astype(np.uint32))
-    )
-    return where.join(names.to_frame("prompt_id"), on="prompt_id", how="semi")
+    completions = rows.filter(pl.col("sample_id") != REFERENCE)
+    work.record(**statistics.facts(work.folder, rule, _per_language(completions["language"])))
+    statistics.warn(work.title, rule, work.record_file["facts"])
 
 
 def contrast_of(work: Work) -> Contrast:
@@ -116,49 +85,118 @@ def contrast_of(work: Work) -> Contrast:
     )
 
 
-def _write(
-    work: Work,
-    index: int,
-    scored: Scored,
-    pools: tuple[int, int],
-    table: pl.DataFrame,
-    dropped: pl.DataFrame,
-    candidates: Mapping[str, int],
-) -> None:
+def _decide(
+    rows: pl.DataFrame,
+    rule: Contrast,
+    known: Sequence[str],
+    texts: ShardRows,
+    prompts: Path,
+    where: pl.DataFrame,
+) -> Contrasted:
+    """The pairs of the pools of one shard, block by block, with their prompts."""
+    blocks = _blocks(rows, texts)
+    parts = []
+    for number, (first, last) in enumerate(blocks):
+        block = rows[first:last]
+        own = block["place"].is_not_null()
+        places = block["place"].drop_nulls().to_numpy().astype(np.int64)
+        texts.read_ahead(places)
+        judged = texts.take(places, TRAITS)
+        if number + 1 < len(blocks):
+            texts.read_ahead(rows[slice(*blocks[number + 1])]["place"].drop_nulls().to_numpy())
+        at = (own.cum_sum() - 1).set(~own, None)
+        block = block.hstack(judged.select(pl.all().gather(at)))
+        parts.append(contrast(block, rule, known, _texts_of(block, texts, prompts, where)))
+    pairs = pl.concat([part.pairs for part in parts])
+    located = pairs.select(PROMPT).join(where, on=PROMPT, how="left", maintain_order="left")
+    if located["shard"].null_count():
+        prompt_id, language, _ = located.filter(pl.col("shard").is_null()).row(0)
+        raise UserError(
+            f"{prompts} holds no prompt {prompt_id!r} in {language!r}, which a completion answers"
+        )
+    return Contrasted(
+        pairs.with_columns(gather(prompts, located, PROMPT, ("messages",))),
+        pl.concat([part.dropped for part in parts]),
+        pl.concat([part.candidates for part in parts]),
+    )
+
+
+def _blocks(rows: pl.DataFrame, texts: ShardRows) -> list[tuple[int, int]]:
+    """Where blocks of about BLOCK_ROWS rows begin and end, whole pools in each; all rows are one block where a
+    block lies in many shards. Sets how many shards `texts` holds: those of a block and of the next one.
+    """
+    pool = rows["pool"].to_numpy()
+    begins = np.flatnonzero(np.diff(pool, prepend=np.uint32(2**32 - 1)))
+    at = np.searchsorted(begins, np.arange(BLOCK_ROWS, rows.height, BLOCK_ROWS))
+    edges = sorted({0, rows.height, *begins[at[at < len(begins)]].tolist()})
+    blocks = list(itertools.pairwise(edges)) or [(0, 0)]
+    in_shards = [
+        len(texts.shards_of(rows[slice(*block)]["place"].drop_nulls().to_numpy())) for block in blocks[:2]
+    ]
+    rows_per_shard = max(1, int(texts.edges[-1]) // (len(texts.edges) - 1))
+    far = max(in_shards) > FAR_SHARDS + 2 * BLOCK_ROWS // rows_per_shard
+    texts.held = FAR_SHARDS if far else max(2, sum(in_shards) + 1)
+    return [(0, rows.height)] if far else blocks
+
+
+def _texts_of(
+    block: pl.DataFrame, texts: ShardRows, prompts: Path, where: pl.DataFrame
+) -> Callable[[Rows, Sequence[str]], pl.DataFrame]:
+    """The texts of some rows of a block; a gold completion is its prompt's reference, has no ids and ended."""
+
+    def of(at: Rows, columns: Sequence[str]) -> pl.DataFrame:
+        places = block["place"].gather(at)
+        gold = places.is_null()
+        if not gold.any():
+            return texts.take(places.to_numpy().astype(np.int64), columns)
+        drawn = texts.take(places.drop_nulls().to_numpy().astype(np.int64), columns)
+        wanted = block.select(pl.col(PROMPT).gather(at).cast(pl.String)).filter(gold)
+        located = wanted.join(where, on=PROMPT, how="left", maintain_order="left")
+        given = gather(prompts, located, PROMPT, ("reference",)).select(
+            completion="reference",
+            completion_ids=pl.lit(None, pl.List(pl.Int32)),
+            finish_reason=pl.lit("stop"),
+        )
+        order = pl.concat([gold.not_().arg_true(), gold.arg_true()]).arg_sort()
+        return pl.concat([drawn, given.select(columns)]).select(pl.all().gather(order))
+
+    return of
+
+
+def _write(work: Work, index: int, rows: pl.DataFrame, made: Contrasted) -> None:
     """One shard of pairs, when its account balances in every language."""
-    read = _per_language(scored, scored.rows(*pools)[0])
-    lost = dict(dropped.filter(pl.col("unit") == "completion").group_by("language").len().rows())
-    balance(work.title, read, candidates, lost)
-    num_pools = pools[1] - pools[0]
+    read = _per_language(rows.filter(pl.col("sample_id") != REFERENCE)["language"])
+    candidates = _per_language(made.candidates)
+    dropped = made.dropped
+    balance(work.title, read, candidates, _per_language(dropped.filter(unit="completion")["language"]))
+    num_pools = rows["pool"].n_unique()
     work.write(
         index,
-        table.with_columns(arm=pl.lit(work.arm, pl.String)).to_arrow(),
+        made.pairs.with_columns(arm=pl.lit(work.arm, pl.String)).select(PAIRS.schema.names).to_arrow(),
         read={"completion": sum(read.values()), "pool": num_pools},
         written={
             "completion": sum(candidates.values()),
-            "pool": num_pools - dropped.filter(pl.col("unit") == "pool").height,
+            "pool": num_pools - dropped.filter(unit="pool").height,
         },
         dropped=dropped.select(DROPPED.schema.names).to_arrow(),
     )
 
 
-def _per_language(scored: Scored, rows: NDArray[np.int64]) -> dict[str, int]:
-    """How many of the rows are in each language."""
-    return dict(
-        zip(
-            scored.keys.languages,
-            np.bincount(scored.keys.language[rows], minlength=len(scored.keys.languages)).tolist(),
-            strict=True,
-        )
-    )
+def _per_language(languages: pl.Series) -> dict[str, int]:
+    """How many rows are in each language."""
+    kind = languages.dtype
+    counts = dict.fromkeys(kind.categories.to_list() if isinstance(kind, pl.Enum) else (), 0)
+    return counts | dict(languages.cast(pl.String).value_counts().rows())
 
 
 def gold_data(work: Work) -> None:
     """Data for SFT on the gold completions of the prompts: no completion of the policy and no score takes part."""
-    prompts, languages = work.inputs["prompts"], _languages(work)
+    prompts = work.inputs["prompts"]
     has = (pl.col("reference").str.strip_chars() != "").fill_null(False).alias("has")
-    rows = locate(prompts, PROMPT, ("reference",), lambda found: found.select(*PROMPT, has))
-    rows = rows.filter(pl.col("language").is_in(languages)).sort(PROMPT)
+    rows = locate(prompts, PROMPT, ("reference",), lambda shard: shard.select(*PROMPT, has))
+    if languages := work.settings.get("languages"):
+        rows = rows.filter(pl.col("language").is_in(languages))
+    rows = rows.sort(PROMPT)
     if (names := in_part(prompts, work.settings.get("part"))) is not None:
         rows = rows.filter(pl.col("prompt_id").is_in(names.implode()))
     num_shards = max(1, -(-rows.height // POOLS_PER_SHARD))
@@ -184,53 +222,3 @@ def gold_data(work: Work) -> None:
         read, written = {"pool": part.height}, {"pool": kept.height}
         work.write(index, table.to_arrow(), read=read, written=written, dropped=dropped)
     work.record(pools=rows.height, pairs=rows.filter("has").height)
-
-
-def _held(shards: Shards) -> int:
-    """Shards in memory: those of the block at hand and of the one that is read ahead."""
-    rows_per_shard = max(1, int(shards.edges[-1]) // len(shards.paths))
-    return 2 * min(-(-BLOCK_ROWS // rows_per_shard) + 1, FAR_SHARDS)
-
-
-def _decided(
-    scored: Scored,
-    shards: Shards,
-    first: int,
-    last: int,
-    how: Contrast,
-    texts: Texts,
-    gold_characters: NDArray[np.int32],
-) -> Iterator[Contrasted]:
-    """The pools from `first` up to `last`, decided block by block; at least one block."""
-    edges = blocks(scored, shards, first, last)
-    for number, (start, stop) in enumerate(itertools.pairwise(edges)):
-        rows, gold = scored.rows(start, stop)
-        places = scored.place[rows]
-        texts.read_ahead(places)
-        traits = texts.traits(places)
-        if len(gold):
-            length = gold_characters[gold - scored.num_completions]
-            traits = replace(traits, characters=np.concatenate([traits.characters, length]))
-        if number + 2 < len(edges):
-            texts.read_ahead(scored.place[scored.rows(stop, edges[number + 2])[0]])
-        yield contrast(scored, start, stop, how, traits, partial(_completions, texts, places))
-
-
-def _completions(texts: Texts, places: NDArray[np.int64], wanted: NDArray[np.int64]) -> pl.Series:
-    return texts.completions(places[wanted])
-
-
-def blocks(scored: Scored, shards: Shards, first: int, last: int) -> list[int]:
-    """Pool numbers that bound blocks of about BLOCK_ROWS completions, or the whole stretch where the rows of a
-    block lie in many shards.
-    """
-    begins = np.searchsorted(
-        scored.pool[: scored.num_completions], np.arange(first, last + 1, dtype=np.int32)
-    )
-    total = int(begins[-1] - begins[0])
-    inner = np.searchsorted(begins - begins[0], np.arange(BLOCK_ROWS, total, BLOCK_ROWS))
-    edges = sorted({first, last, *(first + inner).tolist()}) if last > first else [first, last]
-    rows = scored.place[begins[0] : begins[min(edges[1] - first, last - first)]]
-    spread = len(np.unique(np.searchsorted(shards.edges, rows, side="right")))
-    rows_per_shard = max(1, int(shards.edges[-1]) // len(shards.paths))
-    return [first, last] if spread > FAR_SHARDS + 2 * len(rows) // rows_per_shard else edges

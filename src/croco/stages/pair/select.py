@@ -1,93 +1,103 @@
 """Which completion of a pool becomes the chosen one and which the rejected one.
 
-A rule names a target score; the completion whose score lies nearest to it is picked, and the rejected one must
-lie strictly below the chosen one. "max" and "min" are targets like any other, so a new rule is one more line in
-`targets`. Everything here is arithmetic on the sorted scores of `Pools`: text and tables never enter.
+A pool is the completions that compete with each other: one prompt in one language, in all languages, or in those of a
+group. A rule (`croco.config.rules`) names a target score; the completion nearest to it is picked, and the rejected
+one lies strictly below the chosen one. Rows sorted by pool make every statistic a segmented reduction, so millions of
+completions need no loop. Only numbers come here.
 
-Shapes: R rows, P pools, K pairs, F references.
+Shapes: R rows, P pools, K pairs.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
+import polars as pl
 from numpy.typing import NDArray
 
 from croco.config.rules import Rule
-from croco.stages.pair.pools import Pools, build_pools
 
 NO_ROW = -1
 
 Floats = NDArray[np.float64]
+Scores = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class References:
-    """Gold completions that may be chosen and are no members of a pool: pool number and score, (F,)."""
-
-    pool: Ints
-    score: NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Selection:
-    """K pairs in the order of their pools: `pool`, the `number` of the pair in its pool, the rows `chosen` and
-    `rejected`, each (K,). A chosen row from R on is the reference of that number; `rejected` is NO_ROW under
-    the rule "none".
+class Pools:
+    """P pools over R rows that come sorted by pool: `number` of the pool (any rising numbers), finite `score`, and
+    `order`, who comes first of equally near rows, each (R,). Statistics are float64 (P,).
     """
 
-    pool: Ints
     number: Ints
-    chosen: Ints
-    rejected: Ints
+    score: Scores
+    order: Ints
 
+    @cached_property
+    def starts(self) -> Ints:
+        return np.flatnonzero(np.diff(self.number, prepend=-1)) if len(self.number) else np.empty(0, np.int64)
 
-def targets(rule: Rule, pools: Pools) -> Floats:
-    """The rule's target score in every pool, (P,); quantiles interpolate linearly between neighbours."""
-    if rule.kind == "max":
-        return np.maximum.reduceat(pools.score, pools.starts).astype(np.float64)
-    if rule.kind == "min":
-        return np.minimum.reduceat(pools.score, pools.starts).astype(np.float64)
-    if rule.kind == "mean":
-        return pools.mean + rule.amount * pools.std
-    rising = _rising(pools)
-    position = rule.amount * (pools.sizes - 1)
-    below = np.floor(position).astype(np.int64)
-    above = np.minimum(below + 1, pools.sizes - 1)
-    low = rising[pools.starts + below].astype(np.float64)
-    return np.asarray(low + (position - below) * (rising[pools.starts + above] - low))
+    @cached_property
+    def sizes(self) -> Ints:
+        return np.diff(self.starts, append=len(self.number))
 
+    @cached_property
+    def pool(self) -> NDArray[np.int32]:
+        """The place of each row's pool among the pools, (R,)."""
+        return np.repeat(np.arange(len(self.starts), dtype=np.int32), self.sizes)
 
-def _rising(pools: Pools) -> NDArray[np.float32]:
-    """The scores sorted within each pool, (R,): one sort of integers that hold the pool above the score's bits."""
-    bits = (pools.score + np.float32(0)).view(np.int32)  # -0 is 0
-    ordered = bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))  # integers in the order of the floats
-    packed = (pools.pool.astype(np.int64) << 32) + (ordered.astype(np.int64) + 2**31)
-    packed.sort()
-    ordered = ((packed & 0xFFFFFFFF) - 2**31).astype(np.int32)
-    return (ordered ^ ((ordered >> 31) & np.int32(0x7FFFFFFF))).view(np.float32)
+    def reduce(self, function: np.ufunc, values: NDArray[np.floating]) -> Floats:
+        """The function over each pool's values."""
+        if not len(values):
+            return np.empty(0, np.float64)
+        return function.reduceat(values, self.starts, dtype=np.float64 if function is np.add else None)
 
+    @cached_property
+    def max(self) -> Floats:
+        return self.reduce(np.maximum, self.score).astype(np.float64)
 
-def nearest(target: Floats, pools: Pools, allowed: NDArray[np.bool_] | None = None) -> Ints:
-    """The row of each pool whose score is nearest to the pool's target, (P,).
+    @cached_property
+    def min(self) -> Floats:
+        return self.reduce(np.minimum, self.score).astype(np.float64)
 
-    Of equally near rows the first by `order` wins, so the order of the input cannot matter. With `allowed` (R,)
-    the others are out; NO_ROW where no row is allowed.
-    """
-    distance = pools.score - target[pools.pool]
-    np.abs(distance, out=distance)
-    if allowed is not None:
-        distance[~allowed] = np.inf
-    smallest = np.minimum.reduceat(distance, pools.starts)
-    hits = np.flatnonzero((distance == smallest[pools.pool]) & np.isfinite(distance))
-    hit_pools = pools.pool[hits]
-    if (hit_pools[1:] == hit_pools[:-1]).any():
-        hits = hits[np.lexsort((pools.order[hits], hit_pools))]
-    rows = np.full(len(pools), NO_ROW, dtype=np.int64)
-    rows[pools.pool[hits][::-1]] = hits[::-1]  # written last to first, so each pool keeps its first hit
-    return rows
+    @cached_property
+    def mean(self) -> Floats:
+        return self.reduce(np.add, self.score) / self.sizes
+
+    @cached_property
+    def std(self) -> Floats:
+        """Of the population. In two passes, because the mean of squares minus the squared mean cancels."""
+        return np.sqrt(self.reduce(np.add, np.square(self.score - self.mean[self.pool])) / self.sizes)
+
+    def quantile(self, share: float) -> Floats:
+        """Between neighbours it interpolates linearly."""
+        rising = self.score[np.lexsort((self.score, self.pool))]
+        position = share * (self.sizes - 1)
+        below = np.floor(position).astype(np.int64)
+        above = np.minimum(below + 1, self.sizes - 1)
+        low = rising[self.starts + below].astype(np.float64)
+        return np.asarray(low + (position - below) * (rising[self.starts + above] - low))
+
+    def nearest(self, target: Floats, allowed: NDArray[np.bool_] | None = None) -> Ints:
+        """The row of each pool whose score is nearest to the pool's target, (P,).
+
+        Of equally near rows the first by `order` wins, so the order of the input cannot matter. With `allowed` (R,)
+        the others are out; NO_ROW where no row is allowed.
+        """
+        distance = np.abs(self.score - target[self.pool])
+        if allowed is not None:
+            distance[~allowed] = np.inf
+        smallest = self.reduce(np.minimum, distance)
+        hits = np.flatnonzero((distance == smallest[self.pool]) & np.isfinite(distance))
+        pool = self.pool[hits]
+        if (pool[1:] == pool[:-1]).any():
+            hits = hits[np.lexsort((self.order[hits], pool))]
+        rows = np.full(len(self.starts), NO_ROW, np.int64)
+        rows[self.pool[hits][::-1]] = hits[::-1]  # written last to first, so each pool keeps its first hit
+        return rows
 
 
 def select(
@@ -95,70 +105,49 @@ def select(
     chosen: Rule,
     rejected: Rule,
     pairs_per_pool: int = 1,
-    references: References | None = None,
-) -> Selection:
-    """Pick up to `pairs_per_pool` pairs in every pool; no completion is used twice, except a reference.
+    reference: Scores | None = None,
+) -> pl.DataFrame:
+    """Up to `pairs_per_pool` pairs in every pool; no completion is used twice, except a reference.
 
-    The rejected completion scores strictly below the chosen one, or there is no pair. Targets belong to the
-    whole pool and stay as they are from pair to pair. CroCo (arXiv 2605.26293): chosen = highest score,
-    rejected = nearest to mean - 2 std (population std).
+    The rejected completion scores strictly below the chosen one, or there is no pair. Targets belong to the whole pool
+    and stay as they are from pair to pair. CroCo (arXiv 2605.26293): chosen = highest score, rejected = nearest to
+    mean - 2 std (population std).
+
+    `reference` (P,) are scores of gold completions, NaN where there is none: under the rule "reference" they are the
+    chosen ones. Columns: `pool` (its place), `pair_id`, and the rows `chosen` (NO_ROW: the reference) and `rejected`
+    (NO_ROW under the rule "none"), sorted by pool.
     """
-    rounds: list[tuple[Ints, int, Ints, Ints]] = []
-    if len(pools):
-        free = np.ones(len(pools.score), dtype=np.bool_)
-        gold = _best_reference(pools, references) if chosen.kind == "reference" else None
-        aim = None if gold is not None else targets(chosen, pools)
-        for number in range(pairs_per_pool):
-            if gold is not None:
-                assert references is not None
-                first = gold
-                score = np.append(references.score, np.float32(np.nan))[gold]
-            else:
-                assert aim is not None
-                first = nearest(aim, pools, free if number else None)
-                score = pools.score[first]
-            last = _rejected(pools, rejected, score, free if number else None)
-            there = first != NO_ROW if last is None else (first != NO_ROW) & (last != NO_ROW)
-            if not there.any():
-                break
-            at = np.flatnonzero(there)
-            second = np.full(len(at), NO_ROW, np.int64) if last is None else last[at]
-            rounds.append((at, number, first[at] + (0 if gold is None else len(pools.score)), second))
-            if gold is None:
-                free[first[at]] = False
-            free[second[second != NO_ROW]] = False
-    if not rounds:
-        none = np.empty(0, np.int64)
-        return Selection(none, none, none, none)
-    numbers = np.concatenate([np.full(len(at), number) for at, number, _, _ in rounds])
-    pool, one, other = (np.concatenate([r[column] for r in rounds]) for column in (0, 2, 3))
-    by_pool = np.lexsort((numbers, pool))
-    return Selection(pool[by_pool], numbers[by_pool], one[by_pool], other[by_pool])
+    free = np.ones(len(pools.score), np.bool_)
+    rounds = [_pairs(np.empty(0, np.int64), 0, np.empty(0, np.int64), np.empty(0, np.int64))]
+    aim = chosen.target(pools) if len(pools.score) else None
+    for number in range(pairs_per_pool if len(pools.score) else 0):
+        if aim is None:
+            assert reference is not None
+            one, score = np.full(len(pools.starts), NO_ROW, np.int64), reference
+            there = np.isfinite(reference)
+        else:
+            one = pools.nearest(aim, free)
+            score, there = pools.score[one], one != NO_ROW
+        other = np.full(len(one), NO_ROW, np.int64)
+        if rejected.kind != "none":
+            below = free & (pools.score < score[pools.pool])
+            other = pools.nearest(rejected.target(pools, score.astype(np.float64)), below)
+            there = there & (other != NO_ROW)
+        if not there.any():
+            break
+        pool = np.flatnonzero(there)
+        rounds.append(_pairs(pool, number, one[pool], other[pool]))
+        free[one[pool][one[pool] != NO_ROW]] = False
+        free[other[pool][other[pool] != NO_ROW]] = False
+    return pl.concat(rounds).sort("pool", "pair_id")
 
 
-def _rejected(
-    pools: Pools, rule: Rule, chosen_score: NDArray[np.float32], free: NDArray[np.bool_] | None
-) -> Ints | None:
-    """The rejected row of every pool under the chosen scores (P,), or None under the rule "none"."""
-    if rule.kind == "none":
-        return None
-    below = pools.score < chosen_score[pools.pool]
-    if free is not None:
-        below &= free
-    aim = chosen_score - np.float64(rule.amount) if rule.kind == "gap" else targets(rule, pools)
-    return nearest(aim, pools, below)
+def _pairs(pool: Ints, number: int, chosen: Ints, rejected: Ints) -> pl.DataFrame:
+    columns = {"pool": pool, "pair_id": np.full(len(pool), number, np.int32)}
+    return pl.DataFrame(columns | {"chosen": chosen, "rejected": rejected})
 
 
-def _best_reference(pools: Pools, references: References | None) -> Ints:
-    """The reference of each pool with the highest score (the first of equals), or NO_ROW, (P,)."""
-    best = np.full(len(pools), NO_ROW, dtype=np.int64)
-    if references is not None:
-        falling = np.lexsort((np.arange(len(references.score)), -references.score, references.pool))
-        best[references.pool[falling][::-1]] = falling[::-1]
-    return best
-
-
-def share_above_minimum(rejected_score: NDArray[np.float32], pool_minimum: NDArray[np.float32]) -> float:
+def share_above_minimum(rejected_score: NDArray[np.floating], pool_minimum: NDArray[np.floating]) -> float:
     """Share of pairs whose rejected completion scores above its pool's minimum, (K,) each; 0.0 without pairs."""
     return float(np.mean(rejected_score > pool_minimum)) if len(rejected_score) else 0.0
 
@@ -173,7 +162,9 @@ def expected_share(chosen: Rule, rejected: Rule, size: int, simulated_pools: int
     if size < 2 or rejected.kind in ("min", "none"):
         return 0.0
     scores = np.random.default_rng(0).standard_normal((simulated_pools, size)).astype(np.float32)
-    pool = np.repeat(np.arange(simulated_pools), size)
-    pools = build_pools(pool, scores.ravel(), np.tile(np.arange(size), simulated_pools))
-    found = select(pools, chosen if chosen.kind != "reference" else Rule("max"), rejected)
-    return share_above_minimum(pools.score[found.rejected], scores.min(axis=1)[found.pool])
+    number = np.repeat(np.arange(simulated_pools), size)
+    pools = Pools(number, scores.ravel(), np.tile(np.arange(size), simulated_pools))
+    pairs = select(pools, chosen if chosen.kind != "reference" else Rule("max"), rejected)
+    return share_above_minimum(
+        pools.score[pairs["rejected"].to_numpy()], pools.min[pairs["pool"].to_numpy()].astype(np.float32)
+    )

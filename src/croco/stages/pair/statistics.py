@@ -40,7 +40,7 @@ _COLUMNS = (
 )  # fmt: skip
 
 
-def facts(folder: Path, how: Contrast, completions: Mapping[str, int]) -> dict[str, Any]:
+def facts(folder: Path, rule: Contrast, completions: Mapping[str, int]) -> dict[str, Any]:
     """Counts, composition and shortcuts of a finished folder of pairs; `completions` read per language."""
     pairs = pl.concat([_numbers(shard.path) for shard in shards(folder)])
     left = pl.concat([read_parquet(shard.ledger) for shard in shards(folder) if shard.dropped] or [_NOTHING])
@@ -80,12 +80,12 @@ def facts(folder: Path, how: Contrast, completions: Mapping[str, int]) -> dict[s
         found["share_other_than_minimum"] = share_above_minimum(
             first["rejected_calibrated"].to_numpy(), first["pool_min"].to_numpy()
         )
-        rejected = parse_rejected(how.rejected)
+        rejected = parse_rejected(rule.rejected)
         if rejected.kind == "gap":  # a distance in scores, of which the simulation has others
             rejected = Rule(
                 "gap", rejected.amount / max(float(np.median(first["pool_std"].to_numpy())), 1e-9)
             )
-        found["expected_share_other_than_minimum"] = expected_share(parse_chosen(how.chosen), rejected, size)
+        found["expected_share_other_than_minimum"] = expected_share(parse_chosen(rule.chosen), rejected, size)
         found["shortcuts"] = shortcuts(two)
     return found
 
@@ -129,7 +129,7 @@ def _guessed(chosen: list[str], rejected: list[str], half: NDArray[np.integer]) 
     return float(right.mean()) if len(right) else 0.5
 
 
-def warn(title: str, how: Contrast, found: Mapping[str, Any]) -> None:
+def warn(title: str, rule: Contrast, found: Mapping[str, Any]) -> None:
     """Say on the terminal when the rule is the minimum in disguise, or a pair's label has a shortcut."""
     console = Console(stderr=True)
 
@@ -137,9 +137,9 @@ def warn(title: str, how: Contrast, found: Mapping[str, Any]) -> None:
         console.print(f"{title}: {line}", markup=False, soft_wrap=True)
 
     expected = found.get("expected_share_other_than_minimum")
-    if expected is not None and expected < SMALL_SHARE and parse_rejected(how.rejected).kind != "min":
+    if expected is not None and expected < SMALL_SHARE and parse_rejected(rule.rejected).kind != "min":
         say(
-            f'with {found["median_pool_size"]} completions a pool "{how.rejected}" is expected to pick another than '
+            f'with {found["median_pool_size"]} completions a pool "{rule.rejected}" is expected to pick another than '
             f"the minimum in {expected:.0%} of the pools (here in {found['share_other_than_minimum']:.0%}): in small "
             f"pools this rule is the minimum under another name"
         )

@@ -9,7 +9,7 @@ ledger. Languages that nobody asked for are counted, not read.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,12 +17,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from croco.config.arena import Source
+from croco.config.evaluation import Source
 from croco.config.recipe import Recipe
 from croco.errors import UserError
 from croco.languages import normal
+from croco.pipeline.fingerprint import prompts_settings
+from croco.pipeline.node import Settings, settings_values
 from croco.pipeline.stage import Work
 from croco.stages.prompts.columns import FileRow, Turn, Unusable, warn_of_unread
+from croco.storage.hashing import canonical
 from croco.storage.rows import (
     Located,
     dataset_rows,
@@ -32,7 +35,6 @@ from croco.storage.rows import (
     is_saved_dataset,
     kind,
 )
-from croco.storage.hashing import canonical
 from croco.storage.schemas import PROMPTS, ledger
 from croco.storage.seeds import digest
 
@@ -50,29 +52,21 @@ class Loaded:
 
 def prompts(work: Work) -> None:
     """The prompts to tune on, in the tuned languages or the one they are translated from."""
-    shuffled = work.seed if work.recipe.prompts.order == "seed" else None
-    _stage(work, work.recipe.prompts, "prompts", work.recipe.prompts_languages, shuffled)
+    _stage(work, "prompts")
 
 
 def eval_prompts(work: Work) -> None:
     """The prompts to evaluate on, in all languages or the one they are translated from."""
-    _stage(work, work.recipe.evaluation, "evaluation", work.recipe.evaluation_languages)
+    _stage(work, "evaluation")
 
 
 def arena_prompts(work: Work) -> None:
     """The arena's own prompts, in the languages it compares in."""
-    assert work.recipe.arena is not None
-    _stage(work, work.recipe.arena, "arena", work.recipe.arena_languages)
+    _stage(work, "arena")
 
 
-def _stage(
-    work: Work,
-    section: Source,
-    key: str,
-    languages: Sequence[str],
-    shuffled: int | None = None,
-) -> None:
-    loaded = load_section(section, key, languages, shuffled)
+def _stage(work: Work, key: str) -> None:
+    loaded = load_settings(work.settings, key)
     warn_of_unread(work.title, loaded.unread)
     ids = loaded.prompts.column("prompt_id")
     work.record(
@@ -90,18 +84,35 @@ def _stage(
         work.write(index, part, read={"prompt": read}, dropped=dropped)
 
 
-def load_section(section: Source, key: str, languages: Sequence[str], shuffled: int | None = None) -> Loaded:
-    """What a section of a recipe asks for; `shuffled` is the seed of another order than the source's."""
-    if shuffled is None:
-        return load(section, key, languages, section.limit)
-    return first_of_shuffled(load(section, key, languages, None), section.limit, shuffled)
+def load_settings(settings: Settings, key: str) -> Loaded:
+    """What a stage's settings ask for."""
+    source, codes, limit = settings["source"], settings["languages"], settings["limit"]
+    if "order" not in settings:
+        return load(source, key, codes, limit)
+    return first_of_shuffled(load(source, key, codes, None), limit, settings["order"][1])
+
+
+def check_overlap(recipe: Recipe, say: Callable[[str], None]) -> None:
+    """Raise UserError when most test prompts are prompts tuned on, say when some are."""
+    same, num = overlap(recipe)
+    sentence = (
+        f"{same:,} of {num:,} test prompts of evaluation.source = '{recipe.evaluation.source}' are prompts"
+    )
+    if 2 * same > num:
+        raise UserError(f"{sentence} of prompts.source = '{recipe.prompts.source}' too: expected others")
+    if same:
+        say(f"{'eval-prompts':<24} {sentence} tuned on too")
 
 
 def overlap(recipe: Recipe) -> tuple[int, int]:
     """How many test prompts are prompts to tune on, word for word, and how many test prompts there are."""
-    seed = recipe.run.seed if recipe.prompts.order == "seed" else None
-    tuning = load_section(recipe.prompts, "prompts", recipe.prompts_languages, seed).prompts
-    test = load_section(recipe.evaluation, "evaluation", recipe.evaluation_languages).prompts
+    tuning, test = (
+        load_settings(settings_values(prompts_settings(recipe, section, key, languages)), key).prompts
+        for section, key, languages in (
+            (recipe.prompts, "prompts", recipe.prompts_languages),
+            (recipe.evaluation, "evaluation", recipe.evaluation_languages),
+        )
+    )
     known = set(map(canonical, tuning.column("messages").to_pylist()))
     same = sum(canonical(messages) in known for messages in test.column("messages").to_pylist())
     return same, test.num_rows

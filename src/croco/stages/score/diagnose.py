@@ -20,14 +20,15 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from croco import languages
-from croco.config.recipe import NO_PROMPTS, Recipe, apply_override, from_dict
+from croco.config.load import NO_PROMPTS, apply_override, from_dict
+from croco.config.recipe import Recipe
 from croco.errors import UserError
 from croco.models import open
 from croco.pipeline.progress import progress
 from croco.stages.prompts.columns import FileRow, Unusable
 from croco.stages.score.diagnose_metrics import Row, agreement, rank
 from croco.stages.score.diagnose_page import markdown
-from croco.storage import provenance, shards
+from croco.storage import files, provenance, shards
 from croco.storage.rows import file_rows
 from croco.storage.schemas import DROPPED, ledger
 
@@ -73,7 +74,7 @@ def diagnose(
     """
     if not rewards or len(set(rewards)) != len(rewards):
         raise UserError("--diagnose: expected --reward MODEL, once or for several models")
-    shards.check_own_folder(
+    files.check_own_folder(
         to, "diagnosis.json", ["sources", "rewards"], re.compile("|".join(map(re.escape, FILES)))
     )
     pairs, drops = read_pairs(sources, language)
@@ -99,9 +100,9 @@ def diagnose(
     shards.write_parquet(to / "pairs.parquet", scored, scored.schema)
     shards.write_parquet(to / "ranking.parquet", ranking.to_arrow(), RANKING)
     shards.write_parquet(to / "dropped.parquet", ledger(drops), DROPPED.schema)
-    shards.write_text(to / "ranking.md", markdown(ranking, rewards, len(drops)))
+    files.write_text(to / "ranking.md", markdown(ranking, rewards, len(drops)))
     record = {"sources": [str(source) for source in sources], "rewards": list(rewards), "pairs": table.height}
-    shards.write_json(to / "diagnosis.json", record | {"dropped": len(drops)} | provenance.here())
+    files.write_json(to / "diagnosis.json", record | {"dropped": len(drops)} | provenance.here())
     return ranking
 
 
@@ -185,7 +186,7 @@ def score_pairs(pairs: Sequence[Pair], recipe: Recipe) -> tuple[NDArray[np.float
     from croco.stages.score.score import score_conversations
 
     scores, reasons = np.full((len(pairs), 2), math.nan), {}
-    scorer, tokenizer = open.open_scorer(recipe)
+    scorer, tokenizer = open.open_scorer(recipe.reward, recipe.runtime)
     try:
         with progress(recipe.reward.model, len(pairs), "pair") as bar:
             for start in range(0, len(pairs), CHUNK):

@@ -14,8 +14,9 @@ from croco.models.chat_template import prompt_ids, text_ids
 from croco.models.protocols import ScoreRequest
 
 if TYPE_CHECKING:
-    from croco.config.recipe import Recipe
+    from croco.config.models import Policy
     from croco.models.transformers import HFLikelihood
+from croco.config.runtime import Runtime
 
 Messages = list[dict[str, str]]
 Completion = dict[str, Any]  # a row of the completions table
@@ -24,12 +25,13 @@ Groups = Sequence[tuple[Messages, list[Completion]]]  # a prompt's messages and 
 Scored = list[float | str]
 
 
-def open_likelihood(recipe: Recipe, mean: bool, adapter: Path | None = None) -> tuple[HFLikelihood, Any]:
+def open_likelihood(
+    policy: Policy, runtime: Runtime, mean: bool, adapter: Path | None = None
+) -> tuple[HFLikelihood, Any]:
     """The policy, with an adapter if given, as a scorer of log-probabilities, and its tokenizer."""
     from croco.models.loading import load_policy
     from croco.models.transformers import HFLikelihood
 
-    policy, runtime = recipe.policy, recipe.runtime
     model, tokenizer = load_policy(
         policy.model,
         policy.revision,

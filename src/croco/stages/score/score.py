@@ -22,14 +22,17 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from croco.config.recipe import Recipe
+from croco.config.arms import Alignment
+from croco.config.models import Reward
+from croco.config.runtime import Runtime
 from croco.errors import UserError
 from croco.models.chat_template import conversations_ids
 from croco.models.open import open_scorer
 from croco.models.protocols import Scorer, ScoreRequest
-from croco.pipeline.compute import Advance, Finished, compute
+from croco.pipeline.compute import compute
+from croco.pipeline.node import Settings
 from croco.pipeline.stage import Work
-from croco.stages.pair.keys import REFERENCE
+from croco.pipeline.workers import Advance, ShardResult
 from croco.stages.score.policy_logprobs import (
     Completion,
     Groups,
@@ -39,7 +42,7 @@ from croco.stages.score.policy_logprobs import (
     score_likelihood,
     too_long,
 )
-from croco.storage.schemas import SCORES, ledger
+from croco.storage.schemas import REFERENCE, SCORES, ledger
 from croco.storage.seeds import digest
 from croco.storage.shards import read_arrow, read_table, shard_path, shards
 
@@ -51,11 +54,10 @@ COLUMNS = ["prompt_id", "language", "sample_id", "completion", "completion_ids",
 def score(work: Work) -> None:
     """Write the scores table, a shard per shard of completions."""
     sizes = [shard.rows for shard in shards(work.inputs["sample"])]
-    recipe = work.recipe.model_copy(update={"runtime": work.runtime})
     adapter = work.inputs["train"] / "adapter" if "train" in work.inputs else None
     kind = work.settings["scorer"]
     worker = partial(
-        ScoreWorker, recipe, kind, work.inputs["prompts"], work.inputs["sample"], work.settings, adapter
+        ScoreWorker, work.settings, work.runtime, work.inputs["prompts"], work.inputs["sample"], adapter
     )
     compute(work, worker, sizes, "completion", here=kind in ("random", "verified"))
 
@@ -65,11 +67,10 @@ class ScoreWorker:
 
     def __init__(
         self,
-        recipe: Recipe,
-        kind: str,
+        settings: Settings,
+        runtime: Runtime,
         prompts: Path,
         samples: Path,
-        settings: Mapping[str, Any],
         adapter: Path | None,
         replica: int,
     ) -> None:
@@ -78,14 +79,14 @@ class ScoreWorker:
             (row["prompt_id"], row["language"]): row["messages"]
             for row in read_table(prompts, ["prompt_id", "language", "messages"]).iter_rows(named=True)
         }
-        if kind == "implicit":
-            self.name, self.score_shard, self.facts = _implicit(recipe, settings, adapter, self.prompts)
-        elif kind == "alignment":
-            self.name, self.score_shard, self.facts = _alignment(recipe, samples)
+        if settings["scorer"] == "implicit":
+            self.name, self.score_shard, self.facts = _implicit(settings, runtime, adapter, self.prompts)
+        elif settings["scorer"] == "alignment":
+            self.name, self.score_shard, self.facts = _alignment(settings["alignment"], runtime, samples)
         else:
-            self.name, self.score_shard, self.facts = _scorer(recipe, kind, replica)
+            self.name, self.score_shard, self.facts = _scorer(settings, runtime, replica)
 
-    def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[Finished]:
+    def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[ShardResult]:
         """Shard by shard, each the mirror of a shard of completions."""
         for index in indices:
             rows = read_arrow(shard_path(self.samples, index), COLUMNS)
@@ -96,24 +97,24 @@ class ScoreWorker:
             table, dropped = tabulate([group for _, group in groups], scored, self.name)
             advance(rows.num_rows)
             counts = {"completion": rows.num_rows}
-            yield Finished(index, table, dropped, counts, {"completions": rows.num_rows})
+            yield ShardResult(index, table, dropped, counts, {"completions": rows.num_rows})
 
 
 def score_references(work: Work) -> None:
     """Write the scores of the prompts' gold completions by the reward model, under the sample_id -1."""
     sizes = [shard.rows for shard in shards(work.inputs["prompts"])]
-    recipe = work.recipe.model_copy(update={"runtime": work.runtime})
-    compute(work, partial(ReferenceWorker, recipe, work.inputs["prompts"]), sizes, "prompt", role="score")
+    worker = partial(ReferenceWorker, work.settings["reward"], work.runtime, work.inputs["prompts"])
+    compute(work, worker, sizes, "prompt", role="score")
 
 
 class ReferenceWorker:
     """Scores gold completions, a shard per shard of prompts; a prompt without one goes to the ledger."""
 
-    def __init__(self, recipe: Recipe, prompts: Path, replica: int) -> None:
-        self.prompts, self.name = prompts, recipe.reward.model
-        self.score_shard, self.facts = _reward(recipe, replica)
+    def __init__(self, reward: Reward, runtime: Runtime, prompts: Path, replica: int) -> None:
+        self.prompts, self.name = prompts, reward.model
+        self.score_shard, self.facts = _reward(reward, runtime, replica)
 
-    def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[Finished]:
+    def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[ShardResult]:
         """Shard by shard."""
         for index in indices:
             columns = ["prompt_id", "language", "messages", "reference"]
@@ -132,7 +133,7 @@ class ReferenceWorker:
             # a gold completion that is too long leaves its prompt without one
             drops = [("prompt", *row[1:]) for row in zip(*dropped.to_pydict().values(), strict=True)]
             advance(len(prompts))
-            yield Finished(index, table, ledger([*without, *drops]), {"prompt": len(prompts)})
+            yield ShardResult(index, table, ledger([*without, *drops]), {"prompt": len(prompts)})
 
 
 def tabulate(
@@ -170,16 +171,17 @@ def _groups(
     return [(prompts[key], rows) for key, rows in grouped.items()]
 
 
-def _scorer(recipe: Recipe, kind: str, replica: int) -> tuple[str, ScoreShard, dict[str, Any]]:
+def _scorer(settings: Settings, runtime: Runtime, replica: int) -> tuple[str, ScoreShard, dict[str, Any]]:
     """The scorer's name in the table, the function that scores a shard, and what `stage.json` records."""
+    kind = settings["scorer"]
     if kind == "reward":
-        return recipe.reward.model, *_reward(recipe, replica)
+        return settings["reward"].model, *_reward(settings["reward"], runtime, replica)
     if kind in ("likelihood", "likelihood-sum"):
-        own, tokenizer = open_likelihood(recipe, mean=kind == "likelihood")
-        instructions = recipe.policy.instruction
+        policy = settings["policy"]
+        own, tokenizer = open_likelihood(policy, runtime, mean=kind == "likelihood")
         return (
-            f"{kind} of {recipe.policy.model}",
-            lambda groups: score_likelihood(own, tokenizer, groups, instructions),
+            f"{kind} of {policy.model}",
+            lambda groups: score_likelihood(own, tokenizer, groups, policy.instruction),
             own.facts,
         )
     if kind == "verified":
@@ -188,21 +190,22 @@ def _scorer(recipe: Recipe, kind: str, replica: int) -> tuple[str, ScoreShard, d
             lambda groups: [[verified_score(row) for row in rows] for _, rows in groups],
             {},
         )
-    seed = recipe.run.seed
+    seed = settings["seed"]
     return "random", lambda groups: [[random_score(seed, row) for row in rows] for _, rows in groups], {}
 
 
 def _implicit(
-    recipe: Recipe,
-    settings: Mapping[str, Any],
+    settings: Settings,
+    runtime: Runtime,
     adapter: Path | None,
     prompts: Mapping[tuple[str, str], Messages],
 ) -> tuple[str, ScoreShard, dict[str, Any]]:
     from croco.stages.score.implicit import score_implicit
 
-    dpo, tokenizer = open_likelihood(recipe, False, adapter)
-    before, _ = open_likelihood(recipe, False)
-    name = f"implicit reward of {recipe.policy.model}"
+    policy = settings["policy"]
+    dpo, tokenizer = open_likelihood(policy, runtime, False, adapter)
+    before, _ = open_likelihood(policy, runtime, False)
+    name = f"implicit reward of {policy.model}"
     instruction = settings["instruction"]
     return (
         name,
@@ -211,12 +214,10 @@ def _implicit(
     )
 
 
-def _alignment(recipe: Recipe, samples: Path) -> tuple[str, ScoreShard, dict[str, Any]]:
+def _alignment(section: Alignment, runtime: Runtime, samples: Path) -> tuple[str, ScoreShard, dict[str, Any]]:
     from croco.models.loading import load_translator
     from croco.stages.score.alignment import Translator, english_completions, score_alignment
 
-    section, runtime = recipe.alignment, recipe.runtime
-    assert section is not None  # the recipe's checks saw to it
     model, tokenizer = load_translator(
         section.model, section.revision, section.dtype, runtime.device, section.trust_remote_code
     )
@@ -247,9 +248,9 @@ def random_score(seed: int, row: Completion) -> float:
     return NormalDist().inv_cdf(min(max(uniform, 2**-60), 1 - 2**-53))
 
 
-def _reward(recipe: Recipe, replica: int) -> tuple[ScoreShard, dict[str, Any]]:
-    scorer, tokenizer = open_scorer(recipe, replica)
-    limit = recipe.reward.max_tokens
+def _reward(reward: Reward, runtime: Runtime, replica: int) -> tuple[ScoreShard, dict[str, Any]]:
+    scorer, tokenizer = open_scorer(reward, runtime, replica)
+    limit = reward.max_tokens
     return lambda groups: score_conversations(scorer, tokenizer, groups, limit), scorer.facts
 
 

@@ -15,7 +15,7 @@ import polars as pl
 
 from croco.config.recipe import Recipe
 from croco.stages.evaluate.results import BASE, GROUPS, headline
-from croco.storage import provenance, shards
+from croco.storage import provenance, records, shards
 from croco.storage.hashing import HUB_ID, local_model, model_identity
 
 Rows = Sequence[tuple[str, str]]
@@ -126,9 +126,9 @@ def lineage(recipe: Recipe, arm: str) -> Rows:
     rows = []
     for name in LINEAGE:
         for folder in (recipe.folder / name, recipe.folder / name / arm):
-            if shards.state(folder) == "complete":
+            if records.state(folder) == "complete":
                 title = folder.relative_to(recipe.folder).as_posix()
-                rows.append((title, _counted(shards.read_record(folder))))
+                rows.append((title, _counted(records.read_record(folder))))
     return rows
 
 
@@ -144,7 +144,7 @@ def _counted(record: Mapping[str, Any]) -> str:
 
 def results_rows(folder: Path, arm: str) -> list[list[str]]:
     """What the arm reached beside the untuned policy, per benchmark, group and temperature; empty without results."""
-    if shards.state(folder) != "complete":
+    if records.state(folder) != "complete":
         return []
     table = shards.read_table(folder).filter(pl.col("language").is_in(GROUPS))
     key = ["benchmark", "language", "metric", "temperature"]

@@ -19,6 +19,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from croco.config.load import load
 from croco.errors import UserError
 from croco.models.lora import apply_lora, continue_lora
 from croco.pipeline.progress import Progress
@@ -43,7 +44,7 @@ from croco.stages.train.setup import (
 )
 from croco.stages.train.trackers import check_trackers, tensorboard_in
 from croco.stages.train.trainer import PairTrainer, training_arguments
-from croco.storage import shards
+from croco.storage import files, shards
 from croco.storage.schemas import DROPPED
 
 CHECKED_PAIRS = 4  # pairs of the first step on which shared rows are proven
@@ -214,15 +215,16 @@ def train(work: Work) -> None:
     from croco.stages.train.launch import Job, tune
 
     job = Job(
-        recipe=work.recipe.model_copy(update={"runtime": work.runtime}),
+        policy=work.settings["policy"],
+        runtime=work.runtime,
         settings=work.settings["training"],
         folder=work.folder,
         pairs=work.inputs["pair"],
         title=work.title,
-        seed=work.seed,
+        seed=work.settings["seed"],
         start=work.inputs["train"] / "adapter" if "train" in work.inputs else None,
         reference=work.settings.get("reference", "base"),
-        reference_folder=work.recipe.folder / "reference",  # of every arm
+        reference_folder=work.folder.parents[1] / "reference",  # of every arm
     )
     with ExitStack() as stack:
         bars: list[Progress] = []
@@ -241,8 +243,11 @@ def train(work: Work) -> None:
     facts = {name: value for name, value in vars(result).items() if name not in ("adapter", "dropped")}
     facts["seconds"] = round(result.seconds, 1)
     if work.arm and result.adapter.name == "adapter":
-        card = policy_card(work.recipe, work.arm, work.settings["training"], facts, "unknown", library="peft")
-        shards.write_text(result.adapter / "README.md", card)
+        run = work.folder.parents[1]
+        # like the report, the card changes nothing and reads what the run's folder says of itself
+        recipe = load(run / "recipe.json", [f'run.folder="{run}"'])
+        card = policy_card(recipe, work.arm, work.settings["training"], facts, "unknown", library="peft")
+        files.write_text(result.adapter / "README.md", card)
     work.record(**facts)
     if result.stopped:
         line = f"{work.title}: {result.stopped}; the run goes on with the checkpoint of step {result.adapter_step}"
@@ -252,7 +257,7 @@ def train(work: Work) -> None:
 def _run(trainer: PairTrainer, checkpoint: Path | None) -> str | None:
     """Train to the end, or until the sentinel stops it: then why."""
     try:
-        with shards.writing(Path(str(trainer.args.output_dir))):
+        with files.writing(Path(str(trainer.args.output_dir))):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except Stopped as stop:
         trainer.control = trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)

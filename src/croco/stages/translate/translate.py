@@ -19,12 +19,13 @@ from typing import Any
 import pyarrow as pa
 
 from croco.config.models import Translate
-from croco.config.recipe import Recipe
+from croco.config.runtime import Runtime
 from croco.models.chat_template import request
 from croco.models.open import open_sampler
 from croco.models.protocols import Decoding, Sampled
-from croco.pipeline.compute import Advance, Finished, compute
+from croco.pipeline.compute import compute
 from croco.pipeline.stage import Work
+from croco.pipeline.workers import Advance, ShardResult
 from croco.stages.translate.checks import fault
 from croco.stages.translate.formats import FORMATS
 from croco.stages.translate.protect import pieces
@@ -43,24 +44,25 @@ def translate(work: Work) -> None:
     languages, size = tuple(work.settings["languages"]), work.runtime.shard_prompts
     rows = len(languages) * read_table(prompts, ["prompt_id"]).height
     sizes = [min(size, rows - start) for start in range(0, rows, size)]
-    recipe = work.recipe.model_copy(update={"runtime": work.runtime})
-    compute(work, partial(TranslateWorker, recipe, prompts, languages), sizes, "prompt", role="translate")
+    worker = partial(TranslateWorker, work.settings["model"], work.runtime, prompts, languages)
+    compute(work, worker, sizes, "prompt", role="translate")
 
 
 class TranslateWorker:
     """Translates shards of `runtime.shard_prompts` rows: prompts in the order of their ids, each in all languages."""
 
-    def __init__(self, recipe: Recipe, prompts: Path, languages: Sequence[str], replica: int) -> None:
-        assert recipe.translate is not None
-        self.settings, self.languages = recipe.translate, languages
+    def __init__(
+        self, settings: Translate, runtime: Runtime, prompts: Path, languages: Sequence[str], replica: int
+    ) -> None:
+        self.settings, self.languages = settings, languages
         found = read_table(prompts).sort("prompt_id").to_dicts()
         rows = [(prompt, language) for prompt in found for language in languages]
-        size = recipe.runtime.shard_prompts
+        size = runtime.shard_prompts
         self.shard = lambda index: rows[index * size : (index + 1) * size]
-        self.sampler, self.tokenizer = open_sampler("translate", recipe, recipe.run.seed, replica)
+        self.sampler, self.tokenizer = open_sampler("translate", settings, runtime, 0, replica)
         self.facts = self.sampler.facts
 
-    def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[Finished]:
+    def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[ShardResult]:
         """Several shards in one stream, each when the last of its texts is there."""
         shards: dict[int, list[Row]] = {index: self.shard(index) for index in indices}
         waiting: dict[Text, list[int]] = {}
@@ -107,10 +109,10 @@ class TranslateWorker:
 
     def _finish(
         self, index: int, rows: Sequence[Row], there: Mapping[Text, Translated], tokens: int, advance: Advance
-    ) -> Finished:
+    ) -> ShardResult:
         table, dropped = tabulate(rows, there, self.settings, self.languages)
         advance(len(rows))
-        return Finished(index, table, dropped, {"prompt": len(rows)}, {"tokens": tokens})
+        return ShardResult(index, table, dropped, {"prompt": len(rows)}, {"tokens": tokens})
 
 
 def _read(tokenizer: Any, one: Sampled | str) -> Translated:
