@@ -210,16 +210,7 @@ def _num_prompts(section: Prompts | Evaluation | Arena, key: str, languages: tup
     assert section.source is not None
     if section.source.startswith("hf:"):
         return None if section.limit is None else section.limit * len(languages)
-    loaded = prompts_load.load(
-        section.source,
-        split=section.split,
-        revision=section.revision,
-        languages=languages,
-        limit=section.limit,
-        id_column=section.id_column,
-        language_column=section.language_column,
-        key=key,
-    )
+    loaded = prompts_load.load(section, key, languages, section.limit)
     return int(loaded.prompts.num_rows)
 
 

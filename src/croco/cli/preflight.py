@@ -63,15 +63,8 @@ def _prompts(recipe: Recipe) -> list[Prompt]:
 
     section = recipe.prompts
     hub = section.source.startswith("hf:")
-    return load(
-        section.source,
-        split=section.split,
-        revision=section.revision,
-        languages=recipe.prompts_languages,
-        limit=section.limit or (LENGTHS if hub else None),
-        id_column=section.id_column,
-        language_column=section.language_column,
-    ).prompts.to_pylist()
+    limit = section.limit or (LENGTHS if hub else None)
+    return load(section, "prompts", recipe.prompts_languages, limit).prompts.to_pylist()
 
 
 def _engines(recipe: Recipe) -> Iterator[str]:

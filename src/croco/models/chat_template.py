@@ -178,8 +178,10 @@ def _apply(tokenizer: Any, conversations: Sequence[list[dict[str, str]]], opened
     return render(tokenizer.get_chat_template(), conversations, opened, tokenizer.special_tokens_map)
 
 
-def _broken(tokenizer: Any, text: str) -> str:
-    """A text with a mark within the name of every special token that it holds."""
+def _broken(tokenizer: Any, text: Any) -> Any:
+    """A text with a mark within the name of every special token that it holds; some templates want it in parts."""
+    if not isinstance(text, str):
+        return [part | {"text": _broken(tokenizer, part["text"])} for part in text]
     text = text.replace(MARK, "")
     names = _special_names(tokenizer, str(tokenizer.chat_template))
     while names is not None and names.search(text):
