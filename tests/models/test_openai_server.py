@@ -16,7 +16,8 @@ import pytest
 
 from conftest import TinyModels, write_prompts, write_recipe
 from croco.cli import preflight
-from croco.config.recipe import Recipe, load
+from croco.config.load import load
+from croco.config.recipe import Recipe
 from croco.errors import UserError
 from croco.models.open import open_judge, open_sampler, open_scorer
 from croco.models.protocols import JudgeRequest, ScoreRequest

@@ -8,7 +8,8 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 from pydantic import BaseModel
 
-from croco.config.recipe import Recipe, from_dict
+from croco.config.load import from_dict
+from croco.config.recipe import Recipe
 from croco.errors import UserError
 from croco.pipeline import node as node_module
 from croco.pipeline.graph import nodes

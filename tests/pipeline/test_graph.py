@@ -10,8 +10,8 @@ import polars as pl
 import pytest
 
 from conftest import TinyModels
-from croco.config.arms import languages_of
-from croco.config.recipe import Recipe, from_dict, merged
+from croco.config.load import from_dict, merged
+from croco.config.recipe import Recipe
 from croco.errors import UserError
 from croco.pipeline import run as pipeline
 from croco.storage import files, shards
@@ -139,7 +139,7 @@ def test_pairs_are_of_the_arms_languages_completions_and_prompts(study: Recipe) 
     for name, arm in study.arms.items():
         pairs = table(study, f"pair/{name}")
         assert pairs.height, name
-        assert set(pairs["language"]) <= set(languages_of(study, arm))
+        assert set(pairs["language"]) <= set(study.languages_of(arm))
         if arm.completions:
             assert pairs["chosen_sample_id"].max() < arm.completions
             assert pairs["rejected_sample_id"].drop_nulls().max() < arm.completions

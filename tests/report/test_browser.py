@@ -264,5 +264,32 @@ def test_two_runs_beside_each_other_open_without_a_word(chromium, tmp_path, size
     for name in ("second", "first", "second minus first"):
         views.get_by_label(name, exact=True).check()
         assert views.locator(".view:visible").count() == 1
+    opened.page.wait_for_selector(".option")
+    assert count(opened) == "32 of 32 rows"  # the pairs of both runs
+    opened.page.select_option("#filter-arm", "second: multilingual")
+    assert count(opened) == "2 of 32 rows"
     assert opened.errors == []
+    opened.close()
+
+
+def test_the_funnel_says_why_on_a_phone(chromium, file):
+    opened = Opened(chromium, file, PHONE)
+    reason = opened.page.locator("#funnel li", has_text="cut at the token limit").first
+    box = reason.bounding_box()
+    assert box["x"] >= 0
+    assert box["x"] + box["width"] <= PHONE[0]
+    opened.close()
+
+
+@pytest.mark.parametrize("size", [PHONE, DESKTOP])
+def test_no_table_is_cut_off_without_a_way_to_scroll(chromium, file, size):
+    """Whatever is wider than the screen lies in a box that scrolls (the judge's table did not)."""
+    opened = Opened(chromium, file, size)
+    cut = opened.page.evaluate(
+        """() => [...document.querySelectorAll("table")].filter((table) => {
+          const box = table.closest(".scroll") || table.parentElement;
+          return table.scrollWidth > box.clientWidth + 4 && getComputedStyle(box).overflowX !== "auto";
+        }).map((table) => table.outerHTML.slice(0, 90))"""
+    )
+    assert cut == []
     opened.close()

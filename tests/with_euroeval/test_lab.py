@@ -14,7 +14,7 @@ import polars as pl
 import psutil
 import pytest
 
-from croco.config.recipe import load
+from croco.config.load import load
 from croco.models import vllm_server
 from croco.storage.files import read_json
 from croco.storage.hashing import folder_identity

@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-vllm")
 
 from conftest import TinyModels, write_prompts, write_recipe
-from croco.config.recipe import load
+from croco.config.load import load
 from croco.models.chat_template import conversation_ids, prompt_ids
 from croco.models.loading import load_policy, load_reward
 from croco.models.protocols import Decoding, Request

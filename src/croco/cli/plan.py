@@ -10,10 +10,9 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from croco.config.arena import Arena
-from croco.config.arms import languages_of
-from croco.config.euroeval import EuroEval
+from croco.config.evaluation import Arena, EuroEval
 from croco.config.recipe import Evaluation, Prompts, Recipe
+from croco.models.open import engines
 from croco.pipeline import arms, graph, run
 from croco.pipeline.compute import described
 from croco.pipeline.node import Node
@@ -41,6 +40,7 @@ def describe(recipe: Recipe, until: str | None = None) -> Iterator[str]:
         yield f"  {node.title:<28} {_standing(node, status)}"
         for change in status.changes:
             yield f"      {change}"
+    yield from (f"engines: {line}" for line in engines(recipe.runtime))
     yield f"workers: {described(recipe.runtime)}"
     yield from cost(recipe, rates(recipe), until)
 
@@ -156,7 +156,7 @@ def _trained(recipe: Recipe, tuning: int) -> str:
     """What all arms are tuned on at most: a pair per pool, or as many as the arm asks for."""
     total = 0
     for arm in recipe.arms.values():
-        languages = len(languages_of(recipe, arm))
+        languages = len(recipe.languages_of(arm))
         pools = {"language": languages, "all": 1}[arm.pool] if isinstance(arm.pool, str) else len(arm.pool)
         prompts = tuning // len(recipe.run.languages) // (arm.part[1] if arm.part else 1)
         shown = languages if arm.prompt == "each" and arm.pool == "all" else 1
@@ -210,16 +210,7 @@ def _num_prompts(section: Prompts | Evaluation | Arena, key: str, languages: tup
     assert section.source is not None
     if section.source.startswith("hf:"):
         return None if section.limit is None else section.limit * len(languages)
-    loaded = prompts_load.load(
-        section.source,
-        split=section.split,
-        revision=section.revision,
-        languages=languages,
-        limit=section.limit,
-        id_column=section.id_column,
-        language_column=section.language_column,
-        key=key,
-    )
+    loaded = prompts_load.load(section, key, languages, section.limit)
     return int(loaded.prompts.num_rows)
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from rich.console import Console, RenderableType
 
-from croco.config.recipe import Recipe, load
+from croco.config.load import load
+from croco.config.recipe import Recipe
 from croco.errors import UserError
 from croco.report.load_run import read_recipe, read_stages, steps_of
 from croco.report.render import terminal

@@ -12,7 +12,8 @@ from typing import Any
 
 import polars as pl
 
-from croco.config.recipe import Recipe, load
+from croco.config.load import load
+from croco.config.recipe import Recipe
 from croco.errors import UserError
 from croco.pipeline.arms import scores_of as scores_read_by
 from croco.pipeline.graph import STAGES

@@ -304,7 +304,7 @@ def sentence(board: Board, arm: str, to_best: bool = False) -> str:
             continue
         verdicts = {verdict(difference) for difference in differences.values()}
         resolved = verdicts - {"not resolved"} or verdicts
-        kind = "mixed" if len(resolved) > 1 else resolved.pop()
+        kind = "mixed" if len(resolved) > 1 else next(iter(resolved))
         words = [
             f"{board.change.text(d.value)} {_at(t)}"
             + (", not resolved" if len(verdicts) > 1 and verdict(d) == "not resolved" else "")

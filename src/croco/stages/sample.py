@@ -23,7 +23,7 @@ from croco.config.runtime import Runtime
 from croco.errors import Refused, UserError
 from croco.models.chat_template import prompt_ids, request, same_ids
 from croco.models.open import open_sampler
-from croco.models.protocols import Decoding, Request, Sampled, Sampler
+from croco.models.protocols import Completion, Decoding, Request, Sampler
 from croco.pipeline.compute import compute
 from croco.pipeline.node import Settings
 from croco.pipeline.stage import Work
@@ -136,7 +136,7 @@ def sample_shards(
     """
     requests: list[Request] = []
     owner: list[tuple[int, int]] = []  # of a request: its shard and its place there
-    found: dict[int, dict[int, Sequence[Sampled | str]]] = {index: {} for index in shards}
+    found: dict[int, dict[int, Sequence[Completion | str]]] = {index: {} for index in shards}
     drops: dict[int, list[tuple[str, str, str, int | None, str]]] = {index: [] for index in shards}
     left = {index: len(rows) for index, rows in shards.items()}
     prompt_tokens: dict[int, dict[int, int | None]] = {index: {} for index in shards}
@@ -214,7 +214,7 @@ def _request(
 def _table(
     tokenizer: Any,
     rows: Sequence[Prompt],
-    found: Mapping[int, Sequence[Sampled | str]],
+    found: Mapping[int, Sequence[Completion | str]],
     prompt_tokens: Mapping[int, int | None],
     policy: str,
 ) -> pa.Table:

@@ -14,8 +14,8 @@ import pytest
 
 from conftest import TinyModels, write_recipe
 from croco.cli import preflight
-from croco.config.euroeval import VERSION
-from croco.config.recipe import load
+from croco.config.evaluation import VERSION
+from croco.config.load import load
 from croco.errors import UserError
 from croco.pipeline import run as pipeline
 from croco.report.exports import results_markdown

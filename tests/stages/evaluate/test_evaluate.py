@@ -4,7 +4,8 @@ import polars as pl
 import pytest
 import torch
 
-from croco.config.recipe import Recipe, from_dict
+from croco.config.load import from_dict
+from croco.config.recipe import Recipe
 from croco.errors import UserError
 from croco.lab import world
 from croco.models.chat_template import conversation_ids

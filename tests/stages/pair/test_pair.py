@@ -5,7 +5,7 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
-from croco.config.recipe import from_dict
+from croco.config.load import from_dict
 from croco.errors import UserError
 from croco.pipeline.fingerprint import pair_settings
 from croco.pipeline.stage import Work

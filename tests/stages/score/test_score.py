@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from conftest import TinyModels, write_recipe
-from croco.config.recipe import load
+from croco.config.load import load
 from croco.errors import UserError
 from croco.models.chat_template import conversation_ids, prompt_ids
 from croco.models.loading import load_policy, load_reward

@@ -21,7 +21,7 @@ import killed
 import tiny
 from conftest import TinyModels
 from croco.cli.main import app
-from croco.config.recipe import load
+from croco.config.load import load
 from croco.errors import UserError
 from croco.models.chat_template import prompt_ids
 from croco.models.open import open_sampler
@@ -127,7 +127,7 @@ def write(path: Path, prompts: dict[str, list[tuple[str, str]]]) -> Path:
 def write_recipe(folder: Path, models: TinyModels, translator: Path, run: str = "run") -> Path:
     tuning, test = (
         write(folder / "prompts.jsonl", PROMPTS),
-        write(folder / "test.jsonl", {"t": PROMPTS["turns"]}),
+        write(folder / "test.jsonl", {"t": PROMPTS["turns"][1:]}),
     )
     path = folder / f"{run}.toml"
     path.write_text(RECIPE.format(**locals()), encoding="utf-8")

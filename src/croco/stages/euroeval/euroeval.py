@@ -20,7 +20,7 @@ from typing import IO, Any
 
 import pyarrow as pa
 
-from croco.config.euroeval import VERSION
+from croco.config.evaluation import VERSION
 from croco.config.recipe import Recipe
 from croco.config.runtime import EuroEvalRuntime
 from croco.errors import UserError

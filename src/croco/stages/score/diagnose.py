@@ -20,15 +20,16 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from croco import languages
-from croco.config.recipe import NO_PROMPTS, Recipe, apply_override, from_dict
+from croco.config.load import NO_PROMPTS, apply_override, from_dict
+from croco.config.recipe import Recipe
 from croco.errors import UserError
 from croco.models import open
 from croco.pipeline.progress import progress
 from croco.stages.prompts.columns import FileRow, Unusable
-from croco.stages.prompts.files import file_rows
 from croco.stages.score.diagnose_metrics import Row, agreement, rank
 from croco.stages.score.diagnose_page import markdown
 from croco.storage import files, provenance, shards
+from croco.storage.rows import file_rows
 from croco.storage.schemas import DROPPED, ledger
 
 FILES = ("pairs.parquet", "ranking.parquet", "dropped.parquet", "ranking.md", "diagnosis.json")

@@ -19,7 +19,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from croco.config.recipe import load
+from croco.config.load import load
 from croco.errors import UserError
 from croco.models.lora import apply_lora, continue_lora
 from croco.pipeline.progress import Progress
