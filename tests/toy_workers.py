@@ -12,8 +12,9 @@ from pathlib import Path
 import pyarrow as pa
 
 from croco.errors import UserError
-from croco.pipeline.compute import Advance, Finished, compute
+from croco.pipeline.compute import compute
 from croco.pipeline.stage import Work
+from croco.pipeline.workers import Advance, ShardResult
 from croco.storage.schemas import COMPLETIONS, ledger
 from toy_stages import completion
 
@@ -36,7 +37,7 @@ class ToyWorker:
         self.log, self.mishap = log, mishap
         self.facts = {"engine": "toy", "number": number, "threads": os.environ.get("OMP_NUM_THREADS")}
 
-    def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[Finished]:
+    def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[ShardResult]:
         """In reverse, as an engine that finishes out of order would."""
         for index in reversed(indices):
             with (self.log / f"{index}").open("a") as file:
@@ -46,7 +47,7 @@ class ToyWorker:
             advance(2)
             table = pa.Table.from_pylist([completion(str(index))], schema=COMPLETIONS.schema)
             dropped = ledger([("completion", str(index), "en", 1, "odd")])
-            yield Finished(index, table, dropped, {"completion": 2}, {"tokens": index})
+            yield ShardResult(index, table, dropped, {"completion": 2}, {"tokens": index})
 
     def meet(self) -> None:
         been = self.log / "been"

@@ -16,8 +16,8 @@ from conftest import TinyModels, write_recipe
 from croco.cli.app import one_sentence
 from croco.cli.main import STAGE_COMMANDS, app
 from croco.config import recipe
-from croco.pipeline import run, status
-from croco.pipeline.stage import Node
+from croco.pipeline import graph, run, status
+from croco.pipeline.node import Node
 
 HEAVY = ("torch", "transformers", "polars", "pyarrow", "numpy", "pandas", "datasets", "babel")
 
@@ -44,8 +44,8 @@ def test_help_is_quick_and_loads_nothing_heavy() -> None:
 
 
 def test_a_command_per_stage_and_a_function_behind_each() -> None:
-    assert [stage.name for stage in run.STAGES] == [*STAGE_COMMANDS, "report"]
-    for stage in run.STAGES:
+    assert [stage.name for stage in graph.STAGES] == [*STAGE_COMMANDS, "report"]
+    for stage in graph.STAGES:
         module, _, name = stage.function.partition(":")
         assert callable(getattr(import_module(module), name))
 
@@ -53,7 +53,7 @@ def test_a_command_per_stage_and_a_function_behind_each() -> None:
 def test_the_order_can_be_run_and_arms_share_what_they_have_in_common(
     tmp_path: Path, tiny_models: TinyModels
 ) -> None:
-    nodes = run.nodes(recipe.load(write_recipe(tmp_path, tiny_models)))
+    nodes = graph.nodes(recipe.load(write_recipe(tmp_path, tiny_models)))
     titles = [node.title for node in nodes]
     for node in nodes:
         assert all(titles.index(before.title) < titles.index(node.title) for before in node.inputs.values())
@@ -78,8 +78,8 @@ def test_what_enters_a_fingerprint_and_what_does_not(tmp_path: Path, tiny_models
     path = write_recipe(tmp_path, tiny_models)
 
     def changed(*overrides: str) -> set[str]:
-        before = {node.title: node.fingerprint for node in run.nodes(recipe.load(path))}
-        after = {node.title: node.fingerprint for node in run.nodes(recipe.load(path, list(overrides)))}
+        before = {node.title: node.fingerprint for node in graph.nodes(recipe.load(path))}
+        after = {node.title: node.fingerprint for node in graph.nodes(recipe.load(path, list(overrides)))}
         return {title for title in before if before[title] != after.get(title)}
 
     assert (
@@ -127,6 +127,20 @@ def test_plan_says_what_would_run_and_what_it_may_cost(tmp_path: Path, tiny_mode
     found = CliRunner().invoke(app, ["plan", str(path), "--set", "prompts.limit=3"])
     assert "stale, would need --rebuild" in found.output
     assert "limit: None → 3" in found.output
+
+
+def test_a_trial_is_on_the_first_prompts_in_a_folder_of_its_own(
+    tmp_path: Path, tiny_models: TinyModels
+) -> None:
+    path = str(write_recipe(tmp_path, tiny_models))
+    found = CliRunner().invoke(app, ["run", path, "--limit", "3", "--until", "prompts"])
+    assert found.exit_code == 0
+    assert "6 prompts" in found.output
+    assert [folder.name for folder in tmp_path.iterdir() if folder.is_dir()] == ["run-limit-3"]
+    found = CliRunner().invoke(app, ["plan", path, "--limit", "3", "--set", "evaluation.limit=2"])
+    assert "6 prompts in 2 languages × 12" in found.output
+    assert "4 prompts in 2 languages, 2 arms" in found.output
+    assert CliRunner().invoke(app, ["run", path, "--limit", "0"]).exit_code == 2
 
 
 def test_stages_one_by_one_then_stale_then_rebuilt(tmp_path: Path, tiny_models: TinyModels) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from croco.config.recipe import from_dict
+from croco.config.load import from_dict
 from croco.config.runtime import Vllm
 from croco.errors import UserError
 from croco.models import vllm_server

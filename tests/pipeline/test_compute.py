@@ -13,8 +13,9 @@ import pytest
 from croco.config.runtime import Runtime
 from croco.errors import UserError
 from croco.pipeline import stage
-from croco.pipeline.compute import gpu_shares, groups
-from croco.pipeline.stage import Node, Stage
+from croco.pipeline.compute import gpu_shares
+from croco.pipeline.node import Node, Stage
+from croco.pipeline.workers import groups
 from croco.storage import shards
 from toy_workers import NUM_SHARDS, UNLUCKY
 

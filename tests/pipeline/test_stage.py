@@ -12,8 +12,8 @@ from croco.config.runtime import Runtime
 from croco.errors import StaleStage, UserError
 from croco.pipeline import run, stage
 from croco.pipeline import status as standing
-from croco.pipeline.stage import Node, Stage
-from croco.storage import shards
+from croco.pipeline.node import Node, Stage
+from croco.storage import files, records, shards
 
 
 def runtime(shard_prompts: int = 4) -> Runtime:
@@ -27,7 +27,7 @@ def toy(name: str, table: str, version: int = 1) -> Stage:
         function=f"toy_stages:{name}",
         table=table,
         settings=lambda recipe, arm: {},
-        follows=lambda recipe, arm: [],
+        inputs=lambda recipe, arm: [],
     )
 
 
@@ -67,9 +67,9 @@ def test_an_unfinished_stage_redoes_only_what_is_missing(tmp_path: Path) -> None
     toy_stages.FAIL_AT.add(1)
     with pytest.raises(RuntimeError, match="power"):
         stage.execute(node, runtime())
-    assert standing.status(node).kind == "unfinished"
+    assert standing.status_of(node).kind == "unfinished"
     # what a kill leaves behind: a temporary file, and a shard and a ledger whose marker was never written
-    (node.folder / f"{shards.TEMPORARY}123-part-00001.parquet").write_bytes(b"half")
+    (node.folder / f"{files.TEMPORARY}123-part-00001.parquet").write_bytes(b"half")
     shards.shard_path(node.folder, 2).write_bytes(b"half")
     shards.ledger_path(node.folder, 2).write_bytes(b"half")
     (node.folder / "scratch").mkdir()
@@ -99,7 +99,7 @@ def test_a_kill_while_the_scratch_goes_leaves_a_complete_stage(
         patched.setattr(stage, "remove_scratch", killed)
         with pytest.raises(KeyboardInterrupt):
             stage.execute(node, runtime())
-    assert standing.status(node).kind == "complete"
+    assert standing.status_of(node).kind == "complete"
     assert (node.folder / "scratch").exists()
     said: list[str] = []
     run.run_node(node, runtime(), said.append)
@@ -114,7 +114,7 @@ def test_drift_stops_and_names_what_changed_and_through_which_input(tmp_path: Pa
     changed = numbered(tmp_path, count=12, version=2)
     with pytest.raises(StaleStage, match=r"count: 10 → 12.*version: 1 → 2"):
         stage.execute(changed, runtime())
-    (change,) = standing.status(even(tmp_path, changed)).changes
+    (change,) = standing.status_of(even(tmp_path, changed)).changes
     assert change == f"its input numbered: {first.fingerprint} → {changed.fingerprint}"
     assert shards.read_table(tmp_path / "numbered").height == 10
 
@@ -122,12 +122,12 @@ def test_drift_stops_and_names_what_changed_and_through_which_input(tmp_path: Pa
 def test_runtime_and_libraries_are_no_part_of_the_fingerprint(tmp_path: Path) -> None:
     node = numbered(tmp_path)
     stage.execute(node, runtime(shard_prompts=4))
-    found = shards.read_json(node.folder / "stage.json")
+    found = files.read_json(node.folder / "stage.json")
     assert "transformers" in found["libraries"]
     assert found["facts"] == {"device": "none"}
     found["libraries"]["transformers"] = "1.0"
-    shards.write_json(node.folder / "stage.json", found)
-    assert standing.status(node).kind == "complete"
+    files.write_json(node.folder / "stage.json", found)
+    assert standing.status_of(node).kind == "complete"
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "marker"])
@@ -141,7 +141,7 @@ def test_damage_to_a_complete_stage_is_found(tmp_path: Path, damage: str) -> Non
         path.unlink()
     else:
         shards.marker_path(node.folder, 1).unlink()
-    status = standing.status(node)
+    status = standing.status_of(node)
     assert status.kind == "damaged"
     assert str(node.folder) in status.changes[0]
 
@@ -149,9 +149,9 @@ def test_damage_to_a_complete_stage_is_found(tmp_path: Path, damage: str) -> Non
 def test_a_file_that_a_stage_without_a_table_made_is_missed(tmp_path: Path) -> None:
     node = Node(replace(toy("page", ""), makes=("page.html",)), None, tmp_path / "page", {}, {})
     assert stage.execute(node, runtime())["files"] == {"page.html": 2}
-    assert standing.status(node).kind == "complete"
+    assert standing.status_of(node).kind == "complete"
     (node.folder / "page.html").unlink()
-    assert standing.status(node).changes == (f"{node.folder / 'page.html'} is missing, expected 2 bytes",)
+    assert standing.status_of(node).changes == (f"{node.folder / 'page.html'} is missing, expected 2 bytes",)
 
 
 def test_a_row_lost_in_silence_stops_the_stage(tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_a_stage_that_returns_early_is_not_complete(tmp_path: Path) -> None:
     node = Node(toy("unfinished", "completions"), None, tmp_path / "x", {}, {})
     with pytest.raises(UserError, match="1 finished shards, expected 2"):
         stage.execute(node, runtime())
-    assert standing.status(node).kind == "unfinished"
+    assert standing.status_of(node).kind == "unfinished"
 
 
 def test_an_input_must_be_accounted_for_in_full(tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_an_input_must_be_accounted_for_in_full(tmp_path: Path) -> None:
     node = Node(reader, None, tmp_path / "reader", {}, {"numbered": first})
     with pytest.raises(ValueError, match="read 5 prompts of numbered's 10"):
         stage.execute(node, runtime())
-    assert standing.status(node).kind == "unfinished"
+    assert standing.status_of(node).kind == "unfinished"
 
 
 def test_a_removal_takes_what_the_stage_made_and_nothing_else(tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_a_removal_takes_what_the_stage_made_and_nothing_else(tmp_path: Path) ->
     (node.folder / "notes.txt").write_text("mine")
     (node.folder / "keep").mkdir()
     (node.folder / "keep" / "part-00000.parquet").write_text("mine")
-    shards.write_json(node.folder / "arm" / "stage.json", {})
+    files.write_json(node.folder / "arm" / "stage.json", {})
     (node.folder / "scratch").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere").mkdir()
     standing.clear(node)
@@ -208,11 +208,11 @@ def test_a_folder_of_somebody_else_is_refused_and_left_alone(tmp_path: Path, nam
 def test_a_removal_that_was_cut_short_is_a_missing_stage(tmp_path: Path) -> None:
     node = numbered(tmp_path)
     stage.execute(node, runtime())
-    found = shards.read_record(node.folder)
+    found = records.read_record(node.folder)
     found["state"] = "removed"
-    shards.write_record(node.folder, found)
+    records.write_record(node.folder, found)
     shards.shard_path(node.folder, 0).unlink()
-    assert standing.status(node).kind == "missing"
+    assert standing.status_of(node).kind == "missing"
     assert stage.execute(node, runtime())["starts"] == 1
     assert shards.read_table(node.folder).height == 10
 
@@ -227,15 +227,15 @@ def test_a_record_of_another_shape_is_one_sentence_and_a_rebuild_helps(
     node = numbered(tmp_path)
     stage.execute(node, runtime())
     (node.folder / name).write_text(text)
-    now = standing.status(node)
+    now = standing.status_of(node)
     assert (now.kind, len(now.changes)) == ("damaged", 1)
     assert str(node.folder / name) in now.changes[0]
     with pytest.raises(StaleStage, match="run again with --rebuild"):
-        standing.stop_or_clear([node], False, print)
-    standing.stop_or_clear([node], True, print)
-    assert standing.status(node).kind == "missing"
+        standing.stop_if_wrong({node: now})
+    standing.clear_wrong({node: now}, [node], print)
+    assert standing.status_of(node).kind == "missing"
     stage.execute(node, runtime())
-    assert standing.status(node, contents=True).kind == "complete"
+    assert standing.status_of(node, contents=True).kind == "complete"
 
 
 @pytest.mark.parametrize(
@@ -251,8 +251,8 @@ def test_a_record_of_another_shape_is_one_sentence_and_a_rebuild_helps(
 def test_a_value_of_another_kind_is_named(tmp_path: Path, key: str, value: object) -> None:
     node = numbered(tmp_path)
     found = stage.execute(node, runtime())
-    shards.write_json(node.folder / "stage.json", {**found, key: value})
-    assert f"no record of a stage at '{key}" in standing.status(node).changes[0]
+    files.write_json(node.folder / "stage.json", {**found, key: value})
+    assert f"no record of a stage at '{key}" in standing.status_of(node).changes[0]
 
 
 def test_one_flipped_bit_is_seen_when_the_stage_is_read(tmp_path: Path) -> None:
@@ -264,7 +264,7 @@ def test_one_flipped_bit_is_seen_when_the_stage_is_read(tmp_path: Path) -> None:
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :])
         with pytest.raises(StaleStage, match=r"part-00001.*--rebuild to remove numbered"):
             stage.execute(even(tmp_path, first), runtime())
-    assert standing.status(first, contents=True).kind == "damaged"
+    assert standing.status_of(first, contents=True).kind == "damaged"
     path.write_bytes(whole)
     assert stage.execute(even(tmp_path, first), runtime())["state"] == "complete"
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from conftest import TinyModels, write_prompts, write_recipe
-from croco.config.recipe import load
+from croco.config.load import load
 from croco.models.loading import load_policy
 from croco.models.lora import apply_lora, save_adapter
 from croco.models.open import open_sampler

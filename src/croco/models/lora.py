@@ -23,8 +23,8 @@ from transformers import PreTrainedModel
 from croco.errors import UserError
 from croco.models.lora_layer import lora_linear
 from croco.stages.train.settings import LoraSettings
+from croco.storage.files import sync_files, sync_folder, writing
 from croco.storage.hashing import check_adapter
-from croco.storage.shards import sync_files, sync_folder, writing
 
 
 @contextmanager

@@ -11,68 +11,24 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Protocol
-
-import pyarrow as pa
+from typing import Any
 
 from croco.config.runtime import Runtime
 from croco.errors import UserError
 from croco.models import open
 from croco.pipeline.stage import Work
+from croco.pipeline.workers import Advance, ComputeJob, Stream, WorkerFactory, groups
 from croco.storage import shards as store
-
-SHARDS_AT_ONCE = 16  # shards a worker takes in one call: those in flight are what a kill costs
-Advance = Callable[[int], None]
-
-
-@dataclass(frozen=True)
-class Finished:
-    """One computed shard: its table, its ledger, how many units it had to account for, and sums for `stage.json`."""
-
-    index: int
-    table: pa.Table
-    dropped: pa.Table
-    read: Mapping[str, int]
-    sums: Mapping[str, int] = field(default_factory=dict)  # tokens and the like, added up over the shards
-
-
-class Worker(Protocol):
-    """Computes shards of one stage. `facts` are what `stage.json` records of it: engine, device, its own seed."""
-
-    facts: dict[str, Any]
-
-    def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[Finished]:
-        """Yield each of these shards once, in any order; `advance(n)` says that n rows more are done."""
-        ...
-
-
-# opens a worker for replica number i; must be picklable where workers run in other processes (functools.partial)
-OpenWorker = Callable[[int], Worker]
-Stream = Generator[Finished, None, None]  # closed by who reads it: then its workers end
-
-
-@dataclass(frozen=True)
-class Job:
-    """What an executor is given; it yields every shard once, and puts the facts of each worker it opens in `opened`."""
-
-    title: str
-    folder: Path  # of the stage
-    todo: Sequence[int]
-    file: Callable[[int], Path]  # the file that says, by being there, that a shard is finished
-    open_worker: OpenWorker
-    gpus: int  # that one worker's engine needs
-    opened: list[dict[str, Any]] = field(default_factory=list)
 
 
 def compute(
     work: Work,
-    open_worker: OpenWorker,
+    open_worker: WorkerFactory,
     sizes: Sequence[int],
     unit: str,
     *,
@@ -94,7 +50,7 @@ def compute(
     role = role or work.title.partition("/")[0]
     alone = work.runtime.model_copy(update={"executor": "local", "replicas": 1})
     runtime = alone if here else work.runtime
-    job = Job(work.title, work.folder, todo, file, open_worker, gpus_per_worker(runtime, role))
+    job = ComputeJob(work.title, work.folder, todo, file, open_worker, gpus_per_worker(runtime, role))
     done = sum(sizes) - sum(sizes[index] for index in todo)
     began, sums = time.monotonic(), Counter[str]()
     try:
@@ -115,7 +71,7 @@ def compute(
         work.record(**(facts if under is None else {under: facts}))
 
 
-def _stream(job: Job, runtime: Runtime, sizes: Sequence[int], advance: Advance) -> Stream:
+def _stream(job: ComputeJob, runtime: Runtime, sizes: Sequence[int], advance: Advance) -> Stream:
     """The shards as they finish, wherever they are computed; other processes' progress is counted in shards."""
     if runtime.executor == "ray":
         from croco.pipeline.ray import actors
@@ -135,7 +91,7 @@ def _stream(job: Job, runtime: Runtime, sizes: Sequence[int], advance: Advance) 
             yield finished
 
 
-def _here(job: Job, advance: Advance) -> Stream:
+def _here(job: ComputeJob, advance: Advance) -> Stream:
     """One worker in this process."""
     worker = job.open_worker(0)
     try:
@@ -144,18 +100,6 @@ def _here(job: Job, advance: Advance) -> Stream:
     finally:  # at the end, because a server's counts grow
         job.opened.append(worker.facts)
         open.release()
-
-
-def groups(todo: Sequence[int], workers: int) -> list[list[int]]:
-    """Shards in the portions that workers take, smaller towards the end so that all of them end together."""
-    made: list[list[int]] = []
-    start = 0
-    while start < len(todo):
-        left = len(todo) - start
-        fair = left if workers == 1 else -(-left // (2 * workers))
-        made.append(list(todo[start : start + min(SHARDS_AT_ONCE, fair)]))
-        start += len(made[-1])
-    return made
 
 
 def _in_common(opened: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -172,10 +116,10 @@ def _in_common(opened: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def gpus_per_worker(runtime: Runtime, role: str) -> int:
     """GPUs that one engine of a role needs, where there are GPUs."""
-    engine = getattr(runtime.engines, role)
+    engine, _ = open.engine_of(runtime, role)
     if runtime.device == "cpu" or engine == "server":
         return 0
-    return runtime.vllm.tensor_parallel if engine == "vllm" else 1
+    return runtime.vllm.of(role).tensor_parallel if engine == "vllm" else 1
 
 
 def gpu_shares(runtime: Runtime, gpus: int) -> list[list[str]]:

@@ -13,7 +13,6 @@ import logging
 import multiprocessing
 import os
 import signal
-import threading
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -23,11 +22,11 @@ from multiprocessing.context import SpawnProcess
 from typing import Any
 
 from croco.errors import UserError
-from croco.pipeline.compute import Finished, Job, OpenWorker, Stream, groups
+from croco.models.children import end_with
+from croco.pipeline.workers import MAX_WORKER_DEATHS, ComputeJob, ShardResult, Stream, WorkerFactory, groups
 
-LIVES = 3  # workers that may be lost at the same shards
 OPENING = -1  # where a worker without shards is lost
-PATIENCE = 10.0  # seconds that a worker without work has to end by itself
+SHUTDOWN_SECONDS = 10.0  # seconds that a worker without work has to end by itself
 
 logger = logging.getLogger(__name__)
 
@@ -43,13 +42,13 @@ class Running:
     facts: dict[str, Any] | None = None  # once it is open; a server's counts grow
 
 
-def processes(job: Job, shares: Sequence[Sequence[str]]) -> Stream:
+def processes(job: ComputeJob, shares: Sequence[Sequence[str]]) -> Stream:
     """Yield every shard of the job once, from one process per share of GPUs; raises UserError as a worker does."""
     waiting, deaths, numbers = deque(groups(job.todo, len(shares))), Counter[int](), itertools.count()
     running: dict[Connection, Running] = {}
     leaving: list[Running] = []
-    mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores = max(1, mine // len(shares))
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = max(1, num_cores // len(shares))
 
     def start(gpus: Sequence[str]) -> None:
         worker = _start(job.open_worker, next(numbers), gpus, cores)
@@ -69,7 +68,7 @@ def processes(job: Job, shares: Sequence[Sequence[str]]) -> Stream:
                     message = pipe.recv()
                 except (EOFError, ConnectionResetError):
                     del running[pipe]
-                    _mourn(job.title, worker, deaths)
+                    _on_worker_death(job.title, worker, deaths)
                     if worker.shards:
                         waiting.appendleft(worker.shards)
                     if waiting:
@@ -78,7 +77,7 @@ def processes(job: Job, shares: Sequence[Sequence[str]]) -> Stream:
                 match message:
                     case UserError():
                         raise message
-                    case Finished():
+                    case ShardResult():
                         worker.shards.remove(message.index)
                         yield message
                         continue
@@ -95,46 +94,46 @@ def processes(job: Job, shares: Sequence[Sequence[str]]) -> Stream:
                 with suppress(BrokenPipeError):  # it has just died, and its pipe's end comes next
                     pipe.send(worker.shards)
         for worker in leaving:
-            worker.process.join(PATIENCE)
+            worker.process.join(SHUTDOWN_SECONDS)
     finally:
         for worker in [*running.values(), *leaving]:
             _kill(worker)
             worker.process.join()
 
 
-def _mourn(title: str, worker: Running, deaths: Counter[int]) -> None:
+def _on_worker_death(title: str, worker: Running, deaths: Counter[int]) -> None:
     """Take note of a lost worker; raises when it failed by itself, or when its shards have cost too many."""
     worker.process.join()
     _kill(worker)
     code = worker.process.exitcode or 0
-    how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
     where = f"at shards {worker.shards[0]} to {worker.shards[-1]}" if worker.shards else "while opening"
     if code > 0:
         raise RuntimeError(f"{title}: a worker process failed {where}; its traceback stands above")
     blamed = worker.shards or [OPENING]
     deaths.update(blamed)
-    if max(deaths[each] for each in blamed) >= LIVES:
+    if max(deaths[each] for each in blamed) >= MAX_WORKER_DEATHS:
         raise UserError(
-            f"{title}: {LIVES} worker processes were lost {where}, the last to {how}: expected a machine with "
-            f"memory for all of them (see runtime.replicas and runtime.token_budget); what is finished is kept"
+            f"{title}: {MAX_WORKER_DEATHS} worker processes were lost {where}, the last to {cause}: expected a machine "
+            f"with memory for all of them (see runtime.replicas and runtime.token_budget); what is finished is kept"
         )
-    logger.warning("%s: lost a worker process to %s %s, another one takes over", title, how, where)
+    logger.warning("%s: lost a worker process to %s %s, another one takes over", title, cause, where)
 
 
-def _start(open_worker: OpenWorker, number: int, gpus: Sequence[str], cores: int) -> Running:
+def _start(open_worker: WorkerFactory, number: int, gpus: Sequence[str], cores: int) -> Running:
     """A process of its own environment: what CUDA and OpenMP read there, they read when they are loaded."""
     context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
+    our_end, their_end = context.Pipe()
     own = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(cores))}
     if gpus:
         own["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     process = context.Process(
-        target=_serve, args=(theirs, open_worker, number), name=f"croco worker {number}"
+        target=_serve, args=(their_end, open_worker, number), name=f"croco worker {number}"
     )
     with _environment(own):
         process.start()
-    theirs.close()  # or its end would not be seen here
-    return Running(process, ours, gpus)
+    their_end.close()  # or its end would not be seen here
+    return Running(process, our_end, gpus)
 
 
 @contextmanager
@@ -158,10 +157,14 @@ def _kill(worker: Running) -> None:
     worker.process.kill()
 
 
-def _serve(pipe: Connection, open_worker: OpenWorker, number: int) -> None:
+def _serve(pipe: Connection, open_worker: WorkerFactory, number: int) -> None:
     """A worker process: its facts, then shard by shard what it is asked for, and after each group its facts again."""
     os.setpgid(0, 0)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    assert parent.pid is not None
+    # nobody takes the shards of a worker whose parent is gone, and nobody else frees its GPU
+    end_with(parent.pid, whole_group=True)
     try:
         worker = open_worker(number)
         pipe.send(dict(worker.facts))
@@ -171,11 +174,3 @@ def _serve(pipe: Connection, open_worker: OpenWorker, number: int) -> None:
             pipe.send(dict(worker.facts))
     except UserError as error:
         pipe.send(error)
-
-
-def _end_with_parent() -> None:
-    """Nobody takes the shards of a worker whose parent is gone, and nobody else frees its GPU."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os.killpg(0, signal.SIGKILL)

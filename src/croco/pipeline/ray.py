@@ -23,22 +23,29 @@ import pyarrow as pa
 import croco
 from croco.config.runtime import Runtime
 from croco.errors import UserError
-from croco.pipeline.compute import Finished, Job, OpenWorker, Stream, Worker, groups
-from croco.pipeline.processes import LIVES
-from croco.storage.shards import read_record
+from croco.pipeline.workers import (
+    MAX_WORKER_DEATHS,
+    ComputeJob,
+    ShardResult,
+    Stream,
+    Worker,
+    WorkerFactory,
+    groups,
+)
+from croco.storage.records import read_record
 
 SHARD = pa.schema(
     [
         ("index", pa.int64()),
         ("table", pa.large_binary()),
         ("dropped", pa.large_binary()),
-        ("said", pa.string()),  # JSON: read and sums of the shard, facts of its worker
+        ("about", pa.string()),  # JSON: read and sums of the shard, facts of its worker
         ("error", pa.string()),  # instead of all the others: a sentence for the user
     ]
 )
 
 
-def actors(job: Job, runtime: Runtime) -> Stream:
+def actors(job: ComputeJob, runtime: Runtime) -> Stream:
     """Yield every shard of the job once, from `runtime.replicas` actors; raises UserError as a worker does."""
     join(runtime)
     from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, WorkerCrashedError
@@ -53,22 +60,22 @@ def actors(job: Job, runtime: Runtime) -> Stream:
                     raise UserError(row["error"])
                 if row["table"] is None:  # on disk since before its worker was lost
                     continue
-                said = json.loads(row["said"])
-                if said["worker"] not in opened:
-                    opened[said["worker"]] = {}
-                    job.opened.append(opened[said["worker"]])
-                opened[said["worker"]].update(said["facts"])  # a server's counts grow
-                yield Finished(
-                    row["index"], _table(row["table"]), _table(row["dropped"]), said["read"], said["sums"]
+                about = json.loads(row["about"])
+                if about["worker"] not in opened:
+                    opened[about["worker"]] = {}
+                    job.opened.append(opened[about["worker"]])
+                opened[about["worker"]].update(about["facts"])  # a server's counts grow
+                yield ShardResult(
+                    row["index"], _table(row["table"]), _table(row["dropped"]), about["read"], about["sums"]
                 )
     except (RayActorError, WorkerCrashedError, NodeDiedError, OutOfMemoryError) as error:
         raise UserError(
-            f"{job.title}: {LIVES} Ray workers were lost at the same shards, the last so: {_first_line(error)}; "
-            f"what is finished is kept"
+            f"{job.title}: {MAX_WORKER_DEATHS} Ray workers were lost at the same shards, the last so: "
+            f"{_first_line(error)}; what is finished is kept"
         ) from None
 
 
-def dataset(job: Job, runtime: Runtime) -> Any:
+def dataset(job: ComputeJob, runtime: Runtime) -> Any:
     """Ray Data's plan: a block per group of shards, and a pool of actors that make a block per shard of it."""
     import ray.data
 
@@ -93,7 +100,7 @@ def dataset(job: Job, runtime: Runtime) -> Any:
             num_gpus=gpus,
             memory=memory and memory * 2**30,
             max_restarts=-1,
-            max_task_retries=LIVES - 1,
+            max_task_retries=MAX_WORKER_DEATHS - 1,
         )
     planned.context.target_max_block_size = 1  # a block per shard, sent when it is there
     planned.context.execution_no_progress_timeout_s = -1  # a shard may take hours
@@ -105,7 +112,12 @@ class ShardWorker:
     """An actor: a worker of ours, opened at its first group, so that Ray counts a worker lost while opening too."""
 
     def __init__(
-        self, open_worker: OpenWorker, folder: Path, file: Callable[[int], Path], fingerprint: str, place: str
+        self,
+        open_worker: WorkerFactory,
+        folder: Path,
+        file: Callable[[int], Path],
+        fingerprint: str,
+        place: str,
     ) -> None:
         self.open_worker, self.folder, self.file = open_worker, folder, file
         self.fingerprint, self.place = fingerprint, place
@@ -117,7 +129,7 @@ class ShardWorker:
         indices = batch["shards"][0].as_py()
         try:
             if self.worker is None:
-                self.look_around()
+                self.check_place()
                 self.name = ray.get_runtime_context().get_worker_id()
                 # another number for each process, restarted ones too: no engine's seed may come twice
                 self.worker = self.open_worker(int(self.name[:8], 16))
@@ -125,13 +137,13 @@ class ShardWorker:
         except UserError as error:
             yield pa.Table.from_pylist([{"error": str(error)}], schema=SHARD)
 
-    def look_around(self) -> None:
+    def check_place(self) -> None:
         """Stand where the driver stands, and make sure that the run's folder here is the run's folder there."""
         record = self.folder / "stage.json"
         try:
             os.chdir(self.place)
             seen = record.exists() and read_record(self.folder)["fingerprint"] == self.fingerprint
-        except OSError:
+        except (OSError, UserError):
             seen = False
         if not seen:
             raise UserError(
@@ -145,7 +157,7 @@ class ShardWorker:
         made: dict[int, dict[str, Any]] = {index: {"index": index} for index in there}
         order = list(indices)
         for finished in worker.shards([index for index in indices if index not in there], lambda rows: None):
-            said = {
+            about = {
                 "read": dict(finished.read),
                 "sums": dict(finished.sums),
                 "facts": worker.facts,
@@ -155,7 +167,7 @@ class ShardWorker:
                 "index": finished.index,
                 "table": _bytes(finished.table),
                 "dropped": _bytes(finished.dropped),
-                "said": json.dumps(said),
+                "about": json.dumps(about),
             }
             while order and order[0] in made:
                 yield pa.Table.from_pylist([made.pop(order.pop(0))], schema=SHARD)

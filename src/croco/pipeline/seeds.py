@@ -1,4 +1,4 @@
-"""`croco run` of a recipe with `[study]`: one run per seed in RUN/seed-N, some at once, then the page over all of them.
+"""`croco run` of a recipe with `[study]`: one run per seed in RUN/seed-N, some at once.
 
 A seed's run is an ordinary run: its recipe is in its folder, it can be looked at, reported and gone on with alone.
 Seeds that run beside each other are processes of their own, which end with this one.
@@ -6,30 +6,24 @@ Seeds that run beside each other are processes of their own, which end with this
 
 from __future__ import annotations
 
-import ctypes
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from croco.config.arms import Origin
 from croco.config.recipe import Recipe
 from croco.errors import UserError
+from croco.models.children import before_exec
 from croco.pipeline import run as pipeline
+from croco.pipeline import status
+from croco.pipeline.graph import nodes
 from croco.pipeline.stage import lock
-from croco.storage import shards
+from croco.storage import records
 
 Say = Callable[[str], None]
-SCORERS = (
-    "reward",
-    "likelihood",
-    "likelihood-sum",
-    "random",
-    "verified",
-)  # held against each other in the transfer
-PR_SET_PDEATHSIG = 1
+# compared with each other in the transfer
+SCORERS = ("reward", "likelihood", "likelihood-sum", "random", "verified")
 
 
 def of_seed(recipe: Recipe, seed: int) -> Recipe:
@@ -59,31 +53,30 @@ def transfer_of(recipe: Recipe, seed: int) -> Recipe:
 def parts(recipe: Recipe) -> list[tuple[Recipe, str | None]]:
     """The ordinary recipes that a study consists of, each with the stage it ends at."""
     assert recipe.study is not None
-    found: list[tuple[Recipe, str | None]] = [(of_seed(recipe, seed), None) for seed in recipe.study.seeds]
+    every: list[tuple[Recipe, str | None]] = [(of_seed(recipe, seed), None) for seed in recipe.study.seeds]
     if recipe.study.transfer:
-        found += [(transfer_of(recipe, seed), "score") for seed in recipe.study.seeds]
-    return found
+        every += [(transfer_of(recipe, seed), "score") for seed in recipe.study.seeds]
+    return every
 
 
-def run(recipe: Recipe, *, rebuild: bool = False, say: Say = lambda line: None) -> Path:
-    """Run what is not complete of every seed, then write the page; returns the page's path."""
-    from croco.report import study as page
-
+def run(recipe: Recipe, *, rebuild: bool = False, say: Say = lambda line: None) -> None:
+    """Run what is not complete of every seed; the page over all of them is `report/study.py`."""
     todo = parts(recipe)
-    for part, _ in todo:
-        pipeline.plan(part)  # what is missing is said before anything runs
+    for part, until in todo:  # what is missing or stale is said before anything runs
+        planned = dict(pipeline.plan(part, until))
+        if not rebuild:
+            status.stop_if_wrong(planned)
     with lock(recipe.folder):
         pipeline.keep_recipe(recipe)
         if recipe.runtime.seeds_at_once > 1:
-            _beside(todo, recipe.runtime.seeds_at_once, rebuild, say)
+            _side_by_side(todo, recipe.runtime.seeds_at_once, rebuild, say)
         else:
             for part, until in todo:
                 say(f"seed {part.run.seed} in {part.folder}")
                 pipeline.run(part, rebuild=rebuild, until=until, say=say)
-        return page.write(recipe, say)
 
 
-def _beside(todo: Sequence[tuple[Recipe, str | None]], at_once: int, rebuild: bool, say: Say) -> None:
+def _side_by_side(todo: Sequence[tuple[Recipe, str | None]], at_once: int, rebuild: bool, say: Say) -> None:
     """Every part in a process of its own, some at once; the first that fails ends the others."""
     waiting, running = list(todo), dict[subprocess.Popen[bytes], Recipe]()
     try:
@@ -115,24 +108,20 @@ def _start(part: Recipe, until: str | None, rebuild: bool) -> subprocess.Popen[b
     command += ["--rebuild"] if rebuild else []
     with (part.folder / "log.txt").open("ab") as log:
         return subprocess.Popen(
-            command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, preexec_fn=_end_with_parent
+            command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, preexec_fn=before_exec()
         )
-
-
-def _end_with_parent() -> None:
-    """A killed study leaves no seed running, which would hold its folder's lock (Linux; elsewhere nothing is asked)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def complete(recipe: Recipe) -> dict[str, str]:
     """The fingerprints of what the page is made of; raises UserError naming a part that is not there."""
-    found = {}
+    fingerprints = {}
     for part, until in parts(recipe):
-        for node in pipeline.nodes(part):
+        for node in nodes(part):
             wanted = ("results", "pair", "train") if until is None else ("score",)
             if node.stage.name in wanted:
-                if (state := shards.state(node.folder)) != "complete":
+                if (state := records.state(node.folder)) != "complete":
                     raise UserError(f"{node.folder} is {state}: run `croco run` first")
-                found[f"{part.folder.name}/{node.title}"] = shards.read_record(node.folder)["fingerprint"]
-    return found
+                fingerprints[f"{part.folder.name}/{node.title}"] = records.read_record(node.folder)[
+                    "fingerprint"
+                ]
+    return fingerprints

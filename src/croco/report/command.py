@@ -7,12 +7,15 @@ from pathlib import Path
 
 from rich.console import Console, RenderableType
 
-from croco.config.recipe import Recipe, load
+from croco.config.load import load
+from croco.config.recipe import Recipe
 from croco.errors import UserError
 from croco.report.load_run import read_recipe, read_stages, steps_of
 from croco.report.render import terminal
 from croco.report.table import Entry, Table, count_of
-from croco.storage.shards import shards, state, write_for_user
+from croco.storage.files import write_for_user
+from croco.storage.records import state
+from croco.storage.shards import shards
 
 
 def page(folder: Path, say: Callable[[str], None]) -> str:
@@ -35,9 +38,9 @@ def page(folder: Path, say: Callable[[str], None]) -> str:
 
 
 def _titles(recipe: Recipe) -> list[str]:
-    from croco.pipeline import run
+    from croco.pipeline.graph import nodes
 
-    return [node.title for node in run.nodes(recipe) if node.stage.name != "report"]
+    return [node.title for node in nodes(recipe) if node.stage.name != "report"]
 
 
 def progress(folder: Path, recipe: Recipe) -> Table:

@@ -51,10 +51,10 @@ def gather(folder: Path, wanted: pl.DataFrame, key: Sequence[str], columns: Sequ
     parts = []
     for (index,), rows in order.group_by("shard", maintain_order=True):
         path = shards.shard_path(folder, int(str(index)))
-        found = rows.join(shards.read_parquet(path, [*key, *columns]), on=list(key), how="inner")
-        if found.height != rows.height:
-            raise UserError(f"{path} holds {found.height} of the {rows.height} rows that are wanted from it")
-        parts.append(found.select("place", *columns))
+        texts = rows.join(shards.read_parquet(path, [*key, *columns]), on=list(key), how="inner")
+        if texts.height != rows.height:
+            raise UserError(f"{path} holds {texts.height} of the {rows.height} rows that are wanted from it")
+        parts.append(texts.select("place", *columns))
     if not parts:
         return shards.read_parquet(shards.shards(folder)[0].path, columns).clear()
     return pl.concat(parts).sort("place").drop("place")

@@ -9,13 +9,15 @@ import torch
 
 import tiny
 from conftest import TinyModels, write_prompts, write_recipe
-from croco.config.recipe import Recipe, from_dict, load
+from croco.config.load import from_dict, load
+from croco.config.recipe import Recipe
 from croco.errors import UserError
 from croco.lab import world
 from croco.models.chat_template import prompt_ids
 from croco.pipeline import run
 from croco.pipeline.fingerprint import arena_settings
-from croco.pipeline.stage import Work, settings_values
+from croco.pipeline.node import settings_values
+from croco.pipeline.stage import Work
 from croco.stages.arena import arena, judge_prompt
 from croco.stages.arena.arena import HOPELESS, ArenaWorker, account, matches
 from croco.stages.arena.results import arena_rows

@@ -7,7 +7,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from croco.cli.preflight import examine
-from croco.config import recipe as recipes
+from croco.config import load as recipes
 from croco.errors import UserError
 from croco.models.lora import apply_lora
 from croco.stages.train.encode import encode_pairs

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import FalconConfig, FalconForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from croco.config.recipe import load
+from croco.config.load import load
 from croco.errors import UserError
 from croco.models.loading import load_policy
 from croco.models.lora import apply_lora, load_adapter

@@ -22,8 +22,10 @@ from croco.config.runtime import Runtime
 from croco.errors import UserError
 from croco.models.open import open_judge, open_sampler, tuned_weights
 from croco.models.protocols import Decoding, Judged, JudgeRequest
-from croco.pipeline.compute import Advance, Finished, compute
-from croco.pipeline.stage import Settings, Work
+from croco.pipeline.compute import compute
+from croco.pipeline.node import Settings
+from croco.pipeline.stage import Work
+from croco.pipeline.workers import Advance, ShardResult
 from croco.stages.arena import judge_prompt
 from croco.stages.evaluate.evaluate import evaluation_seed
 from croco.stages.evaluate.fidelity import found_languages
@@ -83,7 +85,7 @@ class GreedyWorker:
         )
         self.facts = self.sampler.facts
 
-    def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[Finished]:
+    def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[ShardResult]:
         """Several shards in one stream."""
         asked = {index: self.prompts.slice(index * self.size, self.size).to_dicts() for index in indices}
         for index, table, dropped in sample_shards(
@@ -94,10 +96,11 @@ class GreedyWorker:
             num_completions=1,
             run_seed=evaluation_seed(0),  # no seed makes another completion
             instructions=self.settings["policy"].instruction,
+            every=lambda: self.prompts.iter_rows(named=True),
             on_prompt=partial(advance, 1),
         ):
             drawn = pc.sum(table["completion_tokens"]).as_py() or 0
-            yield Finished(index, table, dropped, {"completion": len(asked[index])}, {"tokens": drawn})
+            yield ShardResult(index, table, dropped, {"completion": len(asked[index])}, {"tokens": drawn})
 
 
 # Comparisons -----------------------------------------------------------------------------------------------------
@@ -161,7 +164,7 @@ class ArenaWorker:
         self.name, self.ask, self.facts = open_asker(settings["judge"], runtime, replica)
         self.heard = self.understood = 0
 
-    def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[Finished]:
+    def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[ShardResult]:
         """Several shards in one stream, each written when its last judgement is there."""
         rows = {index: self.matches.slice(index * self.size, self.size).to_dicts() for index in indices}
         questions: list[Question] = []
@@ -196,7 +199,7 @@ class ArenaWorker:
 
     def _finish(
         self, index: int, rows: list[Match], found: Mapping[tuple[int, bool], Judged | str], advance: Advance
-    ) -> Finished:
+    ) -> ShardResult:
         table, dropped = tabulate(self.arm, self.name, rows, found, self.languages)
         judged = [one for one in found.values() if not isinstance(one, str)]
         sums = {
@@ -205,7 +208,7 @@ class ArenaWorker:
             "judge_completion_tokens": sum(one.completion_tokens for one in judged),
         }
         advance(len(rows))
-        return Finished(index, table, dropped, {"comparison": len(rows)}, sums)
+        return ShardResult(index, table, dropped, {"comparison": len(rows)}, sums)
 
 
 def is_asked(match: Match) -> bool:
@@ -290,6 +293,7 @@ def tabulate(
             }
         )
     for column, text in (("found_language", "completion"), ("base_found_language", "base_completion")):
-        for row, language in zip(kept, found_languages((row[text] for row in kept), evaluated), strict=True):
+        spoken = found_languages((r[text] for r in kept), evaluated, (r["language"] for r in kept))
+        for row, language in zip(kept, spoken, strict=True):
             row[column] = language
     return pa.Table.from_pylist(kept, schema=COMPARISONS.schema), ledger(drops)

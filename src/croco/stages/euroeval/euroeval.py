@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,16 +20,17 @@ from typing import IO, Any
 
 import pyarrow as pa
 
-from croco.config.euroeval import VERSION
+from croco.config.evaluation import VERSION
 from croco.config.recipe import Recipe
 from croco.config.runtime import EuroEvalRuntime
 from croco.errors import UserError
 from croco.models import vllm_server
+from croco.models.children import started
 from croco.models.open import tuned_weights
 from croco.pipeline.stage import Work
 from croco.stages.euroeval.results_file import Record, read_records, rows_of
 from croco.stages.evaluate.results import BASE
-from croco.storage import shards
+from croco.storage import files
 from croco.storage.hashing import folder_identity
 from croco.storage.schemas import RESULTS, ledger
 
@@ -48,7 +49,7 @@ class Task:
     dataset: str
 
 
-def check(recipe: Recipe) -> None:
+def check(recipe: Recipe, say: Callable[[str], None] = print) -> None:
     """Raise UserError when what the stage runs on is not there: before the stages in front of it take days."""
     runtime = recipe.runtime.euroeval
     if not Path(runtime.python).exists():
@@ -109,10 +110,10 @@ def finish(work: Work, folder: Path) -> None:
     """Keep EuroEval's own file, and what is to be said of the whole, whichever start of the stage saw it."""
     results = folder / RESULTS_FILE
     text = results.read_text(encoding="utf-8") if results.exists() else ""
-    shards.write_text(work.folder / RESULTS_FILE, text)
+    files.write_text(work.folder / RESULTS_FILE, text)
     records = read_records(results, model_name(str(work.arm)))
     counts = {name: record.failed_instances for name, record in sorted(records.items())}
-    facts = shards.read_json(folder / FACTS_FILE)
+    facts = files.read_json(folder / FACTS_FILE)
     work.record(failed_instances={name: count for name, count in counts.items() if count}, **facts)
 
 
@@ -195,9 +196,7 @@ def run(work: Work, folder: Path, tasks: Sequence[Task]) -> Iterator[tuple[Task,
         pipe = subprocess.PIPE
         with (
             log.open("ab") as file,
-            vllm_server.started(
-                words, _environment(runtime), file, stdin=pipe, stdout=pipe, cwd=folder
-            ) as process,
+            started(words, _environment(runtime), file, stdin=pipe, stdout=pipe, cwd=folder) as process,
         ):
             assert process.stdin is not None
             assert process.stdout is not None
@@ -223,7 +222,7 @@ def _said(
     for line in lines:
         said: dict[str, Any] = json.loads(line)
         if "libraries" in said:
-            shards.write_json(folder / FACTS_FILE, {"euroeval": said["libraries"], **facts})
+            files.write_json(folder / FACTS_FILE, {"euroeval": said["libraries"], **facts})
             if said["libraries"]["euroeval"] != VERSION:
                 raise UserError(
                     f"runtime.euroeval.python has EuroEval {said['libraries']['euroeval']}, expected {VERSION}: "

@@ -110,7 +110,7 @@ def normalised(texts: pl.Series) -> pl.Series:
     """Texts in lower case, without invisible characters, each run of white space one space, none at the ends."""
     return (
         texts.str.to_lowercase()
-        .str.replace_all(r"[\p{Cf}\p{Default_Ignorable_Code_Point}]", "")
+        .str.replace_all(r"[\p{Cf}\p{Default_Ignorable_Code_Point}\x{2800}]", "")
         .str.replace_all(r"\s\s+|[\s--\x20]", " ")
         .str.strip_chars()
     )

@@ -25,12 +25,14 @@ import pyarrow.compute as pc
 from croco.config.arms import Alignment
 from croco.config.models import Reward
 from croco.config.runtime import Runtime
-from croco.errors import UserError
+from croco.errors import Refused, UserError
 from croco.models.chat_template import conversations_ids
 from croco.models.open import open_scorer
 from croco.models.protocols import Scorer, ScoreRequest
-from croco.pipeline.compute import Advance, Finished, compute
-from croco.pipeline.stage import Settings, Work
+from croco.pipeline.compute import compute
+from croco.pipeline.node import Settings
+from croco.pipeline.stage import Work
+from croco.pipeline.workers import Advance, ShardResult
 from croco.stages.score.policy_logprobs import (
     Completion,
     Groups,
@@ -84,7 +86,7 @@ class ScoreWorker:
         else:
             self.name, self.score_shard, self.facts = _scorer(settings, runtime, replica)
 
-    def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[Finished]:
+    def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[ShardResult]:
         """Shard by shard, each the mirror of a shard of completions."""
         for index in indices:
             rows = read_arrow(shard_path(self.samples, index), COLUMNS)
@@ -95,7 +97,7 @@ class ScoreWorker:
             table, dropped = tabulate([group for _, group in groups], scored, self.name)
             advance(rows.num_rows)
             counts = {"completion": rows.num_rows}
-            yield Finished(index, table, dropped, counts, {"completions": rows.num_rows})
+            yield ShardResult(index, table, dropped, counts, {"completions": rows.num_rows})
 
 
 def score_references(work: Work) -> None:
@@ -112,7 +114,7 @@ class ReferenceWorker:
         self.prompts, self.name = prompts, reward.model
         self.score_shard, self.facts = _reward(reward, runtime, replica)
 
-    def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[Finished]:
+    def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[ShardResult]:
         """Shard by shard."""
         for index in indices:
             columns = ["prompt_id", "language", "messages", "reference"]
@@ -131,7 +133,7 @@ class ReferenceWorker:
             # a gold completion that is too long leaves its prompt without one
             drops = [("prompt", *row[1:]) for row in zip(*dropped.to_pydict().values(), strict=True)]
             advance(len(prompts))
-            yield Finished(index, table, ledger([*without, *drops]), {"prompt": len(prompts)})
+            yield ShardResult(index, table, ledger([*without, *drops]), {"prompt": len(prompts)})
 
 
 def tabulate(
@@ -147,16 +149,21 @@ def tabulate(
             key = (row["prompt_id"], row["language"], row["sample_id"])
             if isinstance(value, str):
                 drops.append(("completion", *key, value))
-            elif not math.isfinite(value):
-                raise UserError(
-                    f"completion {key[2]} of prompt {key[0]!r} in {key[1]}: {scorer} gave the score {value}, "
-                    f"expected a finite number"
-                )
             else:
+                check_finite(value, key, scorer)
                 kept.append((*key, value, scorer))
     columns = list(zip(*kept, strict=True)) if kept else [()] * len(SCORES.schema)
     arrays = [pa.array(column, type=field.type) for column, field in zip(columns, SCORES.schema, strict=True)]
     return pa.Table.from_arrays(arrays, schema=SCORES.schema), ledger(drops)
+
+
+def check_finite(value: float, key: tuple[str, str, int], scorer: str) -> None:
+    """Raise UserError naming the completion whose score is no number: it would poison every mean it enters."""
+    if not math.isfinite(value):
+        raise UserError(
+            f"completion {key[2]} of prompt {key[0]!r} in {key[1]}: {scorer} gave the score {value}, "
+            f"expected a finite number"
+        )
 
 
 def _groups(
@@ -253,7 +260,8 @@ def _reward(reward: Reward, runtime: Runtime, replica: int) -> tuple[ScoreShard,
 
 
 def score_conversations(scorer: Scorer, tokenizer: Any, groups: Groups, max_tokens: int) -> list[Scored]:
-    """Scores of whole conversations; one longer than `max_tokens` or the model's context gets the reason instead.
+    """Scores of whole conversations; one that is too long, or that the chat template refuses,
+    gets the reason instead.
 
     Equal conversations get the same score: in a batch of another shape the last bits of a logit differ.
     """
@@ -264,6 +272,9 @@ def score_conversations(scorer: Scorer, tokenizer: Any, groups: Groups, max_toke
     for number, (messages, rows) in enumerate(groups):
         try:
             sequences = conversations_ids(tokenizer, messages, [row["completion"] for row in rows])
+        except Refused as error:
+            scored.append([str(error)] * len(rows))
+            continue
         except UserError as error:
             raise UserError(f"prompt {rows[0]['prompt_id']!r} in {rows[0]['language']}: {error}") from error
         scored.append([too_long("conversation", len(ids), limit) for ids in sequences])

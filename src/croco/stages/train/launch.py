@@ -14,25 +14,24 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from croco.config.models import Policy
 from croco.config.runtime import Runtime
 from croco.errors import UserError
+from croco.models.children import end_with
 from croco.models.loading import load_policy, pick_device, pick_dtype
 from croco.stages.train.distributed import rank
 from croco.stages.train.memory_plan import check_weights
 from croco.stages.train.settings import TrainSettings
 from croco.stages.train.train import TrainResult, train_pairs
-from croco.storage import shards
+from croco.storage import files, shards
 from croco.storage.schemas import DROPPED
 
 PARENT = "CROCO_TRAIN_PARENT"  # the process that started this one
@@ -113,7 +112,7 @@ def tune_here(job: Job, advance: Advance) -> TrainResult:
 
 def _check_memory(policy: Policy, device: str) -> None:
     """Raise UserError for weights that are more than is free, before any is loaded."""
-    from croco.cli.preflight_models import weightless
+    from croco.models.loading import weightless
 
     where = pick_device(device)
     parameters = weightless(policy, "policy", "causal").num_parameters()
@@ -131,7 +130,7 @@ def _launch(job: Job, processes: int, advance: Advance) -> TrainResult:
     said = {**asdict(job), "settings": dict(job.settings)}
     said |= {name: getattr(job, name).model_dump(mode="json") for name in ("policy", "runtime")}
     said |= {name: str(said[name]) for name in PATHS if said[name] is not None}
-    shards.write_json(place / "job.json", said)
+    files.write_json(place / "job.json", said)
     config, words = job.runtime.accelerate_config, [sys.executable, "-m"]
     if config is not None:
         if not Path(config).is_file():
@@ -153,13 +152,13 @@ def _launch(job: Job, processes: int, advance: Advance) -> TrainResult:
             os.killpg(process.pid, signal.SIGTERM)
             process.wait()
     if (place / "error.json").is_file():
-        raise UserError(shards.read_json(place / "error.json")["message"])
+        raise UserError(files.read_json(place / "error.json")["message"])
     if process.returncode or not (place / "result.json").is_file():
         last = (place / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]
         raise RuntimeError(
             "\n".join([f"{job.title}: its processes failed (exit code {process.returncode}):", *last])
         )
-    found = shards.read_json(place / "result.json")
+    found = files.read_json(place / "result.json")
     dropped = shards.read_parquet(place / "dropped.parquet")
     return TrainResult(**{**found, "adapter": Path(found["adapter"]), "dropped": dropped})
 
@@ -186,9 +185,8 @@ def _follow(process: subprocess.Popen[bytes], steps: Path, advance: Advance) -> 
 
 def main(place: Path) -> int:
     """One of several processes: do the job that lies in `place`; rank 0 says how far it is, and what came of it."""
-    parent = int(os.environ[PARENT])
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    said = shards.read_json(place / "job.json")
+    end_with(int(os.environ[PARENT]))
+    said = files.read_json(place / "job.json")
     paths = {name: Path(said[name]) for name in PATHS if said[name] is not None}
     sections = {"policy": Policy(**said["policy"]), "runtime": Runtime(**said["runtime"])}
     job = Job(**{**said, **paths, **sections})
@@ -209,31 +207,17 @@ def main(place: Path) -> int:
         except (UserError, OSError) as error:
             if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
-            shards.write_json(place / "error.json", {"message": str(error)})
+            files.write_json(place / "error.json", {"message": str(error)})
             return 2
         if rank() == 0:
             shards.write_parquet(
                 place / "dropped.parquet", result.dropped.to_arrow().cast(DROPPED.schema), DROPPED.schema
             )
             found = {name: value for name, value in vars(result).items() if name != "dropped"}
-            shards.write_json(place / "result.json", found | {"adapter": str(result.adapter)})
+            files.write_json(place / "result.json", found | {"adapter": str(result.adapter)})
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return 0
-
-
-def _end_with(parent: int) -> None:
-    """SIGKILL to oneself once the process that wanted this is gone."""
-    while _lives(parent):
-        time.sleep(POLL_SECONDS)
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _lives(pid: int) -> bool:
-    try:
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
 
 
 if __name__ == "__main__":

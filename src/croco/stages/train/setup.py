@@ -19,8 +19,8 @@ from croco.stages.train.distributed import barrier, gathered, rank, world
 from croco.stages.train.encode import Example, encode_pairs, held_out
 from croco.stages.train.reference import reference_logps
 from croco.stages.train.settings import TrainSettings
+from croco.storage.files import write_text
 from croco.storage.hashing import file_identity
-from croco.storage.shards import write_text
 
 
 def share_reference(

@@ -19,7 +19,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from croco.config.recipe import load
+from croco.config.load import load
 from croco.errors import UserError
 from croco.models.lora import apply_lora, continue_lora
 from croco.pipeline.progress import Progress
@@ -44,7 +44,7 @@ from croco.stages.train.setup import (
 )
 from croco.stages.train.trackers import check_trackers, tensorboard_in
 from croco.stages.train.trainer import PairTrainer, training_arguments
-from croco.storage import shards
+from croco.storage import files, shards
 from croco.storage.schemas import DROPPED
 
 CHECKED_PAIRS = 4  # pairs of the first step on which shared rows are proven
@@ -247,7 +247,7 @@ def train(work: Work) -> None:
         # like the report, the card changes nothing and reads what the run's folder says of itself
         recipe = load(run / "recipe.json", [f'run.folder="{run}"'])
         card = policy_card(recipe, work.arm, work.settings["training"], facts, "unknown", library="peft")
-        shards.write_text(result.adapter / "README.md", card)
+        files.write_text(result.adapter / "README.md", card)
     work.record(**facts)
     if result.stopped:
         line = f"{work.title}: {result.stopped}; the run goes on with the checkpoint of step {result.adapter_step}"
@@ -257,7 +257,7 @@ def train(work: Work) -> None:
 def _run(trainer: PairTrainer, checkpoint: Path | None) -> str | None:
     """Train to the end, or until the sentinel stops it: then why."""
     try:
-        with shards.writing(Path(str(trainer.args.output_dir))):
+        with files.writing(Path(str(trainer.args.output_dir))):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except Stopped as stop:
         trainer.control = trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)

@@ -30,7 +30,7 @@ from croco.stages.train.forward import completion_logps, dropout_of, packs, swit
 from croco.stages.train.losses import REFERENCE_FREE, PairLogps, nll, preference_losses
 from croco.stages.train.reference import on_line
 from croco.stages.train.settings import TrainSettings
-from croco.storage.shards import writing
+from croco.storage.files import writing
 
 
 def pair_losses(

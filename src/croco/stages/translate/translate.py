@@ -22,9 +22,10 @@ from croco.config.models import Translate
 from croco.config.runtime import Runtime
 from croco.models.chat_template import request
 from croco.models.open import open_sampler
-from croco.models.protocols import Decoding, Sampled
-from croco.pipeline.compute import Advance, Finished, compute
+from croco.models.protocols import Completion, Decoding
+from croco.pipeline.compute import compute
 from croco.pipeline.stage import Work
+from croco.pipeline.workers import Advance, ShardResult
 from croco.stages.translate.checks import fault
 from croco.stages.translate.formats import FORMATS
 from croco.stages.translate.protect import pieces
@@ -61,7 +62,7 @@ class TranslateWorker:
         self.sampler, self.tokenizer = open_sampler("translate", settings, runtime, 0, replica)
         self.facts = self.sampler.facts
 
-    def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[Finished]:
+    def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[ShardResult]:
         """Several shards in one stream, each when the last of its texts is there."""
         shards: dict[int, list[Row]] = {index: self.shard(index) for index in indices}
         waiting: dict[Text, list[int]] = {}
@@ -108,13 +109,13 @@ class TranslateWorker:
 
     def _finish(
         self, index: int, rows: Sequence[Row], there: Mapping[Text, Translated], tokens: int, advance: Advance
-    ) -> Finished:
+    ) -> ShardResult:
         table, dropped = tabulate(rows, there, self.settings, self.languages)
         advance(len(rows))
-        return Finished(index, table, dropped, {"prompt": len(rows)}, {"tokens": tokens})
+        return ShardResult(index, table, dropped, {"prompt": len(rows)}, {"tokens": tokens})
 
 
-def _read(tokenizer: Any, one: Sampled | str) -> Translated:
+def _read(tokenizer: Any, one: Completion | str) -> Translated:
     if isinstance(one, str):
         return None, f"engine: {one}"
     if one.finish_reason != "stop":
