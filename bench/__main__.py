@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 
 from croco.storage import provenance
-from croco.storage.shards import write_text
+from croco.storage.files import write_text
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "docs" / "results"

@@ -128,9 +128,9 @@ class Timed:
 
 
 def settings() -> Any:
-    from croco.stages.train.settings import LoraSettings, TrainSettings
+    from croco.config.arms import Lora, Training
 
-    return TrainSettings(batch_pairs=BATCH_PAIRS, max_tokens=10**6, lora=LoraSettings(dropout=0.05))
+    return Training(batch_pairs=BATCH_PAIRS, max_tokens=10**6, lora=Lora(dropout=0.05))
 
 
 def now(device: str) -> float:

@@ -127,7 +127,7 @@ def generate(folder: Path, millions: int, lines: bool) -> None:
 
 def stage(folder: Path, pool: str) -> dict[str, Any]:
     """The stage `pair`, as a run calls it."""
-    from croco.config.recipe import from_dict
+    from croco.config.load import from_dict
     from croco.pipeline.fingerprint import pair_settings
     from croco.pipeline.stage import Work
     from croco.stages.pair.pair import pair

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from croco.config.recipe import load
+from croco.config.load import load
 
 ROOT = Path(__file__).parent.parent
 NAMES = ("paper-eurollm-9b", "paper-tiny-aya")
 ROW = re.compile(
-    r"^\| (?P<what>[^|]*) \| [PSD, ]+ \| `(?P<key>[^`]+)` \| `(?P<theirs>[^`]+)` \| (?P<ours>[^|]*) \|"
+    r"^\| (?P<what>[^|]*) \| [PSD, ]+ \| `(?P<key>[^`]+)` \| `(?P<theirs>[^`]+)` \|(?P<ours>[^|]*)\|"
 )
 TABLE = [
     found for line in (ROOT / "docs" / "paper.md").read_text().splitlines() if (found := ROW.match(line))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pyarrow as pa
 
 from croco.pipeline.stage import Work
-from croco.storage import shards
+from croco.storage import files, shards
 from croco.storage.schemas import COMPLETIONS, PROMPTS, ledger
 
 CALLS: list[int] = []
@@ -87,4 +87,4 @@ def first_half(work: Work) -> None:
 
 def page(work: Work) -> None:
     """Writes a file that is no table."""
-    shards.write_text(work.folder / "page.html", "hi")
+    files.write_text(work.folder / "page.html", "hi")

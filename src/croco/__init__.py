@@ -12,7 +12,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _WHERE = {
-    "load": "croco.config.recipe",
+    "load": "croco.config.load",
     "Recipe": "croco.config.recipe",
     "pairs": "croco.stages.pair.api",
     "plan": "croco.pipeline.run",

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from croco.config.recipe import from_dict, load, merged
+from croco.config.load import from_dict, load, merged
 from croco.errors import UserError
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))

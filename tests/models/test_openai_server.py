@@ -16,12 +16,13 @@ import pytest
 
 from conftest import TinyModels, write_prompts, write_recipe
 from croco.cli import preflight
-from croco.config.recipe import Recipe, load
+from croco.config.load import load
+from croco.config.recipe import Recipe
 from croco.errors import UserError
 from croco.models.open import open_judge, open_sampler, open_scorer
 from croco.models.protocols import JudgeRequest, ScoreRequest
 from croco.pipeline import run
-from croco.storage import shards
+from croco.storage import files, shards
 from faulty import FAULTS, in_front_of
 from served import Served, serve
 
@@ -64,7 +65,7 @@ def sampled(recipe: Recipe) -> pl.DataFrame:
 
 
 def facts(recipe: Recipe, stage: str = "sample") -> dict:
-    return shards.read_json(recipe.folder / stage / "stage.json")["facts"]
+    return files.read_json(recipe.folder / stage / "stage.json")["facts"]
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +120,7 @@ def test_killed_again_and_again_it_goes_on(
 ) -> None:
     with in_front_of(served.url, delay=0.25) as proxy:
         recipe = server_recipe(tmp_path, tiny_models, proxy.url, "runtime.shard_prompts=2", concurrency=2)
-        shards.write_json(tmp_path / "given.json", recipe.model_dump(mode="json"))
+        files.write_json(tmp_path / "given.json", recipe.model_dump(mode="json"))
         command = [sys.executable, "-m", "croco", "run", str(tmp_path / "given.json"), "--until", "sample"]
         folder = recipe.folder / "sample"
         for wanted in (2, 4, 6):  # killed three times

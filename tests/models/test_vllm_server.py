@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from croco.config.recipe import from_dict
+from croco.config.arms import Lora
+from croco.config.load import from_dict
 from croco.config.runtime import Vllm
 from croco.errors import UserError
 from croco.models import vllm_server
 from croco.models.loading import load_policy
 from croco.models.lora import apply_lora, save_adapter
-from croco.stages.train.settings import LoraSettings
 from served import Handler, listening
 from tiny import make_policy, make_tokenizer, save
 
@@ -24,7 +24,7 @@ def test_a_merged_model_is_the_policy_with_its_adapter_and_template(tmp_path: Pa
     template.write_text("{{ messages[0]['content'] }}!", encoding="utf-8")
     policy = make_policy("llama")
     base = save(tmp_path / "policy", policy, make_tokenizer())
-    adapted = apply_lora(policy, LoraSettings(rank=2, dropout=0.0), seed=0)
+    adapted = apply_lora(policy, Lora(rank=2, dropout=0.0), seed=0)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:

@@ -10,11 +10,11 @@ import polars as pl
 import pytest
 
 from conftest import TinyModels
-from croco.config.arms import languages_of
-from croco.config.recipe import Recipe, from_dict, merged
+from croco.config.load import from_dict, merged
+from croco.config.recipe import Recipe
 from croco.errors import UserError
 from croco.pipeline import run as pipeline
-from croco.storage import shards
+from croco.storage import files, shards
 
 # 6 prompts in three languages, 6 short completions each, two steps of training, greedy answers to two prompts
 WORLD: dict[str, Any] = {
@@ -110,9 +110,9 @@ def test_a_second_run_computes_nothing(study: Recipe) -> None:
 def test_own_completions_go_on_where_they_were_cut_off(study: Recipe) -> None:
     """As if killed between the shards: the rest is made again, the same to the last bit, and nothing else."""
     folder = study.folder / "sample" / "iterative"
-    before, kept = table(study, "sample/iterative"), shards.read_json(folder / "stage.json")
+    before, kept = table(study, "sample/iterative"), files.read_json(folder / "stage.json")
     shards.marker_path(folder, 1).unlink()
-    shards.write_json(folder / "stage.json", kept | {"state": "running"})
+    files.write_json(folder / "stage.json", kept | {"state": "running"})
     said = [line for line in run(study) if not line.endswith("complete, skipped")]
     assert said[0] == f"{'sample/iterative':<24} unfinished, going on"
     assert len(said) == 2
@@ -139,7 +139,7 @@ def test_pairs_are_of_the_arms_languages_completions_and_prompts(study: Recipe) 
     for name, arm in study.arms.items():
         pairs = table(study, f"pair/{name}")
         assert pairs.height, name
-        assert set(pairs["language"]) <= set(languages_of(study, arm))
+        assert set(pairs["language"]) <= set(study.languages_of(arm))
         if arm.completions:
             assert pairs["chosen_sample_id"].max() < arm.completions
             assert pairs["rejected_sample_id"].drop_nulls().max() < arm.completions
@@ -178,7 +178,7 @@ def test_off_policy_completions_say_whose_they_are_and_keep_ids_of_one_tokenizer
     found = table(study, "sample/off-policy")
     assert set(found["policy"]) == {"lab:other"}
     assert found["completion_ids"].null_count() == 0
-    facts = shards.read_json(study.folder / "sample" / "off-policy" / "stage.json")["facts"]
+    facts = files.read_json(study.folder / "sample" / "off-policy" / "stage.json")["facts"]
     assert facts["ids_kept"] is True
 
 
@@ -191,7 +191,7 @@ def test_ids_of_another_tokenizer_are_not_kept_and_text_is_trained_on(
     run(recipe, until="train")
     found = table(recipe, "sample/off")
     assert found["completion_ids"].null_count() == found.height == 6 * 3 * 6
-    assert shards.read_json(recipe.folder / "sample" / "off" / "stage.json")["facts"]["ids_kept"] is False
+    assert files.read_json(recipe.folder / "sample" / "off" / "stage.json")["facts"]["ids_kept"] is False
     assert table(recipe, "pair/off")["chosen_ids"].null_count() == table(recipe, "pair/off").height > 0
     assert not (recipe.folder / "sample" / "stage.json").exists()  # nobody asked for the base's
 

@@ -19,7 +19,7 @@ import pytest
 
 import killed
 from conftest import TinyModels, write_recipe
-from croco.config.recipe import load
+from croco.config.load import load
 from croco.pipeline import run as pipeline
 
 # no Polars and no PyArrow here: what they start does not outlive a fork

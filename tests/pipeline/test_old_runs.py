@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from croco.cli.main import app
-from croco.storage import shards
+from croco.storage import records
 
 RUN = Path(__file__).parent / "data" / "old-house.tar.xz"
 
@@ -39,7 +39,7 @@ def test_a_held_out_language_more_makes_its_pairs_stale(recipe: Path) -> None:
     """What the old record does not say is taken from the recipe; once remade, it is recorded."""
     more = ["--set", 'run.held_out_languages=["sv", "de"]']
     assert "pair/mono                    complete" in croco("plan", str(recipe), *more)
-    record = shards.read_record(Path("run/pair/mono"))
+    record = records.read_record(Path("run/pair/mono"))
     record["science"]["settings"]["evaluated"] = ["da", "en", "sv"]
-    shards.write_record(Path("run/pair/mono"), record)
+    records.write_record(Path("run/pair/mono"), record)
     assert "pair/mono                    stale" in croco("plan", str(recipe), *more)

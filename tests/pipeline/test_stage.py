@@ -13,7 +13,7 @@ from croco.errors import StaleStage, UserError
 from croco.pipeline import run, stage
 from croco.pipeline import status as standing
 from croco.pipeline.node import Node, Stage
-from croco.storage import shards
+from croco.storage import files, records, shards
 
 
 def runtime(shard_prompts: int = 4) -> Runtime:
@@ -69,7 +69,7 @@ def test_an_unfinished_stage_redoes_only_what_is_missing(tmp_path: Path) -> None
         stage.execute(node, runtime())
     assert standing.status_of(node).kind == "unfinished"
     # what a kill leaves behind: a temporary file, and a shard and a ledger whose marker was never written
-    (node.folder / f"{shards.TEMPORARY}123-part-00001.parquet").write_bytes(b"half")
+    (node.folder / f"{files.TEMPORARY}123-part-00001.parquet").write_bytes(b"half")
     shards.shard_path(node.folder, 2).write_bytes(b"half")
     shards.ledger_path(node.folder, 2).write_bytes(b"half")
     (node.folder / "scratch").mkdir()
@@ -122,11 +122,11 @@ def test_drift_stops_and_names_what_changed_and_through_which_input(tmp_path: Pa
 def test_runtime_and_libraries_are_no_part_of_the_fingerprint(tmp_path: Path) -> None:
     node = numbered(tmp_path)
     stage.execute(node, runtime(shard_prompts=4))
-    found = shards.read_json(node.folder / "stage.json")
+    found = files.read_json(node.folder / "stage.json")
     assert "transformers" in found["libraries"]
     assert found["facts"] == {"device": "none"}
     found["libraries"]["transformers"] = "1.0"
-    shards.write_json(node.folder / "stage.json", found)
+    files.write_json(node.folder / "stage.json", found)
     assert standing.status_of(node).kind == "complete"
 
 
@@ -184,7 +184,7 @@ def test_a_removal_takes_what_the_stage_made_and_nothing_else(tmp_path: Path) ->
     (node.folder / "notes.txt").write_text("mine")
     (node.folder / "keep").mkdir()
     (node.folder / "keep" / "part-00000.parquet").write_text("mine")
-    shards.write_json(node.folder / "arm" / "stage.json", {})
+    files.write_json(node.folder / "arm" / "stage.json", {})
     (node.folder / "scratch").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere").mkdir()
     standing.clear(node)
@@ -208,9 +208,9 @@ def test_a_folder_of_somebody_else_is_refused_and_left_alone(tmp_path: Path, nam
 def test_a_removal_that_was_cut_short_is_a_missing_stage(tmp_path: Path) -> None:
     node = numbered(tmp_path)
     stage.execute(node, runtime())
-    found = shards.read_record(node.folder)
+    found = records.read_record(node.folder)
     found["state"] = "removed"
-    shards.write_record(node.folder, found)
+    records.write_record(node.folder, found)
     shards.shard_path(node.folder, 0).unlink()
     assert standing.status_of(node).kind == "missing"
     assert stage.execute(node, runtime())["starts"] == 1
@@ -251,7 +251,7 @@ def test_a_record_of_another_shape_is_one_sentence_and_a_rebuild_helps(
 def test_a_value_of_another_kind_is_named(tmp_path: Path, key: str, value: object) -> None:
     node = numbered(tmp_path)
     found = stage.execute(node, runtime())
-    shards.write_json(node.folder / "stage.json", {**found, key: value})
+    files.write_json(node.folder / "stage.json", {**found, key: value})
     assert f"no record of a stage at '{key}" in standing.status_of(node).changes[0]
 
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from croco.stages.evaluate.results import language_groups, summarise
 from croco.stages.pair.api import pairs
-from croco.storage import shards
+from croco.storage import files, shards
 from croco.storage.schemas import (
     COMPARISONS,
     COMPLETIONS,
@@ -59,7 +59,7 @@ def make_run(
             "multilingual": {"pool": "all", "training": {"beta": 0.2}},
         },
     }
-    shards.write_json(folder / "recipe.json", recipe)
+    files.write_json(folder / "recipe.json", recipe)
     keys = [(f"sum.{i}", code) for i in range(num_prompts) for code in TUNED]
     prompts = [
         {
@@ -151,7 +151,7 @@ def add_sentinel(folder: Path) -> None:
         {"step": 12, "split": "stopped", "reason": "the reward of chosen falls below that of the start"},
         {"step": 31, "split": "stopped", "reason": "the mean length of sampled completions doubled"},
     ]
-    shards.write_text(path, path.read_text() + "".join(json.dumps(mark) + "\n" for mark in marks))
+    files.write_text(path, path.read_text() + "".join(json.dumps(mark) + "\n" for mark in marks))
 
 
 def _pairs(folder: Path, arm: str, pool: str, samples: list, scores: np.ndarray) -> None:
@@ -211,7 +211,7 @@ def _training(folder: Path, rng: np.random.Generator) -> None:
                 "learning_rate": 1e-3 * (1 - done),
             }
         )
-    shards.write_text(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    files.write_text(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     stage_json(folder, {"read": {"pair": 280}, "written": {"pair": 280}, "dropped": {}}, {"steps": 40})
 
 
@@ -293,7 +293,7 @@ def write(
 
 
 def stage_json(folder: Path, counts: dict, facts: dict) -> None:
-    shards.write_json(
+    files.write_json(
         folder / "stage.json",
         {
             "stage": folder.name,

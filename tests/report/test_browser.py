@@ -11,7 +11,7 @@ import pytest
 
 from croco.report import two_runs
 from croco.report.page import build_page
-from croco.storage import shards
+from croco.storage import files, shards
 from croco.storage.schemas import PAIRS
 from report.browsers import DESKTOP, PHONE, Opened, browser
 from report.made_run import add_arena, add_sentinel, make_run
@@ -60,7 +60,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = make_run(folder / "run", num_prompts=6, num_samples=4, num_tests=16)
     add_arena(run, num_prompts=3)
     add_sentinel(run)
-    shards.write_text(folder / "page.html", build_page(run))
+    files.write_text(folder / "page.html", build_page(run))
     return folder / "page.html"
 
 
@@ -234,7 +234,7 @@ def test_ten_thousand_pairs_are_as_quick_as_ten(chromium, tmp_path):
         written={"pair": 10_000},
         dropped=None,
     )
-    shards.write_text(tmp_path / "page.html", build_page(run))
+    files.write_text(tmp_path / "page.html", build_page(run))
     assert (tmp_path / "page.html").stat().st_size < 5_000_000
     opened = Opened(chromium, tmp_path / "page.html")
     opened.page.wait_for_selector(".option")
@@ -256,7 +256,7 @@ def test_ten_thousand_pairs_are_as_quick_as_ten(chromium, tmp_path):
 def test_two_runs_beside_each_other_open_without_a_word(chromium, tmp_path, size):
     first = make_run(tmp_path / "first", num_prompts=2, num_samples=3, num_tests=16)
     second = make_run(tmp_path / "second", num_prompts=2, num_samples=3, num_tests=16, seed=3)
-    shards.write_text(tmp_path / "page.html", two_runs.build_page(first, second))
+    files.write_text(tmp_path / "page.html", two_runs.build_page(first, second))
     opened = Opened(chromium, tmp_path / "page.html", size)
     assert "second against first" in opened.text("main")
     assert opened.page.evaluate("document.documentElement.scrollWidth") == size[0]
@@ -264,5 +264,32 @@ def test_two_runs_beside_each_other_open_without_a_word(chromium, tmp_path, size
     for name in ("second", "first", "second minus first"):
         views.get_by_label(name, exact=True).check()
         assert views.locator(".view:visible").count() == 1
+    opened.page.wait_for_selector(".option")
+    assert count(opened) == "32 of 32 rows"  # the pairs of both runs
+    opened.page.select_option("#filter-arm", "second: multilingual")
+    assert count(opened) == "2 of 32 rows"
     assert opened.errors == []
+    opened.close()
+
+
+def test_the_funnel_says_why_on_a_phone(chromium, file):
+    opened = Opened(chromium, file, PHONE)
+    reason = opened.page.locator("#funnel li", has_text="cut at the token limit").first
+    box = reason.bounding_box()
+    assert box["x"] >= 0
+    assert box["x"] + box["width"] <= PHONE[0]
+    opened.close()
+
+
+@pytest.mark.parametrize("size", [PHONE, DESKTOP])
+def test_no_table_is_cut_off_without_a_way_to_scroll(chromium, file, size):
+    """Whatever is wider than the screen lies in a box that scrolls (the judge's table did not)."""
+    opened = Opened(chromium, file, size)
+    cut = opened.page.evaluate(
+        """() => [...document.querySelectorAll("table")].filter((table) => {
+          const box = table.closest(".scroll") || table.parentElement;
+          return table.scrollWidth > box.clientWidth + 4 && getComputedStyle(box).overflowX !== "auto";
+        }).map((table) => table.outerHTML.slice(0, 90))"""
+    )
+    assert cut == []
     opened.close()

@@ -10,7 +10,7 @@ from rich.console import Console
 from croco.errors import UserError
 from croco.report.compare import UNTUNED, compare
 from croco.report.exports import comparison_terminal
-from croco.storage import shards
+from croco.storage import files, shards
 from croco.storage.schemas import PROMPTS, VERDICTS
 from report.made_run import TUNED, add_arena, make_run, write
 
@@ -34,7 +34,7 @@ def runs(originals, tmp_path) -> list[Path]:
 def edit(run: Path, change) -> None:
     recipe = json.loads((run / "recipe.json").read_text())
     change(recipe)
-    shards.write_json(run / "recipe.json", recipe)
+    files.write_json(run / "recipe.json", recipe)
 
 
 def verdicts(run: Path, arm: str, benchmark: str = "lab") -> pl.DataFrame:

@@ -1,5 +1,7 @@
 import io
 import re
+import shutil
+import subprocess
 
 import polars as pl
 import pytest
@@ -77,6 +79,21 @@ def test_nothing_is_bold_where_all_are_the_same(run):
 def test_intervals_are_printed_when_asked_for(run):
     assert r"{\tiny [" in results_latex(run, intervals=True)
     assert "tiny" not in results_latex(run)
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no LaTeX on this machine")
+def test_latex_sets_the_tables(run, tmp_path):
+    """Every table of the run in a document of class article, without an error or a missing character."""
+    for intervals in (False, True):
+        text = results_latex(run, intervals)
+        document = (
+            rf"\documentclass{{article}}\usepackage{{booktabs}}\begin{{document}}{text}\end{{document}}"
+        )
+        (tmp_path / "t.tex").write_text(document, encoding="utf-8")
+        command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "t.tex"]
+        made = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+        assert made.returncode == 0, made.stdout[-2000:]
+        assert (tmp_path / "t.pdf").stat().st_size > 10_000
 
 
 def test_latex_is_given_no_commands():

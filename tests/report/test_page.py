@@ -17,7 +17,7 @@ from croco.report.load_run import read_run, scores_of
 from croco.report.page import build_page
 from croco.report.table import POINTS, Number, Unit, count_of, duration
 from croco.stages.evaluate.stats import Interval
-from croco.storage import shards
+from croco.storage import files, shards
 from croco.storage.schemas import DROPPED, PAIRS, ledger
 from report.made_run import NASTY, add_arena, add_sentinel, make_run
 
@@ -65,7 +65,7 @@ def test_what_an_edited_recipe_left_behind_is_not_in_the_report(run, tmp_path):
         "pair/removed",
     ):  # scored otherwise before; an arm taken out of the recipe
         shutil.copytree(copy / "score", copy / title)
-        shards.write_json(copy / title / "stage.json", stale)
+        files.write_json(copy / title / "stage.json", stale)
     found = read_run(copy)
     assert found.stages.keys() == read_run(run).stages.keys()
     shards.shards(copy / "score" / "monolingual")[0].path.unlink()  # would be missed if it were read
@@ -105,7 +105,7 @@ def test_names_from_a_recipe_are_escaped(tmp_path):
     run = make_run(tmp_path, num_prompts=2, num_samples=3, num_tests=8)
     recipe = json.loads((run / "recipe.json").read_text())
     recipe["policy"] = {"model": "</title><script>alert(1)</script>"}
-    shards.write_json(run / "recipe.json", recipe)
+    files.write_json(run / "recipe.json", recipe)
     rows = [("completion", "p", "da", 0, "<img src=x onerror=alert(1)>")]
     shards.write_parquet(run / "pair" / "monolingual" / "dropped.parquet", ledger(rows), DROPPED.schema)
     parsed = Parsed(build_page(run))
@@ -215,7 +215,7 @@ def test_markdown_has_every_arm_and_language(run):
 
 def written(unit, *ends):
     number = Number(Interval(*ends), unit)
-    return number.text, f"{number.low} to {number.high}"
+    return number.text, number.ends(" to ")
 
 
 def test_a_zero_has_no_sign():

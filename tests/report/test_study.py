@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ from scipy.stats import kendalltau
 from typer.testing import CliRunner
 
 from croco.cli.main import app
-from croco.config.recipe import load
+from croco.config.load import load
 from croco.config.study import Comparison, Study
 from croco.errors import UserError
 from croco.lab import world as lab
@@ -26,9 +25,8 @@ from croco.pipeline.seeds import parts
 from croco.report.claims import EQUIVALENT, FAILS, HOLDS, OPEN, UNTESTABLE, judge_all, p_wanted, run_tests
 from croco.report.multi_seed import Pooled, pool
 from croco.report.transfer import good_over_forms, ranking
-from croco.report.waves import Pools, points, saved, stops
 from croco.stages.evaluate.stats import Interval
-from croco.storage import shards
+from croco.storage import files, shards
 from croco.storage.schemas import COMPLETIONS, SCORES, VERDICTS
 
 
@@ -209,29 +207,6 @@ def test_seeds_without_a_common_prompt_are_not_averaged(tmp_path: Path) -> None:
         pool([tmp_path / "0", tmp_path / "1"], [], GROUPS, 50)
 
 
-def test_waves_stop_where_the_next_one_promises_little() -> None:
-    scores = np.zeros((2, 16))
-    scores[0, 0] = (
-        50.0  # nothing will beat it: 3.9 standard deviations above the mean of 16, 2.6 of the first eight
-    )
-    scores[1] = np.linspace(-1, 1, 16)  # the next is always better
-    good = np.zeros((2, 16))
-    good[0, 0] = good[1, 15] = 1.0
-    pools = Pools(scores, np.full((2, 16), 10.0), good, width=1)
-    assert stops(pools, 0.05).tolist() == [8, 16]
-    assert stops(pools, 10.0).tolist() == [8, 8]
-    assert stops(pools, 0.0).tolist() == [16, 16]
-
-    found = {point.rule: point for point in points([pools])}
-    assert (found["8"].completions, found["8"].tokens, found["8"].chosen_good) == (8.0, 80.0, 0.5)
-    assert (found["16"].chosen_good, found["16"].rejected_good) == (1.0, 0.0)
-    assert found["gain < 0.05·std"].tokens == 120.0
-    assert saved(list(found.values()), found["16"]) == 0.25
-    assert saved([found["8"]], found["16"]) is None
-    # a smaller number that is as good is what an adaptive rule has to beat
-    assert saved([*found.values(), replace(found["8"], chosen_good=1.0)], found["16"]) == -0.5
-
-
 RECIPE = """
 [run]
 name = "tiny-study"
@@ -345,7 +320,7 @@ def test_a_study_is_ordinary_runs(tmp_path: Path) -> None:
 def test_what_is_for_one_run_is_refused_for_a_study(tmp_path: Path) -> None:
     recipe, run = tmp_path / "study.toml", tmp_path / "run"
     recipe.write_text(RECIPE.format(folder=run))
-    shards.write_json(run / "recipe.json", load(recipe).model_dump(mode="json"))
+    files.write_json(run / "recipe.json", load(recipe).model_dump(mode="json"))
     for words in (
         ["sample", recipe],
         ["merge", run, "--arm", "monolingual", "--to", tmp_path / "merged"],

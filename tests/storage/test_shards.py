@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from croco.errors import UserError
-from croco.storage import shards
+from croco.storage import files, shards
 from croco.storage.schemas import DROPPED, PROMPTS, SCORES, TABLES, ledger
 from toy_stages import prompt
 
@@ -47,15 +47,15 @@ def test_a_folder_without_shards_says_so(tmp_path: Path) -> None:
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
-    shards.write_json(path, {"a": 1})
+    files.write_json(path, {"a": 1})
     with pytest.raises(ValueError, match="JSON"):
-        shards.write_json(path, {"a": float("nan")})
+        files.write_json(path, {"a": float("nan")})
 
     def fail(file: object) -> None:
         raise OSError("disk")
 
     with pytest.raises(OSError, match="disk"):
-        shards._write_atomically(path, fail)
+        files.write_atomically(path, fail)
     assert json.loads(path.read_text()) == {"a": 1}
     assert list(tmp_path.iterdir()) == [path]
 
@@ -105,7 +105,7 @@ def test_a_person_s_link_and_pipe_are_written_through(tmp_path: Path) -> None:
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
     for path in (link, dangling, pipe):
-        shards.write_for_user(path, "new")
+        files.write_for_user(path, "new")
     assert (real.read_text(), (tmp_path / "target.csv").read_text(), os.read(reader, 9)) == (
         "new",
         "new",
@@ -113,7 +113,7 @@ def test_a_person_s_link_and_pipe_are_written_through(tmp_path: Path) -> None:
     )
     assert (link.is_symlink(), dangling.is_symlink(), pipe.is_fifo()) == (True, True, True)
     with pytest.raises(UserError, match="is a folder"):
-        shards.write_for_user(tmp_path, "new")
+        files.write_for_user(tmp_path, "new")
 
 
 def test_a_folder_is_filled_under_another_name_only_if_it_is_ours(tmp_path: Path) -> None:
@@ -121,17 +121,17 @@ def test_a_folder_is_filled_under_another_name_only_if_it_is_ours(tmp_path: Path
     partial.mkdir()
     (partial / "thesis.tex").touch()
     with pytest.raises(UserError, match="was not made by croco"):
-        shards.begin_folder(partial)
+        files.begin_folder(partial)
     (partial / "thesis.tex").rename(tmp_path / "thesis.tex")
     partial.rmdir()
-    shards.begin_folder(partial)
+    files.begin_folder(partial)
     (partial / "half").touch()
-    shards.begin_folder(partial)  # what a killed process left
+    files.begin_folder(partial)  # what a killed process left
     (partial / "whole").touch()
-    shards.finish_folder(partial, to)
+    files.finish_folder(partial, to)
     assert [path.name for path in to.iterdir()] == ["whole"]
     with pytest.raises(UserError, match="not empty"):
-        shards.check_new_folder(to)
+        files.check_new_folder(to)
 
 
 def test_num_rows_names_a_missing_and_a_cut_file(tmp_path: Path) -> None:

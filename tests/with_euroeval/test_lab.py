@@ -14,10 +14,11 @@ import polars as pl
 import psutil
 import pytest
 
-from croco.config.recipe import load
+from croco.config.load import load
 from croco.models import vllm_server
+from croco.storage.files import read_json
 from croco.storage.hashing import folder_identity
-from croco.storage.shards import read_dropped, read_json, read_table
+from croco.storage.shards import read_dropped, read_table
 from stages.euroeval.lab_datasets import make, name_of
 from with_euroeval.conftest import PYTHON
 

@@ -14,6 +14,7 @@ import torch
 pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-vllm")
 
 from conftest import TinyModels
+from croco.config.arms import Lora
 from croco.config.models import Policy, Reward
 from croco.config.runtime import Vllm
 from croco.errors import UserError
@@ -22,13 +23,12 @@ from croco.models.loading import load_policy, load_reward
 from croco.models.lora import apply_lora, save_adapter
 from croco.models.protocols import Decoding, Request, ScoreRequest
 from croco.models.transformers import HFSampler, HFScorer
-from croco.models.vllm_server import VllmSampler, open_policy, open_reward
-from croco.stages.train.settings import LoraSettings
+from croco.models.vllm import VllmSampler, open_policy, open_reward
 from tiny import make_policy, make_tokenizer, save
 from with_vllm.wide import WIDTH, engines_of
 
 EAGER = Vllm(enforce_eager=True)
-LORA = LoraSettings(rank=4, alpha=8, dropout=0.0)
+LORA = Lora(rank=4, alpha=8, dropout=0.0)
 GREEDY = Decoding(0.0, 1.0, 0, 24)
 
 

@@ -9,14 +9,14 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-vllm")
 
 from conftest import TinyModels, write_recipe
+from croco.config.load import load
 from croco.config.models import Policy
-from croco.config.recipe import load
 from croco.config.runtime import Vllm
 from croco.models.chat_template import prompt_ids
 from croco.models.loading import load_policy
 from croco.models.protocols import Decoding, Request
 from croco.models.transformers import HFSampler
-from croco.models.vllm_server import open_policy
+from croco.models.vllm import open_policy
 from croco.pipeline import run
 from croco.stages.train.merge import merge
 

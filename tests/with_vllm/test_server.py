@@ -15,12 +15,12 @@ import pytest
 import torch
 
 from conftest import TinyModels, write_prompts, write_recipe
-from croco.config.recipe import load
+from croco.config.arms import Lora
+from croco.config.load import load
 from croco.models.loading import load_policy
 from croco.models.lora import apply_lora, save_adapter
 from croco.models.open import open_sampler
 from croco.models.protocols import Decoding, Request
-from croco.stages.train.settings import LoraSettings
 from models.test_openai_server import (
     calm,
     sampled,
@@ -56,7 +56,7 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
 def adapter(tiny_models: TinyModels) -> Path:
     """An adapter as training writes it, far enough from the identity to be seen."""
     policy, _ = load_policy(str(tiny_models.policy))
-    model = apply_lora(policy, LoraSettings(rank=4, alpha=8, dropout=0.0), seed=3)
+    model = apply_lora(policy, Lora(rank=4, alpha=8, dropout=0.0), seed=3)
     torch.manual_seed(3)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:

@@ -16,13 +16,13 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-vllm")
 
 from conftest import TinyModels, write_prompts, write_recipe
-from croco.config.recipe import load
+from croco.config.load import load
 from croco.models.chat_template import conversation_ids, prompt_ids
 from croco.models.loading import load_policy, load_reward
 from croco.models.protocols import Decoding, Request
 from croco.models.transformers import HFSampler
 from croco.pipeline import run as pipeline
-from croco.storage import shards
+from croco.storage import files, shards
 from with_vllm.wide import engines_of, log_tail, overrides
 
 KEY = ["prompt_id", "language", "sample_id"]
@@ -48,7 +48,7 @@ def run(wide_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def facts(run: Path, stage: str) -> dict:
-    return shards.read_json(run / stage / "stage.json")["facts"]
+    return files.read_json(run / stage / "stage.json")["facts"]
 
 
 def test_the_tables_are_those_of_any_engine(run: Path, wide_models: TinyModels) -> None:
@@ -137,7 +137,7 @@ def test_killed_it_leaves_no_engine_behind_and_goes_on(wide_models: TinyModels, 
         shards.read_table(tmp_path / "run" / "prompts", KEY[:2]), how="cross"
     )
     assert completions.select(KEY).sort(KEY).equals(wanted.select(KEY).sort(KEY))
-    found = shards.read_json(folder / "stage.json")
+    found = files.read_json(folder / "stage.json")
     assert found["counts"] == {"read": {"completion": 8000}, "written": {"completion": 8000}, "dropped": {}}
     assert completions["seed"].n_unique() == found["starts"] == 2
 

@@ -10,16 +10,15 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from croco.config.arena import Arena
-from croco.config.arms import languages_of
-from croco.config.euroeval import EuroEval
+from croco.config.evaluation import Arena, EuroEval
 from croco.config.recipe import Evaluation, Prompts, Recipe
+from croco.models.open import engines
 from croco.pipeline import arms, graph, run
 from croco.pipeline.compute import described
 from croco.pipeline.node import Node
 from croco.pipeline.status import Status
 from croco.stages.prompts import load as prompts_load
-from croco.storage import shards
+from croco.storage import records, shards
 
 # in a table a token is its id (4 bytes) and about as much text, before compression
 TOKEN_BYTES = 8
@@ -41,13 +40,14 @@ def describe(recipe: Recipe, until: str | None = None) -> Iterator[str]:
         yield f"  {node.title:<28} {_standing(node, status)}"
         for change in status.changes:
             yield f"      {change}"
+    yield from (f"engines: {line}" for line in engines(recipe.runtime))
     yield f"workers: {described(recipe.runtime)}"
     yield from cost(recipe, rates(recipe), until)
 
 
 def _standing(node: Node, status: Status) -> str:
     if status.kind == "complete":
-        found = shards.read_record(node.folder)
+        found = records.read_record(node.folder)
         return f"complete: {run.counted(node, found)}{found['seconds']:.1f} s"
     if status.kind == "unfinished":
         return f"unfinished ({len(shards.shards(node.folder))} shards there): would go on"
@@ -61,7 +61,7 @@ def rates(recipe: Recipe) -> dict[str, float]:
     found = {}
     for stage, fact in (("sample", "tokens_per_second"), ("score", "completions_per_second")):
         folder = recipe.folder / stage
-        rate = shards.read_record(folder)["facts"].get(fact) if shards.state(folder) != "missing" else None
+        rate = records.read_record(folder)["facts"].get(fact) if records.state(folder) != "missing" else None
         if rate:
             found[stage] = float(rate)
     return found
@@ -156,7 +156,7 @@ def _trained(recipe: Recipe, tuning: int) -> str:
     """What all arms are tuned on at most: a pair per pool, or as many as the arm asks for."""
     total = 0
     for arm in recipe.arms.values():
-        languages = len(languages_of(recipe, arm))
+        languages = len(recipe.languages_of(arm))
         pools = {"language": languages, "all": 1}[arm.pool] if isinstance(arm.pool, str) else len(arm.pool)
         prompts = tuning // len(recipe.run.languages) // (arm.part[1] if arm.part else 1)
         shown = languages if arm.prompt == "each" and arm.pool == "all" else 1
@@ -210,16 +210,7 @@ def _num_prompts(section: Prompts | Evaluation | Arena, key: str, languages: tup
     assert section.source is not None
     if section.source.startswith("hf:"):
         return None if section.limit is None else section.limit * len(languages)
-    loaded = prompts_load.load(
-        section.source,
-        split=section.split,
-        revision=section.revision,
-        languages=languages,
-        limit=section.limit,
-        id_column=section.id_column,
-        language_column=section.language_column,
-        key=key,
-    )
+    loaded = prompts_load.load(section, key, languages, section.limit)
     return int(loaded.prompts.num_rows)
 
 

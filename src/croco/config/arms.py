@@ -1,27 +1,33 @@
-"""Where an arm's completions come from and who scores them, and what arms that build on each other must agree on."""
+"""`[arms.NAME]` of the recipe: where completions come from, who scores them, how pairs are chosen, how an arm is tuned.
+
+The stages take these very records: a value is said here, once, with its default.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_serializer, field_validator, model_validator
 
 from croco.config.models import Causal, Model
-from croco.config.rules import check_groups
+from croco.config.rules import CALIBRATIONS, PROMPTS, parse_chosen, parse_rejected
 from croco.config.runtime import Positive, Section
 from croco.config.sweep import MAX_ROUNDS
 from croco.errors import UserError
-
-if TYPE_CHECKING:
-    from croco.config.arm import Arm
-    from croco.config.recipe import Recipe
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$")]
 Strings = Annotated[tuple[str, ...], Field(strict=False)]
 Completions = Annotated[int, Field(ge=2, le=100_000)]
 Part = Annotated[tuple[Positive, Positive], Field(strict=False)]
 Scorer = Literal["reward", "random", "likelihood", "likelihood-sum", "verified", "implicit", "alignment"]
+Share = Annotated[float, Field(ge=0, le=1)]
+AboveZero = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Action = Literal["drop", "flag", "off"]
 ENGLISH = "en"
+
+
+# Where completions and scores come from -------------------------------------------------------------------------------
 
 
 class Sampler(Causal):
@@ -31,36 +37,46 @@ class Sampler(Causal):
 class Implicit(Section):
     """The reward that a DPO arm has become (ICR): its log-probability over the base's, under the English prompt."""
 
-    arm: Name  # tuned on English alone
-    # put before the English prompt; {language} is the completion's, in English
+    arm: Name
+    """An arm tuned on English alone."""
     instruction: str = "Please answer in {language}."
+    """Put before the English prompt; {language} is the completion's, in English."""
 
 
 class Alignment(Model):
     """The translation model that scores completions by how well they go into the English ones (MAPO)."""
 
-    # a language's token in the model's vocabulary; M2M100's own form "__da__" where there is none here
     codes: dict[str, str] = Field(default_factory=dict)
-    targets: Positive | None = None  # English completions of a prompt, the first ones; null is all
-    max_tokens: Positive = 512  # of a completion; a longer one goes to the ledger
+    """A language's token in the model's vocabulary; M2M100's own form `__da__` where there is none here."""
+    targets: Positive | None = None
+    """English completions of a prompt that count, the first ones; null is all."""
+    max_tokens: Positive = 512
+    """Of a completion; a longer one goes to the ledger."""
 
 
 class Origin(Section):
     """The part of an arm before its pairs are chosen."""
 
-    languages: Strings = ()  # tuned on these; () is all of run.languages
-    # per prompt, the first ones of those that are sampled; null is all (sampling.completions)
+    languages: Strings = ()
+    """Tuned on these; none named is all of run.languages."""
     completions: Completions | None = None
-    part: Part | None = None  # [2, 4] is the second of four parts of the prompts
-    start: Name | None = None  # the arm whose policy samples, and whose adapter is tuned on
-    reference: Literal["base", "start"] = "base"  # what DPO holds the policy against
-    rounds: Annotated[int, Field(gt=0, le=MAX_ROUNDS)] = (
-        1  # as many arms, each on its own part of the prompts, from the one before
-    )
-    sampler: Sampler | None = None  # completions of another model: off-policy
+    """Per prompt, the first ones of those that are sampled; null is all (sampling.completions)."""
+    part: Part | None = None
+    """[2, 4] is the second of four parts of the prompts."""
+    start: Name | None = None
+    """The arm whose policy samples, and whose adapter is trained further."""
+    reference: Literal["base", "start"] = "base"
+    """What DPO holds the policy against."""
+    rounds: Annotated[int, Field(gt=0, le=MAX_ROUNDS)] = 1
+    """As many arms one after the other, each on its own part of the prompts, from the one before."""
+    sampler: Sampler | None = None
+    """Another model whose completions are used (off-policy)."""
     scorer: Scorer = "reward"
-    implicit: Implicit | None = None  # for scorer "implicit"
-    evaluated: bool = True  # false: only others build on it
+    """What scores the completions."""
+    implicit: Implicit | None = None
+    """For scorer "implicit"."""
+    evaluated: bool = True
+    """False: only other arms build on it."""
 
     @model_validator(mode="after")
     def _check_origin(self) -> Origin:
@@ -80,100 +96,198 @@ class Origin(Section):
         return self
 
 
+# How pairs are chosen -------------------------------------------------------------------------------------------------
+
+
+class Guards(Section):
+    """What becomes of a completion or pair that a guard catches: "drop" leaves it out, "flag" marks its pair."""
+
+    cut: Action = "drop"
+    """A completion cut at the token limit."""
+    empty: Action = "drop"
+    """A completion without a visible character."""
+    too_long: Action = "drop"
+    """Prompt and completion have more than training.max_tokens."""
+    wrong_language: Action = "flag"
+    """A completion in another language: "drop" judges every completion, "flag" those that were picked."""
+    min_letters: Positive = 20
+    """A shorter text is in no language."""
+    duplicate: Action = "drop"
+    """The text of an earlier completion of the prompt."""
+    near_duplicate: Action = "drop"
+    """The same but for case and white space."""
+    score_gap: Action = "off"
+    """A pair whose scores differ by less than min_score_gap."""
+    min_score_gap: NotNegative = 0.0
+    """The difference that score_gap asks for, in the scorer's units."""
+    length_ratio: Action = "off"
+    """A pair with one side longer than max_length_ratio times the other."""
+    max_length_ratio: Annotated[float, Field(ge=1)] = 3.0
+    """The ratio that length_ratio allows."""
+
+
+class Contrast(Section):
+    """How pairs are chosen; `croco.config.rules` has the words."""
+
+    pool: Literal["language", "all"] | dict[Name, Strings] = "language"
+    """Which completions compete: one prompt in one language, in all, or in named groups ({ nordic = ["da", "sv"] })."""
+    calibration: Literal[CALIBRATIONS] = "none"  # type: ignore[valid-type]
+    """How scores are made comparable before they are pooled."""
+    chosen: str = "max"
+    """The rule of the chosen completion: max, mean+K*std, quantile:Q, reference (the gold completion)."""
+    rejected: str = "mean-2std"
+    """That of the rejected: mean-K*std, quantile:Q, q1, mean, min, gap:X; none is the default of method "sft"."""
+    prompt: Literal[PROMPTS] = "chosen"  # type: ignore[valid-type]
+    """Whose language the pair's prompt is in."""
+    pairs_per_pool: Positive = 1
+    """Pairs that a pool gives at most."""
+    guards: Guards = Guards()
+    """[guards] with this arm's values over it."""
+
+
+# How an arm is tuned --------------------------------------------------------------------------------------------------
+
+
+USUAL_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class Lora(Section):
+    """Low-rank adapters on linear layers."""
+
+    rank: Positive = 16
+    """Of each adapter."""
+    alpha: Positive = 32
+    """An adapter is scaled by alpha / rank."""
+    dropout: Share = 0.05
+    """On an adapter's input."""
+    targets: Literal["auto"] | Strings = "auto"
+    """Names of layers that get an adapter, fused experts as "experts.down_proj"; "auto" is every linear layer of the
+    language model."""
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _usual_names(cls, targets: Any) -> Any:
+        return "auto" if targets in (USUAL_TARGETS, list(USUAL_TARGETS)) else targets
+
+    @field_serializer("targets")
+    def _as_ever(self, targets: tuple[str, ...] | str) -> Any:
+        """As in the fingerprints of runs that had no "auto" yet, and had these names by default."""
+        return USUAL_TARGETS if targets == "auto" else targets
+
+
+class Sentinel(Section):
+    """When tuning stops by itself: bounds in nats per token, on held-out pairs and on three training steps in a row."""
+
+    enabled: bool = True
+    """False: nothing stops tuning but numbers that are not finite."""
+    evaluations: Positive = 4
+    """Of the held-out pairs, each with a checkpoint; the best of them becomes the policy."""
+    max_chosen_drop: AboveZero = 1.0
+    """Of the chosen's log-probability under the reference's."""
+    max_kl: AboveZero = 1.5
+    """Of the policy from the reference."""
+    max_grad_norm_factor: Annotated[float, Field(gt=1)] = 100.0
+    """Times the gradient norm of the first steps."""
+    shortcut_auc: Annotated[float, Field(ge=0.5, le=1)] = 0.95
+    """Every pair right within early_steps, while language, length or finish reason has this AUC; 1 never stops."""
+    early_steps: Annotated[int, Field(ge=0)] = 20
+    """Optimiser steps that shortcut_auc looks at."""
+
+
+class Training(Section):
+    """How a policy is tuned on pairs. Everything here changes what comes out; the layout on a machine is [runtime]."""
+
+    method: Literal["dpo", "sft"] = "dpo"
+    """Preference tuning, or the likelihood of the chosen completions."""
+    loss: Literal["sigmoid", "ipo", "hinge", "robust", "apo_zero", "simpo", "sigmoid_norm"] = "sigmoid"
+    """Of method "dpo"."""
+    beta: AboveZero = 0.1
+    """How strongly DPO holds the policy to the reference."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Loss "robust": the share of pairs whose label is wrong."""
+    simpo_gamma: NotNegative = 0.5
+    """Loss "simpo": the margin aimed at."""
+    nll_weight: NotNegative = 0.0
+    """Weight of the chosen completions' likelihood beside the preference loss."""
+    learning_rate: AboveZero = 5e-6
+    """At its highest, after the warm-up."""
+    epochs: Annotated[int, Field(gt=0, le=1000)] = 1
+    """Passes over the pairs."""
+    updates: Annotated[int, Field(gt=0, le=500_000)] | None = None
+    """Optimiser steps, whatever the number of pairs; null is what the epochs make."""
+    batch_pairs: Annotated[int, Field(gt=0, le=1_000_000)] = 64
+    """Pairs per optimiser step, over all devices."""
+    max_tokens: Positive = 4096
+    """Of prompt and completion, the end token included."""
+    over_length: Literal["drop", "truncate"] = "drop"
+    """A longer pair goes to the ledger, or its completions lose their ends (counted)."""
+    warmup_ratio: Share = 0.05
+    """Of the steps, over which the learning rate rises."""
+    weight_decay: NotNegative = 0.01
+    """Of AdamW."""
+    scheduler: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up."""
+    max_grad_norm: AboveZero = 1.0
+    """A longer gradient is cut to this norm."""
+    full: bool = False
+    """Tune all weights instead of adapters; [training.lora] is not read then."""
+    lora: Lora = Lora()
+    """The adapters."""
+    sentinel: Sentinel = Sentinel()
+    """When tuning stops by itself."""
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.02
+    """Of the prompts, held out: the sentinel watches them, and the best checkpoint is chosen on them."""
+
+
+class Arm(Origin, Contrast):
+    """One way to tune the policy."""
+
+    training: Training = Training()
+    """[training] with this arm's values over it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sft_needs_no_rejected(cls, values: Any) -> Any:
+        training = values.get("training") if isinstance(values, dict) else None
+        method = training.get("method") if isinstance(training, dict) else getattr(training, "method", None)
+        return {"rejected": "none", **values} if method == "sft" else values
+
+    @model_validator(mode="before")
+    @classmethod
+    def _implicit_scores_are_length_controlled(cls, values: Any) -> Any:
+        implicit = isinstance(values, dict) and values.get("scorer") == "implicit"
+        return {"rejected": "min", "calibration": "length", **values} if implicit else values
+
+    @model_validator(mode="after")
+    def _check_rules(self) -> Arm:
+        try:
+            chosen, rejected = parse_chosen(self.chosen), parse_rejected(self.rejected)
+        except UserError as error:
+            raise ValueError(str(error)) from None
+        if rejected.kind == "none" and self.training.method != "sft":
+            raise ValueError(
+                'rejected = "none" makes data for training.method = "sft", which this arm is not'
+            )
+        if rejected.kind == "none" and self.prompt in ("rejected", "random"):
+            raise ValueError(f'prompt = "{self.prompt}" needs a rejected completion, and rejected = "none"')
+        if self.calibration == "length" and (chosen.kind, rejected.kind) != ("max", "min"):
+            raise ValueError(
+                f'calibration = "length" evens out the lengths of best and worst: expected chosen = "max" and '
+                f'rejected = "min", found "{self.chosen}" and "{self.rejected}"'
+            )
+        if chosen.kind == "reference" and self.scorer != "reward" and rejected.kind != "none":
+            raise ValueError(
+                f'chosen = "reference" is scored by the reward model, and scorer = "{self.scorer}"'
+            )
+        return self
+
+
 class Sweep(Section):
     """A grid of arms: those of arm `of` with the values of the grid over it."""
 
     of: Name
-    grid: dict[str, list[Any]] = Field(min_length=1)  # a key of an arm -> its values
-    arms: dict[str, dict[str, Any]]  # made: arm -> its place in the grid; `of` itself may be one
-
-
-# Checks over arms -----------------------------------------------------------------------------------------------------
-
-
-def check_arms(recipe: Recipe) -> None:
-    """Raise ValueError naming the arm for what one arm alone cannot know."""
-    for name, arm in recipe.arms.items():
-        for code in arm.languages:
-            if code not in recipe.run.languages:
-                known = ", ".join(recipe.run.languages)
-                raise ValueError(f"arms.{name}.languages: '{code}' is not tuned, expected of {known}")
-        try:
-            check_groups(arm.pool, recipe.run.languages)
-        except UserError as error:
-            raise ValueError(f"arms.{name}.pool: {error}") from None
-        shared = not arm.start and not arm.sampler
-        if shared and arm.completions and arm.completions > recipe.sampling.completions:
-            raise ValueError(
-                f"arms.{name}.completions = {arm.completions}, but only sampling.completions = "
-                f"{recipe.sampling.completions} are sampled"
-            )
-        if arm.sampler and recipe.runtime.engines.sample == "server":
-            raise ValueError(
-                f"arms.{name}.sampler is another model than the one that runtime.servers.sample serves: expected "
-                f"runtime.engines.sample = 'transformers' or 'vllm'"
-            )
-        _check_start(recipe, name, arm)
-        _check_scorer(recipe, name, arm)
-    _check_cycles(recipe)
-
-
-def _check_start(recipe: Recipe, name: str, arm: Arm) -> None:
-    if arm.start is None:
-        return
-    other = _known(recipe, f"arms.{name}.start", arm.start)
-    for key in ("rank", "alpha", "targets"):
-        if getattr(other.training.lora, key) != getattr(arm.training.lora, key):
-            raise ValueError(
-                f"arms.{name} goes on training the adapter of '{arm.start}': expected the same training.lora.{key}"
-            )
-
-
-def _check_scorer(recipe: Recipe, name: str, arm: Arm) -> None:
-    languages = languages_of(recipe, arm)
-    if arm.scorer == "verified" and recipe.prompts.source != "lab":
-        raise ValueError(
-            f"arms.{name}.scorer = 'verified' is the lab's program: expected prompts.source = 'lab'"
-        )
-    if arm.scorer == "alignment":
-        if recipe.alignment is None:
-            raise ValueError(f"arms.{name}.scorer = 'alignment' needs [alignment] with a translation model")
-        if ENGLISH not in recipe.run.languages or set(languages) == {ENGLISH}:
-            raise ValueError(
-                f"arms.{name}.scorer = 'alignment' sets completions of other languages beside English ones: "
-                f"expected '{ENGLISH}' and others in run.languages"
-            )
-    if arm.implicit is not None:
-        other = _known(recipe, f"arms.{name}.implicit.arm", arm.implicit.arm)
-        if set(languages_of(recipe, other)) != {ENGLISH} or other.training.method != "dpo" or other.start:
-            raise ValueError(
-                f"arms.{name}.implicit.arm = '{arm.implicit.arm}', expected an arm that is tuned by DPO from the base "
-                f'on languages = ["{ENGLISH}"]'
-            )
-        if "{language}" not in arm.implicit.instruction:
-            raise ValueError(f"arms.{name}.implicit.instruction does not name its {{language}}")
-
-
-def _check_cycles(recipe: Recipe) -> None:
-    for name in recipe.arms:
-        path, todo = [name], [name]
-        while todo:
-            arm = recipe.arms[todo.pop()]
-            for before in (arm.start, arm.implicit.arm if arm.implicit else None):
-                if before == name:
-                    raise ValueError(f"arms.{name} starts from itself, by way of {' and '.join(path)}")
-                if before and before not in path:
-                    path.append(before)
-                    todo.append(before)
-
-
-def _known(recipe: Recipe, key: str, name: str) -> Arm:
-    if name not in recipe.arms:
-        others = ", ".join(recipe.arms)
-        raise ValueError(f"{key} = '{name}', expected an arm of this recipe: one of {others}")
-    return recipe.arms[name]
-
-
-def languages_of(recipe: Recipe, arm: Arm) -> tuple[str, ...]:
-    """The languages that an arm is tuned on, in the order of run.languages."""
-    return tuple(code for code in recipe.run.languages if not arm.languages or code in arm.languages)
+    """The arm that is varied."""
+    grid: dict[str, list[Any]] = Field(min_length=1)
+    """A key of an arm and the values that it takes; written as keys of the sweep itself."""
+    arms: dict[str, dict[str, Any]]
+    """Made, not written: each arm and its place in the grid."""

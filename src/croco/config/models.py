@@ -17,22 +17,32 @@ TranslationChecks = Annotated[tuple[TranslationCheck, ...], Field(strict=False)]
 
 
 class Model(Section):
-    model: str  # "lab:policy", a directory, or a hub id
+    """Weights, and how they are read."""
+
+    model: str
+    """A directory, a hub id, or one of the lab's ("lab:policy")."""
     revision: str | None = None
+    """Of a hub id: a commit, tag or branch."""
     trust_remote_code: bool = False
+    """Run code that the model brings."""
     dtype: Dtype = "auto"
+    """Of the weights; "auto" is bfloat16 on a GPU and float32 on a CPU."""
 
 
 class Causal(Model):
     """A model that completes conversations."""
 
-    chat_template: str | None = None  # a Jinja file that replaces the tokenizer's own
+    chat_template: str | None = None
+    """A Jinja file that replaces the tokenizer's own template."""
 
 
 class Policy(Causal):
+    """The model that samples and is tuned."""
+
     model: str = "lab:policy"
-    # per language, appended to the last user turn after a blank line
+    """The model that is tuned."""
     instruction: dict[str, str] = Field(default_factory=dict)
+    """Per language, appended to the last user turn after a blank line."""
 
     @field_validator("instruction")
     @classmethod
@@ -48,14 +58,20 @@ class Policy(Causal):
 class Translate(Causal):
     """Prompts are read in one language and translated into the others; without this section they are there already."""
 
-    source: str = "en"  # the language that [prompts] is read in
-    evaluation: bool = False  # the prompts of [evaluation] likewise
+    source: str = "en"
+    """The language that [prompts] is read in."""
+    evaluation: bool = False
+    """The prompts of [evaluation] are translated likewise."""
     format: TranslationFormat = "instruct"
-    max_new_tokens: Positive = 8192  # per stretch of text; one that has not ended by then goes to the ledger
-    checks: TranslationChecks = get_args(TranslationCheck)  # those that a translation must pass
-    # translated characters per character; for Chinese or Japanese other values are right
+    """How the model is asked."""
+    max_new_tokens: Positive = 8192
+    """Per stretch of text; one that has not ended by then goes to the ledger."""
+    checks: TranslationChecks = get_args(TranslationCheck)
+    """Those that a translation must pass."""
     min_length_ratio: Annotated[float, Field(ge=0)] = 0.5
+    """Translated characters per character, at least; for Chinese or Japanese another value is right."""
     max_length_ratio: Annotated[float, Field(gt=0)] = 2.5
+    """At most."""
 
     @field_validator("source")
     @classmethod
@@ -67,11 +83,16 @@ class Translate(Causal):
 
 
 class Reward(Model):
+    """The model that scores completions."""
+
     model: str = "lab:reward"
-    max_tokens: Positive = 8192  # a longer conversation goes to the ledger
+    """A sequence classifier with one logit."""
+    max_tokens: Positive = 8192
+    """A longer conversation goes to the ledger."""
 
 
 class Judge(Causal):
     """A model that is asked for verdicts, greedily."""
 
     max_new_tokens: Positive = 1024
+    """Of a verdict."""

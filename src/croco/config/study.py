@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from croco.config.arms import Completions
+from croco.config.arms import Completions, Name
 from croco.config.runtime import Positive, Section, Seed
 
-if TYPE_CHECKING:
-    from croco.config.recipe import Recipe
-
-Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$")]
 GROUPS = ("tuned", "low-resource", "held-out", "all")
 BASE = "base"
 
@@ -21,73 +17,71 @@ class Comparison(Section):
     """One arm beside another, on some languages: the difference that a claim speaks of."""
 
     arm: Name
+    """The arm that is looked at."""
     than: Name = BASE
-    at_best: bool = False  # `than` at its best temperature, on these very prompts; the base's headline is
-    on: Annotated[tuple[str, ...], Field(strict=False)] = (
-        "tuned",
-    )  # groups or languages, each a test of its own
-    temperatures: Annotated[
-        tuple[float, ...], Field(strict=False)
-    ] = ()  # () is all of evaluation.temperatures
+    """What it is compared with."""
+    at_best: bool = False
+    """`than` at its best temperature, on these very prompts; the base's headline is."""
+    on: Annotated[tuple[str, ...], Field(strict=False)] = ("tuned",)
+    """Groups or languages, each a test of its own."""
+    temperatures: Annotated[tuple[float, ...], Field(strict=False)] = ()
+    """None named is all of evaluation.temperatures."""
     benchmark: str = "lab"
-    metric: str | None = None  # "good" or "score" if not given; "mode:wrong-language", …
+    """Of the results table."""
+    metric: str | None = None
+    """"good" or "score" if not given; "mode:wrong-language", …"""
     want: Literal["higher", "lower", "not higher", "not lower"] = "higher"
-    margin: Annotated[float, Field(ge=0)] = 0.0  # in the metric's own units
+    """What the claim says of the difference."""
+    margin: Annotated[float, Field(ge=0)] = 0.0
+    """In the metric's own units."""
 
 
 class Claim(Section):
     """What is claimed, the comparisons that decide it, and why it came out as it did (written once it has)."""
 
     says: str
+    """The claim, as the page shows it."""
     tests: Annotated[tuple[Comparison, ...], Field(strict=False, min_length=1)]
-    need: Literal["all", "most"] = "all"  # of the tests
-    secondary: bool = False  # corrected for several claims among the secondary ones
-    not_testable: str = ""  # why these data cannot decide it: it gets no verdict
+    """The comparisons that decide it."""
+    need: Literal["all", "most"] = "all"
+    """How many of the tests."""
+    secondary: bool = False
+    """Corrected for several claims among the secondary ones."""
+    not_testable: str = ""
+    """Why these data cannot decide it: it gets no verdict."""
     why: str = ""
+    """Why it came out as it did, written once it has."""
 
 
 class Transfer(Section):
     """Does the reward model rank within a language as well as the verified truth? In every evaluated language."""
 
     split: str = "dev"
+    """Of the lab's prompts."""
     limit: Positive | None = None
+    """Prompts per language."""
     completions: Completions = 16
+    """Of each prompt."""
 
 
 class Study(Section):
     """The recipe's experiment once a seed, each in a folder of its own, and one page over all of them."""
 
     seeds: Annotated[tuple[Seed, ...], Field(strict=False, min_length=1)] = (0, 1, 2)
-    transfer: Transfer | None = None  # of the lab only
-    equivalence: Annotated[float, Field(gt=0)] = 0.02  # differences within ± this are of no interest
+    """Each runs the whole experiment."""
+    transfer: Transfer | None = None
+    """Of the lab only."""
+    equivalence: Annotated[float, Field(gt=0)] = 0.02
+    """Differences within ± this are of no interest."""
     claims: dict[Name, Claim] = Field(default_factory=dict)
+    """By name, in the page's order."""
     introduction: str = ""
-    remarks: dict[str, str] = Field(default_factory=dict)  # a paragraph for a part of the page, by its name
+    """The page's first paragraph."""
+    remarks: dict[str, str] = Field(default_factory=dict)
+    """A paragraph for a part of the page, by its name."""
 
     @model_validator(mode="after")
     def _seeds_differ(self) -> Study:
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds = {list(self.seeds)}: expected different ones")
         return self
-
-
-def check_study(recipe: Recipe) -> None:
-    """Raise ValueError for a claim about an arm, language or temperature that the recipe does not have."""
-    assert recipe.study is not None
-    arms, run = (BASE, *recipe.evaluated_arms), recipe.run
-    if recipe.study.transfer and recipe.prompts.source != "lab":
-        raise ValueError("study.transfer needs verified completions: expected prompts.source = 'lab'")
-    for name, claim in recipe.study.claims.items():
-        for number, test in enumerate(claim.tests, start=1):
-            where = f"study.claims.{name}, test {number}"
-            for arm in (test.arm, test.than):
-                if arm not in arms:
-                    raise ValueError(f"{where}: '{arm}' is not evaluated, expected one of {', '.join(arms)}")
-            for scope in test.on:
-                if scope not in (*GROUPS, *run.evaluated):
-                    raise ValueError(
-                        f"{where}: on = '{scope}', expected a group ({', '.join(GROUPS)}) or a language"
-                    )
-            for temperature in test.temperatures:
-                if temperature not in recipe.evaluation.temperatures:
-                    raise ValueError(f"{where}: temperature {temperature} is not in evaluation.temperatures")

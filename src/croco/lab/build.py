@@ -22,8 +22,8 @@ from croco.lab.items import LANGUAGES
 from croco.lab.pretrain import pretrain
 from croco.models.loading import load_policy, load_tokenizer
 from croco.models.transformers import HFSampler
+from croco.storage.files import write_json
 from croco.storage.provenance import here
-from croco.storage.shards import write_json
 
 MODELS = Path(__file__).parent / "models"
 SEED = 1

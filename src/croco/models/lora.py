@@ -22,11 +22,11 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from croco.config.arms import Lora, Training
 from croco.errors import UserError
 from croco.models.lora_layer import lora_linear
-from croco.stages.train.settings import LoraSettings, TrainSettings
+from croco.storage.files import sync_files, sync_folder, writing
 from croco.storage.hashing import check_adapter
-from croco.storage.shards import sync_files, sync_folder, writing
 
 # linear layers that "auto" leaves as they are: routers, and what reads its weight without calling the layer
 ROUTERS = ("gate", "router", "shared_expert_gate", "modality_router", "correction_coefs", "prediction_coefs")
@@ -46,7 +46,7 @@ def language_model(model: PreTrainedModel) -> nn.Module:
     return model if decoder is None else decoder
 
 
-def trainable(model: PreTrainedModel, settings: TrainSettings, seed: int) -> Any:
+def trainable(model: PreTrainedModel, settings: Training, seed: int) -> Any:
     """The policy with what is trained of it open to gradients, and nothing else: new adapters, or all weights of the
     language model. Raises `UserError` as `apply_lora`."""
     if not settings.full:
@@ -57,7 +57,7 @@ def trainable(model: PreTrainedModel, settings: TrainSettings, seed: int) -> Any
     return model
 
 
-def apply_lora(model: PreTrainedModel, settings: LoraSettings, seed: int) -> PeftModel:
+def apply_lora(model: PreTrainedModel, settings: Lora, seed: int) -> PeftModel:
     """The model with trainable adapters on the layers named by `settings.targets`, everything else frozen.
 
     The adapters start as the identity; their random half depends on the seed alone. It works on a weightless model too.
@@ -73,7 +73,7 @@ def apply_lora(model: PreTrainedModel, settings: LoraSettings, seed: int) -> Pef
             raise UserError(f"training.lora cannot be put on {type(model).__name__}: {reason}") from error
 
 
-def lora_config(model: PreTrainedModel, settings: LoraSettings) -> LoraConfig:
+def lora_config(model: PreTrainedModel, settings: Lora) -> LoraConfig:
     """PEFT's configuration for the layers that `settings.targets` means on this model.
 
     "auto" is every linear layer of the language model but its head and its routers. Fused experts are parameters and
@@ -197,7 +197,7 @@ def _in_one_step(model: PeftModel) -> PeftModel:
     return model
 
 
-def continue_lora(model: PreTrainedModel, folder: Path, settings: LoraSettings) -> PeftModel:
+def continue_lora(model: PreTrainedModel, folder: Path, settings: Lora) -> PeftModel:
     """The model with the adapter in `folder` on it, trainable from where it stands; dropout is that of the settings.
 
     Raises `UserError` for an adapter of another base, size or form than the settings say.

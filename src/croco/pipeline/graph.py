@@ -19,7 +19,7 @@ from croco.errors import UserError
 from croco.pipeline import arms
 from croco.pipeline import fingerprint as fp
 from croco.pipeline.node import Node, Reference, Stage
-from croco.storage import shards
+from croco.storage import records
 
 # What stages read, and for which arms they run ----------------------------------------------------------------------
 
@@ -230,10 +230,10 @@ def nodes(recipe: Recipe) -> list[Node]:
 def _as_recorded(node: Node) -> Node:
     """The node with the fingerprint that its record has, where that differs only by settings which the croco that wrote
     it did not know yet: what an earlier version made stays complete."""
-    if not node.stage.added or not os.path.lexists(node.folder / shards.RECORD):
+    if not node.stage.added or not os.path.lexists(node.folder / records.RECORD):
         return node
     try:
-        record = shards.read_record(node.folder)
+        record = records.read_record(node.folder)
     except UserError:
         return node  # what is wrong with it is the status's to say
     absent = [name for name in node.stage.added if name not in record["science"]["settings"]]

@@ -13,7 +13,7 @@ from typing import Any
 
 from croco.config.recipe import Recipe
 from croco.storage.hashing import digest
-from croco.storage.shards import Science
+from croco.storage.records import Science
 
 Settings = dict[str, Any]  # JSON values; `Given` where a stage needs more than its fingerprint holds
 Reference = tuple[str, str | None]  # a stage's name and its arm

@@ -21,10 +21,10 @@ from croco.pipeline.graph import known_stage, nodes
 from croco.pipeline.node import Node
 from croco.pipeline.stage import execute, lock, new_record, remove_scratch
 from croco.pipeline.status import Status, status_of
-from croco.storage import shards
+from croco.storage import files, records
 from croco.storage.hashing import canonical
+from croco.storage.records import Record
 from croco.storage.schemas import TABLES
-from croco.storage.shards import Record
 
 Say = Callable[[str], None]
 # of a recipe.json that croco has written
@@ -163,7 +163,7 @@ def rebuild_report(recipe: Recipe, say: Say = lambda line: None) -> Path:
         for before in node.inputs.values():
             _require(before, node)
         if status_of(node).kind != "missing":  # the old page stays until the new one is there
-            shards.write_record(node.folder, new_record(node, recipe.runtime.shard_prompts))
+            records.write_record(node.folder, new_record(node, recipe.runtime.shard_prompts))
         run_node(node, recipe.runtime, say)
     return node.folder / "report.html"
 
@@ -181,7 +181,7 @@ def keep_recipe(
     """
     path, resolved = recipe.folder / "recipe.json", recipe.model_dump(mode="json")
     if os.path.lexists(path):
-        there = shards.read_json(path)
+        there = files.read_json(path)
         if there == resolved:
             return
         if not isinstance(there, dict) or not there.keys() >= SECTIONS:
@@ -193,20 +193,20 @@ def keep_recipe(
             if now.kind == "stale" and _made_otherwise(node):
                 say(f"recipe.json stays as it is, for {node.title} was made with other settings")
                 return
-    shards.write_json(path, resolved)
+    files.write_json(path, resolved)
 
 
 def _made_otherwise(node: Node) -> bool:
     """Whether a stage has other settings, or has read a table that is not there any more; that more tables are to be
     read (of an arm that was added) is no contradiction."""
-    made = shards.read_record(node.folder)["science"]
+    made = records.read_record(node.folder)["science"]
     if canonical(made["settings"]) != canonical(node.science["settings"]):
         return True
     for name, before in node.inputs.items():
         read = made["inputs"].get(name, before.fingerprint)
         if read != before.fingerprint and (
-            shards.state(before.folder) == "missing"
-            or shards.read_record(before.folder)["fingerprint"] != read
+            records.state(before.folder) == "missing"
+            or records.read_record(before.folder)["fingerprint"] != read
         ):
             return True
     return False

@@ -1,4 +1,4 @@
-"""`croco run` of a recipe with `[study]`: one run per seed in RUN/seed-N, some at once, then the page over all of them.
+"""`croco run` of a recipe with `[study]`: one run per seed in RUN/seed-N, some at once.
 
 A seed's run is an ordinary run: its recipe is in its folder, it can be looked at, reported and gone on with alone.
 Seeds that run beside each other are processes of their own, which end with this one.
@@ -19,16 +19,11 @@ from croco.pipeline import run as pipeline
 from croco.pipeline import status
 from croco.pipeline.graph import nodes
 from croco.pipeline.stage import lock
-from croco.storage import shards
+from croco.storage import records
 
 Say = Callable[[str], None]
-SCORERS = (
-    "reward",
-    "likelihood",
-    "likelihood-sum",
-    "random",
-    "verified",
-)  # held against each other in the transfer
+# compared with each other in the transfer
+SCORERS = ("reward", "likelihood", "likelihood-sum", "random", "verified")
 
 
 def of_seed(recipe: Recipe, seed: int) -> Recipe:
@@ -124,9 +119,9 @@ def complete(recipe: Recipe) -> dict[str, str]:
         for node in nodes(part):
             wanted = ("results", "pair", "train") if until is None else ("score",)
             if node.stage.name in wanted:
-                if (state := shards.state(node.folder)) != "complete":
+                if (state := records.state(node.folder)) != "complete":
                     raise UserError(f"{node.folder} is {state}: run `croco run` first")
-                fingerprints[f"{part.folder.name}/{node.title}"] = shards.read_record(node.folder)[
+                fingerprints[f"{part.folder.name}/{node.title}"] = records.read_record(node.folder)[
                     "fingerprint"
                 ]
     return fingerprints

@@ -26,9 +26,9 @@ from croco.pipeline import status
 from croco.pipeline.node import Node, Settings, settings_values
 from croco.pipeline.progress import Progress, progress
 from croco.pipeline.status import WRONG, Status, status_of
-from croco.storage import provenance, seeds, shards
+from croco.storage import files, provenance, records, seeds, shards
+from croco.storage.records import Record
 from croco.storage.schemas import DROPPED, TABLES, Table
-from croco.storage.shards import Record
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class Work:
         if earlier not in (None, num_shards):
             raise RuntimeError(f"{self.title} started with {earlier} shards and now has {num_shards}")
         self.record_file["num_shards"] = num_shards
-        shards.write_json(self.folder / shards.RECORD, self.record_file)
+        files.write_json(self.folder / records.RECORD, self.record_file)
         finished = {shard.index for shard in shards.shards(self.folder)}
         return [index for index in range(num_shards) if index not in finished]
 
@@ -124,7 +124,7 @@ class Work:
     def scratch(self) -> Path:
         """A folder for checkpoints and the like, removed when the stage is complete."""
         path = self.folder / "scratch"
-        with shards.writing(path):
+        with files.writing(path):
             path.mkdir(parents=True, exist_ok=True)
         return path
 
@@ -147,7 +147,7 @@ def lock(run: Path) -> Iterator[None]:
         file = (run / LOCK).open("a")
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{provenance.shown(str(run))}: this folder cannot be made or written ({shards.reason(error)})"
+            f"{provenance.shown(str(run))}: this folder cannot be made or written ({files.reason(error)})"
         ) from None
     with file:
         try:
@@ -164,51 +164,52 @@ def execute(node: Node, runtime: Runtime, now: Status | None = None) -> Record:
     """
     now = now or status_of(node)
     if now.kind == "complete":
-        return shards.read_record(node.folder)
+        return records.read_record(node.folder)
     if now.kind in WRONG:
         raise StaleStage(f"{node.title} was made with other settings: {'; '.join(now.changes)}")
     for before in node.inputs.values():
         try:
+            status.mend_ledger(before)
             status.check_contents(before)
         except UserError as error:
             raise StaleStage(status.stale_message([(before, Status("damaged", (str(error),)))])) from None
-    found = _start(node, runtime, resume=now.kind == "unfinished")
+    record = _start(node, runtime, resume=now.kind == "unfinished")
     work = Work(
         arm=node.arm,
         folder=node.folder,
         settings=settings_values(node.settings),
-        runtime=runtime.model_copy(update={"shard_prompts": found["shard_prompts"]}),
+        runtime=runtime.model_copy(update={"shard_prompts": record["shard_prompts"]}),
         inputs={name: before.folder for name, before in node.inputs.items()},
         table=TABLES[node.stage.table] if node.stage.table else None,
         title=node.title,
-        record_file=cast(dict[str, Any], found),
+        record_file=cast(dict[str, Any], record),
     )
     module, _, name = node.stage.function.partition(":")
-    started, earlier = time.monotonic(), found["seconds"]
+    started, earlier = time.monotonic(), record["seconds"]
     try:
         getattr(import_module(module), name)(work)
     finally:
-        found["seconds"] = round(earlier + time.monotonic() - started, 3)
+        record["seconds"] = round(earlier + time.monotonic() - started, 3)
         if node.folder.is_dir():
-            shards.write_record(node.folder, found)
-    return _finish(node, found)
+            records.write_record(node.folder, record)
+    return _finish(node, record)
 
 
 def _start(node: Node, runtime: Runtime, resume: bool) -> Record:
     """Write or take up `stage.json` in state "running"; an unfinished stage keeps the shard size it began with."""
-    with shards.writing(node.folder):
+    with files.writing(node.folder):
         node.folder.mkdir(parents=True, exist_ok=True)
     if resume:
         for damage in shards.remove_unfinished(node.folder):
             logger.warning("%s: %s: this shard is made again", node.title, damage)
-        found = shards.read_record(node.folder)
-        found["starts"] += 1
+        record = records.read_record(node.folder)
+        record["starts"] += 1
     else:
         status.clear(node)  # an attempt that made nothing, or a removal that was cut short
-        found = new_record(node, runtime.shard_prompts)
-    found.update(provenance.here())  # type: ignore[typeddict-item]
-    shards.write_record(node.folder, found)
-    return found
+        record = new_record(node, runtime.shard_prompts)
+    record.update(provenance.here())  # type: ignore[typeddict-item]
+    records.write_record(node.folder, record)
+    return record
 
 
 def new_record(node: Node, shard_prompts: int) -> Record:
@@ -228,14 +229,14 @@ def new_record(node: Node, shard_prompts: int) -> Record:
     }
 
 
-def _finish(node: Node, found: Record) -> Record:
+def _finish(node: Node, record: Record) -> Record:
     """Check every count, merge the ledgers, and only then say "complete"."""
-    counts = status.verify(node, found)
+    counts = status.verify(node, record)
     if (
         node.stage.reads_all is not None and "completions" not in node.settings
-    ):  # it asks for some of them only
+    ):  # else it asks for some of them
         unit, name = node.stage.reads_all
-        there = shards.read_record(node.inputs[name].folder)["counts"]["written"][unit]
+        there = records.read_record(node.inputs[name].folder)["counts"]["written"][unit]
         if counts["read"].get(unit) != there:
             raise ValueError(f"{node.title} read {counts['read'].get(unit)} {unit}s of {name}'s {there}")
     if node.stage.table:
@@ -244,17 +245,17 @@ def _finish(node: Node, found: Record) -> Record:
             raise ValueError(
                 f"{node.title}: the merged ledger has {rows} rows, the shards {counts['dropped']}"
             )
-    found["state"], found["counts"] = "complete", counts
+    record["state"], record["counts"] = "complete", counts
     if not node.stage.table:
-        found["files"] = status.files(node)
-        found["digests"] = shards.file_digests(node.folder, found["files"])
-    shards.write_record(node.folder, found)
+        record["files"] = status.files_made(node)
+    record["digests"] = files.file_digests(node.folder, record.get("files", ["dropped.parquet"]))
+    records.write_record(node.folder, record)
     remove_scratch(node)
-    return found
+    return record
 
 
 def remove_scratch(node: Node) -> None:
     """Remove what a complete stage no longer needs: after it is said to be complete, or a kill in between would leave
     an unfinished stage with half of its checkpoints."""
     if (node.folder / "scratch").is_dir():
-        shards.remove(node.folder / "scratch")
+        files.remove(node.folder / "scratch")

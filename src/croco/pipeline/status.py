@@ -14,8 +14,8 @@ from typing import Any
 
 from croco.errors import StaleStage, UserError
 from croco.pipeline.node import Node
-from croco.storage import provenance, shards
-from croco.storage.shards import Record
+from croco.storage import files, provenance, records, shards
+from croco.storage.records import Record
 
 WRONG = ("stale", "damaged")
 
@@ -33,23 +33,23 @@ def status_of(node: Node, contents: bool = False) -> Status:
 
     With `contents` the bytes of what it made are read too. Raises UserError when the folder is somebody else's.
     """
-    if not os.path.lexists(node.folder / shards.RECORD):
+    if not os.path.lexists(node.folder / records.RECORD):
         _check_empty(node)
         return Status("missing")
     try:
-        found = shards.read_record(node.folder)
+        record = records.read_record(node.folder)
     except UserError as error:
         return Status("damaged", (str(error),))
-    if found["state"] == "removed":
+    if record["state"] == "removed":
         return Status("missing")
-    if found["fingerprint"] != node.fingerprint:
-        if found["state"] != "complete" and _nothing_made(node.folder):
+    if record["fingerprint"] != node.fingerprint:
+        if record["state"] != "complete" and _nothing_made(node.folder):
             return Status("missing")  # it stopped at bad input, say: there is nothing to lose
-        return Status("stale", tuple(changes(found, node)))
-    if found["state"] != "complete":
+        return Status("stale", tuple(changes(record, node)))
+    if record["state"] != "complete":
         return Status("unfinished")
     try:
-        verify(node, found)
+        verify(node, record)
         if contents:
             check_contents(node)
     except UserError as error:
@@ -62,10 +62,10 @@ def _check_empty(node: Node) -> None:
     if os.path.lexists(node.folder) and not node.folder.is_dir():
         raise UserError(f"{node.folder} is a file, expected the folder of the stage {node.title}")
     for path in node.folder.iterdir() if node.folder.is_dir() else ():
-        inside = path.is_dir() and ((path / shards.RECORD).exists() or not any(path.iterdir()))
+        inside = path.is_dir() and ((path / records.RECORD).exists() or not any(path.iterdir()))
         if not inside and not path.name.startswith("."):
             raise UserError(
-                f"{node.folder} holds '{path.name}' and no {shards.RECORD}: croco has not made it, expected a new or "
+                f"{node.folder} holds '{path.name}' and no {records.RECORD}: croco has not made it, expected a new or "
                 f"empty folder for the stage {node.title} (see run.folder)"
             )
 
@@ -73,17 +73,17 @@ def _check_empty(node: Node) -> None:
 def _nothing_made(folder: Path) -> bool:
     """Whether a stage's folder holds nothing but its `stage.json` (and other stages)."""
     return all(
-        path.name == shards.RECORD
-        or path.name.startswith(shards.TEMPORARY)
-        or (path / shards.RECORD).exists()
+        path.name == records.RECORD
+        or path.name.startswith(files.TEMPORARY)
+        or (path / records.RECORD).exists()
         or (path.name == "scratch" and not any(path.iterdir()))
         for path in folder.iterdir()
     )
 
 
-def changes(found: Record, node: Node) -> list[str]:
+def changes(record: Record, node: Node) -> list[str]:
     """Each field that changed since a stage was written, old → new."""
-    old, new = _flat(found["science"]), _flat(node.science)
+    old, new = _flat(record["science"]), _flat(node.science)
     lines = []
     for key in sorted(old.keys() | new.keys(), key=lambda k: (k.startswith("inputs."), k)):
         if old.get(key) != new.get(key):
@@ -100,21 +100,21 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return {k: v for key, below in value.items() for k, v in _flat(below, f"{prefix}{key}.").items()}
 
 
-def verify(node: Node, found: Record) -> dict[str, dict[str, int]]:
+def verify(node: Node, record: Record) -> dict[str, dict[str, int]]:
     """Check markers against the rows on disk and sum their counts; raises UserError naming the file that is off."""
     if not node.stage.table:
-        there = files(node)
-        for name, size in found.get("files", {}).items():
+        there = files_made(node)
+        for name, size in record.get("files", {}).items():
             if there.get(name) != size:
                 raise UserError(
                     f"{node.folder / name} is {there.get(name, 'missing')}, expected {size} bytes"
                 )
-        return dict(found["counts"])
+        return dict(record["counts"])
     finished = shards.shards(node.folder)
     indices = [shard.index for shard in finished]
-    if indices != list(range(found.get("num_shards") or 0)):
+    if indices != list(range(record.get("num_shards") or 0)):
         raise UserError(
-            f"{node.folder} holds {len(indices)} finished shards, expected {found.get('num_shards')}"
+            f"{node.folder} holds {len(indices)} finished shards, expected {record.get('num_shards')}"
         )
     totals: dict[str, Counter[str]] = {name: Counter() for name in ("read", "written", "dropped")}
     for shard in finished:
@@ -122,8 +122,8 @@ def verify(node: Node, found: Record) -> dict[str, dict[str, int]]:
         for name, total in totals.items():
             total.update(getattr(shard, name))
     counts = {name: dict(total) for name, total in totals.items()}
-    if found["state"] == "complete" and counts != found["counts"]:
-        raise UserError(f"{node.folder / shards.RECORD} counts {found['counts']}, its markers {counts}")
+    if record["state"] == "complete" and counts != record["counts"]:
+        raise UserError(f"{node.folder / records.RECORD} counts {record['counts']}, its markers {counts}")
     balance(node.title, counts["read"], counts["written"], counts["dropped"])
     return counts
 
@@ -134,23 +134,31 @@ def check_contents(node: Node) -> None:
         for shard in shards.shards(node.folder):
             shards.check_shard(shard, contents=True)
     else:
-        for name, digest in shards.read_record(node.folder).get("digests", {}).items():
-            shards.check_digest(node.folder / name, digest)
+        for name, digest in records.read_record(node.folder).get("digests", {}).items():
+            files.check_digest(node.folder / name, digest)
 
 
 def mend_ledger(node: Node) -> bool:
     """Write the merged ledger of a complete stage again, from those of its shards, when it is gone or damaged."""
-    dropped = shards.read_record(node.folder)["counts"].get("dropped", {})
+    if not node.stage.table:
+        return False
+    record, name = records.read_record(node.folder), "dropped.parquet"
+    digest = record.get("digests", {}).get(name)
     try:
-        if not node.stage.table or shards.read_dropped(node.folder).height == sum(dropped.values()):
+        if digest is not None:
+            files.check_digest(node.folder / name, digest)
+            return False
+        if shards.num_rows(node.folder / name) == sum(record["counts"].get("dropped", {}).values()):
             return False
     except UserError:
         pass
     shards.merge_ledgers(node.folder)
+    record["digests"] = files.file_digests(node.folder, [name])
+    records.write_record(node.folder, record)
     return True
 
 
-def files(node: Node) -> dict[str, int]:
+def files_made(node: Node) -> dict[str, int]:
     """Names and sizes of what a stage without a table made."""
     tops = [node.folder / name for name in (*node.stage.makes, "dropped.parquet")]
     paths = [path for top in tops for path in ([top] if top.is_file() else top.rglob("*")) if path.is_file()]
@@ -160,18 +168,18 @@ def files(node: Node) -> dict[str, int]:
 def clear(node: Node) -> None:
     """Remove what a stage made. Its record says so first and goes last; sub-folders that are other stages, and files
     that no stage makes, stay. A folder without a record is left alone."""
-    if not os.path.lexists(node.folder / shards.RECORD):
+    if not os.path.lexists(node.folder / records.RECORD):
         return
     record: Record = {
         "stage": node.stage.name, "arm": node.arm, "state": "removed", "fingerprint": node.fingerprint,
         "science": node.science, "shard_prompts": 1, "num_shards": None, "counts": {}, "seconds": 0, "starts": 1,
         "facts": {},
     }  # fmt: skip
-    shards.write_record(node.folder, record)
+    records.write_record(node.folder, record)
     for path in node.folder.iterdir():
-        if shards.OURS.fullmatch(path.name) or path.name in node.stage.makes:
-            shards.remove(path)
-    (node.folder / shards.RECORD).unlink()
+        if files.OURS.fullmatch(path.name) or path.name in node.stage.makes:
+            files.remove(path)
+    (node.folder / records.RECORD).unlink()
 
 
 def balance(
@@ -204,7 +212,7 @@ def clear_wrong(
             gone.append(node)
     # the last first: a kill in between must not leave a stage that stands on one that is gone
     for node in reversed(gone):
-        if os.path.lexists(node.folder / shards.RECORD):
+        if os.path.lexists(node.folder / records.RECORD):
             clear(node)
             say(f"{node.title:<24} removed, to be made again")
     return {**known, **{node: Status("missing") for node in gone}}

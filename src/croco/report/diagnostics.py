@@ -11,7 +11,7 @@ from typing import Any
 import polars as pl
 
 from croco import languages
-from croco.config.euroeval import VERSION
+from croco.config.evaluation import VERSION
 from croco.report.load_run import Run
 from croco.report.scores import ARENA, Board, mark_best, metrics_of
 from croco.report.table import POINTS, SHARE, Entry, Number, Table, Unit, scope_name

@@ -12,12 +12,13 @@ from typing import Any
 
 import polars as pl
 
-from croco.config.recipe import Recipe, load
+from croco.config.load import load
+from croco.config.recipe import Recipe
 from croco.errors import UserError
 from croco.pipeline.arms import scores_of as scores_read_by
 from croco.pipeline.graph import STAGES
 from croco.stages.evaluate.results import BASE
-from croco.storage import shards
+from croco.storage import files, records, shards
 
 
 @dataclass(frozen=True)
@@ -57,14 +58,14 @@ def read_recipe(folder: Path) -> Recipe:
     """The resolved recipe of a run; raises UserError when the folder is none."""
     if not (folder / "recipe.json").is_file():
         raise UserError(f"{folder} is no run: found no recipe.json")
-    if not isinstance(shards.read_json(folder / "recipe.json"), dict):
+    if not isinstance(files.read_json(folder / "recipe.json"), dict):
         raise UserError(f"{folder / 'recipe.json'}: expected a table of settings")
     return load(folder / "recipe.json")
 
 
 def require(folder: Path, titles: Sequence[str]) -> None:
     """Raise UserError naming the stages (with arms) of a run that are not complete."""
-    missing = [title for title in titles if shards.state(folder / title) != "complete"]
+    missing = [title for title in titles if records.state(folder / title) != "complete"]
     if missing:
         stages = "stage" if len(missing) == 1 else "stages"
         raise UserError(f"{folder} has no complete {stages} {', '.join(missing)}: run `croco run` first")
@@ -94,9 +95,9 @@ def read_stages(folder: Path, recipe: Recipe) -> dict[str, dict[str, Any]]:
         for arm in stage.arms(recipe)
     ]
     return {
-        title: dict(shards.read_record(folder / title))
+        title: dict(records.read_record(folder / title))
         for title in titles
-        if shards.state(folder / title) != "missing"
+        if records.state(folder / title) != "missing"
     }
 
 

@@ -20,7 +20,7 @@ from croco.report.browser import browse, packed
 from croco.report.load_run import Run, read_run
 from croco.report.scores import boards
 from croco.report.table import count_of, numbers, scope_name
-from croco.storage.shards import write_text
+from croco.storage.files import write_text
 
 TEMPLATES = Path(__file__).parent / "templates"
 

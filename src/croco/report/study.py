@@ -28,7 +28,7 @@ from croco.report.table import PERCENT, POINTS, SCORE, SCORE_CHANGE, Entry, Numb
 from croco.report.transfer import FIGURES, good_over_forms, transfer
 from croco.stages.evaluate.results import BASE, language_groups
 from croco.stages.evaluate.stats import Interval
-from croco.storage import provenance, shards
+from croco.storage import files, provenance, records
 from croco.storage.hashing import digest
 
 VERSION = 5
@@ -50,7 +50,7 @@ def write(recipe: Recipe, say: Callable[[str], None] = lambda line: None) -> Pat
     study = _study(recipe)
     made_of = digest([VERSION, complete(recipe), study.model_dump(mode="json"), recipe.evaluation.bootstrap])
     page, stamp = recipe.folder / "study.html", recipe.folder / "study.json"
-    written = shards.read_json(stamp) if stamp.exists() else None
+    written = files.read_json(stamp) if stamp.exists() else None
     ours = written.get("made_of") if isinstance(written, dict) else None
     for path in (page, recipe.folder / "study.md", stamp):
         if path.exists() and not ours:
@@ -59,9 +59,9 @@ def write(recipe: Recipe, say: Callable[[str], None] = lambda line: None) -> Pat
         say("study: complete, skipped")
         return page
     parts = build(recipe)
-    shards.write_text(recipe.folder / "study.md", markdown(recipe, parts))
-    shards.write_text(page, html(recipe, parts))
-    shards.write_json(stamp, {"made_of": made_of, **provenance.here()})
+    files.write_text(recipe.folder / "study.md", markdown(recipe, parts))
+    files.write_text(page, html(recipe, parts))
+    files.write_json(stamp, {"made_of": made_of, **provenance.here()})
     return page
 
 
@@ -283,8 +283,8 @@ def pairs_part(recipe: Recipe) -> Part:
     rows, stops, seeds = list[list[Entry]](), list[str](), _study(recipe).seeds
     folders = [of_seed(recipe, seed).folder for seed in seeds]
     for arm in recipe.arms:
-        pairs = [shards.read_record(folder / "pair" / arm)["facts"] for folder in folders]
-        tuned = [shards.read_record(folder / "train" / arm) for folder in folders]
+        pairs = [records.read_record(folder / "pair" / arm)["facts"] for folder in folders]
+        tuned = [records.read_record(folder / "train" / arm) for folder in folders]
         shares = [[p.get("share_other_than_minimum") for p in pairs]]
         shares += [[p.get("shortcuts", {}).get(key) for p in pairs] for key in ("language", "length")]
         known = [[value for value in values if value is not None] for values in shares]

@@ -9,7 +9,8 @@ import torch
 
 import tiny
 from conftest import TinyModels, write_prompts, write_recipe
-from croco.config.recipe import Recipe, from_dict, load
+from croco.config.load import from_dict, load
+from croco.config.recipe import Recipe
 from croco.errors import UserError
 from croco.lab import world
 from croco.models.chat_template import prompt_ids

@@ -14,15 +14,16 @@ import pytest
 
 from conftest import TinyModels, write_recipe
 from croco.cli import preflight
-from croco.config.euroeval import VERSION
-from croco.config.recipe import load
+from croco.config.evaluation import VERSION
+from croco.config.load import load
 from croco.errors import UserError
 from croco.pipeline import run as pipeline
-from croco.report.markdown import results_markdown
+from croco.report.exports import results_markdown
 from croco.stages.euroeval import euroeval, install
 from croco.stages.euroeval.results_file import read_records
-from croco.storage import shards
-from croco.storage.shards import read_dropped, read_json, read_table
+from croco.storage import files
+from croco.storage.files import read_json
+from croco.storage.shards import read_dropped, read_table
 from served import Handler, listening
 
 WROTE = (
@@ -160,7 +161,7 @@ def test_a_kill_behind_the_last_dataset_loses_nothing(place: Place) -> None:
     made = read_json(folder / "stage.json")
     assert made["facts"]["euroeval"]["euroeval"] == VERSION
     assert made["facts"]["failed_instances"]
-    shards.write_json(folder / "stage.json", made | {"state": "running"})  # killed once more, scratch gone
+    files.write_json(folder / "stage.json", made | {"state": "running"})  # killed once more, scratch gone
     again = read_json(place.run() / "stage.json")
     assert (again["state"], again["facts"]) == ("complete", made["facts"])
     assert list(read_records(folder / euroeval.RESULTS_FILE, MODEL)) == [DA, DE]

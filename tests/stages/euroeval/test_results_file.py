@@ -11,8 +11,9 @@ import polars as pl
 import pytest
 import torch
 
-from croco.config.euroeval import VERSION
-from croco.config.recipe import Recipe, from_dict
+from croco.config.evaluation import VERSION
+from croco.config.load import from_dict
+from croco.config.recipe import Recipe
 from croco.errors import UserError
 from croco.stages.euroeval import euroeval
 from croco.stages.euroeval.results_file import in_all_arms, read_records, rows_of

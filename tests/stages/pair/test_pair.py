@@ -5,7 +5,7 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
-from croco.config.recipe import from_dict
+from croco.config.load import from_dict
 from croco.errors import UserError
 from croco.pipeline.fingerprint import pair_settings
 from croco.pipeline.stage import Work
@@ -14,6 +14,7 @@ from croco.stages.pair import statistics
 from croco.stages.pair.contrast import NO_CANDIDATE, NO_REFERENCE, NONE_BELOW, ONE_CANDIDATE
 from croco.stages.pair.load_scores import read_scored
 from croco.stages.pair.pair import pair
+from croco.storage import files
 from croco.storage import shards as store
 from croco.storage.schemas import COMPLETIONS, PAIRS, PROMPTS, SCORES, TABLES, ledger
 
@@ -129,12 +130,12 @@ def run(folder: pathlib.Path, arm: str, inputs: dict[str, pathlib.Path]) -> pl.D
     )
     pair(work)
     store.merge_ledgers(out)
-    store.write_json(out / "facts.json", work.record_file["facts"])
+    files.write_json(out / "facts.json", work.record_file["facts"])
     return store.read_table(out)
 
 
 def facts(folder: pathlib.Path, arm: str) -> dict:
-    return store.read_json(folder / "pair" / arm / "facts.json")
+    return files.read_json(folder / "pair" / arm / "facts.json")
 
 
 def keys_and_texts(pairs: pl.DataFrame) -> list[tuple]:
@@ -163,7 +164,7 @@ def test_monolingual_pairs_by_hand(tmp_path):
         ("r", "da", NONE_BELOW),
     ]
     assert ledger_rows.filter(pl.col("unit") == "completion").height == 5
-    marker = store.read_json(tmp_path / "pair" / "mono" / "part-00000.done")
+    marker = files.read_json(tmp_path / "pair" / "mono" / "part-00000.done")
     assert marker["read"] == {"completion": 19, "pool": 6}
     assert marker["written"] == {"completion": 14, "pool": 3, "pair": 3}
     found = facts(tmp_path, "mono")

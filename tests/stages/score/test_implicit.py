@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from croco.config.arms import Lora
 from croco.errors import UserError
 from croco.models.chat_template import prompt_ids
 from croco.models.loading import load_policy
 from croco.models.lora import apply_lora, save_adapter
 from croco.models.transformers import HFLikelihood
 from croco.stages.score.implicit import NO_ENGLISH, english_prompt, score_implicit
-from croco.stages.train.settings import LoraSettings
 from tiny import make_policy, make_tokenizer, save
 
 INSTRUCTION = "Please answer in {language}."
@@ -25,7 +25,7 @@ def user(text: str) -> list[dict[str, str]]:
 
 def adapter_of(model, folder: Path) -> Path:
     """An adapter that changes something, as DPO would leave it."""
-    adapted = apply_lora(model, LoraSettings(rank=4, alpha=8), seed=0)
+    adapted = apply_lora(model, Lora(rank=4, alpha=8), seed=0)
     torch.manual_seed(1)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():

@@ -1,9 +1,12 @@
 """Pairs for the tests: random words, several languages, completions of spread lengths."""
 
+import dataclasses
 import random
 from pathlib import Path
+from typing import Any
 
 import polars as pl
+from pydantic import BaseModel
 
 from croco.storage.schemas import TABLES
 from croco.storage.shards import write_shard
@@ -23,6 +26,13 @@ WORDS = (
     "vient",
 )
 LANGUAGES = ("en", "da", "fr")
+
+
+def replace(record: Any, **values: Any) -> Any:
+    """A copy of a frozen record with other values, which are not checked."""
+    if isinstance(record, BaseModel):
+        return record.model_copy(update=values)
+    return dataclasses.replace(record, **values)
 
 
 def make_pairs(num_pairs: int, seed: int = 0, longest: int = 9) -> pl.DataFrame:

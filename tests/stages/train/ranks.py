@@ -1,14 +1,14 @@
 """One of several processes of a torchrun: the gradients of one step, and a whole run, into a folder."""
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 
+from croco.config.arms import Lora
 from croco.stages.train.distributed import rank
-from croco.stages.train.settings import LoraSettings
+from stages.train.pairs import replace
 from stages.train.test_train import SETTINGS, run, trainer_of
 
 UNEVEN = [150, 1]  # token budgets: a few micro-batches, one pair each
@@ -26,7 +26,7 @@ def gradients(folder: Path, budget: int) -> dict[str, torch.Tensor]:
 
 def whole_run(folder: Path, **options):
     """A run without dropout, whose masks would be drawn by other processes."""
-    return run(folder, replace(SETTINGS, lora=LoraSettings(rank=4, alpha=8, dropout=0.0)), **options)
+    return run(folder, replace(SETTINGS, lora=Lora(rank=4, alpha=8, dropout=0.0)), **options)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,11 @@ import torch
 import transformers as tf
 from safetensors.torch import load_file
 
-from croco.config.arm import USUAL_TARGETS, Lora
+from croco.config.arms import USUAL_TARGETS, Lora, Training
 from croco.errors import UserError
 from croco.models.lora import apply_lora, put_adapter_on, save_adapter, without_adapter
 from croco.stages.train.memory_plan import trained_parameters
-from croco.stages.train.settings import LoraSettings, TrainSettings
+from stages.train.pairs import replace
 from stages.train.test_train import SETTINGS, metrics, run
 from tiny import make_policy
 
@@ -113,7 +113,7 @@ def adapted(policy: Any) -> set[str]:
 @pytest.mark.parametrize("name", MODELS)
 def test_auto_is_every_linear_layer_of_the_language_model(name: str, tmp_path: Path) -> None:
     model, (_, wanted) = made(name), MODELS[name]
-    policy = apply_lora(model, LoraSettings(rank=4), 0)
+    policy = apply_lora(model, Lora(rank=4), 0)
     layers = adapted(policy)
     assert {layer.rpartition(".")[2] for layer in layers} == wanted
     assert not [layer for layer in layers if "vision" in layer]
@@ -134,7 +134,7 @@ def test_auto_is_every_linear_layer_of_the_language_model(name: str, tmp_path: P
 def test_the_doctor_puts_adapters_on_a_model_without_weights(name: str) -> None:
     with torch.device("meta"):
         weightless = MODELS[name][0]()
-    settings = TrainSettings(lora=LoraSettings(rank=4))
+    settings = Training(lora=Lora(rank=4))
     real = apply_lora(made(name), settings.lora, 0)
     assert trained_parameters(weightless, settings) == sum(
         p.numel() for p in real.parameters() if p.requires_grad
@@ -147,8 +147,8 @@ def test_fused_experts_are_adapted_where_they_are_named_and_without_dropout() ->
     with pytest.raises(
         UserError, match=r"experts.down_proj, experts.gate_up_proj: expected training.lora.dropout = 0"
     ):
-        apply_lora(made("qwen3 moe"), LoraSettings(targets=("q_proj", *experts), dropout=0.1), 0)
-    policy = apply_lora(made("qwen3 moe"), LoraSettings(targets=("q_proj", *experts), dropout=0.0), 0)
+        apply_lora(made("qwen3 moe"), Lora(targets=("q_proj", *experts), dropout=0.1), 0)
+    policy = apply_lora(made("qwen3 moe"), Lora(targets=("q_proj", *experts), dropout=0.0), 0)
     names = {layer.rpartition("layers.0.")[2] for layer in adapted(policy) if "layers.0." in layer}
     assert names == {"self_attn.q_proj", "mlp.experts", "mlp.experts.base_layer"}
 
@@ -158,9 +158,9 @@ def test_a_name_that_the_language_model_lacks_is_refused_with_those_it_has() -> 
         with pytest.raises(
             UserError, match=rf"names {target}, which \w+ does not have; its linear layers are "
         ):
-            apply_lora(made(name), LoraSettings(targets=(target,)), 0)
+            apply_lora(made(name), Lora(targets=(target,)), 0)
     with pytest.raises(UserError, match=r"its fused experts experts.down_proj, experts.gate_up_proj"):
-        apply_lora(made("qwen3 moe"), LoraSettings(targets=("w1",)), 0)
+        apply_lora(made("qwen3 moe"), Lora(targets=("w1",)), 0)
 
 
 def test_a_recipe_says_auto_as_its_fingerprints_always_did() -> None:
@@ -175,7 +175,7 @@ def test_full_tuning_of_a_model_with_images_is_of_its_language_model(tmp_path: P
     """Its tensors have other names on disk than in memory."""
     model = made("gemma3 with images")
     tower = {name: value.clone() for name, value in model.state_dict().items() if "vision" in name}
-    settings = TrainSettings(**{**vars(SETTINGS), "full": True, "learning_rate": 1e-3})
+    settings = replace(SETTINGS, full=True, learning_rate=1e-3)
     result = run(tmp_path, settings, model=model, num_pairs=24)
     assert metrics(tmp_path, "train")[-1]["loss"] < metrics(tmp_path, "train")[0]["loss"]
     again = tf.Gemma3ForConditionalGeneration.from_pretrained(result.adapter)

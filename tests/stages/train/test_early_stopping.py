@@ -2,7 +2,6 @@
 
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
@@ -11,13 +10,13 @@ from safetensors.torch import load_file
 
 from croco.report.curves import sentinel as noted
 from croco.stages.train.checkpoints import SEAL, best_checkpoint, sealed
-from croco.stages.train.early_stopping import SentinelSettings, Stopped, alarm, best_step, shortcuts_of
+from croco.stages.train.early_stopping import Sentinel, Stopped, alarm, best_step, shortcuts_of
 from croco.stages.train.train import train_pairs
-from stages.train.pairs import make_pairs
+from stages.train.pairs import make_pairs, replace
 from stages.train.test_train import SETTINGS, TOKENIZER, metrics, run
 from tiny import make_policy
 
-SENTINEL = SentinelSettings()
+SENTINEL = Sentinel()
 
 
 def step(number: int, **values: float) -> dict:
@@ -29,7 +28,7 @@ def evaluation(number: int, **values: float) -> dict:
     return {"step": number, "split": "validation", "loss": 0.6, "logratios/chosen": 0.0, "kl": 0.0, **values}
 
 
-def reason(lines: list[dict], settings: SentinelSettings = SENTINEL, **aucs: float) -> str | None:
+def reason(lines: list[dict], settings: Sentinel = SENTINEL, **aucs: float) -> str | None:
     return alarm(settings, lines, aucs, 1e-3)
 
 
@@ -117,7 +116,7 @@ def test_a_run_that_collapses_stops_and_keeps_the_best_checkpoint(tmp_path):
         learning_rate=5e-2,
         scheduler="constant",
         lora=replace(SETTINGS.lora, dropout=0.0),  # what happens depends on no draw
-        sentinel=SentinelSettings(evaluations=16, max_chosen_drop=0.2),
+        sentinel=Sentinel(evaluations=16, max_chosen_drop=0.2),
     )
     result = run(tmp_path, settings)
     assert result.stopped.startswith("training stopped at step ")
@@ -160,7 +159,7 @@ def test_pairs_told_apart_by_their_language_stop(tmp_path):
 
 def test_the_best_checkpoint_stays_and_the_others_go(tmp_path):
     """A loss that rises again: the lowest is neither the first nor among the last two."""
-    settings = replace(SETTINGS, epochs=10, learning_rate=1e-2, sentinel=SentinelSettings(evaluations=10))
+    settings = replace(SETTINGS, epochs=10, learning_rate=1e-2, sentinel=Sentinel(evaluations=10))
     result = run(tmp_path, settings)
     held_out = {line["step"]: line["loss"] for line in metrics(tmp_path, "validation") if line["step"] > 0}
     best = min(held_out, key=lambda s: (held_out[s], s))

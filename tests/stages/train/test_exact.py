@@ -1,19 +1,17 @@
 """Every layout of rows, and TRL, against the obvious twin: one completion at a time, no padding, no mask."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from peft.tuners import lora
 
+from croco.config.arms import Lora, Training
 from croco.models.lora import OneStepLinear, apply_lora
 from croco.stages.train.batches import collate
 from croco.stages.train.encode import Example, encode_pairs
 from croco.stages.train.forward import FLEX, completion_logps, shared_rows_differ, token_counts, try_packing
 from croco.stages.train.losses import LOSSES, REFERENCE_FREE, PairLogps, preference_losses
-from croco.stages.train.settings import LoraSettings, TrainSettings
 from croco.stages.train.trainer import pair_losses
-from stages.train.pairs import make_pairs
+from stages.train.pairs import make_pairs, replace
 from tiny import make_policy, make_tokenizer
 
 ARCHITECTURES = ("llama", "cohere2", "qwen3", "gemma3", "mistral")
@@ -68,7 +66,7 @@ def assert_close(found, expected, relative):
 
 def loss_of(logps_CP, reference_CP):
     counts_CP = token_counts(laid_out("plain"))
-    return pair_losses(TrainSettings(), logps_CP, reference_CP, counts_CP)[0].mean()
+    return pair_losses(Training(), logps_CP, reference_CP, counts_CP)[0].mean()
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -88,7 +86,7 @@ def test_logps_loss_and_gradients_of_all_weights_equal_the_twin(arch):
 
 def adapted(arch):
     """A policy with an adapter that is not the identity, without dropout."""
-    model = apply_lora(policy(arch), LoraSettings(dropout=0.0), 0)
+    model = apply_lora(policy(arch), Lora(dropout=0.0), 0)
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -122,7 +120,7 @@ def test_what_dropout_drops_is_dropped_again_where_a_layer_is_computed_twice():
     # plain rows: in shared ones the last layer of a forward that is kept meets fewer tokens, and draws other places
     found = []
     for checkpointing in (False, True):
-        model = apply_lora(policy("llama"), LoraSettings(dropout=0.5), 0).train()
+        model = apply_lora(policy("llama"), Lora(dropout=0.5), 0).train()
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.ones_(parameter)

@@ -1,20 +1,18 @@
 """What tuning takes, before it takes it: against what really is allocated, and the plans that follow."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from croco.cli.preflight import examine
-from croco.config import recipe as recipes
+from croco.config import load as recipes
+from croco.config.arms import Lora
 from croco.errors import UserError
 from croco.models.lora import apply_lora
 from croco.stages.train.encode import encode_pairs
 from croco.stages.train.memory_plan import Needs, Plan, check_weights, choose, count, plan, trained_parameters
 from croco.stages.train.reference import weights_digest
-from croco.stages.train.settings import LoraSettings
-from stages.train.pairs import make_pairs
+from stages.train.pairs import make_pairs, replace
 from stages.train.test_train import SETTINGS, run, trainer_of
 from tiny import make_policy, make_tokenizer
 
@@ -58,7 +56,7 @@ def test_the_count_is_what_a_step_allocates(tmp_path, checkpointing, budget):
     torch.manual_seed(0)
     trainer = trainer_of(tmp_path, budget, checkpointing=checkpointing, hidden=128, layers=4, num_pairs=24)
     bare = make_policy("llama", hidden=128, layers=4)
-    settings = replace(SETTINGS, lora=LoraSettings(dropout=0.0))
+    settings = replace(SETTINGS, lora=Lora(dropout=0.0))
     needs = count(bare, settings, trainer.examples, shared=True)
     pairs = list(range(24))
     widest = max(batch.input_ids_BT.numel() for batch, *_ in trainer._micro_batches(pairs))

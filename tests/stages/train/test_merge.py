@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,15 +13,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from conftest import TinyModels, write_recipe
-from croco.config.recipe import Recipe, load
+from croco.config.load import load
+from croco.config.recipe import Recipe
 from croco.errors import UserError
 from croco.models.loading import load_policy
 from croco.models.open import tuned_weights
 from croco.pipeline import run as stages
 from croco.stages.train.merge import merge
 from croco.stages.train.model_card import cell, model_card
-from croco.storage import shards
-from croco.storage.shards import OWNER
+from croco.storage import files, shards
+from croco.storage.files import OWNER
+from stages.train.pairs import replace
 from tiny import make_policy, make_tokenizer, save
 
 
@@ -91,7 +92,7 @@ def test_template_tokenizer_and_generation_config_come_along(recipe: Recipe, mad
     ours, theirs = (AutoTokenizer.from_pretrained(place) for place in (made, recipe.policy.model))
     assert ours.chat_template == theirs.chat_template is not None
     assert ours.get_vocab() == theirs.get_vocab()
-    assert shards.read_json(made / "generation_config.json")["eos_token_id"] == 2
+    assert files.read_json(made / "generation_config.json")["eos_token_id"] == 2
 
 
 def test_the_card_says_what_it_was_made_from(recipe: Recipe, made: Path) -> None:
@@ -103,7 +104,7 @@ def test_the_card_says_what_it_was_made_from(recipe: Recipe, made: Path) -> None
     assert "base_model" not in head  # it is a directory here, and its path is nobody's business
     assert str(recipe.folder.parent) not in text
     for stage in ("prompts", "sample", "score", "pair/monolingual", "train/monolingual"):
-        fingerprint = shards.read_json(recipe.folder / stage / "stage.json")["fingerprint"]
+        fingerprint = files.read_json(recipe.folder / stage / "stage.json")["fingerprint"]
         assert f"| {stage} | fingerprint {fingerprint}, " in body
     assert "| learning_rate | 0.001 |" in body
     assert "| lora.rank | 4 |" in body

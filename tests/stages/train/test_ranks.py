@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -13,13 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from croco.config import recipe as recipes
+from croco.config import load as recipes
 from croco.errors import UserError
 from croco.models.loading import load_policy
 from croco.stages.train.distributed import shares
 from croco.stages.train.launch import Job, num_processes, tune
-from croco.storage.shards import write_json
-from stages.train.pairs import make_pairs, write_pairs
+from croco.storage.files import write_json
+from stages.train.pairs import make_pairs, replace, write_pairs
 from stages.train.ranks import UNEVEN, gradients, whole_run
 from stages.train.test_train import metrics
 from tiny import make_policy, make_tokenizer, save
@@ -54,7 +53,7 @@ def test_two_processes_have_the_gradients_and_the_curve_of_one(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     path = os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(TESTS)])
     done = subprocess.run(
-        [*command, str(TESTS / "training" / "ranks.py"), str(tmp_path)],
+        [*command, str(Path(__file__).with_name("ranks.py")), str(tmp_path)],
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
     )
@@ -171,7 +170,7 @@ import sys
 from pathlib import Path
 from croco.config.models import Policy
 from croco.config.runtime import Runtime
-from croco.storage.shards import read_json
+from croco.storage.files import read_json
 from croco.stages.train.launch import Job, tune
 said = read_json(Path(sys.argv[1]))
 said |= {"policy": Policy(**said["policy"]), "runtime": Runtime(**said["runtime"])}

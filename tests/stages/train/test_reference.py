@@ -4,20 +4,19 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from croco.config.arms import Lora
 from croco.errors import UserError
 from croco.models.lora import apply_lora
 from croco.stages.train.batches import collate
 from croco.stages.train.encode import encode_pairs
 from croco.stages.train.forward import completion_logps
 from croco.stages.train.reference import no_reference, on_line, reference_logps, weights_digest
-from croco.stages.train.settings import LoraSettings
-from stages.train.pairs import make_pairs
+from stages.train.pairs import make_pairs, replace
 from tiny import make_policy, make_tokenizer
 
 EXAMPLES, _ = encode_pairs(make_pairs(6), make_tokenizer(), end=2, max_tokens=200)
@@ -118,7 +117,7 @@ def test_on_line_is_the_policy_without_its_adapter():
     batch = collate(EXAMPLES, shared=True)
     with torch.no_grad():
         expected = completion_logps(base, batch)
-    model = apply_lora(base, LoraSettings(dropout=0.5), 0).train()
+    model = apply_lora(base, Lora(dropout=0.5), 0).train()
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.5)

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
@@ -18,34 +17,36 @@ import torch
 from safetensors.torch import load_file
 from transformers import FalconConfig, FalconForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from croco.config.recipe import load
+from croco.config.arms import Lora, Training
+from croco.config.load import load
 from croco.errors import UserError
 from croco.models.loading import load_policy
 from croco.models.lora import apply_lora, load_adapter
 from croco.pipeline.fingerprint import train_settings
+from croco.pipeline.node import settings_values
 from croco.pipeline.stage import Work
 from croco.stages.train.encode import encode_pairs
 from croco.stages.train.reference import reference_logps
-from croco.stages.train.settings import LoraSettings, TrainSettings
 from croco.stages.train.train import train, train_pairs
 from croco.stages.train.trainer import PairTrainer, training_arguments
+from croco.storage.files import write_json
 from pipeline.test_full_disk import files_no_larger_than
-from stages.train.pairs import make_pairs, write_pairs
+from stages.train.pairs import make_pairs, replace, write_pairs
 from tiny import make_policy, make_tokenizer, save
 
 TOKENIZER = make_tokenizer()
-SETTINGS = TrainSettings(
+SETTINGS = Training(
     learning_rate=1e-2,
     epochs=2,
     batch_pairs=6,
     max_tokens=200,
     validation_fraction=0.3,
-    lora=LoraSettings(rank=4, alpha=8, dropout=0.1),
+    lora=Lora(rank=4, alpha=8, dropout=0.1),
 )
 
 
 def run(
-    folder: Path, settings: TrainSettings = SETTINGS, num_pairs: int = 36, on_step=None, model=None, **options
+    folder: Path, settings: Training = SETTINGS, num_pairs: int = 36, on_step=None, model=None, **options
 ):
     return train_pairs(
         model or make_policy("llama"),
@@ -330,7 +331,7 @@ def test_the_models_own_dropout_is_off(tmp_path, arch):
         }
         rates = {"hidden_dropout": 0.5, "attention_dropout": 0.5}
         model, target = FalconForCausalLM(FalconConfig(vocab_size=320, **shape, **rates)), "query_key_value"
-    lora = LoraSettings(rank=4, dropout=0.0, targets=(target,)) if target else LoraSettings()
+    lora = Lora(rank=4, dropout=0.0, targets=(target,)) if target else Lora()
     settings = replace(SETTINGS, lora=lora, learning_rate=1e-9, full=target is None, epochs=1)
     result = run(tmp_path, settings, model=model, num_pairs=12)
     for line in metrics(tmp_path, "train"):
@@ -383,7 +384,7 @@ def trainer_of(tmp_path, budget, shared=True, checkpointing=False, num_pairs=9, 
     )
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    settings = replace(SETTINGS, lora=LoraSettings(dropout=0.0))
+    settings = replace(SETTINGS, lora=Lora(dropout=0.0))
     return PairTrainer(
         apply_lora(model, settings.lora, 0),
         training_arguments(settings, tmp_path, num_steps=1, seed=0, cpu=True, evaluate=False),
@@ -477,7 +478,7 @@ def test_an_adapter_that_changes_nothing_is_an_error(tmp_path):
 
 def test_a_layer_that_is_not_there_is_named(tmp_path):
     with pytest.raises(UserError, match="names c_attn, which LlamaForCausalLM does not have"):
-        run(tmp_path, replace(SETTINGS, lora=LoraSettings(targets=("q_proj", "c_attn"))))
+        run(tmp_path, replace(SETTINGS, lora=Lora(targets=("q_proj", "c_attn"))))
 
 
 def test_a_folder_without_an_adapter_is_named(tmp_path):
@@ -503,17 +504,15 @@ max_tokens = 40
 
 def test_the_stage_accounts_for_every_pair(tmp_path):
     policy = save(tmp_path / "policy", make_policy("llama"), TOKENIZER)
-    recipe_file = tmp_path / "toy.toml"
-    recipe_file.write_text(RECIPE.format(policy=policy))
-    recipe = load(recipe_file)
+    (tmp_path / "toy.toml").write_text(RECIPE.format(policy=policy))
+    recipe, run_folder = load(tmp_path / "toy.toml"), tmp_path / "run"
+    write_json(run_folder / "recipe.json", recipe.model_dump(mode="json"))
     write_pairs(tmp_path / "pair", make_pairs(12))
     work = Work(
-        recipe=recipe,
         arm="mono",
-        folder=tmp_path / "train",
-        settings=train_settings(recipe, "mono"),
+        folder=run_folder / "train" / "mono",
+        settings=settings_values(train_settings(recipe, "mono")),
         runtime=recipe.runtime,
-        seed=recipe.run.seed,
         inputs={"pair": tmp_path / "pair"},
         table=None,
         title="train/mono",
@@ -525,10 +524,9 @@ def test_the_stage_accounts_for_every_pair(tmp_path):
     assert counts["dropped"]["pair"] > 0
     assert facts["pairs"] == counts["written"]["pair"]
     assert facts["plain_rows"] is None
-    assert (tmp_path / "train" / "adapter" / "adapter_model.safetensors").is_file()
-    assert (
-        pl.read_parquet(tmp_path / "train" / "dropped.parquet")["reason"].str.contains("max_tokens 40").all()
-    )
+    assert (work.folder / "adapter" / "adapter_model.safetensors").is_file()
+    reasons = pl.read_parquet(work.folder / "dropped.parquet")["reason"]
+    assert reasons.str.contains("max_tokens 40").all()
 
 
 def test_an_adapter_of_another_size_is_refused(undisturbed):

@@ -21,7 +21,7 @@ import killed
 import tiny
 from conftest import TinyModels
 from croco.cli.main import app
-from croco.config.recipe import load
+from croco.config.load import load
 from croco.errors import UserError
 from croco.models.chat_template import prompt_ids
 from croco.models.open import open_sampler
@@ -29,7 +29,8 @@ from croco.pipeline import run as pipeline
 from croco.stages.translate.formats import FORMATS
 from croco.stages.translate.translate import TranslateWorker
 from croco.storage import shards
-from croco.storage.shards import read_dropped, read_json, read_table
+from croco.storage.files import read_json
+from croco.storage.shards import read_dropped, read_table
 from served import Served, serve
 
 LIMIT = 40  # new tokens
@@ -126,7 +127,7 @@ def write(path: Path, prompts: dict[str, list[tuple[str, str]]]) -> Path:
 def write_recipe(folder: Path, models: TinyModels, translator: Path, run: str = "run") -> Path:
     tuning, test = (
         write(folder / "prompts.jsonl", PROMPTS),
-        write(folder / "test.jsonl", {"t": PROMPTS["turns"]}),
+        write(folder / "test.jsonl", {"t": PROMPTS["turns"][1:]}),
     )
     path = folder / f"{run}.toml"
     path.write_text(RECIPE.format(**locals()), encoding="utf-8")

@@ -20,7 +20,7 @@ from typing import IO, Any
 
 import pyarrow as pa
 
-from croco.config.euroeval import VERSION
+from croco.config.evaluation import VERSION
 from croco.config.recipe import Recipe
 from croco.config.runtime import EuroEvalRuntime
 from croco.errors import UserError
@@ -30,7 +30,7 @@ from croco.models.open import tuned_weights
 from croco.pipeline.stage import Work
 from croco.stages.euroeval.results_file import Record, read_records, rows_of
 from croco.stages.evaluate.results import BASE
-from croco.storage import shards
+from croco.storage import files
 from croco.storage.hashing import folder_identity
 from croco.storage.schemas import RESULTS, ledger
 
@@ -110,10 +110,10 @@ def finish(work: Work, folder: Path) -> None:
     """Keep EuroEval's own file, and what is to be said of the whole, whichever start of the stage saw it."""
     results = folder / RESULTS_FILE
     text = results.read_text(encoding="utf-8") if results.exists() else ""
-    shards.write_text(work.folder / RESULTS_FILE, text)
+    files.write_text(work.folder / RESULTS_FILE, text)
     records = read_records(results, model_name(str(work.arm)))
     counts = {name: record.failed_instances for name, record in sorted(records.items())}
-    facts = shards.read_json(folder / FACTS_FILE)
+    facts = files.read_json(folder / FACTS_FILE)
     work.record(failed_instances={name: count for name, count in counts.items() if count}, **facts)
 
 
@@ -222,7 +222,7 @@ def _said(
     for line in lines:
         said: dict[str, Any] = json.loads(line)
         if "libraries" in said:
-            shards.write_json(folder / FACTS_FILE, {"euroeval": said["libraries"], **facts})
+            files.write_json(folder / FACTS_FILE, {"euroeval": said["libraries"], **facts})
             if said["libraries"]["euroeval"] != VERSION:
                 raise UserError(
                     f"runtime.euroeval.python has EuroEval {said['libraries']['euroeval']}, expected {VERSION}: "

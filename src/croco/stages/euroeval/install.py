@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from croco.config.euroeval import VERSION
+from croco.config.evaluation import VERSION
 from croco.errors import UserError
 
 CONSTRAINTS = Path(__file__).with_name("euroeval-constraints.txt")

@@ -17,7 +17,7 @@ from typing import Any
 import polars as pl
 from pydantic import BaseModel, Field, ValidationError
 
-from croco.config.euroeval import STANDS_FOR, VERSION
+from croco.config.evaluation import STANDS_FOR, VERSION
 from croco.errors import UserError
 
 SEED = 4242  # EuroEval's own, the same for every model: all arms see the same draws of a dataset

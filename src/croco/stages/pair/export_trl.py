@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from croco.errors import UserError
 from croco.models.chat_template import with_instruction
+from croco.storage import files, records
 from croco.storage import shards as store
 from croco.storage.schemas import MESSAGES
 
@@ -48,8 +49,8 @@ def export_pairs(
     """
     if form not in FORMATS:
         raise UserError(f"the format '{form}' is unknown, expected one of {', '.join(FORMATS)}")
-    store.check_new_folder(folder)
-    if store.state(pairs) != "complete":
+    files.check_new_folder(folder)
+    if records.state(pairs) != "complete":
         raise UserError(f"{pairs} holds no finished pairs: run `croco run` first")
     rows, languages = 0, pl.DataFrame(schema={"language": pl.String, "len": pl.UInt32})
     shards = store.shards(pairs)
@@ -66,7 +67,7 @@ def export_pairs(
         languages = pl.concat([languages, table.group_by("language").len()])
     counts = dict(languages.group_by("language").agg(pl.col("len").sum()).sort("language").rows())
     left = store.read_dropped(pairs).group_by("unit", "reason").len().sort("unit", "reason").rows()
-    store.write_text(folder / "README.md", card(form, rows, counts, left, license, facts or {}))
+    files.write_text(folder / "README.md", card(form, rows, counts, left, license, facts or {}))
     return rows
 
 

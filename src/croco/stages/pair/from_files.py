@@ -7,22 +7,23 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from croco import languages
-from croco.config.recipe import NO_PROMPTS, Recipe, apply_override, from_dict
+from croco.config.load import NO_PROMPTS, apply_override, from_dict
+from croco.config.recipe import Recipe
 from croco.errors import UserError
 from croco.pipeline.fingerprint import pair_settings
 from croco.pipeline.stage import Work
 from croco.stages.pair.export_trl import FORMATS, export_pairs
 from croco.stages.pair.import_files import import_scored
 from croco.stages.pair.pair import pair
-from croco.stages.prompts.columns import NAMES
-from croco.storage import provenance, shards
+from croco.stages.prompts.columns import MAPPED
+from croco.storage import files, provenance, shards
 from croco.storage.hashing import digest
 from croco.storage.schemas import TABLES
 
 ARM = "pairs"
 MADE = ("prompts", "sample", "score", "pairs", "export")
 FILES = re.compile(
-    rf"(prompts|sample|score|pairs)/({shards.OURS.pattern}|stage\.json)|export/(README\.md|data/[^/]*)"
+    rf"(prompts|sample|score|pairs)/({files.OURS.pattern}|stage\.json)|export/(README\.md|data/[^/]*)"
 )
 KNOWN = ("en",)
 
@@ -51,10 +52,10 @@ def pairs_of_files(
             raise UserError(f"{source}: no such file")
         if source.resolve().is_relative_to(to.resolve()):
             raise UserError(f"{source} lies in {to}, which is made anew: expected another folder")
-    shards.check_own_folder(to, "sources.json", ["sources"], FILES)
+    files.check_own_folder(to, "sources.json", ["sources"], FILES)
     for name in MADE:
-        shards.remove_folder(to / name)
-    shards.write_json(to / "sources.json", {"sources": [str(source) for source in sources]})
+        files.remove_folder(to / name)
+    files.write_json(to / "sources.json", {"sources": [str(source) for source in sources]})
     found = import_scored(sources, to, mapped, language)
     recipe = _recipe(sorted(found), form, overrides)
     work = Work(
@@ -82,7 +83,7 @@ def pairs_of_files(
         **work.record_file,
         **provenance.here(),
     }
-    shards.write_json(to / "pairs" / "stage.json", record)
+    files.write_json(to / "pairs" / "stage.json", record)
     facts = {"source": ", ".join(source.name for source in sources)} | _rule(recipe, ARM)
     return export_pairs(to / "pairs", to / "export", form, license=license, facts=facts)
 
@@ -108,8 +109,8 @@ def mappings(columns: Sequence[str]) -> dict[str, str]:
 
 def _mapping(text: str) -> tuple[str, str]:
     ours, equals, theirs = text.partition("=")
-    if not equals or not theirs or ours not in NAMES:
-        raise UserError(f"--column {text}: expected OURS=THEIRS, with one of {', '.join(NAMES)} for OURS")
+    if not equals or not theirs or ours not in MAPPED:
+        raise UserError(f"--column {text}: expected OURS=THEIRS, with one of {', '.join(MAPPED)} for OURS")
     return ours, theirs
 
 

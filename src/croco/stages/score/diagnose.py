@@ -20,15 +20,16 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from croco import languages
-from croco.config.recipe import NO_PROMPTS, Recipe, apply_override, from_dict
+from croco.config.load import NO_PROMPTS, apply_override, from_dict
+from croco.config.recipe import Recipe
 from croco.errors import UserError
 from croco.models import open
 from croco.pipeline.progress import progress
 from croco.stages.prompts.columns import FileRow, Unusable
-from croco.stages.prompts.files import file_rows
 from croco.stages.score.diagnose_metrics import Row, agreement, rank
 from croco.stages.score.diagnose_page import markdown
-from croco.storage import provenance, shards
+from croco.storage import files, provenance, shards
+from croco.storage.rows import file_rows
 from croco.storage.schemas import DROPPED, ledger
 
 FILES = ("pairs.parquet", "ranking.parquet", "dropped.parquet", "ranking.md", "diagnosis.json")
@@ -73,7 +74,7 @@ def diagnose(
     """
     if not rewards or len(set(rewards)) != len(rewards):
         raise UserError("--diagnose: expected --reward MODEL, once or for several models")
-    shards.check_own_folder(
+    files.check_own_folder(
         to, "diagnosis.json", ["sources", "rewards"], re.compile("|".join(map(re.escape, FILES)))
     )
     pairs, drops = read_pairs(sources, language)
@@ -99,9 +100,9 @@ def diagnose(
     shards.write_parquet(to / "pairs.parquet", scored, scored.schema)
     shards.write_parquet(to / "ranking.parquet", ranking.to_arrow(), RANKING)
     shards.write_parquet(to / "dropped.parquet", ledger(drops), DROPPED.schema)
-    shards.write_text(to / "ranking.md", markdown(ranking, rewards, len(drops)))
+    files.write_text(to / "ranking.md", markdown(ranking, rewards, len(drops)))
     record = {"sources": [str(source) for source in sources], "rewards": list(rewards), "pairs": table.height}
-    shards.write_json(to / "diagnosis.json", record | {"dropped": len(drops)} | provenance.here())
+    files.write_json(to / "diagnosis.json", record | {"dropped": len(drops)} | provenance.here())
     return ranking
 
 

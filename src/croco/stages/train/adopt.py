@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from croco.errors import UserError
-from croco.storage.shards import sync_files, sync_folder, writing
+from croco.storage.files import sync_files, sync_folder, writing
 
 SAMPLED = 4096  # numbers of each tensor that are compared
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")

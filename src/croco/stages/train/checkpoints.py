@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 from croco.errors import UserError
 from croco.stages.train.distributed import gathered
 from croco.stages.train.early_stopping import best_step
-from croco.storage.shards import sync_files, sync_folder, write_json, write_text
+from croco.storage.files import sync_files, sync_folder, write_json, write_text
 
 SEAL = "complete"  # marker of a checkpoint written to its end: a JSON table of its files and their sizes
 KEPT = 2  # newest checkpoints that stay, beside the best one

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import polars as pl
 
+from croco.config.arms import Sentinel
 from croco.errors import UserError
 from croco.stages.pair.statistics import shortcuts
 
@@ -31,21 +31,8 @@ class Stopped(UserError):
     """Tuning was stopped, and why."""
 
 
-@dataclass(frozen=True)
-class SentinelSettings:
-    """`[training.sentinel]`: log-probabilities in nats per token, `early_steps` in optimizer steps."""
-
-    enabled: bool = True
-    evaluations: int = 4
-    max_chosen_drop: float = 0.5
-    max_kl: float = 1.5
-    max_grad_norm_factor: float = 100.0
-    shortcut_auc: float = 0.95
-    early_steps: int = 20
-
-
 def alarm(
-    settings: SentinelSettings,
+    settings: Sentinel,
     lines: Sequence[Line],
     shortcut_aucs: Mapping[str, float],
     learning_rate: float,
@@ -74,7 +61,7 @@ def alarm(
     )
 
 
-def _too_far(settings: SentinelSettings, lines: Sequence[Line], first: Line, where: str) -> str | None:
+def _too_far(settings: Sentinel, lines: Sequence[Line], first: Line, where: str) -> str | None:
     """Whether the policy has left the neighbourhood of the reference, in every one of the lines."""
     if "logratios/chosen" not in lines[-1]:  # no reference: the beginning stands for it
         rise = min(line["nll"] for line in lines) - first["nll"]
@@ -99,7 +86,7 @@ def _too_far(settings: SentinelSettings, lines: Sequence[Line], first: Line, whe
     return None
 
 
-def _gradient(settings: SentinelSettings, steps: Sequence[Line]) -> str | None:
+def _gradient(settings: Sentinel, steps: Sequence[Line]) -> str | None:
     if len(steps) < SETTLED + WINDOW:
         return None
     usual = sorted(line["grad_norm"] for line in steps[:SETTLED])[SETTLED // 2]
@@ -112,7 +99,7 @@ def _gradient(settings: SentinelSettings, steps: Sequence[Line]) -> str | None:
     return None
 
 
-def _shortcut(settings: SentinelSettings, window: Sequence[Line], aucs: Mapping[str, float]) -> str | None:
+def _shortcut(settings: Sentinel, window: Sequence[Line], aucs: Mapping[str, float]) -> str | None:
     """Every pair right within the first steps, where something plain tells chosen from rejected."""
     name = max(aucs, key=lambda each: aucs[each], default=None)
     if name is None or aucs[name] <= settings.shortcut_auc or window[-1]["step"] > settings.early_steps:

@@ -17,18 +17,19 @@ import polars as pl
 import pyarrow as pa
 
 from croco import languages
-from croco.config.recipe import NO_PROMPTS, Recipe, apply_override, from_dict
+from croco.config.load import NO_PROMPTS, apply_override, from_dict
+from croco.config.recipe import Recipe
 from croco.errors import UserError
 from croco.pipeline.progress import Progress, progress
 from croco.pipeline.stage import LOCK, lock
 from croco.stages.pair.from_files import mappings, pairs_of_files
 from croco.stages.pair.import_files import Drop, import_pairs
-from croco.stages.prompts.files import file_rows
-from croco.stages.train.launch import Job, tune
+from croco.stages.train.launch import TrainJob, tune
 from croco.stages.train.model_card import base_name, model_card, settings_rows
 from croco.stages.train.train import TrainResult
-from croco.storage import provenance, shards
+from croco.storage import files, provenance, shards
 from croco.storage.hashing import digest, file_identity, model_identity
+from croco.storage.rows import file_rows
 from croco.storage.schemas import DROPPED, ledger
 
 ARM = "train"
@@ -82,7 +83,7 @@ def _train(
     say: Callable[[str], None],
 ) -> None:
     record = {"state": "running", "fingerprint": digest(made_from), "science": made_from}
-    shards.write_json(to / RECORD, record)
+    files.write_json(to / RECORD, record)
     chosen_only = recipe.arms[ARM].training.method == "sft"
     pairs, unusable = _pairs(sources, made_from["columns"], columns, made_from["language"], chosen_only, to)
     _write_pairs(to / "scratch" / "pairs", pairs)
@@ -92,8 +93,8 @@ def _train(
     facts = {
         name: value for name, value in vars(result).items() if name not in ("dropped", "adapter", "metrics")
     }
-    shards.write_text(to / "README.md", _card(recipe, made_from, result, pairs, dropped.num_rows, license))
-    shards.write_json(to / RECORD, {**record, "state": "complete", "facts": facts, **provenance.here()})
+    files.write_text(to / "README.md", _card(recipe, made_from, result, pairs, dropped.num_rows, license))
+    files.write_json(to / RECORD, {**record, "state": "complete", "facts": facts, **provenance.here()})
     shutil.rmtree(to / "scratch")
     left = f", {dropped.num_rows:,} left out ({to / 'dropped.parquet'})" if dropped.num_rows else ""
     say(f"{result.pairs + result.validation_pairs:,} pairs{left}, {result.steps:,} steps: {result.adapter}")
@@ -141,7 +142,7 @@ def _stands(to: Path, fingerprint: str) -> str:
         return "new"
     if not (to / RECORD).is_file():
         raise UserError(f"{to} holds no {RECORD}, expected a new folder or one that `croco train` began")
-    found = shards.read_json(to / RECORD)
+    found = files.read_json(to / RECORD)
     if not isinstance(found, dict) or not {"fingerprint", "state"} <= found.keys():
         raise UserError(f"{to / RECORD} is not what `croco train` writes, expected a new folder")
     if found["fingerprint"] != fingerprint:
@@ -176,10 +177,10 @@ def _write_pairs(folder: Path, pairs: pl.DataFrame) -> None:
 
 
 def _tuned(recipe: Recipe, to: Path) -> TrainResult:
-    job = Job(
+    job = TrainJob(
         policy=recipe.policy,
         runtime=recipe.runtime,
-        settings=recipe.arms[ARM].training.model_dump(mode="json"),
+        training=recipe.arms[ARM].training,
         folder=to,
         pairs=to / "scratch" / "pairs",
         title="train",

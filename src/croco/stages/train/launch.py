@@ -15,13 +15,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict
 
+from croco.config.arms import Training
 from croco.config.models import Policy
 from croco.config.runtime import Runtime
 from croco.errors import UserError
@@ -29,25 +29,24 @@ from croco.models.children import end_with
 from croco.models.loading import load_policy, pick_device, pick_dtype
 from croco.stages.train.distributed import rank
 from croco.stages.train.memory_plan import check_weights
-from croco.stages.train.settings import TrainSettings
 from croco.stages.train.train import TrainResult, train_pairs
-from croco.storage import shards
+from croco.storage import files, shards
 from croco.storage.schemas import DROPPED
 
 PARENT = "CROCO_TRAIN_PARENT"  # the process that started this one
 POLL_SECONDS = 0.2
 LOG_LINES = 40  # of a launch that failed
-PATHS = ("folder", "pairs", "start", "reference_folder")  # of a job
 Advance = Callable[[int, int], None]
 
 
-@dataclass(frozen=True)
-class Job:
-    """What to tune on what, and how: everything `train_pairs` needs, by names and paths."""
+class TrainJob(BaseModel):
+    """What to tune on what, with which settings: everything `train_pairs` needs, by names and paths."""
+
+    model_config = ConfigDict(frozen=True)
 
     policy: Policy
     runtime: Runtime
-    settings: Mapping[str, Any]  # a resolved [training]
+    training: Training
     folder: Path
     pairs: Path  # a finished table of pairs
     title: str
@@ -57,7 +56,7 @@ class Job:
     reference_folder: Path | None = None  # where the reference's values are kept; None keeps none
 
 
-def tune(job: Job, advance: Advance) -> TrainResult:
+def tune(job: TrainJob, advance: Advance) -> TrainResult:
     """Run a job on as many processes as the recipe says."""
     runtime = job.runtime
     processes = num_processes(runtime.train_processes, runtime.device)
@@ -78,7 +77,7 @@ def num_processes(wanted: int | str, device: str) -> int:
     return int(wanted)
 
 
-def tune_here(job: Job, advance: Advance) -> TrainResult:
+def tune_here(job: TrainJob, advance: Advance) -> TrainResult:
     """Run a job in this process, which may be one of several that all do."""
     policy, runtime = job.policy, job.runtime
     _check_memory(policy, runtime.device)
@@ -94,7 +93,7 @@ def tune_here(job: Job, advance: Advance) -> TrainResult:
         model,
         tokenizer,
         shards.read_table(job.pairs),
-        settings=TrainSettings.of(job.settings),
+        settings=job.training,
         folder=job.folder,
         seed=job.seed,
         start=job.start,
@@ -112,7 +111,7 @@ def tune_here(job: Job, advance: Advance) -> TrainResult:
 
 def _check_memory(policy: Policy, device: str) -> None:
     """Raise UserError for weights that are more than is free, before any is loaded."""
-    from croco.cli.preflight_models import weightless
+    from croco.models.loading import weightless
 
     where = pick_device(device)
     parameters = weightless(policy, "policy", "causal").num_parameters()
@@ -122,15 +121,12 @@ def _check_memory(policy: Policy, device: str) -> None:
 # The process that starts the others ----------------------------------------------------------------------------------
 
 
-def _launch(job: Job, processes: int, advance: Advance) -> TrainResult:
+def _launch(job: TrainJob, processes: int, advance: Advance) -> TrainResult:
     place = job.folder / "scratch" / "launch"
     place.mkdir(parents=True, exist_ok=True)
     for name in ("result.json", "error.json"):
         (place / name).unlink(missing_ok=True)
-    said = {**asdict(job), "settings": dict(job.settings)}
-    said |= {name: getattr(job, name).model_dump(mode="json") for name in ("policy", "runtime")}
-    said |= {name: str(said[name]) for name in PATHS if said[name] is not None}
-    shards.write_json(place / "job.json", said)
+    files.write_text(place / "job.json", job.model_dump_json())
     config, words = job.runtime.accelerate_config, [sys.executable, "-m"]
     if config is not None:
         if not Path(config).is_file():
@@ -152,13 +148,13 @@ def _launch(job: Job, processes: int, advance: Advance) -> TrainResult:
             os.killpg(process.pid, signal.SIGTERM)
             process.wait()
     if (place / "error.json").is_file():
-        raise UserError(shards.read_json(place / "error.json")["message"])
+        raise UserError(files.read_json(place / "error.json")["message"])
     if process.returncode or not (place / "result.json").is_file():
         last = (place / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]
         raise RuntimeError(
             "\n".join([f"{job.title}: its processes failed (exit code {process.returncode}):", *last])
         )
-    found = shards.read_json(place / "result.json")
+    found = files.read_json(place / "result.json")
     dropped = shards.read_parquet(place / "dropped.parquet")
     return TrainResult(**{**found, "adapter": Path(found["adapter"]), "dropped": dropped})
 
@@ -186,10 +182,7 @@ def _follow(process: subprocess.Popen[bytes], steps: Path, advance: Advance) -> 
 def main(place: Path) -> int:
     """One of several processes: do the job that lies in `place`; rank 0 says how far it is, and what came of it."""
     end_with(int(os.environ[PARENT]))
-    said = shards.read_json(place / "job.json")
-    paths = {name: Path(said[name]) for name in PATHS if said[name] is not None}
-    sections = {"policy": Policy(**said["policy"]), "runtime": Runtime(**said["runtime"])}
-    job = Job(**{**said, **paths, **sections})
+    job = TrainJob.model_validate_json((place / "job.json").read_text(encoding="utf-8"))
     first = os.environ.get("RANK", "0") == "0"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -207,14 +200,14 @@ def main(place: Path) -> int:
         except (UserError, OSError) as error:
             if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
-            shards.write_json(place / "error.json", {"message": str(error)})
+            files.write_json(place / "error.json", {"message": str(error)})
             return 2
         if rank() == 0:
             shards.write_parquet(
                 place / "dropped.parquet", result.dropped.to_arrow().cast(DROPPED.schema), DROPPED.schema
             )
             found = {name: value for name, value in vars(result).items() if name != "dropped"}
-            shards.write_json(place / "result.json", found | {"adapter": str(result.adapter)})
+            files.write_json(place / "result.json", found | {"adapter": str(result.adapter)})
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return 0

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from croco.config.arms import Training
 from croco.errors import UserError
 from croco.models.lora import trainable, without_adapter
 from croco.models.memory import free_bytes
 from croco.stages.train.batches import collate
 from croco.stages.train.encode import Example
 from croco.stages.train.forward import completion_logps, dropout_of, packs, switched_off
-from croco.stages.train.settings import TrainSettings
 
 MARGIN = 0.85  # of the free memory that "auto" uses
 MOST_TOKENS = 16384  # of a micro-batch: above it speed grows no more
@@ -55,7 +55,7 @@ class Needs:
 
 def plan(
     model: PreTrainedModel,
-    settings: TrainSettings,
+    settings: Training,
     examples: Sequence[Example],
     micro_batch_tokens: int | Literal["auto"],
     gradient_checkpointing: bool | Literal["auto"],
@@ -118,9 +118,7 @@ def row_tokens(example: Example, shared: bool) -> int:
     return sum(len(example.prompt) + len(completion) - 1 for completion in example.completions)
 
 
-def count(
-    model: PreTrainedModel, settings: TrainSettings, examples: Sequence[Example], shared: bool
-) -> Needs:
+def count(model: PreTrainedModel, settings: Training, examples: Sequence[Example], shared: bool) -> Needs:
     """What tuning takes, from one forward of one pair; the model is as before afterwards."""
     enough = [example for example in examples if row_tokens(example, shared) >= PROBE_TOKENS]
     probe = min(enough, key=lambda e: e.num_tokens) if enough else max(examples, key=lambda e: e.num_tokens)
@@ -168,7 +166,7 @@ def _saved_bytes(policy: Any, probe: Example, shared: bool) -> tuple[int, int, i
     return sum(storages.values()), batch.input_ids_BT.numel(), sum(logits.values())
 
 
-def trained_parameters(model: PreTrainedModel, settings: TrainSettings) -> int:
+def trained_parameters(model: PreTrainedModel, settings: Training) -> int:
     """How many numbers are trained; the model may be weightless, and is as before afterwards.
 
     Raises `UserError` when the adapters cannot be put on it.

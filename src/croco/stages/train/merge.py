@@ -27,7 +27,7 @@ from croco.stages.train.batches import collate
 from croco.stages.train.encode import Example, encode_pairs
 from croco.stages.train.forward import TOLERANCE, TOLERANCE_HALF, completion_logps, token_counts
 from croco.stages.train.model_card import policy_card
-from croco.storage import shards
+from croco.storage import files, records, shards
 from croco.storage.hashing import check_adapter
 
 PROBES = 8  # pairs on which the merged model is proven
@@ -45,18 +45,18 @@ class Proof:
 
 def merge(recipe: Recipe, arm: str, to: Path, license: str, say: Callable[[str], None]) -> None:
     """Write an arm's policy to the new folder `to`; raises UserError when it cannot be made or is not proven."""
-    shards.check_new_folder(to)
+    files.check_new_folder(to)
     folder = recipe.folder / "train" / arm
-    if shards.state(folder) != "complete":
+    if records.state(folder) != "complete":
         raise UserError(f"{folder} holds no finished training: run `croco run` first")
     weights = tuned_weights(folder)
     partial = to.with_name(f".{to.name}.merging")
-    shards.begin_folder(partial)
+    files.begin_folder(partial)
     model, tokenizer = _base(recipe)
     examples = _probes(recipe, arm, model, tokenizer)
     before = mean_logps(model, examples)
     if weights.name == "model":
-        with shards.writing(partial):
+        with files.writing(partial):
             shutil.copytree(weights, partial, dirs_exist_ok=True)
         after = mean_logps(
             load_policy(str(weights), dtype=recipe.policy.dtype, device=recipe.runtime.device)[0], examples
@@ -68,7 +68,7 @@ def merge(recipe: Recipe, arm: str, to: Path, license: str, say: Callable[[str],
         after = mean_logps(adapted, examples)
         model = merged(adapted)
         in_memory = mean_logps(model, examples)
-        with shards.writing(partial):
+        with files.writing(partial):
             model.save_pretrained(str(partial))
             tokenizer.save_pretrained(str(partial))
     del model
@@ -79,7 +79,7 @@ def merge(recipe: Recipe, arm: str, to: Path, license: str, say: Callable[[str],
     written = mean_logps(again, examples)
     proof = Proof(*(_largest(a, b) for a, b in ((after, before), (in_memory, after), (written, after))))
     _check(proof, again.dtype, weights)
-    found = shards.read_record(folder)
+    found = records.read_record(folder)
     checked = [
         ("change of mean token log-probabilities, at most", f"{proof.change:.4g}"),
         ("merged against base + adapter, at most", f"{proof.merged:.1e}"),
@@ -88,8 +88,8 @@ def merge(recipe: Recipe, arm: str, to: Path, license: str, say: Callable[[str],
     card = policy_card(
         recipe, arm, found["science"]["settings"]["training"], found["facts"], license, checked
     )
-    shards.write_text(partial / "README.md", card)
-    shards.finish_folder(partial, to)
+    files.write_text(partial / "README.md", card)
+    files.finish_folder(partial, to)
     say(
         f"{to}: mean token log-probabilities changed by up to {proof.change:.3g} and are those of base + adapter "
         f"within {max(proof.merged, proof.written):.1e}, on {len(examples)} pairs of the arm"

@@ -15,7 +15,7 @@ import polars as pl
 
 from croco.config.recipe import Recipe
 from croco.stages.evaluate.results import BASE, GROUPS, headline
-from croco.storage import provenance, shards
+from croco.storage import provenance, records, shards
 from croco.storage.hashing import HUB_ID, local_model, model_identity
 
 Rows = Sequence[tuple[str, str]]
@@ -126,9 +126,9 @@ def lineage(recipe: Recipe, arm: str) -> Rows:
     rows = []
     for name in LINEAGE:
         for folder in (recipe.folder / name, recipe.folder / name / arm):
-            if shards.state(folder) == "complete":
+            if records.state(folder) == "complete":
                 title = folder.relative_to(recipe.folder).as_posix()
-                rows.append((title, _counted(shards.read_record(folder))))
+                rows.append((title, _counted(records.read_record(folder))))
     return rows
 
 
@@ -144,7 +144,7 @@ def _counted(record: Mapping[str, Any]) -> str:
 
 def results_rows(folder: Path, arm: str) -> list[list[str]]:
     """What the arm reached beside the untuned policy, per benchmark, group and temperature; empty without results."""
-    if shards.state(folder) != "complete":
+    if records.state(folder) != "complete":
         return []
     table = shards.read_table(folder).filter(pl.col("language").is_in(GROUPS))
     key = ["benchmark", "language", "metric", "temperature"]
@@ -155,7 +155,10 @@ def results_rows(folder: Path, arm: str) -> list[list[str]]:
     for row in table.filter(pl.col("arm") == arm).iter_rows(named=True):
         if row["metric"] == headline(row["benchmark"]):
             before = untuned.get(tuple(row[k] for k in key))
-            value = f"{row['value']:.3f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}]"
+            ends = (
+                "too few prompts" if row["ci_low"] is None else f"{row['ci_low']:.3f}, {row['ci_high']:.3f}"
+            )
+            value = f"{row['value']:.3f} [{ends}]"
             rows.append(
                 [row["benchmark"], row["language"], f"{row['temperature']:g}", value, f"{row['n']:,}",
                  f"{before['value']:.3f}" if before else "–"]

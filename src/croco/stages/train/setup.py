@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -12,15 +11,15 @@ import polars as pl
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from croco.config.arms import Training
 from croco.errors import UserError
 from croco.models.chat_template import end_id
 from croco.stages.train import checkpoints
 from croco.stages.train.distributed import barrier, gathered, rank, world
 from croco.stages.train.encode import Example, encode_pairs, held_out
 from croco.stages.train.reference import reference_logps
-from croco.stages.train.settings import TrainSettings
+from croco.storage.files import write_text
 from croco.storage.hashing import file_identity
-from croco.storage.shards import write_text
 
 
 def share_reference(
@@ -55,7 +54,7 @@ def encode(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     pairs: pl.DataFrame,
-    settings: TrainSettings,
+    settings: Training,
     instructions: Mapping[str, str] | None,
 ) -> tuple[list[Example], list[Example], pl.DataFrame]:
     """Examples to train on, examples held out, and the ledger of what was left out."""
@@ -97,11 +96,11 @@ def contents(folder: Path) -> list[str]:
 
 
 def prepare_scratch(
-    scratch: Path, origin: list[str], settings: TrainSettings, seed: int, examples: list[Example]
+    scratch: Path, origin: list[str], settings: Training, seed: int, examples: list[Example]
 ) -> None:
     """Make the folder of checkpoints and reference values, emptied of checkpoints that another run left there."""
     scratch.mkdir(parents=True, exist_ok=True)
-    run = blake2b(json.dumps([origin, asdict(settings), seed]).encode(), digest_size=16)
+    run = blake2b(json.dumps([origin, settings.model_dump(mode="json"), seed]).encode(), digest_size=16)
     for example in examples:
         run.update(repr((example.prompt, example.completions)).encode())
     key = scratch / "run.txt"

@@ -19,7 +19,8 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from croco.config.recipe import load
+from croco.config.arms import Training
+from croco.config.load import load
 from croco.errors import UserError
 from croco.models.lora import continue_lora, trainable
 from croco.pipeline.progress import Progress
@@ -30,11 +31,10 @@ from croco.stages.train.batches import plan_steps
 from croco.stages.train.distributed import barrier, gathered, rank
 from croco.stages.train.early_stopping import Stopped, shortcuts_of
 from croco.stages.train.forward import shared_rows_differ, try_packing
-from croco.stages.train.losses import LOSSES, REFERENCE_FREE
+from croco.stages.train.losses import REFERENCE_FREE
 from croco.stages.train.memory_plan import plan
 from croco.stages.train.model_card import policy_card
 from croco.stages.train.reference import no_reference, weights_digest
-from croco.stages.train.settings import TrainSettings
 from croco.stages.train.setup import (
     checkpoint_to_go_on_from,
     contents,
@@ -44,7 +44,7 @@ from croco.stages.train.setup import (
 )
 from croco.stages.train.trackers import check_trackers, tensorboard_in
 from croco.stages.train.trainer import PairTrainer, training_arguments
-from croco.storage import shards
+from croco.storage import files, shards
 from croco.storage.schemas import DROPPED
 
 CHECKED_PAIRS = 4  # pairs of the first step on which shared rows are proven
@@ -77,7 +77,7 @@ def train_pairs(
     tokenizer: PreTrainedTokenizerBase,
     pairs: pl.DataFrame,
     *,
-    settings: TrainSettings,
+    settings: Training,
     folder: Path,
     seed: int,
     start: Path | None = None,
@@ -212,12 +212,12 @@ def train_pairs(
 
 def train(work: Work) -> None:
     """The stage: an arm's pairs into weights and `metrics.jsonl`; pairs left out go to the ledger."""
-    from croco.stages.train.launch import Job, tune
+    from croco.stages.train.launch import TrainJob, tune
 
-    job = Job(
+    job = TrainJob(
         policy=work.settings["policy"],
         runtime=work.runtime,
-        settings=work.settings["training"],
+        training=Training.model_validate(work.settings["training"]),
         folder=work.folder,
         pairs=work.inputs["pair"],
         title=work.title,
@@ -247,7 +247,7 @@ def train(work: Work) -> None:
         # like the report, the card changes nothing and reads what the run's folder says of itself
         recipe = load(run / "recipe.json", [f'run.folder="{run}"'])
         card = policy_card(recipe, work.arm, work.settings["training"], facts, "unknown", library="peft")
-        shards.write_text(result.adapter / "README.md", card)
+        files.write_text(result.adapter / "README.md", card)
     work.record(**facts)
     if result.stopped:
         line = f"{work.title}: {result.stopped}; the run goes on with the checkpoint of step {result.adapter_step}"
@@ -257,7 +257,7 @@ def train(work: Work) -> None:
 def _run(trainer: PairTrainer, checkpoint: Path | None) -> str | None:
     """Train to the end, or until the sentinel stops it: then why."""
     try:
-        with shards.writing(Path(str(trainer.args.output_dir))):
+        with files.writing(Path(str(trainer.args.output_dir))):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except Stopped as stop:
         trainer.control = trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
@@ -265,11 +265,7 @@ def _run(trainer: PairTrainer, checkpoint: Path | None) -> str | None:
     return None
 
 
-def _check(settings: TrainSettings, start: Path | None) -> None:
-    if settings.method not in ("dpo", "sft"):
-        raise UserError(f"training.method is {settings.method!r}; expected 'dpo' or 'sft'")
-    if settings.loss not in LOSSES:
-        raise UserError(f"training.loss is {settings.loss!r}; expected one of {', '.join(LOSSES)}")
+def _check(settings: Training, start: Path | None) -> None:
     if settings.batch_pairs < 1 or settings.epochs < 1:
         raise UserError(
             f"training.batch_pairs is {settings.batch_pairs} and training.epochs {settings.epochs}; expected at least 1"
@@ -278,7 +274,7 @@ def _check(settings: TrainSettings, start: Path | None) -> None:
         raise UserError(f"training.full tunes all weights, expected no adapter to start from, found {start}")
 
 
-def _trainable(model: PreTrainedModel, settings: TrainSettings, start: Path | None, seed: int) -> Any:
+def _trainable(model: PreTrainedModel, settings: Training, start: Path | None, seed: int) -> Any:
     """The policy with what is trained of it, and nothing else, open to gradients."""
     if start is not None:
         return continue_lora(model, start, settings.lora)

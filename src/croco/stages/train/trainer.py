@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerControl, TrainingArguments
 
+from croco.config.arms import Training
 from croco.stages.train.batches import Batch, collate, cut
 from croco.stages.train.checkpoints import ByTheClock, readable, seal
 from croco.stages.train.distributed import shares
@@ -29,12 +30,11 @@ from croco.stages.train.encode import Example
 from croco.stages.train.forward import completion_logps, dropout_of, packs, switched_off, token_counts
 from croco.stages.train.losses import REFERENCE_FREE, PairLogps, nll, preference_losses
 from croco.stages.train.reference import on_line
-from croco.stages.train.settings import TrainSettings
-from croco.storage.shards import writing
+from croco.storage.files import writing
 
 
 def pair_losses(
-    settings: TrainSettings, policy_logps_CP: Tensor, reference_logps_CP: Tensor | None, tokens_CP: Tensor
+    settings: Training, policy_logps_CP: Tensor, reference_logps_CP: Tensor | None, tokens_CP: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of every pair, (P,), and what is worth watching of it, each (P,) and detached.
 
@@ -69,7 +69,7 @@ def pair_losses(
     return losses_P, watched | _from_the_reference(settings, pairs)
 
 
-def _from_the_reference(settings: TrainSettings, pairs: PairLogps) -> dict[str, Tensor]:
+def _from_the_reference(settings: Training, pairs: PairLogps) -> dict[str, Tensor]:
     """How far the policy has gone, per token (P,): from the reference where there is one, else the chosen's NLL."""
     if settings.loss in REFERENCE_FREE:
         return {"nll": nll(pairs.policy_chosen_logps, pairs.chosen_tokens).detach()}
@@ -90,7 +90,7 @@ class PairTrainer(Trainer):
         self,
         model: nn.Module,
         arguments: TrainingArguments,
-        settings: TrainSettings,
+        settings: Training,
         *,
         examples: Sequence[Example],
         reference_logps_CN: Tensor | None,
@@ -266,7 +266,7 @@ class PairTrainer(Trainer):
 
 
 def training_arguments(
-    settings: TrainSettings,
+    settings: Training,
     folder: Path,
     *,
     num_steps: int,

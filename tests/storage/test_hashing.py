@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from conftest import TinyModels, write_prompts, write_recipe
-from croco.config import recipe
+from croco.config import load as recipe
 from croco.errors import UserError
 from croco.pipeline import run
 from croco.stages.train.from_files import labelled
