@@ -3,19 +3,19 @@
     OMP_NUM_THREADS=1 python bench/dpo.py [--rounds 5] [--shapes 256/256 spread] [--cpu-time]
     python bench/dpo.py --device cuda [--model 9b] [--shapes 1024/1024 4096/1024] [--checkpointing]
 
-Both sides tune the same random Llama with the same LoRA (dropout included) on the same pairs of token ids, in their
-own loops on transformers' Trainer, one round of steps after the other in turns; the first step of a round is not
-counted. TRL has the type of weights that is best for it on a trial, and every micro-batch and (for spread lengths)
-sampler, of which the one with the best median counts; no gradient checkpointing on a CPU; and its reference cached,
-which is its best setting, or on line, which is its default. Ours has the same type and the token budget with the best
-median of those that take no more memory than TRL at its best. Printed are medians over the rounds. Against TRL's
-default ours is also shown with its table of the reference paid for, as if it were read once and never again. Peak
-memory is that of a process of its own over what it held before the model was built. The floor is the arithmetic that
-no way around is known for: the prompt once, every completion token once, no gradient of frozen weights, attention to
-what may be seen, the head at completion tokens; in pairs per second, at the rate of a large matrix product here. Both
-sides must give the same log-probabilities of the reference. On a busy machine --cpu-time counts what the process
-itself has used.
-"""
+Both sides tune the same random Llama with the same LoRA (dropout included: TRL's `disable_dropout` is off unless
+--dropout 0) on the same pairs of token ids, in their own loops on transformers' Trainer, one round of steps after the
+other in turns; the first step of a round is not counted. TRL has the type of weights that is best for it on a trial,
+its `bf16` on (its default) and off, Liger kernels where they are installed and there is a GPU, and every micro-batch
+and (for spread lengths) sampler, of which the one with the best median counts (after the first round only what came
+near); no gradient checkpointing on a CPU; and its reference cached, which is its best setting, or on line, which is its
+default. Ours has the same type and the token budget with the best median of those that take no more memory than TRL at
+its best. Printed are medians over the rounds. Against TRL's default ours is also shown with its table of the reference
+paid for, as if it were read once and never again. Peak memory is that of a process of its own over what it held before
+the model was built. The floor is the arithmetic that no way around is known for: the prompt once, every completion
+token once, no gradient of frozen weights, attention to what may be seen, the head at completion tokens; in pairs per
+second, at the rate of a large matrix product here. Both sides must give the same log-probabilities of the reference. On
+a busy machine --cpu-time counts what the process itself has used."""
 
 from __future__ import annotations
 
@@ -28,8 +28,10 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -53,6 +55,8 @@ BATCH_PAIRS = 8  # of one optimizer step
 BATCHES = (1, 2, 4, 8)  # pairs of TRL's micro-batch
 BUDGETS = {"cpu": (1024, 2048, 4096, 8192), "cuda": (8192, 16_384, 32_768)}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+NEAR = 0.85  # of the best rate of a side in the first round, that others need to go on
+LIGER = {"cross_entropy": False, "fused_linear_cross_entropy": False}  # TRL's own head never holds all logits
 SEED = 0
 CLOCK = time.perf_counter
 
@@ -67,6 +71,7 @@ class Case:
     shape: str
     steps: int
     checkpointing: bool
+    dropout: float = 0.05
 
     def build(self) -> LlamaForCausalLM:
         hidden, mlp, layers, heads, kv_heads, vocabulary, tied = MODELS[self.model]
@@ -115,6 +120,7 @@ class Timed:
     pairs: int
     reference_seconds: float
     reference: list[float]
+    first_seconds: float  # from the start of the loop to the end of its first step
 
     @property
     def rate(self) -> float:
@@ -127,10 +133,28 @@ class Timed:
         return self.pairs / (self.seconds + self.reference_seconds * share)
 
 
-def settings() -> Any:
+@dataclass(frozen=True)
+class Try:
+    """A side and its settings: tokens of our micro-batches or pairs of TRL's, and for TRL its sampler, bf16 and
+    Liger."""
+
+    side: str
+    size: int
+    grouped: bool = False
+    mixed: bool = False
+    liger: bool = False
+    cached: bool = True
+
+    def __str__(self) -> str:
+        words = [f"micro-batch {self.size}", f"bf16={self.mixed}"]
+        words += [name for name, is_so in (("grouped", self.grouped), ("Liger", self.liger)) if is_so]
+        return ", ".join(words)
+
+
+def settings(case: Case) -> Any:
     from croco.config.arms import Lora, Training
 
-    return Training(batch_pairs=BATCH_PAIRS, max_tokens=10**6, lora=Lora(dropout=0.05))
+    return Training(batch_pairs=BATCH_PAIRS, max_tokens=10**6, lora=Lora(dropout=case.dropout))
 
 
 def now(device: str) -> float:
@@ -139,19 +163,26 @@ def now(device: str) -> float:
     return CLOCK()
 
 
-def ours(case: Case, budget: int) -> Timed:
+def ours(case: Case, one: Try) -> Timed:
     from croco.models.lora import apply_lora
     from croco.stages.train.batches import plan_steps
+    from croco.stages.train.forward import choose_rows
     from croco.stages.train.reference import reference_logps
+    from croco.stages.train.setup import use_fused_kernels
     from croco.stages.train.trainer import PairTrainer, training_arguments
 
-    model, examples, wanted = case.build(), case.examples(), settings()
+    model, examples, wanted, budget = case.build(), case.examples(), settings(case), one.size
     ends: list[float] = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
+        if case.device == "cuda":
+            use_fused_kernels(model)
+        rows, slower = choose_rows(model, examples[:4])
+        if slower:
+            print(f"  ours in {rows} rows: {slower}", flush=True)
         began = now(case.device)
         reference = reference_logps(
-            model, examples, folder=folder / "reference", shared=True, micro_batch_tokens=budget
+            model, examples, folder=folder / "reference", rows=rows, micro_batch_tokens=budget
         )
         reference_seconds = now(case.device) - began
         if case.checkpointing:
@@ -161,13 +192,15 @@ def ours(case: Case, budget: int) -> Timed:
             wanted, folder, num_steps=len(steps), seed=SEED, cpu=case.device == "cpu", evaluate=False
         )
         arguments.save_strategy = "no"
+        started = now(case.device)
         PairTrainer(
             apply_lora(model, wanted.lora, SEED), arguments, wanted, examples=examples,
-            reference_logps_CN=reference, steps=steps, validation=[], shared=True, micro_batch_tokens=budget,
+            reference_logps_CN=reference, steps=steps, validation=[], rows=rows, micro_batch_tokens=budget,
             pad_id=0, metrics_file=folder / "metrics.jsonl", on_metrics=lambda _: ends.append(now(case.device)),
         ).train()  # fmt: skip
     ends = ends[: len(steps)]  # a summary may follow
-    return Timed(ends[-1] - ends[0], BATCH_PAIRS * (len(steps) - 1), reference_seconds, reference[0].tolist())
+    pairs, first = BATCH_PAIRS * (len(steps) - 1), ends[0] - started
+    return Timed(ends[-1] - ends[0], pairs, reference_seconds, reference[0].tolist(), first)
 
 
 class Stamps(TrainerCallback):
@@ -200,12 +233,15 @@ def text(ids: Sequence[int]) -> str:
     return " ".join(map(word, ids))
 
 
-def theirs(case: Case, batch: int, *, cached: bool = True, grouped: bool = False) -> Timed:
+def theirs(case: Case, one: Try) -> Timed:
     from datasets import Dataset
     from peft import LoraConfig
     from trl import DPOConfig, DPOTrainer
 
-    lora, examples, stamps = settings().lora, case.examples(), Stamps(case.device)
+    from croco.config.arms import USUAL_TARGETS
+
+    lora, examples, stamps = settings(case).lora, case.examples(), Stamps(case.device)
+    batch, grouped, cached = one.size, one.grouped, one.cached
     rows = [
         {
             "prompt": text(e.prompt), "chosen": " " + text(e.completions[0]), "rejected": " " + text(e.completions[1]),
@@ -216,7 +252,9 @@ def theirs(case: Case, batch: int, *, cached: bool = True, grouped: bool = False
     with tempfile.TemporaryDirectory() as scratch:
         arguments = DPOConfig(
             output_dir=scratch, per_device_train_batch_size=batch, gradient_accumulation_steps=BATCH_PAIRS // batch,
-            num_train_epochs=1, learning_rate=5e-6, lr_scheduler_type="cosine", bf16=False, beta=0.1,
+            num_train_epochs=1, learning_rate=5e-6, lr_scheduler_type="cosine", bf16=one.mixed, beta=0.1,
+            disable_dropout=case.dropout == 0, use_liger_kernel=one.liger,
+            liger_kernel_config=LIGER if one.liger else None,
             use_cpu=case.device == "cpu", gradient_checkpointing=case.checkpointing, max_length=None,
             precompute_ref_log_probs=cached, precompute_ref_batch_size=batch, report_to="none", disable_tqdm=True,
             save_strategy="no", logging_strategy="no", seed=SEED, length_column_name="length",
@@ -228,19 +266,21 @@ def theirs(case: Case, batch: int, *, cached: bool = True, grouped: bool = False
             model=case.build(), args=arguments, train_dataset=Dataset.from_list(rows), callbacks=[stamps],
             processing_class=words(MODELS[case.model][5]),
             peft_config=LoraConfig(
-                r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.targets),
+                r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(USUAL_TARGETS),
                 task_type="CAUSAL_LM",
             ),
         )  # fmt: skip
         made = now(case.device)
         trainer.remove_callback(PrinterCallback)
+        started = now(case.device)
         trainer.train()
         table = trainer.train_dataset
         for example, row in zip(examples, table, strict=True):
             assert [row["prompt_ids"], row["chosen_ids"]] == [example.prompt, example.completions[0]]
     reference = list(table["ref_chosen_logps"]) if cached else [0.0] * len(examples)
     ends = stamps.ends
-    return Timed(ends[-1] - ends[0], BATCH_PAIRS * (len(ends) - 1), made - began, reference)
+    pairs = BATCH_PAIRS * (len(ends) - 1)
+    return Timed(ends[-1] - ends[0], pairs, made - began, reference, ends[0] - started)
 
 
 # the floor, memory and the table ----------------------------------------------------------------------------
@@ -249,7 +289,7 @@ def theirs(case: Case, batch: int, *, cached: bool = True, grouped: bool = False
 def floor_flops(case: Case) -> float:
     """Operations per pair that a step must do, at the mean over the pairs."""
     hidden, mlp, layers, heads, kv_heads, vocabulary, _ = MODELS[case.model]
-    rank = settings().lora.rank
+    rank = settings(case).lora.rank
     width = hidden // heads * kv_heads
     projections = [(hidden, hidden)] * 2 + [(hidden, width)] * 2 + [(hidden, mlp)] * 3
     # Forward and the gradient of the input; an adapter has that of its own weights besides.
@@ -291,9 +331,13 @@ def _memory(reset: bool, device: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
-def peak(case: Case, side: str, size: int, grouped: bool) -> int:
+def run(case: Case, one: Try) -> Timed:
+    return ours(case, one) if one.side == "ours" else theirs(case, one)
+
+
+def peak(case: Case, one: Try) -> int:
     """Peak bytes of one side in a process of its own, over what it held with everything imported."""
-    job = json.dumps([case.__dict__, side, size, grouped])
+    job = json.dumps([vars(case), vars(one)])
     done = subprocess.run(
         [sys.executable, __file__, "--peak", job], capture_output=True, text=True, check=False
     )
@@ -307,49 +351,51 @@ def peak_here(job: str) -> int:
 
     import croco.stages.train.trainer  # noqa: F401
 
-    values, side, size, grouped = json.loads(job)
+    values, settings_of_side = json.loads(job)
     case = Case(**values)
     before = _memory(True, case.device)
-    ours(case, size) if side == "ours" else theirs(case, size, grouped=grouped)
+    run(case, Try(**settings_of_side))
     return _memory(False, case.device) - before
 
 
-def in_turns(candidates: Sequence[Any], rounds: int, run: Callable[[Any], Timed]) -> dict[Any, list[Timed]]:
-    """Every candidate once a round; one that does not fit into memory is none."""
-    found: dict[Any, list[Timed]] = {candidate: [] for candidate in candidates}
+def in_turns(case: Case, candidates: Sequence[Try], rounds: int) -> dict[Try, list[Timed]]:
+    """Every candidate once a round; one that does not fit into memory is none, and after the first round those go that
+    are far from the best of their side."""
+    timed: dict[Try, list[Timed]] = {candidate: [] for candidate in candidates}
     for _ in range(rounds):
-        for candidate in list(found):
+        for candidate in list(timed):
             try:
-                found[candidate].append(run(candidate))
+                timed[candidate].append(run(case, candidate))
             except torch.OutOfMemoryError:
                 torch.cuda.empty_cache()
-                del found[candidate]
-    return found
+                del timed[candidate]
+        for candidate in list(timed):
+            rivals = (each[0].rate for other, each in timed.items() if other.side == candidate.side)
+            if timed[candidate][0].rate < NEAR * max(rivals):
+                del timed[candidate]
+    return timed
+
+
+def candidates_of(case: Case) -> list[Try]:
+    mixed = (False, True) if case.dtype == "bfloat16" or case.device == "cuda" else (False,)
+    liger = (False, True) if case.device == "cuda" and find_spec("liger_kernel") else (False,)
+    samplers = (False, True) if case.shape == "spread" else (False,)
+    return [Try("ours", budget) for budget in BUDGETS[case.device]] + [
+        Try("theirs", batch, *each) for batch in BATCHES for each in product(samplers, mixed, liger)
+    ]
 
 
 def compare(case: Case, rounds: int) -> None:
-    samplers = (False, True) if case.shape == "spread" else (False,)
-    budgets = [("ours", budget, False) for budget in BUDGETS[case.device]]
-    batches = [("theirs", batch, grouped) for batch in BATCHES for grouped in samplers]
-
-    def once(candidate: tuple[str, int, bool]) -> Timed:
-        side, size, grouped = candidate
-        return ours(case, size) if side == "ours" else theirs(case, size, grouped=grouped)
-
-    found = in_turns([*budgets, *batches], rounds, once)
+    found = in_turns(case, candidates_of(case), rounds)
     fastest = sorted(found, key=lambda candidate: -median(t.rate for t in found[candidate]))
-    trl = next(candidate for candidate in fastest if candidate[0] == "theirs")
-    allowed = peak(case, *trl)
-    for mine in (candidate for candidate in fastest if candidate[0] == "ours"):
-        held = peak(case, *mine)
+    trl = next(candidate for candidate in fastest if candidate.side == "theirs")
+    allowed = peak(case, trl)
+    for mine in (candidate for candidate in fastest if candidate.side == "ours"):
+        held = peak(case, mine)
         if held <= allowed:
             break
-    on_line = ("on line", trl[1], trl[2])
-    beside = in_turns(
-        [mine, on_line],
-        rounds,
-        lambda c: once(c) if c is mine else theirs(case, c[1], cached=False, grouped=c[2]),
-    )
+    on_line = replace(trl, cached=False)
+    beside = in_turns(case, [mine, on_line], rounds)
     pairs = zip(found[mine][0].reference, found[trl][0].reference, strict=True)
     gap = max(abs(a - b) / abs(b) for a, b in pairs)
     assert gap < (1e-5 if case.dtype == "float32" else 1e-2), f"the references differ by {gap:.1e}"
@@ -358,16 +404,15 @@ def compare(case: Case, rounds: int) -> None:
     whole = median(t.whole_rate for t in beside[mine])
     flops = floor_flops(case)
     floor = matmul_rate(case) / flops
-    sampler = ", grouped by length" if trl[2] else ""
-    others = ", ".join(
-        f"{size}{' grouped' if grouped else ''}: {median(t.rate for t in found[side, size, grouped]):.2f}"
-        for side, size, grouped in found
-        if side == "theirs"
+    others = "; ".join(
+        f"{each}: {median(t.rate for t in found[each]):.2f}" for each in found if each.side == "theirs"
     )
+    first = median(t.first_seconds for t in found[mine])
     print(
-        f"{case.shape} ({case.model}, {case.dtype}): {rate:.2f} pairs/s (budget {mine[1]:,} tokens)\n"
-        f"  TRL, reference cached: {best:.2f} (micro-batch {trl[1]}{sampler}): {rate / best:.2f} ×\n"
-        f"    its micro-batches {others}\n"
+        f"{case.shape} ({case.model}, {case.dtype}): {rate:.2f} pairs/s (budget {mine.size:,} tokens, first step after "
+        f"{first:.1f} s)\n"
+        f"  TRL, reference cached: {best:.2f} ({trl}): {rate / best:.2f} ×\n"
+        f"    its settings: {others}\n"
         f"  TRL, reference on line: {plain:.2f}: {again / plain:.2f} ×, {whole / plain:.2f} × with our table's making\n"
         f"  floor: {flops / 1e9:.1f} GFLOP a pair = {floor:.2f} pairs/s; ours at {rate / floor:.0%}, TRL's cached at "
         f"{best / floor:.0%}\n"
@@ -386,6 +431,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+")
     parser.add_argument("--dtype", choices=DTYPES, help="default: what is faster for TRL (cuda: bfloat16)")
     parser.add_argument("--checkpointing", action="store_true", help="of activations, on both sides")
+    parser.add_argument("--dropout", type=float, default=0.05, help="of the adapters, on both sides")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     parser.add_argument("--cpu-time", action="store_true", help="for a busy machine")
     asked = parser.parse_args()
@@ -404,12 +450,12 @@ def main() -> None:
     )
     dtype = asked.dtype or "bfloat16"
     if asked.dtype is None and asked.device == "cpu":
-        trials = {d: theirs(Case("cpu", model, d, shapes[0], 3, False), 2).rate for d in DTYPES}
+        trials = {d: run(Case("cpu", model, d, shapes[0], 3, False), Try("theirs", 2)).rate for d in DTYPES}
         dtype = max(trials, key=lambda d: trials[d])
         print(f"TRL on a trial: {', '.join(f'{rate:.2f} pairs/s in {d}' for d, rate in trials.items())}")
     for shape in shapes:
         compare(
-            Case(asked.device, model, dtype, shape, asked.steps, asked.checkpointing),
+            Case(asked.device, model, dtype, shape, asked.steps, asked.checkpointing, asked.dropout),
             asked.rounds,
         )
 

@@ -5,6 +5,7 @@ reward model with another number of logits than one is a UserError before anythi
 quantisation.
 """
 
+import logging
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from croco.errors import UserError
 from croco.models.memory import out_of_memory
 from croco.models.model_files import check_weights, context_of, load_config, read_generation_config, refusing
 from croco.storage.hashing import check_adapter, local_model
+
+logger = logging.getLogger(__name__)
 
 COMPUTED = re.compile(r"rotary_emb\.|\.attn\.(masked_)?bias$|position_ids$|\.mtp\.|(^|\.)mtp")
 HEAD = re.compile(r"(^|\.)(score|classif\w*|\w*head|regression\w*|qa_outputs)\.")
@@ -51,9 +54,15 @@ def pick_device(device: str = "auto") -> torch.device:
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The dtype named; for "auto" bfloat16 on a GPU and float32 on a CPU, where exactness costs little."""
+    """The dtype named; for "auto" bfloat16 on a GPU, and float32 on a CPU, where exactness costs little, or on a GPU that
+    has no bfloat16 of its own."""
     if dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        if device.type != "cuda":
+            return torch.float32
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16
+        logger.warning("this GPU does not compute in bfloat16: weights are loaded in float32 (or set dtype = float16)")
+        return torch.float32
     chosen = getattr(torch, dtype, None)
     if not isinstance(chosen, torch.dtype) or not chosen.is_floating_point:
         raise UserError(

@@ -1,10 +1,12 @@
 """A linear layer with a low-rank adapter as one operation: x Wᵀ + scale · dropout(x) Aᵀ Bᵀ, with W frozen.
 
-Layer by layer, autograd keeps of every adapter the input after dropout and its mask; here it keeps the input, which
-the layers beside it share, and which places were dropped. The low-rank product is added in place, forward and backward.
-Dropout is drawn by throwing: as many throws as a Poisson variable says, each at a place that is uniform. How often a
-place is hit is then Poisson too, and independent of other places: "hit at all" is a Bernoulli variable, exactly. At the
-usual 5 % that is a twentieth of the random numbers of a mask. Left out: adapters with a bias, and a W that is trained.
+Layer by layer, autograd keeps of every adapter the input after dropout and its mask; here it keeps the input, which the
+layers beside it share, and what was dropped. The low-rank product is added in place, forward and backward. The adapter
+is kept in float32 and computes, on a GPU, in the type of the layer's input, as autocast would have it; there dropout is
+torch's own. On a CPU it computes in float32, and dropout is drawn by throwing: as many throws as a Poisson variable
+says, each at a place that is uniform. How often a place is hit is then Poisson too, and independent of other places:
+"hit at all" is a Bernoulli variable, exactly. At the usual 5 % that is a twentieth of the random numbers of a mask.
+Left out: adapters with a bias, and a W that is trained.
 
 Shapes: N tokens, I inputs, O outputs, R rank, K throws.
 """
@@ -31,24 +33,40 @@ def lora_linear(
     b_OR: Tensor,
     scale: float,
     share: float,
+    on_gpu: bool | None = None,
 ) -> Tensor:
     """The layer's output for inputs (..., I): (..., O), in the input's type.
 
-    A `share` of what the adapter sees is dropped. Adapters of another type than the input compute in their own.
+    A `share` of what the adapter sees is dropped. `on_gpu` is as the input's device says, unless a test says otherwise.
     """
+    gpu = input.is_cuda if on_gpu is None else on_gpu
     input_NI = input.reshape(-1, input.shape[-1])
-    places = dropped_places(input_NI.numel(), share, input.device) if share else None
+    dropped = None
+    if share and gpu:
+        kept = torch.empty(input_NI.shape, dtype=torch.bool, device=input.device)
+        dropped = kept.bernoulli_(1 - share)
+    elif share:
+        dropped = dropped_places(input_NI.numel(), share, input.device)
     output_NO: Tensor = _LoraLinear.apply(
-        input_NI, weight_OI, bias_O, a_RI, b_OR, scale / (1 - share), places
+        input_NI,
+        weight_OI,
+        bias_O,
+        a_RI,
+        b_OR,
+        scale / (1 - share),
+        dropped,
+        input.dtype if gpu else a_RI.dtype,
     )
     return output_NO.view(*input.shape[:-1], -1)
 
 
-def _dropped(values: Tensor, places: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The values in another type, zero at the places; the very tensor where nothing changes."""
-    if places is None:
+def _drop(values: Tensor, dropped: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The values in another type, zero where they are dropped (flat places, or false in a mask of what is kept)."""
+    if dropped is None:
         return values.to(dtype)
-    return values.to(dtype, copy=True).view(-1).index_fill_(0, places, 0.0).view_as(values)
+    if dropped.dtype == torch.bool:
+        return values.to(dtype) * dropped
+    return values.to(dtype, copy=True).view(-1).index_fill_(0, dropped, 0.0).view_as(values)
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -61,28 +79,28 @@ class _LoraLinear(torch.autograd.Function):
         a_RI: Tensor,
         b_OR: Tensor,
         scale: float,
-        places: Tensor | None,
+        dropped: Tensor | None,
+        dtype: torch.dtype,
     ) -> Tensor:
         output_NO = F.linear(input_NI, weight_OI, bias_O)
-        low_NR = _dropped(input_NI, places, a_RI.dtype) @ a_RI.T
-        ctx.save_for_backward(input_NI, weight_OI, a_RI, b_OR, low_NR, places)
-        ctx.scale = scale
-        whole = output_NO.to(a_RI.dtype).addmm_(low_NR, b_OR.T, alpha=scale)
-        return whole.to(input_NI.dtype)
+        low_NR = _drop(input_NI, dropped, dtype) @ a_RI.to(dtype).T
+        ctx.save_for_backward(input_NI, weight_OI, a_RI, b_OR, low_NR, dropped)
+        ctx.scale, ctx.dtype = scale, dtype
+        return output_NO.to(dtype).addmm_(low_NR, b_OR.to(dtype).T, alpha=scale).to(input_NI.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient_NO: Tensor) -> tuple[Tensor | None, ...]:
-        input_NI, weight_OI, a_RI, b_OR, low_NR, places = ctx.saved_tensors
-        own_NO = gradient_NO.to(a_RI.dtype)
-        low_gradient_NR = (own_NO @ b_OR).mul_(ctx.scale)
-        b_gradient = (own_NO.T @ low_NR).mul_(ctx.scale)
-        a_gradient = low_gradient_NR.T @ _dropped(input_NI, places, a_RI.dtype)
+        input_NI, weight_OI, a_RI, b_OR, low_NR, dropped = ctx.saved_tensors
+        own_NO = gradient_NO.to(ctx.dtype)
+        low_gradient_NR = (own_NO @ b_OR.to(ctx.dtype)).mul_(ctx.scale)
+        b_gradient = (own_NO.T @ low_NR).to(b_OR.dtype).mul_(ctx.scale)
+        a_gradient = (low_gradient_NR.T @ _drop(input_NI, dropped, ctx.dtype)).to(a_RI.dtype)
         input_gradient = None
         if ctx.needs_input_grad[0]:
-            whole = (gradient_NO @ weight_OI).to(a_RI.dtype)
-            if places is None:
-                whole.addmm_(low_gradient_NR, a_RI)
+            whole = (gradient_NO @ weight_OI).to(ctx.dtype)
+            if dropped is None:
+                whole.addmm_(low_gradient_NR, a_RI.to(ctx.dtype))
             else:
-                whole += (low_gradient_NR @ a_RI).view(-1).index_fill_(0, places, 0.0).view_as(whole)
+                whole += _drop(low_gradient_NR @ a_RI.to(ctx.dtype), dropped, ctx.dtype)
             input_gradient = whole.to(input_NI.dtype)
-        return input_gradient, None, None, a_gradient, b_gradient, None, None
+        return input_gradient, None, None, a_gradient, b_gradient, None, None, None

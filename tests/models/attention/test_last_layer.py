@@ -14,7 +14,7 @@ EXAMPLES, _ = encode_pairs(make_pairs(4, longest=3), make_tokenizer(), end=2, ma
 
 @pytest.mark.parametrize("arch", ["llama", "cohere2", "qwen3", "gemma3", "mistral"])
 def test_the_last_layer_is_finished_where_completions_are_predicted(arch):
-    model, batch = make_policy(arch).train(), collate(EXAMPLES, shared=True)
+    model, batch = make_policy(arch).train(), collate(EXAMPLES, rows="segments")
     places = len(batch.source_M.unique())
     whole = batch.input_ids_BT.numel()
     assert places < 0.9 * whole
@@ -31,13 +31,13 @@ def test_the_last_layer_is_finished_where_completions_are_predicted(arch):
 
 
 def test_all_of_it_where_layers_run_again_and_in_plain_rows():
-    model, batch = make_policy().train(), collate(EXAMPLES, shared=True)
+    model, batch = make_policy().train(), collate(EXAMPLES, rows="segments")
     outputs = []
     model.model.layers[-1].mlp.register_forward_hook(lambda m, args, out: outputs.append(args[0].shape))
-    completion_logps(model, collate(EXAMPLES, shared=False))
+    completion_logps(model, collate(EXAMPLES, rows="plain"))
     model.gradient_checkpointing_enable({"use_reentrant": False})
     completion_logps(model, batch)
     assert [shape[:-1] for shape in outputs] == [
-        torch.Size([8, collate(EXAMPLES, shared=False).input_ids_BT.shape[1]]),
+        torch.Size([8, collate(EXAMPLES, rows="plain").input_ids_BT.shape[1]]),
         batch.input_ids_BT.shape,
     ]

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from torch.nn.attention.flex_attention import create_block_mask, create_mask
 
-from croco.models.attention.mask import BLOCK, additive, prefix_mask, prefix_rule
+from croco.models.attention.mask import additive, prefix_mask
 
 # Prompt of 3, completions of 2 and 3, one column of padding.
 BRANCH = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2, -1]])
@@ -60,24 +59,3 @@ def test_packed_pairs_do_not_see_each_other(window):
         alone = prefix_mask(PACKED_BRANCH[:, start:stop], PACKED_POSITION[:, start:stop], window)[0, 0]
         assert mask[start:stop, start:stop].equal(alone)
         assert mask[start:stop].sum() == alone.sum()
-
-
-@pytest.mark.parametrize("window", [None, 2, 3])
-def test_the_rule_is_the_mask(window):
-    size = PACKED_BRANCH.shape[1]
-    rule = prefix_rule(PACKED_BRANCH, PACKED_POSITION, PAIR, window)
-    made = create_mask(rule, 1, None, size, size, device="cpu")[0, 0]
-    mask = prefix_mask(PACKED_BRANCH, PACKED_POSITION, window, PAIR)[0, 0]
-    assert made[:-2].equal(mask[:-2])
-    assert made.any(1).all()  # padding, of which nobody reads anything
-    assert not made[-2:, :-2].any()
-
-
-def test_blocks_skip_what_is_forbidden():
-    # Two pairs of a whole block each, prompt only: of four blocks the two on the diagonal are computed.
-    pair = torch.arange(2).repeat_interleave(BLOCK)[None]
-    branch, position = torch.zeros_like(pair), torch.arange(BLOCK).repeat(2)[None]
-    blocks = create_block_mask(
-        prefix_rule(branch, position, pair), 1, None, 2 * BLOCK, 2 * BLOCK, device="cpu", BLOCK_SIZE=BLOCK
-    )
-    assert blocks.sparsity() == 50.0

@@ -5,7 +5,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from croco.models.attention.mask import BLOCK
 from croco.stages.train.batches import MICRO_BATCH_OVERHEAD, collate, cut, plan_steps
 from croco.stages.train.encode import Example
 
@@ -74,7 +73,7 @@ def test_every_completion_token_is_predicted_from_the_token_before_it(layout):
         Example("a", "en", [1, 5, 6], ([7, 8, 2], [9, 2])),
         Example("b", "en", [1, 5, 6, 7, 8], ([2], [10, 11, 12, 2])),
     ]
-    batch = collate(examples, shared=layout != "plain", packed=layout == "packed")
+    batch = collate(examples, rows="segments" if layout == "shared" else layout)
     ids, positions = batch.input_ids_BT.flatten(), batch.position_BT.flatten()
     found = {}
     for source, target, sequence in zip(batch.source_M, batch.target_M, batch.sequence_M, strict=True):
@@ -87,7 +86,7 @@ def test_every_completion_token_is_predicted_from_the_token_before_it(layout):
         2: [(6, 2, 9), (9, 3, 2)],
         3: [(8, 4, 10), (10, 5, 11), (11, 6, 12), (12, 7, 2)],
     }
-    assert batch.input_ids_BT.shape == {"shared": (2, 8), "plain": (4, 8), "packed": (1, BLOCK)}[layout]
+    assert batch.input_ids_BT.shape == {"shared": (2, 8), "plain": (4, 8), "packed": (1, 13)}[layout]
     assert batch.lengths[0] == ((3, 2, 1) if layout != "plain" else (3, 2))
     pairs, at = batch.pair_BT.flatten(), batch.sequence_M % 2
     assert pairs[batch.source_M].equal(at)
@@ -98,11 +97,9 @@ def test_long_rows_go_by_segments_and_short_ones_by_a_mask():
     def pair(prompt, completion):
         return Example("a", "en", [1] * prompt, ([5] * completion, [6] * completion))
 
-    assert collate([pair(100, 100)], shared=True).by_segments
-    assert not collate([pair(10, 10), pair(11, 10)], shared=True).by_segments
-    assert collate([pair(10, 10)] * 10, shared=True).by_segments  # one call for all of them
-    assert not collate([pair(100, 100)], shared=True, packed=True).by_segments
-    assert not collate([pair(100, 100)], shared=False).by_segments
+    assert collate([pair(100, 100)], rows="segments").rows == "segments"
+    assert collate([pair(10, 10), pair(11, 10)], rows="segments").rows == "masked"
+    assert collate([pair(10, 10)] * 10, rows="segments").rows == "segments"  # one call for all of them
 
 
 def test_as_many_updates_as_asked_for_whatever_the_number_of_pairs():

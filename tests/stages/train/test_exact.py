@@ -8,17 +8,22 @@ from croco.config.arms import Lora, Training
 from croco.models.lora import OneStepLinear, apply_lora
 from croco.stages.train.batches import collate
 from croco.stages.train.encode import Example, encode_pairs
-from croco.stages.train.forward import FLEX, completion_logps, shared_rows_differ, token_counts, try_packing
+from croco.stages.train.forward import choose_rows, completion_logps, rows_differ, token_counts, why_not
 from croco.stages.train.losses import LOSSES, REFERENCE_FREE, PairLogps, preference_losses
 from croco.stages.train.trainer import pair_losses
+from models.attention.varlen_twin import varlen_twin
 from stages.train.pairs import make_pairs, replace
 from tiny import make_policy, make_tokenizer
 
 ARCHITECTURES = ("llama", "cohere2", "qwen3", "gemma3", "mistral")
-LAYOUTS = ("plain", "masked", "segments", "packed")
+LAYOUTS = ("plain", "masked", "segments", "packed", "single")
 TOKENIZER = make_tokenizer()
 EXAMPLES, _ = encode_pairs(make_pairs(5), TOKENIZER, end=2, max_tokens=200)
-CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _varlen_on_a_cpu(monkeypatch):
+    monkeypatch.setattr("croco.models.attention.rows.varlen_attn", varlen_twin)
 
 
 def policy(arch, seed=0):
@@ -29,9 +34,8 @@ def policy(arch, seed=0):
 
 
 def laid_out(layout, examples=EXAMPLES):
-    """The examples as a batch; "masked" and "segments" are the two ways of attention in shared rows."""
-    batch = collate(examples, shared=layout != "plain", packed=layout == "packed")
-    return replace(batch, by_segments=layout == "segments")
+    """The examples as a batch, in segments though they are short."""
+    return replace(collate(examples, rows=layout), rows=layout)
 
 
 def twin_logps(model, examples):
@@ -173,52 +177,67 @@ def test_bfloat16_stays_within_its_rounding(arch, layout):
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_flex_attention_on_packed_rows_equals_the_twin(arch):
-    # Forward only: FlexAttention has no backward on a CPU. Not compiled, which takes a minute here.
-    model = policy(arch)
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        expected = twin_logps(model, EXAMPLES)
-        model.set_attn_implementation(FLEX)
-        torch.testing.assert_close(completion_logps(model, laid_out("packed")), expected, rtol=1e-5, atol=0)
-        assert shared_rows_differ(model, EXAMPLES, CPU) is None
+@pytest.mark.parametrize("rows", ["packed", "segments", "masked"])
+def test_the_proof_accepts_what_is_exact(arch, rows):
+    assert rows_differ(policy(arch), EXAMPLES, rows) is None
 
 
-def test_packing_is_tried_on_cuda_only_and_leaves_the_model_as_it_was():
+def test_the_quickest_exact_rows_are_chosen():
     model = policy("llama")
-    assert "CUDA" in try_packing(model, EXAMPLES, CPU)
+    assert choose_rows(model, EXAMPLES) == ("segments", None)
+    assert why_not(model, "packed") == "it needs a GPU"
+    model.set_attn_implementation("eager")
+    assert choose_rows(model, EXAMPLES) == ("masked", "attention is eager, expected sdpa")
+    model.config.rope_parameters["rope_type"] = "dynamic"
+    assert choose_rows(model, EXAMPLES)[0] == "single"
+
+
+def test_a_model_whose_code_fails_at_shared_rows_gets_slower_ones(monkeypatch):
+    def broken(*args, **kwargs):
+        raise TypeError("forward() got an unexpected keyword argument 'segments'")
+
+    model = policy("llama")
+    monkeypatch.setattr("croco.models.attention.rows.Segments.attend", broken)
+    rows, reason = choose_rows(model, EXAMPLES)
+    assert rows == "masked"
+    assert "LlamaForCausalLM does not run them: TypeError" in reason
+    monkeypatch.setattr("croco.stages.train.forward.attention_masks", broken)
+    assert choose_rows(model, EXAMPLES)[0] == "plain"
     assert model.config._attn_implementation == "sdpa"
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_the_self_check_accepts_what_is_exact(arch, attention):
-    model = policy(arch)
-    model.set_attn_implementation(attention)
-    assert shared_rows_differ(model, EXAMPLES, CPU) is None
-
-
-def test_the_self_check_sees_a_lost_prompt(monkeypatch):
+def test_the_proof_sees_a_lost_prompt(monkeypatch):
     # What transformers makes of restarting positions without a mask: packed sequences.
     monkeypatch.setattr("croco.stages.train.forward.attention_masks", lambda model, batch: None)
-    assert "differ" in shared_rows_differ(policy("llama"), EXAMPLES, CPU)
+    assert "differ" in rows_differ(policy("llama"), EXAMPLES, "masked")
 
 
-def test_the_self_check_refuses_unknown_layers():
+def test_the_proof_sees_causality_that_is_aligned_at_the_start(monkeypatch):
+    def start_aligned(query, key, value, ends, key_ends, *lengths, window_size, **options):
+        return varlen_twin(query, key, value, ends, key_ends, *lengths, window_size=(-1, 10**6), **options)
+
+    monkeypatch.setattr("croco.models.attention.rows.varlen_attn", start_aligned)
+    assert "differ" in rows_differ(policy("llama"), EXAMPLES, "packed")
+
+
+def test_unknown_layers_get_plain_rows():
     model = policy("cohere2")
     model.config.layer_types = ["linear_attention", "full_attention"]
-    assert "linear_attention" in shared_rows_differ(model, EXAMPLES, CPU)
+    rows, reason = choose_rows(model, EXAMPLES)
+    assert rows == "plain"
+    assert "linear_attention" in reason
 
 
 def test_bfloat16_passes_the_self_check_and_stays_near():
     model = policy("llama").to(torch.bfloat16)
-    assert shared_rows_differ(model, EXAMPLES, CPU) is None
+    assert rows_differ(model, EXAMPLES, "segments") is None
 
 
 def test_the_self_check_sees_a_head_that_does_more(monkeypatch):
     # An architecture that is taken for a known one, and bends its logits.
     model = policy("llama")
     model.config.final_logit_softcapping = 2.0
-    assert "differ" in shared_rows_differ(model, EXAMPLES, CPU)
+    assert "differ" in rows_differ(model, EXAMPLES, "segments")
 
 
 def trl_trainer(model, reference, folder):

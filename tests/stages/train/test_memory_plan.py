@@ -57,7 +57,7 @@ def test_the_count_is_what_a_step_allocates(tmp_path, checkpointing, budget):
     trainer = trainer_of(tmp_path, budget, checkpointing=checkpointing, hidden=128, layers=4, num_pairs=24)
     bare = make_policy("llama", hidden=128, layers=4)
     settings = replace(SETTINGS, lora=Lora(dropout=0.0))
-    needs = count(bare, settings, trainer.examples, shared=True)
+    needs = count(bare, settings, trainer.examples, rows="segments")
     pairs = list(range(24))
     widest = max(batch.input_ids_BT.numel() for batch, *_ in trainer._micro_batches(pairs))
     activations = needs.of(widest, checkpointing) - needs.once
@@ -85,12 +85,12 @@ def test_counting_leaves_the_model_as_it_was():
     torch.manual_seed(3)
     state = torch.get_rng_state()
     for settings in (SETTINGS, replace(SETTINGS, full=True)):
-        assert count(model, settings, examples, shared=False).per_token > 0
+        assert count(model, settings, examples, rows="plain").per_token > 0
     assert torch.get_rng_state().equal(state)
     assert weights_digest(model) == before
     assert [name for name, _ in model.named_parameters()] == names
     assert not model.training
-    found = plan(model, SETTINGS, examples, "auto", "auto", shared=True)
+    found = plan(model, SETTINGS, examples, "auto", "auto", rows="segments")
     assert found == Plan(16384, False)
 
 

@@ -26,7 +26,13 @@ def values(folder, model, examples=EXAMPLES, **rest):
     """The table's values, and how many examples were computed for them."""
     done = []
     found = reference_logps(
-        model, examples, folder=folder, shared=True, micro_batch_tokens=300, on_examples=done.append, **rest
+        model,
+        examples,
+        folder=folder,
+        rows="segments",
+        micro_batch_tokens=300,
+        on_examples=done.append,
+        **rest,
     )
     return found, sum(done)
 
@@ -85,7 +91,7 @@ def on_examples(num):
         os.kill(os.getpid(), signal.SIGKILL)
 
 reference.reference_logps(
-    make_policy(), examples, folder=Path(sys.argv[1]), shared=True, micro_batch_tokens=300, on_examples=on_examples
+    make_policy(), examples, folder=Path(sys.argv[1]), rows="segments", micro_batch_tokens=300, on_examples=on_examples
 )
 """
 
@@ -114,7 +120,7 @@ def test_writers_may_be_killed_and_run_beside_each_other(tmp_path):
 
 def test_on_line_is_the_policy_without_its_adapter():
     base = make_policy()
-    batch = collate(EXAMPLES, shared=True)
+    batch = collate(EXAMPLES, rows="segments")
     with torch.no_grad():
         expected = completion_logps(base, batch)
     model = apply_lora(base, Lora(dropout=0.5), 0).train()
@@ -131,7 +137,7 @@ def test_on_line_is_the_policy_without_its_adapter():
 
 def test_on_line_needs_an_adapter():
     with pytest.raises(UserError, match="LlamaForCausalLM has none"):
-        on_line(make_policy(), collate(EXAMPLES, shared=True))
+        on_line(make_policy(), collate(EXAMPLES, rows="segments"))
 
 
 def test_what_stands_for_no_reference_has_its_shape(tmp_path):

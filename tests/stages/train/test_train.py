@@ -30,6 +30,7 @@ from croco.stages.train.reference import reference_logps
 from croco.stages.train.train import train, train_pairs
 from croco.stages.train.trainer import PairTrainer, training_arguments
 from croco.storage.files import write_json
+from models.attention.varlen_twin import varlen_twin
 from pipeline.test_full_disk import files_no_larger_than
 from stages.train.pairs import make_pairs, replace, write_pairs
 from tiny import make_policy, make_tokenizer, save
@@ -111,7 +112,7 @@ def test_the_adapter_loads_and_moves_the_policy_as_trained(undisturbed):
     examples, _ = encode_pairs(make_pairs(36), TOKENIZER, end=2, max_tokens=200)
     base, tuned = make_policy("llama"), load_adapter(make_policy("llama"), folder / "adapter")
     logps = [
-        reference_logps(model, examples, folder=folder / name, shared=True, micro_batch_tokens=512)
+        reference_logps(model, examples, folder=folder / name, rows="segments", micro_batch_tokens=512)
         for name, model in (("base", base), ("tuned", tuned))
     ]
     gain = 0.1 * (logps[1] - logps[0])
@@ -375,12 +376,16 @@ def test_checkpoints_of_other_settings_are_not_taken_up(tmp_path):
     assert steps[0] == 1
 
 
-def trainer_of(tmp_path, budget, shared=True, checkpointing=False, num_pairs=9, **shape):
+def trainer_of(tmp_path, budget, rows="segments", checkpointing=False, num_pairs=9, **shape):
     torch.manual_seed(0)
     model = make_policy("llama", **shape)
     examples, _ = encode_pairs(make_pairs(num_pairs), TOKENIZER, end=2, max_tokens=200)
     reference = reference_logps(
-        make_policy("llama", seed=1, **shape), examples, folder=tmp_path, shared=True, micro_batch_tokens=512
+        make_policy("llama", seed=1, **shape),
+        examples,
+        folder=tmp_path,
+        rows="segments",
+        micro_batch_tokens=512,
     )
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -393,7 +398,7 @@ def trainer_of(tmp_path, budget, shared=True, checkpointing=False, num_pairs=9, 
         reference_logps_CN=reference,
         steps=[range(num_pairs)],
         validation=[],
-        shared=shared,
+        rows=rows,
         micro_batch_tokens=budget,
         pad_id=0,
         metrics_file=tmp_path / "metrics.jsonl",
@@ -401,9 +406,19 @@ def trainer_of(tmp_path, budget, shared=True, checkpointing=False, num_pairs=9, 
 
 
 @pytest.mark.parametrize(
-    "options", [{"budget": 1}, {"budget": 150}, {"shared": False}, {"checkpointing": True}]
+    "options",
+    [
+        {"budget": 1},
+        {"budget": 150},
+        {"rows": "plain"},
+        {"rows": "single"},
+        {"rows": "packed"},
+        {"checkpointing": True},
+        {"checkpointing": True, "rows": "packed"},
+    ],
 )
-def test_the_gradient_depends_on_the_pairs_not_on_their_layout(tmp_path, options):
+def test_the_gradient_depends_on_the_pairs_not_on_their_layout(tmp_path, monkeypatch, options):
+    monkeypatch.setattr("croco.models.attention.rows.varlen_attn", varlen_twin)
     found = []
     for name, each in (("whole", {"budget": 10**6}), ("other", {"budget": 10**6, **options})):
         trainer = trainer_of(tmp_path / name, **each)
@@ -428,7 +443,7 @@ def test_reference_values_are_computed_once_per_base(tmp_path):
             make_policy("llama", seed=seed),
             part,
             folder=tmp_path,
-            shared=True,
+            rows="segments",
             micro_batch_tokens=300,
             on_examples=done.append,
         )

@@ -6,21 +6,17 @@ prompt, so each completion sees exactly what it would see in a row of its own. T
 transformers reads restarting positions without a mask as packed sequences, which silently cuts the
 completions off from their prompt.
 
-Several such rows packed into one are told apart by `pair_BT`. The same rule is there twice: as a mask for SDPA and
-eager attention, and as a function of two places, which FlexAttention makes its blocks from.
+Several such rows packed into one are told apart by `pair_BT`.
 
 Shapes: B rows, T tokens. `branch_BT` is 0 in the prompt, 1, 2, … in the completions and -1 in padding; `pair_BT` is the
 pair that a token belongs to, -1 in padding.
 """
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 PADDING = -1
 PROMPT = 0
-BLOCK = 128  # tokens of a block of FlexAttention
 
 
 def prefix_mask(
@@ -44,24 +40,6 @@ def prefix_mask(
         allowed &= position_BT[:, :, None] - position_BT[:, None, :] < window
     allowed |= torch.eye(num_tokens, dtype=torch.bool, device=branch_BT.device)
     return allowed[:, None]
-
-
-def prefix_rule(
-    branch_BT: Tensor, position_BT: Tensor, pair_BT: Tensor, window: int | None = None
-) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """`prefix_mask` as a function (row, head, query, key) of places: what FlexAttention calls a mask_mod.
-
-    Padding, too, attends to what padding is before it: no row of the softmax is empty, and nobody reads the result.
-    """
-
-    def allowed(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        same = (branch_BT[row, key] == PROMPT) | (branch_BT[row, key] == branch_BT[row, query])
-        seen = same & (pair_BT[row, key] == pair_BT[row, query]) & (key <= query)
-        if window is not None:
-            seen = seen & (position_BT[row, query] - position_BT[row, key] < window)
-        return seen
-
-    return allowed
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

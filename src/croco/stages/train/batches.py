@@ -13,13 +13,13 @@ pair.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from croco.models.attention.mask import BLOCK, PADDING, PROMPT
+from croco.models.attention.mask import PADDING, PROMPT
 from croco.stages.train.encode import Example
 
 # Running a micro-batch costs about this many tokens before its first token: small models are bound by launches, and for
@@ -27,19 +27,22 @@ from croco.stages.train.encode import Example
 MICRO_BATCH_OVERHEAD = 128
 # Tokens in a group of equally long rows below which a call of attention per segment costs more than a mask saves.
 SEGMENT_TOKENS = 256
+# Ways to lay pairs out. Shared rows hold a prompt once, with all its completions: "packed", all pairs in a single row
+# for one call of attention (GPUs); "segments", a row per pair and a call per segment (CPUs); "masked", a row per pair
+# under a mask. "plain": a row per completion. "single": such rows computed one by one.
+Rows = Literal["packed", "segments", "masked", "plain", "single"]
 
 
 @dataclass(frozen=True)
 class Batch:
     """One micro-batch of P pairs with C completions each; completion c of pair p is sequence c * P + p.
 
-    `shared`: a row holds a prompt and all its completions (packed: several such); else (plain rows) a prompt and one
-    of them. `branch_BT` is as in `mask.py`, `pair_BT` the pair, −1 in padding. Target m is predicted from
+    `branch_BT` is as in `models/attention/mask.py`, `pair_BT` the pair, −1 in padding. Target m is predicted from
     column `source_M[m]` of the flattened (B * T) grid and belongs to sequence `sequence_M[m]`. `lengths` are those of
-    every row's prompt and completions, and `by_segments` says whether attention may go by them instead of by a mask.
+    the prompt and the completions: of every row, in a packed row of every pair. `singles` are batches of one row each.
     """
 
-    shared: bool
+    rows: Rows
     num_pairs: int
     num_completions: int
     input_ids_BT: Tensor
@@ -50,38 +53,41 @@ class Batch:
     target_M: Tensor
     sequence_M: Tensor
     lengths: tuple[tuple[int, ...], ...]
-    by_segments: bool
+    singles: "tuple[Batch, ...]" = ()
+
+    @property
+    def shared(self) -> bool:
+        """Whether a row holds a prompt with all its completions."""
+        return self.rows not in ("plain", "single")
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
         moved: dict[str, Any] = {
             name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
-        return replace(self, **moved)
+        return replace(self, **moved, singles=tuple(single.to(device) for single in self.singles))
 
 
-def collate(examples: Sequence[Example], *, shared: bool, packed: bool = False, pad_id: int = 0) -> Batch:
-    """Lay examples out in right-padded rows: one row per pair when `shared`, else one per completion (chosen first).
+def collate(examples: Sequence[Example], *, rows: Rows, pad_id: int = 0) -> Batch:
+    """Lay examples out, in right-padded rows where there are several; rows of single completions with the chosen first.
 
-    `packed`: all the pairs in a single shared row, padded to whole blocks of FlexAttention.
+    Segments of few tokens go by a mask after all.
     """
     num_pairs, num_completions = len(examples), len(examples[0].completions)
     every = list(range(num_completions))
-    if packed:
-        rows = [[(p, every) for p in range(num_pairs)]]
-    elif shared:
-        rows = [[(p, every)] for p in range(num_pairs)]
+    if rows == "packed":
+        layout = [[(p, every) for p in range(num_pairs)]]
+    elif rows in ("segments", "masked"):
+        layout = [[(p, every)] for p in range(num_pairs)]
     else:
-        rows = [[(p, [c])] for c in every for p in range(num_pairs)]
-    width = max(sum(_tokens(examples[p], branches) for p, branches in members) for members in rows)
-    if packed:
-        width = -(-width // BLOCK) * BLOCK
-    shape = (len(rows), width)
+        layout = [[(p, [c])] for c in every for p in range(num_pairs)]
+    width = max(sum(_tokens(examples[p], branches) for p, branches in members) for members in layout)
+    shape = (len(layout), width)
     input_ids = np.full(shape, pad_id, dtype=np.int64)
     branch, pair = np.full(shape, PADDING, dtype=np.int64), np.full(shape, PADDING, dtype=np.int64)
     position = np.zeros(shape, dtype=np.int64)
     source, target, sequence = [], [], []
-    for row, members in enumerate(rows):
+    for row, members in enumerate(layout):
         start = 0
         for p, branches in members:
             prompt = examples[p].prompt
@@ -106,11 +112,16 @@ def collate(examples: Sequence[Example], *, shared: bool, packed: bool = False, 
     tensors = {name: torch.from_numpy(array.astype(np.int64)) for name, array in arrays.items()}
     lengths = tuple(
         (len(examples[p].prompt), *(len(examples[p].completions[c]) - 1 for c in branches))
-        for [(p, branches), *_] in rows
+        for members in layout
+        for p, branches in members
     )
-    groups = len(list(groupby(lengths)))
-    by_segments = shared and not packed and input_ids.size >= SEGMENT_TOKENS * groups
-    return Batch(shared, num_pairs, num_completions, **tensors, lengths=lengths, by_segments=by_segments)
+    singles: tuple[Batch, ...] = ()
+    if rows == "single":
+        alone = (replace(examples[p], completions=(examples[p].completions[c],)) for [(p, [c])] in layout)
+        singles = tuple(collate([example], rows="plain", pad_id=pad_id) for example in alone)
+    if rows == "segments" and input_ids.size < SEGMENT_TOKENS * len(list(groupby(lengths))):
+        rows = "masked"
+    return Batch(rows, num_pairs, num_completions, **tensors, lengths=lengths, singles=singles)
 
 
 def _tokens(example: Example, branches: Sequence[int]) -> int:

@@ -3,14 +3,15 @@ exact.
 
 The model runs its own forward. A hook gathers the hidden states that predict completion tokens just before the output
 layer, so the vocabulary meets only those; where it is known what an architecture makes of its logits (Cohere scales
-them, Gemma caps them) the output layer is `logps.head_logps`, which never holds all of them. Shared rows need a mask
-per kind of attention layer, or on a CPU attention that goes by segments (`rows.py`); a model for which they
-cannot be proven exact on real pairs, against its own head on plain rows, is run on plain rows. The last layer of the
-same architectures is finished where it is read only (`models/attention/last_layer.py`).
+them, Gemma caps them) the output layer is `logps.head_logps`, which never holds all of them. There are several ways to
+lay a batch out in rows (`batches.Rows`). `choose_rows` takes the quickest that is exact on real pairs, against the
+model's own head on plain rows; anything that a model's code raises there is an answer too. The last layer of
+architectures whose code has been read is finished where it is read only (`models/attention/last_layer.py`).
 
 Shapes: B rows, T tokens, M completion tokens, V vocabulary, D width, P pairs, C completions of a pair.
 """
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -19,16 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PreTrainedModel
 
-from croco.models.attention import rows
+from croco.models.attention import rows as row_attention
 from croco.models.attention.decode import plugged_in
 from croco.models.attention.last_layer import finished_at
-from croco.models.attention.mask import BLOCK, PADDING, additive, prefix_mask, prefix_rule
-from croco.models.attention.rows import Segments
-from croco.models.attention.support import unsupported
-from croco.stages.train.batches import Batch, collate
+from croco.models.attention.mask import PADDING, additive, prefix_mask
+from croco.models.attention.rows import PackedSegments, Segments, no_varlen
+from croco.models.attention.support import depends_on_batch, unsupported
+from croco.stages.train.batches import Batch, Rows, collate
 from croco.stages.train.encode import Example
 from croco.stages.train.logps import head_logps, sequence_sums, token_logps
 
@@ -37,30 +37,104 @@ HEADS = (
     "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "cohere", "cohere2", "granite", "olmo2",
     "phi3", "smollm3",
 )  # fmt: skip
-FLEX = "flex_attention"
 LAYER_KINDS = ("full_attention", "sliding_attention")
 # Largest difference of a completion's mean token log-probability between shared and plain rows. Exact layouts differ by
 # rounding (1e-6 in float32, up to 1e-2 in bfloat16); a lost prompt or a leak differs by 0.1 and more.
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}
 TOLERANCE_HALF = 3e-2
+Inputs = dict[str, Any]  # of a model's forward, beside ids and positions
 
 
-def completion_logps(model: nn.Module, batch: Batch) -> Tensor:
-    """log p(completion | prompt) of every completion, (C, P) float32; row 0 are the chosen ones."""
-    head = _known_head(_unwrapped(model)) if batch.shared else None
+def completion_logps(model: nn.Module, batch: Batch, inputs: Inputs | None = None) -> Tensor:
+    """log p(completion | prompt) of every completion, (C, P) float32; row 0 are the chosen ones.
+
+    `inputs` are those of `prepared`, where the caller holds it open until the gradients are there.
+    """
+    if batch.singles:
+        return torch.cat([completion_logps(model, single) for single in batch.singles]).view(
+            batch.num_completions, -1
+        )
+    if inputs is None:
+        with prepared(model, batch, recomputed=_recomputed(unwrapped(model))) as own:
+            return completion_logps(model, batch, own)
+    head = _known_head(unwrapped(model)) if batch.shared else None
     if head is None:
-        logps_M = token_logps(completion_logits(model, batch), batch.target_M)
+        logps_M = token_logps(_run(model, batch, inputs, whole_head=True), batch.target_M)
     else:
         layer, scale, cap = head
-        hidden_MD = _run(model, batch, whole_head=False)
+        hidden_MD = _run(model, batch, inputs, whole_head=False)
         logps_M = head_logps(hidden_MD, layer.weight, layer.bias, batch.target_M, scale=scale, cap=cap)
     sums = sequence_sums(logps_M, batch.sequence_M, batch.num_completions * batch.num_pairs)
     return sums.view(batch.num_completions, batch.num_pairs)
 
 
-def completion_logits(model: nn.Module, batch: Batch) -> Tensor:
-    """The logits that predict each completion token, (M, V), in the model's type."""
-    return _run(model, batch, whole_head=True)
+@contextmanager
+def prepared(model: nn.Module, batch: Batch, recomputed: bool = False) -> Iterator[Inputs]:
+    """Within it the model's attention goes by the batch's rows. `recomputed`: its layers run again after it is left,
+    when what is plugged in is gone; then shared rows go by a mask."""
+    base = unwrapped(model)
+    if not batch.shared:
+        yield {"attention_mask": (batch.branch_BT != PADDING).long()}
+        return
+    known = base.config.get_text_config().model_type in HEADS and not recomputed
+    if batch.rows == "masked" or recomputed:
+        attention: Any = nullcontext()
+        inputs: Inputs = {"attention_mask": attention_masks(base, batch)}
+    else:
+        attention = plugged_in(base, row_attention.NAME)
+        last = base.config.get_text_config().num_hidden_layers - 1 if known else None
+        packed = batch.rows == "packed"
+        inputs = {
+            # a mask that nobody reads, or transformers would make one
+            "attention_mask": batch.input_ids_BT.new_ones(1, 1, 1, 1),
+            "segments": PackedSegments.of(batch.lengths, batch.input_ids_BT.device)
+            if packed
+            else Segments.of(batch.lengths, last),
+        }
+    with attention, finished_at(base, batch.source_M, batch.input_ids_BT.numel()) if known else nullcontext():
+        yield inputs
+
+
+@contextmanager
+def routing(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Within it, the logits of every router are put into the list that is yielded, (B * T, experts) each; none are for
+    a model without experts whose load its config wants even."""
+    base: Any = unwrapped(model)
+    logits: list[Tensor] = []
+    recorder: Any = (
+        getattr(base, "_can_record_outputs", None)
+        or getattr(base.base_model, "_can_record_outputs", None)
+        or {}
+    )
+    recorded = recorder.get("router_logits") if balance_weight(base) else None
+    kind, index = getattr(recorded, "target_class", recorded), getattr(recorded, "index", 0)
+    routers: list[Any] = [m for m in base.modules() if isinstance(kind, type) and isinstance(m, kind)]
+
+    def keep(_module: Any, _args: Any, output: Any) -> None:
+        logits.append(output[index] if isinstance(output, tuple) else output)
+
+    handles = [router.register_forward_hook(keep) for router in routers]
+    try:
+        yield logits
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def balance_weight(model: PreTrainedModel) -> float:
+    """What the model's config weighs the balance of its experts with, as TRL reads it; 0 without experts."""
+    config = model.config.get_text_config()
+    return getattr(config, "router_aux_loss_coef", 0.0) if hasattr(config, "output_router_logits") else 0.0
+
+
+def balance_loss(model: nn.Module, logits: Sequence[Tensor], batch: Batch) -> Tensor:
+    """How unevenly tokens go to experts, by the model's own function (Switch Transformer, arXiv 2101.03961, equations 4
+    to 6), of a batch's tokens without padding; weighed by the config."""
+    base: Any = unwrapped(model)
+    own = sys.modules[type(base).__module__].load_balancing_loss_func
+    mask = (batch.branch_BT != PADDING).long()
+    loss: Tensor = own(tuple(logits), base.num_experts, base.num_experts_per_tok, mask)
+    return balance_weight(base) * loss
 
 
 def _known_head(model: PreTrainedModel) -> tuple[nn.Linear, float, float | None] | None:
@@ -77,37 +151,13 @@ def _known_head(model: PreTrainedModel) -> tuple[nn.Linear, float, float | None]
     return layer, scale, getattr(config, "final_logit_softcapping", None)
 
 
-def _run(model: nn.Module, batch: Batch, whole_head: bool) -> Tensor:
+def _run(model: nn.Module, batch: Batch, inputs: Inputs, whole_head: bool) -> Tensor:
     """The model's own forward: the logits of completion tokens, (M, V), or the hidden states before them, (M, D)."""
-    base = _unwrapped(model)
-    inputs: dict[str, Any] = {}
-    known = batch.shared and base.config.get_text_config().model_type in HEADS and not _recomputed(base)
-    segments = _segments(base, batch, known) if batch.shared else None
-    if segments is not None:  # a mask that nobody reads, or transformers would make one
-        inputs = {"attention_mask": batch.input_ids_BT.new_ones(1, 1, 1, 1), "segments": segments}
-    elif batch.shared:
-        inputs = {"attention_mask": attention_masks(base, batch)}
-    else:
-        inputs = {"attention_mask": (batch.branch_BT != PADDING).long()}
-    with (
-        finished_at(base, batch.source_M, batch.input_ids_BT.numel()) if known else nullcontext(),
-        nullcontext() if segments is None else plugged_in(base, rows.NAME),
-        _head_at(base, batch.source_M, whole_head) as gathered,
-    ):
+    with _head_at(unwrapped(model), batch.source_M, whole_head) as gathered:
         logits = model(
             input_ids=batch.input_ids_BT, position_ids=batch.position_BT, use_cache=False, **inputs
         ).logits
     return logits.view(-1, logits.shape[-1]) if whole_head else gathered[0]
-
-
-def _segments(model: PreTrainedModel, batch: Batch, known: bool) -> Segments | None:
-    """How attention goes by segments, where that is quicker than a mask: long rows on a CPU."""
-    if not batch.by_segments or batch.input_ids_BT.device.type != "cpu" or unsupported(model) is not None:
-        return None
-    if model.config.get_text_config()._attn_implementation != "sdpa":
-        return None
-    last = model.config.get_text_config().num_hidden_layers - 1 if known else None
-    return None if _recomputed(model) else Segments.of(batch.lengths, last)
 
 
 def _recomputed(model: PreTrainedModel) -> bool:
@@ -155,7 +205,7 @@ def token_counts(batch: Batch) -> Tensor:
     return counts.view(batch.num_completions, batch.num_pairs)
 
 
-def _unwrapped(model: Any) -> PreTrainedModel:
+def unwrapped(model: Any) -> PreTrainedModel:
     """The Hugging Face model inside wrappers (distributed ones keep it in `module`, PEFT offers it itself)."""
     while hasattr(model, "module"):
         model = model.module
@@ -183,58 +233,6 @@ def _head_at(model: PreTrainedModel, source_M: Tensor, whole: bool) -> Iterator[
         handle.remove()
 
 
-def packs(model: nn.Module) -> bool:
-    """Whether shared rows are packed into one: where FlexAttention skips what its blocks forbid."""
-    return bool(_unwrapped(model).config.get_text_config()._attn_implementation == FLEX)
-
-
-def try_packing(model: PreTrainedModel, examples: Sequence[Example], device: torch.device) -> str | None:
-    """Give the model FlexAttention, so that its rows are packed, if that is exact on real pairs; else why not.
-
-    On CUDA only: on a CPU FlexAttention has no backward. The model is left as it was where it fails, be it that its
-    kernels cannot be compiled there.
-    """
-    before = model.config.get_text_config()._attn_implementation
-    if device.type != "cuda" or before != "sdpa":
-        return f"rows are packed on CUDA and in place of sdpa, found {device.type} and {before}"
-    try:
-        model.set_attn_implementation(FLEX)
-        reason = shared_rows_differ(model, examples, device) or _no_gradient(model, examples, device)
-    except torch.OutOfMemoryError:  # a RuntimeError too, and no word against the kernels
-        raise
-    except (RuntimeError, ValueError, NotImplementedError) as error:  # compilers raise all of them
-        reason = f"FlexAttention does not run here: {' '.join(str(error).split())[:200]}"
-    if reason:
-        model.set_attn_implementation(before)
-    return reason
-
-
-def _no_gradient(model: PreTrainedModel, examples: Sequence[Example], device: torch.device) -> str | None:
-    """Why packed rows cannot be trained on, or None: a backward may fail to compile where a forward runs."""
-    weight = model.get_input_embeddings().weight
-    trained = weight.requires_grad
-    weight.requires_grad_(True)
-    try:
-        logps = completion_logps(model, collate(examples, shared=True, packed=True).to(device))
-        (gradient,) = torch.autograd.grad(logps.sum(), [weight])
-    finally:
-        weight.requires_grad_(trained)
-    return None if bool(gradient.isfinite().all()) else "FlexAttention's gradients are not finite"
-
-
-def why_not_shared(model: nn.Module) -> str | None:
-    """Why shared rows cannot be tried on this architecture, or None. The proof on a batch is
-    `shared_rows_differ`.
-    """
-    base = _unwrapped(model)
-    config = base.config.get_text_config()
-    if config._attn_implementation not in ("sdpa", "eager", FLEX):
-        return f"attention is {config._attn_implementation}, an explicit mask needs sdpa, eager or {FLEX}"
-    if unknown := sorted(set(_layer_kinds(base)) - set(LAYER_KINDS)):
-        return f"{type(base).__name__} has layers of kind {', '.join(unknown)}"
-    return None
-
-
 def _layer_kinds(model: PreTrainedModel) -> list[str]:
     config = model.config.get_text_config()
     if kinds := getattr(config, "layer_types", None):
@@ -242,58 +240,88 @@ def _layer_kinds(model: PreTrainedModel) -> list[str]:
     return ["sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"]
 
 
-def _blocks(batch: Batch, window: int | None) -> BlockMask:
-    rule = prefix_rule(batch.branch_BT, batch.position_BT, batch.pair_BT, window)
-    (num_rows, num_tokens), device = batch.input_ids_BT.shape, batch.input_ids_BT.device
-    compiled = device.type == "cuda"  # else the mask of the whole row is in memory for a moment
-    return create_block_mask(
-        rule, num_rows, None, num_tokens, num_tokens, device=device, BLOCK_SIZE=BLOCK, _compile=compiled
-    )
-
-
-def attention_masks(
-    model: PreTrainedModel, batch: Batch
-) -> Tensor | BlockMask | dict[str, Tensor | BlockMask]:
-    """The explicit mask of shared rows, (B, 1, T, T), or FlexAttention's blocks; a mapping from layer kind to mask
-    where a model mixes kinds.
-    """
+def attention_masks(model: PreTrainedModel, batch: Batch) -> Tensor | dict[str, Tensor]:
+    """The explicit mask of shared rows, (B, 1, T, T); a mapping from layer kind to mask where a model mixes kinds."""
     config = model.config.get_text_config()
-    masks: dict[str, Tensor | BlockMask] = {}
+    masks: dict[str, Tensor] = {}
     for kind in _layer_kinds(model):
         window = config.sliding_window if kind == "sliding_attention" else None
-        if config._attn_implementation == FLEX:
-            masks[kind] = _blocks(batch, window)
-            continue
         mask = prefix_mask(batch.branch_BT, batch.position_BT, window, batch.pair_BT)
         masks[kind] = additive(mask, model.dtype) if config._attn_implementation == "eager" else mask
     return masks if len(masks) > 1 else next(iter(masks.values()))
 
 
-@torch.no_grad()
-def shared_rows_differ(model: nn.Module, examples: Sequence[Example], device: torch.device) -> str | None:
-    """Run real pairs in shared and in plain rows; what differs in one sentence, or None when shared rows are
-    exact.
+# Which rows -----------------------------------------------------------------------------------------------------------
 
-    Two proofs: the log-probabilities equal those of plain rows within rounding, and exchanging the tokens of
-    the first completion leaves the others' where they were. Runs with dropout off, and leaves the model's
-    mode as it was.
+
+def choose_rows(model: PreTrainedModel, examples: Sequence[Example]) -> tuple[Rows, str | None]:
+    """The quickest way to lay out rows that is exact on these pairs, and why not a quicker one.
+
+    On a GPU packed rows, on a CPU segments; then a mask; then plain rows. The model is as before afterwards.
     """
-    if reason := why_not_shared(model):
-        return reason
+    if depends_on_batch(model.config):
+        return "single", "its numbers follow from the longest row beside a row"
+    reasons: list[str] = []
+    quickest: Rows = "packed" if model.device.type == "cuda" else "segments"
+    for rows in (quickest, "masked"):
+        reason = why_not(model, rows) or rows_differ(model, examples, rows)
+        if reason is None:
+            return rows, reasons[0] if reasons else None
+        reasons.append(reason)
+    return "plain", reasons[-1]
+
+
+def why_not(model: nn.Module, rows: Rows) -> str | None:
+    """Why these rows cannot be tried on this model here, or None. The proof on pairs is `rows_differ`."""
+    base = unwrapped(model)
+    implementation = base.config.get_text_config()._attn_implementation
+    if rows == "masked":
+        if implementation not in ("sdpa", "eager"):
+            return f"attention is {implementation}, an explicit mask needs sdpa or eager"
+        unknown = sorted(set(_layer_kinds(base)) - set(LAYER_KINDS))
+        return f"{type(base).__name__} has layers of kind {', '.join(unknown)}" if unknown else None
+    if implementation != "sdpa":
+        return f"attention is {implementation}, expected sdpa"
+    return unsupported(base) or (no_varlen(base.device, base.dtype) if rows == "packed" else None)
+
+
+def rows_differ(model: nn.Module, examples: Sequence[Example], rows: Rows) -> str | None:
+    """Run real pairs in these rows and in plain ones; what differs in one sentence, or None when they are exact.
+
+    Two proofs: the log-probabilities equal those of plain rows within rounding, and exchanging the tokens of the first
+    completion leaves the others' where they were. Packed rows must also have gradients, whose kernels are others. Runs
+    with dropout off, and leaves the model's mode as it was.
+    """
+    base = unwrapped(model)
     was_training = model.training
     model.eval()
-    plain_logps = completion_logps(model, collate(examples, shared=False).to(device))
     try:
-        shared = collate(examples, shared=True, packed=packs(model)).to(device)
-        # On a CPU it depends on a batch's lengths which of two ways it goes.
-        ways = [replace(shared, by_segments=w) for w in (False, True)] if device.type == "cpu" else [shared]
-        return next(filter(None, (_differs(model, way, plain_logps) for way in ways)), None)
+        with torch.no_grad():
+            plain_logps = completion_logps(model, collate(examples, rows="plain").to(base.device))
+            batch = collate(examples, rows=rows).to(base.device)
+            # which of the two ways segments go depends on a batch's lengths
+            ways: list[Rows] = ["segments", "masked"] if rows == "segments" else [rows]
+            reason = next(
+                filter(None, (_differs(model, replace(batch, rows=w), plain_logps) for w in ways)), None
+            )
+        return reason or (_no_gradient(base, batch) if rows == "packed" else None)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # noqa: BLE001 - code that meets a mask it does not expect
-        return f"{type(model).__name__} does not run them: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    except Exception as error:  # noqa: BLE001 - code at a mask it does not expect, kernels
+        return f"{type(base).__name__} does not run them: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
     finally:
         model.train(was_training)
+
+
+def _no_gradient(model: PreTrainedModel, batch: Batch) -> str | None:
+    weight = model.get_input_embeddings().weight
+    trained = weight.requires_grad
+    weight.requires_grad_(True)
+    try:
+        (gradient,) = torch.autograd.grad(completion_logps(model, batch).sum(), [weight])
+    finally:
+        weight.requires_grad_(trained)
+    return None if bool(gradient.isfinite().all()) else "gradients are not finite"
 
 
 def _differs(model: nn.Module, shared: Batch, plain_logps: Tensor) -> str | None:
@@ -305,7 +333,7 @@ def _differs(model: nn.Module, shared: Batch, plain_logps: Tensor) -> str | None
     flipped = torch.where(first, shared.input_ids_BT.flip(0, 1).roll(1, 1), shared.input_ids_BT)
     moved_logps = completion_logps(model, replace(shared, input_ids_BT=flipped))
     leak = ((shared_logps - moved_logps).abs() / counts)[1:].max().item() if counts.shape[0] > 1 else 0.0
-    tolerance = TOLERANCE.get(_unwrapped(model).dtype, TOLERANCE_HALF)
+    tolerance = TOLERANCE.get(unwrapped(model).dtype, TOLERANCE_HALF)
     if not gap <= tolerance:
         return f"log-probabilities per token differ by {gap:.2g} from plain rows (allowed: {tolerance:.0e})"
     if not leak <= tolerance:

@@ -21,9 +21,9 @@ from croco.config.arms import Training
 from croco.errors import UserError
 from croco.models.lora import trainable, without_adapter
 from croco.models.memory import free_bytes
-from croco.stages.train.batches import collate
+from croco.stages.train.batches import Rows, collate
 from croco.stages.train.encode import Example
-from croco.stages.train.forward import completion_logps, dropout_of, packs, switched_off
+from croco.stages.train.forward import completion_logps, dropout_of, switched_off
 
 MARGIN = 0.85  # of the free memory that "auto" uses
 MOST_TOKENS = 16384  # of a micro-batch: above it speed grows no more
@@ -59,17 +59,17 @@ def plan(
     examples: Sequence[Example],
     micro_batch_tokens: int | Literal["auto"],
     gradient_checkpointing: bool | Literal["auto"],
-    shared: bool,
+    rows: Rows,
 ) -> Plan:
     """What "auto" stands for here; raises UserError when what is asked for, or anything, does not fit."""
-    longest = max(row_tokens(example, shared) for example in examples)
+    longest = max(row_tokens(example, rows) for example in examples)
     if any(os.environ.get(name, "false").lower() == "true" for name in SPREAD):
         tokens = 4096 if micro_batch_tokens == "auto" else micro_batch_tokens
         return Plan(tokens, gradient_checkpointing is not False)
     free = free_bytes(model.device)
     if model.device.type == "cpu":  # processes of one machine share it
         free //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    needs, device = count(model, settings, examples, shared), str(model.device)
+    needs, device = count(model, settings, examples, rows), str(model.device)
     return choose(needs, free, longest, micro_batch_tokens, gradient_checkpointing, device)
 
 
@@ -111,23 +111,23 @@ def _misfit(needs: Needs, free: int, longest: int, asked: int, checkpointing: bo
     )
 
 
-def row_tokens(example: Example, shared: bool) -> int:
+def row_tokens(example: Example, rows: Rows) -> int:
     """Tokens of a pair in rows: the prompt once when it is shared, else with every completion."""
-    if shared:
+    if rows not in ("plain", "single"):
         return example.num_tokens
     return sum(len(example.prompt) + len(completion) - 1 for completion in example.completions)
 
 
-def count(model: PreTrainedModel, settings: Training, examples: Sequence[Example], shared: bool) -> Needs:
+def count(model: PreTrainedModel, settings: Training, examples: Sequence[Example], rows: Rows) -> Needs:
     """What tuning takes, from one forward of one pair; the model is as before afterwards."""
-    enough = [example for example in examples if row_tokens(example, shared) >= PROBE_TOKENS]
+    enough = [example for example in examples if row_tokens(example, rows) >= PROBE_TOKENS]
     probe = min(enough, key=lambda e: e.num_tokens) if enough else max(examples, key=lambda e: e.num_tokens)
     was_training, weights = model.training, model.num_parameters()
     policy: Any = trainable(model, settings, 0)
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     with torch.random.fork_rng(), switched_off(dropout_of(policy)):
         policy.train()
-        saved, tokens, logits = _saved_bytes(policy, probe, shared)
+        saved, tokens, logits = _saved_bytes(policy, probe, rows)
     once = trained * STATE_BYTES
     if settings.full:
         once += weights * (4 - model.dtype.itemsize)  # weights in float32
@@ -143,7 +143,7 @@ def count(model: PreTrainedModel, settings: Training, examples: Sequence[Example
     return Needs(once, (saved + logits) / tokens, (again + logits) / tokens)
 
 
-def _saved_bytes(policy: Any, probe: Example, shared: bool) -> tuple[int, int, int]:
+def _saved_bytes(policy: Any, probe: Example, rows: Rows) -> tuple[int, int, int]:
     """What autograd keeps of a forward, its tokens, and how much of it is logits (whose gradient is as large)."""
     own = {p.untyped_storage().data_ptr() for p in policy.parameters()}
     vocabulary = policy.config.get_text_config().vocab_size
@@ -160,7 +160,7 @@ def _saved_bytes(policy: Any, probe: Example, shared: bool) -> tuple[int, int, i
             alive.append(tensor)
         return tensor
 
-    batch = collate([probe], shared=shared, packed=shared and packs(policy)).to(policy.device)
+    batch = collate([probe], rows=rows).to(policy.device)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         completion_logps(policy, batch).sum()
     return sum(storages.values()), batch.input_ids_BT.numel(), sum(logits.values())

@@ -132,7 +132,7 @@ def mean_logps(model: Any, examples: Sequence[Example]) -> Tensor:
     """The mean token log-probability of every completion, each in a row of its own, float32 on the CPU."""
     found = []
     for example in examples:
-        batch = collate([example], shared=False).to(model.device)
+        batch = collate([example], rows="single").to(model.device)
         found.append((completion_logps(model, batch) / token_counts(batch)).flatten().float().cpu())
     return torch.cat(found)
 

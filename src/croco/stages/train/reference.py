@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from croco.errors import UserError
-from croco.stages.train.batches import Batch, collate, cut
+from croco.stages.train.batches import Batch, Rows, collate, cut
 from croco.stages.train.encode import Example
-from croco.stages.train.forward import completion_logps, packs
+from croco.stages.train.forward import completion_logps
 from croco.storage.shards import read_arrow, write_parquet
 
 SCHEMA = pa.schema(
@@ -42,7 +42,7 @@ def reference_logps(
     examples: Sequence[Example],
     *,
     folder: Path,
-    shared: bool,
+    rows: Rows,
     micro_batch_tokens: int,
     extra: str = "",
     on_examples: Callable[[int], None] | None = None,
@@ -59,7 +59,7 @@ def reference_logps(
     missing = [i for i, row in enumerate(keys) if any(key not in known for key in row)]
     for start in range(0, len(missing), PART_EXAMPLES):
         part = missing[start : start + PART_EXAMPLES]
-        new = _compute(model, examples, keys, part, shared, micro_batch_tokens)
+        new = _compute(model, examples, keys, part, rows, micro_batch_tokens)
         table = pa.table({"completion": list(new), "logp": list(new.values())})
         name = blake2b("".join(sorted(new)).encode(), digest_size=16).hexdigest()
         write_parquet(folder / f"part-{name}.parquet", table, SCHEMA)
@@ -103,18 +103,18 @@ def _compute(
     examples: Sequence[Example],
     keys: Sequence[Sequence[str]],
     part: Sequence[int],
-    shared: bool,
+    rows: Rows,
     micro_batch_tokens: int,
 ) -> dict[str, float]:
     was_training = model.training
     model.eval()
     found: dict[str, float] = {}
-    packed = shared and packs(model)
-    for rows in cut(part, [example.num_tokens for example in examples], micro_batch_tokens, packed):
-        batch = collate([examples[i] for i in rows], shared=shared, packed=packed).to(model.device)
+    lengths = [example.num_tokens for example in examples]
+    for some in cut(part, lengths, micro_batch_tokens, packed=rows == "packed"):
+        batch = collate([examples[i] for i in some], rows=rows).to(model.device)
         for c, logps in enumerate(completion_logps(model, batch).tolist()):
-            found.update((keys[i][c], logp) for i, logp in zip(rows, logps, strict=True))
-        for i in rows:
+            found.update((keys[i][c], logp) for i, logp in zip(some, logps, strict=True))
+        for i in some:
             if not all(np.isfinite(found[key]) for key in keys[i]):
                 raise UserError(
                     f"the policy gives prompt {examples[i].prompt_id!r} ({examples[i].language}) a log-probability "

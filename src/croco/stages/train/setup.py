@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from hashlib import blake2b
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,18 @@ from croco.config.arms import Training
 from croco.errors import UserError
 from croco.models.chat_template import end_id
 from croco.stages.train import checkpoints
+from croco.stages.train.batches import Rows
 from croco.stages.train.distributed import barrier, gathered, rank, world
 from croco.stages.train.encode import Example, encode_pairs, held_out
 from croco.stages.train.reference import reference_logps
 from croco.storage.files import write_text
 from croco.storage.hashing import file_identity
 
+LIGER = {"cross_entropy": False, "fused_linear_cross_entropy": False}  # kernels that stay off
+
 
 def share_reference(
-    model: Any, examples: list[Example], folder: Path, shared: bool, micro_batch_tokens: int
+    model: Any, examples: list[Example], folder: Path, rows: Rows, micro_batch_tokens: int
 ) -> Tensor:
     """The reference's log-probabilities of all examples, (C, N); every process computes its share."""
     mine = examples[rank() :: world()]
@@ -31,7 +35,7 @@ def share_reference(
         model,
         mine or examples[:1],
         folder=folder,
-        shared=shared,
+        rows=rows,
         micro_batch_tokens=micro_batch_tokens,
     )
     whole = found.new_zeros(len(examples[0].completions), len(examples))
@@ -107,3 +111,20 @@ def prepare_scratch(
     if not key.is_file() or key.read_text(encoding="utf-8") != run.hexdigest():
         shutil.rmtree(scratch / "checkpoints", ignore_errors=True)
         write_text(key, run.hexdigest())
+
+
+def use_fused_kernels(model: PreTrainedModel) -> str | None:
+    """Norms, rotary positions and gated activations as single kernels of liger-kernel (extra `gpu`), where the model
+    lies on a GPU and the package is there; else why not. Its fused cross-entropy stays off: `logps.py` computes what is
+    wanted of the logits. The proof of rows comes after this, with the kernels on."""
+    if model.device.type != "cuda":
+        return "the model is not on a GPU"
+    if find_spec("liger_kernel") is None:
+        return "liger-kernel is not installed (the extra gpu)"
+    from transformers.integrations.liger import apply_liger_kernel
+
+    try:
+        apply_liger_kernel(model, LIGER)
+    except (ImportError, TypeError, AttributeError, RuntimeError) as error:  # a version that does not fit
+        return f"liger-kernel does not fit: {' '.join(str(error).split())[:200]}"
+    return None

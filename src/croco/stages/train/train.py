@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from croco.config.arms import Training
 from croco.config.load import load
 from croco.errors import UserError
+from croco.models.attention.rows import HALF
 from croco.models.lora import continue_lora, trainable
 from croco.pipeline.progress import Progress
 from croco.pipeline.stage import Work
@@ -30,7 +31,7 @@ from croco.stages.train.adopt import adopt, samples
 from croco.stages.train.batches import plan_steps
 from croco.stages.train.distributed import barrier, gathered, rank
 from croco.stages.train.early_stopping import Stopped, shortcuts_of
-from croco.stages.train.forward import shared_rows_differ, try_packing
+from croco.stages.train.forward import choose_rows
 from croco.stages.train.losses import REFERENCE_FREE
 from croco.stages.train.memory_plan import plan
 from croco.stages.train.model_card import policy_card
@@ -41,6 +42,7 @@ from croco.stages.train.setup import (
     encode,
     prepare_scratch,
     share_reference,
+    use_fused_kernels,
 )
 from croco.stages.train.trackers import check_trackers, tensorboard_in
 from croco.stages.train.trainer import PairTrainer, training_arguments
@@ -124,21 +126,24 @@ def train_pairs(
         cpu=model.device.type == "cpu",
         evaluate=bool(validation),
         trackers=trackers,
-        mixed=settings.full and model.dtype in (torch.bfloat16, torch.float16),
+        half=model.dtype if settings.full and model.dtype in HALF else None,
     )  # from here on the processes know each other
     origin = [weights_digest(model), reference, *(contents(start) if start else ())]
     if rank() == 0:
         prepare_scratch(scratch, origin, settings, seed, examples)
     barrier()
     first = [examples[i] for i in steps[0][:CHECKED_PAIRS]]
-    unpacked = try_packing(model, first, model.device)
-    if unpacked and model.device.type == "cuda" and rank() == 0:
-        Console(stderr=True).print(f"pairs are not packed into rows: {unpacked}", markup=False)
-    plain_rows = gathered(shared_rows_differ(model, first, model.device))[0]
-    if plain_rows and rank() == 0:
-        Console(stderr=True).print(f"prompts are not shared between completions: {plain_rows}", markup=False)
+    unfused = use_fused_kernels(model)
+    if unfused and model.device.type == "cuda" and rank() == 0:
+        Console(stderr=True).print(f"no fused kernels: {unfused}", markup=False, soft_wrap=True)
+    # what one process finds holds for all, or they would cut a step into different micro-batches
+    rows, slower = gathered(choose_rows(model, first))[0]
+    plain_rows = slower if rows in ("plain", "single") else None
+    if slower and rank() == 0:
+        way = "under a mask" if rows == "masked" else "not shared between completions"
+        Console(stderr=True).print(f"prompts are {way}: {slower}", markup=False, soft_wrap=True)
 
-    layout = plan(model, settings, examples, micro_batch_tokens, gradient_checkpointing, plain_rows is None)
+    layout = plan(model, settings, examples, micro_batch_tokens, gradient_checkpointing, rows)
 
     def logps(of: Any) -> Tensor | None:
         if settings.method == "sft":
@@ -146,9 +151,7 @@ def train_pairs(
         if on_line or settings.loss in REFERENCE_FREE:
             return no_reference(examples)
         tokens = layout.micro_batch_tokens
-        return share_reference(
-            of, examples, reference_folder or scratch / "reference", plain_rows is None, tokens
-        )
+        return share_reference(of, examples, reference_folder or scratch / "reference", rows, tokens)
 
     reference_logps_CN = logps(model) if reference == "base" else None
     policy = _trainable(model, settings, start, seed)
@@ -174,7 +177,7 @@ def train_pairs(
             reference_on_line=on_line,
             steps=steps,
             validation=range(len(training), len(examples)),
-            shared=plain_rows is None,
+            rows=rows,
             micro_batch_tokens=layout.micro_batch_tokens,
             pad_id=tokenizer.pad_token_id or 0,
             metrics_file=metrics_file,

@@ -22,12 +22,20 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerControl, TrainingArguments
 
 from croco.config.arms import Training
-from croco.stages.train.batches import Batch, collate, cut
+from croco.stages.train.batches import Batch, Rows, collate, cut
 from croco.stages.train.checkpoints import ByTheClock, readable, seal
 from croco.stages.train.distributed import shares
 from croco.stages.train.early_stopping import Stopped, alarm
 from croco.stages.train.encode import Example
-from croco.stages.train.forward import completion_logps, dropout_of, packs, switched_off, token_counts
+from croco.stages.train.forward import (
+    balance_loss,
+    completion_logps,
+    dropout_of,
+    prepared,
+    routing,
+    switched_off,
+    token_counts,
+)
 from croco.stages.train.losses import REFERENCE_FREE, PairLogps, nll, preference_losses
 from croco.stages.train.reference import on_line
 from croco.storage.files import writing
@@ -54,10 +62,16 @@ def pair_losses(
     )
     if settings.nll_weight:
         losses_P = losses_P + settings.nll_weight * nll(pairs.policy_chosen_logps, pairs.chosen_tokens)
-    chosen, rejected = (
-        settings.beta * pairs.chosen_logratios.detach(),
-        settings.beta * pairs.rejected_logratios.detach(),
-    )
+    chosen, rejected = pairs.chosen_logratios.detach(), pairs.rejected_logratios.detach()
+    if settings.loss in REFERENCE_FREE:  # SimPO's reward is the mean log-probability, which its loss compares
+        chosen, rejected = (
+            logps.detach() / tokens
+            for logps, tokens in (
+                (pairs.policy_chosen_logps, pairs.chosen_tokens),
+                (pairs.policy_rejected_logps, pairs.rejected_tokens),
+            )
+        )
+    chosen, rejected = settings.beta * chosen, settings.beta * rejected
     watched = {
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
@@ -97,7 +111,7 @@ class PairTrainer(Trainer):
         reference_on_line: bool = False,
         steps: Sequence[Sequence[int]],
         validation: Sequence[int],
-        shared: bool,
+        rows: Rows,
         micro_batch_tokens: int,
         pad_id: int,
         metrics_file: Path,
@@ -111,8 +125,7 @@ class PairTrainer(Trainer):
         self.reference_logps_CN = reference_logps_CN
         self.reference_on_line = reference_on_line  # instead of what is in the table
         self.validation = validation
-        self.shared = shared
-        self.packed = shared and packs(model)
+        self.rows = rows
         self.micro_batch_tokens = micro_batch_tokens
         self.pad_id = pad_id
         self.metrics_file = metrics_file
@@ -143,19 +156,17 @@ class PairTrainer(Trainer):
         equally many: one that has none left takes a pair again, at weight 0.
         """
         cuts = [
-            cut(share, self.lengths, self.micro_batch_tokens, packed=self.packed)
+            cut(share, self.lengths, self.micro_batch_tokens, packed=self.rows == "packed")
             for share in shares(pairs, self.lengths, self.args.world_size)
         ]
         mine, most = cuts[self.args.process_index], max(map(len, cuts))
         idle = [min(pairs, key=lambda i: self.lengths[i])]
-        for number, rows in enumerate([*mine, *[idle] * (most - len(mine))]):
-            batch = collate(
-                [self.examples[i] for i in rows], shared=self.shared, packed=self.packed, pad_id=self.pad_id
-            )
+        for number, pairs_here in enumerate([*mine, *[idle] * (most - len(mine))]):
+            batch = collate([self.examples[i] for i in pairs_here], rows=self.rows, pad_id=self.pad_id)
             reference = self.reference_logps_CN
             yield (
                 batch.to(self.args.device),
-                None if reference is None else reference[:, rows].to(self.args.device),
+                None if reference is None else reference[:, pairs_here].to(self.args.device),
                 float(number < len(mine)),
                 number == most - 1,
             )
@@ -172,10 +183,18 @@ class PairTrainer(Trainer):
         for batch, reference_CP, weight, last in self._micro_batches(pairs):
             if self.reference_on_line:
                 reference_CP = on_line(model, batch)
-            with self._in_step(model, last) if backward else nullcontext():
-                logps_CP = completion_logps(model, batch)
+            with (
+                self._in_step(model, last) if backward else nullcontext(),
+                nullcontext() if batch.singles else prepared(model, batch) as inputs,
+                routing(model) as routed,
+            ):
+                logps_CP = completion_logps(model, batch, inputs)
                 losses_P, watched = pair_losses(self.settings, logps_CP, reference_CP, token_counts(batch))
                 loss = losses_P.sum() * weight / self._divisor(pairs)
+                if routed and not batch.singles:  # of micro-batches, as their losses, by pairs
+                    balance = balance_loss(model, routed, batch)
+                    loss = loss + balance * batch.num_pairs * weight / len(pairs)
+                    watched["aux_loss"] = balance.detach().expand(batch.num_pairs)
                 if backward:  # processes take the mean of their gradients, and a sum is wanted
                     self.accelerator.backward(loss * self.args.world_size)
             watched = {name: value_P.sum() * weight / len(pairs) for name, value_P in watched.items()}
@@ -274,10 +293,10 @@ def training_arguments(
     cpu: bool,
     evaluate: bool,
     trackers: Sequence[str] = (),
-    mixed: bool = False,
+    half: torch.dtype | None = None,
 ) -> TrainingArguments:
     """transformers' arguments of a run: one item of the loader per step, and a checkpoint at each of its
-    evaluations, equally far apart. `mixed`: weights in float32, computed in bfloat16.
+    evaluations, equally far apart. `half`: what float32 weights compute in.
     """
     every = max(1, math.ceil(num_steps / settings.sentinel.evaluations))
     arguments = TrainingArguments(
@@ -290,7 +309,8 @@ def training_arguments(
         warmup_steps=int(settings.warmup_ratio * num_steps),  # rounded down: a run of one step must learn
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
-        bf16=mixed,
+        bf16=half == torch.bfloat16,
+        fp16=half == torch.float16,
         logging_strategy="steps",
         logging_steps=1,
         logging_nan_inf_filter=False,
