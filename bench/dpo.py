@@ -166,7 +166,7 @@ def now(device: str) -> float:
 def ours(case: Case, one: Try) -> Timed:
     from croco.models.lora import apply_lora
     from croco.stages.train.batches import plan_steps
-    from croco.stages.train.forward import choose_rows
+    from croco.stages.train.choose_rows import choose_rows
     from croco.stages.train.reference import reference_logps
     from croco.stages.train.setup import use_fused_kernels
     from croco.stages.train.trainer import PairTrainer, training_arguments

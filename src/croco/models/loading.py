@@ -54,14 +54,15 @@ def pick_device(device: str = "auto") -> torch.device:
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The dtype named; for "auto" bfloat16 on a GPU, and float32 on a CPU, where exactness costs little, or on a GPU that
-    has no bfloat16 of its own."""
+    """The dtype named; for "auto" bfloat16 on a GPU that has it, else float32: on a CPU exactness costs little."""
     if dtype == "auto":
         if device.type != "cuda":
             return torch.float32
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16
-        logger.warning("this GPU does not compute in bfloat16: weights are loaded in float32 (or set dtype = float16)")
+        logger.warning(
+            "this GPU does not compute in bfloat16: weights are loaded in float32 (or set dtype = float16)"
+        )
         return torch.float32
     chosen = getattr(torch, dtype, None)
     if not isinstance(chosen, torch.dtype) or not chosen.is_floating_point:

@@ -7,10 +7,10 @@ from peft.tuners import lora
 from croco.config.arms import Lora, Training
 from croco.models.lora import OneStepLinear, apply_lora
 from croco.stages.train.batches import collate
+from croco.stages.train.choose_rows import choose_rows, rows_differ, why_not
 from croco.stages.train.encode import Example, encode_pairs
-from croco.stages.train.forward import choose_rows, completion_logps, rows_differ, token_counts, why_not
-from croco.stages.train.losses import LOSSES, REFERENCE_FREE, PairLogps, preference_losses
-from croco.stages.train.trainer import pair_losses
+from croco.stages.train.forward import completion_logps, token_counts
+from croco.stages.train.losses import LOSSES, REFERENCE_FREE, PairLogps, pair_losses, preference_losses
 from models.attention.varlen_twin import varlen_twin
 from stages.train.pairs import make_pairs, replace
 from tiny import make_policy, make_tokenizer

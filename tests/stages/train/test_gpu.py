@@ -12,8 +12,9 @@ from peft.tuners import lora
 from croco.config.arms import Lora, Training
 from croco.models.lora import OneStepLinear, apply_lora
 from croco.stages.train.batches import collate
+from croco.stages.train.choose_rows import choose_rows, rows_differ
 from croco.stages.train.encode import Example, encode_pairs
-from croco.stages.train.forward import choose_rows, completion_logps, rows_differ, token_counts
+from croco.stages.train.forward import completion_logps, token_counts
 from croco.stages.train.memory_plan import count
 from croco.stages.train.setup import use_fused_kernels
 from stages.train.pairs import make_pairs, replace

@@ -14,7 +14,6 @@ Shapes: B rows, T tokens, M completion tokens, V vocabulary, D width, P pairs, C
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,10 +25,8 @@ from croco.models.attention import rows as row_attention
 from croco.models.attention.decode import plugged_in
 from croco.models.attention.last_layer import finished_at
 from croco.models.attention.mask import PADDING, additive, prefix_mask
-from croco.models.attention.rows import PackedSegments, Segments, no_varlen
-from croco.models.attention.support import depends_on_batch, unsupported
-from croco.stages.train.batches import Batch, Rows, collate
-from croco.stages.train.encode import Example
+from croco.models.attention.rows import PackedSegments, Segments
+from croco.stages.train.batches import Batch
 from croco.stages.train.logps import head_logps, sequence_sums, token_logps
 
 # Architectures (model_type) that do no more to their logits than `_known_head` says.
@@ -37,11 +34,6 @@ HEADS = (
     "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "cohere", "cohere2", "granite", "olmo2",
     "phi3", "smollm3",
 )  # fmt: skip
-LAYER_KINDS = ("full_attention", "sliding_attention")
-# Largest difference of a completion's mean token log-probability between shared and plain rows. Exact layouts differ by
-# rounding (1e-6 in float32, up to 1e-2 in bfloat16); a lost prompt or a leak differs by 0.1 and more.
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}
-TOLERANCE_HALF = 3e-2
 Inputs = dict[str, Any]  # of a model's forward, beside ids and positions
 
 
@@ -233,7 +225,7 @@ def _head_at(model: PreTrainedModel, source_M: Tensor, whole: bool) -> Iterator[
         handle.remove()
 
 
-def _layer_kinds(model: PreTrainedModel) -> list[str]:
+def layer_kinds(model: PreTrainedModel) -> list[str]:
     config = model.config.get_text_config()
     if kinds := getattr(config, "layer_types", None):
         return sorted(set(kinds))
@@ -244,98 +236,8 @@ def attention_masks(model: PreTrainedModel, batch: Batch) -> Tensor | dict[str, 
     """The explicit mask of shared rows, (B, 1, T, T); a mapping from layer kind to mask where a model mixes kinds."""
     config = model.config.get_text_config()
     masks: dict[str, Tensor] = {}
-    for kind in _layer_kinds(model):
+    for kind in layer_kinds(model):
         window = config.sliding_window if kind == "sliding_attention" else None
         mask = prefix_mask(batch.branch_BT, batch.position_BT, window, batch.pair_BT)
         masks[kind] = additive(mask, model.dtype) if config._attn_implementation == "eager" else mask
     return masks if len(masks) > 1 else next(iter(masks.values()))
-
-
-# Which rows -----------------------------------------------------------------------------------------------------------
-
-
-def choose_rows(model: PreTrainedModel, examples: Sequence[Example]) -> tuple[Rows, str | None]:
-    """The quickest way to lay out rows that is exact on these pairs, and why not a quicker one.
-
-    On a GPU packed rows, on a CPU segments; then a mask; then plain rows. The model is as before afterwards.
-    """
-    if depends_on_batch(model.config):
-        return "single", "its numbers follow from the longest row beside a row"
-    reasons: list[str] = []
-    quickest: Rows = "packed" if model.device.type == "cuda" else "segments"
-    for rows in (quickest, "masked"):
-        reason = why_not(model, rows) or rows_differ(model, examples, rows)
-        if reason is None:
-            return rows, reasons[0] if reasons else None
-        reasons.append(reason)
-    return "plain", reasons[-1]
-
-
-def why_not(model: nn.Module, rows: Rows) -> str | None:
-    """Why these rows cannot be tried on this model here, or None. The proof on pairs is `rows_differ`."""
-    base = unwrapped(model)
-    implementation = base.config.get_text_config()._attn_implementation
-    if rows == "masked":
-        if implementation not in ("sdpa", "eager"):
-            return f"attention is {implementation}, an explicit mask needs sdpa or eager"
-        unknown = sorted(set(_layer_kinds(base)) - set(LAYER_KINDS))
-        return f"{type(base).__name__} has layers of kind {', '.join(unknown)}" if unknown else None
-    if implementation != "sdpa":
-        return f"attention is {implementation}, expected sdpa"
-    return unsupported(base) or (no_varlen(base.device, base.dtype) if rows == "packed" else None)
-
-
-def rows_differ(model: nn.Module, examples: Sequence[Example], rows: Rows) -> str | None:
-    """Run real pairs in these rows and in plain ones; what differs in one sentence, or None when they are exact.
-
-    Two proofs: the log-probabilities equal those of plain rows within rounding, and exchanging the tokens of the first
-    completion leaves the others' where they were. Packed rows must also have gradients, whose kernels are others. Runs
-    with dropout off, and leaves the model's mode as it was.
-    """
-    base = unwrapped(model)
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            plain_logps = completion_logps(model, collate(examples, rows="plain").to(base.device))
-            batch = collate(examples, rows=rows).to(base.device)
-            # which of the two ways segments go depends on a batch's lengths
-            ways: list[Rows] = ["segments", "masked"] if rows == "segments" else [rows]
-            reason = next(
-                filter(None, (_differs(model, replace(batch, rows=w), plain_logps) for w in ways)), None
-            )
-        return reason or (_no_gradient(base, batch) if rows == "packed" else None)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # noqa: BLE001 - code at a mask it does not expect, kernels
-        return f"{type(base).__name__} does not run them: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    finally:
-        model.train(was_training)
-
-
-def _no_gradient(model: PreTrainedModel, batch: Batch) -> str | None:
-    weight = model.get_input_embeddings().weight
-    trained = weight.requires_grad
-    weight.requires_grad_(True)
-    try:
-        (gradient,) = torch.autograd.grad(completion_logps(model, batch).sum(), [weight])
-    finally:
-        weight.requires_grad_(trained)
-    return None if bool(gradient.isfinite().all()) else "gradients are not finite"
-
-
-def _differs(model: nn.Module, shared: Batch, plain_logps: Tensor) -> str | None:
-    counts = token_counts(shared)
-    shared_logps = completion_logps(model, shared)
-    gap = ((shared_logps - plain_logps).abs() / counts).max().item()
-    # Only the first completion's ids change, and no shape does: nothing but a leak can move the others.
-    first = shared.branch_BT == 1
-    flipped = torch.where(first, shared.input_ids_BT.flip(0, 1).roll(1, 1), shared.input_ids_BT)
-    moved_logps = completion_logps(model, replace(shared, input_ids_BT=flipped))
-    leak = ((shared_logps - moved_logps).abs() / counts)[1:].max().item() if counts.shape[0] > 1 else 0.0
-    tolerance = TOLERANCE.get(unwrapped(model).dtype, TOLERANCE_HALF)
-    if not gap <= tolerance:
-        return f"log-probabilities per token differ by {gap:.2g} from plain rows (allowed: {tolerance:.0e})"
-    if not leak <= tolerance:
-        return f"one completion moves another's log-probability per token by {leak:.2g} (allowed: {tolerance:.0e})"
-    return None

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
+from croco.config.arms import Training
+
 
 @dataclass(frozen=True)
 class PairLogps:
@@ -140,3 +142,57 @@ def preference_losses(
     """The loss named `loss` of every pair, (P,); `label_smoothing` is read by "robust", `simpo_gamma` by "simpo"."""
     extra = {"robust": (label_smoothing,), "simpo": (simpo_gamma,)}.get(loss, ())
     return LOSSES[loss](pairs, beta, *extra)
+
+
+def pair_losses(
+    settings: Training, policy_logps_CP: Tensor, reference_logps_CP: Tensor | None, tokens_CP: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of every pair, (P,), and what is worth watching of it, each (P,) and detached.
+
+    Method "sft" (no reference): the negative log-likelihood of the chosen completion, summed over its tokens.
+    Method "dpo": the preference loss, plus `nll_weight` times the chosen's mean negative log-likelihood.
+    """
+    if reference_logps_CP is None:
+        chosen_logps = policy_logps_CP[0].detach()
+        return -policy_logps_CP[0], {"logps/chosen": chosen_logps, "nll": nll(chosen_logps, tokens_CP[0])}
+    pairs = PairLogps(*policy_logps_CP, *reference_logps_CP, *tokens_CP)
+    losses_P = preference_losses(
+        settings.loss,
+        pairs,
+        beta=settings.beta,
+        label_smoothing=settings.label_smoothing,
+        simpo_gamma=settings.simpo_gamma,
+    )
+    if settings.nll_weight:
+        losses_P = losses_P + settings.nll_weight * nll(pairs.policy_chosen_logps, pairs.chosen_tokens)
+    chosen, rejected = pairs.chosen_logratios.detach(), pairs.rejected_logratios.detach()
+    if settings.loss in REFERENCE_FREE:  # SimPO's reward is the mean log-probability, which its loss compares
+        chosen, rejected = (
+            logps.detach() / tokens
+            for logps, tokens in (
+                (pairs.policy_chosen_logps, pairs.chosen_tokens),
+                (pairs.policy_rejected_logps, pairs.rejected_tokens),
+            )
+        )
+    chosen, rejected = settings.beta * chosen, settings.beta * rejected
+    watched = {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/accuracies": (chosen > rejected).float(),
+        "rewards/margins": chosen - rejected,
+        "logps/chosen": pairs.policy_chosen_logps.detach(),
+        "logps/rejected": pairs.policy_rejected_logps.detach(),
+    }
+    return losses_P, watched | _from_the_reference(settings, pairs)
+
+
+def _from_the_reference(settings: Training, pairs: PairLogps) -> dict[str, Tensor]:
+    """How far the policy has gone, per token (P,): from the reference where there is one, else the chosen's NLL."""
+    if settings.loss in REFERENCE_FREE:
+        return {"nll": nll(pairs.policy_chosen_logps, pairs.chosen_tokens).detach()}
+    chosen, rejected = pairs.chosen_logratios.detach(), pairs.rejected_logratios.detach()
+    return {
+        "logratios/chosen": chosen / pairs.chosen_tokens,
+        # KL(reference || policy), on completions that the reference drew
+        "kl": -(chosen + rejected) / (pairs.chosen_tokens + pairs.rejected_tokens),
+    }

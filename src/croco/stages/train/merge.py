@@ -24,8 +24,9 @@ from croco.models.loading import load_policy
 from croco.models.lora import merged, put_adapter_on
 from croco.models.open import tuned_weights
 from croco.stages.train.batches import collate
+from croco.stages.train.choose_rows import TOLERANCE, TOLERANCE_HALF
 from croco.stages.train.encode import Example, encode_pairs
-from croco.stages.train.forward import TOLERANCE, TOLERANCE_HALF, completion_logps, token_counts
+from croco.stages.train.forward import completion_logps, token_counts
 from croco.stages.train.model_card import policy_card
 from croco.storage import files, records, shards
 from croco.storage.hashing import check_adapter

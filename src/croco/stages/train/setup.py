@@ -1,8 +1,10 @@
 """What a tuning run needs before its first step: examples, a folder of its own, the reference, where it stood."""
 
 import json
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from hashlib import blake2b
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 import polars as pl
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import INTEGRATION_TO_CALLBACK
 
 from croco.config.arms import Training
 from croco.errors import UserError
@@ -128,3 +131,29 @@ def use_fused_kernels(model: PreTrainedModel) -> str | None:
     except (ImportError, TypeError, AttributeError, RuntimeError) as error:  # a version that does not fit
         return f"liger-kernel does not fit: {' '.join(str(error).split())[:200]}"
     return None
+
+
+def check_trackers(names: tuple[str, ...]) -> None:
+    """Raise UserError for a tracker that transformers does not know or that is not installed."""
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+            raise UserError(f"runtime.trackers names {name!r}, expected some of {known}")
+        if find_spec(name) is None:
+            raise UserError(
+                f"runtime.trackers names {name!r}, which is not installed here, expected its package"
+            )
+
+
+@contextmanager
+def tensorboard_in(folder: Path) -> Iterator[None]:
+    """Where transformers looks for a place to log to: by itself it would log into the scratch folder."""
+    name = "TENSORBOARD_LOGGING_DIR"
+    if name in os.environ:  # a person's own choice
+        yield
+        return
+    os.environ[name] = str(folder)
+    try:
+        yield
+    finally:
+        del os.environ[name]

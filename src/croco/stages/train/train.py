@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import polars as pl
-import torch
 from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,24 +26,25 @@ from croco.models.lora import continue_lora, trainable
 from croco.pipeline.progress import Progress
 from croco.pipeline.stage import Work
 from croco.stages.train import checkpoints
-from croco.stages.train.adopt import adopt, samples
 from croco.stages.train.batches import plan_steps
+from croco.stages.train.checkpoints import adopt, samples
+from croco.stages.train.choose_rows import choose_rows
 from croco.stages.train.distributed import barrier, gathered, rank
 from croco.stages.train.early_stopping import Stopped, shortcuts_of
-from croco.stages.train.forward import choose_rows
 from croco.stages.train.losses import REFERENCE_FREE
 from croco.stages.train.memory_plan import plan
 from croco.stages.train.model_card import policy_card
 from croco.stages.train.reference import no_reference, weights_digest
 from croco.stages.train.setup import (
+    check_trackers,
     checkpoint_to_go_on_from,
     contents,
     encode,
     prepare_scratch,
     share_reference,
+    tensorboard_in,
     use_fused_kernels,
 )
-from croco.stages.train.trackers import check_trackers, tensorboard_in
 from croco.stages.train.trainer import PairTrainer, training_arguments
 from croco.storage import files, shards
 from croco.storage.schemas import DROPPED
