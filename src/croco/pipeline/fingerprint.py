@@ -7,13 +7,14 @@ enters; neither do library versions.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from croco.config.arms import Alignment, Origin
 from croco.config.checks import has_splits
 from croco.config.evaluation import VERSION as EUROEVAL_VERSION
-from croco.config.evaluation import Arena
+from croco.config.evaluation import Arena, Source
 from croco.config.models import Judge, Policy, Reward
 from croco.config.recipe import Evaluation, Prompts, Recipe
 from croco.errors import UserError
@@ -22,6 +23,7 @@ from croco.pipeline.arms import arm_of, num_completions, num_rounds_before, num_
 from croco.pipeline.node import Given, Settings
 from croco.storage.files import read_json
 from croco.storage.hashing import file_identity, folder_identity, local_model, model_identity
+from croco.storage.rows import files_of, is_saved_dataset
 from croco.storage.seeds import digest as seed_digest
 
 
@@ -41,16 +43,31 @@ def prompts_settings(
     settings: Settings = {"languages": Given(tuple(languages), sorted(languages)), "limit": section.limit}
     if isinstance(section, Prompts) and section.order == "seed":
         settings["order"] = ["seed", recipe.run.seed]
+    given = Source(**section.model_dump(include=set(Source.model_fields)))
     if source == "lab":
-        return settings | {"source": Given(source, f"lab {WORLD}"), "split": section.split}
+        return settings | {"source": Given(given, f"lab {WORLD}"), "split": section.split}
     settings |= {"id_column": section.id_column, "language_column": section.language_column}
-    revision: Settings = {"revision": section.revision} if section.revision else {}
+    settings |= section.model_dump(include={"columns", "language"}, exclude_defaults=True)
+    codes = languages if section.by_language else [None]
+    identities = {code: _source_identity(section.of(code), f"{key}.source") for code in codes}
+    settings["source"] = Given(given, identities if section.by_language else identities[None])
+    if has_splits(source):
+        named = section.of(None)
+        settings["split"] = section.split
+        settings |= {name: named[name] for name in ("config", "revision") if named[name] is not None}
+    return settings
+
+
+def _source_identity(of: Mapping[str, Any], key: str) -> str | list[str]:
+    """What a file or folder holds, wherever it lies; a data set of the hub by its name and files."""
+    source = of["source"]
+    folder = Path(os.path.expanduser(source.removeprefix("hf:")))
+    if is_saved_dataset(source) or (source.startswith("hf:") and os.path.isdir(folder)):
+        return f"hf:{folder_identity(folder.resolve())}"
     if source.startswith("hf:"):
-        folder, identity = Path(os.path.expanduser(source.removeprefix("hf:"))), source
-        if os.path.isdir(folder):  # what is in it, wherever it lies
-            identity = f"hf:{folder_identity(folder.resolve())}"
-        return settings | {"source": Given(source, identity), "split": section.split} | revision
-    return settings | {"source": Given(source, file_identity(source, f"{key}.source"))}
+        return [source, *of["data_files"]] if of["data_files"] else source
+    identities = [file_identity(str(path), key) for path in files_of(source, of["data_files"], key)]
+    return identities[0] if len(identities) == 1 else identities
 
 
 def test_prompts_settings(
@@ -61,8 +78,8 @@ def test_prompts_settings(
     assert section.source is not None
     both = (section.source, recipe.prompts.source)
     if not any(has_splits(source) for source in both):
-        tuning = file_identity(recipe.prompts.source, "prompts.source")
-        if settings["source"].identity == tuning:
+        tuning = prompts_settings(recipe, recipe.prompts, "prompts", languages)
+        if settings["source"].identity == tuning["source"].identity:
             raise UserError(
                 f"{key}.source = '{both[0]}' has the content of prompts.source = '{both[1]}', the prompts tuned on: "
                 f"expected others"

@@ -133,11 +133,29 @@ ROW = {
     ([ROW, {**ROW, "messages": "How?"}], "line 2: prompt_id 'a' in 'en' is another prompt than before"),
     ([{**ROW, "messages": [{"role": "user"}]}], "line 1, message 1: content is missing"),
     ([{**ROW, "sample_id": -1}], "line 1: sample_id is a number, expected a whole number from 0 on"),
+    ([{**ROW, "sample_id": 2**40}], r"line 1: sample_id is 1099511627776, expected a whole number from 0 on"),
+    ([{**ROW, "score": 10**400}], "line 1: score has more digits than"),
+    ([{**ROW, "finish_reason": 3}], "line 1: finish_reason is a number, expected text"),
+    ([{**ROW, "finish_reason": "zonk"}], "line 1: the finish reason 'zonk' is unknown"),
+    ([{**ROW, "tools": ["f"]}], r"no rows that can be used \(1 left out, the row has tools"),
     ([], "no rows, expected scored completions"),
 ])  # fmt: skip
 def test_a_bad_row_is_named(tmp_path, rows, message):
     with pytest.raises(UserError, match=message):
         import_scored([jsonl(tmp_path / "bad.jsonl", rows)], tmp_path / "out")
+
+
+def test_a_completion_cut_by_another_tool_is_cut_here(tmp_path):
+    rows = [
+        {**ROW, "score": n, "finish_reason": reason} for n, reason in enumerate(("stop", "eos", "max_tokens"))
+    ]
+    import_scored(
+        [jsonl(tmp_path / "x.jsonl", [*rows, {**ROW, "finish_reason": "safety"}])], tmp_path / "out"
+    )
+    assert shards.read_table(tmp_path / "out/sample")["finish_reason"].to_list() == ["stop", "stop", "length"]
+    assert shards.read_dropped(tmp_path / "out/sample")["reason"].to_list() == [
+        "the completion ended with 'safety'"
+    ]
 
 
 def test_a_key_that_is_there_twice_is_named(tmp_path):

@@ -15,7 +15,7 @@ from croco.pipeline.stage import Work
 from croco.stages.pair.export_trl import FORMATS, export_pairs
 from croco.stages.pair.import_files import import_scored
 from croco.stages.pair.pair import pair
-from croco.stages.prompts.columns import NAMES
+from croco.stages.prompts.columns import MAPPED
 from croco.storage import files, provenance, shards
 from croco.storage.hashing import digest
 from croco.storage.schemas import TABLES
@@ -109,8 +109,8 @@ def mappings(columns: Sequence[str]) -> dict[str, str]:
 
 def _mapping(text: str) -> tuple[str, str]:
     ours, equals, theirs = text.partition("=")
-    if not equals or not theirs or ours not in NAMES:
-        raise UserError(f"--column {text}: expected OURS=THEIRS, with one of {', '.join(NAMES)} for OURS")
+    if not equals or not theirs or ours not in MAPPED:
+        raise UserError(f"--column {text}: expected OURS=THEIRS, with one of {', '.join(MAPPED)} for OURS")
     return ours, theirs
 
 

@@ -35,9 +35,9 @@ from croco.stages.prompts.columns import (
     score_of,
     warn_of_unread,
 )
-from croco.stages.prompts.files import file_rows, kind
 from croco.storage import shards
 from croco.storage.hashing import digest
+from croco.storage.rows import file_rows, kind
 from croco.storage.schemas import COMPLETIONS, PROMPTS, SCORES, Table, ledger
 
 ROWS_PER_SHARD = 4096

@@ -26,10 +26,10 @@ from croco.errors import UserError
 from croco.models import open
 from croco.pipeline.progress import progress
 from croco.stages.prompts.columns import FileRow, Unusable
-from croco.stages.prompts.files import file_rows
 from croco.stages.score.diagnose_metrics import Row, agreement, rank
 from croco.stages.score.diagnose_page import markdown
 from croco.storage import files, provenance, shards
+from croco.storage.rows import file_rows
 from croco.storage.schemas import DROPPED, ledger
 
 FILES = ("pairs.parquet", "ranking.parquet", "dropped.parquet", "ranking.md", "diagnosis.json")

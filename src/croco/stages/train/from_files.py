@@ -24,12 +24,12 @@ from croco.pipeline.progress import Progress, progress
 from croco.pipeline.stage import LOCK, lock
 from croco.stages.pair.from_files import mappings, pairs_of_files
 from croco.stages.pair.import_files import Drop, import_pairs
-from croco.stages.prompts.files import file_rows
 from croco.stages.train.launch import Job, tune
 from croco.stages.train.model_card import base_name, model_card, settings_rows
 from croco.stages.train.train import TrainResult
 from croco.storage import files, provenance, shards
 from croco.storage.hashing import digest, file_identity, model_identity
+from croco.storage.rows import file_rows
 from croco.storage.schemas import DROPPED, ledger
 
 ARM = "train"
