@@ -99,7 +99,7 @@ def main() -> None:
             )
         ratios = [one / other for one, other in zip(rates["server"], rates["in process"], strict=True)]
         print(
-            f"server / in process, median of the rounds: {median(ratios):.3f}  ({', '.join(f'{r:.2f}' for r in ratios)})"
+            f"server / in process, by round: {median(ratios):.3f}  ({', '.join(f'{r:.2f}' for r in ratios)})"
         )
 
 
