@@ -113,13 +113,17 @@ def value_panel(title: str, series: Mapping[str, Sequence[tuple[float, Interval]
     doublings = len(numbers) > 2 and numbers[0] > 0 and numbers[-1] / numbers[0] >= 8
     places = {x: math.log2(x) if doublings else x for x in numbers}
     across = axis(list(places.values()), with_zero=False)
-    up = axis([end for points in series.values() for _, interval in points for end in interval], num_ticks=4)
+    ends = [
+        end for points in series.values() for _, interval in points for end in interval if end == end
+    ]  # no nan
+    up = axis(ends, num_ticks=4)
     curves = []
     for place, (name, points) in enumerate(series.items()):
         dots = [(across.place(places[x]), round(100 - up.place(i.value), 2)) for x, i in points]
         bars = "".join(
             _line([(dot[0], 100 - up.place(i.low)), (dot[0], 100 - up.place(i.high))])
             for dot, (_, i) in zip(dots, points, strict=True)
+            if i.known
         )
         curves.append(Curve(place, name, _line(dots), dots, unit.text(points[-1][1].value), bars))
     return Panel(

@@ -27,7 +27,7 @@ from croco.report.table import (  # fmt: skip
 )
 from croco.stages.evaluate.fidelity import RIGHT
 from croco.stages.evaluate.results import BASE, GROUPS, headline
-from croco.stages.evaluate.stats import Interval, verdict
+from croco.stages.evaluate.stats import Interval, interval, verdict
 
 TITLES = {
     "lab": "Tasks seen in tuning",
@@ -165,7 +165,7 @@ def metrics_of(results: pl.DataFrame) -> dict[str, dict[Key, dict[str, tuple[Int
         columns
     ).iter_rows():
         by_key = values.setdefault(benchmark, {})
-        by_key.setdefault((arm, temperature, scope), {})[metric] = (Interval(value, low, high), n)
+        by_key.setdefault((arm, temperature, scope), {})[metric] = (interval(value, low, high), n)
     return values
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from croco import languages
 from croco.stages.evaluate.results import GROUPS
-from croco.stages.evaluate.stats import Interval
+from croco.stages.evaluate.stats import TOO_FEW, Interval
 
 MINUS = "−"
 
@@ -52,22 +52,22 @@ class Number:
     def text(self) -> str:
         return self.unit.text(self.interval.value)
 
-    @property
-    def low(self) -> str:
-        return self.unit.plain(self.interval.low)
-
-    @property
-    def high(self) -> str:
-        return self.unit.plain(self.interval.high)
+    def ends(self, between: str = ", ") -> str:
+        """ "58, 64", or that there are too few prompts for an interval."""
+        if not self.interval.known:
+            return TOO_FEW
+        return f"{self.unit.plain(self.interval.low)}{between}{self.unit.plain(self.interval.high)}"
 
     @property
     def with_interval(self) -> str:
         """ "61 [58, 64]"."""
-        return f"{self.text} [{self.low}, {self.high}]" + (f" n = {self.n}" if self.n is not None else "")
+        return f"{self.text} [{self.ends()}]" + (f" n = {self.n}" if self.n is not None else "")
 
     @property
     def with_half_width(self) -> str:
-        """ "61 ±3": half the width of the interval, which need not be symmetric."""
+        """ "61 ±3": half the width of the interval, which need not be symmetric; "61 (few)" without one."""
+        if not self.interval.known:
+            return f"{self.text} (few)"
         half = Unit(self.unit.factor, self.unit.digits).plain((self.interval.high - self.interval.low) / 2)
         return f"{self.text} ±{half}"
 
