@@ -79,7 +79,9 @@ def test_a_prompt_that_is_no_prefix_is_an_error_that_shows_both():
 def test_a_missing_or_refusing_template_is_an_error(tokenizer):
     with pytest.raises(UserError, match="no chat template"):
         prompt_ids(make_tokenizer(chat_template=None), USER)
-    with pytest.raises(UserError, match=r"refuses the conversation .unknown role narrator.; roles narrator"):
+    with pytest.raises(
+        UserError, match=r"refused by the chat template: unknown role narrator .roles narrator."
+    ):
         prompt_ids(tokenizer, [{"role": "narrator", "content": "x"}])
     with pytest.raises(UserError, match="without messages"):
         prompt_ids(tokenizer, [])

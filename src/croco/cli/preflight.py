@@ -157,6 +157,7 @@ def _measured(recipe: Recipe, rows: Sequence[Prompt], rates: dict[str, float]) -
         num_completions=min(sampling.completions, MEASURED_COMPLETIONS),
         run_seed=recipe.run.seed,
         instructions=recipe.policy.instruction,
+        every=lambda: some,
     )
     seconds, tokens = time.monotonic() - start, sum(table["completion_tokens"].to_pylist())
     rates["sample"] = tokens / seconds

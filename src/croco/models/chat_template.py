@@ -17,7 +17,9 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from croco.errors import UserError
+from jinja2.exceptions import TemplateError
+
+from croco.errors import Refused, UserError
 from croco.models.protocols import Request
 from croco.models.sandbox import render
 
@@ -165,6 +167,9 @@ def _render(tokenizer: Any, conversations: Sequence[list[dict[str, str]]], opene
         return _apply(tokenizer, turns, opened)
     except Exception as error:  # a template is a program: it may raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if type(error) is TemplateError:  # raise_exception; everything else is a fault of the template
+            roles = _roles(conversations[0])
+            raise Refused(f"refused by the chat template: {reason[:300]} (roles {roles})") from error
         raise UserError(
             f"{_name(tokenizer)}: the chat template refuses the conversation ({reason[:300]}); "
             f"roles {_roles(conversations[0])}"

@@ -148,6 +148,10 @@ def load(section: Source, key: str, languages: Sequence[str], limit: int | None)
     if section.source == "lab":
         from croco.lab import world
 
+        if unknown := [code for code in languages if code not in world.LANGUAGES]:
+            raise UserError(
+                f"{key}.source = 'lab' has no prompts in '{unknown[0]}', expected some of {', '.join(world.LANGUAGES)}"
+            )
         loaded = Loaded(world.prompts(section.split, languages, limit), ledger([]), {}, 0)
     else:
         loaded = _Reading(section, key, languages, limit).all()

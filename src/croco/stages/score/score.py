@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 from croco.config.arms import Alignment
 from croco.config.models import Reward
 from croco.config.runtime import Runtime
-from croco.errors import UserError
+from croco.errors import Refused, UserError
 from croco.models.chat_template import conversations_ids
 from croco.models.open import open_scorer
 from croco.models.protocols import Scorer, ScoreRequest
@@ -149,16 +149,21 @@ def tabulate(
             key = (row["prompt_id"], row["language"], row["sample_id"])
             if isinstance(value, str):
                 drops.append(("completion", *key, value))
-            elif not math.isfinite(value):
-                raise UserError(
-                    f"completion {key[2]} of prompt {key[0]!r} in {key[1]}: {scorer} gave the score {value}, "
-                    f"expected a finite number"
-                )
             else:
+                check_finite(value, key, scorer)
                 kept.append((*key, value, scorer))
     columns = list(zip(*kept, strict=True)) if kept else [()] * len(SCORES.schema)
     arrays = [pa.array(column, type=field.type) for column, field in zip(columns, SCORES.schema, strict=True)]
     return pa.Table.from_arrays(arrays, schema=SCORES.schema), ledger(drops)
+
+
+def check_finite(value: float, key: tuple[str, str, int], scorer: str) -> None:
+    """Raise UserError naming the completion whose score is no number: it would poison every mean it enters."""
+    if not math.isfinite(value):
+        raise UserError(
+            f"completion {key[2]} of prompt {key[0]!r} in {key[1]}: {scorer} gave the score {value}, "
+            f"expected a finite number"
+        )
 
 
 def _groups(
@@ -255,7 +260,8 @@ def _reward(reward: Reward, runtime: Runtime, replica: int) -> tuple[ScoreShard,
 
 
 def score_conversations(scorer: Scorer, tokenizer: Any, groups: Groups, max_tokens: int) -> list[Scored]:
-    """Scores of whole conversations; one longer than `max_tokens` or the model's context gets the reason instead.
+    """Scores of whole conversations; one that is too long, or that the chat template refuses,
+    gets the reason instead.
 
     Equal conversations get the same score: in a batch of another shape the last bits of a logit differ.
     """
@@ -266,6 +272,9 @@ def score_conversations(scorer: Scorer, tokenizer: Any, groups: Groups, max_toke
     for number, (messages, rows) in enumerate(groups):
         try:
             sequences = conversations_ids(tokenizer, messages, [row["completion"] for row in rows])
+        except Refused as error:
+            scored.append([str(error)] * len(rows))
+            continue
         except UserError as error:
             raise UserError(f"prompt {rows[0]['prompt_id']!r} in {rows[0]['language']}: {error}") from error
         scored.append([too_long("conversation", len(ids), limit) for ids in sequences])
