@@ -18,6 +18,7 @@ from croco.stages.pair.pair import pair
 from croco.stages.prompts.columns import MAPPED
 from croco.storage import files, provenance, shards
 from croco.storage.hashing import digest
+from croco.storage.rows import files_of
 from croco.storage.schemas import TABLES
 
 ARM = "pairs"
@@ -47,9 +48,8 @@ def pairs_of_files(
     if language is not None:
         languages.check(language)
     _recipe(KNOWN, form, overrides)  # what is wrong in the rules is said before anything is made
+    sources = [file for source in sources for file in files_of(source)]
     for source in sources:
-        if not source.is_file():
-            raise UserError(f"{source}: no such file")
         if source.resolve().is_relative_to(to.resolve()):
             raise UserError(f"{source} lies in {to}, which is made anew: expected another folder")
     files.check_own_folder(to, "sources.json", ["sources"], FILES)

@@ -29,7 +29,7 @@ from croco.stages.prompts.columns import FileRow, Unusable
 from croco.stages.score.diagnose_metrics import Row, agreement, rank
 from croco.stages.score.diagnose_page import markdown
 from croco.storage import files, provenance, shards
-from croco.storage.rows import file_rows
+from croco.storage.rows import file_rows, files_of
 from croco.storage.schemas import DROPPED, ledger
 
 FILES = ("pairs.parquet", "ranking.parquet", "dropped.parquet", "ranking.md", "diagnosis.json")
@@ -140,17 +140,6 @@ def read_pairs(sources: Sequence[Path], language: str | None) -> tuple[list[Pair
     if not pairs:
         raise UserError(f"{', '.join(map(str, sources))}: no pairs, expected rows with chosen and rejected")
     return pairs, drops
-
-
-def files_of(source: Path) -> list[Path]:
-    """A file, or those of a folder: the finished shards of a stage, else its Parquet and JSON lines files."""
-    if not source.is_dir():
-        return [source]
-    found = [shard.path for shard in shards.shards(source)]
-    found = found or sorted(path for path in source.iterdir() if path.suffix in (".parquet", ".jsonl"))
-    if not found:
-        raise UserError(f"{source}: no finished shards, Parquet or JSON lines in it")
-    return [path for path in found if path.name != "dropped.parquet"]
 
 
 def _pair(where: str, values: Any, language: str | None) -> tuple[Pair, str]:
