@@ -56,7 +56,7 @@ def facts(run: Run, boards: Sequence[Board]) -> list[tuple[str, str]]:
     seconds = sum(float(stage.get("seconds") or 0) for stage in run.stages.values())
     return [
         ("policy", recipe.policy.model),
-        ("reward model", recipe.reward.model if "reward" in scorers else "not used"),
+        ("reward model", recipe.reward.name if "reward" in scorers else "not used"),
         ("tuned on", " ".join(recipe.run.languages)),
         ("evaluated only", " ".join(untuned) or "none"),
         ("prompts to tune on", f"{prompts:,}"),

@@ -123,7 +123,7 @@ def facts_of(recipe: Recipe, arm: str) -> dict[str, str]:
     scorer = recipe.arms[arm].scorer
     return {
         "policy": _without_folders(recipe.policy.model),
-        "scorer": _without_folders(recipe.reward.model) if scorer == "reward" else scorer,
+        "scorer": _without_folders(recipe.reward.name) if scorer == "reward" else scorer,
         "completions": decoding,
         "prompts": _without_folders(recipe.prompts.source),
         "seed": str(recipe.run.seed),

@@ -172,16 +172,16 @@ def _pair(where: str, values: Any, language: str | None) -> tuple[Pair, str]:
 
 def score_pairs(pairs: Sequence[Pair], recipe: Recipe) -> tuple[NDArray[np.float64], dict[int, str]]:
     """Scores of (chosen, rejected), shape (pairs, 2), nan where there is none, and the reasons by pair."""
-    from croco.stages.score.score import score_conversations
+    from croco.stages.score.reward import open_reward
 
     scores, reasons = np.full((len(pairs), 2), math.nan), {}
-    scorer, tokenizer = open.open_scorer(recipe.reward, recipe.runtime)
+    score, _ = open_reward(recipe.reward, recipe.runtime)
     try:
         with progress(recipe.reward.model, len(pairs), "pair") as bar:
             for start in range(0, len(pairs), CHUNK):
                 part = pairs[start : start + CHUNK]
                 groups = [(pair.messages, _completions(pair)) for pair in part]
-                found = score_conversations(scorer, tokenizer, groups, recipe.reward.max_tokens)
+                found = score(groups)
                 for i, values in enumerate(found, start):
                     for side, value in enumerate(values):
                         if isinstance(value, str):
