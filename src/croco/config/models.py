@@ -95,7 +95,7 @@ class RewardPart(Model):
     """A longer conversation goes to the ledger."""
 
     @property
-    def name(self) -> str:
+    def label(self) -> str:
         return self.function or self.model
 
     @field_validator("function")
@@ -118,7 +118,7 @@ class Reward(RewardPart):
 
     @property
     def name(self) -> str:
-        names = [part.function or part.model for part in self.parts]
+        names = [part.label for part in self.parts]
         weights = [part.weight for part in self.parts]
         if weights == [1.0]:
             return names[0]

@@ -55,11 +55,11 @@ def _sum(reward: Reward, values: Sequence[float | str]) -> float | str:
     total = 0.0
     for part, value in zip(reward.parts, values, strict=True):
         if isinstance(value, str):
-            return f"{part.name}: {value}"
+            return f"{part.label}: {value}"
         total += part.weight * value
     weighted = WeightedSum(total)
     weighted.parts = [
-        {"reward": part.name, "score": value} for part, value in zip(reward.parts, values, strict=True)
+        {"reward": part.label, "score": value} for part, value in zip(reward.parts, values, strict=True)
     ]
     return weighted
 
