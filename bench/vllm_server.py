@@ -61,7 +61,7 @@ def as_server(folder: Path, prompts: list[list[int]], completions: int) -> Any:
     from croco.config.models import Policy
     from croco.config.runtime import Vllm
     from croco.models.protocols import Decoding, Request
-    from croco.models.vllm_server import open_policy
+    from croco.models.vllm import open_policy
 
     sampler, _ = open_policy(Policy(model=str(folder), dtype="float32"), Vllm(enforce_eager=True), 1)
     asked = [Request(key, ids, list(range(completions))) for key, ids in enumerate(prompts)]

@@ -69,7 +69,8 @@ def _prompts(recipe: Recipe) -> list[Prompt]:
 
 def _engines(recipe: Recipe) -> Iterator[str]:
     open.check(recipe)
-    yield f"engines       {', '.join(f'{role}: {engine}' for role, engine in recipe.runtime.engines)}"
+    for line in open.engines(recipe.runtime):
+        yield f"engines       {line}"
     for line in examined(recipe.runtime):
         yield f"workers       {line}"
 
@@ -107,13 +108,13 @@ def _euroeval(recipe: Recipe) -> Iterator[str]:
 def _tuning(recipe: Recipe) -> Iterator[str]:
     """The policy's weights and what is trained of them, with gradients and AdamW's moments, against what is free."""
     from croco.models import memory
-    from croco.models.loading import pick_device, pick_dtype
+    from croco.models.loading import pick_device, pick_dtype, weightless
     from croco.stages.train.memory_plan import STATE_BYTES, trained_parameters
 
     device = pick_device(recipe.runtime.device)
     itemsize, free = pick_dtype(recipe.policy.dtype, device).itemsize, memory.free_bytes(device)
     for whole in sorted({arm.training.full for arm in recipe.arms.values()}):
-        model = models.weightless(recipe.policy, "policy", "causal")
+        model = weightless(recipe.policy, "policy", "causal")
         ranks = [arm.training.lora.rank for arm in recipe.arms.values() if arm.training.full == whole]
         targets = next(
             arm.training.lora.targets for arm in recipe.arms.values() if arm.training.full == whole
@@ -157,6 +158,7 @@ def _measured(recipe: Recipe, rows: Sequence[Prompt], rates: dict[str, float]) -
         num_completions=min(sampling.completions, MEASURED_COMPLETIONS),
         run_seed=recipe.run.seed,
         instructions=recipe.policy.instruction,
+        every=lambda: some,
     )
     seconds, tokens = time.monotonic() - start, sum(table["completion_tokens"].to_pylist())
     rates["sample"] = tokens / seconds

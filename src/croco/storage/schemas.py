@@ -198,8 +198,8 @@ RESULTS = Table(
         ("metric", pa.string()),
         ("temperature", pa.float64()),
         ("value", pa.float64()),
-        ("ci_low", pa.float64()),
-        ("ci_high", pa.float64()),
+        ("ci_low", pa.float64(), True),  # null where there are too few prompts for an interval
+        ("ci_high", pa.float64(), True),
         ("n", pa.int64()),
         ("seed", pa.int64()),
     ),

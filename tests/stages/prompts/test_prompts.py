@@ -156,6 +156,14 @@ def test_the_lab_gives_parallel_prompts() -> None:
     assert ids["en"] == ids["da"]
 
 
+@pytest.mark.parametrize("code", ["fi", "no", "en-GB"])
+def test_a_language_that_the_lab_does_not_have(code):
+    with pytest.raises(
+        UserError, match=f"prompts.source = 'lab' has no prompts in '{code}', expected some of en, da"
+    ):
+        read("lab", "en", "nb", code)
+
+
 def rows_in(code: str, num: int = 3, **more: Any) -> list[dict[str, Any]]:
     return [
         {"prompt_id": f"p{n}", "language": code, "messages": said(f"{code} {n}"), **more} for n in range(num)

@@ -54,7 +54,7 @@ def test_two_processes_have_the_gradients_and_the_curve_of_one(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     path = os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(TESTS)])
     done = subprocess.run(
-        [*command, str(TESTS / "training" / "ranks.py"), str(tmp_path)],
+        [*command, str(Path(__file__).with_name("ranks.py")), str(tmp_path)],
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
     )

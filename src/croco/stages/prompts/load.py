@@ -93,19 +93,19 @@ def load_settings(settings: Settings, key: str) -> Loaded:
 
 
 def check_overlap(recipe: Recipe, say: Callable[[str], None]) -> None:
-    """Raise UserError when most test prompts are prompts tuned on, say when some are."""
-    same, num = overlap(recipe)
+    """Raise UserError when most test prompts are rows tuned on, say when some are or have the text of one."""
+    same_rows, same, num = overlap(recipe)
     sentence = (
         f"{same:,} of {num:,} test prompts of evaluation.source = '{recipe.evaluation.source}' are prompts"
     )
-    if 2 * same > num:
+    if 2 * same_rows > num:
         raise UserError(f"{sentence} of prompts.source = '{recipe.prompts.source}' too: expected others")
     if same:
         say(f"{'eval-prompts':<24} {sentence} tuned on too")
 
 
-def overlap(recipe: Recipe) -> tuple[int, int]:
-    """How many test prompts are prompts to tune on, word for word, and how many test prompts there are."""
+def overlap(recipe: Recipe) -> tuple[int, int, int]:
+    """How many test prompts are rows to tune on, how many have the text of one, and how many test prompts there are."""
     tuning, test = (
         load_settings(settings_values(prompts_settings(recipe, section, key, languages)), key).prompts
         for section, key, languages in (
@@ -113,9 +113,15 @@ def overlap(recipe: Recipe) -> tuple[int, int]:
             (recipe.evaluation, "evaluation", recipe.evaluation_languages),
         )
     )
-    known = set(map(canonical, tuning.column("messages").to_pylist()))
-    same = sum(canonical(messages) in known for messages in test.column("messages").to_pylist())
-    return same, test.num_rows
+    ids, texts = (
+        [table.column(name).to_pylist() for table in (tuning, test)] for name in ("prompt_id", "messages")
+    )
+    tuned_on, tested = (
+        [(name, canonical(messages)) for name, messages in zip(*rows, strict=True)]
+        for rows in zip(ids, texts, strict=True)
+    )
+    rows, words = set(tuned_on), {text for _, text in tuned_on}
+    return sum(row in rows for row in tested), sum(text in words for _, text in tested), test.num_rows
 
 
 def first_of_shuffled(loaded: Loaded, limit: int | None, seed: int) -> Loaded:
@@ -142,6 +148,10 @@ def load(section: Source, key: str, languages: Sequence[str], limit: int | None)
     if section.source == "lab":
         from croco.lab import world
 
+        if unknown := [code for code in languages if code not in world.LANGUAGES]:
+            raise UserError(
+                f"{key}.source = 'lab' has no prompts in '{unknown[0]}', expected some of {', '.join(world.LANGUAGES)}"
+            )
         loaded = Loaded(world.prompts(section.split, languages, limit), ledger([]), {}, 0)
     else:
         loaded = _Reading(section, key, languages, limit).all()

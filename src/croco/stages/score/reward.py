@@ -16,7 +16,7 @@ from typing import Any
 
 from croco.config.models import Reward, RewardPart
 from croco.config.runtime import Runtime
-from croco.errors import UserError
+from croco.errors import Refused, UserError
 from croco.models.chat_template import conversations_ids
 from croco.models.open import open_scorer
 from croco.models.protocols import Scorer, ScoreRequest
@@ -73,7 +73,7 @@ def _open_part(part: RewardPart, runtime: Runtime, replica: int) -> tuple[ScoreS
 
 
 def score_conversations(scorer: Scorer, tokenizer: Any, groups: Groups, max_tokens: int) -> list[Scored]:
-    """Scores of whole conversations; one longer than `max_tokens` or the model's context gets the reason instead.
+    """Scores of whole conversations; one that is too long, or that the chat template refuses, gets the reason instead.
 
     Equal conversations get the same score: in a batch of another shape the last bits of a logit differ.
     """
@@ -84,6 +84,9 @@ def score_conversations(scorer: Scorer, tokenizer: Any, groups: Groups, max_toke
     for number, (messages, rows) in enumerate(groups):
         try:
             sequences = conversations_ids(tokenizer, messages, [row["completion"] for row in rows])
+        except Refused as error:
+            scored.append([str(error)] * len(rows))
+            continue
         except UserError as error:
             raise UserError(f"prompt {rows[0]['prompt_id']!r} in {rows[0]['language']}: {error}") from error
         scored.append([too_long("conversation", len(ids), limit) for ids in sequences])

@@ -145,16 +145,21 @@ def tabulate(
             key = (row["prompt_id"], row["language"], row["sample_id"])
             if isinstance(value, str):
                 drops.append(("completion", *key, value))
-            elif not math.isfinite(value):
-                raise UserError(
-                    f"completion {key[2]} of prompt {key[0]!r} in {key[1]}: {scorer} gave the score {value}, "
-                    f"expected a finite number"
-                )
             else:
+                check_finite(value, key, scorer)
                 kept.append((*key, float(value), scorer, getattr(value, "parts", None)))
     columns = list(zip(*kept, strict=True)) if kept else [()] * len(SCORES.schema)
     arrays = [pa.array(column, type=field.type) for column, field in zip(columns, SCORES.schema, strict=True)]
     return pa.Table.from_arrays(arrays, schema=SCORES.schema), ledger(drops)
+
+
+def check_finite(value: float, key: tuple[str, str, int], scorer: str) -> None:
+    """Raise UserError naming the completion whose score is no number: it would poison every mean it enters."""
+    if not math.isfinite(value):
+        raise UserError(
+            f"completion {key[2]} of prompt {key[0]!r} in {key[1]}: {scorer} gave the score {value}, "
+            f"expected a finite number"
+        )
 
 
 def _groups(

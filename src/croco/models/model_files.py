@@ -112,8 +112,8 @@ def context_of(config: Any) -> int:
     """
     text = config.get_text_config()
     names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-    found = {name: getattr(text, name, None) for name in names}
-    name, positions = next(((k, v) for k, v in found.items() if isinstance(v, int)), ("", UNKNOWN_CONTEXT))
+    lengths = {name: getattr(text, name, None) for name in names}
+    name, positions = next(((k, v) for k, v in lengths.items() if isinstance(v, int)), ("", UNKNOWN_CONTEXT))
     if positions <= 0:
         raise UserError(f"the model's config has {name} = {positions}, expected a number of tokens above 0")
     rope = getattr(text, "rope_parameters", None) or {}
