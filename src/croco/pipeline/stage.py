@@ -179,7 +179,7 @@ def execute(node: Node, runtime: Runtime, now: Status | None = None) -> Record:
         folder=node.folder,
         settings=settings_values(node.settings),
         runtime=runtime.model_copy(update={"shard_prompts": record["shard_prompts"]}),
-        inputs={name: before.folder for name, before in node.inputs.items()},
+        inputs=_tables(node),
         table=TABLES[node.stage.table] if node.stage.table else None,
         title=node.title,
         record_file=cast(dict[str, Any], record),
@@ -193,6 +193,22 @@ def execute(node: Node, runtime: Runtime, now: Status | None = None) -> Record:
         if node.folder.is_dir():
             records.write_record(node.folder, record)
     return _finish(node, record)
+
+
+def _tables(node: Node) -> dict[str, Path]:
+    """The folders of the tables that a node reads, by name."""
+    folders = {name: before.folder for name, before in node.inputs.items() if not before.stage.gives}
+    given = {name: before.folder / name for before in node.inputs.values() for name in before.stage.gives}
+    return folders | given
+
+
+def make_anew(node: Node, runtime: Runtime) -> Record:
+    """`execute` for commands that take files: what other files or settings made there before is removed first."""
+    now = status_of(node, contents=True)
+    if now.kind in WRONG:
+        status.clear(node)
+        now = Status("missing")
+    return execute(node, runtime, now)
 
 
 def _start(node: Node, runtime: Runtime, resume: bool) -> Record:

@@ -16,7 +16,7 @@ from croco.errors import UserError
 from croco.stages.pair.export_trl import export_pairs
 from croco.stages.pair.from_files import facts_of, pairs_of_files
 from croco.stages.pair.import_files import import_pairs, import_scored
-from croco.storage import shards
+from croco.storage import records, shards
 from croco.storage.rows import files_of
 
 SYSTEM = {"role": "system", "content": "You have a clock: clock()"}
@@ -205,3 +205,18 @@ def test_a_card_names_no_folder_of_the_machine(tmp_path, tiny_models):
     assert facts["policy"] == "policy"
     assert facts["prompts"] == tiny_models.prompts.name
     assert not any(str(tmp_path.parent) in value or "/" in value for value in facts.values())
+
+
+def test_only_what_changed_is_made_again_and_nothing_of_a_person_s_goes(tmp_path):
+    out = made(tmp_path)
+    imported, paired = (records.read_record(out / name) for name in ("", "pairs"))
+    made(tmp_path)
+    assert [records.read_record(out / name) for name in ("", "pairs")] == [imported, paired]
+    made(tmp_path, overrides=["rejected=min"])
+    assert records.read_record(out) == imported
+    assert records.read_record(out / "pairs")["fingerprint"] != paired["fingerprint"]
+    made(tmp_path, columns=[*COLUMNS[:2], "score=reward", "sample_id=nothing"])
+    assert records.read_record(out)["fingerprint"] != imported["fingerprint"]
+    (out / "prompts" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"notes\.txt was not made by croco"):
+        made(tmp_path)

@@ -25,6 +25,7 @@ import polars as pl
 import pyarrow as pa
 
 from croco.errors import UserError
+from croco.pipeline.stage import Work
 from croco.stages.prompts.columns import (
     FileRow,
     Turn,
@@ -35,7 +36,7 @@ from croco.stages.prompts.columns import (
     score_of,
     warn_of_unread,
 )
-from croco.storage import shards
+from croco.storage import files, shards
 from croco.storage.hashing import digest
 from croco.storage.rows import file_rows, kind
 from croco.storage.schemas import COMPLETIONS, PROMPTS, SCORES, Table, ledger
@@ -58,6 +59,15 @@ class Completion:
     sample_id: int | None = None
     finish_reason: str = "stop"
     reason: str = ""
+
+
+def imported(work: Work) -> None:
+    """The stage `import` of commands that take files."""
+    for name in ("prompts", "sample", "score"):
+        files.remove_folder(work.folder / name)  # of a start that was killed
+    sources = [Path(source) for source in work.settings["sources"]]
+    languages = import_scored(sources, work.folder, work.settings["columns"], work.settings["language"])
+    work.record(languages=languages)
 
 
 def import_scored(
