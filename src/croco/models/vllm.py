@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from croco.config.models import Causal, Model, Reward
+from croco.config.models import Causal, Model, RewardPart
 from croco.config.runtime import Server, Vllm
 from croco.errors import UserError
 from croco.models.chat_template import end_ids
@@ -85,7 +85,7 @@ def open_policy(
         return sampler, tokenizer
 
 
-def open_reward(reward: Reward, settings: Vllm) -> tuple[ServerScorer, Any]:
+def open_reward(reward: RewardPart, settings: Vllm) -> tuple[ServerScorer, Any]:
     """A sequence classifier of one logit in a server of its own, and its tokenizer.
 
     The server's context is `reward.max_tokens`, or the model's own where that is shorter. Raises UserError for a model

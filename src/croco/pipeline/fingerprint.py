@@ -15,14 +15,14 @@ from croco.config.arms import Alignment, Origin
 from croco.config.checks import has_splits
 from croco.config.evaluation import VERSION as EUROEVAL_VERSION
 from croco.config.evaluation import Arena, Source
-from croco.config.models import Causal, Judge, Model, Policy, Reward
+from croco.config.models import Causal, Judge, Model, Policy, Reward, RewardPart
 from croco.config.recipe import Evaluation, Prompts, Recipe
 from croco.errors import UserError
 from croco.lab import WORLD
 from croco.pipeline.arms import arm_of, num_completions, num_rounds_before, num_scored, sampled_languages
 from croco.pipeline.node import Given, Settings
 from croco.storage.files import read_json
-from croco.storage.hashing import file_identity, folder_identity, local_model, model_identity
+from croco.storage.hashing import file_identity, folder_identity, function_file, local_model, model_identity
 from croco.storage.rows import files_of, is_saved_dataset
 from croco.storage.seeds import digest as seed_digest
 
@@ -127,9 +127,18 @@ def given_policy(policy: Policy, languages: Sequence[str], key: str = "policy") 
 
 
 def given_reward(reward: Reward) -> Given:
-    given = given_model(reward, "reward", max_tokens=reward.max_tokens)
-    check_one_logit(reward.model)
-    return given
+    first, *others = (_reward_part(part) for part in reward.parts)
+    return Given(reward, first | ({"also": others} if others else {}))
+
+
+def _reward_part(part: RewardPart) -> Settings:
+    weight: Settings = {} if part.weight == 1 else {"weight": part.weight}
+    if part.function is not None:
+        file = file_identity(str(function_file(part.function)), "reward.function")
+        return {"function": part.function.rpartition(":")[2], "source": file} | weight
+    given: Settings = given_model(part, "reward", max_tokens=part.max_tokens).identity
+    check_one_logit(part.model)
+    return given | weight
 
 
 def check_one_logit(model: str) -> None:

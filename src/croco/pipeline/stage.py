@@ -24,7 +24,7 @@ from croco.config.runtime import Runtime
 from croco.errors import StaleStage, UserError
 from croco.pipeline import status
 from croco.pipeline.node import Node, Settings, settings_values
-from croco.pipeline.progress import Progress, progress
+from croco.pipeline.progress import Progress, heartbeat, progress
 from croco.pipeline.status import WRONG, Status, status_of
 from croco.storage import files, provenance, records, seeds, shards
 from croco.storage.records import Record
@@ -187,7 +187,8 @@ def execute(node: Node, runtime: Runtime, now: Status | None = None) -> Record:
     module, _, name = node.stage.function.partition(":")
     started, earlier = time.monotonic(), record["seconds"]
     try:
-        getattr(import_module(module), name)(work)
+        with heartbeat(node.title):
+            getattr(import_module(module), name)(work)
     finally:
         record["seconds"] = round(earlier + time.monotonic() - started, 3)
         if node.folder.is_dir():

@@ -41,7 +41,7 @@ def facts(run: Run, boards: Sequence[Board]) -> dict[str, str]:
     scored = any(arm.scorer == "reward" for arm in recipe.arms.values())
     return {
         "policy": recipe.policy.model,
-        "reward model": recipe.reward.model if scored else "not used",
+        "reward model": recipe.reward.name if scored else "not used",
         "tuned on": " ".join(recipe.run.languages),
         "evaluated only": " ".join(untuned) or "none",
         "prompts to tune on": f"{prompts:,}",

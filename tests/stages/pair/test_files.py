@@ -15,8 +15,9 @@ from croco.config.load import load
 from croco.errors import UserError
 from croco.stages.pair.export_trl import export_pairs
 from croco.stages.pair.from_files import facts_of, pairs_of_files
-from croco.stages.pair.import_files import import_scored
+from croco.stages.pair.import_files import import_pairs, import_scored
 from croco.storage import records, shards
+from croco.storage.rows import files_of
 
 SYSTEM = {"role": "system", "content": "You have a clock: clock()"}
 TURNS = [SYSTEM, {"role": "user", "content": "What time?"}, {"role": "assistant", "content": "clock()"},
@@ -89,6 +90,17 @@ def test_trl_trains_on_the_export_unmodified(tmp_path, tiny_models):
     assert trained(out / "export/data", DPOTrainer, DPOConfig) > 0
     sft = made(tmp_path / "sft_", "prompt-completion") if (tmp_path / "sft_").mkdir() is None else None
     assert trained(sft / "export/data", SFTTrainer, SFTConfig) > 0
+
+
+def test_our_own_export_and_folder_are_read_again(tmp_path):
+    out = made(tmp_path)
+    again, _ = import_pairs(files_of(out))
+    exported, _ = import_pairs(files_of(out / "export"))
+    pairs, _ = import_pairs(files_of(out / "pairs"))
+    assert again.equals(exported)
+    assert exported.drop("where").equals(pairs.select(exported.drop("where").columns))
+    options = {"columns": [], "language": None, "overrides": [], "form": "preference", "license": "mit"}
+    assert pairs_of_files([out / "export"], tmp_path / "twice", **options) == again.height
 
 
 def test_data_for_sft_is_the_best_completion(tmp_path):

@@ -19,6 +19,7 @@ from croco.stages.pair.export_trl import FORMATS, export_pairs
 from croco.stages.prompts.columns import MAPPED
 from croco.storage import files
 from croco.storage.hashing import file_identity
+from croco.storage.rows import files_of
 
 ARM = "pairs"
 IMPORT = Stage(
@@ -50,9 +51,8 @@ def pairs_of_files(
     if language is not None:
         languages.check(language)
     _recipe(KNOWN, form, overrides)  # what is wrong in the rules is said before anything is made
+    sources = [file for source in sources for file in files_of(source)]
     for source in sources:
-        if not source.is_file():
-            raise UserError(f"{source}: no such file")
         if source.resolve().is_relative_to(to.resolve()):
             raise UserError(f"{source} lies in {to}, which is made anew: expected another folder")
     files.check_own_folder(to, "stage.json", ["stage", "science"], FILES)
@@ -106,7 +106,7 @@ def facts_of(recipe: Recipe, arm: str) -> dict[str, str]:
     scorer = recipe.arms[arm].scorer
     return {
         "policy": _without_folders(recipe.policy.model),
-        "scorer": _without_folders(recipe.reward.model) if scorer == "reward" else scorer,
+        "scorer": _without_folders(recipe.reward.name) if scorer == "reward" else scorer,
         "completions": decoding,
         "prompts": _without_folders(recipe.prompts.source),
         "seed": str(recipe.run.seed),
