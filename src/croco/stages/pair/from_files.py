@@ -1,31 +1,40 @@
-"""`croco pairs` and what `croco export` says of a run: files of other tools in, pairs that every trainer reads out."""
+"""`croco pairs`: scored completions of other tools in, pairs that every trainer reads out.
+
+A pipeline of three nodes in a folder of its own: `import` (the files as our tables), `pairs` (the stage `pair`) and
+`export`. Each is skipped when it is complete, goes on when it was stopped, and is stale when files or settings changed.
+Beside it is what a dataset card says of a run's arm.
+"""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from croco import languages
 from croco.config.load import NO_PROMPTS, apply_override, from_dict
 from croco.config.recipe import Recipe
 from croco.errors import UserError
+from croco.pipeline import graph, status
 from croco.pipeline.fingerprint import pair_settings
-from croco.pipeline.stage import Work
-from croco.stages.pair.export_trl import FORMATS, export_pairs
-from croco.stages.pair.import_files import import_scored
-from croco.stages.pair.pair import pair
+from croco.pipeline.node import Given, Node, Stage
+from croco.pipeline.run import run_node
+from croco.pipeline.stage import Work, lock
+from croco.stages.pair.export_trl import FORMATS, write_trl
+from croco.stages.pair.import_files import FILE, LINE, import_scored
 from croco.stages.prompts.columns import MAPPED
-from croco.storage import files, provenance, shards
-from croco.storage.hashing import digest
-from croco.storage.schemas import TABLES
+from croco.storage import files, records, shards
+from croco.storage.hashing import file_identity
 
 ARM = "pairs"
-MADE = ("prompts", "sample", "score", "pairs", "export")
-FILES = re.compile(
-    rf"(prompts|sample|score|pairs)/({files.OURS.pattern}|stage\.json)|export/(README\.md|data/[^/]*)"
-)
 KNOWN = ("en",)
+_MODULE = "croco.stages.pair.from_files"
+_OWN: dict[str, Any] = {
+    "settings": lambda recipe, arm: {},
+    "inputs": lambda recipe, arm: [],
+}  # nodes are made below
+IMPORT = Stage("import", 1, f"{_MODULE}:import_stage", "", makes=("prompts", "sample", "score"), **_OWN)
+EXPORT = Stage("export", 1, f"{_MODULE}:export_stage", "", makes=("README.md", "data"), **_OWN)
 
 
 def pairs_of_files(
@@ -36,56 +45,78 @@ def pairs_of_files(
     overrides: Sequence[str],
     form: str,
     license: str,
+    ids: str | None = None,
+    rebuild: bool = False,
+    say: Callable[[str], None] = lambda line: None,
 ) -> int:
     """Import, pair and export; `to` then holds the tables, the ledger and `export/`. Returns the rows exported.
 
-    Whatever stops it, the folder is made anew by the next call: nothing in it took long to make.
+    `language` is that of all rows, or "file" for the name of each file; `ids` "line" numbers the prompts of a language
+    in their order, and the languages must have equally many. Raises StaleStage when `to` was made from other files or
+    with other settings, unless `rebuild` makes it anew.
     """
     if form not in FORMATS:
         raise UserError(f"the format '{form}' is unknown, expected one of {', '.join(FORMATS)}")
     mapped = mappings(columns)
-    if language is not None:
+    if language is not None and language != FILE:
         languages.check(language)
+    if ids is not None and ids != LINE:
+        mapped["prompt_id"] = ids
     _recipe(KNOWN, form, overrides)  # what is wrong in the rules is said before anything is made
     for source in sources:
         if not source.is_file():
             raise UserError(f"{source}: no such file")
         if source.resolve().is_relative_to(to.resolve()):
-            raise UserError(f"{source} lies in {to}, which is made anew: expected another folder")
-    files.check_own_folder(to, "sources.json", ["sources"], FILES)
-    for name in MADE:
-        files.remove_folder(to / name)
-    files.write_json(to / "sources.json", {"sources": [str(source) for source in sources]})
-    found = import_scored(sources, to, mapped, language)
-    recipe = _recipe(sorted(found), form, overrides)
-    work = Work(
-        arm=ARM,
-        folder=to / "pairs",
-        settings=pair_settings(recipe, ARM),
-        runtime=recipe.runtime,
-        inputs={name: to / name for name in ("prompts", "sample", "score")},
-        table=TABLES["pairs"],
-        title="pairs",
+            raise UserError(f"{source} lies in {to}, where the pairs are made: expected another folder")
+    names = [source.name for source in sources]
+    identity = {str(n): [source.name, file_identity(str(source))] for n, source in enumerate(sources)}
+    imported = Node(IMPORT, None, to / "import", {
+        "sources": Given([str(source) for source in sources], identity), "columns": mapped, "language": language,
+        "ids": LINE if ids == LINE else None,
+    }, {})  # fmt: skip
+
+    def make(node: Node) -> dict[str, Any]:
+        known = {node: status.status_of(node, contents=rebuild)}
+        known = status.clear_wrong(known, [node], say) if rebuild else known
+        status.stop_if_wrong(known)
+        run_node(node, recipe.runtime, say, known[node])
+        return records.read_record(node.folder)["facts"]
+
+    recipe = _recipe(KNOWN, form, overrides)
+    with lock(to):
+        recipe = _recipe(make(imported)["languages"], form, overrides)
+        stage = next(stage for stage in graph.STAGES if stage.name == "pair")
+        paired = Node(stage, ARM, to / "pairs", pair_settings(recipe, ARM), {"import": imported})
+        make(paired)
+        card = {"source": ", ".join(names)} | _rule(recipe, ARM)
+        settings = {"form": form, "license": license, "facts": card}
+        return int(make(Node(EXPORT, None, to / "export", settings, {"pairs": paired}))["rows"])
+
+
+def import_stage(work: Work) -> None:
+    """Read the files into the tables `prompts`, `sample` and `score`."""
+    settings = work.settings
+    sources = [Path(source) for source in settings["sources"]]
+    counts = import_scored(
+        sources, work.folder, settings["columns"], settings["language"], settings["ids"] == LINE
     )
-    pair(work)
-    shards.merge_ledgers(to / "pairs")
-    science = {"name": "pair", "version": 0, "arm": ARM, "settings": work.settings, "inputs": {}}
-    record = {
-        "stage": "pair",
-        "arm": ARM,
-        "state": "complete",
-        "fingerprint": digest(science),
-        "science": science,
-        "shard_prompts": recipe.runtime.shard_prompts,
-        "counts": {},
-        "seconds": 0.0,
-        "starts": 1,
-        **work.record_file,
-        **provenance.here(),
-    }
-    files.write_json(to / "pairs" / "stage.json", record)
-    facts = {"source": ", ".join(source.name for source in sources)} | _rule(recipe, ARM)
-    return export_pairs(to / "pairs", to / "export", form, license=license, facts=facts)
+    dropped = shards.read_dropped(work.folder / "sample").to_arrow()
+    num = sum(counts.values())
+    work.account({"completion": num + dropped.num_rows}, {"completion": num}, dropped)
+    work.record(languages=counts)
+
+
+def export_stage(work: Work) -> None:
+    """Write the pairs in TRL's format, with a card."""
+    for name in EXPORT.makes:  # of an attempt that was stopped
+        files.remove(work.folder / name)
+    settings = work.settings
+    pairs, form = work.inputs["pairs"], settings["form"]
+    tables = (shards.read_parquet(shard.path) for shard in shards.shards(pairs))
+    card = {"license": settings["license"], "facts": settings["facts"], "source": str(pairs)}
+    rows = write_trl(tables, shards.read_dropped(pairs), work.folder, form, **card)
+    work.account({"pair": rows}, {"pair": rows})
+    work.record(rows=rows)
 
 
 def _recipe(codes: Sequence[str], form: str, overrides: Sequence[str]) -> Recipe:
