@@ -1,40 +1,38 @@
-"""`croco pairs`: scored completions of other tools in, pairs that every trainer reads out.
-
-A pipeline of three nodes in a folder of its own: `import` (the files as our tables), `pairs` (the stage `pair`) and
-`export`. Each is skipped when it is complete, goes on when it was stopped, and is stale when files or settings changed.
-Beside it is what a dataset card says of a run's arm.
-"""
+"""`croco pairs` and what `croco export` says of a run: files of other tools in, pairs that every trainer reads out."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from croco import languages
 from croco.config.load import NO_PROMPTS, apply_override, from_dict
 from croco.config.recipe import Recipe
+from croco.config.runtime import Runtime
 from croco.errors import UserError
-from croco.pipeline import graph, status
+from croco.pipeline import status
 from croco.pipeline.fingerprint import pair_settings
+from croco.pipeline.graph import known_stage
 from croco.pipeline.node import Given, Node, Stage
-from croco.pipeline.run import run_node
-from croco.pipeline.stage import Work, lock
-from croco.stages.pair.export_trl import FORMATS, write_trl
-from croco.stages.pair.import_files import FILE, LINE, import_scored
+from croco.pipeline.stage import execute, lock
+from croco.stages.pair.export_trl import FORMATS, export_pairs
+from croco.stages.pair.import_files import FILE, LINE
 from croco.stages.prompts.columns import MAPPED
-from croco.storage import files, records, shards
+from croco.storage import files
 from croco.storage.hashing import file_identity
+from croco.storage.records import Record
+from croco.storage.rows import files_of
 
 ARM = "pairs"
+IMPORT = Stage(
+    "import", 1, "croco.stages.pair.import_files:imported", "",
+    settings=lambda recipe, arm: {}, inputs=lambda recipe, arm: [],
+    gives=("prompts", "sample", "score"), makes=("prompts", "sample", "score"),
+)  # fmt: skip
+TABLES = rf"((prompts|sample|score|pairs)/)?({files.OURS.pattern}|stage\.json)"
+FILES = re.compile(rf"{TABLES}|\.lock|export/(README\.md|data/[^/]*)")  # that these commands write
 KNOWN = ("en",)
-_MODULE = "croco.stages.pair.from_files"
-_OWN: dict[str, Any] = {
-    "settings": lambda recipe, arm: {},
-    "inputs": lambda recipe, arm: [],
-}  # nodes are made below
-IMPORT = Stage("import", 1, f"{_MODULE}:import_stage", "", makes=("prompts", "sample", "score"), **_OWN)
-EXPORT = Stage("export", 1, f"{_MODULE}:export_stage", "", makes=("README.md", "data"), **_OWN)
 
 
 def pairs_of_files(
@@ -51,72 +49,40 @@ def pairs_of_files(
 ) -> int:
     """Import, pair and export; `to` then holds the tables, the ledger and `export/`. Returns the rows exported.
 
-    `language` is that of all rows, or "file" for the name of each file; `ids` "line" numbers the prompts of a language
-    in their order, and the languages must have equally many. Raises StaleStage when `to` was made from other files or
-    with other settings, unless `rebuild` makes it anew.
+    `language` is that of all rows, or "file": the name of each file. `ids` is the column of the prompts' ids, or
+    "line": the languages are parallel by line. What the same files and rules have made there is not made again; raises
+    StaleStage for what others have made, unless `rebuild` makes it anew.
     """
     if form not in FORMATS:
         raise UserError(f"the format '{form}' is unknown, expected one of {', '.join(FORMATS)}")
-    mapped = mappings(columns)
+    mapped = mappings(columns) | ({"prompt_id": ids} if ids and ids != LINE else {})
     if language is not None and language != FILE:
         languages.check(language)
-    if ids is not None and ids != LINE:
-        mapped["prompt_id"] = ids
     _recipe(KNOWN, form, overrides)  # what is wrong in the rules is said before anything is made
+    sources = [file for source in sources for file in files_of(source)]
     for source in sources:
-        if not source.is_file():
-            raise UserError(f"{source}: no such file")
         if source.resolve().is_relative_to(to.resolve()):
             raise UserError(f"{source} lies in {to}, where the pairs are made: expected another folder")
-    names = [source.name for source in sources]
-    identity = {str(n): [source.name, file_identity(str(source))] for n, source in enumerate(sources)}
-    imported = Node(IMPORT, None, to / "import", {
-        "sources": Given([str(source) for source in sources], identity), "columns": mapped, "language": language,
-        "ids": LINE if ids == LINE else None,
-    }, {})  # fmt: skip
+    files.check_own_folder(to, "stage.json", ["stage", "science"], FILES)
+    sources_read = Given(
+        [str(source) for source in sources], [file_identity(str(source)) for source in sources]
+    )
+    settings = {"sources": sources_read, "columns": mapped, "language": language, "ids": ids}
+    imported = Node(IMPORT, None, to, settings, {})
 
-    def make(node: Node) -> dict[str, Any]:
-        known = {node: status.status_of(node, contents=rebuild)}
+    def make(node: Node) -> Record:
+        known = {node: status.status_of(node, contents=True)}
         known = status.clear_wrong(known, [node], say) if rebuild else known
         status.stop_if_wrong(known)
-        run_node(node, recipe.runtime, say, known[node])
-        return records.read_record(node.folder)["facts"]
+        return execute(node, Runtime(), known[node])
 
-    recipe = _recipe(KNOWN, form, overrides)
     with lock(to):
-        recipe = _recipe(make(imported)["languages"], form, overrides)
-        stage = next(stage for stage in graph.STAGES if stage.name == "pair")
-        paired = Node(stage, ARM, to / "pairs", pair_settings(recipe, ARM), {"import": imported})
-        make(paired)
-        card = {"source": ", ".join(names)} | _rule(recipe, ARM)
-        settings = {"form": form, "license": license, "facts": card}
-        return int(make(Node(EXPORT, None, to / "export", settings, {"pairs": paired}))["rows"])
-
-
-def import_stage(work: Work) -> None:
-    """Read the files into the tables `prompts`, `sample` and `score`."""
-    settings = work.settings
-    sources = [Path(source) for source in settings["sources"]]
-    counts = import_scored(
-        sources, work.folder, settings["columns"], settings["language"], settings["ids"] == LINE
-    )
-    dropped = shards.read_dropped(work.folder / "sample").to_arrow()
-    num = sum(counts.values())
-    work.account({"completion": num + dropped.num_rows}, {"completion": num}, dropped)
-    work.record(languages=counts)
-
-
-def export_stage(work: Work) -> None:
-    """Write the pairs in TRL's format, with a card."""
-    for name in EXPORT.makes:  # of an attempt that was stopped
-        files.remove(work.folder / name)
-    settings = work.settings
-    pairs, form = work.inputs["pairs"], settings["form"]
-    tables = (shards.read_parquet(shard.path) for shard in shards.shards(pairs))
-    card = {"license": settings["license"], "facts": settings["facts"], "source": str(pairs)}
-    rows = write_trl(tables, shards.read_dropped(pairs), work.folder, form, **card)
-    work.account({"pair": rows}, {"pair": rows})
-    work.record(rows=rows)
+        recipe = _recipe(sorted(make(imported)["facts"]["languages"]), form, overrides)
+        rules = pair_settings(recipe, ARM)
+        make(Node(known_stage("pair"), ARM, to / "pairs", rules, {"import": imported}))
+        files.remove_folder(to / "export")
+        facts = {"source": ", ".join(source.name for source in sources)} | _rule(recipe, ARM)
+        return export_pairs(to / "pairs", to / "export", form, license=license, facts=facts)
 
 
 def _recipe(codes: Sequence[str], form: str, overrides: Sequence[str]) -> Recipe:
@@ -154,7 +120,7 @@ def facts_of(recipe: Recipe, arm: str) -> dict[str, str]:
     scorer = recipe.arms[arm].scorer
     return {
         "policy": _without_folders(recipe.policy.model),
-        "scorer": _without_folders(recipe.reward.model) if scorer == "reward" else scorer,
+        "scorer": _without_folders(recipe.reward.name) if scorer == "reward" else scorer,
         "completions": decoding,
         "prompts": _without_folders(recipe.prompts.source),
         "seed": str(recipe.run.seed),

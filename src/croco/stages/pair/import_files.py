@@ -26,6 +26,7 @@ import pyarrow as pa
 
 from croco.errors import UserError
 from croco.languages import check
+from croco.pipeline.stage import Work
 from croco.stages.prompts.columns import (
     FileRow,
     Turn,
@@ -36,7 +37,7 @@ from croco.stages.prompts.columns import (
     score_of,
     warn_of_unread,
 )
-from croco.storage import shards
+from croco.storage import files, shards
 from croco.storage.hashing import digest
 from croco.storage.rows import file_rows, kind
 from croco.storage.schemas import COMPLETIONS, PROMPTS, SCORES, Table, ledger
@@ -60,6 +61,17 @@ class Completion:
     sample_id: int | None = None
     finish_reason: str = "stop"
     reason: str = ""
+
+
+def imported(work: Work) -> None:
+    """The stage `import` of commands that take files."""
+    for name in ("prompts", "sample", "score"):
+        files.remove_folder(work.folder / name)  # of a start that was killed
+    settings = work.settings
+    sources = [Path(source) for source in settings["sources"]]
+    by_line = settings["ids"] == LINE
+    counts = import_scored(sources, work.folder, settings["columns"], settings["language"], by_line)
+    work.record(languages=counts)
 
 
 def import_scored(

@@ -46,17 +46,14 @@ def pair(work: Work) -> None:
     if parse_chosen(rule.chosen).kind == "reference" and parse_rejected(rule.rejected).kind == "none":
         gold_data(work)
         return
-    inputs = work.inputs
-    if "import" in inputs:  # files of other tools are one input with three tables
-        inputs = {name: inputs["import"] / name for name in ("prompts", "sample", "score")}
-    samples, prompts = inputs["sample"], inputs["prompts"]
+    samples, prompts = work.inputs["sample"], work.inputs["prompts"]
     rows = read_scored(
         samples,
-        inputs["score"],
+        work.inputs["score"],
         work.settings.get("languages"),
         rule.pool,
         rule.calibration,
-        inputs.get("score-references"),
+        work.inputs.get("score-references"),
         first=work.settings.get("completions"),
         prompts=in_part(prompts, work.settings.get("part")),
     )
