@@ -188,6 +188,7 @@ def test_the_export_refuses_what_it_cannot_write(tmp_path):
         export_pairs(out / "pairs", tmp_path / "new", "csv")
 
 
+@pytest.mark.slow
 def test_the_command_says_what_it_made_and_can_be_run_again(tmp_path):
     source = jsonl(tmp_path / "scored.jsonl", published())
     command = [sys.executable, "-m", "croco", "pairs", str(source), "--to", str(tmp_path / "out")]
