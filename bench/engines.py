@@ -26,7 +26,7 @@ from transformers import (
 from croco.errors import UserError
 from croco.models import reward_logits
 from croco.models.chat_template import end_ids, prompt_ids
-from croco.models.decoder import Decoder
+from croco.models.decoder import ContinuousBatchDecoder
 from croco.models.loading import load_policy
 from croco.models.protocols import Decoding, Request, ScoreRequest
 
@@ -62,7 +62,9 @@ def ours(model: Any, ends: set[int], prompts: Sequence[list[int]], completions: 
         Request(k, ids, [completions * k + i for i in range(completions)]) for k, ids in enumerate(prompts)
     ]
     with torch.inference_mode():
-        found = Decoder(model, ends, decoding, requests, model.config.max_position_embeddings, budget).run()
+        found = ContinuousBatchDecoder(
+            model, ends, decoding, requests, model.config.max_position_embeddings, budget
+        ).run()
         return sum(len(s.ids) + (s.finish_reason == "stop") for _, samples in found for s in samples)
 
 

@@ -41,6 +41,7 @@ class Served:
     key: str = ""
     strict: bool = False
     switch: bool = True  # whether use_activation is obeyed
+    end_every: int = 0  # it ends every so many'th completion by its content filter
     names: tuple[str, ...] = ()  # what it calls the policy; its folder if there are none
     url: str = ""
     seen: list[tuple[str, dict[str, Any]]] = field(default_factory=list)  # (path, body) of every POST
@@ -49,7 +50,7 @@ class Served:
         self.model, self.tokenizer = load_policy(str(self.policy))
         self.sampler = HFSampler(self.model, self.tokenizer, 512)
         self.names = self.names or (str(self.policy), str(self.reward))
-        self.lock = threading.Lock()
+        self.lock, self.drawn = threading.Lock(), 0
         if self.reward is not None:
             self.scorer = HFScorer(*load_reward(str(self.reward)))
 
@@ -83,7 +84,10 @@ class Served:
         choices = []
         for index, one in enumerate(drawn):
             text = self.tokenizer.decode(one.ids, skip_special_tokens=True)
-            choice: dict[str, Any] = {"index": index, "finish_reason": one.finish_reason}
+            self.drawn += 1
+            ended = self.end_every and self.drawn % self.end_every == 0
+            reason = "content_filter" if ended else one.finish_reason
+            choice: dict[str, Any] = {"index": index, "finish_reason": reason}
             choice |= {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
             if body.get("return_token_ids"):
                 choice["token_ids"] = one.ids + [2] * (one.finish_reason == "stop")

@@ -16,6 +16,10 @@ class UserError(Exception):
     """Bad input: one sentence that names the file, row or key, what was found and what was expected (exit code 2)."""
 
 
+class Refused(UserError):
+    """A chat template refuses one conversation, in its own words: what cannot be asked goes to the ledger."""
+
+
 class StaleStage(UserError):
     """A finished or unfinished stage was made with other settings than the recipe now gives."""
 

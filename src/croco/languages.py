@@ -81,12 +81,12 @@ def identify(text: str, among: Sequence[str], confidence: float = 0.5) -> str | 
     """Which of the languages a text is in; None when it has no letters or none reaches the confidence (0 to 1).
 
     A language that the identifier does not know (`identifiable`) is never the one; neither are two varieties of one
-    language told apart: the first of them stands for both.
+    language told apart: the first of them stands for both. Among a single language nothing can be told: None.
     """
     by_code: dict[str, str] = {}
     for code in filter(identifiable, among):
         by_code.setdefault(_identifier_code(code), code)
-    if not by_code or not any(character.isalpha() for character in text):
+    if len(by_code) < 2 or not any(character.isalpha() for character in text):
         return None
     found, probability = _identifier(tuple(sorted(by_code))).classify(text)
     return by_code[found] if probability >= confidence else None

@@ -129,6 +129,20 @@ def test_plan_says_what_would_run_and_what_it_may_cost(tmp_path: Path, tiny_mode
     assert "limit: None → 3" in found.output
 
 
+def test_a_trial_is_on_the_first_prompts_in_a_folder_of_its_own(
+    tmp_path: Path, tiny_models: TinyModels
+) -> None:
+    path = str(write_recipe(tmp_path, tiny_models))
+    found = CliRunner().invoke(app, ["run", path, "--limit", "3", "--until", "prompts"])
+    assert found.exit_code == 0
+    assert "6 prompts" in found.output
+    assert [folder.name for folder in tmp_path.iterdir() if folder.is_dir()] == ["run-limit-3"]
+    found = CliRunner().invoke(app, ["plan", path, "--limit", "3", "--set", "evaluation.limit=2"])
+    assert "6 prompts in 2 languages × 12" in found.output
+    assert "4 prompts in 2 languages, 2 arms" in found.output
+    assert CliRunner().invoke(app, ["run", path, "--limit", "0"]).exit_code == 2
+
+
 def test_stages_one_by_one_then_stale_then_rebuilt(tmp_path: Path, tiny_models: TinyModels) -> None:
     path = str(write_recipe(tmp_path, tiny_models))
     cli = CliRunner()

@@ -6,6 +6,7 @@ from transformers import PreTrainedTokenizerFast
 
 from croco.errors import UserError
 from croco.models.chat_template import (
+    check_markup,
     check_prefix,
     conversation_ids,
     conversations_ids,
@@ -78,7 +79,9 @@ def test_a_prompt_that_is_no_prefix_is_an_error_that_shows_both():
 def test_a_missing_or_refusing_template_is_an_error(tokenizer):
     with pytest.raises(UserError, match="no chat template"):
         prompt_ids(make_tokenizer(chat_template=None), USER)
-    with pytest.raises(UserError, match=r"refuses the conversation .unknown role narrator.; roles narrator"):
+    with pytest.raises(
+        UserError, match=r"refused by the chat template: unknown role narrator .roles narrator."
+    ):
         prompt_ids(tokenizer, [{"role": "narrator", "content": "x"}])
     with pytest.raises(UserError, match="without messages"):
         prompt_ids(tokenizer, [])
@@ -146,3 +149,12 @@ def test_special_tokens_in_a_text_are_text(tokenizer: PreTrainedTokenizerFast) -
         assert [t for t in whole if t in special] == [t for t in short if t in special]
     ordinary = "a b x"
     assert text_ids(tokenizer, [ordinary]) == tokenizer([ordinary], add_special_tokens=False)["input_ids"]
+
+
+def test_prompts_that_carry_the_markup_already_are_refused(tokenizer):
+    done = [[{"role": "user", "content": f" <|bos|><|user|>Hej {i}<|end|><|assistant|>"}] for i in range(3)]
+    with pytest.raises(
+        UserError, match=r"2 of 3 prompts carry the model's chat markup already.*<.user.>Hej 0"
+    ):
+        check_markup(tokenizer, [*done[:2], USER])
+    check_markup(tokenizer, [done[0], USER, TURNS])  # one of many only speaks of it

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+import zoo
 from croco.errors import UserError
 from croco.models import decoder, plain_decoder
-from croco.models.attention.support import disagreement, unsupported
+from croco.models.attention.support import unsupported
+from croco.models.proofs import TRIAL_TOKENS, decoder_disagrees, trial_lengths
 from croco.models.protocols import Decoding, Request
 from croco.models.stop_strings import Stops
 from croco.models.transformers import HFSampler
@@ -121,7 +123,7 @@ def test_the_context_ends_a_completion():
 def test_out_of_memory_halves_the_budget_and_drops_nothing(monkeypatch):
     asked, decoding = requests(), DECODINGS[0]
     reference = dict(sampler("llama").sample(asked, decoding))
-    made, forward, calls = sampler("llama", 2000), decoder.Decoder._forward, []
+    made, forward, calls = sampler("llama", 2000), decoder.ContinuousBatchDecoder._forward, []
 
     def short_of_memory(self):
         calls.append(len(self.row_of))
@@ -129,7 +131,7 @@ def test_out_of_memory_halves_the_budget_and_drops_nothing(monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(self)
 
-    monkeypatch.setattr(decoder.Decoder, "_forward", short_of_memory)
+    monkeypatch.setattr(decoder.ContinuousBatchDecoder, "_forward", short_of_memory)
     found = list(made.sample(asked, decoding))
     assert dict(found) == reference
     assert len(found) == len(asked)
@@ -151,7 +153,31 @@ def test_a_model_that_computes_something_else_is_found_out():
     model = make_policy("llama", spread=0.3)
     for layer in model.model.layers:  # looks at its prompt through another scale than it says
         layer.self_attn.forward = spoilt(layer.self_attn.forward)
-    assert "differ by" in str(disagreement(model))
+    assert "differ by" in str(decoder_disagrees(model))
+
+
+def test_a_window_longer_than_the_first_trial_is_tried_when_a_prompt_meets_it(monkeypatch):
+    kind, settings = zoo.MODELS["PhiMoE"]  # slides otherwise than its config says
+    longer = {"sliding_window": TRIAL_TOKENS + 40, "max_position_embeddings": 2048}
+    monkeypatch.setitem(zoo.MODELS, "PhiMoE", (kind, settings | longer))
+    model = zoo.make("PhiMoE")
+    made = HFSampler(model, make_tokenizer(), 6000)
+    assert trial_lengths(model.config, TRIAL_TOKENS) == [5, 9]
+    assert trial_lengths(model.config, 1000) == [5, 9, TRIAL_TOKENS + 38, TRIAL_TOKENS + 43]
+    list(made.sample([Request(0, [5, 6, 7], [1])], Decoding(0.0, 1.0, 0, 8)))
+    assert made.path == "shared-prefix"
+    prompt = [7 + i % 250 for i in range(TRIAL_TOKENS + 60)]
+    found = dict(made.sample([Request(0, prompt, [1])], Decoding(0.0, 1.0, 0, 8)))
+    assert made.path == made.facts["sampler"] == "plain"
+    asked = torch.tensor([prompt])
+    greedy = model.generate(
+        input_ids=asked,
+        attention_mask=torch.ones_like(asked),
+        do_sample=False,
+        max_new_tokens=8,
+        pad_token_id=0,
+    )[0, len(prompt) :].tolist()
+    assert found[0][0].ids == (greedy[: greedy.index(2)] if 2 in greedy else greedy)
 
 
 def spoilt(forward):

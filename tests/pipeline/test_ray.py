@@ -33,14 +33,14 @@ def test_a_node_without_the_runs_folder_says_so(tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)  # and back again afterwards
     (tmp_path / "sample").mkdir()
     with pytest.raises(UserError, match=r"does not find sample/stage\.json .* all nodes share"):
-        shard_worker(tmp_path, tmp_path / "elsewhere").look_around()
+        shard_worker(tmp_path, tmp_path / "elsewhere").check_place()
     with pytest.raises(UserError, match="all nodes share"):
-        shard_worker(tmp_path, tmp_path).look_around()
+        shard_worker(tmp_path, tmp_path).check_place()
     write_json(tmp_path / "sample" / "stage.json", {"fingerprint": "sha256:b"})
     with pytest.raises(UserError, match="all nodes share"):
-        shard_worker(tmp_path, tmp_path).look_around()
+        shard_worker(tmp_path, tmp_path).check_place()
     write_json(tmp_path / "sample" / "stage.json", {"fingerprint": "sha256:a"})
-    shard_worker(tmp_path, tmp_path).look_around()
+    shard_worker(tmp_path, tmp_path).check_place()
 
 
 def test_rows_keep_their_order_and_what_is_finished_is_not_made_again(tmp_path: Path) -> None:

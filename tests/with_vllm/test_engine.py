@@ -22,7 +22,7 @@ from croco.models.loading import load_policy, load_reward
 from croco.models.lora import apply_lora, save_adapter
 from croco.models.protocols import Decoding, Request, ScoreRequest
 from croco.models.transformers import HFSampler, HFScorer
-from croco.models.vllm_server import VllmSampler, open_policy, open_reward
+from croco.models.vllm import VllmSampler, open_policy, open_reward
 from croco.stages.train.settings import LoraSettings
 from tiny import make_policy, make_tokenizer, save
 from with_vllm.wide import WIDTH, engines_of

@@ -16,7 +16,7 @@ from croco.models.chat_template import prompt_ids
 from croco.models.loading import load_policy
 from croco.models.protocols import Decoding, Request
 from croco.models.transformers import HFSampler
-from croco.models.vllm_server import open_policy
+from croco.models.vllm import open_policy
 from croco.pipeline import run
 from croco.stages.train.merge import merge
 

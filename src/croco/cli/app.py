@@ -28,6 +28,12 @@ Overrides = Annotated[
 Rebuild = Annotated[
     bool, typer.Option("--rebuild", help="Remove stale stages, and those after them, and remake them.")
 ]
+Limit = Annotated[
+    int | None,
+    typer.Option(
+        "--limit", min=1, metavar="N", help="A trial on the first N prompts of each kind, in FOLDER-limit-N."
+    ),
+]
 ArmName = Annotated[str | None, typer.Option("--arm", metavar="ARM", help="Only this arm.")]
 
 
@@ -89,10 +95,19 @@ def one_sentence() -> Iterator[None]:
         raise SystemExit(2) from None
 
 
-def load_recipe(path: Path, overrides: list[str] | None) -> Recipe:
+def load_recipe(path: Path, overrides: list[str] | None, limit: int | None = None) -> Recipe:
+    """The recipe; with a limit, that of a trial on the first prompts, in a folder of its own."""
     from croco.config.load import load
 
-    return load(path, overrides or [])
+    loaded = load(path, overrides or [])
+    if limit is None:
+        return loaded
+    sections = {"prompts": loaded.prompts, "evaluation": loaded.evaluation, "arena": loaded.arena}
+    trial = [
+        f"{name}.limit={min(limit, section.limit or limit)}" for name, section in sections.items() if section
+    ]
+    trial.append(f'run.folder="{loaded.folder}-limit-{limit}"')
+    return load(path, [*(overrides or []), *trial])
 
 
 def load_run(folder: Path, arm: str) -> Recipe:

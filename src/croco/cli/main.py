@@ -14,6 +14,7 @@ import typer
 
 from croco import __version__
 from croco.cli.app import (  # fmt: skip
+    Limit,
     Overrides,
     Rebuild,
     RecipePath,
@@ -81,9 +82,10 @@ def run(
     until: Annotated[
         str | None, typer.Option("--until", metavar="STAGE", help="Stop after this stage.")
     ] = None,
+    limit: Limit = None,
 ) -> None:
     """Run everything of a recipe that is not complete yet."""
-    loaded = load_recipe(recipe, overrides)
+    loaded = load_recipe(recipe, overrides, limit)
     if loaded.study:
         from croco.pipeline import seeds as study
 
@@ -108,9 +110,9 @@ def run(
 
 
 @app.command()
-def plan(recipe: RecipePath, overrides: Overrides = None) -> None:
+def plan(recipe: RecipePath, overrides: Overrides = None, limit: Limit = None) -> None:
     """Say what would run, what is complete or stale and why, and what it may cost."""
-    loaded = load_recipe(recipe, overrides)
+    loaded = load_recipe(recipe, overrides, limit)
     from croco.cli import plan as planning
 
     for line in planning.describe(loaded):

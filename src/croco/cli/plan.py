@@ -12,6 +12,7 @@ from pathlib import Path
 
 from croco.config.evaluation import Arena, EuroEval
 from croco.config.recipe import Evaluation, Prompts, Recipe
+from croco.models.open import engines
 from croco.pipeline import arms, graph, run
 from croco.pipeline.compute import described
 from croco.pipeline.node import Node
@@ -39,6 +40,7 @@ def describe(recipe: Recipe, until: str | None = None) -> Iterator[str]:
         yield f"  {node.title:<28} {_standing(node, status)}"
         for change in status.changes:
             yield f"      {change}"
+    yield from (f"engines: {line}" for line in engines(recipe.runtime))
     yield f"workers: {described(recipe.runtime)}"
     yield from cost(recipe, rates(recipe), until)
 
@@ -208,16 +210,7 @@ def _num_prompts(section: Prompts | Evaluation | Arena, key: str, languages: tup
     assert section.source is not None
     if section.source.startswith("hf:"):
         return None if section.limit is None else section.limit * len(languages)
-    loaded = prompts_load.load(
-        section.source,
-        split=section.split,
-        revision=section.revision,
-        languages=languages,
-        limit=section.limit,
-        id_column=section.id_column,
-        language_column=section.language_column,
-        key=key,
-    )
+    loaded = prompts_load.load(section, key, languages, section.limit)
     return int(loaded.prompts.num_rows)
 
 

@@ -63,20 +63,14 @@ def _prompts(recipe: Recipe) -> list[Prompt]:
 
     section = recipe.prompts
     hub = section.source.startswith("hf:")
-    return load(
-        section.source,
-        split=section.split,
-        revision=section.revision,
-        languages=recipe.prompts_languages,
-        limit=section.limit or (LENGTHS if hub else None),
-        id_column=section.id_column,
-        language_column=section.language_column,
-    ).prompts.to_pylist()
+    limit = section.limit or (LENGTHS if hub else None)
+    return load(section, "prompts", recipe.prompts_languages, limit).prompts.to_pylist()
 
 
 def _engines(recipe: Recipe) -> Iterator[str]:
     open.check(recipe)
-    yield f"engines       {', '.join(f'{role}: {engine}' for role, engine in recipe.runtime.engines)}"
+    for line in open.engines(recipe.runtime):
+        yield f"engines       {line}"
     for line in examined(recipe.runtime):
         yield f"workers       {line}"
 
@@ -114,13 +108,13 @@ def _euroeval(recipe: Recipe) -> Iterator[str]:
 def _tuning(recipe: Recipe) -> Iterator[str]:
     """The policy's weights and what is trained of them, with gradients and AdamW's moments, against what is free."""
     from croco.models import memory
-    from croco.models.loading import pick_device, pick_dtype
+    from croco.models.loading import pick_device, pick_dtype, weightless
     from croco.stages.train.memory_plan import STATE_BYTES, trained_parameters
 
     device = pick_device(recipe.runtime.device)
     itemsize, free = pick_dtype(recipe.policy.dtype, device).itemsize, memory.free_bytes(device)
     for whole in sorted({arm.training.full for arm in recipe.arms.values()}):
-        model = models.weightless(recipe.policy, "policy", "causal")
+        model = weightless(recipe.policy, "policy", "causal")
         ranks = [arm.training.lora.rank for arm in recipe.arms.values() if arm.training.full == whole]
         targets = next(
             arm.training.lora.targets for arm in recipe.arms.values() if arm.training.full == whole
@@ -149,7 +143,8 @@ def _measured(recipe: Recipe, rows: Sequence[Prompt], rates: dict[str, float]) -
     """A few short completions sampled and scored by the recipe's engines; their rates are put into `rates`."""
     from croco.models.protocols import Decoding
     from croco.stages.sample import sample_shards
-    from croco.stages.score.score import score_conversations, tabulate
+    from croco.stages.score.reward import open_reward
+    from croco.stages.score.score import tabulate
 
     sampling, some = recipe.sampling, models.looked_at(rows)[:MEASURED_PROMPTS]
     most = min(sampling.max_new_tokens, MEASURED_TOKENS)
@@ -163,21 +158,20 @@ def _measured(recipe: Recipe, rows: Sequence[Prompt], rates: dict[str, float]) -
         num_completions=min(sampling.completions, MEASURED_COMPLETIONS),
         run_seed=recipe.run.seed,
         instructions=recipe.policy.instruction,
+        every=lambda: some,
     )
     seconds, tokens = time.monotonic() - start, sum(table["completion_tokens"].to_pylist())
     rates["sample"] = tokens / seconds
     yield f"measured      {tokens:,} tokens sampled in {seconds:.1f} s, {rates['sample']:,.0f} a second"
     del sampler
-    scorer, tokenizer = open.open_scorer(recipe.reward, recipe.runtime)
+    score, _ = open_reward(recipe.reward, recipe.runtime)
     messages = {(row["prompt_id"], row["language"]): row["messages"] for row in some}
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in table.to_pylist():
         groups.setdefault((row["prompt_id"], row["language"]), []).append(row)
     start = time.monotonic()
-    scored = score_conversations(
-        scorer, tokenizer, [(messages[key], group) for key, group in groups.items()], recipe.reward.max_tokens
-    )
+    scored = score([(messages[key], group) for key, group in groups.items()])
     seconds = time.monotonic() - start
-    tabulate(list(groups.values()), scored, recipe.reward.model)  # names a score that is no number
+    tabulate(list(groups.values()), scored, recipe.reward.name)  # names a score that is no number
     rates["score"] = table.num_rows / seconds
     yield f"  {table.num_rows:,} completions scored in {seconds:.1f} s, {rates['score']:,.0f} a second"

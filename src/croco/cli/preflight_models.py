@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from croco.cli import plan
-from croco.config.models import Model, Translate
+from croco.config.models import Model, RewardPart, Translate
 from croco.config.recipe import Recipe
 from croco.errors import UserError
-from croco.models.config import context_of
+from croco.models.loading import weightless
+from croco.models.model_files import context_of
+from croco.models.open import engine_of
 from croco.storage.hashing import model_identity
 
 PER_LANGUAGE = 3  # prompts looked at, besides the first of several turns and the longest
@@ -37,7 +39,7 @@ def looked_at(rows: Sequence[Prompt]) -> list[Prompt]:
 
 def policy(recipe: Recipe, rows: Sequence[Prompt]) -> Iterator[str]:
     from croco.models.chat_template import end_ids, prompt_ids
-    from croco.models.config import generation_config
+    from croco.models.model_files import generation_config
     from croco.models.template_checks import examine_policy
 
     policy, sampling = recipe.policy, recipe.sampling
@@ -61,10 +63,20 @@ def policy(recipe: Recipe, rows: Sequence[Prompt]) -> Iterator[str]:
 
 
 def reward(recipe: Recipe, rows: Sequence[Prompt]) -> Iterator[str]:
+    for part in recipe.reward.parts:
+        if part.function is None:
+            yield from _reward_model(recipe, part, rows)
+        else:
+            from croco.stages.score.reward import load_function
+
+            load_function(part.function)
+            yield f"reward        {part.function}"
+
+
+def _reward_model(recipe: Recipe, reward: RewardPart, rows: Sequence[Prompt]) -> Iterator[str]:
     from croco.models.chat_template import conversation_ids
     from croco.models.template_checks import examine_reward
 
-    reward = recipe.reward
     tokenizer = _tokenizer(reward)
     network = weightless(reward, "reward", "classifier")
     yield f"reward model  {_what(reward, 'reward', network)}"
@@ -104,7 +116,7 @@ def translation(recipe: Recipe, section: Translate, messages: Sequence[Mapping[s
 def samplers(recipe: Recipe, rows: Sequence[Prompt]) -> Iterator[str]:
     """The models that sample in the policy's place, each asked as the policy would be."""
     from croco.models.chat_template import end_ids
-    from croco.models.config import generation_config
+    from croco.models.model_files import generation_config
     from croco.models.template_checks import examine_policy
 
     for name, arm in recipe.arms.items():
@@ -175,7 +187,7 @@ def _memory(recipe: Recipe, section: Model, network: Any, role: str) -> Iterator
     from croco.models import memory
     from croco.models.loading import pick_device, pick_dtype
 
-    if getattr(recipe.runtime.engines, role) != "transformers":
+    if engine_of(recipe.runtime, role)[0] != "transformers":
         return
     device = pick_device(recipe.runtime.device)
     size, budget = pick_dtype(section.dtype, device).itemsize, recipe.runtime.token_budget
@@ -194,26 +206,6 @@ def _memory(recipe: Recipe, section: Model, network: Any, role: str) -> Iterator
         yield line + plan.MISFIT
     else:
         yield (line + f"{plan.MISFIT}, a budget of {int(budget * (free - weights) / beside):,} tokens would")
-
-
-def weightless(section: Model, key: str, kind: str) -> Any:
-    """The model without its weights; raises UserError for one that transformers does not know, or of several logits."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
-
-    from croco.models.config import load_config, refusing
-
-    kinds: dict[str, Any] = {
-        "causal": AutoModelForCausalLM,
-        "classifier": AutoModelForSequenceClassification,
-        "translator": AutoModelForSeq2SeqLM,
-    }
-    config = load_config(section, key)
-    with refusing(f"{key}.model = '{section.model}' does not load", section.model), torch.device("meta"):
-        network = kinds[kind].from_config(config, trust_remote_code=section.trust_remote_code)
-    if kind == "classifier" and config.num_labels != 1:
-        raise UserError(f"{key}.model = '{section.model}' has {config.num_labels} logits, expected one")
-    return network
 
 
 def gib(num_bytes: float) -> str:

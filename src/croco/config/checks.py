@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from croco.config.arms import ENGLISH
@@ -12,6 +13,7 @@ from croco.storage.hashing import LAB_LANGUAGES
 
 if TYPE_CHECKING:
     from croco.config.arms import Arm
+    from croco.config.evaluation import Source
     from croco.config.recipe import Recipe
 
 
@@ -47,7 +49,17 @@ def _check_nothing_of_the_lab(recipe: Recipe) -> None:
 
 
 def has_splits(source: str) -> bool:
-    return source == "lab" or source.startswith("hf:")
+    """Whether a source has splits: the lab, the hub, and a folder that `save_to_disk` made of several."""
+    saved = os.path.join(os.path.expanduser(source), "dataset_dict.json")
+    return source == "lab" or source.startswith("hf:") or os.path.isfile(saved)
+
+
+def _same_rows(tuning: Source, test: Source) -> bool:
+    """Whether two sections read the same rows of the same source."""
+    rows = [section.of(None) for section in (tuning, test)]
+    if not has_splits(str(tuning.source)):
+        rows = [{name: of[name] for name in ("source", "data_files")} for of in rows]
+    return rows[0] == rows[1]
 
 
 def _check_arms(recipe: Recipe) -> None:
@@ -186,8 +198,7 @@ def _check_arena(recipe: Recipe) -> None:
         raise ValueError(f"arena.judge = 'lab' judges prompts of the lab, and they are of '{source}'")
     if arena.judge == "model" and recipe.judge is None:
         raise ValueError("arena.judge = 'model' is the model of [judge], which is missing")
-    splits = (recipe.prompts.split, arena.split) if has_splits(source) else ("", "")
-    if arena.source == recipe.prompts.source and splits[0] == splits[1]:
+    if arena.source and _same_rows(recipe.prompts, arena):
         raise ValueError(f"arena.source is '{arena.source}', the prompts tuned on: expected others")
 
 
@@ -202,9 +213,7 @@ def _check_lab_languages(recipe: Recipe) -> None:
 
 def _check_test_prompts(recipe: Recipe) -> None:
     tuning, test = recipe.prompts, recipe.evaluation
-    if (tuning.source, tuning.split) == (test.source, test.split) or (
-        tuning.source == test.source and not has_splits(tuning.source)
-    ):
+    if _same_rows(tuning, test):
         raise ValueError(f"evaluation.source is '{test.source}', the prompts tuned on: expected others")
     for key, section in (("prompts", tuning), ("evaluation", test)):
         default = type(section).model_fields["split"].default

@@ -1,15 +1,75 @@
-"""`[arena]` and `[euroeval]` of the recipe: completions before a judge, and structured tasks."""
+"""Where prompts come from, and `[arena]` and `[euroeval]`: completions before a judge, and structured tasks."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
+from croco import languages
 from croco.config.runtime import Positive, Section
+from croco.errors import UserError
+
+LANGUAGE = "{language}"
+Strings = Annotated[tuple[str, ...], Field(strict=False)]
 
 
-class Arena(Section):
+class Source(Section):
+    """Prompts of the lab, of files, or of a data set of the hub.
+
+    `{language}` in source, config, split or data_files stands for each language in turn.
+    """
+
+    source: str | None = None
+    """"lab", a file (.jsonl, .jsonl.gz, .json, .parquet), a pattern, a folder, or "hf:NAME" (with ?config=NAME)."""
+    split: str = "train"
+    """Of the lab or a hub data set; files have none."""
+    config: str | None = None
+    """Of a hub data set; null is its only one, or one per language where they are called as the languages."""
+    revision: str | None = None
+    """Of a hub data set: a commit, tag or branch."""
+    data_files: Strings = ()
+    """Of a folder or a hub data set: which of its files."""
+    limit: Positive | None = None
+    """Prompts per language, the first ones; null is all."""
+    id_column: str = "prompt_id"
+    """The column that names a prompt, the same in all languages."""
+    language_column: str = "language"
+    """The column with the language's code."""
+    language: str | None = None
+    """Of all rows that say none."""
+    columns: dict[Literal["prompt", "system", "reference", "source", "domain"], str] = Field(
+        default_factory=dict
+    )
+    """Our names for columns, and those of the file where they differ."""
+
+    @field_validator("language")
+    @classmethod
+    def _check_code(cls, value: str | None) -> str | None:
+        try:
+            return None if value is None else languages.check(value)
+        except UserError as error:
+            raise ValueError(str(error)) from None
+
+    @property
+    def by_language(self) -> bool:
+        """Whether every language has a source of its own."""
+        parts = (self.source, self.config, self.split, *self.data_files)
+        return any(LANGUAGE in str(part) for part in parts)
+
+    def of(self, language: str | None) -> dict[str, Any]:
+        """source, config, split, revision and data_files, for one language where every language has its own."""
+        name, config = str(self.source), self.config
+        if name.startswith("hf:") and "?config=" in name:
+            name, _, config = name.partition("?config=")
+        values = {"source": name, "config": config, "split": self.split, "revision": self.revision}
+        code = language or LANGUAGE
+        return {key: value and value.replace(LANGUAGE, code) for key, value in values.items()} | {
+            "data_files": [one.replace(LANGUAGE, code) for one in self.data_files]
+        }
+
+
+class Arena(Source):
     """Every arm's greedy completions against the base's, before a judge."""
 
     judge: Literal["model", "lab"] = "model"
@@ -18,15 +78,7 @@ class Arena(Section):
     """Prompts of its own, as in [evaluation]; null is the prompts of [evaluation]."""
     split: str = "test"
     """Of the lab or a hub data set."""
-    revision: str | None = None
-    """Of a hub data set."""
-    limit: Positive | None = None
-    """Prompts per language, the first ones."""
-    id_column: str = "prompt_id"
-    """As in [prompts]."""
-    language_column: str = "language"
-    """As in [prompts]."""
-    languages: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    languages: Strings = ()
     """Of those that are evaluated; none named is all of them."""
     max_new_tokens: Positive | None = None
     """Of a completion; null is evaluation.max_new_tokens."""

@@ -15,7 +15,7 @@ from pydantic import Field, field_validator, model_validator
 
 from croco import languages
 from croco.config.arms import Alignment, Arm, Completions, Guards, Name, Strings, Sweep, Training
-from croco.config.evaluation import Arena, EuroEval
+from croco.config.evaluation import Arena, EuroEval, Source
 from croco.config.models import Judge, Policy, Reward, Translate
 from croco.config.runtime import Positive, Runtime, Section, Seed
 from croco.config.study import Study
@@ -72,23 +72,13 @@ class Run(Section):
         return self
 
 
-class Prompts(Section):
+class Prompts(Source):
     """The prompts to tune on."""
 
     source: str = "lab"
-    """"lab", a .jsonl or .parquet file with messages, or "hf:NAME"."""
-    split: str = "train"
-    """Of the lab or a hub data set; files have none."""
-    revision: str | None = None
-    """Of a hub data set: a commit, tag or branch."""
-    limit: Positive | None = None
-    """Prompts per language, the first ones; null is all."""
+    """"lab", a file (.jsonl, .jsonl.gz, .json, .parquet), a pattern, a folder, or "hf:NAME" (with ?config=NAME)."""
     order: Literal["source", "seed"] = "source"
     """"seed": shuffled by run.seed, so that another seed tunes on other prompts."""
-    id_column: str = "prompt_id"
-    """The column that names a prompt, the same in all languages."""
-    language_column: str = "language"
-    """The column with the language's code."""
 
 
 class Sampling(Section):
@@ -108,21 +98,13 @@ class Sampling(Section):
     """Strings that end a completion and are left out of it."""
 
 
-class Evaluation(Section):
+class Evaluation(Source):
     """The test prompts, and how every arm's policy answers them."""
 
     source: str = "lab"
     """As in [prompts]; other prompts than those tuned on."""
     split: str = "test"
     """Of the lab or a hub data set."""
-    revision: str | None = None
-    """Of a hub data set."""
-    limit: Positive | None = None
-    """Prompts per language, the first ones."""
-    id_column: str = "prompt_id"
-    """As in [prompts]."""
-    language_column: str = "language"
-    """As in [prompts]."""
     temperatures: Temperatures = Field(default=(0.0, 1.0), min_length=1)
     """At which every arm answers; 0 is greedy."""
     base_temperatures: Temperatures = ()

@@ -12,7 +12,9 @@ Positive = Annotated[int, Field(gt=0, le=10**12)]
 Count = Annotated[int, Field(gt=0, le=4096)]  # of processes, threads, GPUs
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Seconds = Annotated[float, Field(gt=0, le=10**8)]
-EngineName = Literal["transformers", "vllm", "server"]
+EngineName = Literal[
+    "auto", "transformers", "vllm", "server"
+]  # "auto": vLLM on a GPU where it is, else transformers
 
 
 def _check_replicas(value: Any) -> Any:
@@ -84,16 +86,27 @@ class Section(BaseModel):
 class Engines(Section):
     """Which engine each generating stage runs on."""
 
-    translate: EngineName = "transformers"
+    translate: EngineName = "auto"
     """Of the translation model."""
-    sample: EngineName = "transformers"
+    sample: EngineName = "auto"
     """Of the policy."""
-    score: EngineName = "transformers"
+    score: EngineName = "auto"
     """Of the reward model."""
-    evaluate: EngineName = "transformers"
+    evaluate: EngineName = "auto"
     """Of the tuned policies."""
-    judge: EngineName = "transformers"
+    judge: EngineName = "auto"
     """Of the judge."""
+
+
+class VllmRole(Section):
+    """What one role has otherwise than the rest of `[runtime.vllm]`; null is what stands there."""
+
+    tensor_parallel: Positive | None = None
+    """GPUs that one engine takes."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Of each GPU, weights included."""
+    max_model_len: Positive | None = None
+    """Tokens of prompt and completion."""
 
 
 class Vllm(Section):
@@ -111,6 +124,13 @@ class Vllm(Section):
     """Starts faster and runs slower."""
     per_request_seeds: bool = False
     """Each completion from a seed of its own; slower, and not on a CPU."""
+    roles: dict[Literal["translate", "sample", "score", "evaluate", "judge"], VllmRole] = {}
+    """What a role has otherwise: a large judge takes more GPUs than the policy."""
+
+    def of(self, role: str) -> Vllm:
+        """The settings of one role."""
+        own = next((settings for name, settings in self.roles.items() if name == role), VllmRole())
+        return self.model_copy(update=own.model_dump(exclude_none=True))
 
 
 class Server(Section):

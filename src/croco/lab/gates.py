@@ -16,7 +16,7 @@ from croco.lab.reward import prompt_tokens
 from croco.models.chat_template import conversation_ids
 from croco.models.loading import load_policy, load_reward
 from croco.models.logprobs import completion_logps
-from croco.models.protocols import Decoding, Request, Sampled, ScoreRequest
+from croco.models.protocols import Completion, Decoding, Request, ScoreRequest
 from croco.models.transformers import HFSampler, HFScorer
 from croco.stages.evaluate.stats import bootstrap_mean
 from croco.storage.seeds import sample_seed
@@ -80,7 +80,7 @@ def _pools(
 
 def _sample(
     sampler: HFSampler, prompts: Sequence[list[int]], seeds: Sequence[list[int]], temperature: float
-) -> list[list[Sampled]]:
+) -> list[list[Completion]]:
     requests = [Request(k, ids, wanted) for k, (ids, wanted) in enumerate(zip(prompts, seeds, strict=True))]
     found = dict(sampler.sample(requests, Decoding(temperature, 1.0, 0, MAX_NEW_TOKENS)))
     return [found[k] for k in range(len(prompts))]

@@ -17,7 +17,9 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from croco.errors import UserError
+from jinja2.exceptions import TemplateError
+
+from croco.errors import Refused, UserError
 from croco.models.protocols import Request
 from croco.models.sandbox import render
 
@@ -96,12 +98,12 @@ def end_ids(tokenizer: Any, generation_config: Any) -> set[int]:
         raise UserError(
             f"{_name(tokenizer)}: its generation config has the end token {wrong[0]!r}, expected an id"
         )
-    found = {token for token in (*named, tokenizer.eos_token_id) if token is not None}
-    if not found:
+    ends = {token for token in (*named, tokenizer.eos_token_id) if token is not None}
+    if not ends:
         raise UserError(
             f"{_name(tokenizer)}: found no end-of-sequence token, expected one in tokenizer or generation config"
         )
-    return found
+    return ends
 
 
 def end_id(tokenizer: Any, generation_config: Any) -> int:
@@ -116,6 +118,23 @@ def end_id(tokenizer: Any, generation_config: Any) -> int:
     if closing is not None:
         return closing
     return tokenizer.eos_token_id if tokenizer.eos_token_id is not None else min(ends)
+
+
+def check_markup(tokenizer: Any, conversations: Sequence[Messages]) -> None:
+    """Raise UserError when most conversations have a turn that begins with a special token: another tool has put the
+    chat template around their texts already."""
+    names = _special_names(tokenizer, str(tokenizer.chat_template))
+    marked = [
+        message["content"]
+        for messages in conversations
+        for message in messages
+        if names is not None and names.match(message["content"].lstrip())
+    ]
+    if len(marked) > len(conversations) / 2:
+        raise UserError(
+            f"{len(marked)} of {len(conversations)} prompts carry the model's chat markup already, as in "
+            f"{marked[0][:80]!r}; expected the text alone: the chat template adds special tokens, and twice is wrong"
+        )
 
 
 def check_prefix(tokenizer: Any, prompt: Sequence[int], conversation: Sequence[int]) -> None:
@@ -148,6 +167,9 @@ def _render(tokenizer: Any, conversations: Sequence[list[dict[str, str]]], opene
         return _apply(tokenizer, turns, opened)
     except Exception as error:  # a template is a program: it may raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if type(error) is TemplateError:  # raise_exception; everything else is a fault of the template
+            roles = _roles(conversations[0])
+            raise Refused(f"refused by the chat template: {reason[:300]} (roles {roles})") from error
         raise UserError(
             f"{_name(tokenizer)}: the chat template refuses the conversation ({reason[:300]}); "
             f"roles {_roles(conversations[0])}"
@@ -161,8 +183,10 @@ def _apply(tokenizer: Any, conversations: Sequence[list[dict[str, str]]], opened
     return render(tokenizer.get_chat_template(), conversations, opened, tokenizer.special_tokens_map)
 
 
-def _broken(tokenizer: Any, text: str) -> str:
-    """A text with a mark within the name of every special token that it holds."""
+def _broken(tokenizer: Any, text: Any) -> Any:
+    """A text with a mark within the name of every special token that it holds; some templates want it in parts."""
+    if not isinstance(text, str):
+        return [part | {"text": _broken(tokenizer, part["text"])} for part in text]
     text = text.replace(MARK, "")
     names = _special_names(tokenizer, str(tokenizer.chat_template))
     while names is not None and names.search(text):
@@ -186,11 +210,11 @@ def _special_names(tokenizer: Any, template: str) -> re.Pattern[str] | None:
 def _encoded(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of texts; what stands on either side of a mark is tokenised by itself."""
     plain = [text.split(MARK)[0] for text in texts]
-    found: list[list[int]] = tokenizer(plain, add_special_tokens=False)["input_ids"] if texts else []
-    for ids, text in zip(found, texts, strict=True):
+    encoded: list[list[int]] = tokenizer(plain, add_special_tokens=False)["input_ids"] if texts else []
+    for ids, text in zip(encoded, texts, strict=True):
         for part in text.split(MARK)[1:]:
             ids += _continuing(tokenizer, part)
-    return found
+    return encoded
 
 
 def _continuing(tokenizer: Any, text: str) -> list[int]:

@@ -26,14 +26,14 @@ from transformers import DynamicCache
 
 from croco.models.attention.decode import Layout, OwnKeys, plugged_in
 from croco.models.batching import buckets
-from croco.models.protocols import Decoding, Request, Sampled
+from croco.models.protocols import Completion, Decoding, Request
 from croco.models.stop_strings import LOOK_EVERY, Stops, finished
 from croco.models.token_sampling import draw, tokens_drawn
 
 _CHUNK = 16  # own-token columns are added in chunks
 
 
-class Decoder:
+class ContinuousBatchDecoder:
     """Rows in slots, prompts in a store. `run` is the loop; everything below it is one step of it."""
 
     def __init__(
@@ -50,7 +50,7 @@ class Decoder:
         self.device = model.device
         self.waiting = deque(range(len(requests)))
         self.requests, self.max_context, self.token_budget = requests, max_context, token_budget
-        self.finished: dict[int, list[Sampled | None]] = {}
+        self.finished: dict[int, list[Completion | None]] = {}
         # rows whose prompt is in the store: request, continuation, first token
         self.ready: deque[tuple[int, int, int]] = deque()
         self.store: list[int] = []  # the requests whose prompts are in the store
@@ -75,7 +75,7 @@ class Decoder:
         self.seeds = np.zeros(num, dtype=np.int64)
         self.own = OwnKeys(num, min(_CHUNK, self.decoding.max_new_tokens))
 
-    def run(self) -> Iterator[tuple[int, list[Sampled]]]:
+    def run(self) -> Iterator[tuple[int, list[Completion]]]:
         """Yield (index of the request, its completions) as requests finish."""
         while self.waiting or self.ready or (self.row_of[:, 0] >= 0).any():
             self._refill()
@@ -84,7 +84,7 @@ class Decoder:
                 self._step()
                 yield from self._hand_over()
 
-    def _hand_over(self) -> Iterator[tuple[int, list[Sampled]]]:
+    def _hand_over(self) -> Iterator[tuple[int, list[Completion]]]:
         done = [i for i in self.finished if self.open_rows[i] == 0]
         for index in done:
             yield index, [sample for sample in self.finished.pop(index) if sample is not None]

@@ -70,7 +70,7 @@ class _Again(Exception):
         self.after_seconds = after_seconds
 
 
-class Wire:
+class HttpClient:
     """Calls to one server, at most `concurrency` at once. `counts` has requests, retries and seconds, and whatever
     tokens its user adds."""
 
@@ -282,12 +282,12 @@ def _message(content: bytes) -> str:
     """What a server says in an error: OpenAI's field, or the text as it is."""
     text = content[:4096].decode("utf-8", "replace")
     try:
-        said = json.loads(content)
+        body = json.loads(content)
     except (ValueError, RecursionError):
         return text
-    if isinstance(said, dict):
-        said = said.get("error", said)
-    return str(said["message"]) if isinstance(said, dict) and "message" in said else text
+    if isinstance(body, dict):
+        body = body.get("error", body)
+    return str(body["message"]) if isinstance(body, dict) and "message" in body else text
 
 
 def _retry_after(value: str) -> float:

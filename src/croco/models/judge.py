@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from croco.models.chat_template import request
-from croco.models.protocols import Decoding, Judged, JudgeRequest, Sampled, Sampler
+from croco.models.protocols import Completion, Decoding, Judged, JudgeRequest, Sampler
 
 SEED = 0  # greedy: every seed draws the same
 
@@ -37,7 +37,7 @@ class SamplerJudge:
             else:
                 yield key, self._judged(drawn, len(asked[key].prompt_ids))
 
-    def _judged(self, drawn: Sampled, prompt_tokens: int) -> Judged:
+    def _judged(self, drawn: Completion, prompt_tokens: int) -> Judged:
         text = (
             self.tokenizer.decode(drawn.ids, skip_special_tokens=True) if drawn.text is None else drawn.text
         )

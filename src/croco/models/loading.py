@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
+from croco.config.models import Model
 from croco.errors import UserError
-from croco.models.config import check_weights, context_of, read_generation_config, refusing
 from croco.models.memory import out_of_memory
+from croco.models.model_files import check_weights, context_of, load_config, read_generation_config, refusing
 from croco.storage.hashing import check_adapter, local_model
 
 COMPUTED = re.compile(r"rotary_emb\.|\.attn\.(masked_)?bias$|position_ids$|\.mtp\.|(^|\.)mtp")
@@ -53,12 +54,12 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """The dtype named; for "auto" bfloat16 on a GPU and float32 on a CPU, where exactness costs little."""
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    found = getattr(torch, dtype, None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    chosen = getattr(torch, dtype, None)
+    if not isinstance(chosen, torch.dtype) or not chosen.is_floating_point:
         raise UserError(
             f"dtype {dtype!r}: found no such floating point type, expected auto, float32 or bfloat16"
         )
-    return found
+    return chosen
 
 
 def load_tokenizer(
@@ -149,7 +150,7 @@ def _load(
     auto: Any, model: str, revision: str | None, dtype: str, device: str, trust_remote_code: bool
 ) -> Any:
     """The model on its device; raises UserError where its files lack weights, of which transformers only warns."""
-    place, where = resolve_model(model), pick_device(device)
+    place, target = resolve_model(model), pick_device(device)
     check_weights(model, place)
     read_generation_config(place, revision)  # transformers goes on without one that is cut off
     with refusing(f"model {model!r}: does not load as {auto.__name__}", place):
@@ -158,16 +159,16 @@ def _load(
                 loaded, report = auto.from_pretrained(
                     place,
                     revision=revision,
-                    dtype=pick_dtype(dtype, where),
+                    dtype=pick_dtype(dtype, target),
                     trust_remote_code=trust_remote_code,
                     output_loading_info=True,
                     use_safetensors=True,
                 )
-                loaded = loaded.to(where)
+                loaded = loaded.to(target)
         except (RuntimeError, MemoryError) as error:
             if out_of_memory(error):
                 raise UserError(
-                    f"model {model!r}: its weights do not fit in the memory of {where}"
+                    f"model {model!r}: its weights do not fit in the memory of {target}"
                 ) from error
             raise
     if missing := sorted(report["missing_keys"]):
@@ -190,6 +191,23 @@ def left_over(names: Iterable[str], network: Any) -> list[str]:
     kept = [name for name in names if not COMPUTED.search(name)]
     heads = [name for name in kept if HEAD.search(name) and not name.startswith(("lm_head", "mtp"))]
     return sorted({*heads, *(name for name in kept if name.partition(".")[0] in own)})
+
+
+def weightless(section: Model, key: str, kind: str) -> Any:
+    """The model without its weights; raises UserError for one that transformers does not know, or of several logits."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+
+    kinds: dict[str, Any] = {
+        "causal": AutoModelForCausalLM,
+        "classifier": AutoModelForSequenceClassification,
+        "translator": AutoModelForSeq2SeqLM,
+    }
+    config = load_config(section, key)
+    with refusing(f"{key}.model = '{section.model}' does not load", section.model), torch.device("meta"):
+        network = kinds[kind].from_config(config, trust_remote_code=section.trust_remote_code)
+    if kind == "classifier" and config.num_labels != 1:
+        raise UserError(f"{key}.model = '{section.model}' has {config.num_labels} logits, expected one")
+    return network
 
 
 @contextmanager

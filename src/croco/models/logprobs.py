@@ -42,7 +42,7 @@ def completion_logps(
         Group(request.prompt_ids[:-1], [[request.prompt_ids[-1], *ids[:-1]] for ids in targets[k]])
         for k, request in enumerate(requests)
     ]
-    found = [[0.0] * len(request.completions) for request in requests]
+    logps = [[0.0] * len(request.completions) for request in requests]
     budget = min(token_budget, max(1, _LOGITS_AT_ONCE // model.config.get_text_config().vocab_size))
     for rows, output in forward(model, groups, budget, share):
         logits_BTV = output.logits
@@ -55,8 +55,8 @@ def completion_logps(
         logps_BT = _picked(logits_BTV[:, :longest], wanted_BT.to(model.device))
         sums = logps_BT.masked_fill(~real_BT.to(model.device), 0.0).double().sum(-1).tolist()
         for (k, i), value in zip(rows, sums, strict=True):
-            found[k][i] = value
-    return found
+            logps[k][i] = value
+    return logps
 
 
 def _picked(logits_BTV: torch.Tensor, wanted_BT: torch.Tensor) -> torch.Tensor:

@@ -52,8 +52,8 @@ def _computed(config: Any, itemsize: int) -> int:
 
 def out_of_memory(error: Exception) -> bool:
     """Whether an allocation failed, on a GPU or (where torch and the system only say so in words) on a CPU."""
-    said = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in said
+    message = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in message
 
 
 def halve_budget(engine: Any, error: RuntimeError, least: int) -> None:

@@ -7,13 +7,15 @@ Opening one imports its library, here and nowhere else.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from croco.errors import UserError
 
 if TYPE_CHECKING:
-    from croco.config.models import Causal, Reward
+    from croco.config.models import Causal, RewardPart
     from croco.config.recipe import Recipe
     from croco.config.runtime import Runtime
     from croco.models.protocols import Judge, Sampler, Scorer
@@ -25,8 +27,8 @@ def check(recipe: Recipe) -> None:
         from croco.models.loading import pick_device
 
         pick_device(recipe.runtime.device)
-    for role, engine in recipe.runtime.engines:
-        if engine == "vllm":
+    for role in type(recipe.runtime.engines).model_fields:
+        if engine_of(recipe.runtime, role)[0] == "vllm":
             from croco.models import vllm_server
 
             try:
@@ -35,10 +37,35 @@ def check(recipe: Recipe) -> None:
                 raise UserError(f"runtime.engines.{role} = 'vllm': {error}") from None
 
 
+def engine_of(runtime: Runtime, role: str) -> tuple[str, str]:
+    """The engine of a role, and why that one."""
+    asked: str = getattr(runtime.engines, role)
+    if asked != "auto":
+        return asked, "the recipe says so"
+    if runtime.device == "cpu":
+        return "transformers", "the device is the CPU"
+    if runtime.vllm.python is None and find_spec("vllm") is None:
+        return "transformers", "vLLM is not installed"
+    from croco.models.loading import pick_device
+
+    if pick_device(runtime.device).type != "cuda":
+        return "transformers", "there is no GPU"
+    return "vllm", "there is a GPU, and vLLM"
+
+
+def engines(runtime: Runtime) -> Iterator[str]:
+    """For a person: each engine, the roles that run on it, and why."""
+    chosen: dict[tuple[str, str], list[str]] = {}
+    for role in type(runtime.engines).model_fields:
+        chosen.setdefault(engine_of(runtime, role), []).append(role)
+    for (engine, why), roles in chosen.items():
+        yield f"{engine} for {', '.join(roles)} ({why})"
+
+
 def release() -> None:
     """End the vLLM servers started here, which hold a GPU's memory."""
-    if "croco.models.vllm_server" in sys.modules:
-        sys.modules["croco.models.vllm_server"].release()
+    if "croco.models.vllm" in sys.modules:
+        sys.modules["croco.models.vllm"].release()
 
 
 def open_sampler(
@@ -49,14 +76,15 @@ def open_sampler(
     The tokenizer is None where the sampler takes messages.
     `seed` and `replica` make the engine's own seed where completions have none of their own.
     """
-    if adapter is not None and getattr(runtime.engines, role) != "server" and _is_whole(adapter):
+    engine, _ = engine_of(runtime, role)
+    if adapter is not None and engine != "server" and _is_whole(adapter):
         causal, adapter = causal.model_copy(update={"model": str(adapter), "revision": None}), None
     template = Path(causal.chat_template) if causal.chat_template else None
-    if getattr(runtime.engines, role) == "vllm":
-        from croco.models.vllm_server import open_policy
+    if engine == "vllm":
+        from croco.models.vllm import open_policy
 
-        return open_policy(causal, runtime.vllm, seed, replica, adapter)
-    if getattr(runtime.engines, role) == "server":
+        return open_policy(causal, runtime.vllm.of(role), seed, replica, adapter)
+    if engine == "server":
         from croco.models import openai_server
 
         return openai_server.sampler(getattr(runtime.servers, role), role, causal, template, adapter)
@@ -91,13 +119,14 @@ def open_judge(judge: Causal, runtime: Runtime, seed: int = 0, replica: int = 0)
     return SamplerJudge(*open_sampler("judge", judge, runtime, seed, replica))
 
 
-def open_scorer(reward: Reward, runtime: Runtime, replica: int = 0) -> tuple[Scorer, Any]:
+def open_scorer(reward: RewardPart, runtime: Runtime, replica: int = 0) -> tuple[Scorer, Any]:
     """The reward model on the engine of the role "score", and its tokenizer."""
-    if runtime.engines.score == "vllm":
-        from croco.models.vllm_server import open_reward
+    engine, _ = engine_of(runtime, "score")
+    if engine == "vllm":
+        from croco.models.vllm import open_reward
 
-        return open_reward(reward, runtime.vllm)
-    if runtime.engines.score == "server":
+        return open_reward(reward, runtime.vllm.of("score"))
+    if engine == "server":
         from croco.models import openai_scorer
 
         return openai_scorer.scorer(runtime.servers.score, reward)

@@ -11,11 +11,11 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from croco.config.models import Reward
+from croco.config.models import RewardPart
 from croco.config.runtime import Server
 from croco.errors import UserError
-from croco.models.config import load_config, read_part
 from croco.models.http_client import Call
+from croco.models.model_files import load_config, read_part
 from croco.models.openai_server import OPENING_RETRIES, Connection, Usage
 from croco.models.protocols import ScoreRequest
 
@@ -32,7 +32,7 @@ class _Classes(BaseModel):
     usage: Usage
 
 
-def scorer(server: Server, reward: Reward) -> tuple[ServerScorer, Any]:
+def scorer(server: Server, reward: RewardPart) -> tuple[ServerScorer, Any]:
     """The scorer of the role "score", and its tokenizer: conversations are sent as token ids."""
     connection = Connection(server, "score", reward.model)
     from croco.models.loading import load_tokenizer
@@ -66,7 +66,7 @@ class ServerScorer:
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[list[float]]:
         """Raw logits in the order of the requests and their completions."""
-        found = [[0.0] * len(request.completions) for request in requests]
+        scores = [[0.0] * len(request.completions) for request in requests]
         most = self.connection.server.completions_per_request or SCORES_PER_REQUEST
         calls = (
             self._call(
@@ -76,12 +76,12 @@ class ServerScorer:
             for number, request in enumerate(requests)
             for start in range(0, len(request.completions), most)
         )
-        for (number, start), answer in self.connection.wire.ask(calls):
-            found[number][start : start + len(answer)] = answer
-        return found
+        for (number, start), answer in self.connection.client.ask(calls):
+            scores[number][start : start + len(answer)] = answer
+        return scores
 
     def _probe(self, ids: list[int], activation: bool) -> float:
-        return self.connection.wire.one(self._call(None, [ids], activation), OPENING_RETRIES)[0]
+        return self.connection.client.one(self._call(None, [ids], activation), OPENING_RETRIES)[0]
 
     def _call(self, key: Any, sequences: list[list[int]], activation: bool = False) -> Call[list[float]]:
         body = {

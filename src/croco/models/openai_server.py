@@ -23,9 +23,9 @@ from croco.config.models import Model
 from croco.config.runtime import Server
 from croco.errors import UserError
 from croco.models.chat_template import end_ids
-from croco.models.config import generation_config, load_config
-from croco.models.http_client import ANSWER_BYTES, Call, Wire
-from croco.models.protocols import Decoding, Request, Sampled
+from croco.models.http_client import ANSWER_BYTES, Call, HttpClient
+from croco.models.model_files import generation_config, load_config
+from croco.models.protocols import Completion, Decoding, Request
 from croco.models.stop_strings import Stops, finished
 
 OPENING_RETRIES = 2  # a wrong address should not take minutes to be found out
@@ -101,13 +101,15 @@ def sampler(
     return ServerSampler(connection, model.model, tokenizer, ends, vocabulary), tokenizer
 
 
-def served_context(wire: Wire, name: str, expected: str, retries: int = OPENING_RETRIES) -> int | None:
+def served_context(
+    client: HttpClient, name: str, expected: str, retries: int = OPENING_RETRIES
+) -> int | None:
     """The longest context that a server says it takes, or None; raises UserError where it does not serve the name."""
-    listing = Call(None, f"{wire.url}/models", None, _Cards.model_validate, "the list of its models")
-    cards = {card.id: card for card in wire.one(listing, retries).data}
+    listing = Call(None, f"{client.url}/models", None, _Cards.model_validate, "the list of its models")
+    cards = {card.id: card for card in client.one(listing, retries).data}
     if name not in cards:
-        names = ", ".join(wire.clean(other) for other in sorted(cards)[:SHOWN_NAMES]) or "nothing"
-        raise UserError(f"{wire.place}: {wire.url} serves {names}, not '{name}'; expected {expected}")
+        names = ", ".join(client.clean(other) for other in sorted(cards)[:SHOWN_NAMES]) or "nothing"
+        raise UserError(f"{client.place}: {client.url} serves {names}, not '{name}'; expected {expected}")
     card = cards[name]
     return card.max_model_len or cards.get(card.parent or "", card).max_model_len
 
@@ -127,12 +129,12 @@ class Connection:
         """`model` is the recipe's name, `server.model` another it is served under, which the recipe has in `key`;
         `place` is what errors call the server, `gone` says why a server of ours has ended, if it has."""
         self.server, self.place = server, place or f"runtime.servers.{role}"
-        self.wire = Wire(server, self.place, gone)
-        self.url, self.served = self.wire.url, server.model or model
-        context = served_context(self.wire, self.served, f"the name it serves in {self.place}.{key}")
+        self.client = HttpClient(server, self.place, gone)
+        self.url, self.served = self.client.url, server.model or model
+        context = served_context(self.client, self.served, f"the name it serves in {self.place}.{key}")
         self.max_context = server.max_context or context
         # the counts stay the wire's own, so that they grow
-        self.facts = self.wire.counts
+        self.facts = self.client.counts
         self.facts |= {"engine": "server", "url": self.url, "served_model": self.served}
 
     def count(self, usage: Usage) -> None:
@@ -172,7 +174,7 @@ class ServerSampler:
 
     def sample(
         self, requests: Sequence[Request], decoding: Decoding
-    ) -> Iterator[tuple[int, list[Sampled | str]]]:
+    ) -> Iterator[tuple[int, list[Completion | str]]]:
         """Yield (key, completions) as requests finish; a prompt that the server finds too long gets its reason."""
         if decoding.top_k and self.server.dialect == "openai":
             raise UserError(
@@ -180,17 +182,19 @@ class ServerSampler:
                 f"expected 0, or the dialect 'vllm'"
             )
         asked = {request.key: request for request in requests if request.seeds}
-        parts: dict[int, dict[int, list[Sampled | str]]] = {key: {} for key in asked}
+        parts: dict[int, dict[int, list[Completion | str]]] = {key: {} for key in asked}
         most = max(len(request.seeds) for request in requests) if asked else 1
         at_once = max(2, self.rows_ahead // most) if self.rows_ahead else None
-        for (key, start), answer in self.connection.wire.ask(
+        for (key, start), answer in self.connection.client.ask(
             self._calls(asked.values(), decoding), at_once=at_once
         ):
             parts[key][start] = answer
             if sum(map(len, parts[key].values())) == len(asked[key].seeds):
                 yield key, [one for _, part in sorted(parts.pop(key).items()) for one in part]
 
-    def _calls(self, requests: Iterable[Request], decoding: Decoding) -> Iterator[Call[list[Sampled | str]]]:
+    def _calls(
+        self, requests: Iterable[Request], decoding: Decoding
+    ) -> Iterator[Call[list[Completion | str]]]:
         url = f"{self.connection.url}/{'chat/completions' if self.chat else 'completions'}"
         for request in requests:
             # greedy completions are one by one: vLLM refuses n > 1 at temperature 0
@@ -237,7 +241,7 @@ class ServerSampler:
             body["seed"] = seeds[0] if self.server.dialect == "vllm" else seeds[0] % 2**31
         return body
 
-    def _read(self, seeds: Sequence[int], decoding: Decoding, content: Any) -> list[Sampled | str]:
+    def _read(self, seeds: Sequence[int], decoding: Decoding, content: Any) -> list[Completion | str]:
         answer = _Completions.model_validate(content)
         choices = sorted(answer.choices, key=lambda choice: choice.index)
         if [choice.index for choice in choices] != list(range(len(seeds))):
@@ -251,14 +255,14 @@ class ServerSampler:
 
     def _sampled(
         self, choice: _Choice, seed: int, usage: Usage, of: int, stop: tuple[str, ...]
-    ) -> Sampled | str:
-        reason, wire = choice.finish_reason, self.connection.wire
+    ) -> Completion | str:
+        reason, client = choice.finish_reason, self.connection.client
         if reason in ("abort", "error"):
             raise ValueError(f"a completion that ended with {reason!r}")
         if reason not in ("stop", "length"):
-            return f"the server ended the completion with {wire.clean(reason)!r}"
+            return f"the server ended the completion with {client.clean(reason)!r}"
         if choice.message is not None and choice.message.refusal:
-            return f"the model refused: {wire.clean(choice.message.refusal)!r}"
+            return f"the model refused: {client.clean(choice.message.refusal)!r}"
         text = choice.text if choice.message is None else choice.message.content or ""
         if text is None:
             raise ValueError("a choice without text")
@@ -274,19 +278,19 @@ class ServerSampler:
         if len(text) > TOKEN_CHARACTERS * (counted + 1):
             return f"the server counts {counted} tokens in {len(text):,} characters"
         if self.tokenizer is None or ids is None:
-            if wire.repeats_key(text):
+            if client.repeats_key(text):
                 return REPEATED
-            return Sampled([], reason, seed, text, counted, usage.prompt_tokens)
+            return Completion([], reason, seed, text, counted, usage.prompt_tokens)
         if unknown := [token for token in ids if not 0 <= token < self.vocabulary]:
             return f"the server gave the token {unknown[0]}, the vocabulary has {self.vocabulary} tokens"
-        if wire.repeats_key(text) or wire.repeats_key(self.tokenizer.decode(ids)):
+        if client.repeats_key(text) or client.repeats_key(self.tokenizer.decode(ids)):
             return REPEATED
         if reason == "stop" and self.ends.intersection(ids[-1:]):
-            return Sampled(ids[:-1], reason, seed)
+            return Completion(ids[:-1], reason, seed)
         return finished(ids, reason, seed, Stops(self.tokenizer, stop) if stop else None)
 
 
-def _too_long(count: int, message: str) -> list[Sampled | str] | None:
+def _too_long(count: int, message: str) -> list[Completion | str] | None:
     """The reason why a prompt has no completions, where it is the prompt's length."""
     known = "maximum context length" in message  # OpenAI's words, which others repeat
     return [f"the server refuses the prompt: {message}"] * count if known else None

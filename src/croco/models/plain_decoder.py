@@ -18,7 +18,8 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from croco.models.protocols import Decoding, Request, Sampled
+from croco.models.attention.support import depends_on_batch, forget_lengths
+from croco.models.protocols import Completion, Decoding, Request
 from croco.models.stop_strings import LOOK_EVERY, Stops, finished
 from croco.models.token_sampling import draw, tokens_drawn
 
@@ -31,10 +32,10 @@ def sample(
     max_context: int,
     rows: int,
     stops: Stops | None = None,
-) -> Iterator[tuple[int, list[Sampled]]]:
+) -> Iterator[tuple[int, list[Completion]]]:
     """Yield (index of the request, its completions), at most `rows` continuations computed at once."""
     for index, request in enumerate(requests):
-        samples: list[Sampled] = []
+        samples: list[Completion] = []
         for start in range(0, len(request.seeds), rows):
             samples += _continue(
                 model, end_tokens, decoding, request, request.seeds[start : start + rows], max_context, stops
@@ -77,7 +78,7 @@ def _continue(
     seeds: list[int],
     max_context: int,
     stops: Stops | None,
-) -> list[Sampled]:
+) -> list[Completion]:
     prompt = torch.tensor([request.prompt_ids], device=model.device).expand(len(seeds), -1)
     processor = _Draw(model, torch.tensor(seeds, device=model.device), prompt.shape[1], decoding)
     criteria = [_StopStrings(stops, prompt.shape[1])] if stops is not None else []
@@ -86,6 +87,8 @@ def _continue(
     config = GenerationConfig(
         max_new_tokens=limit, do_sample=False, eos_token_id=ends or None, pad_token_id=0
     )
+    if depends_on_batch(model.config):
+        forget_lengths(model)
     with _own_defaults_off(model):
         whole = model.generate(
             input_ids=prompt,

@@ -20,7 +20,7 @@ from transformers import DynamicCache
 
 from croco.models.attention.decode import plugged_in
 from croco.models.attention.prefill import NAME, Batch, Prefix
-from croco.models.attention.support import TRIAL_TOKENS, depends_on_batch, trial_lengths, unsupported
+from croco.models.attention.support import depends_on_batch, forget_lengths, unsupported
 from croco.models.batching import buckets
 
 CPU_TOKENS = 2048  # computed at once: larger batches leave a CPU's caches and are up to a third slower
@@ -62,47 +62,6 @@ def forward(
         yield from _rests(network, groups, [*stored, *alone], stored, token_budget, read_at)
     others = sorted(set(range(len(groups))) - set(ours))
     yield from _rests(network, groups, others, None, token_budget, read_at)
-
-
-def unshared_because(network: Any, reach: int = TRIAL_TOKENS) -> str | None:
-    """None when a network may score with shared prefixes, else why not."""
-    if (reason := unsupported(network)) is not None:
-        return reason
-    if network.config._attn_implementation != "sdpa":
-        return f"its attention is {network.config._attn_implementation}, not SDPA"
-    return disagreement(network, reach)
-
-
-@torch.inference_mode()
-def disagreement(network: Any, reach: int = TRIAL_TOKENS) -> str | None:
-    """None when shared prefixes give on a trial what whole sequences give on this very network, else why not.
-
-    Compared is the relative difference of what is put out at the last token: rounding makes it 1e-6 in float32 and a
-    hundredth in bfloat16, a prefix that is not seen or a layer that is not finished makes it large.
-    """
-    vocabulary = network.config.get_text_config().vocab_size
-    groups = [
-        Group([(7 * i + length) % vocabulary for i in range(length)], [[5, 6, 7], [8], [9, 4]])
-        for length in trial_lengths(network.config, reach)
-    ]
-    last = [[2, 0, 1]] * len(groups)
-
-    def found(share: bool) -> torch.Tensor:
-        rows = {
-            (g, i): output[0][line, last[g][i]].double()
-            for batch, output in forward(network, groups, 64, share, last)
-            for line, (g, i) in enumerate(batch)
-        }
-        return torch.stack([rows[row] for row in sorted(rows)])
-
-    try:
-        fast, slow = found(True), found(False)
-    except Exception as error:  # noqa: BLE001 (a trial runs the code of any architecture)
-        return f"a trial of shared prefixes fails ({type(error).__name__} {str(error)[:200]})"
-    gap = ((fast - slow).norm() / slow.norm()).item()
-    if gap > (1e-3 if network.dtype == torch.float32 else 0.1):
-        return f"with shared prefixes a trial differs by {gap:.2g} from whole sequences"
-    return None  # broken weights give NaN either way: that is for the reader of the scores to name
 
 
 def can_share(network: Any) -> bool:
@@ -180,6 +139,8 @@ def _rests(
         at_B = None
         if read_at is not None:
             at_B = torch.tensor([skips[g] + read_at[g][i] for g, i in places], device=network.device)
+        if alone:
+            forget_lengths(network)
         with _last_layer_at(network, at_B):
             if stored is None:
                 output = network(input_ids=ids_BT, use_cache=False)

@@ -39,7 +39,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Sampled:
+class Completion:
     """One completion: its ids without end token or stop string, why it ended ("stop" or "length"), and the seed it came
     from: its own, or the engine's where completions have none.
 
@@ -78,7 +78,7 @@ class Sampler(Protocol):
 
     def sample(
         self, requests: Sequence[Request], decoding: Decoding
-    ) -> Iterator[tuple[int, Sequence[Sampled | str]]]:
+    ) -> Iterator[tuple[int, Sequence[Completion | str]]]:
         """Yield (key, completions in the order of the seeds) once per request, as requests finish; in place of a
         completion that there cannot be, the reason why.
 

@@ -19,10 +19,10 @@ def logits(
     model: Any, requests: Sequence[ScoreRequest], token_budget: int, share: bool = True
 ) -> list[list[float]]:
     """Raw logits, float32, in the order of the requests and their completions; without `share` whole conversations."""
-    found = [[0.0] * len(request.completions) for request in requests]
+    scores = [[0.0] * len(request.completions) for request in requests]
     network = getattr(model, model.base_model_prefix, None)
     if network is None or not isinstance(getattr(model, "score", None), torch.nn.Linear):
-        return _one_by_one(model, requests, found)
+        return _one_by_one(model, requests, scores)
     pad = model.config.get_text_config().pad_token_id
     groups, lasts = [], []
     for request in requests:
@@ -36,8 +36,8 @@ def logits(
         at = torch.tensor([lasts[g][i] for g, i in rows], device=model.device)
         hidden = output.last_hidden_state[torch.arange(len(rows), device=model.device), at]
         for (g, i), score in zip(rows, model.score(hidden)[:, 0].float().tolist(), strict=True):
-            found[g][i] = score
-    return found
+            scores[g][i] = score
+    return scores
 
 
 def _last(ids: Sequence[int], pad: int | None) -> int:
@@ -51,11 +51,11 @@ def _common(sequences: Sequence[list[int]]) -> int:
     return next((at for at, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low))
 
 
-def _one_by_one(model: Any, requests: Sequence[ScoreRequest], found: list[list[float]]) -> list[list[float]]:
+def _one_by_one(model: Any, requests: Sequence[ScoreRequest], scores: list[list[float]]) -> list[list[float]]:
     for g, request in enumerate(requests):
         for i, completion in enumerate(request.completions):
             ids = torch.tensor([request.prompt_ids + completion], device=model.device)
-            found[g][i] = (
+            scores[g][i] = (
                 model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, 0].float().item()
             )
-    return found
+    return scores

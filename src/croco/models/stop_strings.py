@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from croco.models.protocols import Sampled
+from croco.models.protocols import Completion
 
 LOOK_EVERY = 8  # tokens: a completion runs on by fewer than this after its end, and is cut
 
@@ -55,10 +55,10 @@ class Stops:
         return any(string in text for string in self.strings)
 
 
-def finished(ids: list[int], reason: str, seed: int, stops: Stops | None) -> Sampled:
+def finished(ids: list[int], reason: str, seed: int, stops: Stops | None) -> Completion:
     """The completion of drawn ids (without an end token) that ended for a reason, cut before a stop string."""
-    found = stops.cut(ids) if stops is not None else None
-    if found is None:
-        return Sampled(ids, reason, seed)
-    kept, drawn = found
-    return Sampled(ids[:kept], "stop", seed, num_tokens=drawn)
+    cut = stops.cut(ids) if stops is not None else None
+    if cut is None:
+        return Completion(ids, reason, seed)
+    kept, drawn = cut
+    return Completion(ids[:kept], "stop", seed, num_tokens=drawn)

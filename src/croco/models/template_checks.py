@@ -9,7 +9,13 @@ from contextlib import contextmanager
 from typing import Any
 
 from croco.errors import UserError
-from croco.models.chat_template import check_prefix, conversations_ids, prompt_ids, with_instruction
+from croco.models.chat_template import (
+    check_markup,
+    check_prefix,
+    conversations_ids,
+    prompt_ids,
+    with_instruction,
+)
 
 # plain, with white space that templates strip and tokenizers merge, and empty
 COMPLETIONS = ("Ja.", " a space first", "\na line break first", "line breaks last\n\n", "", "7 × 8 = 56")
@@ -21,6 +27,7 @@ def examine_policy(
     tokenizer: Any, ends: set[int], prompts: Sequence[Prompt], instructions: Mapping[str, str]
 ) -> Iterator[str]:
     """Lines about a policy's template; raises UserError at a prompt that is no prefix or begins with two BOS."""
+    check_markup(tokenizer, [row["messages"] for row in prompts])
     longest = merged = unclosed = 0
     for row in prompts:
         with _named(row):

@@ -7,19 +7,14 @@ from typing import Any
 import torch
 
 from croco.errors import UserError
-from croco.models import logprobs, plain_decoder, prefix_forward, reward_logits
-from croco.models.attention.support import (
-    TRIAL_TOKENS,
-    boundaries,
-    depends_on_batch,
-    disagreement,
-    unsupported,
-)
+from croco.models import logprobs, plain_decoder, reward_logits
+from croco.models.attention.support import boundaries, depends_on_batch, unsupported
 from croco.models.chat_template import end_ids
-from croco.models.decoder import Decoder
+from croco.models.decoder import ContinuousBatchDecoder
 from croco.models.loading import max_context
 from croco.models.memory import halve_budget, with_less_memory
-from croco.models.protocols import Decoding, Request, Sampled, ScoreRequest
+from croco.models.proofs import TRIAL_TOKENS, decoder_disagrees, unshared_because
+from croco.models.protocols import Completion, Decoding, Request, ScoreRequest
 from croco.models.stop_strings import Stops
 
 logger = logging.getLogger(__name__)
@@ -52,7 +47,7 @@ class HFSampler:
         self.end_tokens = end_ids(tokenizer, model.generation_config)
         self.facts = _facts(model)
         self.proven_tokens = TRIAL_TOKENS
-        self._choose(unsupported(model) or disagreement(model))
+        self._choose(unsupported(model) or decoder_disagrees(model))
 
     def _choose(self, reason: str | None) -> None:
         self.reason, self.path = reason, "plain" if reason else "shared-prefix"
@@ -65,10 +60,12 @@ class HFSampler:
         if any(self.proven_tokens < length <= tokens for length in boundaries(self.model.config)):
             self.proven_tokens = tokens
             if self.path == "shared-prefix":
-                self._choose(disagreement(self.model, tokens))
+                self._choose(decoder_disagrees(self.model, tokens))
 
     @torch.inference_mode()
-    def sample(self, requests: Sequence[Request], decoding: Decoding) -> Iterator[tuple[int, list[Sampled]]]:
+    def sample(
+        self, requests: Sequence[Request], decoding: Decoding
+    ) -> Iterator[tuple[int, list[Completion]]]:
         """Yield (key, completions) as requests finish; the token budget is halved whenever memory runs out."""
         for request in requests:
             if not 0 < len(request.prompt_ids) < self.max_context:
@@ -89,7 +86,7 @@ class HFSampler:
                 halve_budget(self, error, least=decoding.max_new_tokens)
             left = [request for index, request in enumerate(left) if index not in done]
 
-    def _run(self, requests: list[Request], decoding: Decoding) -> Iterator[tuple[int, list[Sampled]]]:
+    def _run(self, requests: list[Request], decoding: Decoding) -> Iterator[tuple[int, list[Completion]]]:
         stops = Stops(self.tokenizer, decoding.stop) if decoding.stop else None
         if self.path == "plain":
             longest = max(len(request.prompt_ids) for request in requests) + decoding.max_new_tokens
@@ -97,7 +94,7 @@ class HFSampler:
             return plain_decoder.sample(
                 self.model, self.end_tokens, decoding, requests, self.max_context, rows, stops
             )
-        decoder = Decoder(
+        decoder = ContinuousBatchDecoder(
             self.model, self.end_tokens, decoding, requests, self.max_context, self.token_budget, stops
         )
         return decoder.run()
@@ -110,7 +107,7 @@ class _Scoring:
         self.model, self.network, self.name, self.token_budget = model, network, name, token_budget
         self.max_context = max_context(model)
         self.facts, self.proven_tokens = _facts(network), TRIAL_TOKENS
-        self._choose(prefix_forward.unshared_because(network))
+        self._choose(unshared_because(network))
 
     def _choose(self, reason: str | None) -> None:
         self.share, self.reason = reason is None, reason
@@ -133,7 +130,7 @@ class _Scoring:
         if any(self.proven_tokens < length <= longest for length in boundaries(self.network.config)):
             self.proven_tokens = longest
             if self.share:
-                self._choose(prefix_forward.unshared_because(self.network, longest))
+                self._choose(unshared_because(self.network, longest))
 
 
 class HFScorer(_Scoring):

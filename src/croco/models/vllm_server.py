@@ -1,15 +1,7 @@
-"""vLLM as a server: started as a process of ours on loopback, and asked like any OpenAI-compatible one.
+"""Starts vLLM's OpenAI-compatible server as a process of ours on loopback, and ends it.
 
-One way for everything that runs on vLLM: a role's sampler or scorer (`openai_server` talks to it), and the policy that
-EuroEval asks. vLLM is started, never imported: it may live in another environment. The server ends with the sampler or
-scorer that it belongs to, and with this process, however this one ends, so that the next model finds the memory free.
-
-Seeds: vLLM draws all completions from one stream, which starts from the engine's own seed (another for every stage,
-start and replica). What comes out then depends on the batch too, so the table's `seed` is the engine's: it says where a
-completion came from and cannot draw it again. `per_request_seeds` gives each completion a seed of its own, which is
-slower and still does not make it independent of the batch's rounding.
-
-Leaves out quantisation, and several adapters in one server.
+vLLM is started, never imported: it may live in another environment. The server ends with the context it was opened in,
+and with this process, however this one ends.
 """
 
 from __future__ import annotations
@@ -18,41 +10,25 @@ import gc
 import json
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import time
-import warnings
-import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
-from croco.config.models import Causal, Model, Policy, Reward
+from croco.config.models import Model, Policy
 from croco.config.runtime import Server, Vllm
 from croco.errors import UserError
-from croco.models.chat_template import end_ids
 from croco.models.children import started
-from croco.models.config import context_of, generation_config, load_config
-from croco.models.http_client import Call, Wire
-from croco.models.openai_scorer import ServerScorer
-from croco.models.openai_server import Connection, ServerSampler, served_context
-from croco.models.protocols import Decoding, Request, Sampled
+from croco.models.http_client import HttpClient
+from croco.models.openai_server import served_context
 from croco.storage.hashing import local_model
-from croco.storage.seeds import digest
 
-START_SECONDS = 3600.0  # that it has to load a model
-ROWS_AHEAD = 512  # completions asked for at once: twice what vLLM computes together by default
 CPU_CACHE_GIB = "4"  # of keys and values, where there is no GPU and VLLM_CPU_KVCACHE_SPACE does not say
-ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM reserves room for one of these
-TEMPERATURES = (0.01, 2.0)  # below it vLLM quietly takes 0.01, above it refuses
-TUNED = "tuned"  # the name that an adapter is served under
 # what a model's generation_config.json would add to requests that do not say it; its end tokens stay
 NEUTRAL = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 NEUTRAL |= {"top_p": 1.0, "top_k": 0, "min_p": 0.0}
@@ -61,185 +37,6 @@ ENVIRONMENT = {
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # Polars and torch do not survive a fork
     "VLLM_LOGGING_LEVEL": "ERROR",  # its lines are for when it fails
 }
-_running: weakref.WeakSet[VllmSampler | VllmScorer] = weakref.WeakSet()
-
-
-# Engines -------------------------------------------------------------------------------------------------------------
-
-
-class VllmSampler(ServerSampler):
-    """Samples with a causal model in a vLLM server of ours."""
-
-    def __init__(self, seed: int, per_request_seeds: bool, close: Callable[[], None], *args: Any) -> None:
-        super().__init__(*args)
-        self.seed = None if per_request_seeds else seed
-        self.rows_ahead = ROWS_AHEAD
-        self.close = weakref.finalize(self, close)
-        _running.add(self)
-
-    def sample(
-        self, requests: Sequence[Request], decoding: Decoding
-    ) -> Iterator[tuple[int, list[Sampled | str]]]:
-        """As every sampler; raises UserError for a temperature that vLLM would replace."""
-        low, high = TEMPERATURES
-        if decoding.temperature != 0 and not low <= decoding.temperature <= high:
-            raise UserError(f"temperature {decoding.temperature}: vLLM takes 0 and {low} to {high}")
-        yield from super().sample(requests, decoding)
-
-
-class VllmScorer(ServerScorer):
-    """Scores with a sequence classifier of one logit in a vLLM server of ours."""
-
-    def __init__(self, close: Callable[[], None], *args: Any) -> None:
-        super().__init__(*args)
-        self.close = weakref.finalize(self, close)
-        _running.add(self)
-
-
-def release() -> None:
-    """End the servers of this process, which hold a GPU's memory."""
-    for engine in list(_running):
-        engine.close()
-
-
-def open_policy(
-    policy: Causal, settings: Vllm, seed: int, replica: int = 0, adapter: Path | None = None
-) -> tuple[VllmSampler, Any]:
-    """A causal model in a server of its own, with an adapter if one is given, and its tokenizer.
-
-    `seed` and `replica` make the engine's seed. Raises UserError for a model, adapter or context that vLLM refuses.
-    """
-    from croco.models.loading import load_tokenizer, pick_device
-
-    template = Path(policy.chat_template) if policy.chat_template else None
-    tokenizer = load_tokenizer(policy.model, policy.revision, template, policy.trust_remote_code)
-    if settings.per_request_seeds and pick_device().type == "cpu":
-        raise UserError(
-            "runtime.vllm.per_request_seeds is true, but without a GPU vLLM fails with them, expected false"
-        )
-    engine_seed = digest(seed, "engine", replica) % 2**32  # numpy is seeded with it too, and takes 32 bits
-    words = ["--enable-prefix-caching", "--seed", str(engine_seed)]
-    if settings.max_model_len is not None:
-        words += ["--max-model-len", str(settings.max_model_len)]
-    if adapter is not None:
-        words += ["--enable-lora", "--max-loras", "1", "--max-lora-rank", str(_room_for(adapter, policy))]
-        words += ["--lora-modules", f"{TUNED}={adapter.resolve()}"]
-    with ExitStack() as stack:
-        connection = stack.enter_context(_connected(policy, settings, words, settings.per_request_seeds))
-        if adapter is not None:
-            base, connection.served = connection.served, TUNED
-            _check_it_counts(connection, base, adapter)
-        connection.facts |= {"engine_seed": engine_seed, "per_request_seeds": settings.per_request_seeds}
-        ends = end_ids(tokenizer, generation_config(policy))
-        vocabulary = max(len(tokenizer), load_config(policy, "policy").get_text_config().vocab_size)
-        served = connection, policy.model, tokenizer, ends, vocabulary
-        close = stack.pop_all().close
-        return VllmSampler(engine_seed, settings.per_request_seeds, close, *served), tokenizer
-
-
-def open_reward(reward: Reward, settings: Vllm) -> tuple[VllmScorer, Any]:
-    """A sequence classifier of one logit in a server of its own, and its tokenizer.
-
-    The server's context is `reward.max_tokens`, or the model's own where that is shorter. Raises UserError for a model
-    that vLLM refuses or that has another number of logits.
-    """
-    from croco.models.loading import load_tokenizer
-
-    tokenizer = load_tokenizer(reward.model, reward.revision, None, reward.trust_remote_code)
-    config = load_config(reward, "reward")
-    if config.num_labels != 1:
-        raise UserError(f"reward model {reward.model!r}: found {config.num_labels} logits, expected one")
-    context = min(reward.max_tokens, context_of(config))
-    words = ["--runner", "pooling", "--convert", "classify", "--max-model-len", str(context)]
-    with ExitStack() as stack:
-        connection = stack.enter_context(_connected(reward, settings, words))
-        probe = tokenizer("Ja.", add_special_tokens=False)["input_ids"]
-        pad = config.get_text_config().pad_token_id
-        close = stack.pop_all().close
-        return VllmScorer(close, connection, reward.model, probe, pad), tokenizer
-
-
-@contextmanager
-def _connected(
-    model: Model, settings: Vllm, words: Sequence[str], seeds: bool = False
-) -> Iterator[Connection]:
-    """A running server of this model, and the connection to it; its log is kept only where it ends badly."""
-    from croco.models.loading import pick_device, pick_dtype
-
-    device = pick_device()
-    dtype = str(pick_dtype(model.dtype, device)).removeprefix("torch.")
-    log = Path(tempfile.mkdtemp(prefix="croco-vllm-")) / "log.txt"
-    serving = serve(
-        _model_words(model) + list(words), model.model, dtype,
-        vllm=settings, python=settings.python, seconds=START_SECONDS, log=log,
-    )  # fmt: skip
-    try:
-        with serving as server:
-            asked = Server(
-                url=server.url, seeds=seeds, retries=3, concurrency=ROWS_AHEAD, timeout_seconds=1e6
-            )
-            connection = Connection(
-                asked, "vllm", model.model, place="vLLM", gone=partial(_gone, server, log)
-            )
-            connection.facts |= {
-                "engine": "vllm",
-                "device": device.type,
-                "dtype": f"torch.{dtype}",
-                "max_model_len": server.max_context,
-                "tensor_parallel": settings.tensor_parallel,
-            }
-            yield connection
-    except UserError as error:
-        raise UserError(f"model {model.model!r}: {error} (see {log})") from None
-    shutil.rmtree(log.parent, ignore_errors=True)
-
-
-def _gone(server: Serving, log: Path) -> str | None:
-    """Why the server is no longer there, if it is not."""
-    if server.alive:
-        return None
-    return f"vLLM's server ended: {reason(log)} (see {log})"
-
-
-def _room_for(adapter: Path, policy: Causal) -> int:
-    """The rank to reserve room for, once the adapter is known to fit: vLLM takes one of another base's shapes."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from croco.models.lora import load_adapter
-
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that weights copied to nowhere are not there
-        config = load_config(policy, "policy")
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=policy.trust_remote_code)
-        load_adapter(model, adapter)
-    found = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    rank = max([found["r"], *found.get("rank_pattern", {}).values()])
-    room = next((room for room in ADAPTER_RANKS if room >= rank), None)
-    if room is None:
-        raise UserError(f"the adapter in {adapter} has rank {rank}, vLLM takes at most {ADAPTER_RANKS[-1]}")
-    return room
-
-
-def _check_it_counts(connection: Connection, base: str, adapter: Path) -> None:
-    """Raise UserError for an adapter that changes no probability of a few tokens."""
-
-    def logprobs(name: str) -> Any:
-        body = {
-            "model": name,
-            "prompt": list(range(8)),
-            "max_tokens": 1,
-            "temperature": 0,
-            "prompt_logprobs": 0,
-        }
-        read = lambda answer: answer["choices"][0]["prompt_logprobs"]  # noqa: E731
-        return connection.wire.one(Call(None, f"{connection.url}/completions", body, read, "a trial prompt"))
-
-    if logprobs(base) == logprobs(TUNED):
-        raise UserError(f"the adapter in {adapter} changes nothing in vLLM, expected other probabilities")
-
-
-# The server ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -332,10 +129,10 @@ def policy_words(policy: Policy, merged: Path | None) -> list[str]:
     if merged is not None:
         return ["--model", str(merged)] + (["--trust-remote-code"] if policy.trust_remote_code else [])
     template = ["--chat-template", policy.chat_template] if policy.chat_template else []
-    return _model_words(policy) + template
+    return model_words(policy) + template
 
 
-def _model_words(model: Model) -> list[str]:
+def model_words(model: Model) -> list[str]:
     words = ["--model", str(local_model(model.model) or model.model)]
     words += ["--revision", model.revision, "--tokenizer-revision", model.revision] if model.revision else []
     return words + (["--trust-remote-code"] if model.trust_remote_code else [])
@@ -369,11 +166,11 @@ def ask_context(
     url: str, name: str, place: str = "vLLM", key_variable: str | None = None, retries: int = 2
 ) -> int | None:
     """The longest context that a server says it takes; raises UserError when it is away or does not serve the name."""
-    wire = Wire(Server(url=url, key_variable=key_variable, timeout_seconds=60.0), place)
+    client = HttpClient(Server(url=url, key_variable=key_variable, timeout_seconds=60.0), place)
     try:
-        return served_context(wire, name, "this name", retries)
+        return served_context(client, name, "this name", retries)
     finally:
-        wire.close()
+        client.close()
 
 
 def reason(log: Path) -> str:
@@ -382,5 +179,5 @@ def reason(log: Path) -> str:
     prefix, error = r"^\(\S+ pid=\d+\) |ERROR [\d-]+ [\d:]+ \[\S+\] ", r"(Error|Exception): (?!.*root cause)"
     lines = [re.sub(prefix, "", line).strip() for line in text.splitlines()]
     errors = [at for at, line in enumerate(lines) if re.search(error, line)]
-    found = lines[errors[-1] : errors[-1] + 3] if errors else [line for line in lines if line][-1:]
-    return " ".join(found)[:500] or "it said nothing"
+    told = lines[errors[-1] : errors[-1] + 3] if errors else [line for line in lines if line][-1:]
+    return " ".join(told)[:500] or "it said nothing"

@@ -54,18 +54,18 @@ def sharing(recipe: Recipe, owner: str | None) -> list[Arm]:
 
 def samples_of(recipe: Recipe, arm: str | None) -> Reference:
     """The stage that samples what an arm chooses from."""
-    mine = _samples(arm_of(recipe, arm))
-    if mine is None:
+    wanted = _samples(arm_of(recipe, arm))
+    if wanted is None:
         return ("sample", None)
-    return ("sample", next(n for n, a in recipe.arms.items() if contrasted(a) and _samples(a) == mine))
+    return ("sample", next(n for n, a in recipe.arms.items() if contrasted(a) and _samples(a) == wanted))
 
 
 def scores_of(recipe: Recipe, arm: str | None) -> Reference:
     """The stage that scores what an arm chooses from."""
-    mine = _scores(arm_of(recipe, arm))
-    if mine == (None, "reward", canonical(None)):
+    wanted = _scores(arm_of(recipe, arm))
+    if wanted == (None, "reward", canonical(None)):
         return ("score", None)
-    return ("score", next(n for n, a in recipe.arms.items() if contrasted(a) and _scores(a) == mine))
+    return ("score", next(n for n, a in recipe.arms.items() if contrasted(a) and _scores(a) == wanted))
 
 
 def sampling_arms(recipe: Recipe) -> list[str | None]:
@@ -80,9 +80,9 @@ def scoring_arms(recipe: Recipe) -> list[str | None]:
 
 def _first_of(recipe: Recipe, of: object) -> list[str | None]:
     assert callable(of)
-    found = {of(recipe, name)[1] for name, arm in recipe.arms.items() if contrasted(arm)}
-    shared: list[str | None] = [None] if None in found else []
-    return shared + [name for name in recipe.arms if name in found]
+    owners = {of(recipe, name)[1] for name, arm in recipe.arms.items() if contrasted(arm)}
+    shared: list[str | None] = [None] if None in owners else []
+    return shared + [name for name in recipe.arms if name in owners]
 
 
 def gold_arms(recipe: Recipe) -> list[str | None]:
@@ -102,9 +102,9 @@ def num_scored(recipe: Recipe, owner: str | None) -> int | None:
     """Completions per prompt that a scoring stage looks at, the first ones; None is all that were sampled."""
     if owner is None:
         return None
-    mine, (_, sampler) = _scores(recipe.arms[owner]), samples_of(recipe, owner)
-    theirs = [arm for arm in recipe.arms.values() if contrasted(arm) and _scores(arm) == mine]
-    wanted = max(arm.completions or num_completions(recipe, sampler) for arm in theirs)
+    scores, (_, sampler) = _scores(recipe.arms[owner]), samples_of(recipe, owner)
+    readers = [arm for arm in recipe.arms.values() if contrasted(arm) and _scores(arm) == scores]
+    wanted = max(arm.completions or num_completions(recipe, sampler) for arm in readers)
     return wanted if wanted < num_completions(recipe, sampler) else None
 
 

@@ -116,10 +116,10 @@ def _in_common(opened: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def gpus_per_worker(runtime: Runtime, role: str) -> int:
     """GPUs that one engine of a role needs, where there are GPUs."""
-    engine = getattr(runtime.engines, role)
+    engine, _ = open.engine_of(runtime, role)
     if runtime.device == "cpu" or engine == "server":
         return 0
-    return runtime.vllm.tensor_parallel if engine == "vllm" else 1
+    return runtime.vllm.of(role).tensor_parallel if engine == "vllm" else 1
 
 
 def gpu_shares(runtime: Runtime, gpus: int) -> list[list[str]]:

@@ -123,17 +123,17 @@ def _on_worker_death(title: str, worker: Running, deaths: Counter[int]) -> None:
 def _start(open_worker: WorkerFactory, number: int, gpus: Sequence[str], cores: int) -> Running:
     """A process of its own environment: what CUDA and OpenMP read there, they read when they are loaded."""
     context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
+    our_end, their_end = context.Pipe()
     own = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(cores))}
     if gpus:
         own["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     process = context.Process(
-        target=_serve, args=(theirs, open_worker, number), name=f"croco worker {number}"
+        target=_serve, args=(their_end, open_worker, number), name=f"croco worker {number}"
     )
     with _environment(own):
         process.start()
-    theirs.close()  # or its end would not be seen here
-    return Running(process, ours, gpus)
+    their_end.close()  # or its end would not be seen here
+    return Running(process, our_end, gpus)
 
 
 @contextmanager

@@ -39,7 +39,7 @@ SHARD = pa.schema(
         ("index", pa.int64()),
         ("table", pa.large_binary()),
         ("dropped", pa.large_binary()),
-        ("said", pa.string()),  # JSON: read and sums of the shard, facts of its worker
+        ("about", pa.string()),  # JSON: read and sums of the shard, facts of its worker
         ("error", pa.string()),  # instead of all the others: a sentence for the user
     ]
 )
@@ -60,13 +60,13 @@ def actors(job: ComputeJob, runtime: Runtime) -> Stream:
                     raise UserError(row["error"])
                 if row["table"] is None:  # on disk since before its worker was lost
                     continue
-                said = json.loads(row["said"])
-                if said["worker"] not in opened:
-                    opened[said["worker"]] = {}
-                    job.opened.append(opened[said["worker"]])
-                opened[said["worker"]].update(said["facts"])  # a server's counts grow
+                about = json.loads(row["about"])
+                if about["worker"] not in opened:
+                    opened[about["worker"]] = {}
+                    job.opened.append(opened[about["worker"]])
+                opened[about["worker"]].update(about["facts"])  # a server's counts grow
                 yield ShardResult(
-                    row["index"], _table(row["table"]), _table(row["dropped"]), said["read"], said["sums"]
+                    row["index"], _table(row["table"]), _table(row["dropped"]), about["read"], about["sums"]
                 )
     except (RayActorError, WorkerCrashedError, NodeDiedError, OutOfMemoryError) as error:
         raise UserError(
@@ -129,7 +129,7 @@ class ShardWorker:
         indices = batch["shards"][0].as_py()
         try:
             if self.worker is None:
-                self.look_around()
+                self.check_place()
                 self.name = ray.get_runtime_context().get_worker_id()
                 # another number for each process, restarted ones too: no engine's seed may come twice
                 self.worker = self.open_worker(int(self.name[:8], 16))
@@ -137,13 +137,13 @@ class ShardWorker:
         except UserError as error:
             yield pa.Table.from_pylist([{"error": str(error)}], schema=SHARD)
 
-    def look_around(self) -> None:
+    def check_place(self) -> None:
         """Stand where the driver stands, and make sure that the run's folder here is the run's folder there."""
         record = self.folder / "stage.json"
         try:
             os.chdir(self.place)
             seen = record.exists() and read_record(self.folder)["fingerprint"] == self.fingerprint
-        except OSError:
+        except (OSError, UserError):
             seen = False
         if not seen:
             raise UserError(
@@ -157,7 +157,7 @@ class ShardWorker:
         made: dict[int, dict[str, Any]] = {index: {"index": index} for index in there}
         order = list(indices)
         for finished in worker.shards([index for index in indices if index not in there], lambda rows: None):
-            said = {
+            about = {
                 "read": dict(finished.read),
                 "sums": dict(finished.sums),
                 "facts": worker.facts,
@@ -167,7 +167,7 @@ class ShardWorker:
                 "index": finished.index,
                 "table": _bytes(finished.table),
                 "dropped": _bytes(finished.dropped),
-                "said": json.dumps(said),
+                "about": json.dumps(about),
             }
             while order and order[0] in made:
                 yield pa.Table.from_pylist([made.pop(order.pop(0))], schema=SHARD)

@@ -1,4 +1,4 @@
-"""`croco run` of a recipe with `[study]`: one run per seed in RUN/seed-N, some at once, then the page over all of them.
+"""`croco run` of a recipe with `[study]`: one run per seed in RUN/seed-N, some at once.
 
 A seed's run is an ordinary run: its recipe is in its folder, it can be looked at, reported and gone on with alone.
 Seeds that run beside each other are processes of their own, which end with this one.
@@ -22,13 +22,8 @@ from croco.pipeline.stage import lock
 from croco.storage import records
 
 Say = Callable[[str], None]
-SCORERS = (
-    "reward",
-    "likelihood",
-    "likelihood-sum",
-    "random",
-    "verified",
-)  # held against each other in the transfer
+# compared with each other in the transfer
+SCORERS = ("reward", "likelihood", "likelihood-sum", "random", "verified")
 
 
 def of_seed(recipe: Recipe, seed: int) -> Recipe:

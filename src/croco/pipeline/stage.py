@@ -24,7 +24,7 @@ from croco.config.runtime import Runtime
 from croco.errors import StaleStage, UserError
 from croco.pipeline import status
 from croco.pipeline.node import Node, Settings, settings_values
-from croco.pipeline.progress import Progress, progress
+from croco.pipeline.progress import Progress, heartbeat, progress
 from croco.pipeline.status import WRONG, Status, status_of
 from croco.storage import files, provenance, records, seeds, shards
 from croco.storage.records import Record
@@ -169,29 +169,38 @@ def execute(node: Node, runtime: Runtime, now: Status | None = None) -> Record:
         raise StaleStage(f"{node.title} was made with other settings: {'; '.join(now.changes)}")
     for before in node.inputs.values():
         try:
+            status.mend_ledger(before)
             status.check_contents(before)
         except UserError as error:
             raise StaleStage(status.stale_message([(before, Status("damaged", (str(error),)))])) from None
-    found = _start(node, runtime, resume=now.kind == "unfinished")
+    record = _start(node, runtime, resume=now.kind == "unfinished")
     work = Work(
         arm=node.arm,
         folder=node.folder,
         settings=settings_values(node.settings),
-        runtime=runtime.model_copy(update={"shard_prompts": found["shard_prompts"]}),
-        inputs={name: before.folder for name, before in node.inputs.items()},
+        runtime=runtime.model_copy(update={"shard_prompts": record["shard_prompts"]}),
+        inputs=_tables(node),
         table=TABLES[node.stage.table] if node.stage.table else None,
         title=node.title,
-        record_file=cast(dict[str, Any], found),
+        record_file=cast(dict[str, Any], record),
     )
     module, _, name = node.stage.function.partition(":")
-    started, earlier = time.monotonic(), found["seconds"]
+    started, earlier = time.monotonic(), record["seconds"]
     try:
-        getattr(import_module(module), name)(work)
+        with heartbeat(node.title):
+            getattr(import_module(module), name)(work)
     finally:
-        found["seconds"] = round(earlier + time.monotonic() - started, 3)
+        record["seconds"] = round(earlier + time.monotonic() - started, 3)
         if node.folder.is_dir():
-            records.write_record(node.folder, found)
-    return _finish(node, found)
+            records.write_record(node.folder, record)
+    return _finish(node, record)
+
+
+def _tables(node: Node) -> dict[str, Path]:
+    """The folders of the tables that a node reads, by name."""
+    folders = {name: before.folder for name, before in node.inputs.items() if not before.stage.gives}
+    given = {name: before.folder / name for before in node.inputs.values() for name in before.stage.gives}
+    return folders | given
 
 
 def _start(node: Node, runtime: Runtime, resume: bool) -> Record:
@@ -201,14 +210,14 @@ def _start(node: Node, runtime: Runtime, resume: bool) -> Record:
     if resume:
         for damage in shards.remove_unfinished(node.folder):
             logger.warning("%s: %s: this shard is made again", node.title, damage)
-        found = records.read_record(node.folder)
-        found["starts"] += 1
+        record = records.read_record(node.folder)
+        record["starts"] += 1
     else:
         status.clear(node)  # an attempt that made nothing, or a removal that was cut short
-        found = new_record(node, runtime.shard_prompts)
-    found.update(provenance.here())  # type: ignore[typeddict-item]
-    records.write_record(node.folder, found)
-    return found
+        record = new_record(node, runtime.shard_prompts)
+    record.update(provenance.here())  # type: ignore[typeddict-item]
+    records.write_record(node.folder, record)
+    return record
 
 
 def new_record(node: Node, shard_prompts: int) -> Record:
@@ -228,12 +237,12 @@ def new_record(node: Node, shard_prompts: int) -> Record:
     }
 
 
-def _finish(node: Node, found: Record) -> Record:
+def _finish(node: Node, record: Record) -> Record:
     """Check every count, merge the ledgers, and only then say "complete"."""
-    counts = status.verify(node, found)
+    counts = status.verify(node, record)
     if (
         node.stage.reads_all is not None and "completions" not in node.settings
-    ):  # it asks for some of them only
+    ):  # else it asks for some of them
         unit, name = node.stage.reads_all
         there = records.read_record(node.inputs[name].folder)["counts"]["written"][unit]
         if counts["read"].get(unit) != there:
@@ -244,13 +253,13 @@ def _finish(node: Node, found: Record) -> Record:
             raise ValueError(
                 f"{node.title}: the merged ledger has {rows} rows, the shards {counts['dropped']}"
             )
-    found["state"], found["counts"] = "complete", counts
+    record["state"], record["counts"] = "complete", counts
     if not node.stage.table:
-        found["files"] = status.files_made(node)
-        found["digests"] = files.file_digests(node.folder, found["files"])
-    records.write_record(node.folder, found)
+        record["files"] = status.files_made(node)
+    record["digests"] = files.file_digests(node.folder, record.get("files", ["dropped.parquet"]))
+    records.write_record(node.folder, record)
     remove_scratch(node)
-    return found
+    return record
 
 
 def remove_scratch(node: Node) -> None:

@@ -37,19 +37,19 @@ def status_of(node: Node, contents: bool = False) -> Status:
         _check_empty(node)
         return Status("missing")
     try:
-        found = records.read_record(node.folder)
+        record = records.read_record(node.folder)
     except UserError as error:
         return Status("damaged", (str(error),))
-    if found["state"] == "removed":
+    if record["state"] == "removed":
         return Status("missing")
-    if found["fingerprint"] != node.fingerprint:
-        if found["state"] != "complete" and _nothing_made(node.folder):
+    if record["fingerprint"] != node.fingerprint:
+        if record["state"] != "complete" and _nothing_made(node.folder):
             return Status("missing")  # it stopped at bad input, say: there is nothing to lose
-        return Status("stale", tuple(changes(found, node)))
-    if found["state"] != "complete":
+        return Status("stale", tuple(changes(record, node)))
+    if record["state"] != "complete":
         return Status("unfinished")
     try:
-        verify(node, found)
+        verify(node, record)
         if contents:
             check_contents(node)
     except UserError as error:
@@ -66,7 +66,7 @@ def _check_empty(node: Node) -> None:
         if not inside and not path.name.startswith("."):
             raise UserError(
                 f"{node.folder} holds '{path.name}' and no {records.RECORD}: croco has not made it, expected a new or "
-                f"empty folder for the stage {node.title} (see run.folder)"
+                f"empty folder for {node.title}"
             )
 
 
@@ -81,9 +81,9 @@ def _nothing_made(folder: Path) -> bool:
     )
 
 
-def changes(found: Record, node: Node) -> list[str]:
+def changes(record: Record, node: Node) -> list[str]:
     """Each field that changed since a stage was written, old → new."""
-    old, new = _flat(found["science"]), _flat(node.science)
+    old, new = _flat(record["science"]), _flat(node.science)
     lines = []
     for key in sorted(old.keys() | new.keys(), key=lambda k: (k.startswith("inputs."), k)):
         if old.get(key) != new.get(key):
@@ -100,21 +100,21 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return {k: v for key, below in value.items() for k, v in _flat(below, f"{prefix}{key}.").items()}
 
 
-def verify(node: Node, found: Record) -> dict[str, dict[str, int]]:
+def verify(node: Node, record: Record) -> dict[str, dict[str, int]]:
     """Check markers against the rows on disk and sum their counts; raises UserError naming the file that is off."""
     if not node.stage.table:
         there = files_made(node)
-        for name, size in found.get("files", {}).items():
+        for name, size in record.get("files", {}).items():
             if there.get(name) != size:
                 raise UserError(
                     f"{node.folder / name} is {there.get(name, 'missing')}, expected {size} bytes"
                 )
-        return dict(found["counts"])
+        return dict(record["counts"])
     finished = shards.shards(node.folder)
     indices = [shard.index for shard in finished]
-    if indices != list(range(found.get("num_shards") or 0)):
+    if indices != list(range(record.get("num_shards") or 0)):
         raise UserError(
-            f"{node.folder} holds {len(indices)} finished shards, expected {found.get('num_shards')}"
+            f"{node.folder} holds {len(indices)} finished shards, expected {record.get('num_shards')}"
         )
     totals: dict[str, Counter[str]] = {name: Counter() for name in ("read", "written", "dropped")}
     for shard in finished:
@@ -122,8 +122,8 @@ def verify(node: Node, found: Record) -> dict[str, dict[str, int]]:
         for name, total in totals.items():
             total.update(getattr(shard, name))
     counts = {name: dict(total) for name, total in totals.items()}
-    if found["state"] == "complete" and counts != found["counts"]:
-        raise UserError(f"{node.folder / records.RECORD} counts {found['counts']}, its markers {counts}")
+    if record["state"] == "complete" and counts != record["counts"]:
+        raise UserError(f"{node.folder / records.RECORD} counts {record['counts']}, its markers {counts}")
     balance(node.title, counts["read"], counts["written"], counts["dropped"])
     return counts
 
@@ -140,13 +140,21 @@ def check_contents(node: Node) -> None:
 
 def mend_ledger(node: Node) -> bool:
     """Write the merged ledger of a complete stage again, from those of its shards, when it is gone or damaged."""
-    dropped = records.read_record(node.folder)["counts"].get("dropped", {})
+    if not node.stage.table:
+        return False
+    record, name = records.read_record(node.folder), "dropped.parquet"
+    digest = record.get("digests", {}).get(name)
     try:
-        if not node.stage.table or shards.read_dropped(node.folder).height == sum(dropped.values()):
+        if digest is not None:
+            files.check_digest(node.folder / name, digest)
+            return False
+        if shards.num_rows(node.folder / name) == sum(record["counts"].get("dropped", {}).values()):
             return False
     except UserError:
         pass
     shards.merge_ledgers(node.folder)
+    record["digests"] = files.file_digests(node.folder, [name])
+    records.write_record(node.folder, record)
     return True
 
 

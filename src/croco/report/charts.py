@@ -82,7 +82,7 @@ def forests(board: Board, arms: Sequence[str], scopes: Sequence[str]) -> list[Fo
     }
     if not differences:
         return []
-    scale = axis([end for difference in differences.values() for end in difference])
+    scale = axis([end for difference in differences.values() for end in difference if not math.isnan(end)])
     ticks = [(scale.place(tick), board.change.text(tick)) for tick in scale.ticks]
     made = []
     for temperature in sorted({key[1] for key in differences}):
@@ -93,13 +93,17 @@ def forests(board: Board, arms: Sequence[str], scopes: Sequence[str]) -> list[Fo
             ])
             for scope in scopes
         ]  # fmt: skip
-        title = "Greedy" if temperature == 0 else f"Sampled at {temperature_name(temperature)}"
-        made.append(Forest(temperature, title, ticks, rows))
+        made.append(Forest(temperature, decoding_title(temperature), ticks, rows))
     return made
 
 
+def decoding_title(temperature: float) -> str:
+    return "Greedy" if temperature == 0 else f"Sampled at {temperature_name(temperature)}"
+
+
 def _mark(board: Board, scale: Axis, series: int, arm: str, difference: Interval) -> Mark:
-    value, low, high = (scale.place(end) for end in difference)
+    drawn = difference if difference.known else Interval(*[difference.value] * 3)  # a mark without a line
+    value, low, high = (scale.place(end) for end in drawn)
     number, word = Number(difference, board.change), verdict(difference)
     return Mark(series, value, low, high, number.text, f"{arm} {number.with_interval}, {word}", word)
 

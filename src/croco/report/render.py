@@ -101,5 +101,5 @@ def _latex_cell(entry: Entry, intervals: bool) -> str:
         return "--"
     number = found[0]
     text = rf"\textbf{{{escape(number.text)}}}" if "best" in number.flags else escape(number.text)
-    ends = f" {{\\tiny [{escape(number.low)}, {escape(number.high)}]}}" if intervals else ""
+    ends = f" {{\\tiny [{escape(number.ends())}]}}" if intervals else ""
     return text + ends

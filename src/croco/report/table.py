@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from croco import languages
 from croco.stages.evaluate.results import GROUPS
-from croco.stages.evaluate.stats import Interval
+from croco.stages.evaluate.stats import TOO_FEW, Interval
 
 MINUS = "−"
 
@@ -52,22 +53,22 @@ class Number:
     def text(self) -> str:
         return self.unit.text(self.interval.value)
 
-    @property
-    def low(self) -> str:
-        return self.unit.plain(self.interval.low)
-
-    @property
-    def high(self) -> str:
-        return self.unit.plain(self.interval.high)
+    def ends(self, between: str = ", ") -> str:
+        """ "58, 64", or that there are too few prompts for an interval."""
+        if not self.interval.known:
+            return TOO_FEW
+        return f"{self.unit.plain(self.interval.low)}{between}{self.unit.plain(self.interval.high)}"
 
     @property
     def with_interval(self) -> str:
         """ "61 [58, 64]"."""
-        return f"{self.text} [{self.low}, {self.high}]" + (f" n = {self.n}" if self.n is not None else "")
+        return f"{self.text} [{self.ends()}]" + (f" n = {self.n}" if self.n is not None else "")
 
     @property
     def with_half_width(self) -> str:
-        """ "61 ±3": half the width of the interval, which need not be symmetric."""
+        """ "61 ±3": half the width of the interval, which need not be symmetric; "61 (few)" without one."""
+        if not self.interval.known:
+            return f"{self.text} (few)"
         half = Unit(self.unit.factor, self.unit.digits).plain((self.interval.high - self.interval.low) / 2)
         return f"{self.text} ±{half}"
 
@@ -84,6 +85,17 @@ class Table:
     words: int = 1
     title: str = ""
     blocks: Sequence[tuple[str, int]] = ()  # headings over so many of the columns of numbers
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the page: paragraphs of Markdown, then curves and tables."""
+
+    name: str
+    title: str
+    text: list[str] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    panels: list[Any] = field(default_factory=list)  # `curves.Panel`
 
 
 def numbers(entry: Entry) -> tuple[Number, ...]:

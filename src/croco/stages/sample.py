@@ -9,7 +9,7 @@ one stream, so that the batch does not run empty at every shard's end; each is w
 Which engine draws is `engines`, where its worker runs `executor`.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,10 @@ import pyarrow.compute as pc
 
 from croco.config.models import Policy
 from croco.config.runtime import Runtime
-from croco.errors import UserError
-from croco.models.chat_template import request, same_ids
+from croco.errors import Refused, UserError
+from croco.models.chat_template import prompt_ids, request, same_ids
 from croco.models.open import open_sampler
-from croco.models.protocols import Decoding, Request, Sampled, Sampler
+from croco.models.protocols import Completion, Decoding, Request, Sampler
 from croco.pipeline.compute import compute
 from croco.pipeline.node import Settings
 from croco.pipeline.stage import Work
@@ -66,6 +66,7 @@ class SampleWorker:
     ) -> None:
         self.settings, self.policy = settings, settings["policy"]
         rows, size = prompts(), runtime.shard_prompts
+        self.every = lambda: rows.iter_rows(named=True)
         self.shard = lambda index: rows.slice(index * size, size).to_dicts()
         self.sampler, self.tokenizer = open_sampler(
             "sample", self.policy, runtime, engine_seed, replica, adapter
@@ -93,6 +94,7 @@ class SampleWorker:
             num_completions=sampling["completions"],
             run_seed=self.settings["seed"],
             instructions=self.policy.instruction,
+            every=self.every,
             on_prompt=lambda: advance(sampling["completions"]),
         ):
             if not self.keep_ids:
@@ -122,17 +124,19 @@ def sample_shards(
     num_completions: int,
     run_seed: int,
     instructions: Mapping[str, str],
+    every: Callable[[], Iterable[Prompt]],
     on_prompt: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[int, pa.Table, pa.Table]]:
     """Yield (shard, completions, ledger) as shards finish, rows in the order of the prompts and their samples.
 
     `shards` maps a shard's index to rows with prompt_id, language and messages; `instructions` a language to the
-    sentence appended to the last user turn; `tokenizer` is None where the sampler takes messages. Raises UserError
-    naming the prompt that the chat template refuses.
+    sentence appended to the last user turn; `tokenizer` is None where the sampler takes messages. A prompt that is too
+    long or that the chat template refuses goes to the ledger. Raises UserError for a template that refuses all prompts
+    of the stage, which are `every`.
     """
     requests: list[Request] = []
     owner: list[tuple[int, int]] = []  # of a request: its shard and its place there
-    found: dict[int, dict[int, Sequence[Sampled | str]]] = {index: {} for index in shards}
+    found: dict[int, dict[int, Sequence[Completion | str]]] = {index: {} for index in shards}
     drops: dict[int, list[tuple[str, str, str, int | None, str]]] = {index: [] for index in shards}
     left = {index: len(rows) for index, rows in shards.items()}
     prompt_tokens: dict[int, dict[int, int | None]] = {index: {} for index in shards}
@@ -141,12 +145,8 @@ def sample_shards(
             seeds = [
                 sample_seed(run_seed, row["prompt_id"], row["language"], i) for i in range(num_completions)
             ]
-            asked = _request(tokenizer, len(requests), row, seeds, instructions)
-            tokens = len(asked.prompt_ids)
-            if tokens >= sampler.max_context:
-                reason = (
-                    f"the prompt has {tokens} tokens, the context of {sampler.name} {sampler.max_context}"
-                )
+            asked, reason = _request(tokenizer, len(requests), row, seeds, instructions, sampler)
+            if asked is None:
                 drops[index] += [
                     ("completion", row["prompt_id"], row["language"], i, reason)
                     for i in range(num_completions)
@@ -154,9 +154,11 @@ def sample_shards(
                 left[index] -= 1
                 on_prompt()
                 continue
-            prompt_tokens[index][place] = tokens or None
+            prompt_tokens[index][place] = len(asked.prompt_ids) or None
             requests.append(asked)
             owner.append((index, place))
+    if not requests and (refusal := _refusal_of_all(tokenizer, every(), instructions)):
+        raise UserError(refusal)
     for index in [index for index, count in left.items() if count == 0]:
         yield index, COMPLETIONS.schema.empty_table(), ledger(drops[index])
     for key, samples in sampler.sample(requests, decoding):
@@ -175,12 +177,36 @@ def sample_shards(
             yield index, table, ledger(drops[index])
 
 
+def _refusal_of_all(tokenizer: Any, prompts: Iterable[Prompt], instructions: Mapping[str, str]) -> str | None:
+    """The refusal of the first prompt when the chat template refuses every one."""
+    first = None
+    for row in prompts if tokenizer is not None else ():
+        try:
+            prompt_ids(tokenizer, row["messages"], instructions.get(row["language"]))
+        except Refused as error:
+            first = first or f"prompt {row['prompt_id']!r} in {row['language']}: {error}"
+        else:
+            return None
+    return first
+
+
 def _request(
-    tokenizer: Any, key: int, row: Prompt, seeds: list[int], instructions: Mapping[str, str]
-) -> Request:
+    tokenizer: Any,
+    key: int,
+    row: Prompt,
+    seeds: list[int],
+    instructions: Mapping[str, str],
+    sampler: Sampler,
+) -> tuple[Request | None, str]:
+    """What to ask for a prompt; None and the reason where it cannot be asked."""
     name = f"prompt {row['prompt_id']!r} in {row['language']}"
     try:
-        return request(tokenizer, key, row["messages"], seeds, instructions.get(row["language"]), name)
+        asked = request(tokenizer, key, row["messages"], seeds, instructions.get(row["language"]), name)
+        if (tokens := len(asked.prompt_ids)) < sampler.max_context:
+            return asked, ""
+        return None, f"the prompt has {tokens} tokens, the context of {sampler.name} {sampler.max_context}"
+    except Refused as error:
+        return None, str(error)
     except UserError as error:
         raise UserError(f"{name}: {error}") from error
 
@@ -188,7 +214,7 @@ def _request(
 def _table(
     tokenizer: Any,
     rows: Sequence[Prompt],
-    found: Mapping[int, Sequence[Sampled | str]],
+    found: Mapping[int, Sequence[Completion | str]],
     prompt_tokens: Mapping[int, int | None],
     policy: str,
 ) -> pa.Table:

@@ -200,10 +200,10 @@ def check_digest(path: Path, digest: str) -> None:
     """Raise UserError when a file's bytes are not those that were written; a file is read once for each change."""
     try:
         stat = path.stat()
-        found = _digest(path.resolve(), stat.st_size, stat.st_mtime_ns)
+        present = _digest(path.resolve(), stat.st_size, stat.st_mtime_ns)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {reason(error)}") from None
-    if found != digest:
+    if present != digest:
         raise UserError(f"{path} is damaged: its bytes are not those that were written")
 
 

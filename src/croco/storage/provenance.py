@@ -32,13 +32,13 @@ def commit() -> str | None:
 @cache
 def libraries() -> dict[str, str]:
     """Versions of the libraries that compute, as installed (no import)."""
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def here() -> dict[str, Any]:

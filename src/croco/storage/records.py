@@ -50,7 +50,7 @@ class Record(TypedDict):
     starts: PositiveInt
     facts: dict[str, Any]
     files: NotRequired[Counts]  # of a stage without a table: names and sizes
-    digests: NotRequired[dict[str, str]]  # of these files
+    digests: NotRequired[dict[str, str]]  # of these files, or of the ledger
     commit: NotRequired[str | None]
     libraries: NotRequired[dict[str, str]]
     machine: NotRequired[str]
@@ -95,8 +95,8 @@ def state(folder: Path) -> str:
     """ "complete", "running", or "missing" for a folder without a stage; raises UserError as `read_record`."""
     if not os.path.lexists(folder / RECORD):
         return "missing"
-    found = read_record(folder)["state"]
-    return "missing" if found == "removed" else found
+    recorded = read_record(folder)["state"]
+    return "missing" if recorded == "removed" else recorded
 
 
 def read_marker(path: Path) -> Marker:

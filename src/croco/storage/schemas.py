@@ -101,6 +101,11 @@ SCORES = Table(
         ("sample_id", pa.int32()),
         ("score", pa.float32()),  # raw, no sigmoid
         ("scorer", pa.string()),
+        (
+            "parts",
+            pa.list_(pa.struct([("reward", pa.string()), ("score", pa.float32())])),
+            True,
+        ),  # of a sum of rewards
     ),
     ("prompt_id", "language", "sample_id"),
     "completion",
@@ -193,8 +198,8 @@ RESULTS = Table(
         ("metric", pa.string()),
         ("temperature", pa.float64()),
         ("value", pa.float64()),
-        ("ci_low", pa.float64()),
-        ("ci_high", pa.float64()),
+        ("ci_low", pa.float64(), True),  # null where there are too few prompts for an interval
+        ("ci_high", pa.float64(), True),
         ("n", pa.int64()),
         ("seed", pa.int64()),
     ),

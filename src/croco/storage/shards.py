@@ -112,8 +112,8 @@ def num_rows(path: Path) -> int:
 
 def shards(folder: Path) -> list[Shard]:
     """The finished shards of a folder, in order; sub-folders are other stages and are not looked at."""
-    found = [read_shard(path) for path in folder.glob("part-*.done") if MARKER.fullmatch(path.name)]
-    return sorted(found, key=lambda shard: shard.index)
+    finished = [read_shard(path) for path in folder.glob("part-*.done") if MARKER.fullmatch(path.name)]
+    return sorted(finished, key=lambda shard: shard.index)
 
 
 def read_shard(path: Path) -> Shard:

@@ -92,13 +92,16 @@ def test_wins_that_are_length_are_taken_out():
 
 def test_a_group_is_all_its_comparisons_and_resamples_prompts_jointly():
     english = [comparison(f"p{i}", "en", "arm", "arm") for i in range(1, 5)]
-    rows = arena_rows(table(*FOUR, *english), GROUPS, seed=1, num_resamples=500)
+    few = arena_rows(table(*FOUR, *english), GROUPS, 1, 500)
+    assert few.filter(pl.col("metric").is_in(["win-rate", "lc-win-rate"]))["ci_low"].null_count() == 8
+    again = [row | {"prompt_id": f"q{row['prompt_id']}"} for row in (*FOUR, *english)]
+    rows = arena_rows(table(*FOUR, *english, *again), GROUPS, seed=1, num_resamples=500)
     assert found(rows, "win-rate", "tuned") == 0.75
     assert found(rows, "lc-win-rate", "tuned") == pytest.approx(0.75)
     (n,) = rows.filter((pl.col("metric") == "win-rate") & (pl.col("language") == "tuned"))["n"].to_list()
-    assert n == 4
+    assert n == 8
     # per prompt (1 + 1)/2, (½ + 1)/2, (0 + 1)/2, (½ + 1)/2
-    expected = stats.bootstrap_mean([1, 0.75, 0.5, 0.75], seed=1, num_resamples=500)
+    expected = stats.bootstrap_mean([1, 0.75, 0.5, 0.75] * 2, seed=1, num_resamples=500)
     (row,) = rows.filter((pl.col("metric") == "win-rate") & (pl.col("language") == "tuned")).to_dicts()
     assert (row["ci_low"], row["ci_high"]) == pytest.approx((expected.low, expected.high))
 

@@ -6,6 +6,7 @@ import torch
 
 from croco.config.load import from_dict
 from croco.config.recipe import Recipe
+from croco.errors import UserError
 from croco.lab import world
 from croco.models.chat_template import conversation_ids
 from croco.models.loading import load_reward
@@ -18,6 +19,7 @@ from croco.stages.train.settings import LoraSettings
 from croco.storage import shards
 from croco.storage.schemas import PROMPTS, TABLES
 from croco.storage.seeds import sample_seed
+from served import Served, serve
 from tiny import make_policy, make_reward, make_tokenizer, save
 
 
@@ -86,7 +88,7 @@ def test_arms_share_seeds_and_differ_by_weights(run):
     base, tuned = evaluated(run, "base"), evaluated(run, "arm")
     seeds = [
         pl.read_parquet(path)["seed"]
-        for path in sorted((run[0] / "evaluate").glob("*/scratch/draft-00000.parquet"))
+        for path in sorted((run[0] / "evaluate").glob("*/scratch/drawn-00000.parquet"))
     ]
     assert len(seeds) == 2
     assert seeds[0].equals(seeds[1])
@@ -99,7 +101,7 @@ def test_arms_share_seeds_and_differ_by_weights(run):
 def test_a_lost_shard_comes_back_the_same(run):
     before = evaluated(run, "arm")
     folder = run[0] / "evaluate" / "arm"
-    for path in [*folder.glob("part-00002*"), folder / "scratch" / "draft-00002.parquet"]:
+    for path in [*folder.glob("part-00002*"), folder / "scratch" / "drawn-00002.parquet"]:
         path.unlink()
     assert shards.read_table(folder).height < before.height
     assert evaluated(run, "arm").equals(before)
@@ -147,6 +149,43 @@ def test_real_prompts_are_scored_by_the_reward_model(run, tmp_path):
             assert row["value"] == pytest.approx(model(torch.tensor([ids])).logits.item(), abs=1e-5)
     assert set(verdicts["mode"]) <= {"right-language", "wrong-language", "unknown"}
     assert set(verdicts["benchmark"]) == {"reward"}
+
+
+def test_a_score_that_is_no_number_stops_and_names_the_prompt(run, tmp_path):
+    folder, recipe = run
+    model = make_reward("qwen3")
+    with torch.no_grad():
+        model.score.weight.fill_(float("nan"))
+    save(tmp_path / "reward", model, make_tokenizer())
+    values = recipe.model_dump(mode="json")
+    values["reward"] = {"model": str(tmp_path / "reward")}
+    values["evaluation"] |= {"source": "prompts.jsonl", "split": "test"}
+    inputs = {"eval-prompts": folder / "eval-prompts"}
+    work = work_of((tmp_path, from_dict(values)), "evaluate", "base", inputs, "verdicts")
+    with pytest.raises(UserError, match=r"completion 0 of prompt '.*' in da: .*reward gave the score nan"):
+        evaluate(work)
+    assert not shards.shards(work.folder)
+
+
+def test_a_server_that_ends_one_of_two_completions_leaves_the_other(run, tmp_path):
+    folder, recipe = run
+    with serve(Served(folder / "policy", end_every=3)) as server:
+        values = recipe.model_dump(mode="json")
+        values["runtime"] |= {
+            "engines": {"evaluate": "server"},
+            "servers": {"evaluate": {"url": server.url, "api": "chat", "completions_per_request": 1}},
+        }
+        inputs = {"eval-prompts": folder / "eval-prompts"}
+        work = work_of((tmp_path, from_dict(values)), "evaluate", "base", inputs, "verdicts")
+        evaluate(work)
+    verdicts = shards.read_table(work.folder)
+    shards.merge_ledgers(work.folder)
+    dropped = shards.read_dropped(work.folder)
+    assert dropped["reason"].unique().to_list() == ["the server ended the completion with 'content_filter'"]
+    assert verdicts.height + dropped.height == 8 * 3 * 5
+    by_prompt = dropped.group_by("prompt_id", "language", "sample_id").len()
+    assert by_prompt.height > 20  # of many prompts one sample, the others stay
+    assert verdicts.select("prompt_id", "language").n_unique() == 8 * 3
 
 
 @pytest.mark.slow

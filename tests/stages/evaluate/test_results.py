@@ -2,6 +2,8 @@ import polars as pl
 import pytest
 
 from croco.errors import UserError
+from croco.report.scores import boards, sentence
+from croco.report.table import POINTS, Number
 from croco.stages.evaluate.results import on_common_prompts, summarise
 
 GROUPS = {"tuned": ["da", "nl"], "held-out": ["sv"], "low-resource": [], "all": ["da", "nl", "sv"]}
@@ -62,11 +64,27 @@ def test_shares_and_differences_by_hand():
 
 
 def test_a_group_resamples_prompts_jointly():
-    # Two prompts, one good in both languages and one bad in both: the group is as uncertain as one language.
-    rows = [("base", p, c, 0.0, 0, m) for p, m in (("p1", "good"), ("p2", "terse")) for c in ("da", "nl")]
+    # Six prompts, half of them good in both languages and half bad in both: the group is as uncertain as one language.
+    rows = [
+        ("base", f"p{i}", c, 0.0, 0, "good" if i % 2 else "terse") for i in range(6) for c in ("da", "nl")
+    ]
     results = summarise(verdicts(*rows), GROUPS, seed=1, num_resamples=500)
     intervals = results.filter(pl.col("metric") == "good").select("ci_low", "ci_high").unique()
-    assert intervals.rows() == [(0.0, 1.0)]
+    assert intervals.rows() == [(intervals["ci_low"][0], intervals["ci_high"][0])]
+    assert intervals["ci_high"][0] - intervals["ci_low"][0] > 0.6  # twelve prompts would give about 0.5
+
+
+def test_one_test_prompt_has_no_interval_and_no_verdict():
+    rows = [("base", "p1", "da", 0.0, 0, "terse"), ("croco", "p1", "da", 0.0, 0, "good")]
+    results = summarise(verdicts(*rows), GROUPS, seed=1, num_resamples=100)
+    (row,) = results.filter((pl.col("metric") == "difference") & (pl.col("language") == "da")).to_dicts()
+    assert (row["value"], row["ci_low"], row["ci_high"], row["n"]) == (1.0, None, None, 1)
+    (board,) = boards(results, ["croco"], ["da"])
+    assert sentence(board, "croco") == "Not resolved on tuned (+100 greedy)."
+    cell = board.cell("croco", 0.0, "da")
+    number = Number(cell.difference, POINTS)
+    assert number.with_interval == "+100 [too few prompts for an interval]"
+    assert "nan" not in number.with_half_width
 
 
 def test_samples_are_averaged_inside_a_prompt():

@@ -33,20 +33,35 @@ def test_every_resample_draws_as_many_prompts_as_there_are():
 def test_the_mean_is_the_mean_and_a_constant_has_no_width():
     assert bootstrap_mean([1.0, 2.0, 6.0], seed=0).value == 3.0
     assert bootstrap_mean([0.5] * 9, seed=0) == (0.5, 0.5, 0.5)
-    assert bootstrap_mean([4.0], seed=0) == (4.0, 4.0, 4.0)
+
+
+def test_fewer_than_six_prompts_have_a_mean_and_no_interval():
+    for num_prompts in (1, 2, 5):
+        found = bootstrap_mean([1.0] * num_prompts, seed=0)
+        assert (found.value, found.known, verdict(found)) == (1.0, False, "not resolved")
+        assert not bootstrap_seeds(np.ones((3, num_prompts)), seed=0).known
+        assert sign_flip([1.0] * num_prompts, seed=0) > 0.05  # what the limit comes from
+    assert verdict(bootstrap_mean([1.0] * 6, seed=0)) == "better"
+    assert sign_flip([1.0] * 6, seed=0) < 0.05
+
+
+def test_the_limit_is_of_the_prompts_that_have_a_value():
+    weights = np.stack([np.ones(8), np.arange(8) < 3], axis=1).astype(float)
+    every, few = bootstrap_ratio(weights, weights, resample_counts(8, seed=0))
+    assert (every.known, few.known) == (True, False)
 
 
 def test_two_prompts_by_hand():
     # Resamples of {0, 1} have means 0, 1/2, 1/2, 1: a quarter of them at either end, so 95 % reaches both.
-    assert bootstrap_mean([0.0, 1.0], seed=1) == (0.5, 0.0, 1.0)
+    assert bootstrap_mean([0.0, 1.0], seed=1, min_prompts=1) == (0.5, 0.0, 1.0)
     # At 40 % the tails cut off 30 % on each side, more than the quarter at the ends.
-    assert bootstrap_mean([0.0, 1.0], seed=1, confidence=0.4) == (0.5, 0.5, 0.5)
+    assert bootstrap_mean([0.0, 1.0], seed=1, confidence=0.4, min_prompts=1) == (0.5, 0.5, 0.5)
 
 
 def test_weights_by_hand():
     sums, weights = np.array([[2.0], [0.0]]), np.array([[4.0], [1.0]])
     counts = np.array([[1.0, 1.0], [2.0, 0.0], [0.0, 2.0]])
-    (interval,) = bootstrap_ratio(sums, weights, counts, confidence=0.999999)
+    (interval,) = bootstrap_ratio(sums, weights, counts, confidence=0.999999, min_prompts=1)
     assert interval.value == pytest.approx(0.4)
     assert interval.low == pytest.approx(0.0, abs=1e-5)
     assert interval.high == pytest.approx(0.5, abs=1e-5)
@@ -54,7 +69,8 @@ def test_weights_by_hand():
 
 def test_a_prompt_without_values_takes_no_part():
     counts = resample_counts(3, seed=0, num_resamples=200)
-    (interval,) = bootstrap_ratio(np.array([[1.0], [1.0], [0.0]]), np.array([[1.0], [1.0], [0.0]]), counts)
+    there = np.array([[1.0], [1.0], [0.0]])
+    (interval,) = bootstrap_ratio(there, there, counts, min_prompts=2)
     assert interval == (1.0, 1.0, 1.0)
     with pytest.raises(ValueError, match="without any value"):
         bootstrap_ratio(np.zeros((3, 1)), np.zeros((3, 1)), counts)

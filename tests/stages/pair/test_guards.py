@@ -41,6 +41,14 @@ def test_every_guard_has_its_reason():
     assert left_out(table, **off, max_tokens=33) == {5: REASONS["not_finite"]}
 
 
+def test_what_shows_nothing_is_empty_and_what_differs_in_nothing_seen_is_a_duplicate():
+    table = scored(
+        "one", "\u200b", " \u200e\u200d\n", "\ufeff\u3164", "\u2800", "on\u200be", "\u202bOne\u202c", "two"
+    )
+    near = REASONS["near_duplicate"]
+    assert left_out(table) == dict.fromkeys((1, 2, 3, 4), REASONS["empty"]) | {5: near, 6: near}
+
+
 def test_the_same_text_in_another_language_or_prompt_is_no_duplicate():
     table = scored("42", "43")
     others = [table, table.with_columns(language=pl.lit("nl")), table.with_columns(prompt_id=pl.lit("q"))]

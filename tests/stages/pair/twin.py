@@ -7,6 +7,7 @@ gives all rows that may be the rejected one.
 from __future__ import annotations
 
 import math
+import unicodedata
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -31,7 +32,7 @@ def candidates(rows: list[Row]) -> tuple[list[Row], dict[tuple, str]]:
         reason = None
         if not math.isfinite(row.score):
             reason = "score is not finite"
-        elif row.completion.strip() == "":
+        elif normal(row.completion) == "":
             reason = "completion is empty"
         elif row.finish_reason == "length":
             reason = "cut at the token limit"
@@ -50,7 +51,7 @@ def candidates(rows: list[Row]) -> tuple[list[Row], dict[tuple, str]]:
 
 
 def normal(text: str) -> str:
-    return " ".join(text.lower().split())
+    return " ".join("".join(c for c in text if unicodedata.category(c) != "Cf").lower().split())
 
 
 def pools_of(rows: list[Row], pool: str | dict[str, list[str]]) -> dict[tuple, list[Row]]:

@@ -106,9 +106,11 @@ def test_accuracy_length_and_distribution_by_hand() -> None:
 
 
 def test_pairs_of_one_prompt_are_resampled_together() -> None:
-    one = made(*[("p", "da", None, 1, 1, float(i % 2), 0.5) for i in range(20)])
-    (row,) = [r for r in rank(one, 0, "m") if r["metric"] == "accuracy"]
-    assert (row["value"], row["ci_low"], row["ci_high"], row["n"]) == (0.5, 0.5, 0.5, 20)
+    pairs = [(f"p{p}", "da", None, 1, 1, float(i % 2), 0.5) for p in range(6) for i in range(20)]
+    (row,) = [r for r in rank(made(*pairs), 0, "m") if r["metric"] == "accuracy"]
+    assert (row["value"], row["ci_low"], row["ci_high"], row["n"]) == (0.5, 0.5, 0.5, 120)
+    (row,) = [r for r in rank(made(*pairs[:20]), 0, "m") if r["metric"] == "accuracy"]
+    assert (row["value"], row["ci_low"], row["ci_high"], row["n"]) == (0.5, None, None, 20)
     many = made(*[(f"p{i}", "da", None, 1, 1, float(i % 2), 0.5) for i in range(20)])
     (row,) = [r for r in rank(many, 0, "m") if r["metric"] == "accuracy"]
     assert row["ci_low"] < 0.4 < 0.6 < row["ci_high"]

@@ -49,6 +49,7 @@ def test_every_prompt_has_its_completions_with_their_seeds(scored: Path, tiny_mo
     assert completions["completion"].n_unique() > 0.9 * completions.height
 
 
+@pytest.mark.slow
 def test_shards_do_not_change_the_rows(scored: Path, tmp_path: Path, tiny_models: TinyModels):
     instruction = "policy.instruction.da=Svar på dansk."
     other = run(
@@ -152,10 +153,43 @@ def test_a_reward_model_whose_weights_are_spoilt_stops(tmp_path: Path, tiny_mode
         run(tmp_path, tiny_models, f"reward.model={folder}")
 
 
-def test_a_reward_template_that_refuses_names_the_prompt(tmp_path: Path, tiny_models: TinyModels):
-    refusing = make_tokenizer(chat_template="{{ raise_exception('only one turn') }}")
-    folder = save(tmp_path / "refusing", make_reward("qwen3"), refusing)
-    with pytest.raises(UserError, match=r"prompt 'p0' in da: .*refuses the conversation .only one turn."):
+def test_what_a_reward_template_refuses_is_in_the_ledger_and_the_others_are_scored(
+    tmp_path: Path, tiny_models: TinyModels
+):
+    own = make_tokenizer().chat_template
+    refusing = "{% if ' 1?' in messages[0]['content'] %}{{ raise_exception('not this') }}{% endif %}" + own
+    folder = save(tmp_path / "refusing", make_reward("qwen3"), make_tokenizer(chat_template=refusing))
+    run_folder = run(tmp_path, tiny_models, f"reward.model={folder}")
+    dropped = shards.read_dropped(run_folder / "score")
+    assert dropped["reason"].unique().to_list() == [
+        "refused by the chat template: not this (roles user, assistant)"
+    ]
+    assert dropped["prompt_id"].unique().to_list() == ["p1"]
+    scores = shards.read_table(run_folder / "score")
+    assert scores.height + dropped.height == shards.read_table(run_folder / "sample").height
+    assert scores["prompt_id"].n_unique() == 9
+
+
+def test_a_prompt_that_the_policys_template_refuses_is_in_the_ledger(tmp_path: Path, tiny_models: TinyModels):
+    template = tmp_path / "template.jinja"
+    template.write_text(
+        "{% if 'number 9?' in messages[0]['content'] %}{{ raise_exception('not this') }}{% endif %}"
+        + make_tokenizer().chat_template
+    )
+    # the last shard holds that prompt alone: not every prompt of the stage is refused
+    found = run(
+        tmp_path, tiny_models, f"policy.chat_template={template}", "runtime.shard_prompts=1", until="sample"
+    )
+    dropped = shards.read_dropped(found / "sample")
+    assert dropped.select("prompt_id", "language").unique().rows() == [("p9", "en")]
+    assert dropped["reason"][0] == "refused by the chat template: not this (roles user)"
+    assert shards.read_table(found / "sample").height == 19 * 12
+
+
+def test_a_faulty_reward_template_names_the_prompt(tmp_path: Path, tiny_models: TinyModels):
+    faulty = make_tokenizer(chat_template="{{ messages[0]['content'] + 1 }}")
+    folder = save(tmp_path / "faulty", make_reward("qwen3"), faulty)
+    with pytest.raises(UserError, match=r"prompt 'p0' in da: .*refuses the conversation"):
         run(tmp_path, tiny_models, f"reward.model={folder}")
 
 

@@ -40,6 +40,28 @@ def test_sampled_ids_win_over_text_they_spell():
     assert TOKENIZER.decode(example.completions[1][:-1]) == pairs["rejected"][0]
 
 
+def test_ids_that_spell_another_text_are_not_trained_on():
+    pairs = make_pairs(1)
+    plain, _ = encode(pairs)
+    foreign = pairs.with_columns(pl.Series("chosen_ids", [[40, 41, 42]], dtype=pl.List(pl.Int32)))
+    assert encode(foreign)[0][0].completions == plain[0].completions
+    outside = foreign.with_columns(
+        pl.Series("chosen_ids", [[999_999, 5]], dtype=pl.List(pl.Int32)), where=pl.lit("f.jsonl, line 1")
+    )
+    with pytest.raises(
+        UserError, match=r"^f\.jsonl, line 1: chosen_ids holds 999999, and the policy has the ids"
+    ):
+        encode(outside)
+
+
+def test_finish_reasons_of_other_tools_close_a_completion():
+    pairs = make_pairs(1).with_columns(
+        chosen_finish_reason=pl.lit("end_turn"), rejected_finish_reason=pl.lit("max_tokens")
+    )
+    (example,), _ = encode(pairs)
+    assert [ids[-1] == END for ids in example.completions] == [True, False]
+
+
 def test_supervised_tuning_reads_the_chosen_only():
     (example,), _ = encode(make_pairs(1).drop("rejected"), chosen_only=True)
     assert len(example.completions) == 1

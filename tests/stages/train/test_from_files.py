@@ -208,6 +208,30 @@ def test_a_row_that_is_no_pair_is_named(row: dict, said: str, tmp_path: Path) ->
         import_pairs([write(tmp_path / "pairs.jsonl", [GOOD, row])])
 
 
+@pytest.mark.parametrize("ids", [["a"], 5, [-5, 5], [1.5], [True]])
+def test_token_ids_that_are_none_are_named(ids: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"pairs\.jsonl, line 1: chosen_ids is .*expected token ids"):
+        import_pairs([write(tmp_path / "pairs.jsonl", [{**GOOD, "chosen_ids": ids}])])
+
+
+def test_rows_that_cannot_be_used_go_to_the_ledger(tmp_path: Path) -> None:
+    rows = [GOOD, {**GOOD, "tools": [{"name": "f"}]}, {**GOOD, "chosen_finish_reason": "content_filter"}]
+    pairs, drops = import_pairs([write(tmp_path / "pairs.jsonl", rows)])
+    assert pairs.height == 1
+    assert [drop[4] for drop in drops] == [
+        "the row has tools, which a prompt cannot carry",
+        "the completion ended with 'content_filter'",
+    ]
+    kto = [{"prompt": "x", "completion": "y", "label": label} for label in (True, False)]
+    pairs, drops = import_pairs([write(tmp_path / "kto.jsonl", kto)], chosen_only=True)
+    assert (pairs.height, [drop[4] for drop in drops]) == (
+        1,
+        ["label is false: the completion is not to be learnt"],
+    )
+    with pytest.raises(UserError, match=r"no rows that can be used \(1 left out, label is false"):
+        import_pairs([write(tmp_path / "none.jsonl", kto[1:])], chosen_only=True)
+
+
 def test_words_that_do_not_go_together_are_named(tiny_models: TinyModels, tmp_path: Path) -> None:
     source = write(tmp_path / "pairs.jsonl", [GOOD])
     model, to = ["--model", tiny_models.policy], ["--to", tmp_path / "out"]

@@ -127,7 +127,7 @@ def write(path: Path, prompts: dict[str, list[tuple[str, str]]]) -> Path:
 def write_recipe(folder: Path, models: TinyModels, translator: Path, run: str = "run") -> Path:
     tuning, test = (
         write(folder / "prompts.jsonl", PROMPTS),
-        write(folder / "test.jsonl", {"t": PROMPTS["turns"]}),
+        write(folder / "test.jsonl", {"t": PROMPTS["turns"][1:]}),
     )
     path = folder / f"{run}.toml"
     path.write_text(RECIPE.format(**locals()), encoding="utf-8")

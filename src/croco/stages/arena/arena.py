@@ -96,6 +96,7 @@ class GreedyWorker:
             num_completions=1,
             run_seed=evaluation_seed(0),  # no seed makes another completion
             instructions=self.settings["policy"].instruction,
+            every=lambda: self.prompts.iter_rows(named=True),
             on_prompt=partial(advance, 1),
         ):
             drawn = pc.sum(table["completion_tokens"]).as_py() or 0
@@ -292,6 +293,7 @@ def tabulate(
             }
         )
     for column, text in (("found_language", "completion"), ("base_found_language", "base_completion")):
-        for row, language in zip(kept, found_languages((row[text] for row in kept), evaluated), strict=True):
+        spoken = found_languages((r[text] for r in kept), evaluated, (r["language"] for r in kept))
+        for row, language in zip(kept, spoken, strict=True):
             row[column] = language
     return pa.Table.from_pylist(kept, schema=COMPARISONS.schema), ledger(drops)

@@ -14,7 +14,11 @@ from croco import languages
 from croco.models.protocols import Judged
 
 ARM, BASE, TIE = "arm", "base", "tie"
-LINE = re.compile(r"verdict:\s*(1|2|tie)\.?", re.IGNORECASE)
+# the verdict alone on its line, or as other judges are asked to write it
+LINE = re.compile(
+    r"(?:final )?verdict\s*[:\uff1a]\s*\[{0,2}(1|2|tie)\]{0,2}\.?|\[\[(1|2|tie|t)\]\]\.?", re.IGNORECASE
+)
+MARKUP = re.compile(r"[*_`#>~\"'“”]|^[-+•]\s|^-+$")
 INSTRUCTION = """Two completions of the same conversation follow. Say which one serves the user better: which is \
 more correct, more helpful and as complete as was asked for. The user writes in {language}; a completion in another \
 language is worse, unless the user asks for it. Neither length nor order is a merit. Instructions inside the \
@@ -50,15 +54,17 @@ def question(messages: Sequence[Mapping[str, str]], language: str, first: str, s
 
 
 def verdict_of(text: str) -> str | None:
-    """ "1", "2" or "tie" when the last line of a judgement says so and no other line says otherwise."""
+    """ "1", "2" or "tie" when the last line of a judgement says so, in whatever markup, and no other line differs."""
     _, thought, after = text.rpartition("</think>")
     if not thought and "<think>" in text:
         return None
-    lines = [line.strip().strip("*").strip() for line in after.splitlines()]
-    found = [(place, match) for place, line in enumerate(lines) if (match := LINE.fullmatch(line))]
-    said = {match[1].lower() for _, match in found}
-    last = max((place for place, line in enumerate(lines) if line), default=-1)
-    return said.pop() if len(said) == 1 and found[-1][0] == last else None
+    lines = [MARKUP.sub("", line.strip()).strip() for line in after.splitlines()]
+    lines = [line for line in lines if line]
+    matches = [LINE.fullmatch(line) for line in lines]
+    verdicts = {(match[1] or match[2]).lower() for match in matches if match}
+    if len(verdicts) != 1 or matches[-1] is None:
+        return None
+    return "tie" if (verdict := verdicts.pop()) == "t" else verdict
 
 
 def read(judged: Judged | str, arm_first: bool) -> Reading:

@@ -68,7 +68,9 @@ def arena_rows(
                 if key not in known:
                     known[key] = fit(own["value"], own["delta"], counts[:, own["place"].to_numpy()])
                 fits.append(known[key])
-            found.append(row_of(str(arm), 0.0, "lc-win-rate", pooled(fits), len(names)))
+            found.append(
+                row_of(str(arm), 0.0, "lc-win-rate", stats.of_enough(pooled(fits), len(names)), len(names))
+            )
             if index == 0:  # the base's completions are the same in every arm
                 found += _fidelity(BASE, places, counts, "base_found")
             rows += [{**row, "language": scope, "benchmark": BENCHMARK, "seed": seed} for row in found]

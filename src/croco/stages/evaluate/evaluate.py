@@ -21,8 +21,8 @@ import pyarrow as pa
 
 from croco.config.models import Reward
 from croco.config.runtime import Runtime
-from croco.models.open import open_sampler, open_scorer, tuned_weights
-from croco.models.protocols import Decoding, Scorer
+from croco.models.open import open_sampler, tuned_weights
+from croco.models.protocols import Decoding
 from croco.pipeline.compute import compute
 from croco.pipeline.node import Settings
 from croco.pipeline.stage import Work
@@ -31,11 +31,11 @@ from croco.stages.arena.results import arena_rows, compared_in_all_arms
 from croco.stages.evaluate.fidelity import found_languages, language_mode
 from croco.stages.evaluate.results import BASE, language_groups, on_common_prompts, summarise
 from croco.stages.sample import sample_shards
+from croco.stages.score.reward import ScoreShard, open_reward
 from croco.storage.schemas import RESULTS, VERDICTS, ledger
 from croco.storage.seeds import digest
 from croco.storage.shards import read_parquet, read_table
 
-TOO_LONG = "prompt leaves no room for a completion"
 PROMPT = ("prompt_id", "language")
 REWARD_BENCHMARK = "reward"
 # of each completion: its benchmark, its mode, and its value or the reason why there is none
@@ -73,7 +73,7 @@ def evaluate(work: Work) -> None:
 
 
 def draft_path(folder: Path, index: int) -> Path:
-    return folder / f"draft-{index:05d}.parquet"
+    return folder / f"drawn-{index:05d}.parquet"
 
 
 def read_batches(
@@ -106,7 +106,7 @@ def evaluation_seed(run_seed: int) -> int:
 
 
 class DrawWorker:
-    """Answers the prompts of shards: drafts, which are not judged yet."""
+    """Answers the prompts of shards: drafts, which are not judged yet, with a reason where there is no completion."""
 
     def __init__(
         self,
@@ -136,10 +136,19 @@ class DrawWorker:
                 num_completions=same[0].samples,
                 run_seed=evaluation_seed(self.settings["seed"]),
                 instructions=self.policy.instruction,
+                every=lambda: chain.from_iterable(
+                    batch.prompts.iter_rows(named=True) for batch in self.batches
+                ),
                 on_prompt=partial(advance, same[0].samples),
             ):
                 tokens = sum(table["completion_tokens"].to_pylist())
-                yield ShardResult(index, table, dropped, {}, {"tokens": tokens})
+                yield ShardResult(index, with_reasons(table, dropped), dropped, {}, {"tokens": tokens})
+
+
+def with_reasons(table: pa.Table, dropped: pa.Table) -> pa.Table:
+    """Completions and, in the same file, the rows of those that were not drawn, each with its reason."""
+    parts = [pl.DataFrame(pl.from_arrow(part)) for part in (table, dropped.drop_columns(["unit"]))]
+    return pl.concat(parts, how="diagonal").to_arrow()
 
 
 class JudgeWorker:
@@ -163,18 +172,19 @@ class JudgeWorker:
         self.facts: dict[str, Any] = {}
         self.judge = _judge_lab
         if reward is not None:
-            scorer, tokenizer = open_scorer(reward, runtime, replica)
-            self.facts = scorer.facts
-            self.judge = partial(_judge_by_reward, reward.max_tokens, scorer, tokenizer)
+            score, self.facts = open_reward(reward, runtime, replica)
+            self.judge = partial(_judge_by_reward, score, reward.name)
 
     def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[ShardResult]:
         """Shard by shard, each as it was drawn."""
         for index in indices:
             batch = self.batches[index]
-            answered = read_parquet(self.draft(index))
-            found = found_languages(answered["completion"], self.languages)
+            drawn = read_parquet(self.draft(index))
+            answered = drawn.filter(pl.col("reason").is_null())
+            missing = drawn.filter(pl.col("reason").is_not_null())
+            found = found_languages(answered["completion"], self.languages, answered["language"])
             answered = answered.with_columns(found_language=pl.Series(found, dtype=pl.String))
-            table, dropped = tabulate(self.arm, batch, answered, *self.judge(batch, answered))
+            table, dropped = tabulate(self.arm, batch, answered, missing, *self.judge(batch, answered))
             size = batch.prompts.height * batch.samples
             advance(size)
             yield ShardResult(index, table, dropped, {"completion": size}, {"completions": answered.height})
@@ -189,11 +199,9 @@ def _judge_lab(batch: Batch, answered: pl.DataFrame) -> Judgement:
     return [lab.benchmark(domains[prompt_id]) for prompt_id in answered["prompt_id"]], modes, values
 
 
-def _judge_by_reward(
-    max_tokens: int, scorer: Scorer, tokenizer: Any, batch: Batch, answered: pl.DataFrame
-) -> Judgement:
+def _judge_by_reward(score: ScoreShard, name: str, batch: Batch, answered: pl.DataFrame) -> Judgement:
     """Verdicts of the reward model; a reason in place of a score where there is none."""
-    from croco.stages.score.score import score_conversations
+    from croco.stages.score.score import check_finite
 
     modes = [
         language_mode(found, language)
@@ -204,19 +212,23 @@ def _judge_by_reward(
         (messages[prompt_id, language], rows.to_dicts())
         for (prompt_id, language), rows in answered.group_by(PROMPT, maintain_order=True)
     ]
-    scored = score_conversations(scorer, tokenizer, groups, max_tokens)
-    return [REWARD_BENCHMARK] * answered.height, modes, list(chain.from_iterable(scored))
+    values = list(chain.from_iterable(score(groups)))
+    for key, value in zip(answered.select(*PROMPT, "sample_id").iter_rows(), values, strict=True):
+        if not isinstance(value, str):
+            check_finite(value, key, name)
+    return [REWARD_BENCHMARK] * answered.height, modes, values
 
 
 def tabulate(
     arm: str,
     batch: Batch,
     answered: pl.DataFrame,
+    missing: pl.DataFrame,
     benchmarks: Sequence[str],
     modes: Sequence[str],
     values: Sequence[float | str],
 ) -> tuple[pa.Table, pa.Table]:
-    """One shard of verdicts and its ledger: a reason in place of a value, and a prompt without completions."""
+    """One shard of verdicts and its ledger: what was not drawn (`missing`), and what got a reason for a value."""
     columns = (*PROMPT, "sample_id", "completion", "finish_reason", "found_language")
     table = answered.select(columns).with_columns(
         arm=pl.lit(arm, pl.String),
@@ -229,12 +241,7 @@ def tabulate(
     drops = [
         ("completion", *row, value) for row, value in zip(key, values, strict=True) if isinstance(value, str)
     ]
-    silent = batch.prompts.join(answered, on=PROMPT, how="anti")
-    drops += [
-        ("completion", prompt_id, language, sample, TOO_LONG)
-        for prompt_id, language in silent.select(*PROMPT).iter_rows()
-        for sample in range(batch.samples)
-    ]
+    drops += [("completion", *row) for row in missing.select(*PROMPT, "sample_id", "reason").iter_rows()]
     return table.filter(pl.col("value").is_not_null()).to_arrow(), ledger(drops)
 
 

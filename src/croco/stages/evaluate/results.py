@@ -264,7 +264,7 @@ def adjusted(rows: Sequence[Row], metric: str, groups: Mapping[str, Sequence[str
 
 def row_of(arm: str, temperature: float, metric: str, interval: stats.Interval, num_prompts: int) -> Row:
     """One row of the results table, but for its language, benchmark and seed."""
-    low, high = interval.low, interval.high
+    low, high = (interval.low, interval.high) if interval.known else (None, None)
     return {
         "arm": arm,
         "temperature": temperature,

@@ -21,14 +21,33 @@ CONFIDENCE = 0.95
 ALPHA, POWER = 0.05, 0.8
 FLIPS = 10_000
 CHUNK = 2_000_000  # signs or draws held at once
+# Fewer prompts cannot resolve anything: with five, even differences of one sign have p = 2/32. Resamples of them would
+# give an interval that is too narrow, of width 0 for a single prompt.
+MIN_PROMPTS = 6
+TOO_FEW = "too few prompts for an interval"
 
 
 class Interval(NamedTuple):
-    """A value with the ends of its interval (95 % unless said otherwise)."""
+    """A value with the ends of its interval (95 % unless said otherwise); nan where there are too few prompts."""
 
     value: float
     low: float
     high: float
+
+    @property
+    def known(self) -> bool:
+        """Whether the interval has ends."""
+        return not math.isnan(self.low)
+
+
+def interval(value: float, low: float | None, high: float | None) -> Interval:
+    """An interval as a table has it: null ends are unknown ones."""
+    return Interval(value, math.nan if low is None else low, math.nan if high is None else high)
+
+
+def of_enough(interval: Interval, num_prompts: int, min_prompts: int = MIN_PROMPTS) -> Interval:
+    """The interval, without ends where it rests on fewer than `min_prompts` prompts."""
+    return interval if num_prompts >= min_prompts else Interval(interval.value, math.nan, math.nan)
 
 
 def resample_counts(num_prompts: int, seed: int, num_resamples: int = 2000) -> NDArray[np.float64]:
@@ -51,12 +70,14 @@ def bootstrap_ratio(
     weights: NDArray[np.float64],
     counts: NDArray[np.float64],
     confidence: float = CONFIDENCE,
+    min_prompts: int = MIN_PROMPTS,
 ) -> list[Interval]:
     """Intervals of M weighted means, sums.sum(0) / weights.sum(0), over the resamples in `counts`.
 
     sums, weights: (n, M), per prompt the sum of its values and how many they were; counts: (R, n). A prompt
     without values has weight 0. Resamples in which no weight is left are ignored. Percentile method (Efron
-    and Tibshirani 1993, ch. 13). Raises ValueError when a column has no weight at all.
+    and Tibshirani 1993, ch. 13). Fewer than `min_prompts` prompts with a weight give no ends. Raises ValueError
+    when a column has no weight at all.
     """
     totals = weights.sum(axis=0)
     if not (totals > 0).all():
@@ -66,7 +87,10 @@ def bootstrap_ratio(
     with np.errstate(invalid="ignore", divide="ignore"):
         resampled = np.where(resampled_weights > 0, (counts @ sums) / resampled_weights, np.nan)
     low, high = percentiles(resampled, confidence)
-    return [Interval(float(v), float(a), float(b)) for v, a, b in zip(values, low, high, strict=True)]
+    return [
+        of_enough(Interval(float(v), float(a), float(b)), int(num), min_prompts)
+        for v, a, b, num in zip(values, low, high, (weights > 0).sum(axis=0), strict=True)
+    ]
 
 
 def percentiles(
@@ -79,7 +103,11 @@ def percentiles(
 
 
 def bootstrap_mean(
-    values: ArrayLike, seed: int, num_resamples: int = 2000, confidence: float = CONFIDENCE
+    values: ArrayLike,
+    seed: int,
+    num_resamples: int = 2000,
+    confidence: float = CONFIDENCE,
+    min_prompts: int = MIN_PROMPTS,
 ) -> Interval:
     """Mean of one value per prompt, shape (n,), with its bootstrap interval. Raises ValueError when n is 0 or
     a value is not finite.
@@ -88,7 +116,7 @@ def bootstrap_mean(
     if column.ndim != 1 or not np.isfinite(column).all():
         raise ValueError("expected one finite value per prompt")
     counts = resample_counts(len(column), seed, num_resamples)
-    return bootstrap_ratio(column[:, None], np.ones((len(column), 1)), counts, confidence)[0]
+    return bootstrap_ratio(column[:, None], np.ones((len(column), 1)), counts, confidence, min_prompts)[0]
 
 
 def bootstrap_seeds(
@@ -103,7 +131,8 @@ def bootstrap_seeds(
     """
     resampled = resampled_means(values, seed, num_resamples)
     low, high = percentiles(resampled, confidence)
-    return Interval(float(np.asarray(values, dtype=np.float64).mean()), float(low), float(high))
+    table = np.asarray(values, dtype=np.float64)
+    return of_enough(Interval(float(table.mean()), float(low), float(high)), table.shape[1])
 
 
 def resampled_means(values: ArrayLike, seed: int, num_resamples: int = 2000) -> NDArray[np.float64]:
@@ -244,7 +273,7 @@ def decision(difference: float, p_value: float, alpha: float = ALPHA) -> str:
 
 
 def verdict(difference: Interval) -> str:
-    """What a difference's interval says: "better", "worse" or "not resolved" when it holds zero."""
+    """What a difference's interval says: "better", "worse", or "not resolved" when it holds zero or has no ends."""
     if difference.low > 0:
         return "better"
     return "worse" if difference.high < 0 else "not resolved"

@@ -18,13 +18,13 @@ from typing import Any
 from rich.console import Console
 
 from croco.errors import UserError
-from croco.stages.prompts.files import kind
+from croco.storage.rows import kind
 from croco.storage.schemas import ROLES, UnknownFinishReason, finish_reason
 
 Turn = dict[str, str]
 # our names for columns, and other tools' names for them, tried in this order
 NAMES = {
-    "prompt_id": ("prompt_id",),
+    "prompt_id": ("prompt_id", "question_id"),
     "language": ("language",),
     "sample_id": ("sample_id",),
     "system": ("system", "system_prompt"),
@@ -34,7 +34,12 @@ NAMES = {
     "rejected": ("rejected", "rejected_response", "rejected_messages"),
     "score": ("score", "reward", "overall_score"),
     "finish_reason": ("finish_reason",),
+    "reference": ("reference",),
+    "source": ("source",),
+    "domain": ("domain", "category"),
 }
+# those of a file of pairs or completions, which --column maps
+MAPPED = [name for name in NAMES if name not in ("reference", "source", "domain")]
 CANNOT_CARRY = ("tools", "functions", "images", "image", "videos", "video", "audios", "audio", "documents",
                 "chat_template_kwargs")  # fmt: skip
 # of a message: what a template or a trainer would do something with
@@ -46,7 +51,7 @@ ROLE_NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": 
 MAX_SAMPLE_ID = 2**31 - 1
 # read where a form has them, so never counted as unknown
 KNOWN = {name for names in NAMES.values() for name in names} | {
-    "id", "history", "label", "kto_tag", "completions", "reference", "source", "domain", "category", "subset",
+    "id", "history", "label", "kto_tag", "completions", "subset",
     *(f"{side}_{name}" for side in ("chosen", "rejected") for name in ("ids", "language", "finish_reason", "score")),
     "score_chosen", "score_rejected",
 }  # fmt: skip
@@ -65,12 +70,14 @@ class FileRow:
         values: Any,
         columns: Mapping[str, str] | None = None,
         unread: Counter[str] | None = None,
+        section: str = "",
     ) -> None:
         if not isinstance(values, Mapping):
-            raise UserError(f"{where}: expected an object, found {kind(values)}")
+            raise UserError(f"{where}: expected an object with columns, found {kind(values)}")
         self.where, self.values, self.columns = where, values, columns or {}
         self.unread = Counter[str]() if unread is None else unread
         self.read: set[str] = set()
+        self.mapping = f"{section}.columns." if section else "--column "  # how a column is mapped
 
     def column(self, name: str) -> str | None:
         """The column that holds one of ours, or None."""
@@ -84,7 +91,7 @@ class FileRow:
             wanted = self.columns.get(name) or " or ".join(f"'{one}'" for one in NAMES[name])
             there = ", ".join(map(str, self.values)) or "none"
             raise UserError(
-                f"{self.where}: no {name} in column {wanted} (found: {there}); map it with --column {name}=NAME"
+                f"{self.where}: no {name} in column {wanted} (found: {there}); map it with {self.mapping}{name}=NAME"
             )
         self.read.add(column)
         return self.values[column]
@@ -266,7 +273,7 @@ class FileRow:
             return before
         raise UserError(
             f"{self.where}: column {self.column('prompt')} and the conversations of chosen and rejected are two "
-            f"prompts, expected one (the column to use can be mapped with --column prompt=NAME)"
+            f"prompts, expected one (the column to use can be mapped with {self.mapping}prompt=NAME)"
         )
 
     # What is not read ------------------------------------------------------------------------------------------
@@ -295,7 +302,7 @@ class FileRow:
                     continue
                 raise UserError(
                     f"{self.where}: column {column} holds something else than the {name} that was read"
-                    f" ({', '.join(sorted(self.read))}): remove it, or say which to use with --column {name}=NAME"
+                    f" ({', '.join(sorted(self.read))}): remove it, or say which to use with {self.mapping}{name}=NAME"
                 )
         self.count_unread()
 

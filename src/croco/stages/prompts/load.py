@@ -1,34 +1,42 @@
-"""The stages `prompts` and `eval-prompts`: parallel prompts from the lab, a JSONL or Parquet file, or a hub dataset.
+"""The stages `prompts` and `eval-prompts`: parallel prompts from the lab, from files, or from a dataset of the hub.
 
-Every turn of a conversation is kept. A row that is wrong (no JSON, no id, an unknown role, nothing to answer) stops the
-stage with the file and the row, because half a data set is not the data set the recipe names; a row that is right but
-cannot be carried (a message with tool calls) goes to the ledger. Languages that nobody asked for are counted, not read.
+Every turn of a conversation is kept; where the last is the assistant's it is the reference. A row that is wrong (no
+JSON, no id, an unknown role, nothing to answer) stops the stage with the file and the row, because half a data set is
+not the data set the recipe names; a row that is right but cannot be carried (a message with tool calls) goes to the
+ledger. Languages that nobody asked for are counted, not read.
 """
 
 from __future__ import annotations
 
-import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from croco.config.evaluation import Source
 from croco.config.recipe import Recipe
 from croco.errors import UserError
+from croco.languages import normal
 from croco.pipeline.fingerprint import prompts_settings
 from croco.pipeline.node import Settings, settings_values
 from croco.pipeline.stage import Work
 from croco.stages.prompts.columns import FileRow, Turn, Unusable, warn_of_unread
-from croco.stages.prompts.files import EXPECTED, SUFFIXES, Located, file_rows, kind
 from croco.storage.hashing import canonical
+from croco.storage.rows import (
+    Located,
+    dataset_rows,
+    file_rows,
+    files_of,
+    hub_configs,
+    is_saved_dataset,
+    kind,
+)
 from croco.storage.schemas import PROMPTS, ledger
 from croco.storage.seeds import digest
-
-FROM_SOURCE = ("split", "revision", "id_column", "language_column")  # settings that `load` takes as they are
 
 
 @dataclass(frozen=True)
@@ -78,31 +86,26 @@ def _stage(work: Work, key: str) -> None:
 
 def load_settings(settings: Settings, key: str) -> Loaded:
     """What a stage's settings ask for."""
-    order, limit = settings.get("order"), settings["limit"]
-    loaded = load(
-        settings["source"],
-        languages=settings["languages"],
-        limit=limit if order is None else None,
-        key=key,
-        **{name: settings[name] for name in FROM_SOURCE if name in settings},
-    )
-    return loaded if order is None else first_of_shuffled(loaded, limit, order[1])
+    source, codes, limit = settings["source"], settings["languages"], settings["limit"]
+    if "order" not in settings:
+        return load(source, key, codes, limit)
+    return first_of_shuffled(load(source, key, codes, None), limit, settings["order"][1])
 
 
 def check_overlap(recipe: Recipe, say: Callable[[str], None]) -> None:
-    """Raise UserError when most test prompts are prompts tuned on, say when some are."""
-    same, num = overlap(recipe)
+    """Raise UserError when most test prompts are rows tuned on, say when some are or have the text of one."""
+    same_rows, same, num = overlap(recipe)
     sentence = (
         f"{same:,} of {num:,} test prompts of evaluation.source = '{recipe.evaluation.source}' are prompts"
     )
-    if 2 * same > num:
+    if 2 * same_rows > num:
         raise UserError(f"{sentence} of prompts.source = '{recipe.prompts.source}' too: expected others")
     if same:
         say(f"{'eval-prompts':<24} {sentence} tuned on too")
 
 
-def overlap(recipe: Recipe) -> tuple[int, int]:
-    """How many test prompts are prompts to tune on, word for word, and how many test prompts there are."""
+def overlap(recipe: Recipe) -> tuple[int, int, int]:
+    """How many test prompts are rows to tune on, how many have the text of one, and how many test prompts there are."""
     tuning, test = (
         load_settings(settings_values(prompts_settings(recipe, section, key, languages)), key).prompts
         for section, key, languages in (
@@ -110,9 +113,15 @@ def overlap(recipe: Recipe) -> tuple[int, int]:
             (recipe.evaluation, "evaluation", recipe.evaluation_languages),
         )
     )
-    known = set(map(canonical, tuning.column("messages").to_pylist()))
-    same = sum(canonical(messages) in known for messages in test.column("messages").to_pylist())
-    return same, test.num_rows
+    ids, texts = (
+        [table.column(name).to_pylist() for table in (tuning, test)] for name in ("prompt_id", "messages")
+    )
+    tuned_on, tested = (
+        [(name, canonical(messages)) for name, messages in zip(*rows, strict=True)]
+        for rows in zip(ids, texts, strict=True)
+    )
+    rows, words = set(tuned_on), {text for _, text in tuned_on}
+    return sum(row in rows for row in tested), sum(text in words for _, text in tested), test.num_rows
 
 
 def first_of_shuffled(loaded: Loaded, limit: int | None, seed: int) -> Loaded:
@@ -130,37 +139,28 @@ def _counts(table: pa.Table) -> dict[str, int]:
     return {row["values"]: row["counts"] for row in counts}
 
 
-def load(
-    source: str,
-    *,
-    languages: Sequence[str],
-    limit: int | None,
-    split: str = "",
-    revision: str | None = None,
-    id_column: str = "prompt_id",
-    language_column: str = "language",
-    key: str = "prompts",
-) -> Loaded:
+def load(section: Source, key: str, languages: Sequence[str], limit: int | None) -> Loaded:
     """Read and check prompts; `limit` counts prompt ids, in order of first appearance.
 
     Raises UserError naming the file and row (or `key.source`) for a malformed row, a duplicate (prompt_id, language),
     and a language of `languages` that has no prompt.
     """
-    if source == "lab":
+    if section.source == "lab":
         from croco.lab import world
 
-        table = world.prompts(split, languages, limit)
-        loaded = Loaded(table, ledger([]), {}, 0)
+        if unknown := [code for code in languages if code not in world.LANGUAGES]:
+            raise UserError(
+                f"{key}.source = 'lab' has no prompts in '{unknown[0]}', expected some of {', '.join(world.LANGUAGES)}"
+            )
+        loaded = Loaded(world.prompts(section.split, languages, limit), ledger([]), {}, 0)
     else:
-        loaded = _checked(
-            _rows(source, split, key, revision), languages, limit, id_column, language_column, key
-        )
+        loaded = _Reading(section, key, languages, limit).all()
     there = _counts(loaded.prompts)
     for code in languages:
         if code not in there:
-            found = ", ".join(sorted(there.keys() | loaded.not_asked_for.keys())) or "none at all"
+            others = ", ".join(sorted(there.keys() | loaded.not_asked_for.keys())) or "none at all"
             raise UserError(
-                f"{key}.source = '{source}' has no prompts in '{code}' (languages found: {found}"
+                f"{key}.source = '{section.source}' has no prompts in '{code}' (languages found: {others}"
                 f"{_reasons(loaded.dropped, code)})"
             )
     return loaded
@@ -172,102 +172,119 @@ def _reasons(dropped: pa.Table, language: str) -> str:
     return "".join(f"; left out: {count:,}, {reason}" for reason, count in Counter(rows).most_common(3))
 
 
-def _rows(source: str, split: str, key: str, revision: str | None) -> Iterator[Located]:
-    """(where, row) of each row of a source; where is "FILE, line 3"."""
-    if source.startswith("hf:"):
-        return _hub_rows(source.removeprefix("hf:"), split, key, revision)
-    path = Path(os.path.expanduser(source))
-    if not os.path.isfile(path):
-        raise UserError(f"{key}.source = '{source:.200}': no such file")
-    if not path.name.endswith(SUFFIXES):
-        raise UserError(f"{key}.source = '{source}', expected 'lab', {EXPECTED}, or 'hf:NAME'")
-    return file_rows(path)
+class _Reading:
+    """Rows of a source, checked one by one."""
 
+    def __init__(self, section: Source, key: str, languages: Sequence[str], limit: int | None) -> None:
+        self.section, self.key, self.languages, self.limit = section, key, languages, limit
+        self.kept: list[dict[str, Any]] = []
+        self.drops: list[tuple[str, str, str, int | None, str]] = []
+        self.places: dict[tuple[str, str], str] = {}
+        self.ids: set[str] = set()
+        self.others, self.unread = Counter[str](), Counter[str]()
+        self.beyond = 0
+        self.columns = {str(name): column for name, column in section.columns.items()}
+        for name, default in (("prompt_id", "id_column"), ("language", "language_column")):
+            if getattr(section, default) != Source.model_fields[default].default:
+                self.columns[name] = getattr(section, default)
 
-def _hub_rows(name: str, split: str, key: str, revision: str | None) -> Iterator[Located]:
-    import datasets
+    def all(self) -> Loaded:
+        for language in self._sources():
+            for where, values in self._rows(language):
+                self._read(FileRow(where, values, self.columns, self.unread, self.key), language)
+        table = pa.Table.from_pylist(self.kept, schema=PROMPTS.schema)
+        return Loaded(table, ledger(self.drops), dict(self.others), self.beyond, dict(self.unread))
 
-    try:
-        rows = datasets.load_dataset(name, split=split, revision=revision)
-    except Exception as error:  # the library raises many kinds for one thing: not there
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{key}.source = 'hf:{name}' (split '{split}') cannot be loaded: {reason}") from error
-    for number, row in enumerate(rows, start=1):
-        yield f"hf:{name}, row {number}", row
+    def _sources(self) -> Sequence[str | None]:
+        """The languages that have a source of their own, else None for the one source of all."""
+        section = self.section
+        if section.by_language:
+            return self.languages
+        if (
+            str(section.source).startswith("hf:")
+            and section.of(None)["config"] is None
+            and not section.data_files
+        ):
+            configs = hub_configs(str(section.source), section.revision)
+            if len(configs) > 1 and set(self.languages) <= set(configs):
+                return self.languages  # a config a language, as m-ArenaHard has them
+        return [None]
 
+    def _rows(self, language: str | None) -> Iterator[Located]:
+        of = self.section.of(language)
+        source = of["source"]
+        if source.startswith("hf:") or is_saved_dataset(source):
+            if source.startswith("hf:") and not self.section.by_language:
+                of["config"] = of["config"] or language
+            return dataset_rows(**of, key=self.key)
+        files = files_of(source, of["data_files"], f"{self.key}.source")
+        return (one for file in files for one in file_rows(file))
 
-def _checked(
-    rows: Iterable[Located],
-    languages: Sequence[str],
-    limit: int | None,
-    id_column: str,
-    language_column: str,
-    key: str,
-) -> Loaded:
-    kept: list[dict[str, Any]] = []
-    drops: list[tuple[str, str, str, int | None, str]] = []
-    seen: dict[tuple[str, str], str] = {}
-    ids: set[str] = set()
-    others, unread = Counter[str](), Counter[str]()
-    beyond = 0
-    for where, values in rows:
-        prompt_id, language = _identity(where, values, id_column, language_column, key)
-        if (prompt_id, language) in seen:
-            first = seen[prompt_id, language]
-            raise UserError(f"{where}: prompt_id '{prompt_id}' in '{language}' is a duplicate of {first}")
-        seen[prompt_id, language] = where
-        if language not in languages:
-            others[language] += 1
-            continue
-        if limit is not None and prompt_id not in ids and len(ids) >= limit:
-            beyond += 1
-            continue
-        ids.add(prompt_id)
-        row = FileRow(where, values, {"prompt_id": id_column, "language": language_column}, unread)
+    def _read(self, row: FileRow, language: str | None) -> None:
+        prompt_id, language = self._identity(row, language)
+        if (prompt_id, language) in self.places:
+            first = self.places[prompt_id, language]
+            raise UserError(f"{row.where}: prompt_id '{prompt_id}' in '{language}' is a duplicate of {first}")
+        self.places[prompt_id, language] = row.where
+        if language not in self.languages:
+            self.others[language] += 1
+            return
+        if self.limit is not None and prompt_id not in self.ids and len(self.ids) >= self.limit:
+            self.beyond += 1
+            return
+        self.ids.add(prompt_id)
         try:
-            messages = _prompt(row)
+            messages, reference = _prompt(row)
         except Unusable as reason:
-            drops.append(("prompt", prompt_id, language, None, str(reason)))
-            continue
-        kept.append(
-            {
-                "prompt_id": prompt_id,
-                "language": language,
-                "messages": messages,
-                "reference": _optional_text(row, "reference"),
-                "source": _optional_text(row, "source") or where.partition(", ")[0].rpartition("/")[2],
-                "domain": _optional_text(row, "domain"),
-            }
+            self.drops.append(("prompt", prompt_id, language, None, str(reason)))
+            return
+        file = row.where.partition(", ")[0].rpartition("/")[2]
+        values = {
+            "messages": messages,
+            "reference": reference,
+            "source": _optional_text(row, "source") or file,
+        }
+        key = {"prompt_id": prompt_id, "language": language}
+        self.kept.append(key | values | {"domain": _optional_text(row, "domain")})
+
+    def _identity(self, row: FileRow, language: str | None) -> tuple[str, str]:
+        """The key of a row. Never its text, never its number: both shift when a row is edited or lost."""
+        for name, option in (("prompt_id", "id_column"), ("language", "language_column")):
+            column = self.columns.get(name, name)
+            constant = name == "language" and (language or self.section.language)
+            if row.column(name) is None and column not in row.values and not constant:
+                there = ", ".join(map(str, row.values)) or "none"
+                raise UserError(
+                    f"{row.where}: no column '{column}' (found: {there}); name the one to use in {self.key}.{option}"
+                )
+        prompt_id = row.text("prompt_id")
+        code = (
+            str(language or self.section.language) if row.column("language") is None else row.text("language")
         )
-    table = pa.Table.from_pylist(kept, schema=PROMPTS.schema)
-    return Loaded(table, ledger(drops), dict(others), beyond, dict(unread))
+        if code not in self.languages:
+            with suppress(UserError):
+                code = normal(code)
+        if language is not None and code != language:
+            raise UserError(f"{row.where}: language is '{code}' in the source of '{language}'")
+        return prompt_id, code
 
 
-def _identity(where: str, row: Any, id_column: str, language_column: str, key: str) -> tuple[str, str]:
-    """The key of a row. Never its text, never its number: both shift when a row is edited or lost."""
-    if not isinstance(row, Mapping):
-        raise UserError(f"{where}: expected an object with messages, found {kind(row)}")
-    found = []
-    for column, option in ((id_column, "id_column"), (language_column, "language_column")):
-        if column not in row:
-            there = ", ".join(map(str, row)) or "none"
-            raise UserError(
-                f"{where}: no column '{column}' (found: {there}); name the one to use in {key}.{option}"
-            )
-        value = row[column]
-        if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
-            raise UserError(f"{where}: {column} is {kind(value)}, expected text or a whole number")
-        found.append(str(value))
-    return found[0], found[1]
-
-
-def _prompt(row: FileRow) -> list[Turn]:
-    """The conversation; raises Unusable when it cannot be carried."""
-    value = row.values.get("messages")
-    if not isinstance(value, list) or not value:
-        raise UserError(f"{row.where}: messages is {kind(value)}, expected a list of {{role, content}}")
+def _prompt(row: FileRow) -> tuple[list[Turn], str | None]:
+    """The conversation and its reference; raises Unusable when it cannot be carried."""
+    column = row.column("prompt")
+    if column == "messages" and (not isinstance(row.values[column], list) or not row.values[column]):
+        raise UserError(
+            f"{row.where}: messages is {kind(row.values[column])}, expected a list of {{role, content}}"
+        )
     row.can_carry()
-    turns = row.prompt()
+    turns, reference = row.prompt(), _optional_text(row, "reference")
+    if turns[-1]["role"] == "assistant" and len(turns) > 1:
+        *turns, last = turns
+        if reference is not None and reference.strip() != last["content"].strip():
+            raise UserError(
+                f"{row.where}: the reference and the assistant's last message are two texts, expected one"
+            )
+        reference = last["content"]
     if turns[-1]["role"] not in ("user", "tool"):
         raise UserError(
             f"{row.where}: the last message is the {turns[-1]['role']}'s, expected the user's or a tool's"
@@ -275,11 +292,12 @@ def _prompt(row: FileRow) -> list[Turn]:
     if not turns[-1]["content"].strip():
         raise UserError(f"{row.where}: the prompt is empty, expected text in its last message")
     row.check_unread(turns, [], ("prompt", "system"))
-    return turns
+    return turns, reference
 
 
-def _optional_text(row: FileRow, column: str) -> str | None:
-    value = row.values.get(column)
+def _optional_text(row: FileRow, name: str) -> str | None:
+    column = row.column(name)
+    value = None if column is None else row.need(name)
     if value is not None and not isinstance(value, str):
         raise UserError(f"{row.where}: {column} is {kind(value)}, expected text or nothing")
     return value

@@ -23,6 +23,7 @@ from croco.config.arms import ENGLISH
 from croco.errors import UserError
 from croco.models.chat_template import text_ids
 from croco.models.memory import with_less_memory
+from croco.models.model_files import context_of
 from croco.stages.score.policy_logprobs import Groups, Scored
 from croco.storage.shards import read_parquet, shards
 
@@ -43,7 +44,7 @@ class Translator:
     ) -> None:
         self.model, self.tokenizer, self.codes, self.token_budget = model, tokenizer, codes, token_budget
         self.name = name or str(tokenizer.name_or_path)
-        self.max_context = int(model.config.max_position_embeddings)
+        self.max_context = context_of(model.config)
         self.end = int(tokenizer.eos_token_id)
         self.facts = {"engine": "transformers", "device": str(model.device), "dtype": str(model.dtype)}
 

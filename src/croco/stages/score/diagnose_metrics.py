@@ -134,4 +134,8 @@ def _row(
     high: float | None = None,
 ) -> Row:
     return {"reward": reward, "language": language, "category": category, "metric": metric, "value": value,
-            "ci_low": low, "ci_high": high, "n": n}  # fmt: skip
+            "ci_low": _end(low), "ci_high": _end(high), "n": n}  # fmt: skip
+
+
+def _end(value: float | None) -> float | None:
+    return None if value is None or math.isnan(value) else value

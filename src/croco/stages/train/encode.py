@@ -17,7 +17,14 @@ import polars as pl
 from transformers import PreTrainedTokenizerBase
 
 from croco.errors import UserError
-from croco.models.chat_template import check_prefix, conversation_ids, prompt_ids, text_ids, with_instruction
+from croco.models.chat_template import (
+    check_markup,
+    check_prefix,
+    conversation_ids,
+    prompt_ids,
+    text_ids,
+    with_instruction,
+)
 from croco.storage.schemas import UnknownFinishReason, finish_reason
 
 DROPPED_SCHEMA = {
@@ -75,6 +82,7 @@ def encode_pairs(
     for column in ("prompt_id", "language", "messages", *sides):
         if column not in pairs.columns:
             raise UserError(f"the pairs have no column {column!r}: found {', '.join(pairs.columns)}")
+    check_markup(tokenizer, pairs["messages"].to_list())
     examples, dropped = [], []
     limit, most = f"max_tokens {max_tokens}", max_tokens
     if context is not None and context < max_tokens:

@@ -112,7 +112,7 @@ def tune_here(job: Job, advance: Advance) -> TrainResult:
 
 def _check_memory(policy: Policy, device: str) -> None:
     """Raise UserError for weights that are more than is free, before any is loaded."""
-    from croco.cli.preflight_models import weightless
+    from croco.models.loading import weightless
 
     where = pick_device(device)
     parameters = weightless(policy, "policy", "causal").num_parameters()

@@ -155,7 +155,10 @@ def results_rows(folder: Path, arm: str) -> list[list[str]]:
     for row in table.filter(pl.col("arm") == arm).iter_rows(named=True):
         if row["metric"] == headline(row["benchmark"]):
             before = untuned.get(tuple(row[k] for k in key))
-            value = f"{row['value']:.3f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}]"
+            ends = (
+                "too few prompts" if row["ci_low"] is None else f"{row['ci_low']:.3f}, {row['ci_high']:.3f}"
+            )
+            value = f"{row['value']:.3f} [{ends}]"
             rows.append(
                 [row["benchmark"], row["language"], f"{row['temperature']:g}", value, f"{row['n']:,}",
                  f"{before['value']:.3f}" if before else "–"]

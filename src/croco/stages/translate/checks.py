@@ -9,7 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Collection, Sequence
 
-from croco.languages import identify
+from croco.languages import identify, same_to_identifier
 from croco.stages.translate.protect import KINDS, items, prose
 from croco.storage.provenance import shown
 
@@ -48,7 +48,7 @@ def fault(
         return "untranslated copy: the translation is the source"
     if "language" in checks and num_letters(after) >= MIN_LETTERS:
         found = identify(after, among, CONFIDENCE)
-        if found is not None and found != language:
+        if found is not None and not same_to_identifier(found, language):
             return f"wrong language: found {found}, expected {language}"
     return None
 

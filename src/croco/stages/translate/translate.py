@@ -22,7 +22,7 @@ from croco.config.models import Translate
 from croco.config.runtime import Runtime
 from croco.models.chat_template import request
 from croco.models.open import open_sampler
-from croco.models.protocols import Decoding, Sampled
+from croco.models.protocols import Completion, Decoding
 from croco.pipeline.compute import compute
 from croco.pipeline.stage import Work
 from croco.pipeline.workers import Advance, ShardResult
@@ -115,7 +115,7 @@ class TranslateWorker:
         return ShardResult(index, table, dropped, {"prompt": len(rows)}, {"tokens": tokens})
 
 
-def _read(tokenizer: Any, one: Sampled | str) -> Translated:
+def _read(tokenizer: Any, one: Completion | str) -> Translated:
     if isinstance(one, str):
         return None, f"engine: {one}"
     if one.finish_reason != "stop":

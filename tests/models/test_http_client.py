@@ -15,9 +15,9 @@ import pytest
 from conftest import TinyModels
 from croco.config.runtime import Server
 from croco.errors import UserError, printable
-from croco.models.http_client import ANSWER_BYTES, REDACTED, Call, Wire
+from croco.models.http_client import ANSWER_BYTES, REDACTED, Call, HttpClient
 from croco.models.openai_server import Connection, ServerSampler
-from croco.models.protocols import Decoding, Request, Sampled
+from croco.models.protocols import Completion, Decoding, Request
 from croco.models.vllm_server import ask_context
 from served import Handler, listening
 
@@ -63,7 +63,7 @@ def choice(text: str = "Hi.", reason: str | None = "stop", counted: int = 2, **m
     return {"choices": [one], "usage": {"prompt_tokens": 3, "completion_tokens": counted}}
 
 
-def asked(url: str, **settings: Any) -> Sampled | str:
+def asked(url: str, **settings: Any) -> Completion | str:
     """The one completion of a prompt, or the reason why there is none."""
     chosen = Server(url=url, api="chat", retries=0, key_variable="CROCO_KEY", **settings)
     sampler = ServerSampler(Connection(chosen, "sample", "m"), "m")
@@ -89,7 +89,7 @@ def test_a_key_goes_to_the_recipes_address_only(monkeypatch: pytest.MonkeyPatch)
         for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
             monkeypatch.setenv(name, elsewhere.removesuffix("/v1"))
         with server(said(choice())) as (url, keys):
-            assert isinstance(asked(url.replace("127.0.0.1", "localhost")), Sampled)
+            assert isinstance(asked(url.replace("127.0.0.1", "localhost")), Completion)
             assert len(keys) == 2
         assert stolen == []
 
@@ -128,7 +128,7 @@ def test_ids_that_spell_the_key_and_ids_out_of_range_are_dropped(tiny_models: Ti
     assert "repeats the key" in found[0]
     assert [f"gave the token {token}, the vocabulary has" in reason
             for token, reason in zip((len(tokenizer), -5, 10**30), found[1:4], strict=True)] == [True] * 3  # fmt: skip
-    assert found[4] == Sampled([5, 6], "stop", 1)
+    assert found[4] == Completion([5, 6], "stop", 1)
 
 
 @pytest.mark.parametrize(
@@ -177,10 +177,10 @@ def test_an_answer_without_end_takes_little_memory() -> None:
 
     with listening(Endless) as address:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        wire = Wire(Server(url=address, concurrency=8), "servers.x")
+        client = HttpClient(Server(url=address, concurrency=8), "servers.x")
         calls = [Call(k, address, None, lambda found: found, "nothing") for k in range(8)]
         with pytest.raises(UserError, match=r"an answer of more than 16 MiB"):
-            list(wire.ask(calls, retries=0))
+            list(client.ask(calls, retries=0))
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
         stop.set()
     assert grown < 8 * 4 * ANSWER_BYTES

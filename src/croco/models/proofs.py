@@ -1,0 +1,121 @@
+"""Trials on the loaded model: our own ways of sampling and scoring must give what transformers' forward gives.
+
+A trial reaches past every length at which, by its config, the model changes what it computes (a sliding window, another
+scaling of positions), as far as it is used. Whatever a trial raises is a reason for the slower way, never an error.
+"""
+
+from typing import Any
+
+import torch
+
+from croco.models.attention.support import boundaries, unsupported
+from croco.models.decoder import ContinuousBatchDecoder
+from croco.models.prefix_forward import Group, forward
+from croco.models.protocols import Decoding, Request
+
+TRIAL_TOKENS = 512  # boundaries up to here are tried when a model is opened, longer ones once they are met
+_STEPS = 4  # tokens of a trial, which begins just before a boundary
+
+
+def trial_lengths(config: Any, reach: int) -> list[int]:
+    """Lengths of prompts for a trial: short ones, and one on either side of every boundary up to `reach`."""
+    met = [length for length in boundaries(config) if length <= reach]
+    around = (length + extra for length in met for extra in (2 - _STEPS, 3))
+    return sorted({5, 9, *(length for length in around if length > 0)})
+
+
+def decoder_disagrees(model: Any, reach: int = TRIAL_TOKENS) -> str | None:
+    """None when prompts decoded together give the distributions of plain forwards on this very model, else why not.
+
+    Compared is the expected difference of log-probabilities: rounding makes it 1e-6 in float32, and in bfloat16 what
+    transformers' own cache makes it; a prompt that is not seen makes it large.
+    """
+    vocabulary = model.config.get_text_config().vocab_size
+    prompts = [
+        [(7 * i + 3) % vocabulary for i in range(length)] for length in trial_lengths(model.config, reach)
+    ]
+    try:
+        with torch.inference_mode():
+            fast, slow, noise = _three_ways(model, prompts)
+    except Exception as error:  # noqa: BLE001 (a trial runs the code of any architecture)
+        return f"a trial of shared prompts fails ({_first_line(error)})"
+    gap = (slow.exp() * (fast - slow).abs()).sum(-1).max().item()
+    if gap < allowed_gap(model.dtype, noise):
+        return None
+    return f"its log-probabilities differ by {gap:.2g} from a plain forward's on a trial prompt"
+
+
+def allowed_gap(dtype: torch.dtype, noise: float) -> float:
+    """The difference that passes for rounding, where two ways of transformers differ by `noise`."""
+    return 1e-3 if dtype == torch.float32 else max(0.02, 4 * noise)
+
+
+def _three_ways(model: Any, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Log-probabilities (rows and steps, V) of the decoder and of plain forwards, and how far a cached forward is."""
+    requests = [Request(i, prompt, [1, 2]) for i, prompt in enumerate(prompts)]
+    decoding = Decoding(1.0, 1.0, 0, 2 * _STEPS)
+    rows = 2 * len(prompts)
+    budget = rows * (2 * _STEPS + max(map(len, prompts)))
+    decoder = ContinuousBatchDecoder(model, set(), decoding, requests, 10**9, budget)
+    decoder._refill()
+    fast = [decoder._step().float().log_softmax(-1) for _ in range(_STEPS)]
+    fast_rows, slow_rows, noise = [], [], 0.0
+    for row, (i, _) in enumerate(decoder.row_of.tolist()):
+        drawn = decoder.written[row, :_STEPS].tolist()
+        whole = torch.tensor([prompts[i] + drawn], device=model.device)
+        slow = model(input_ids=whole, use_cache=False).logits[0, -_STEPS:].float().log_softmax(-1)
+        slow_rows.append(slow)
+        fast_rows.append(torch.stack([step[row] for step in fast]))
+        if model.dtype != torch.float32 and row % 2 == 0:
+            start = model(input_ids=whole[:, :-_STEPS], use_cache=True)
+            cached = model(
+                input_ids=whole[:, -_STEPS:], past_key_values=start.past_key_values, use_cache=True
+            )
+            logps = cached.logits[0].float().log_softmax(-1)
+            noise = max(noise, (slow.exp() * (logps - slow).abs()).sum(-1).max().item())
+    return torch.cat(fast_rows), torch.cat(slow_rows), noise
+
+
+def unshared_because(network: Any, reach: int = TRIAL_TOKENS) -> str | None:
+    """None when a network may score with shared prefixes, else why not."""
+    if (reason := unsupported(network)) is not None:
+        return reason
+    if network.config._attn_implementation != "sdpa":
+        return f"its attention is {network.config._attn_implementation}, not SDPA"
+    return prefixes_disagree(network, reach)
+
+
+@torch.inference_mode()
+def prefixes_disagree(network: Any, reach: int = TRIAL_TOKENS) -> str | None:
+    """None when shared prefixes give on a trial what whole sequences give on this very network, else why not.
+
+    Compared is the relative difference of what is put out at the last token: rounding makes it 1e-6 in float32 and a
+    hundredth in bfloat16, a prefix that is not seen or a layer that is not finished makes it large.
+    """
+    vocabulary = network.config.get_text_config().vocab_size
+    groups = [
+        Group([(7 * i + length) % vocabulary for i in range(length)], [[5, 6, 7], [8], [9, 4]])
+        for length in trial_lengths(network.config, reach)
+    ]
+    last = [[2, 0, 1]] * len(groups)
+
+    def outputs(share: bool) -> torch.Tensor:
+        rows = {
+            (g, i): output[0][line, last[g][i]].double()
+            for batch, output in forward(network, groups, 64, share, last)
+            for line, (g, i) in enumerate(batch)
+        }
+        return torch.stack([rows[row] for row in sorted(rows)])
+
+    try:
+        fast, slow = outputs(True), outputs(False)
+    except Exception as error:  # noqa: BLE001 (a trial runs the code of any architecture)
+        return f"a trial of shared prefixes fails ({_first_line(error)})"
+    gap = ((fast - slow).norm() / slow.norm()).item()
+    if gap > (1e-3 if network.dtype == torch.float32 else 0.1):
+        return f"with shared prefixes a trial differs by {gap:.2g} from whole sequences"
+    return None  # broken weights give NaN either way: that is for the reader of the scores to name
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__} {(str(error).strip().splitlines() or [''])[0][:200]}".strip()
