@@ -35,7 +35,7 @@ READ_BY = {
 }
 HEAD = """# Every key of a recipe
 
-Made from the records in `croco/config` by `croco schema --markdown`; a test holds the page to them. A recipe is a sparse
+Made from the records in `croco/config` by `croco schema --markdown`; a test compares them. A recipe is a sparse
 TOML file: what is not written has its default. Any key can be set on the command line, as in
 `--set sampling.completions=8`. The same as a JSON schema, for editors, is `croco schema` (see the end of this page).
 """
