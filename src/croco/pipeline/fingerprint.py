@@ -100,6 +100,8 @@ def _translate_settings(recipe: Recipe, languages: Sequence[str]) -> Settings:
     settings = recipe.translate.model_dump(
         mode="json", exclude={"trust_remote_code", "evaluation", "revision"}
     )
+    if not recipe.translate.chat_template_kwargs:
+        del settings["chat_template_kwargs"]
     template = recipe.translate.chat_template
     identity = model_identity(recipe.translate.model, recipe.translate.revision, "translate.model")
     return settings | {
@@ -117,6 +119,8 @@ def given_model(section: Model, key: str, **more: Any) -> Given:
     if isinstance(section, Causal):
         template = section.chat_template
         identity["chat_template"] = file_identity(template, f"{key}.chat_template") if template else None
+        if section.chat_template_kwargs:
+            identity["chat_template_kwargs"] = dict(section.chat_template_kwargs)
     return Given(section, identity)
 
 

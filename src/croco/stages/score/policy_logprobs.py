@@ -39,7 +39,7 @@ def open_likelihood(
         policy.dtype,
         runtime.device,
         adapter=adapter,
-        chat_template=Path(policy.chat_template) if policy.chat_template else None,
+        chat_template=policy.template,
         trust_remote_code=policy.trust_remote_code,
     )
     return HFLikelihood(model, tokenizer, runtime.token_budget, name=policy.model, mean=mean), tokenizer
