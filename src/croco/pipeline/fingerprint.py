@@ -47,7 +47,7 @@ def prompts_settings(
     if source == "lab":
         return settings | {"source": Given(given, f"lab {WORLD}"), "split": section.split}
     settings |= {"id_column": section.id_column, "language_column": section.language_column}
-    settings |= section.model_dump(include={"columns", "language"}, exclude_defaults=True)
+    settings |= section.model_dump(include={"columns", "language", "system"}, exclude_defaults=True)
     codes = languages if section.by_language else [None]
     identities = {code: _source_identity(section.of(code), f"{key}.source") for code in codes}
     settings["source"] = Given(given, identities if section.by_language else identities[None])

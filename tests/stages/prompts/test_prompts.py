@@ -239,6 +239,12 @@ def test_columns_are_mapped_and_a_language_may_be_constant(tmp_path: Path) -> No
         read(source, id_column="id", language="da", columns={"prompt": "frage"})
 
 
+def test_a_system_prompt_for_all_that_have_none(tmp_path: Path) -> None:
+    own = {"role": "system", "content": "Own."}
+    found = read(write(tmp_path, row("a"), row("b", messages=[own, *USER])), system="Be brief.")
+    assert [one["messages"][0]["content"] for one in found.prompts.to_pylist()] == ["Be brief.", "Own."]
+
+
 def test_the_last_assistants_turn_is_the_reference(tmp_path: Path) -> None:
     answer = {"role": "assistant", "content": "Mig."}
     found = read(write(tmp_path, row(messages=[*USER, answer]))).prompts.to_pylist()
