@@ -96,18 +96,16 @@ def eval_translate_settings(recipe: Recipe, arm: str | None) -> Settings:
 
 
 def _translate_settings(recipe: Recipe, languages: Sequence[str]) -> Settings:
-    assert recipe.translate is not None
-    settings = recipe.translate.model_dump(
-        mode="json", exclude={"trust_remote_code", "evaluation", "revision"}
-    )
-    if not recipe.translate.chat_template_kwargs:
+    section = recipe.translate
+    assert section is not None
+    identity = given_model(section, "translate").identity
+    settings = section.model_dump(mode="json", exclude={"trust_remote_code", "evaluation", "revision"})
+    if not section.chat_template_kwargs:
         del settings["chat_template_kwargs"]
-    template = recipe.translate.chat_template
-    identity = model_identity(recipe.translate.model, recipe.translate.revision, "translate.model")
     return settings | {
-        "model": Given(recipe.translate, identity),
-        "chat_template": file_identity(template, "translate.chat_template") if template else None,
-        "checks": sorted(recipe.translate.checks),
+        "model": Given(section, identity["model"]),
+        "chat_template": identity["chat_template"],
+        "checks": sorted(section.checks),
         "languages": sorted(languages),
     }
 

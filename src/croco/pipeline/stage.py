@@ -24,7 +24,7 @@ from croco.config.runtime import Runtime
 from croco.errors import StaleStage, UserError
 from croco.pipeline import status
 from croco.pipeline.node import Node, Settings, settings_values
-from croco.pipeline.progress import Progress, progress
+from croco.pipeline.progress import Progress, heartbeat, progress
 from croco.pipeline.status import WRONG, Status, status_of
 from croco.storage import files, provenance, records, seeds, shards
 from croco.storage.records import Record
@@ -187,7 +187,8 @@ def execute(node: Node, runtime: Runtime, now: Status | None = None) -> Record:
     module, _, name = node.stage.function.partition(":")
     started, earlier = time.monotonic(), record["seconds"]
     try:
-        getattr(import_module(module), name)(work)
+        with heartbeat(node.title):
+            getattr(import_module(module), name)(work)
     finally:
         record["seconds"] = round(earlier + time.monotonic() - started, 3)
         if node.folder.is_dir():
@@ -200,15 +201,6 @@ def _tables(node: Node) -> dict[str, Path]:
     folders = {name: before.folder for name, before in node.inputs.items() if not before.stage.gives}
     given = {name: before.folder / name for before in node.inputs.values() for name in before.stage.gives}
     return folders | given
-
-
-def make_anew(node: Node, runtime: Runtime) -> Record:
-    """`execute` for commands that take files: what other files or settings made there before is removed first."""
-    now = status_of(node, contents=True)
-    if now.kind in WRONG:
-        status.clear(node)
-        now = Status("missing")
-    return execute(node, runtime, now)
 
 
 def _start(node: Node, runtime: Runtime, resume: bool) -> Record:

@@ -302,4 +302,4 @@ def test_test_prompts_that_are_the_tuning_prompts(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(other), copy)
     values = {"run": {"name": "x", "languages": ["da"]}, "arms": {"a": {}}, "policy": {"model": "lab:policy"}}
     sources = {"prompts": {"source": str(tuning)}, "evaluation": {"source": str(copy)}}
-    assert overlap(from_dict(values | sources)) == (3, 4)
+    assert overlap(from_dict(values | sources)) == (0, 3, 4)
