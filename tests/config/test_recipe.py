@@ -148,6 +148,7 @@ def test_a_policy_of_ones_own_gets_nothing_of_the_lab_unasked() -> None:
         from_dict(merged(own, {"prompts": files["prompts"], "reward": {"model": "org/reward"}}))
     whole = from_dict(merged(own, files | {"reward": {"model": "org/reward"}}))
     assert from_dict(whole.model_dump(mode="json")) == whole
+    from_dict(merged(own, files | {"reward": {"function": "module:name"}}))
     # an experiment in the lab, said so
     from_dict(merged(own, {"prompts": {"source": "lab"}, "evaluation": {"source": "lab"}}))
 

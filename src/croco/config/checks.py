@@ -38,8 +38,10 @@ def _check_nothing_of_the_lab(recipe: Recipe) -> None:
     if recipe.policy.model.startswith("lab:"):
         return
     needed = {"prompts": "source", "reward": "model", "evaluation": "source"}
+    if recipe.reward.function:
+        del needed["reward"]
     if recipe.prompts.source == "lab" and "source" in recipe.prompts.model_fields_set:
-        del needed["reward"]  # an experiment in the lab
+        needed.pop("reward", None)  # an experiment in the lab
     for section, key in needed.items():
         if key not in getattr(recipe, section).model_fields_set:
             raise ValueError(
