@@ -203,15 +203,6 @@ def _tables(node: Node) -> dict[str, Path]:
     return folders | given
 
 
-def make_anew(node: Node, runtime: Runtime) -> Record:
-    """`execute` for commands that take files: what other files or settings made there before is removed first."""
-    now = status_of(node, contents=True)
-    if now.kind in WRONG:
-        status.clear(node)
-        now = Status("missing")
-    return execute(node, runtime, now)
-
-
 def _start(node: Node, runtime: Runtime, resume: bool) -> Record:
     """Write or take up `stage.json` in state "running"; an unfinished stage keeps the shard size it began with."""
     with files.writing(node.folder):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from croco import languages
@@ -11,14 +11,17 @@ from croco.config.load import NO_PROMPTS, apply_override, from_dict
 from croco.config.recipe import Recipe
 from croco.config.runtime import Runtime
 from croco.errors import UserError
+from croco.pipeline import status
 from croco.pipeline.fingerprint import pair_settings
 from croco.pipeline.graph import known_stage
 from croco.pipeline.node import Given, Node, Stage
-from croco.pipeline.stage import lock, make_anew
+from croco.pipeline.stage import execute, lock
 from croco.stages.pair.export_trl import FORMATS, export_pairs
+from croco.stages.pair.import_files import FILE, LINE
 from croco.stages.prompts.columns import MAPPED
 from croco.storage import files
 from croco.storage.hashing import file_identity
+from croco.storage.records import Record
 from croco.storage.rows import files_of
 
 ARM = "pairs"
@@ -40,32 +43,43 @@ def pairs_of_files(
     overrides: Sequence[str],
     form: str,
     license: str,
+    ids: str | None = None,
+    rebuild: bool = False,
+    say: Callable[[str], None] = lambda line: None,
 ) -> int:
     """Import, pair and export; `to` then holds the tables, the ledger and `export/`. Returns the rows exported.
 
-    What the same files and rules have made there is not made again.
+    `language` is that of all rows, or "file": the name of each file. `ids` is the column of the prompts' ids, or
+    "line": the languages are parallel by line. What the same files and rules have made there is not made again; raises
+    StaleStage for what others have made, unless `rebuild` makes it anew.
     """
     if form not in FORMATS:
         raise UserError(f"the format '{form}' is unknown, expected one of {', '.join(FORMATS)}")
-    mapped = mappings(columns)
-    if language is not None:
+    mapped = mappings(columns) | ({"prompt_id": ids} if ids and ids != LINE else {})
+    if language is not None and language != FILE:
         languages.check(language)
     _recipe(KNOWN, form, overrides)  # what is wrong in the rules is said before anything is made
     sources = [file for source in sources for file in files_of(source)]
     for source in sources:
         if source.resolve().is_relative_to(to.resolve()):
-            raise UserError(f"{source} lies in {to}, which is made anew: expected another folder")
+            raise UserError(f"{source} lies in {to}, where the pairs are made: expected another folder")
     files.check_own_folder(to, "stage.json", ["stage", "science"], FILES)
     sources_read = Given(
         [str(source) for source in sources], [file_identity(str(source)) for source in sources]
     )
-    imported = Node(IMPORT, None, to, {"sources": sources_read, "columns": mapped, "language": language}, {})
+    settings = {"sources": sources_read, "columns": mapped, "language": language, "ids": ids}
+    imported = Node(IMPORT, None, to, settings, {})
+
+    def make(node: Node) -> Record:
+        known = {node: status.status_of(node, contents=True)}
+        known = status.clear_wrong(known, [node], say) if rebuild else known
+        status.stop_if_wrong(known)
+        return execute(node, Runtime(), known[node])
+
     with lock(to):
-        made = make_anew(imported, Runtime())
-        recipe = _recipe(sorted(made["facts"]["languages"]), form, overrides)
+        recipe = _recipe(sorted(make(imported)["facts"]["languages"]), form, overrides)
         rules = pair_settings(recipe, ARM)
-        pairs = Node(known_stage("pair"), ARM, to / "pairs", rules, {"import": imported})
-        make_anew(pairs, recipe.runtime)
+        make(Node(known_stage("pair"), ARM, to / "pairs", rules, {"import": imported}))
         files.remove_folder(to / "export")
         facts = {"source": ", ".join(source.name for source in sources)} | _rule(recipe, ARM)
         return export_pairs(to / "pairs", to / "export", form, license=license, facts=facts)
