@@ -59,7 +59,7 @@ class Stage:
     makes: tuple[str, ...] = ()  # files and folders of its own in its folder, beside shards and ledger
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Node:
     """A stage for one arm, or shared (arm None), with the fingerprints of what it reads."""
 
@@ -69,6 +69,9 @@ class Node:
     settings: Settings
     inputs: Mapping[str, Node]
     not_recorded: tuple[str, ...] = ()  # settings that its record, of an earlier version, lacks
+
+    def __repr__(self) -> str:
+        return f"Node({self.title!r}, {str(self.folder)!r})"
 
     @property
     def title(self) -> str:
