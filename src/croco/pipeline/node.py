@@ -41,7 +41,7 @@ def settings_identities(settings: Settings) -> Settings:
     return {name: value.identity if isinstance(value, Given) else value for name, value in settings.items()}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Stage:
     """One step of the pipeline; building one runs nothing and imports nothing."""
 
@@ -58,6 +58,9 @@ class Stage:
     gives: tuple[str, ...] = ()  # folders of `makes` that are tables, which others read by these names
     makes: tuple[str, ...] = ()  # files and folders of its own in its folder, beside shards and ledger
 
+    def __repr__(self) -> str:
+        return f"Stage({self.name})"
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Node:
@@ -71,7 +74,7 @@ class Node:
     not_recorded: tuple[str, ...] = ()  # settings that its record, of an earlier version, lacks
 
     def __repr__(self) -> str:
-        return f"Node({self.title!r}, {str(self.folder)!r})"
+        return f"Node({self.title} in {self.folder})"
 
     @property
     def title(self) -> str:
