@@ -1,6 +1,6 @@
 """vLLM asked as a server of ours against vLLM in process: tokens a second and scores a second, in turns.
 
-    VLLM_CPU_KVCACHE_SPACE=1 PYTHON_OF_VLLM/python -m bench.vllm_server [--rounds 3] [--completions 16]
+    VLLM_CPU_KVCACHE_SPACE=1 PYTHON_OF_VLLM/python -m bench.vllm_server [--rounds 7] [--completions 16]
 
 Both sides load the same random model, take the same prompts in token ids with the same settings, and run in turns. The
 in-process side is vLLM's own `LLM`, fed whole. Start-up is not counted. Needs an environment with vLLM.
@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 32, 64, 64
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 16, 64, 64
 SHAPE = {
     "vocab_size": 3000, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4,
     "num_attention_heads": 8, "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
@@ -75,7 +75,7 @@ def as_server(folder: Path, prompts: list[list[int]], completions: int) -> Any:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("--rounds", type=int, default=3)
+    options.add_argument("--rounds", type=int, default=7)
     options.add_argument("--completions", type=int, default=16)
     given = options.parse_args()
     dice = random.Random(0)
@@ -97,7 +97,10 @@ def main() -> None:
             print(
                 f"{name:<12} {median(found):>10,.0f} tokens/s  ({', '.join(f'{one:,.0f}' for one in found)})"
             )
-        print(f"server / in process: {median(rates['server']) / median(rates['in process']):.3f}")
+        ratios = [one / other for one, other in zip(rates["server"], rates["in process"], strict=True)]
+        print(
+            f"server / in process, by round: {median(ratios):.3f}  ({', '.join(f'{r:.2f}' for r in ratios)})"
+        )
 
 
 if __name__ == "__main__":

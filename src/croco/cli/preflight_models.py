@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from croco.cli import plan
-from croco.config.models import Model, Translate
+from croco.config.models import Model, RewardPart, Translate
 from croco.config.recipe import Recipe
 from croco.errors import UserError
 from croco.models.loading import weightless
@@ -63,10 +63,20 @@ def policy(recipe: Recipe, rows: Sequence[Prompt]) -> Iterator[str]:
 
 
 def reward(recipe: Recipe, rows: Sequence[Prompt]) -> Iterator[str]:
+    for part in recipe.reward.parts:
+        if part.function is None:
+            yield from _reward_model(recipe, part, rows)
+        else:
+            from croco.stages.score.reward import load_function
+
+            load_function(part.function)
+            yield f"reward        {part.function}"
+
+
+def _reward_model(recipe: Recipe, reward: RewardPart, rows: Sequence[Prompt]) -> Iterator[str]:
     from croco.models.chat_template import conversation_ids
     from croco.models.template_checks import examine_reward
 
-    reward = recipe.reward
     tokenizer = _tokenizer(reward)
     network = weightless(reward, "reward", "classifier")
     yield f"reward model  {_what(reward, 'reward', network)}"

@@ -82,13 +82,47 @@ class Translate(Causal):
             raise ValueError(str(error)) from None
 
 
-class Reward(Model):
-    """The model that scores completions."""
+class RewardPart(Model):
+    """A model or a function that scores completions."""
 
     model: str = "lab:reward"
     """A sequence classifier with one logit."""
+    function: str | None = None
+    """"module:name" or "file.py:name" in the model's place: (messages, completions, languages) → scores, in lists."""
+    weight: float = 1.0
+    """The score is multiplied by it."""
     max_tokens: Positive = 8192
     """A longer conversation goes to the ledger."""
+
+    @property
+    def label(self) -> str:
+        return self.function or self.model
+
+    @field_validator("function")
+    @classmethod
+    def _check_function(cls, value: str | None) -> str | None:
+        if value is not None and not all(value.rpartition(":")):
+            raise ValueError(f"'{value}', expected 'module:name' or 'file.py:name'")
+        return value
+
+
+class Reward(RewardPart):
+    """What scores completions: a model, a function, or the weighted sum of several."""
+
+    also: Annotated[tuple[RewardPart, ...], Field(strict=False)] = ()
+    """Further rewards, [[reward.also]], each with its weight; the scores table keeps every part."""
+
+    @property
+    def parts(self) -> tuple[RewardPart, ...]:
+        return (self, *self.also)
+
+    @property
+    def name(self) -> str:
+        names = [part.label for part in self.parts]
+        weights = [part.weight for part in self.parts]
+        if weights == [1.0]:
+            return names[0]
+        return " + ".join(f"{weight:g} × {name}" for weight, name in zip(weights, names, strict=True))
 
 
 class Judge(Causal):

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from croco.config.models import Reward
+from croco.config.models import RewardPart
 from croco.config.runtime import Server
 from croco.errors import UserError
 from croco.models.http_client import Call
@@ -32,7 +32,7 @@ class _Classes(BaseModel):
     usage: Usage
 
 
-def scorer(server: Server, reward: Reward) -> tuple[ServerScorer, Any]:
+def scorer(server: Server, reward: RewardPart) -> tuple[ServerScorer, Any]:
     """The scorer of the role "score", and its tokenizer: conversations are sent as token ids."""
     connection = Connection(server, "score", reward.model)
     from croco.models.loading import load_tokenizer

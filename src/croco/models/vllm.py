@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from croco.config.models import Causal, Model, Reward
+from croco.config.models import Causal, Model, RewardPart
 from croco.config.runtime import Server, Vllm
 from croco.errors import UserError
 from croco.models.chat_template import end_ids
@@ -113,7 +113,7 @@ def open_policy(
         return VllmSampler(engine_seed, settings.per_request_seeds, close, *served), tokenizer
 
 
-def open_reward(reward: Reward, settings: Vllm) -> tuple[VllmScorer, Any]:
+def open_reward(reward: RewardPart, settings: Vllm) -> tuple[VllmScorer, Any]:
     """A sequence classifier of one logit in a server of its own, and its tokenizer.
 
     The server's context is `reward.max_tokens`, or the model's own where that is shorter. Raises UserError for a model

@@ -55,6 +55,7 @@ class Stage:
     reads_all: tuple[str, str] | None = None  # (unit, stage): it must account for every row of that input
     added: tuple[str, ...] = ()  # settings that the records of earlier versions lack
     check: str = ""  # like `function`: called with (recipe, say) before anything runs; may raise UserError
+    gives: tuple[str, ...] = ()  # folders of `makes` that are tables, which others read by these names
     makes: tuple[str, ...] = ()  # files and folders of its own in its folder, beside shards and ledger
 
 

@@ -66,7 +66,7 @@ def _check_empty(node: Node) -> None:
         if not inside and not path.name.startswith("."):
             raise UserError(
                 f"{node.folder} holds '{path.name}' and no {records.RECORD}: croco has not made it, expected a new or "
-                f"empty folder for the stage {node.title} (see run.folder)"
+                f"empty folder for {node.title}"
             )
 
 

@@ -93,9 +93,12 @@ def forests(board: Board, arms: Sequence[str], scopes: Sequence[str]) -> list[Fo
             ])
             for scope in scopes
         ]  # fmt: skip
-        title = "Greedy" if temperature == 0 else f"Sampled at {temperature_name(temperature)}"
-        made.append(Forest(temperature, title, ticks, rows))
+        made.append(Forest(temperature, decoding_title(temperature), ticks, rows))
     return made
+
+
+def decoding_title(temperature: float) -> str:
+    return "Greedy" if temperature == 0 else f"Sampled at {temperature_name(temperature)}"
 
 
 def _mark(board: Board, scale: Axis, series: int, arm: str, difference: Interval) -> Mark:

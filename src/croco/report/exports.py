@@ -12,16 +12,7 @@ from croco.report import diagnostics
 from croco.report.compare import Comparison
 from croco.report.load_run import Run, read_results
 from croco.report.render import latex, markdown, terminal
-from croco.report.scores import (  # fmt: skip
-    Board,
-    arena_board,
-    arms_table,
-    boards,
-    language_sentence,
-    mark_best,
-    modes_table,
-    sentence,
-)
+from croco.report.scores import Board, arena_board, arms_table, boards, language_sentence, mark_best, sentence
 from croco.report.table import Entry, Number, Table, temperature_name
 from croco.stages.evaluate.results import language_groups
 
@@ -106,7 +97,7 @@ def results_markdown(run_folder: Path) -> str:
             f"({', '.join(best)}):\n",
             markdown(arms_table(board, board.groups, ("difference", "to_best"), base=False)),
             markdown(arms_table(board, board.languages)),
-            f"Percent of completions in each mode:\n\n{markdown(modes_table(board))}",
+            f"Percent of completions in each mode:\n\n{markdown(diagnostics.modes_table(board))}",
         ]
     if arena:
         parts += [

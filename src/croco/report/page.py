@@ -40,7 +40,7 @@ def _context(run: Run) -> dict[str, Any]:
     others = sections.other_results(run)
     return {
         "name": run.recipe.run.name,
-        "headings": [heading for heading in sections.HEADINGS if others.get(heading[0], True)],
+        "headings": {name: title for name, title in sections.HEADINGS.items() if others.get(name, True)},
         "facts": sections.facts(run, made),
         **sections.verdicts(run, made[0]),
         **sections.results(run, made),
@@ -48,7 +48,7 @@ def _context(run: Run) -> dict[str, Any]:
         "modes": sections.modes(run, made[0]),
         **sections.distributions(run),
         "steps": run.steps,
-        **sections.training(run),
+        **sections.training(run.metrics),
         **sections.provenance(run),
         **browsing({"": run}),
     }

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import polars as pl
 
-from croco.report.table import (  # fmt: skip
+from croco.report.table import (
     PERCENT,
     POINTS,
     SCORE,
@@ -230,42 +230,6 @@ def board_of(
 
 def _value(metrics: Mapping[str, tuple[Interval, int]], name: str) -> float | None:
     return metrics[name][0].value if name in metrics else None
-
-
-def mode_shares(board: Board) -> dict[Key, dict[str, float]]:
-    """The share of each mode, by (arm, temperature, language or group)."""
-    return {
-        key: {m.removeprefix("mode:"): i.value for m, (i, _) in of.items() if m.startswith("mode:")}
-        for key, of in board.metrics.items()
-        if any(metric.startswith("mode:") for metric in of)
-    }
-
-
-def modes_table(board: Board) -> Table:
-    """Where the mass went: percent of completions in each mode, per group."""
-    shares = mode_shares(board)
-    modes = sorted({mode for of in shares.values() for mode in of})
-    rows: list[list[Entry]] = [
-        [
-            arm,
-            temperature_name(t),
-            scope,
-            *(PERCENT.text(shares.get((arm, t, scope), {}).get(m, 0.0)) for m in modes),
-        ]
-        for arm, t in board.settings
-        for scope in board.main_groups
-    ]
-    return Table(["arm", "decoding", "group", *modes], rows, 3)
-
-
-def fidelity_table(board: Board) -> Table | None:
-    """The share of completions in the right language, of those whose language could be told, with their prompts."""
-    rows: list[list[Entry]] = []
-    for arm, t in board.settings:
-        of = [board.metrics.get((arm, t, scope), {}).get(RIGHT) for scope in board.groups]
-        if any(of):
-            rows.append([arm, temperature_name(t), *(Number(i[0], SHARE, n=i[1]) if i else None for i in of)])
-    return Table(["arm", "decoding", *board.groups], rows, 2) if rows else None
 
 
 def language_sentence(board: Board, arm: str) -> str:

@@ -6,7 +6,6 @@ Percentages are of completions; an interval is of 95 % over seeds and prompts.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,22 @@ from croco.config.recipe import Recipe
 from croco.config.study import Study
 from croco.errors import UserError
 from croco.pipeline.seeds import SCORERS, complete, of_seed, transfer_of
-from croco.report.claims import Judged, judge_all
-from croco.report.curves import Panel, value_panel
+from croco.report.claims import claim_part, claims_parts, judge_all
+from croco.report.curves import value_panel
 from croco.report.multi_seed import Pooled, pool
 from croco.report.page import render
 from croco.report.render import markdown as table_markdown
-from croco.report.table import PERCENT, POINTS, SCORE, SCORE_CHANGE, Entry, Number, Table, temperature_name
+from croco.report.table import (
+    PERCENT,
+    POINTS,
+    SCORE,
+    SCORE_CHANGE,
+    Entry,
+    Number,
+    Part,
+    Table,
+    temperature_name,
+)
 from croco.report.transfer import FIGURES, good_over_forms, transfer
 from croco.stages.evaluate.results import BASE, language_groups
 from croco.stages.evaluate.stats import Interval
@@ -32,17 +41,6 @@ from croco.storage import files, provenance, records
 from croco.storage.hashing import digest
 
 VERSION = 5
-
-
-@dataclass(frozen=True)
-class Part:
-    """A part of the page: paragraphs of Markdown, then curves and tables."""
-
-    name: str
-    title: str
-    text: list[str] = field(default_factory=list)
-    tables: list[Table] = field(default_factory=list)
-    panels: list[Panel] = field(default_factory=list)
 
 
 def write(recipe: Recipe, say: Callable[[str], None] = lambda line: None) -> Path:
@@ -124,74 +122,15 @@ def html(recipe: Recipe, parts: Sequence[Part]) -> str:
     text = MarkdownIt("commonmark", {"html": False}).render
     shown = [(part, Markup("".join(map(text, part.text)))) for part in parts]
     named = {"claims": "Claims", "transfer": "Transfer", "modes": "Modes", "pairs": "Pairs"}
-    headings = [(part.name, named.get(part.name, part.title)) for part in parts
-                if part.name in named or part.name.startswith(("arms-", "languages-"))]  # fmt: skip
+    headings = {
+        part.name: named.get(part.name, part.title)
+        for part in parts
+        if part.name in named or part.name.startswith(("arms-", "languages-"))
+    }
     return render(
         "study.html", name=recipe.run.name, headings=headings, made=_made(recipe), versions=_versions(),
         introduction=Markup(text(_study(recipe).introduction)), parts=shown,
     )  # fmt: skip
-
-
-def claims_parts(judged: Mapping[str, Judged], equivalence: float) -> list[Part]:
-    """The verdicts, primary claims apart from secondary ones."""
-    parts = []
-    for secondary, name, title in (
-        (False, "claims", "Claim by claim"),
-        (True, "secondary", "Secondary claims"),
-    ):
-        family = [one for one in judged.values() if one.claim.secondary == secondary]
-        counted = sum(one.p_value is not None for one in family)
-        rows = [
-            [one.claim.says, one.verdict, "" if one.p_value is None else p_text(one.p_value)]
-            for one in family
-        ]
-        text = (
-            f"A claim holds, or does not, where all comparisons that it needs are significant that way, at 5 % after "
-            f"Holm's correction over {counted} claims (p in the table). It is equivalent where the 90 % intervals lie "
-            f"within ± {equivalence:g}. The base is at its best temperature."
-        )
-        if rows:
-            parts.append(Part(name, title, [text], [Table(["claim", "in this study", "p"], rows, 2)]))
-    return parts
-
-
-def p_text(p_value: float) -> str:
-    """ "0.03", "< 0.001"."""
-    return "< 0.001" if p_value < 0.001 else f"{p_value:.2g}"
-
-
-def claim_part(name: str, judged: Judged, pooled: Mapping[str, Pooled]) -> Part:
-    """One claim: its comparisons, and why it came out so."""
-    claim, rows = judged.claim, list[list[Entry]]()
-    for test in judged.tests:
-        one, benchmark = test.comparison, pooled[test.comparison.benchmark]
-        share = benchmark.is_share or (one.metric or "").startswith("mode:")
-        unit = POINTS if share else SCORE_CHANGE
-        measure = (one.metric or benchmark.headline) + (
-            f", {one.benchmark}" if one.benchmark != "lab" else ""
-        )
-        rows.append([
-            one.arm, f"{test.rival[0]} ({temperature_name(test.rival[1])})", measure, test.scope,
-            temperature_name(test.temperature), Number(test.difference, unit), ", ".join(map(unit.text, test.by_seed)),
-            one.want + (f" by {PERCENT.text(one.margin)}" if one.margin and share else ""),
-            p_text(min(1.0, 2 * min(test.p_wanted, 1 - test.p_wanted))), "yes" if test.equivalent else "",
-        ])  # fmt: skip
-    head = [
-        "arm",
-        "than",
-        "measure",
-        "on",
-        "decoding",
-        "difference",
-        "each seed",
-        "claimed",
-        "p",
-        "equivalent",
-    ]
-    verdict = f"**{judged.verdict[0].upper()}{judged.verdict[1:]}**"
-    rule = f" ({claim.need} of {len(rows)} comparisons are needed; p of a row is not corrected)."
-    text = [verdict + (f": {claim.not_testable}" if claim.not_testable else rule)]
-    return Part(f"claim-{name}", claim.says, [*text, *filter(None, [claim.why])], [Table(head, rows, 5)])
 
 
 def arms_part(pooled: Pooled, arms: Sequence[str]) -> Part:

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from croco import languages
 from croco.stages.evaluate.results import GROUPS
@@ -84,6 +85,17 @@ class Table:
     words: int = 1
     title: str = ""
     blocks: Sequence[tuple[str, int]] = ()  # headings over so many of the columns of numbers
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the page: paragraphs of Markdown, then curves and tables."""
+
+    name: str
+    title: str
+    text: list[str] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    panels: list[Any] = field(default_factory=list)  # `curves.Panel`
 
 
 def numbers(entry: Entry) -> tuple[Number, ...]:

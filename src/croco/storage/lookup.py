@@ -98,10 +98,10 @@ class ShardRows:
         parts = []
         for index in np.flatnonzero(np.diff(bounds)).tolist() or [0]:
             rows = rising[bounds[index] : bounds[index + 1]] - self.edges[index]
-            parts.append(self._get(index).result().select(list(columns)).take(rows))
+            parts.append(_take(self._get(index).result().select(list(columns)), rows))
         table = pa.concat_tables(parts)
         if (order[1:] < order[:-1]).any():
-            table = table.take(np.argsort(order))
+            table = _take(table, np.argsort(order))
         return pl.DataFrame(pl.from_arrow(table))
 
     def _get(self, index: int) -> Future[pa.Table]:
@@ -122,3 +122,12 @@ class ShardRows:
             for name in made.column_names:
                 table = table.append_column(name, made[name])
         return table
+
+
+def _take(table: pa.Table, rows: Places) -> pa.Table:
+    """Copies of some rows, or a view of all of them."""
+    if len(rows) and rows[-1] - rows[0] == len(rows) - 1 and (rows[1:] > rows[:-1]).all():
+        return table.slice(rows[0], len(rows))
+    return table.take(
+        pl.Series(rows, dtype=pl.UInt32).to_arrow()
+    )  # Arrow would load pandas for an array of NumPy

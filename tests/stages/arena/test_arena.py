@@ -221,6 +221,7 @@ def test_a_hopeless_judge_is_not_asked_for_ever(evaluated: dict[str, Path], tiny
         worker._listen("refused", True)
 
 
+@pytest.mark.slow
 def test_a_whole_run_with_prompts_of_its_own(tiny_models: TinyModels, tmp_path: Path) -> None:
     """Samples for the arena, judges with a model that could be read, and puts rows into the results."""
     own = write_prompts(tmp_path / "own.jsonl", 3, start=200)

@@ -49,6 +49,7 @@ def test_every_prompt_has_its_completions_with_their_seeds(scored: Path, tiny_mo
     assert completions["completion"].n_unique() > 0.9 * completions.height
 
 
+@pytest.mark.slow
 def test_shards_do_not_change_the_rows(scored: Path, tmp_path: Path, tiny_models: TinyModels):
     instruction = "policy.instruction.da=Svar på dansk."
     other = run(

@@ -43,7 +43,8 @@ def pairs(
 
     `scores` is a table of Polars (lazy too), pandas, Arrow or `datasets`. It has a row per completion with prompt_id,
     language and score; without sample_id the completions of a prompt are numbered in their order. With a column
-    `completion` the guards judge the texts and the pairs hold them; finish_reason, prompt_tokens and
+    `completion` the guards judge the texts and the pairs hold them, with `messages` or `prompt` (text) their prompts
+    too, and `croco.export` writes them for trainers; finish_reason, prompt_tokens and
     completion_tokens are judged where they are given. `guards` are values of a recipe's `[guards]`, the other
     arguments those of an arm. The pairs have the columns of the pairs table but arm, messages and token ids; the
     ledger those of every ledger. Selection is CroCo's (arXiv 2605.26293) by default. Raises UserError for a missing
@@ -74,7 +75,22 @@ def pairs(
         made.append(found.pairs)
         dropped.append(found.dropped)
     first = [name for name in _FIRST if name in made[0].columns]
-    return pl.concat(made).select(*first, pl.exclude(first)), pl.concat(dropped)
+    pairs = _with_prompts(pl.concat(made).select(*first, pl.exclude(first)), table)
+    return pairs, pl.concat(dropped)
+
+
+def _with_prompts(pairs: pl.DataFrame, table: pl.DataFrame) -> pl.DataFrame:
+    """The pairs with the messages of their prompts, where the scores have them."""
+    column = next((name for name in ("messages", "prompt") if name in table.columns), None)
+    if column is None:
+        return pairs
+    messages = pl.col(column)
+    if table[column].dtype == pl.String:
+        messages = pl.concat_list(pl.struct(role=pl.lit("user"), content=messages))
+    own = table.select("prompt_id", "language", messages=messages).unique(
+        ("prompt_id", "language"), keep="first"
+    )
+    return pairs.join(own, on=("prompt_id", "language"), how="left", maintain_order="left")
 
 
 def _parts(rows: pl.DataFrame) -> list[pl.DataFrame]:

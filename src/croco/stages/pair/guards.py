@@ -116,34 +116,29 @@ def normalised(texts: pl.Series) -> pl.Series:
     )
 
 
-_WINDOWS, _LETTERS = (
-    (24, 400),
-    8,
-)  # bytes looked at on either end, and how many of their letters make the outline
+_WINDOWS, _LETTERS = (24, 400), 8  # bytes looked at on either end, and how many letters make an outline
 # each byte's letter, 0 for those left out: white space, all bytes of non-ASCII characters, and k and i, which are the
 # lower case of non-ASCII characters too (K, İ). What is left is equal wherever the normalised texts are equal.
 _FOLDED = bytes(ord(chr(b).lower()) if 33 <= b < 127 and chr(b) not in "kKiI" else 0 for b in range(256))
 _LEFT_OUT = bytes(b for b in range(256) if not _FOLDED[b])
 
 
-def outlines(texts: pl.Series) -> NDArray[np.uint64]:
-    """A number per text that is the same for near duplicates, from the letters at its ends; 0 where they are too few.
+def outlines(texts: pl.Series, end: bool = True) -> NDArray[np.uint64]:
+    """A number per text that is the same for near duplicates: its last letters (or its first); 0 for too few letters.
 
-    Cheap on purpose: only texts of one prompt with the same outline, and those without, need be compared.
+    Cheap on purpose: only texts of one prompt with the same outlines, and those without, need be compared.
     """
-    ends = texts.cast(pl.Binary)
+    content = texts.cast(pl.Binary)
     outline = np.zeros(len(texts), np.uint64)
     for window in _WINDOWS:  # most texts have enough letters in the first one
         bare = np.flatnonzero(outline == 0)
-        some = (ends if len(bare) == len(ends) else ends.gather(bare)).bin
-        first, last = _letters(some.head(window), 0), _letters(some.tail(window), -_LETTERS)
-        mixed = first * np.uint64(0x9E3779B97F4A7C15) ^ last * np.uint64(0xC2B2AE3D27D4EB4F)
-        outline[bare] = np.where((first != 0) & (last != 0), mixed, np.uint64(0))
+        some = (content if len(bare) == len(content) else content.gather(bare)).bin
+        outline[bare] = _letters(some.tail(window) if end else some.head(window), end)
     return outline
 
 
-def _letters(windows: pl.Series, at: int) -> NDArray[np.uint64]:
-    """The first letters (`at` 0) or the last ones of each window as one number, 0 where there are too few, (R,)."""
+def _letters(windows: pl.Series, end: bool) -> NDArray[np.uint64]:
+    """The first or last letters of each window as one number, 0 where there are too few, (R,)."""
     arrow = windows.to_arrow().cast(pa.large_binary())
     _, offsets, data = arrow.buffers()
     if not len(arrow) or data is None:
@@ -156,7 +151,7 @@ def _letters(windows: pl.Series, at: int) -> NDArray[np.uint64]:
     letters = np.frombuffer(content.translate(_FOLDED, _LEFT_OUT) + bytes(_LETTERS), np.uint8)
     # the eight bytes from any place on as one number: a view, whose rows overlap
     numbers = np.lib.stride_tricks.sliding_window_view(letters, _LETTERS)
-    start = before[1:] + at if at else before[:-1]
+    start = before[1:] - _LETTERS if end else before[:-1]
     enough = np.diff(before) >= _LETTERS
     return np.where(enough, numbers[np.where(enough, start, 0)].copy().view(np.uint64)[:, 0], np.uint64(0))
 
@@ -194,9 +189,12 @@ def judge(
             alike = _alike(group, outline, np.flatnonzero(own & (reason < 0)))
             text = texts(alike)
             apply("duplicate", _repeated(group, alike, text))
-            sound = own & (reason < 0) & ~flags.get("duplicate", np.zeros_like(own))
             if guards.near_duplicate != "off":
-                nearly = _alike(group, outline, np.flatnonzero(sound))
+                sound = (reason < 0) & ~flags.get("duplicate", np.zeros_like(own))
+                first = outlines(text, end=False)  # of those with the same last letters
+                outline = outline.copy()
+                outline[alike] *= first  # 0 where either is not known
+                nearly = _alike(group, outline, alike[sound[alike]])
                 text = normalised(text.gather(np.searchsorted(alike, nearly)))
                 apply("near_duplicate", _repeated(group, nearly, text))
     names = pl.Series(reason).cast(pl.Int16)

@@ -138,11 +138,10 @@ def _sorted(table: pl.DataFrame, group: pl.Expr, name: str) -> pl.DataFrame:
     """By prompt, group, language and sample; raises UserError for a key that is there twice."""
     rows = table.with_columns(group=group)
     order = ("prompt_id", "group", "language", "sample_id")
-    at = sum(  # one number per key, in the order of the keys
-        (pl.col(column).to_physical().cast(pl.Int64) * span for column, span in _spans(rows, order)),
-        pl.lit(0),
-    )
-    packed = rows.select(at).to_series().to_numpy()
+    packed = np.zeros(rows.height, np.int64)  # one number per key, in the order of the keys
+    for column in order:
+        packed *= _span(rows[column])
+        packed += rows[column].to_physical().to_numpy()
     if (packed[1:] <= packed[:-1]).any():
         by_key = np.argsort(packed, kind="stable")
         rows, packed = rows[by_key], packed[by_key]
@@ -154,17 +153,10 @@ def _sorted(table: pl.DataFrame, group: pl.Expr, name: str) -> pl.DataFrame:
     return rows
 
 
-def _spans(rows: pl.DataFrame, order: Sequence[str]) -> list[tuple[str, int]]:
-    """What each column of a key is multiplied with, so that the sum has the order of the key."""
-    spans, span = [], 1
-    for column in reversed(order):
-        spans.append((column, span))
-        dtype = rows.schema[column]
-        highest = int(rows["sample_id"].to_numpy().max(initial=0))
-        span *= len(dtype.categories) if isinstance(dtype, pl.Enum) else highest + 2
-    if span >= 2**63:
-        raise UserError(f"sample_id {highest} is too large, expected the number of a sample")
-    return spans
+def _span(values: pl.Series) -> int:
+    """How many numbers a column of a key may have, and that of a gold completion."""
+    kind = values.dtype
+    return len(kind.categories) if isinstance(kind, pl.Enum) else int(values.to_numpy().max(initial=0)) + 2
 
 
 def described(rows: pl.DataFrame, row: int) -> str:

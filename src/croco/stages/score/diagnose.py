@@ -29,7 +29,7 @@ from croco.stages.prompts.columns import FileRow, Unusable
 from croco.stages.score.diagnose_metrics import Row, agreement, rank
 from croco.stages.score.diagnose_page import markdown
 from croco.storage import files, provenance, shards
-from croco.storage.rows import file_rows
+from croco.storage.rows import file_rows, files_of
 from croco.storage.schemas import DROPPED, ledger
 
 FILES = ("pairs.parquet", "ranking.parquet", "dropped.parquet", "ranking.md", "diagnosis.json")
@@ -142,17 +142,6 @@ def read_pairs(sources: Sequence[Path], language: str | None) -> tuple[list[Pair
     return pairs, drops
 
 
-def files_of(source: Path) -> list[Path]:
-    """A file, or those of a folder: the finished shards of a stage, else its Parquet and JSON lines files."""
-    if not source.is_dir():
-        return [source]
-    found = [shard.path for shard in shards.shards(source)]
-    found = found or sorted(path for path in source.iterdir() if path.suffix in (".parquet", ".jsonl"))
-    if not found:
-        raise UserError(f"{source}: no finished shards, Parquet or JSON lines in it")
-    return [path for path in found if path.name != "dropped.parquet"]
-
-
 def _pair(where: str, values: Any, language: str | None) -> tuple[Pair, str]:
     row = FileRow(where, values)
     for column in ("chosen", "rejected"):
@@ -183,16 +172,16 @@ def _pair(where: str, values: Any, language: str | None) -> tuple[Pair, str]:
 
 def score_pairs(pairs: Sequence[Pair], recipe: Recipe) -> tuple[NDArray[np.float64], dict[int, str]]:
     """Scores of (chosen, rejected), shape (pairs, 2), nan where there is none, and the reasons by pair."""
-    from croco.stages.score.score import score_conversations
+    from croco.stages.score.reward import open_reward
 
     scores, reasons = np.full((len(pairs), 2), math.nan), {}
-    scorer, tokenizer = open.open_scorer(recipe.reward, recipe.runtime)
+    score, _ = open_reward(recipe.reward, recipe.runtime)
     try:
         with progress(recipe.reward.model, len(pairs), "pair") as bar:
             for start in range(0, len(pairs), CHUNK):
                 part = pairs[start : start + CHUNK]
                 groups = [(pair.messages, _completions(pair)) for pair in part]
-                found = score_conversations(scorer, tokenizer, groups, recipe.reward.max_tokens)
+                found = score(groups)
                 for i, values in enumerate(found, start):
                     for side, value in enumerate(values):
                         if isinstance(value, str):
