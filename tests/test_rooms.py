@@ -17,7 +17,7 @@ ONLY_IN = {
     "peft": ("models/lora.py",),
     "httpx2": ("models/http_client.py",),
     "euroeval": ("stages/euroeval/program.py",),
-    "trl": ("lab/build.py",),
+    "trl": (),
 }
 # rooms of pure numbers: no engine, no model library
 PURE = ("stages/train/losses.py", "stages/evaluate/stats.py", "stages/evaluate/winrate.py")
