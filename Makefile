@@ -71,10 +71,11 @@ $(EUROEVAL_STAMP): $(STAMP) src/croco/stages/euroeval/euroeval-constraints.txt
 test-euroeval: $(VLLM_STAMP) $(EUROEVAL_STAMP) ## EuroEval on the lab's policy, in an environment of its own (7 GB)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VLLM_VENV)/bin/python -m pytest -q -m euroeval tests/with_euroeval
 
-check: $(STAMP) ## lint, format, types
+check: $(STAMP) ## lint, format, types, imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: $(STAMP) ## format the code
 	$(BIN)/ruff format .

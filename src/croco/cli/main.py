@@ -5,6 +5,7 @@ Here are the commands about runs; `cli/files.py` has those about files, `cli/app
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -44,6 +45,32 @@ STAGE_COMMANDS = {
     "arena": "Let a judge compare an arm's completions with the base's, in both orders.",
     "results": "Aggregate verdicts, with intervals.",
 }
+
+
+@app.command()
+def init(
+    kind: Annotated[
+        str,
+        typer.Argument(metavar="[RECIPE]", help="lab, one-gpu, eight-gpus, paper-eurollm or paper-tiny-aya."),
+    ] = "lab",
+) -> None:
+    """Write a commented recipe into the current folder."""
+    from croco.cli.init import write
+
+    for line in write(kind, Path()):
+        say(line)
+
+
+@app.command()
+def schema(
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="The page of docs/reference/recipe.md instead.")
+    ] = False,
+) -> None:
+    """Print the JSON schema of a recipe, for editors."""
+    from croco.config import reference
+
+    say(reference.markdown().rstrip() if markdown else json.dumps(reference.schema(), indent=1))
 
 
 @app.command()

@@ -7,7 +7,6 @@ would stop the run. Left out: whether weights load, which `cli/preflight.py` mea
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from croco.cli import plan
@@ -170,10 +169,8 @@ def judge(recipe: Recipe) -> Iterator[str]:
 def _tokenizer(section: Model) -> Any:
     from croco.models.loading import load_tokenizer
 
-    template = getattr(section, "chat_template", None)
-    return load_tokenizer(
-        section.model, section.revision, Path(template) if template else None, section.trust_remote_code
-    )
+    template = getattr(section, "template", None)
+    return load_tokenizer(section.model, section.revision, template, section.trust_remote_code)
 
 
 def _what(section: Model, key: str, network: Any) -> str:

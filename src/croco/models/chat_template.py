@@ -24,6 +24,7 @@ from croco.models.protocols import Request
 from croco.models.sandbox import render
 
 Messages = Sequence[Mapping[str, str]]
+PROBE = "qzjx"  # a completion that no template writes by itself
 MARK = "\ufdd0"  # breaks the name of a special token in two; Unicode keeps it for such use, no text has it
 
 
@@ -51,6 +52,42 @@ def prompt_ids(tokenizer: Any, messages: Messages, instruction: str | None = Non
 def text_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of completions alone, as a policy would write them, without special tokens."""
     return _encoded(tokenizer, [_broken(tokenizer, text) for text in texts])
+
+
+def completions_ids(tokenizer: Any, messages: Messages, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of completions that are known as text, without the end of the turn.
+
+    They are what the template makes of them as assistant's turns, behind the prompt: an empty block of thoughts may be
+    added (Qwen3), a space (Mistral) or white space stripped (Gemma, Llama 3). A text that the template leaves as it
+    is, or that it writes behind another prompt, is tokenised alone.
+    """
+    closing = _closing(
+        tokenizer, tuple(message["role"] for message in messages), str(tokenizer.chat_template)
+    )
+    if closing is None:
+        return text_ids(tokenizer, texts)
+    turns = with_instruction(messages, None)
+    (prompt,) = _render(tokenizer, [turns], opened=True)
+    conversations = [[*turns, {"role": "assistant", "content": text}] for text in texts]
+    ids = []
+    for text, whole in zip(texts, _render(tokenizer, conversations, opened=False), strict=True):
+        written = whole.removeprefix(prompt).removesuffix(closing)
+        as_it_is = written == _broken(tokenizer, text) or not whole.startswith(prompt)
+        ids += text_ids(tokenizer, [text]) if as_it_is else _encoded(tokenizer, [MARK + written])
+    return ids
+
+
+@lru_cache(maxsize=64)
+def _closing(tokenizer: Any, roles: tuple[str, ...], template: str) -> str | None:
+    """What the template writes behind a completion to such a prompt; None where that cannot be told."""
+    turns = [{"role": role, "content": "x"} for role in roles]
+    try:
+        (prompt,) = _render(tokenizer, [turns], opened=True)
+        (whole,) = _render(tokenizer, [[*turns, {"role": "assistant", "content": PROBE}]], opened=False)
+    except UserError:
+        return None
+    _, content, closing = whole.removeprefix(prompt).rpartition(PROBE)
+    return closing if content and whole.startswith(prompt) else None
 
 
 def request(

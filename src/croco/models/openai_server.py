@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
 
-from croco.config.models import Model
+from croco.config.models import Model, Template
 from croco.config.runtime import Server
 from croco.errors import UserError
 from croco.models.chat_template import end_ids
@@ -72,7 +72,7 @@ class _Completions(BaseModel):
 
 
 def sampler(
-    server: Server, role: str, model: Model, template: Path | None, adapter: Path | None
+    server: Server, role: str, model: Model, template: Template | None, adapter: Path | None
 ) -> tuple[ServerSampler, Any]:
     """A role's sampler, and the tokenizer of its model: None where the server applies the chat template."""
     key, served = "model", server
@@ -88,8 +88,8 @@ def sampler(
     if server.api == "chat":
         if template is not None:
             raise UserError(
-                f"chat_template = '{template}', which runtime.servers.{role}.api = 'chat' leaves to the server; "
-                f"expected api = 'completions', or the template at the server"
+                f"chat_template or chat_template_kwargs is set, which runtime.servers.{role}.api = 'chat' leaves to "
+                f"the server; expected api = 'completions', or the template at the server"
             )
         return ServerSampler(Connection(served, role, model.model, key), model.model), None
     connection = Connection(served, role, model.model, key)

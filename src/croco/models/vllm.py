@@ -87,7 +87,7 @@ def open_policy(
     """
     from croco.models.loading import load_tokenizer, pick_device
 
-    template = Path(policy.chat_template) if policy.chat_template else None
+    template = policy.template
     tokenizer = load_tokenizer(policy.model, policy.revision, template, policy.trust_remote_code)
     if settings.per_request_seeds and pick_device().type == "cpu":
         raise UserError(

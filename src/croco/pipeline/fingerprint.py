@@ -47,7 +47,7 @@ def prompts_settings(
     if source == "lab":
         return settings | {"source": Given(given, f"lab {WORLD}"), "split": section.split}
     settings |= {"id_column": section.id_column, "language_column": section.language_column}
-    settings |= section.model_dump(include={"columns", "language"}, exclude_defaults=True)
+    settings |= section.model_dump(include={"columns", "language", "system"}, exclude_defaults=True)
     codes = languages if section.by_language else [None]
     identities = {code: _source_identity(section.of(code), f"{key}.source") for code in codes}
     settings["source"] = Given(given, identities if section.by_language else identities[None])
@@ -99,7 +99,10 @@ def _translate_settings(recipe: Recipe, languages: Sequence[str]) -> Settings:
     section = recipe.translate
     assert section is not None
     identity = given_model(section, "translate").identity
-    return section.model_dump(mode="json", exclude={"trust_remote_code", "evaluation", "revision"}) | {
+    settings = section.model_dump(mode="json", exclude={"trust_remote_code", "evaluation", "revision"})
+    if not section.chat_template_kwargs:
+        del settings["chat_template_kwargs"]
+    return settings | {
         "model": Given(section, identity["model"]),
         "chat_template": identity["chat_template"],
         "checks": sorted(section.checks),
@@ -114,6 +117,8 @@ def given_model(section: Model, key: str, **more: Any) -> Given:
     if isinstance(section, Causal):
         template = section.chat_template
         identity["chat_template"] = file_identity(template, f"{key}.chat_template") if template else None
+        if section.chat_template_kwargs:
+            identity["chat_template_kwargs"] = dict(section.chat_template_kwargs)
     return Given(section, identity)
 
 

@@ -238,6 +238,8 @@ class _Reading:
         except Unusable as reason:
             self.drops.append(("prompt", prompt_id, language, None, str(reason)))
             return
+        if self.section.system and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.section.system}, *messages]
         file = row.where.partition(", ")[0].rpartition("/")[2]
         values = {
             "messages": messages,
