@@ -1,6 +1,6 @@
 """vLLM asked as a server of ours against vLLM in process: tokens a second and scores a second, in turns.
 
-    VLLM_CPU_KVCACHE_SPACE=1 PYTHON_OF_VLLM/python -m bench.vllm_server [--rounds 7] [--completions 16]
+    VLLM_CPU_KVCACHE_SPACE=1 PYTHON_OF_VLLM -m bench vllm_server
 
 Both sides load the same random model, take the same prompts in token ids with the same settings, and run in turns. The
 in-process side is vLLM's own `LLM`, fed whole. Start-up is not counted. Needs an environment with vLLM.
@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 import random
+import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -78,6 +80,9 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=7)
     options.add_argument("--completions", type=int, default=16)
     given = options.parse_args()
+    if find_spec("vllm") is None:
+        print("skipped: vLLM is not installed here, see docs/guide/engines.md")
+        sys.exit(75)
     dice = random.Random(0)
     prompts = [[dice.randrange(3, 3000) for _ in range(PROMPT_TOKENS)] for _ in range(PROMPTS)]
     with tempfile.TemporaryDirectory() as folder:
