@@ -18,6 +18,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import psutil
+
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 16, 64, 64
 SHAPE = {
     "vocab_size": 3000, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4,
@@ -92,20 +94,35 @@ def main() -> None:
             "in process": in_process(Path(folder), prompts, given.completions),
         }
         rates: dict[str, list[float]] = {name: [] for name in sides}
+        costs: dict[str, list[float]] = {name: [] for name in sides}
         for turn in range(given.rounds + 1):
             for name, run in sides.items():
-                start = time.perf_counter()
+                start, busy = time.perf_counter(), processor_seconds()
                 tokens = run()
                 if turn:  # the first warms up
                     rates[name].append(tokens / (time.perf_counter() - start))
-        for name, found in rates.items():
+                    costs[name].append(1000 * (processor_seconds() - busy) / tokens)
+        for name in sides:
+            print(f"{name:<11} {median(rates[name]):>8,.0f} tokens/s  ({listed(rates[name], ',.0f')})")
             print(
-                f"{name:<12} {median(found):>10,.0f} tokens/s  ({', '.join(f'{one:,.0f}' for one in found)})"
+                f"{'':<11} {median(costs[name]):>8.3f} ms of processor time a token  ({listed(costs[name], '.3f')})"
             )
-        ratios = [one / other for one, other in zip(rates["server"], rates["in process"], strict=True)]
-        print(
-            f"server / in process, by round: {median(ratios):.3f}  ({', '.join(f'{r:.2f}' for r in ratios)})"
-        )
+        for what, figures in (("tokens/s", rates), ("processor time", costs)):
+            ratios = [
+                one / other for one, other in zip(figures["server"], figures["in process"], strict=True)
+            ]
+            print(f"server / in process, {what}, by round: {median(ratios):.3f}  ({listed(ratios, '.2f')})")
+
+
+def processor_seconds() -> float:
+    """Processor time of this process and all that it started, which another job on the machine does not change."""
+    me = psutil.Process()
+    times = [process.cpu_times() for process in (me, *me.children(recursive=True))]
+    return sum(one.user + one.system for one in times)
+
+
+def listed(figures: list[float], form: str) -> str:
+    return ", ".join(f"{one:{form}}" for one in figures)
 
 
 if __name__ == "__main__":
