@@ -110,8 +110,8 @@ def recipe_of(model: str, codes: Sequence[str], overrides: Sequence[str]) -> Rec
     """A recipe that holds the reward model, and how to run it."""
     values = {
         "run": {"name": "diagnose", "languages": list(codes)},
-        "reward": {"model": model},
         **NO_PROMPTS,
+        "reward": {"model": model},
         "arms": {"none": {}},
     }
     for override in overrides:

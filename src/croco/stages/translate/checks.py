@@ -9,11 +9,10 @@ from __future__ import annotations
 import zlib
 from collections.abc import Collection, Sequence
 
-from croco.languages import identify, same_to_identifier
+from croco.languages import MIN_LETTERS, count_letters, identify, same_to_identifier
 from croco.stages.translate.protect import KINDS, items, prose
 from croco.storage.provenance import shown
 
-MIN_LETTERS = 20  # a name or a greeting says nothing about its language, and may well stay as it is
 CONFIDENCE = 0.9  # of the language identifier, before a translation is thrown away for it
 MIN_CHARACTERS = 60  # a shorter text may grow or shrink by more than any ratio
 SPELLED = {str(number) for number in range(21)}  # numbers that may be written in words
@@ -44,17 +43,13 @@ def fault(
     if "length" in checks and (reason := off_length(source, translation, *length_ratios)):
         return reason
     before, after = prose(source), prose(translation)
-    if "copy" in checks and num_letters(before) >= MIN_LETTERS and _bare(before) == _bare(after):
+    if "copy" in checks and count_letters(before) >= MIN_LETTERS and _bare(before) == _bare(after):
         return "untranslated copy: the translation is the source"
-    if "language" in checks and num_letters(after) >= MIN_LETTERS:
-        identified = identify(after, candidates, CONFIDENCE)
+    if "language" in checks:
+        identified = identify(after, candidates, CONFIDENCE, MIN_LETTERS)
         if identified is not None and not same_to_identifier(identified, language):
             return f"wrong language: found {identified}, expected {language}"
     return None
-
-
-def num_letters(text: str) -> int:
-    return sum(character.isalpha() for character in text)
 
 
 def _bare(text: str) -> str:
