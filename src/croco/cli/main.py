@@ -20,7 +20,6 @@ from croco.cli.app import (  # fmt: skip
     RecipePath,
     app,
     euroeval,
-    lab,
     load_recipe,
     say,
     stage_command,
@@ -202,39 +201,6 @@ def doctor(
         pipeline.set_threads(loaded)
         for line in preflight.examine(loaded, measure):
             say(line)
-
-
-@lab.command()
-def build(
-    folder: Annotated[Path | None, typer.Option(help="Where to; the package itself if not given.")] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Seed of everything; that of the shipped models if not given.")
-    ] = None,
-    rivals: Annotated[
-        bool, typer.Option("--rivals", help="Only the other policy and the translator of the rival methods.")
-    ] = False,
-) -> None:
-    """Make the lab's models again from nothing."""
-    from croco.lab import build as building
-
-    make = building.build_rivals if rivals else building.build
-    make(folder, building.SEED if seed is None else seed)
-
-
-@lab.command()
-def gates(
-    folder: Annotated[
-        Path | None, typer.Option(help="A folder that `lab build` wrote; the shipped one if not given.")
-    ] = None,
-) -> None:
-    """Measure on dev prompts what the reward model picks, beside random and likelihood."""
-    from rich.console import Console
-
-    from croco.lab import build as building
-    from croco.lab.gates import measure
-
-    found = folder or building.MODELS
-    Console().print(measure(found / "policy", found / "reward", building.SEED)[0])
 
 
 @euroeval.command()
