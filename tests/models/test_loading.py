@@ -7,9 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import zoo
 from conftest import TinyModels
+from croco.config.models import Template
 from croco.errors import UserError
 from croco.models.chat_template import end_ids, prompt_ids
 from croco.models.loading import (
@@ -49,10 +51,23 @@ def test_dtype_and_device_are_chosen_or_named():
 def test_a_chat_template_can_be_given_in_a_file(tmp_path: Path, tiny_models: TinyModels):
     file = tmp_path / "template.jinja"
     file.write_text("{{ messages[0]['content'] }}", encoding="utf-8")
-    tokenizer = load_tokenizer(str(tiny_models.policy), chat_template=file)
+    tokenizer = load_tokenizer(str(tiny_models.policy), chat_template=Template(str(file), {}))
     assert tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False) == "x"
     with pytest.raises(UserError, match=r"chat template .*missing"):
-        load_tokenizer(str(tiny_models.policy), chat_template=tmp_path / "missing.jinja")
+        load_tokenizer(str(tiny_models.policy), chat_template=Template(str(tmp_path / "missing.jinja"), {}))
+
+
+def test_values_for_the_chat_template_stay_with_the_tokenizer(tmp_path: Path, tiny_models: TinyModels):
+    file = tmp_path / "template.jinja"
+    shown = "\n{{ messages[0]['content'] }} {% if not deep %}shallow{% endif %}{{ depth }}{{ name }}"
+    file.write_text(shown, encoding="utf-8")
+    values = {"deep": False, "depth": 2, "name": 'a "b" {{'}
+    tokenizer = load_tokenizer(str(tiny_models.policy), chat_template=Template(str(file), values))
+    said = [{"role": "user", "content": "x"}]
+    assert tokenizer.decode(prompt_ids(tokenizer, said)) == '\nx shallow2a "b" {{'
+    tokenizer.save_pretrained(tmp_path / "tuned")
+    again = AutoTokenizer.from_pretrained(tmp_path / "tuned")
+    assert prompt_ids(again, said) == prompt_ids(tokenizer, said)
 
 
 def test_what_is_no_model_is_named(tmp_path: Path, tiny_models: TinyModels):

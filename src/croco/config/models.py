@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
 
 from pydantic import Field, field_validator
@@ -10,10 +12,19 @@ from croco import languages
 from croco.config.runtime import Positive, Section
 from croco.errors import UserError
 
+VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 TranslationFormat = Literal["instruct", "translategemma", "tower", "tower-instruct"]
 TranslationCheck = Literal["items", "numbers", "repetition", "length", "copy", "language"]
 TranslationChecks = Annotated[tuple[TranslationCheck, ...], Field(strict=False)]
+
+
+@dataclass(frozen=True)
+class Template:
+    """What replaces a tokenizer's own chat template: another file (or None), and values that it sees."""
+
+    file: str | None
+    values: Mapping[str, bool | int | float | str]
 
 
 class Model(Section):
@@ -34,6 +45,14 @@ class Causal(Model):
 
     chat_template: str | None = None
     """A Jinja file that replaces the tokenizer's own template."""
+    chat_template_kwargs: dict[VariableName, bool | int | float | str] = Field(default_factory=dict)
+    """Values that the template asks for, such as enable_thinking = false."""
+
+    @property
+    def template(self) -> Template | None:
+        if self.chat_template is None and not self.chat_template_kwargs:
+            return None
+        return Template(self.chat_template, self.chat_template_kwargs)
 
 
 class Policy(Causal):

@@ -79,7 +79,7 @@ def open_sampler(
     engine, _ = engine_of(runtime, role)
     if adapter is not None and engine != "server" and _is_whole(adapter):
         causal, adapter = causal.model_copy(update={"model": str(adapter), "revision": None}), None
-    template = Path(causal.chat_template) if causal.chat_template else None
+    template = causal.template
     if engine == "vllm":
         from croco.models.vllm import open_policy
 

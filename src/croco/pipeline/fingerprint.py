@@ -47,7 +47,7 @@ def prompts_settings(
     if source == "lab":
         return settings | {"source": Given(given, f"lab {WORLD}"), "split": section.split}
     settings |= {"id_column": section.id_column, "language_column": section.language_column}
-    settings |= section.model_dump(include={"columns", "language"}, exclude_defaults=True)
+    settings |= section.model_dump(include={"columns", "language", "system"}, exclude_defaults=True)
     codes = languages if section.by_language else [None]
     identities = {code: _source_identity(section.of(code), f"{key}.source") for code in codes}
     settings["source"] = Given(given, identities if section.by_language else identities[None])
@@ -96,16 +96,16 @@ def eval_translate_settings(recipe: Recipe, arm: str | None) -> Settings:
 
 
 def _translate_settings(recipe: Recipe, languages: Sequence[str]) -> Settings:
-    assert recipe.translate is not None
-    settings = recipe.translate.model_dump(
-        mode="json", exclude={"trust_remote_code", "evaluation", "revision"}
-    )
-    template = recipe.translate.chat_template
-    identity = model_identity(recipe.translate.model, recipe.translate.revision, "translate.model")
+    section = recipe.translate
+    assert section is not None
+    identity = given_model(section, "translate").identity
+    settings = section.model_dump(mode="json", exclude={"trust_remote_code", "evaluation", "revision"})
+    if not section.chat_template_kwargs:
+        del settings["chat_template_kwargs"]
     return settings | {
-        "model": Given(recipe.translate, identity),
-        "chat_template": file_identity(template, "translate.chat_template") if template else None,
-        "checks": sorted(recipe.translate.checks),
+        "model": Given(section, identity["model"]),
+        "chat_template": identity["chat_template"],
+        "checks": sorted(section.checks),
         "languages": sorted(languages),
     }
 
@@ -117,6 +117,8 @@ def given_model(section: Model, key: str, **more: Any) -> Given:
     if isinstance(section, Causal):
         template = section.chat_template
         identity["chat_template"] = file_identity(template, f"{key}.chat_template") if template else None
+        if section.chat_template_kwargs:
+            identity["chat_template_kwargs"] = dict(section.chat_template_kwargs)
     return Given(section, identity)
 
 
@@ -146,10 +148,14 @@ def check_one_logit(model: str) -> None:
     folder = local_model(model, "reward.model")
     if folder is not None:
         config = read_json(folder / "config.json")
-        labels = len(config["id2label"]) if "id2label" in config else int(config.get("num_labels", 2))
+        config = config if isinstance(config, dict) else {}
+        labels = config.get("id2label", config.get("num_labels", 2))
+        labels = len(labels) if isinstance(labels, dict | list) else labels
         if labels != 1:
+            causal = any(str(name).endswith("ForCausalLM") for name in config.get("architectures") or ())
+            found = "is a causal language model" if causal else f"has {labels} logits"
             raise UserError(
-                f"reward.model = '{model}' has {labels} logits, expected a sequence classifier with one"
+                f"reward.model = '{model}' {found}, expected a sequence classifier with one logit"
             )
 
 

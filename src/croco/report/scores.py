@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import polars as pl
 
+from croco.languages import RIGHT
 from croco.report.table import (
     PERCENT,
     POINTS,
@@ -25,7 +26,6 @@ from croco.report.table import (
     numbers,
     temperature_name,
 )
-from croco.stages.evaluate.fidelity import RIGHT
 from croco.stages.evaluate.results import BASE, GROUPS, headline
 from croco.stages.evaluate.stats import Interval, interval, verdict
 

@@ -64,7 +64,7 @@ def local_model(name: str, key: str = "model") -> Path | None:
             known = ", ".join(f"'lab:{one}'" for one in LAB_NAMES)
             raise UserError(f"{key} = '{name}', expected {known}, a directory or a hub id")
         if not (folder / "config.json").exists():
-            raise UserError(f"{key} = '{name}', but the lab's models are not built: run `croco lab build`")
+            raise UserError(f"{key} = '{name}', but the lab's models are not built: run `make lab-build`")
         return folder
     folder = Path(os.path.expanduser(name))
     if os.path.isdir(folder):

@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from croco.config.models import Reward
 from croco.config.runtime import Runtime
+from croco.languages import identify_completions, language_mode
 from croco.models.open import open_sampler, tuned_weights
 from croco.models.protocols import Decoding
 from croco.pipeline.compute import compute
@@ -28,7 +29,6 @@ from croco.pipeline.node import Settings
 from croco.pipeline.stage import Work
 from croco.pipeline.workers import Advance, ShardResult
 from croco.stages.arena.results import arena_rows, compared_in_all_arms
-from croco.stages.evaluate.fidelity import found_languages, language_mode
 from croco.stages.evaluate.results import BASE, language_groups, on_common_prompts, summarise
 from croco.stages.sample import sample_shards
 from croco.stages.score.reward import ScoreShard, open_reward
@@ -182,8 +182,8 @@ class JudgeWorker:
             drawn = read_parquet(self.draft(index))
             answered = drawn.filter(pl.col("reason").is_null())
             missing = drawn.filter(pl.col("reason").is_not_null())
-            found = found_languages(answered["completion"], self.languages, answered["language"])
-            answered = answered.with_columns(found_language=pl.Series(found, dtype=pl.String))
+            spoken = identify_completions(answered["completion"], self.languages, answered["language"])
+            answered = answered.with_columns(found_language=pl.Series(spoken, dtype=pl.String))
             table, dropped = tabulate(self.arm, batch, answered, missing, *self.judge(batch, answered))
             size = batch.prompts.height * batch.samples
             advance(size)
@@ -192,11 +192,13 @@ class JudgeWorker:
 
 def _judge_lab(batch: Batch, answered: pl.DataFrame) -> Judgement:
     """Verdicts by the lab's program."""
-    from croco.stages.evaluate import lab
+    from croco.lab import judge
 
-    modes, values = lab.judge(*(answered[name].to_list() for name in ("prompt_id", "language", "completion")))
+    modes, values = judge.judge(
+        *(answered[name].to_list() for name in ("prompt_id", "language", "completion"))
+    )
     domains = {row[0]: row[1] for row in batch.prompts.select("prompt_id", "domain").iter_rows()}
-    return [lab.benchmark(domains[prompt_id]) for prompt_id in answered["prompt_id"]], modes, values
+    return [judge.benchmark(domains[prompt_id]) for prompt_id in answered["prompt_id"]], modes, values
 
 
 def _judge_by_reward(score: ScoreShard, name: str, batch: Batch, answered: pl.DataFrame) -> Judgement:

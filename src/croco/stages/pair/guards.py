@@ -15,7 +15,6 @@ Shapes: R rows.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -85,9 +84,9 @@ def traits(
 def is_wrong_language(text: str, language: str, known: Sequence[str], min_letters: int) -> bool:
     """Whether a text is in another language than it should be; False when it is short or the identifier not sure."""
     text = text[:IDENTIFIED_CHARACTERS]
-    if not languages.identifiable(language) or len(re.findall(r"[^\W\d_]", text)) < min_letters:
+    if not languages.identifiable(language):
         return False
-    identified = languages.identify(text, known, CONFIDENCE)
+    identified = languages.identify(text, known, CONFIDENCE, min_letters)
     return identified is not None and not languages.same_to_identifier(identified, language)
 
 
