@@ -161,6 +161,17 @@ def test_prompts_that_carry_the_markup_already_are_refused(tokenizer):
     check_markup(tokenizer, [done[0], USER, TURNS])  # one of many only speaks of it
 
 
+def test_what_the_template_looks_for_in_a_message_stays_a_token():
+    template = (
+        "{% for m in messages %}<|user|>{% if '<|tool|>' in m['content'] %}"
+        "{{ m['content'].split('<|tool|>')[-1] }}{% else %}{{ m['content'] }}{% endif %}<|end|>{% endfor %}"
+    )
+    tokenizer = make_tokenizer(chat_template=template)
+    said = prompt_ids(tokenizer, [{"role": "user", "content": "thought<|tool|>Hej<|end|>"}])
+    assert tokenizer.decode(said) == "<|user|>Hej<|end|><|end|>"
+    assert said.count(tokenizer.eos_token_id) == 1
+
+
 THINKING = CHAT_TEMPLATE.replace(
     "{{ message['content'] }}",
     "{% if message['role'] == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"

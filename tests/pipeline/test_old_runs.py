@@ -9,6 +9,9 @@ import pytest
 from typer.testing import CliRunner
 
 from croco.cli.main import app
+from croco.pipeline import run, stage
+from croco.pipeline.node import Node
+from croco.pipeline.status import Status, status_of
 from croco.storage import records
 
 RUN = Path(__file__).parent / "data" / "old-house.tar.xz"
@@ -30,8 +33,17 @@ def croco(*words: str) -> str:
     return found.output
 
 
-def test_every_stage_is_complete(recipe: Path) -> None:
+def test_every_stage_is_complete_and_looked_at_once(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at: list[str] = []
+
+    def counted(node: Node, contents: bool = False) -> Status:
+        looked_at.append(node.title)
+        return status_of(node, contents)
+
+    for module in (run, stage):
+        monkeypatch.setattr(module, "status_of", counted)
     lines = [line for line in croco("run", str(recipe)).splitlines() if "complete, skipped" in line]
+    assert [line.split()[0] for line in lines] == looked_at
     assert len(lines) == 16
 
 

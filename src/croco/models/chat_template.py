@@ -19,11 +19,14 @@ from typing import Any
 
 from jinja2.exceptions import TemplateError
 
-from croco.errors import Refused, UserError
+from croco.errors import Refused, UserError, printable
 from croco.models.protocols import Request
 from croco.models.sandbox import render
 
 Messages = Sequence[Mapping[str, str]]
+LOOKED_FOR = (
+    r"""(['"])NAME\1\s+(not\s+)?in\b|\.(r?split|r?partition|startswith|endswith|replace)\(\s*['"]NAME"""
+)
 PROBE = "qzjx"  # a completion that no template writes by itself
 MARK = "\ufdd0"  # breaks the name of a special token in two; Unicode keeps it for such use, no text has it
 
@@ -203,7 +206,7 @@ def _render(tokenizer: Any, conversations: Sequence[list[dict[str, str]]], opene
     try:
         return _apply(tokenizer, turns, opened)
     except Exception as error:  # a template is a program: it may raise anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = printable(str(error).splitlines()[0] if str(error) else type(error).__name__)
         if type(error) is TemplateError:  # raise_exception; everything else is a fault of the template
             roles = _roles(conversations[0])
             raise Refused(f"refused by the chat template: {reason[:300]} (roles {roles})") from error
@@ -233,13 +236,15 @@ def _broken(tokenizer: Any, text: Any) -> Any:
 
 @lru_cache(maxsize=16)
 def _special_names(tokenizer: Any, template: str) -> re.Pattern[str] | None:
-    """What matches the names of special tokens, and of the other added tokens that open and close a user's turn."""
+    """What matches the names of special tokens, and of the other added tokens that open and close a user's turn; but
+    for those that the template itself looks for in a message, as Qwen's does for </think>."""
     try:
         (turn,) = _apply(tokenizer, [[{"role": "user", "content": "x"}]], False)
     except Exception:  # noqa: BLE001 (it is said when a prompt meets it)
         turn = ""
     added = tokenizer.added_tokens_decoder.values()
     names = {token.content for token in added if token.special or token.content in turn}
+    names = {name for name in names if not re.search(LOOKED_FOR.replace("NAME", re.escape(name)), template)}
     parts = [re.escape(name) for name in names if len(name) > 1 and not name.isspace()]
     return re.compile("|".join(sorted(parts, key=len, reverse=True))) if parts else None
 

@@ -11,6 +11,7 @@ Leaves out starting servers, how requests survive faults (`http_client.py`), and
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -168,6 +169,7 @@ class ServerSampler:
         self.chat = self.server.api == "chat"
         self.seed: int | None = None  # of all completions, where the server draws them from one stream
         self.rows_ahead = 0  # completions to ask for at once, where not as many requests as `concurrency`
+        self.temperatures = (0.0, math.inf)  # what the server takes beside 0
         self.max_context = connection.max_context or sys.maxsize if self.chat else connection.known_context()
         self.facts = connection.facts
         self.facts |= {"api": self.server.api, "dialect": self.server.dialect}
@@ -181,6 +183,9 @@ class ServerSampler:
                 f"top_k = {decoding.top_k}, which {self.connection.place}.dialect = 'openai' cannot ask for; "
                 f"expected 0, or the dialect 'vllm'"
             )
+        low, high = self.temperatures
+        if decoding.temperature and not low <= decoding.temperature <= high:
+            raise UserError(f"temperature {decoding.temperature}: vLLM takes 0 and {low} to {high}")
         asked = {request.key: request for request in requests if request.seeds}
         parts: dict[int, dict[int, list[Completion | str]]] = {key: {} for key in asked}
         most = max(len(request.seeds) for request in requests) if asked else 1

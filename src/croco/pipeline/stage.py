@@ -130,7 +130,7 @@ class Work:
 
     @contextmanager
     def progress(self, total: int, unit: str, done: int = 0) -> Iterator[Progress]:
-        """A bar with rate and time left on a terminal, silence elsewhere; `.advance(n)` moves it."""
+        """A bar with rate and time left on a terminal, a line now and then elsewhere; `.advance(n)` moves it."""
         with progress(self.title, total, unit, done) as bar:
             yield bar
 
