@@ -148,11 +148,13 @@ def check_one_logit(model: str, key: str = "reward") -> None:
     folder = local_model(model, f"{key}.model")
     if folder is not None:
         config = read_json(folder / "config.json")
-        labels = len(config["id2label"]) if "id2label" in config else int(config.get("num_labels", 2))
+        config = config if isinstance(config, dict) else {}
+        labels = config.get("id2label", config.get("num_labels", 2))
+        labels = len(labels) if isinstance(labels, dict | list) else labels
         if labels != 1:
-            raise UserError(
-                f"{key}.model = '{model}' has {labels} logits, expected a sequence classifier with one"
-            )
+            causal = any(str(name).endswith("ForCausalLM") for name in config.get("architectures") or ())
+            found = "is a causal language model" if causal else f"has {labels} logits"
+            raise UserError(f"{key}.model = '{model}' {found}, expected a sequence classifier with one logit")
 
 
 def sample_settings(recipe: Recipe, arm: str | None) -> Settings:

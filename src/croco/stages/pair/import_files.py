@@ -27,15 +27,14 @@ import pyarrow as pa
 from croco.errors import UserError
 from croco.languages import check
 from croco.pipeline.stage import Work
-from croco.stages.prompts.columns import (
-    FileRow,
+from croco.stages.prompts.columns import FileRow, warn_of_unread
+from croco.stages.prompts.values import (
     Turn,
     Unusable,
-    finish_of,
-    ids_of,
-    sample_of,
-    score_of,
-    warn_of_unread,
+    read_finish_reason,
+    read_ids,
+    read_sample_id,
+    read_score,
 )
 from croco.storage import files, shards
 from croco.storage.hashing import digest
@@ -195,8 +194,9 @@ def _completions(
 
 def _scored(row: FileRow, key: Key, prompt: list[Turn], text: str) -> Completion:
     finish = row.column("finish_reason")
-    reason = finish_of(row, None if finish is None else row.values[finish])
-    return Completion(row.where, key, prompt, text, score_of(row), sample_of(row), reason)
+    reason = read_finish_reason(row.where, None if finish is None else row.values[finish])
+    sample = read_sample_id(row.where, row.need("sample_id")) if row.column("sample_id") else None
+    return Completion(row.where, key, prompt, text, read_score(row.where, row.need("score")), sample, reason)
 
 
 def _of_list(row: FileRow, key: Key) -> Iterator[Completion]:
@@ -284,9 +284,9 @@ def _pair(row: FileRow, chosen_only: bool) -> tuple[list[Turn], dict[str, str], 
         raise UserError(f"{row.where}: no columns chosen and rejected with values (found: {there})")
     more: dict[str, Any] = {}
     for side in sides:
-        more[f"{side}_ids"] = ids_of(row, f"{side}_ids")
+        more[f"{side}_ids"] = read_ids(row.where, row.values.get(f"{side}_ids"), f"{side}_ids")
         if (reason := row.values.get(f"{side}_finish_reason")) is not None:
-            more[f"{side}_finish_reason"] = finish_of(row, reason, f"{side}_finish_reason")
+            more[f"{side}_finish_reason"] = read_finish_reason(row.where, reason, f"{side}_finish_reason")
         spoken = row.values.get(f"{side}_language")
         if spoken is not None and not isinstance(spoken, str):
             raise UserError(f"{row.where}: {side}_language is {kind(spoken)}, expected text")

@@ -25,9 +25,9 @@ from croco.config.recipe import Recipe
 from croco.errors import UserError
 from croco.models import open
 from croco.pipeline.progress import progress
-from croco.stages.prompts.columns import FileRow, Unusable
-from croco.stages.score.diagnose_metrics import Row, agreement, rank
-from croco.stages.score.diagnose_page import markdown
+from croco.stages.prompts.columns import FileRow
+from croco.stages.prompts.values import Unusable
+from croco.stages.score.diagnose_metrics import Row, agreement, markdown, rank
 from croco.storage import files, provenance, shards
 from croco.storage.rows import file_rows, files_of
 from croco.storage.schemas import DROPPED, ledger
@@ -80,10 +80,10 @@ def diagnose(
     pairs, drops = read_pairs(sources, language)
     columns: dict[str, NDArray[np.float64]] = {}
     for number, model in enumerate(rewards):
-        found, reasons = score_pairs(
+        scores, reasons = score_pairs(
             pairs, recipe_of(model, sorted({pair.language for pair in pairs}), overrides)
         )
-        columns[f"chosen_{number}"], columns[f"rejected_{number}"] = found[:, 0], found[:, 1]
+        columns[f"chosen_{number}"], columns[f"rejected_{number}"] = scores[:, 0], scores[:, 1]
         drops += [("pair", pairs[i].prompt_id, pairs[i].language, None, why) for i, why in reasons.items()]
     table = tabulate(pairs, columns)
     if table.is_empty():
@@ -181,8 +181,8 @@ def score_pairs(pairs: Sequence[Pair], recipe: Recipe) -> tuple[NDArray[np.float
             for start in range(0, len(pairs), CHUNK):
                 part = pairs[start : start + CHUNK]
                 groups = [(pair.messages, _completions(pair)) for pair in part]
-                found = score(groups)
-                for i, values in enumerate(found, start):
+                scored = score(groups)
+                for i, values in enumerate(scored, start):
                     for side, value in enumerate(values):
                         if isinstance(value, str):
                             reasons[i] = f"{recipe.reward.model}: {value}"

@@ -23,14 +23,14 @@ def fault(
     source: str,
     translation: str,
     language: str,
-    among: Sequence[str],
+    candidates: Sequence[str],
     checks: Collection[str],
     length_ratios: tuple[float, float],
 ) -> str | None:
     """The first thing wrong with the translation of one turn into `language`, or None.
 
-    `among` are the languages it may be mistaken for, `checks` the names of `recipe.TranslationCheck` that apply, and
-    `length_ratios` the least and the greatest length in characters of the source's.
+    `candidates` are the languages it may be mistaken for, `checks` the names of those that apply, and `length_ratios`
+    the least and the greatest length in characters of the source's.
     """
     if source.strip() and not translation.strip():
         return "empty translation"
@@ -46,7 +46,7 @@ def fault(
     if "copy" in checks and count_letters(before) >= MIN_LETTERS and _bare(before) == _bare(after):
         return "untranslated copy: the translation is the source"
     if "language" in checks:
-        identified = identify(after, among, CONFIDENCE, MIN_LETTERS)
+        identified = identify(after, candidates, CONFIDENCE, MIN_LETTERS)
         if identified is not None and not same_to_identifier(identified, language):
             return f"wrong language: found {identified}, expected {language}"
     return None
@@ -60,9 +60,9 @@ def changed_items(source: str, translation: str) -> str | None:
     """An item other than a number that does not stand in both texts equally often."""
     before, after = items(source), items(translation)
     for kind, item in before | after:
-        was, found = before[kind, item], after[kind, item]
-        if kind != "number" and was != found:
-            return f"{KINDS[kind]} changed: {shown(item)} stands there {was}, then {found} times"
+        count, count_after = before[kind, item], after[kind, item]
+        if kind != "number" and count != count_after:
+            return f"{KINDS[kind]} changed: {shown(item)} stands there {count}, then {count_after} times"
     return None
 
 
