@@ -126,7 +126,7 @@ def test_results_compare_the_arm_with_the_base(run):
 def test_who_scores_the_answers_is_said(run):
     values = run[1].model_dump(mode="json")
     assert scorer_of(from_dict(values)) == ""  # the lab's program
-    values["evaluation"] |= {"source": "prompts.jsonl"}
+    values["evaluation"] |= {"source": "prompts.jsonl", "split": "test"}
     same = from_dict(values)
     assert evaluate_settings(same, "arm")["reward"].value == same.reward
     assert scorer_of(same) == "lab:reward, which picked the pairs too"
