@@ -109,12 +109,19 @@ def run(
 
 
 @app.command()
-def plan(recipe: RecipePath, overrides: Overrides = None, limit: Limit = None) -> None:
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    limit: Limit = None,
+    machine: Annotated[
+        str | None, typer.Option(metavar="NxGPU", help="Estimate GPU hours on such as 8xh100.")
+    ] = None,
+) -> None:
     """Say what would run, what is complete or stale and why, and what it may cost."""
     loaded = load_recipe(recipe, overrides, limit)
     from croco.cli import plan as planning
 
-    for line in planning.describe(loaded):
+    for line in planning.describe(loaded, machine=machine):
         say(line)
 
 

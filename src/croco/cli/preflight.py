@@ -163,6 +163,17 @@ def _measured(recipe: Recipe, rows: Sequence[Prompt], rates: dict[str, float]) -
     seconds, tokens = time.monotonic() - start, sum(table["completion_tokens"].to_pylist())
     rates["sample"] = tokens / seconds
     yield f"measured      {tokens:,} tokens sampled in {seconds:.1f} s, {rates['sample']:,.0f} a second"
+    cut = sum(reason == "length" for reason in table["finish_reason"].to_pylist())
+    if cut * 2 > table.num_rows:
+        limit = (
+            f"the {most} tokens of this measurement" if most < sampling.max_new_tokens else f"{most} tokens"
+        )
+        advice = (
+            ""
+            if most < sampling.max_new_tokens
+            else ": raise sampling.max_new_tokens, or nothing is left to pair"
+        )
+        yield f"  {cut:,} of {table.num_rows:,} completions had not ended after {limit}{advice}"
     del sampler
     score, _ = open_reward(recipe.reward, recipe.runtime)
     messages = {(row["prompt_id"], row["language"]): row["messages"] for row in some}

@@ -148,10 +148,14 @@ def check_one_logit(model: str) -> None:
     folder = local_model(model, "reward.model")
     if folder is not None:
         config = read_json(folder / "config.json")
-        labels = len(config["id2label"]) if "id2label" in config else int(config.get("num_labels", 2))
+        config = config if isinstance(config, dict) else {}
+        labels = config.get("id2label", config.get("num_labels", 2))
+        labels = len(labels) if isinstance(labels, dict | list) else labels
         if labels != 1:
+            causal = any(str(name).endswith("ForCausalLM") for name in config.get("architectures") or ())
+            found = "is a causal language model" if causal else f"has {labels} logits"
             raise UserError(
-                f"reward.model = '{model}' has {labels} logits, expected a sequence classifier with one"
+                f"reward.model = '{model}' {found}, expected a sequence classifier with one logit"
             )
 
 
