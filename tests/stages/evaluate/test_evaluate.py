@@ -47,7 +47,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Recipe]:
         "run": {"name": "test", "languages": ["da", "en"], "held_out_languages": ["sv"], "seed": 3},
         "policy": {"model": str(folder / "policy"), "instruction": {"da": "Svar på dansk."}},
         "prompts": {"source": "lab"},
-        "evaluation": {"source": "lab", "base_temperatures": [0.7], "samples": 2, "max_new_tokens": 6, "bootstrap": 50, "split": "dev"},
+        "evaluation": {"source": "lab", "base_temperatures": [0.7], "samples": 2,
+                       "max_new_tokens": 6, "bootstrap": 50, "split": "dev"},
         "arms": {"arm": {}},
         "runtime": {"device": "cpu", "shard_prompts": 5},
     })  # fmt: skip
