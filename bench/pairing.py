@@ -101,7 +101,7 @@ def generate(folder: Path, millions: int, lines: bool) -> None:
         for name, table, columns in (
             ("prompts", PROMPTS, pa.Table.from_pylist(prompts, schema=PROMPTS.schema)),
             ("sample", COMPLETIONS_TABLE, pa.table({**keys, **rest})),
-            ("score", SCORES, pa.table(scores)),
+            ("score", SCORES, pa.table(scores).append_column("parts", pa.nulls(len(scores["score"])))),
         ):
             counts = {table.unit: columns.num_rows}
             columns = columns.select(table.schema.names)

@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 _WHERE = {
     "load": "croco.config.load",
     "Recipe": "croco.config.recipe",
+    "export": "croco.stages.pair.export_trl",
     "pairs": "croco.stages.pair.api",
     "plan": "croco.pipeline.run",
     "run": "croco.pipeline.run",

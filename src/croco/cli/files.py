@@ -57,7 +57,16 @@ def pairs(
     column: Annotated[
         list[str] | None, typer.Option(metavar="OURS=THEIRS", help="Map a column, e.g. prompt_id=id.")
     ] = None,
-    language: Annotated[str | None, typer.Option(help="Of all rows, where no column says it.")] = None,
+    language: Annotated[
+        str | None,
+        typer.Option(
+            help="Of all rows, where no column says it; 'file': the name of each file, as in da.jsonl."
+        ),
+    ] = None,
+    ids: Annotated[
+        str | None,
+        typer.Option("--id", help="The column of the prompts' ids; 'line': languages are parallel by line."),
+    ] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A value of an arm, e.g. pool=all.")
     ] = None,
@@ -65,11 +74,14 @@ def pairs(
         str, typer.Option("--format", help="preference or prompt-completion (SFT).")
     ] = "preference",
     license: Annotated[str, typer.Option(help="The licence field of the dataset card.")] = "unknown",
+    rebuild: Rebuild = False,
 ) -> None:
     """Make pairs from scored completions of another tool, and export them."""
     from croco.stages.pair.from_files import pairs_of_files
 
-    rows = pairs_of_files(sources, to, column or [], language, overrides or [], form, license)
+    rows = pairs_of_files(
+        sources, to, column or [], language, overrides or [], form, license, ids, rebuild, say
+    )
     say(f"{rows:,} rows in {to / 'export'}")
 
 

@@ -6,14 +6,13 @@ would stop the run. Left out: whether weights load, which `cli/preflight.py` mea
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from croco.cli import plan
-from croco.config.models import Model, Translate
+from croco.config.models import Model, RewardPart, Translate
 from croco.config.recipe import Recipe
-from croco.errors import UserError
+from croco.errors import Refused, UserError
 from croco.models.loading import weightless
 from croco.models.model_files import context_of
 from croco.models.open import engine_of
@@ -37,6 +36,23 @@ def looked_at(rows: Sequence[Prompt]) -> list[Prompt]:
     return chosen
 
 
+def accepted(rows: Sequence[Prompt], encode: Callable[[Prompt], Any]) -> tuple[list[Prompt], list[str]]:
+    """The prompts that a chat template takes, of all of them, and a line about the others; UserError without any."""
+    kept, refusals = [], []
+    for row in rows:
+        try:
+            encode(row)
+            kept.append(row)
+        except UserError as error:
+            refusals.append(f"prompt {row['prompt_id']!r} in {row['language']}: {error}")
+            if not isinstance(error, Refused):
+                raise UserError(refusals[-1]) from error
+    if not kept:
+        raise UserError(f"all {len(rows):,} prompts are refused, {refusals[0]}")
+    line = f"  {len(refusals):,} of {len(rows):,} prompts go to the ledger: {(refusals or [''])[0]}"
+    return kept, [line] if refusals else []
+
+
 def policy(recipe: Recipe, rows: Sequence[Prompt]) -> Iterator[str]:
     from croco.models.chat_template import end_ids, prompt_ids
     from croco.models.model_files import generation_config
@@ -49,6 +65,10 @@ def policy(recipe: Recipe, rows: Sequence[Prompt]) -> Iterator[str]:
     yield from _memory(recipe, policy, network, "sample")
     ends = end_ids(tokenizer, generation_config(policy))
     yield f"  a completion ends at {sorted(ends)}" + (f" or {list(sampling.stop)}" if sampling.stop else "")
+    rows, refused = accepted(
+        rows, lambda row: prompt_ids(tokenizer, row["messages"], policy.instruction.get(row["language"]))
+    )
+    yield from refused
     yield from examine_policy(tokenizer, ends, looked_at(rows), policy.instruction)
     some = rows[:: -(-len(rows) // LENGTHS)]
     lengths = [len(prompt_ids(tokenizer, r["messages"], policy.instruction.get(r["language"]))) for r in some]
@@ -63,15 +83,28 @@ def policy(recipe: Recipe, rows: Sequence[Prompt]) -> Iterator[str]:
 
 
 def reward(recipe: Recipe, rows: Sequence[Prompt]) -> Iterator[str]:
+    keys = {"reward": recipe.reward, "evaluation.reward": recipe.evaluation.reward}
+    for key, part in [(key, part) for key, section in keys.items() if section for part in section.parts]:
+        if part.function is None:
+            yield from _reward_model(recipe, part, rows, key)
+        else:
+            from croco.stages.score.reward import load_function
+
+            load_function(part.function)
+            yield f"reward        {part.function}"
+
+
+def _reward_model(recipe: Recipe, reward: RewardPart, rows: Sequence[Prompt], key: str) -> Iterator[str]:
     from croco.models.chat_template import conversation_ids
     from croco.models.template_checks import examine_reward
 
-    reward = recipe.reward
     tokenizer = _tokenizer(reward)
-    network = weightless(reward, "reward", "classifier")
-    yield f"reward model  {_what(reward, 'reward', network)}"
+    network = weightless(reward, key, "classifier")
+    yield f"reward model  {_what(reward, key, network)}"
     yield from _memory(recipe, reward, network, "score")
     limit = min(reward.max_tokens, context_of(network.config))
+    rows, refused = accepted(rows, lambda row: conversation_ids(tokenizer, row["messages"], ""))
+    yield from refused
     yield from examine_reward(tokenizer, looked_at(rows), limit)
     some = rows[:: -(-len(rows) // LENGTHS)]
     lengths = [len(conversation_ids(tokenizer, row["messages"], "")) for row in some]
@@ -82,7 +115,7 @@ def reward(recipe: Recipe, rows: Sequence[Prompt]) -> Iterator[str]:
     )
     if min(lengths) >= limit:
         raise UserError(
-            f"reward.model = '{reward.model}': no prompt leaves room for a completion in {limit} tokens"
+            f"{key}.model = '{reward.model}': no prompt leaves room for a completion in {limit} tokens"
         )
 
 
@@ -160,10 +193,8 @@ def judge(recipe: Recipe) -> Iterator[str]:
 def _tokenizer(section: Model) -> Any:
     from croco.models.loading import load_tokenizer
 
-    template = getattr(section, "chat_template", None)
-    return load_tokenizer(
-        section.model, section.revision, Path(template) if template else None, section.trust_remote_code
-    )
+    template = getattr(section, "template", None)
+    return load_tokenizer(section.model, section.revision, template, section.trust_remote_code)
 
 
 def _what(section: Model, key: str, network: Any) -> str:

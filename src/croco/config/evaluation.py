@@ -38,6 +38,8 @@ class Source(Section):
     """The column with the language's code."""
     language: str | None = None
     """Of all rows that say none."""
+    system: str | None = None
+    """A system prompt for conversations that have none."""
     columns: dict[Literal["prompt", "system", "reference", "source", "domain"], str] = Field(
         default_factory=dict
     )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from croco.errors import UserError
 
 if TYPE_CHECKING:
-    from croco.config.models import Causal, Reward
+    from croco.config.models import Causal, RewardPart
     from croco.config.recipe import Recipe
     from croco.config.runtime import Runtime
     from croco.models.protocols import Judge, Sampler, Scorer
@@ -79,7 +79,7 @@ def open_sampler(
     engine, _ = engine_of(runtime, role)
     if adapter is not None and engine != "server" and _is_whole(adapter):
         causal, adapter = causal.model_copy(update={"model": str(adapter), "revision": None}), None
-    template = Path(causal.chat_template) if causal.chat_template else None
+    template = causal.template
     if engine == "vllm":
         from croco.models.vllm import open_policy
 
@@ -119,7 +119,7 @@ def open_judge(judge: Causal, runtime: Runtime, seed: int = 0, replica: int = 0)
     return SamplerJudge(*open_sampler("judge", judge, runtime, seed, replica))
 
 
-def open_scorer(reward: Reward, runtime: Runtime, replica: int = 0) -> tuple[Scorer, Any]:
+def open_scorer(reward: RewardPart, runtime: Runtime, replica: int = 0) -> tuple[Scorer, Any]:
     """The reward model on the engine of the role "score", and its tokenizer."""
     engine, _ = engine_of(runtime, "score")
     if engine == "vllm":

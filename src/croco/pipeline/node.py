@@ -41,7 +41,7 @@ def settings_identities(settings: Settings) -> Settings:
     return {name: value.identity if isinstance(value, Given) else value for name, value in settings.items()}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Stage:
     """One step of the pipeline; building one runs nothing and imports nothing."""
 
@@ -55,10 +55,14 @@ class Stage:
     reads_all: tuple[str, str] | None = None  # (unit, stage): it must account for every row of that input
     added: tuple[str, ...] = ()  # settings that the records of earlier versions lack
     check: str = ""  # like `function`: called with (recipe, say) before anything runs; may raise UserError
+    gives: tuple[str, ...] = ()  # folders of `makes` that are tables, which others read by these names
     makes: tuple[str, ...] = ()  # files and folders of its own in its folder, beside shards and ledger
 
+    def __repr__(self) -> str:
+        return f"Stage({self.name})"
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Node:
     """A stage for one arm, or shared (arm None), with the fingerprints of what it reads."""
 
@@ -68,6 +72,9 @@ class Node:
     settings: Settings
     inputs: Mapping[str, Node]
     not_recorded: tuple[str, ...] = ()  # settings that its record, of an earlier version, lacks
+
+    def __repr__(self) -> str:
+        return f"Node({self.title} in {self.folder})"
 
     @property
     def title(self) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 from croco.errors import StaleStage, UserError
 from croco.pipeline.node import Node
 from croco.storage import files, provenance, records, shards
+from croco.storage.hashing import digest
 from croco.storage.records import Record
 
 WRONG = ("stale", "damaged")
@@ -42,6 +43,10 @@ def status_of(node: Node, contents: bool = False) -> Status:
         return Status("damaged", (str(error),))
     if record["state"] == "removed":
         return Status("missing")
+    if record["fingerprint"] != digest(record["science"]):
+        return Status(
+            "damaged", (f"{node.folder / records.RECORD}: its fingerprint is not that of its settings",)
+        )
     if record["fingerprint"] != node.fingerprint:
         if record["state"] != "complete" and _nothing_made(node.folder):
             return Status("missing")  # it stopped at bad input, say: there is nothing to lose
@@ -66,7 +71,7 @@ def _check_empty(node: Node) -> None:
         if not inside and not path.name.startswith("."):
             raise UserError(
                 f"{node.folder} holds '{path.name}' and no {records.RECORD}: croco has not made it, expected a new or "
-                f"empty folder for the stage {node.title} (see run.folder)"
+                f"empty folder for {node.title}"
             )
 
 
@@ -112,7 +117,7 @@ def verify(node: Node, record: Record) -> dict[str, dict[str, int]]:
         return dict(record["counts"])
     finished = shards.shards(node.folder)
     indices = [shard.index for shard in finished]
-    if indices != list(range(record.get("num_shards") or 0)):
+    if indices != list(range(len(indices))) or len(indices) != record.get("num_shards"):
         raise UserError(
             f"{node.folder} holds {len(indices)} finished shards, expected {record.get('num_shards')}"
         )
@@ -134,8 +139,8 @@ def check_contents(node: Node) -> None:
         for shard in shards.shards(node.folder):
             shards.check_shard(shard, contents=True)
     else:
-        for name, digest in records.read_record(node.folder).get("digests", {}).items():
-            files.check_digest(node.folder / name, digest)
+        for name, content in records.read_record(node.folder).get("digests", {}).items():
+            files.check_digest(node.folder / name, content)
 
 
 def mend_ledger(node: Node) -> bool:
@@ -143,10 +148,10 @@ def mend_ledger(node: Node) -> bool:
     if not node.stage.table:
         return False
     record, name = records.read_record(node.folder), "dropped.parquet"
-    digest = record.get("digests", {}).get(name)
+    content = record.get("digests", {}).get(name)
     try:
-        if digest is not None:
-            files.check_digest(node.folder / name, digest)
+        if content is not None:
+            files.check_digest(node.folder / name, content)
             return False
         if shards.num_rows(node.folder / name) == sum(record["counts"].get("dropped", {}).values()):
             return False

@@ -12,6 +12,7 @@ import polars as pl
 
 from croco import languages
 from croco.config.evaluation import VERSION
+from croco.languages import RIGHT
 from croco.report.load_run import Run
 from croco.report.scores import ARENA, Board, Key, mark_best, metrics_of
 from croco.report.table import (
@@ -25,7 +26,6 @@ from croco.report.table import (
     scope_name,
     temperature_name,
 )
-from croco.stages.evaluate.fidelity import RIGHT
 from croco.stages.evaluate.results import BASE, GROUPS, headline
 
 TASK = Unit(digits=1)

@@ -111,8 +111,8 @@ def _means_the_same(tokenizer: Any, tuned: Policy) -> bool:
     """Whether ids of this tokenizer are ids of the policy's."""
     from croco.models.loading import load_tokenizer
 
-    theirs = load_tokenizer(tuned.model, tuned.revision, trust_remote_code=tuned.trust_remote_code)
-    return tokenizer is not None and same_ids(tokenizer, theirs)
+    policy_tokenizer = load_tokenizer(tuned.model, tuned.revision, trust_remote_code=tuned.trust_remote_code)
+    return tokenizer is not None and same_ids(tokenizer, policy_tokenizer)
 
 
 def sample_shards(
@@ -136,7 +136,7 @@ def sample_shards(
     """
     requests: list[Request] = []
     owner: list[tuple[int, int]] = []  # of a request: its shard and its place there
-    found: dict[int, dict[int, Sequence[Completion | str]]] = {index: {} for index in shards}
+    drawn_by_place: dict[int, dict[int, Sequence[Completion | str]]] = {index: {} for index in shards}
     drops: dict[int, list[tuple[str, str, str, int | None, str]]] = {index: [] for index in shards}
     left = {index: len(rows) for index, rows in shards.items()}
     prompt_tokens: dict[int, dict[int, int | None]] = {index: {} for index in shards}
@@ -163,7 +163,7 @@ def sample_shards(
         yield index, COMPLETIONS.schema.empty_table(), ledger(drops[index])
     for key, samples in sampler.sample(requests, decoding):
         index, place = owner[key]
-        found[index][place] = samples
+        drawn_by_place[index][place] = samples
         row = shards[index][place]
         drops[index] += [
             ("completion", row["prompt_id"], row["language"], i, one)
@@ -173,7 +173,9 @@ def sample_shards(
         left[index] -= 1
         on_prompt()
         if left[index] == 0:
-            table = _table(tokenizer, shards[index], found.pop(index), prompt_tokens[index], sampler.name)
+            table = _table(
+                tokenizer, shards[index], drawn_by_place.pop(index), prompt_tokens[index], sampler.name
+            )
             yield index, table, ledger(drops[index])
 
 
@@ -214,15 +216,15 @@ def _request(
 def _table(
     tokenizer: Any,
     rows: Sequence[Prompt],
-    found: Mapping[int, Sequence[Completion | str]],
+    drawn_by_place: Mapping[int, Sequence[Completion | str]],
     prompt_tokens: Mapping[int, int | None],
     policy: str,
 ) -> pa.Table:
     """The completions table of one shard."""
     order = [
         (place, i, one)
-        for place in sorted(found)
-        for i, one in enumerate(found[place])
+        for place in sorted(drawn_by_place)
+        for i, one in enumerate(drawn_by_place[place])
         if not isinstance(one, str)
     ]
     drawn = [one for _, _, one in order]

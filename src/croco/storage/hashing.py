@@ -8,9 +8,11 @@ are recorded by `storage/provenance.py` but are no part of an identity. Loads no
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import re
+import sys
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -62,7 +64,7 @@ def local_model(name: str, key: str = "model") -> Path | None:
             known = ", ".join(f"'lab:{one}'" for one in LAB_NAMES)
             raise UserError(f"{key} = '{name}', expected {known}, a directory or a hub id")
         if not (folder / "config.json").exists():
-            raise UserError(f"{key} = '{name}', but the lab's models are not built: run `croco lab build`")
+            raise UserError(f"{key} = '{name}', but the lab's models are not built: run `make lab-build`")
         return folder
     folder = Path(os.path.expanduser(name))
     if os.path.isdir(folder):
@@ -225,3 +227,27 @@ def _keep() -> None:
         partial = path.with_name(f"{path.name}.{os.getpid()}")
         partial.write_text(json.dumps(kept), encoding="utf-8")
         partial.replace(path)
+
+
+def function_file(name: str) -> Path:
+    """The file of "module:name" or "file.py:name", which is not loaded; modules of the current folder are seen.
+
+    Raises UserError when there is no such file.
+    """
+    module = name.rpartition(":")[0]
+    if module.endswith(".py"):
+        path = Path(os.path.expanduser(module))
+        if not path.is_file():
+            raise UserError(f"reward.function = '{name}': no such file")
+        return path.resolve()
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError, AttributeError):
+        spec = None
+    if spec is None or spec.origin is None or not os.path.isfile(spec.origin):
+        raise UserError(
+            f"reward.function = '{name}': no module '{module}', expected 'module:name' or 'file.py:name'"
+        )
+    return Path(spec.origin)

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from croco.errors import UserError
-from croco.stages.prompts.columns import FileRow, Unusable, finish_of
+from croco.stages.prompts.columns import FileRow
+from croco.stages.prompts.values import Unusable, read_finish_reason
 
 
 def turn(role: str, text: str) -> dict[str, str]:
@@ -116,16 +117,15 @@ def test_what_has_no_use_is_counted() -> None:
      ("length", "length"), ("MAX_TOKENS", "length"), ("max-tokens", "length")],
 )  # fmt: skip
 def test_finish_reasons_of_other_tools(value: str | None, reason: str) -> None:
-    assert finish_of(FileRow("f, line 1", {}), value) == reason
+    assert read_finish_reason("f, line 1", value) == reason
 
 
 def test_finish_reasons_that_are_no_end() -> None:
-    row = FileRow("f, line 1", {})
     with pytest.raises(Unusable, match="the completion ended with 'content_filter'"):
-        finish_of(row, "content_filter")
+        read_finish_reason("f, line 1", "content_filter")
     with pytest.raises(
         UserError, match="f, line 1: the finish reason 'zonk' is unknown, expected one of stop,"
     ):
-        finish_of(row, "zonk")
+        read_finish_reason("f, line 1", "zonk")
     with pytest.raises(UserError, match="f, line 1: finish_reason is a number"):
-        finish_of(row, 3)
+        read_finish_reason("f, line 1", 3)

@@ -239,6 +239,12 @@ def test_columns_are_mapped_and_a_language_may_be_constant(tmp_path: Path) -> No
         read(source, id_column="id", language="da", columns={"prompt": "frage"})
 
 
+def test_a_system_prompt_for_all_that_have_none(tmp_path: Path) -> None:
+    own = {"role": "system", "content": "Own."}
+    found = read(write(tmp_path, row("a"), row("b", messages=[own, *USER])), system="Be brief.")
+    assert [one["messages"][0]["content"] for one in found.prompts.to_pylist()] == ["Be brief.", "Own."]
+
+
 def test_the_last_assistants_turn_is_the_reference(tmp_path: Path) -> None:
     answer = {"role": "assistant", "content": "Mig."}
     found = read(write(tmp_path, row(messages=[*USER, answer]))).prompts.to_pylist()
@@ -296,4 +302,4 @@ def test_test_prompts_that_are_the_tuning_prompts(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(other), copy)
     values = {"run": {"name": "x", "languages": ["da"]}, "arms": {"a": {}}, "policy": {"model": "lab:policy"}}
     sources = {"prompts": {"source": str(tuning)}, "evaluation": {"source": str(copy)}}
-    assert overlap(from_dict(values | sources)) == (3, 4)
+    assert overlap(from_dict(values | sources)) == (0, 3, 4)

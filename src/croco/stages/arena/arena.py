@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 from croco.config.models import Judge
 from croco.config.runtime import Runtime
 from croco.errors import UserError
+from croco.languages import identify_completions
 from croco.models.open import open_judge, open_sampler, tuned_weights
 from croco.models.protocols import Decoding, Judged, JudgeRequest
 from croco.pipeline.compute import compute
@@ -28,7 +29,6 @@ from croco.pipeline.stage import Work
 from croco.pipeline.workers import Advance, ShardResult
 from croco.stages.arena import judge_prompt
 from croco.stages.evaluate.evaluate import evaluation_seed
-from croco.stages.evaluate.fidelity import found_languages
 from croco.stages.evaluate.results import BASE
 from croco.stages.sample import sample_shards
 from croco.storage.schemas import COMPARISONS, ledger
@@ -237,10 +237,11 @@ def open_asker(
 
 def ask_lab(questions: Sequence[Question]) -> Iterator[tuple[int, Judged | str]]:
     """The lab's judge, which checks by program."""
-    from croco.stages.evaluate import lab
+    from croco.lab import judge
 
     for key, match, arm_first in questions:
-        yield key, lab.compare(match["prompt_id"], match["language"], *shown(match, arm_first))
+        text = judge.compare(match["prompt_id"], match["language"], *shown(match, arm_first))
+        yield key, Judged(text, "stop", prompt_tokens=0, completion_tokens=0)
 
 
 def shown(match: Match, arm_first: bool) -> tuple[str, str]:
@@ -293,7 +294,7 @@ def tabulate(
             }
         )
     for column, text in (("found_language", "completion"), ("base_found_language", "base_completion")):
-        spoken = found_languages((r[text] for r in kept), evaluated, (r["language"] for r in kept))
+        spoken = identify_completions((r[text] for r in kept), evaluated, (r["language"] for r in kept))
         for row, language in zip(kept, spoken, strict=True):
             row[column] = language
     return pa.Table.from_pylist(kept, schema=COMPARISONS.schema), ledger(drops)

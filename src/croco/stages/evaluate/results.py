@@ -3,7 +3,7 @@
 A pure function of tables, so that it can be tested by hand and run again on an old run's verdicts. Prompts
 are resampled; a group resamples prompts jointly over its languages, because prompts are parallel and their
 languages rise and fall together. All arms of a scope share one set of resamples. What counts as good is
-decided elsewhere (`lab`, `fidelity`).
+decided elsewhere (`lab.judge`, the reward model, `languages`).
 
 Two differences are reported, at every temperature of the arm: "difference", against the base at the same
 temperature, and "difference-to-best-base", against the base at whichever of its temperatures scored best on
@@ -27,8 +27,8 @@ import polars as pl
 from numpy.typing import NDArray
 
 from croco.errors import UserError
+from croco.languages import RIGHT
 from croco.stages.evaluate import stats
-from croco.stages.evaluate.fidelity import RIGHT
 
 BASE = "base"
 TOLD = "language-told"

@@ -53,8 +53,8 @@ def score_implicit(
             asked.append((english_prompt(english, language, instruction), rows))
             places.append(place)
     tuned, before = (score_likelihood(scorer, tokenizer, asked, {}) for scorer in (dpo, reference))
-    for place, ours, theirs in zip(places, tuned, before, strict=True):
-        scored[place] = [_difference(one, other) for one, other in zip(ours, theirs, strict=True)]
+    for place, after, reference_scores in zip(places, tuned, before, strict=True):
+        scored[place] = [_difference(one, other) for one, other in zip(after, reference_scores, strict=True)]
     return scored
 
 

@@ -103,7 +103,7 @@ def _base(recipe: Recipe) -> tuple[Any, Any]:
         policy.revision,
         dtype=policy.dtype,
         device=recipe.runtime.device,
-        chat_template=Path(policy.chat_template) if policy.chat_template else None,
+        chat_template=policy.template,
         trust_remote_code=policy.trust_remote_code,
     )
 
