@@ -47,8 +47,8 @@ def test_hours_by_hand() -> None:
     loads = [Load("score", "read", model, 1.78e9), Load("train", "train", Model(model="org/unknown"), 5.0)]
     lines = list(prices(loads, 1, (2, "h100"), {}))
     assert lines[0].startswith("on 2 × h100, estimated")
-    assert lines[1].split() == ["score", "3.3", "GPU", "hours"]
-    assert lines[2].split()[:6] == ["together", "3.3", "GPU", "hours,", "1.7", "hours"]
+    assert lines[1].split() == ["score", "3.33", "GPU", "hours"]
+    assert lines[2].split()[:6] == ["together", "3.33", "GPU", "hours,", "1.7", "hours"]
     assert lines[-1].endswith("how large it is: org/unknown")
     large = Model(model="org/model-70B")
     assert "do not fit in 80 GiB" in "".join(
@@ -56,7 +56,7 @@ def test_hours_by_hand() -> None:
     )
     assert "do not fit" not in "".join(prices([Load("sample", "generate", large, 1e9)], 4, (1, "h100"), {}))
     measured = list(prices([Load("sample", "generate", model, 3.6e6)], 1, (1, "h100"), {"sample": 1000.0}))
-    assert "1.0 GPU hours, at the rate measured" in measured[1]
+    assert "1.00 GPU hours, at the rate measured" in measured[1]
 
 
 def test_the_plan_of_a_recipe_has_hours_and_no_program_text(tmp_path: Path, tiny_models: TinyModels) -> None:

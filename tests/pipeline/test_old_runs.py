@@ -25,7 +25,10 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         archive.extractall(tmp_path, filter="data")
     (tmp_path / "old-house").rename(tmp_path / "run")
     monkeypatch.chdir(tmp_path)
-    return (tmp_path / "run" / "recipe.toml").rename(tmp_path / "recipe.toml")
+    recipe = (tmp_path / "run" / "recipe.toml").rename(tmp_path / "recipe.toml")
+    # what was the default then; now a completion in another language is dropped, and the pairs would be made again
+    recipe.write_text(recipe.read_text() + '\n[guards]\nwrong_language = "flag"\n')
+    return recipe
 
 
 def croco(*words: str) -> str:

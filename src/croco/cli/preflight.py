@@ -81,7 +81,7 @@ def servers(recipe: Recipe) -> Iterator[str]:
         "translate": recipe.translate,
         "sample": recipe.policy,
         "evaluate": recipe.policy,
-        "score": recipe.reward,
+        "score": None if recipe.reward.function else recipe.reward,
         "judge": recipe.judge,
     }
     for role, section in served.items():

@@ -83,9 +83,10 @@ def policy(recipe: Recipe, rows: Sequence[Prompt]) -> Iterator[str]:
 
 
 def reward(recipe: Recipe, rows: Sequence[Prompt]) -> Iterator[str]:
-    for part in recipe.reward.parts:
+    keys = {"reward": recipe.reward, "evaluation.reward": recipe.evaluation.reward}
+    for key, part in [(key, part) for key, section in keys.items() if section for part in section.parts]:
         if part.function is None:
-            yield from _reward_model(recipe, part, rows)
+            yield from _reward_model(recipe, part, rows, key)
         else:
             from croco.stages.score.reward import load_function
 
@@ -93,13 +94,13 @@ def reward(recipe: Recipe, rows: Sequence[Prompt]) -> Iterator[str]:
             yield f"reward        {part.function}"
 
 
-def _reward_model(recipe: Recipe, reward: RewardPart, rows: Sequence[Prompt]) -> Iterator[str]:
+def _reward_model(recipe: Recipe, reward: RewardPart, rows: Sequence[Prompt], key: str) -> Iterator[str]:
     from croco.models.chat_template import conversation_ids
     from croco.models.template_checks import examine_reward
 
     tokenizer = _tokenizer(reward)
-    network = weightless(reward, "reward", "classifier")
-    yield f"reward model  {_what(reward, 'reward', network)}"
+    network = weightless(reward, key, "classifier")
+    yield f"reward model  {_what(reward, key, network)}"
     yield from _memory(recipe, reward, network, "score")
     limit = min(reward.max_tokens, context_of(network.config))
     rows, refused = accepted(rows, lambda row: conversation_ids(tokenizer, row["messages"], ""))
@@ -114,7 +115,7 @@ def _reward_model(recipe: Recipe, reward: RewardPart, rows: Sequence[Prompt]) ->
     )
     if min(lengths) >= limit:
         raise UserError(
-            f"reward.model = '{reward.model}': no prompt leaves room for a completion in {limit} tokens"
+            f"{key}.model = '{reward.model}': no prompt leaves room for a completion in {limit} tokens"
         )
 
 

@@ -131,6 +131,14 @@ class Reward(RewardPart):
     also: Annotated[tuple[RewardPart, ...], Field(strict=False)] = ()
     """Further rewards, [[reward.also]], each with its weight; the scores table keeps every part."""
 
+    @field_validator("also")
+    @classmethod
+    def _check_also(cls, value: tuple[RewardPart, ...]) -> tuple[RewardPart, ...]:
+        for number, part in enumerate(value, start=1):
+            if not {"model", "function"} & part.model_fields_set:
+                raise ValueError(f"part {number} has no model and no function, expected one")
+        return value
+
     @property
     def parts(self) -> tuple[RewardPart, ...]:
         return (self, *self.also)

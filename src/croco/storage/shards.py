@@ -193,8 +193,9 @@ def remove_unfinished(folder: Path) -> list[str]:
     return damage
 
 
-def read_table(folder: Path, columns: Sequence[str] | None = None) -> pl.DataFrame:
+def read_table(folder: str | Path, columns: Sequence[str] | None = None) -> pl.DataFrame:
     """All finished shards of a stage's folder, in shard order."""
+    folder = Path(folder)
     tables = [read_arrow(shard.path, columns) for shard in shards(folder)]
     if not tables:
         raise UserError(f"{folder} holds no finished shard")

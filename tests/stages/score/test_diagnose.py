@@ -289,6 +289,9 @@ def test_only_reward_and_runtime_can_be_set(tmp_path: Path) -> None:
 
 def test_text_of_a_file_cannot_break_the_page() -> None:
     table = made(("p", "da", "a|b <script>", 1, 2, 1.0, 0.0), ("q", "da", "c\nd", 1, 2, 1.0, 0.0))
-    page = markdown(pl.DataFrame(list(rank(table, 0, "m")), infer_schema_length=None), ["m"], 0)
+    page = markdown(
+        pl.DataFrame(list(rank(table, 0, "m")), infer_schema_length=None), ["m"], 2, {"too long": 3, "cut": 1}
+    )
     assert "| a\\|b &lt;script> | 1 |" in page
     assert "| c d | 1 |" in page
+    assert "2 pairs were left out (`dropped.parquet`): 3 × too long; 1 × cut." in page

@@ -106,6 +106,8 @@ def test_a_function_that_is_not_there(tmp_path: Path) -> None:
         scored(Reward(function=f"{tmp_path}/bad.py:f"), "a")
     with pytest.raises(ValueError, match="expected 'module:name'"):
         Reward(function="length")
+    with pytest.raises(ValueError, match="part 1 has no model and no function"):
+        Reward.model_validate({"also": [{"weight": 2.0}]})
 
 
 def test_a_sum_keeps_its_parts(file: Path) -> None:

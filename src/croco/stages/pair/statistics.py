@@ -19,8 +19,8 @@ import polars as pl
 from numpy.typing import NDArray
 from rich.console import Console
 
+from croco.config.arms import Contrast
 from croco.config.rules import Rule, parse_chosen, parse_rejected
-from croco.stages.pair.contrast import Contrast
 from croco.stages.pair.select import expected_share, share_above_minimum
 from croco.storage.shards import read_parquet, shards
 

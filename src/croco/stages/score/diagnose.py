@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +79,7 @@ def diagnose(
         to, "diagnosis.json", ["sources", "rewards"], re.compile("|".join(map(re.escape, FILES)))
     )
     pairs, drops = read_pairs(sources, language)
+    num_read = len(pairs) + len(drops)
     columns: dict[str, NDArray[np.float64]] = {}
     for number, model in enumerate(rewards):
         scores, reasons = score_pairs(
@@ -100,7 +102,8 @@ def diagnose(
     shards.write_parquet(to / "pairs.parquet", scored, scored.schema)
     shards.write_parquet(to / "ranking.parquet", ranking.to_arrow(), RANKING)
     shards.write_parquet(to / "dropped.parquet", ledger(drops), DROPPED.schema)
-    files.write_text(to / "ranking.md", markdown(ranking, rewards, len(drops)))
+    reasons_of_all = Counter(drop[4] for drop in drops)
+    files.write_text(to / "ranking.md", markdown(ranking, rewards, num_read - table.height, reasons_of_all))
     record = {"sources": [str(source) for source in sources], "rewards": list(rewards), "pairs": table.height}
     files.write_json(to / "diagnosis.json", record | {"dropped": len(drops)} | provenance.here())
     return ranking

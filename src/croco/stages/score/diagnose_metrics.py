@@ -12,7 +12,7 @@ tau, same-order   agreement with the next model: Kendall's tau-b of scores, shar
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -155,11 +155,15 @@ SHOWN = (
 AGREEMENT = (("same-order", "same order"), ("tau", "Kendall's tau"))
 
 
-def markdown(ranking: pl.DataFrame, rewards: Sequence[str], num_dropped: int) -> str:
+def markdown(
+    ranking: pl.DataFrame, rewards: Sequence[str], num_left_out: int, reasons: Mapping[str, int]
+) -> str:
     """Accuracy with intervals, scores, length; then categories; then how the models agree."""
     parts = ["# Reward models on preference pairs\n"]
-    if num_dropped:
-        parts.append(f"Pairs were left out: {num_dropped} rows of the ledger, `dropped.parquet`.\n")
+    if num_left_out:
+        most = sorted(reasons.items(), key=lambda item: -item[1])[:5]
+        shown = "; ".join(f"{count} × {escaped(reason)}" for reason, count in most)
+        parts.append(f"{num_left_out} pairs were left out (`dropped.parquet`): {shown}.\n")
     for reward in rewards:
         own = ranking.filter(pl.col("reward") == reward)
         parts.append(f"## {escaped(reward)}\n")
