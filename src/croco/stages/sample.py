@@ -28,7 +28,7 @@ from croco.pipeline.compute import compute
 from croco.pipeline.node import Settings
 from croco.pipeline.stage import Work
 from croco.pipeline.workers import Advance, ShardResult
-from croco.stages.prompts.part import asked
+from croco.storage.lookup import read_prompts
 from croco.storage.schemas import COMPLETIONS, ledger
 from croco.storage.seeds import sample_seed
 
@@ -39,7 +39,11 @@ def sample(work: Work) -> None:
     """Write the completions table, shard by shard; prompts that leave no room in the context go to the ledger."""
     per_prompt, size = work.settings["sampling"]["completions"], work.runtime.shard_prompts
     prompts = partial(
-        asked, work.inputs["prompts"], work.settings.get("languages"), work.settings.get("part"), ["messages"]
+        read_prompts,
+        work.inputs["prompts"],
+        work.settings.get("languages"),
+        work.settings.get("part"),
+        ["messages"],
     )
     rows = prompts().height
     sizes = [per_prompt * min(size, rows - start) for start in range(0, rows, size)]
