@@ -128,24 +128,24 @@ def given_policy(policy: Policy, languages: Sequence[str], key: str = "policy") 
     return given_model(policy.model_copy(update={"instruction": instruction}), key, instruction=instruction)
 
 
-def given_reward(reward: Reward) -> Given:
-    first, *others = (_reward_part(part) for part in reward.parts)
+def given_reward(reward: Reward, key: str = "reward") -> Given:
+    first, *others = (_reward_part(part, key) for part in reward.parts)
     return Given(reward, first | ({"also": others} if others else {}))
 
 
-def _reward_part(part: RewardPart) -> Settings:
+def _reward_part(part: RewardPart, key: str) -> Settings:
     weight: Settings = {} if part.weight == 1 else {"weight": part.weight}
     if part.function is not None:
-        file = file_identity(str(function_file(part.function)), "reward.function")
+        file = file_identity(str(function_file(part.function)), f"{key}.function")
         return {"function": part.function.rpartition(":")[2], "source": file} | weight
-    given: Settings = given_model(part, "reward", max_tokens=part.max_tokens).identity
-    check_one_logit(part.model)
+    given: Settings = given_model(part, key, max_tokens=part.max_tokens).identity
+    check_one_logit(part.model, key)
     return given | weight
 
 
-def check_one_logit(model: str) -> None:
+def check_one_logit(model: str, key: str = "reward") -> None:
     """Raise UserError when a local reward model's config does not say one logit (without one it has two)."""
-    folder = local_model(model, "reward.model")
+    folder = local_model(model, f"{key}.model")
     if folder is not None:
         config = read_json(folder / "config.json")
         config = config if isinstance(config, dict) else {}
@@ -154,9 +154,7 @@ def check_one_logit(model: str) -> None:
         if labels != 1:
             causal = any(str(name).endswith("ForCausalLM") for name in config.get("architectures") or ())
             found = "is a causal language model" if causal else f"has {labels} logits"
-            raise UserError(
-                f"reward.model = '{model}' {found}, expected a sequence classifier with one logit"
-            )
+            raise UserError(f"{key}.model = '{model}' {found}, expected a sequence classifier with one logit")
 
 
 def sample_settings(recipe: Recipe, arm: str | None) -> Settings:
@@ -246,12 +244,15 @@ def train_settings(recipe: Recipe, arm: str | None) -> Settings:
 def evaluate_settings(recipe: Recipe, arm: str | None) -> Settings:
     evaluation = recipe.evaluation
     more = evaluation.base_temperatures if arm == "base" else ()
+    reward = recipe.evaluation_reward
     return {
         "policy": given_policy(recipe.policy, recipe.run.evaluated),
         "temperatures": sorted({*evaluation.temperatures, *more}),
         "samples": evaluation.samples,
         "max_new_tokens": evaluation.max_new_tokens,
-        "reward": None if evaluation.source == "lab" else given_reward(recipe.reward),
+        "reward": given_reward(reward, "evaluation.reward" if evaluation.reward else "reward")
+        if reward
+        else None,
         "seed": recipe.run.seed,
     }
 

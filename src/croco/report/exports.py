@@ -12,14 +12,23 @@ from croco.report import diagnostics
 from croco.report.compare import Comparison
 from croco.report.load_run import Run, read_results
 from croco.report.render import latex, markdown, terminal
-from croco.report.scores import Board, arena_board, arms_table, boards, language_sentence, mark_best, sentence
+from croco.report.scores import (
+    Board,
+    arena_board,
+    arms_table,
+    boards,
+    language_sentence,
+    mark_best,
+    scorer_of,
+    sentence,
+)
 from croco.report.table import Entry, Number, Table, temperature_name
 from croco.stages.evaluate.results import language_groups
 
 
 def _boards(run: Run) -> tuple[list[Board], Board | None]:
     arms, codes = run.recipe.evaluated_arms, run.recipe.run.evaluated
-    return boards(run.results, arms, codes), arena_board(run.results, arms, codes)
+    return boards(run.results, arms, codes, scorer_of(run.recipe)), arena_board(run.results, arms, codes)
 
 
 def _tasks(run: Run) -> Table | None:

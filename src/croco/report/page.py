@@ -18,7 +18,7 @@ from croco.pipeline.stage import Work
 from croco.report import sections
 from croco.report.browser import browse, packed
 from croco.report.load_run import Run, read_run
-from croco.report.scores import boards
+from croco.report.scores import boards, scorer_of
 from croco.report.table import count_of, numbers, scope_name
 from croco.storage.files import write_text
 
@@ -36,7 +36,7 @@ def build_page(run_folder: Path) -> str:
 
 
 def _context(run: Run) -> dict[str, Any]:
-    made = boards(run.results, run.recipe.evaluated_arms, run.recipe.run.evaluated)
+    made = boards(run.results, run.recipe.evaluated_arms, run.recipe.run.evaluated, scorer_of(run.recipe))
     others = sections.other_results(run)
     return {
         "name": run.recipe.run.name,

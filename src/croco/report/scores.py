@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import polars as pl
 
+from croco.config.recipe import Recipe
 from croco.languages import RIGHT
 from croco.report.table import (
     PERCENT,
@@ -28,14 +29,15 @@ from croco.report.table import (
 )
 from croco.stages.evaluate.results import BASE, GROUPS, headline
 from croco.stages.evaluate.stats import Interval, interval, verdict
+from croco.storage.provenance import without_folders
 
 TITLES = {
     "lab": "Tasks seen in tuning",
     "lab-held-out-task": "Task kept out of tuning",
-    "reward": "Reward model's score",
+    "reward": "Score of a reward model",
     "arena": "Judged against the base",
 }
-ARENA = "arena"
+ARENA, REWARD = "arena", "reward"
 Key = tuple[str, float, str]  # arm, temperature, language or group
 Metrics = Mapping[
     Key, Mapping[str, tuple[Interval, int]]
@@ -72,10 +74,12 @@ class Board:
     cells: Mapping[Key, Cell]
     best_base: Mapping[str, float]  # scope -> the temperature at which the base did best
     metrics: Metrics = field(default_factory=dict)
+    scorer: str = ""  # whose score it is, where a reward model's
 
     @property
     def title(self) -> str:
-        return TITLES.get(self.benchmark, self.benchmark)
+        title = TITLES.get(self.benchmark, self.benchmark)
+        return f"{title}, by {self.scorer}" if self.scorer else title
 
     @property
     def is_share(self) -> bool:
@@ -169,10 +173,23 @@ def metrics_of(results: pl.DataFrame) -> dict[str, dict[Key, dict[str, tuple[Int
     return values
 
 
-def boards(results: pl.DataFrame, arms: Sequence[str], codes: Sequence[str]) -> list[Board]:
+def scorer_of(recipe: Recipe) -> str:
+    """Whose score the answers have, and whether it is the one that picked the pairs; "" where none has scored them."""
+    reward = recipe.evaluation_reward
+    if reward is None:
+        return ""
+    ours = [(part.model, part.revision, part.function, part.weight) for part in reward.parts]
+    picked = [(part.model, part.revision, part.function, part.weight) for part in recipe.reward.parts]
+    pairs = any(recipe.arms[arm].scorer == "reward" for arm in recipe.evaluated_arms)
+    name = " + ".join(without_folders(part.label) for part in reward.parts)
+    return f"{name}, which picked the pairs too" if pairs and ours == picked else name
+
+
+def boards(results: pl.DataFrame, arms: Sequence[str], codes: Sequence[str], scorer: str = "") -> list[Board]:
     """One board per benchmark, those seen in tuning first; arms in the given order, languages as in `codes`.
 
-    What has no share of good completions and no mean score is shown by `diagnostics.py`.
+    `scorer` is who gave the scores, as `scorer_of` says it. What has no share of good completions and no mean score is
+    shown by `diagnostics.py`.
     """
     made = []
     for benchmark, metrics in sorted(metrics_of(results).items(), key=lambda item: (len(item[0]), item[0])):
@@ -191,7 +208,8 @@ def boards(results: pl.DataFrame, arms: Sequence[str], codes: Sequence[str]) -> 
         }
         if cells:
             best = {key[2]: key[1] for key, of in metrics.items() if "best-temperature" in of}
-            made.append(board_of(benchmark, cells, arms, codes, best, metrics))
+            board = board_of(benchmark, cells, arms, codes, best, metrics)
+            made.append(replace(board, scorer=scorer if benchmark == REWARD else ""))
     return made
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from croco.config.arms import Arm
 from croco.report import charts, curves, diagnostics
 from croco.report.load_run import Run, pair_scores, scores_of
-from croco.report.scores import Board, arena_board, arms_table, language_sentence, sentence
+from croco.report.scores import Board, arena_board, arms_table, language_sentence, scorer_of, sentence
 from croco.report.table import Entry, Table, count_of, duration, scope_name, temperature_name
 from croco.stages.evaluate.results import BASE, language_groups
 
@@ -42,6 +42,7 @@ def facts(run: Run, boards: Sequence[Board]) -> dict[str, str]:
     return {
         "policy": recipe.policy.model,
         "reward model": recipe.reward.name if scored else "not used",
+        **({"answers scored by": scorer} if (scorer := scorer_of(recipe)) else {}),
         "tuned on": " ".join(recipe.run.languages),
         "evaluated only": " ".join(untuned) or "none",
         "prompts to tune on": f"{prompts:,}",

@@ -105,7 +105,7 @@ def test_the_labs_judge_has_three_tiers() -> None:
     row = world.prompts("test", ["da"], 1).to_pylist()[0]
     item, _ = world.split_id(row["prompt_id"])
     terse, evasive = world.say(item.answer, "da"), world.templates("da")["evasive"][0]
-    ask = lambda one, two: judge.compare(row["prompt_id"], "da", one, two).text.splitlines()[-1]  # noqa: E731
+    ask = lambda one, two: judge.compare(row["prompt_id"], "da", one, two).splitlines()[-1]  # noqa: E731
     assert ask(row["reference"], terse) == "Verdict: 1"
     assert ask(evasive, terse) == "Verdict: 2"
     assert ask(evasive, "nonsense") == "Verdict: tie"

@@ -21,6 +21,7 @@ from croco.stages.pair.import_files import FILE, LINE
 from croco.stages.prompts.columns import MAPPED
 from croco.storage import files
 from croco.storage.hashing import file_identity
+from croco.storage.provenance import without_folders
 from croco.storage.records import Record
 from croco.storage.rows import files_of
 
@@ -119,18 +120,12 @@ def facts_of(recipe: Recipe, arm: str) -> dict[str, str]:
     )
     scorer = recipe.arms[arm].scorer
     return {
-        "policy": _without_folders(recipe.policy.model),
-        "scorer": _without_folders(recipe.reward.name) if scorer == "reward" else scorer,
+        "policy": without_folders(recipe.policy.model),
+        "scorer": without_folders(recipe.reward.name) if scorer == "reward" else scorer,
         "completions": decoding,
-        "prompts": _without_folders(recipe.prompts.source),
+        "prompts": without_folders(recipe.prompts.source),
         "seed": str(recipe.run.seed),
     } | _rule(recipe, arm)
-
-
-def _without_folders(name: str) -> str:
-    """A model or data set as a card names it: of a path, which is nobody's business, only its last part."""
-    is_path = Path(name).is_absolute() or name.startswith(("~", ".")) or Path(name).exists()
-    return Path(name).name if is_path else name
 
 
 def _rule(recipe: Recipe, arm: str) -> dict[str, str]:
