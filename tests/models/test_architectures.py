@@ -91,7 +91,6 @@ def scored(model: Any, prompts: list[list[int]]) -> tuple[str, float]:
 
 def row(name: str) -> str:
     """The page's line of an architecture; fails where a way is not exact."""
-    logging.disable(logging.WARNING)
     prompts = [ids(count, seed) for seed, count in enumerate((4, 9, 21, 40))]
     ways = {}
     for kind, dtype in TYPES.items():
@@ -160,6 +159,7 @@ if __name__ == "__main__":
     import tempfile
 
     lines = []
+    logging.disable(logging.WARNING)
     known = page_lines() if PAGE.exists() else {}
     asked = sys.argv[1:] or list(zoo.MODELS)
     for each in zoo.MODELS:

@@ -261,7 +261,7 @@ async def _read(client: httpx2.AsyncClient, call: Call[Any]) -> tuple[httpx2.Res
 def _is_loopback(url: str) -> bool:
     host = urlsplit(url).hostname or ""
     try:
-        return ip_address(host).is_loopback
+        return ip_address(host).is_loopback or ip_address(host).is_unspecified
     except ValueError:
         return host == "localhost" or host.endswith(".localhost")
 

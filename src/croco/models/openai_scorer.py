@@ -20,6 +20,7 @@ from croco.models.openai_server import OPENING_RETRIES, Connection, Usage
 from croco.models.protocols import ScoreRequest
 
 SCORES_PER_REQUEST = 64
+LARGEST = 3.4e38  # what float32 holds, as the table has it
 
 
 class _Class(BaseModel):
@@ -103,5 +104,7 @@ class ServerScorer:
             raise UserError(
                 f"{self.connection.place}: '{self.connection.served}' has {labels} logits, expected one"
             )
+        if large := [one.probs[0] for one in classes if abs(one.probs[0]) > LARGEST]:
+            raise ValueError(f"a score of {large[0]:g}")
         self.connection.count(answer.usage)
         return [one.probs[0] for one in classes]

@@ -280,6 +280,8 @@ class ServerSampler:
         counted = usage.completion_tokens if ids is None else len(ids)
         if counted == 0 and reason == "length":
             return "the prompt leaves no room for a completion"
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            return "the completion holds half of a surrogate pair, which is no text"
         if len(text) > TOKEN_CHARACTERS * (counted + 1):
             return f"the server counts {counted} tokens in {len(text):,} characters"
         if self.tokenizer is None or ids is None:
