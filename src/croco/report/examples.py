@@ -14,7 +14,7 @@ from typing import Any
 import polars as pl
 
 from croco.pipeline.arms import samples_of
-from croco.pipeline.graph import eval_prompts_of, prompts_of
+from croco.pipeline.inputs import eval_prompts_of, prompts_of
 from croco.report.load_run import Run
 from croco.report.table import MINUS, temperature_name
 from croco.stages.evaluate.results import BASE
