@@ -1,4 +1,4 @@
-"""Engines that sample, score and judge. `base` is what they promise; each other module is one way to keep it.
+"""Engines that sample, score and judge. `protocols` is what they promise.
 
 Which engine a stage runs on is `[runtime.engines]` of the recipe: how, never what, so no fingerprint knows of it.
 Opening one imports its library, here and nowhere else.
