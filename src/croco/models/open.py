@@ -42,8 +42,8 @@ def engine_of(runtime: Runtime, role: str) -> tuple[str, str]:
     asked: str = getattr(runtime.engines, role)
     if asked != "auto":
         return asked, "the recipe says so"
-    if runtime.device == "cpu":
-        return "transformers", "the device is the CPU"
+    if runtime.device == "cpu" or ":" in runtime.device:  # vLLM takes the first GPU, or those it is shown
+        return "transformers", f"the device is {runtime.device}"
     if runtime.vllm.python is None and find_spec("vllm") is None:
         return "transformers", "vLLM is not installed"
     from croco.models.loading import pick_device
