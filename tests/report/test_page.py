@@ -167,7 +167,7 @@ def test_an_arena_tasks_and_the_sentinel_are_shown_where_there_are_any(tmp_path)
     assert "Better on tuned (+14 greedy)." in text
     assert "Not resolved on tuned (+4 greedy)." in text
     assert "test_mcc" in text
-    assert "<b>90 %</b> <small>88 to 92, n = 4</small>" in text  # in the right language, of so many prompts
+    assert "<b>90 %</b> <small>88 to 92, n = 4 of 12</small>" in text  # in the right language
     assert "p = 0.004 (Holm)" in text
     assert "<b>22.5</b> <small>20.0 to 25.0</small>" in text  # the highest of its row
     assert "step 12: the reward of chosen falls below that of the start" in text

@@ -186,18 +186,27 @@ GROUPS = {"tuned": ["en", "da"], "low-resource": [], "held-out": [], "all": ["en
 
 
 def test_differences_are_paired_over_seeds_and_prompts(tmp_path: Path) -> None:
-    base = {("p", "en"): 1.0, ("p", "da"): 0.0, ("q", "en"): 0.0, ("q", "da"): 0.0}
+    base = {
+        (prompt, code): float((prompt, code) == ("p", "en")) for prompt in "pqrstu" for code in ("en", "da")
+    }
     for seed, gain in ((0, 1.0), (1, 0.5)):
         verdicts(tmp_path / str(seed), "base", base)
         verdicts(tmp_path / str(seed), "tuned", {key: value + gain for key, value in base.items()})
     found = pool([tmp_path / "0", tmp_path / "1"], ["tuned"], GROUPS, 200)["lab"]
-    assert found.of(("base", 1.0), "tuned").tolist() == [[0.5, 0.0], [0.5, 0.0]]
+    assert found.of(("base", 1.0), "tuned").tolist() == [[0.5, *[0.0] * 5]] * 2
     assert found.by_seed(("tuned", 1.0), ("base", 1.0), "tuned") == [1.0, 0.5]
     # the same in every prompt: the interval is that of two seeds
     difference, error = found.difference(("tuned", 1.0), ("base", 1.0), "da")
     assert difference == Interval(0.75, 0.5, 1.0)
     assert error == pytest.approx(0.25 / 2**0.5, abs=0.02)  # 200 resamples
     assert found.best("base", "en") == ("base", 1.0)
+
+
+def test_a_claim_on_too_few_prompts_is_not_resolved() -> None:
+    few = pooled_of({"up": (0.5, 0.1)})
+    few = Pooled("lab", few.values[:, :, :5], few.settings, few.languages, few.metrics, few.groups, 50)
+    assert not few.difference(("up", 1.0), ("base", 1.0), "tuned")[0].known
+    assert verdicts_of(few, study_of(up=[("up", "higher")])) == {"up": OPEN}
 
 
 def test_seeds_without_a_common_prompt_are_not_averaged(tmp_path: Path) -> None:

@@ -170,7 +170,7 @@ def execute(node: Node, runtime: Runtime, now: Status | None = None) -> Record:
     for before in node.inputs.values():
         try:
             status.mend_ledger(before)
-            status.check_contents(before)
+            shards.check_contents(before.folder)
         except UserError as error:
             raise StaleStage(status.stale_message([(before, Status("damaged", (str(error),)))])) from None
     record = _start(node, runtime, resume=now.kind == "unfinished")

@@ -56,7 +56,7 @@ def status_of(node: Node, contents: bool = False) -> Status:
     try:
         verify(node, record)
         if contents:
-            check_contents(node)
+            shards.check_contents(node.folder)
     except UserError as error:
         return Status("damaged", (str(error),))
     return Status("complete")
@@ -131,16 +131,6 @@ def verify(node: Node, record: Record) -> dict[str, dict[str, int]]:
         raise UserError(f"{node.folder / records.RECORD} counts {record['counts']}, its markers {counts}")
     balance(node.title, counts["read"], counts["written"], counts["dropped"])
     return counts
-
-
-def check_contents(node: Node) -> None:
-    """Raise UserError when a file of a complete stage does not hold the bytes that were written."""
-    if node.stage.table:
-        for shard in shards.shards(node.folder):
-            shards.check_shard(shard, contents=True)
-    else:
-        for name, content in records.read_record(node.folder).get("digests", {}).items():
-            files.check_digest(node.folder / name, content)
 
 
 def mend_ledger(node: Node) -> bool:

@@ -104,12 +104,12 @@ def run_tests(comparison: Comparison, pooled: Pooled, equivalence: float) -> lis
                 rival = pooled.best(comparison.than, scope)
             metric = comparison.metric
             difference, error = pooled.difference(setting, rival, scope, metric)
-            tests.append(Test(
-                comparison, scope, temperature, rival, difference,
-                pooled.by_seed(setting, rival, scope, metric),
-                p_wanted(difference.value, error, comparison.want, comparison.margin),
-                abs(difference.value) + NormalDist().inv_cdf(1 - ALPHA) * error <= equivalence,
-            ))  # fmt: skip
+            p_value = p_wanted(difference.value, error, comparison.want, comparison.margin)
+            within = abs(difference.value) + NormalDist().inv_cdf(1 - ALPHA) * error <= equivalence
+            if not difference.known:  # too few prompts say nothing, in either direction
+                p_value, within = 0.5, False
+            by_seed = pooled.by_seed(setting, rival, scope, metric)
+            tests.append(Test(comparison, scope, temperature, rival, difference, by_seed, p_value, within))
     return tests
 
 

@@ -92,12 +92,16 @@ def modes_table(board: Board) -> Table:
 
 
 def fidelity_table(board: Board) -> Table | None:
-    """The share of completions in the right language, of those whose language could be told, with their prompts."""
+    """The share of completions in the right language, of the prompts with one whose language could be told."""
     rows: list[list[Entry]] = []
     for arm, t in board.settings:
-        of = [board.metrics.get((arm, t, scope), {}).get(RIGHT) for scope in board.groups]
-        if any(of):
-            rows.append([arm, temperature_name(t), *(Number(i[0], SHARE, n=i[1]) if i else None for i in of)])
+        row: list[Entry] = [arm, temperature_name(t)]
+        for scope in board.groups:
+            share, cell = board.metrics.get((arm, t, scope), {}).get(RIGHT), board.cell(arm, t, scope)
+            row.append(
+                Number(share[0], SHARE, n=f"{share[1]} of {cell.num_prompts}") if share and cell else None
+            )
+        rows += [row] if any(row[2:]) else []
     return Table(["arm", "decoding", *board.groups], rows, 2) if rows else None
 
 

@@ -45,7 +45,7 @@ class Number:
 
     interval: Interval
     unit: Unit
-    n: int | None = None  # what it rests on, where that is not the same for the whole table
+    n: str = ""  # what it rests on, where that is not the same for the whole table: "3 of 24"
     flags: tuple[str, ...] = ()  # "better", "worse", "not-resolved", "best"
     note: str = ""
 
@@ -62,7 +62,7 @@ class Number:
     @property
     def with_interval(self) -> str:
         """ "61 [58, 64]"."""
-        return f"{self.text} [{self.ends()}]" + (f" n = {self.n}" if self.n is not None else "")
+        return f"{self.text} [{self.ends()}]" + (f" n = {self.n}" if self.n else "")
 
     @property
     def with_half_width(self) -> str:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from croco.errors import UserError
+from croco.storage.files import read_json
 
 # of a model's folder: weights, configs, tokenizer, templates; notes, pictures, logs and optimizer states are not read
 MODEL_FILES = re.compile(
@@ -99,7 +100,10 @@ def check_adapter(folder: Path, model: str, revision: str | None) -> None:
     path = folder / "adapter_config.json"
     if not path.is_file():
         raise UserError(f"{folder} holds no adapter: found no adapter_config.json")
-    base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    config = read_json(path)
+    base = config.get("base_model_name_or_path") if isinstance(config, dict) else config
+    if not isinstance(config, dict) or not isinstance(base, str | None):
+        raise UserError(f"{path} is no configuration of an adapter: found {str(base)[:60]!r}")
     if not base:
         return
     ours = local_model(model)

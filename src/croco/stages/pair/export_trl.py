@@ -45,6 +45,7 @@ def export_pairs(
     """Write a folder of finished pairs in TRL's format with a card, as `write_trl`; raises UserError."""
     if records.state(pairs) != "complete":
         raise UserError(f"{pairs} holds no finished pairs: run `croco run` first")
+    store.check_contents(pairs)
     files.check_new_folder(folder)
     tables = (store.read_parquet(shard.path) for shard in store.shards(pairs))
     dropped = store.read_dropped(pairs)

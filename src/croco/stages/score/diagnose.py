@@ -1,8 +1,8 @@
 """`croco score --diagnose`: how well reward models rank the pairs of a preference set, language by language.
 
 Any file of pairs: M-RewardBench's columns (prompt, chosen, rejected, language, subset), ours, or TRL's preference
-format. Every completion is scored once by every model. What the models say is measured on the pairs that all of them
-could score; the others are in the ledger. What is measured, `ranking_rows` says.
+format. Every completion is scored once by every model. The models are compared on the pairs that all of them
+could score; the others are in the ledger. The measures are in `diagnose_metrics.py`.
 """
 
 from __future__ import annotations

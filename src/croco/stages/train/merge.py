@@ -49,6 +49,8 @@ def merge(recipe: Recipe, arm: str, to: Path, license: str, say: Callable[[str],
     folder = recipe.folder / "train" / arm
     if records.state(folder) != "complete":
         raise UserError(f"{folder} holds no finished training: run `croco run` first")
+    for read in (folder, recipe.folder / "pair" / arm):
+        shards.check_contents(read)
     weights = tuned_weights(folder)
     partial = to.with_name(f".{to.name}.merging")
     files.begin_folder(partial)
