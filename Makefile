@@ -14,7 +14,7 @@ EUROEVAL_STAMP := $(EUROEVAL_VENV)/installed
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
-.PHONY: help install quickstart lab-check lab-build lab-study test test-all test-vllm test-euroeval check format bench clean python
+.PHONY: help install quickstart lab-check lab-build lab-study test test-all test-vllm test-euroeval check reference format bench clean python
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -76,6 +76,9 @@ check: $(STAMP) ## lint, format, types, imports
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+reference: $(STAMP) ## the page of every recipe key, from the records
+	$(BIN)/croco schema --markdown > docs/reference/recipe.md
 
 format: $(STAMP) ## format the code
 	$(BIN)/ruff format .

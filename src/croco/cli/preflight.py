@@ -8,7 +8,8 @@ Everything is looked at before the first thing that is wrong ends it.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from croco.cli import plan
@@ -29,21 +30,18 @@ def examine(recipe: Recipe, measure: bool = False) -> Iterator[str]:
     rows = _prompts(recipe)
     rates = plan.rates(recipe)
     wrong: list[str] = []
-    for check in (
+    checks: list[Callable[[], Iterable[str]]] = [
         lambda: _engines(recipe),
         lambda: servers(recipe),
         lambda: _euroeval(recipe) if recipe.euroeval else (),
-        lambda: models.policy(recipe, rows),
-        lambda: models.translation(recipe, recipe.translate, rows[0]["messages"]) if recipe.translate else (),
-        lambda: models.reward(recipe, rows),
-        lambda: models.samplers(recipe, rows),
-        lambda: models.alignment(recipe),
-        lambda: models.judge(recipe),
+        lambda: _reward_functions(recipe),
+        *(partial(models.examine_role, recipe, role, rows) for role in models.roles(recipe)),
         lambda: _tuning(recipe),
         lambda: _adapters(recipe),
         lambda: _measured(recipe, rows, rates) if measure else (),
         lambda: plan.cost(recipe, rates),
-    ):
+    ]
+    for check in checks:
         try:
             for line in check():
                 yield line
@@ -92,6 +90,16 @@ def servers(recipe: Recipe) -> Iterator[str]:
         found = Connection(getattr(recipe.runtime.servers, role), role, section.model)
         context = f", context {found.max_context} tokens" if found.max_context else ""
         yield f"server        {role}: {found.url} serves {found.served}{context}"
+
+
+def _reward_functions(recipe: Recipe) -> Iterator[str]:
+    for section in filter(None, (recipe.reward, recipe.evaluation.reward)):
+        for part in section.parts:
+            if part.function:
+                from croco.stages.score.reward import load_function
+
+                load_function(part.function)
+                yield f"reward        {part.function}"
 
 
 def _euroeval(recipe: Recipe) -> Iterator[str]:

@@ -1,12 +1,11 @@
 """The stage `sample`: N completions of every prompt in every language, by the policy.
 
-An arm may have completions of its own: by the policy that another arm tuned, or by another model (off-policy), on its
-languages and its part of the prompts.
+An arm may have completions of its own: by the policy that another arm tuned, or by another model (off-policy), in its
+languages and for its part of the prompts.
 
-A shard is a fixed number of (prompt, language) rows in sorted order, so what a shard holds follows from the data alone,
-and a sample's seed from its key: neither device nor batch nor resumption changes a row. Several shards are sampled in
-one stream, so that the batch does not run empty at every shard's end; each is written when its last row is there.
-Which engine draws is `engines`, where its worker runs `executor`.
+A shard is a fixed number of (prompt, language) rows in the order of their keys, and a sample's seed follows from its
+key: neither device nor batch nor resumption changes a row. Several shards are sampled in one stream, so that the batch
+stays full at the end of a shard; each is written when its last row is there.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,7 +27,7 @@ from croco.pipeline.compute import compute
 from croco.pipeline.node import Settings
 from croco.pipeline.stage import Work
 from croco.pipeline.workers import Advance, ShardResult
-from croco.stages.prompts.part import asked
+from croco.storage.lookup import read_prompts
 from croco.storage.schemas import COMPLETIONS, ledger
 from croco.storage.seeds import sample_seed
 
@@ -39,7 +38,11 @@ def sample(work: Work) -> None:
     """Write the completions table, shard by shard; prompts that leave no room in the context go to the ledger."""
     per_prompt, size = work.settings["sampling"]["completions"], work.runtime.shard_prompts
     prompts = partial(
-        asked, work.inputs["prompts"], work.settings.get("languages"), work.settings.get("part"), ["messages"]
+        read_prompts,
+        work.inputs["prompts"],
+        work.settings.get("languages"),
+        work.settings.get("part"),
+        ["messages"],
     )
     rows = prompts().height
     sizes = [per_prompt * min(size, rows - start) for start in range(0, rows, size)]

@@ -109,6 +109,10 @@ def test_what_has_no_use_is_counted() -> None:
         "f", {"prompt": [{**Q, "toxic": True}], **SIDES, "topic": "x", "tools": "[]"}, None, unread
     ).sides()
     assert unread == {"message key toxic": 1, "topic": 1, "tools": 1}
+    unread.clear()
+    beside = {"messages": [Q, YES], "response": "another", "question": None}
+    FileRow("f", {"prompt": "Q", **SIDES, **beside}, None, unread).sides()
+    assert unread == {"response": 1}  # the others say what was read
 
 
 @pytest.mark.parametrize(

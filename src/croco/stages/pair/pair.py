@@ -29,8 +29,7 @@ from croco.stages.pair import statistics
 from croco.stages.pair.contrast import Contrasted, contrast
 from croco.stages.pair.guards import TRAITS, Rows, traits
 from croco.stages.pair.load_scores import read_scored
-from croco.stages.prompts.part import in_part
-from croco.storage.lookup import ShardRows, gather, locate
+from croco.storage.lookup import ShardRows, gather, ids_in_part, locate
 from croco.storage.schemas import DROPPED, PAIRS, REFERENCE, ledger
 
 POOLS_PER_SHARD = 4096
@@ -60,7 +59,7 @@ def pair(work: Work) -> None:
         rule.calibration,
         work.inputs.get("score-references"),
         first=settings.get("completions"),
-        prompts=in_part(prompts, settings.get("part")),
+        prompts=ids_in_part(prompts, settings.get("part")),
     )
     where = locate(prompts, PROMPT)
     known = sorted({*settings.get("evaluated", ()), "en"})
@@ -196,7 +195,7 @@ def gold_data(work: Work) -> None:
     if languages := settings.get("languages"):
         rows = rows.filter(pl.col("language").is_in(languages))
     rows = rows.sort(PROMPT)
-    if (names := in_part(prompts, settings.get("part"))) is not None:
+    if (names := ids_in_part(prompts, settings.get("part"))) is not None:
         rows = rows.filter(pl.col("prompt_id").is_in(names.implode()))
     num_shards = max(1, -(-rows.height // POOLS_PER_SHARD))
     for index in work.todo(num_shards):

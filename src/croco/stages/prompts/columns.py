@@ -37,14 +37,15 @@ NAMES = {
 }
 # those of a file of pairs or completions, which --column maps
 MAPPED = [name for name in NAMES if name not in ("reference", "source", "domain")]
+CONTENT = ("system", "prompt", "completion", "chosen", "rejected")
 CANNOT_CARRY = ("tools", "functions", "images", "image", "videos", "video", "audios", "audio", "documents",
                 "chat_template_kwargs")  # fmt: skip
 NOT_A_TARGET = ("weight", "train", "training", "loss")  # of a completion's message: zero or false
-# read where a form has them, so never counted as unknown
-KNOWN = {name for names in NAMES.values() for name in names} | {
-    "id", "history", "label", "kto_tag", "completions", "subset",
+# columns that other parts of a form read, so never counted as not read
+ELSEWHERE = {
+    "id", "history", "label", "kto_tag", "completions", "subset", "score_chosen", "score_rejected",
     *(f"{side}_{name}" for side in ("chosen", "rejected") for name in ("ids", "language", "finish_reason", "score")),
-    "score_chosen", "score_rejected",
+    *(column for name in NAMES if name not in CONTENT for column in NAMES[name]),
 }  # fmt: skip
 
 
@@ -68,8 +69,10 @@ class FileRow:
 
     def column(self, name: str) -> str | None:
         """The column that holds one of ours, or None."""
-        names = (self.columns[name],) if name in self.columns else NAMES[name]
-        return next((column for column in names if self.values.get(column) is not None), None)
+        for column in (self.columns[name],) if name in self.columns else NAMES[name]:
+            if self.values.get(column) is not None:
+                return column
+        return None
 
     def need(self, name: str) -> Any:
         """The value of one of our columns; raises UserError where there is none."""
@@ -227,7 +230,7 @@ class FileRow:
     def can_carry(self) -> None:
         """Raise Unusable for a column that belongs to the prompt and has no place in our tables."""
         for column in CANNOT_CARRY:
-            if column not in self.columns.values() and says_something(self.values.get(column)):
+            if says_something(self.values.get(column)) and column not in self.columns.values():
                 raise Unusable(f"the row has {column}, which a prompt cannot carry")
 
     def _is_target(self, turn: Any) -> None:
@@ -244,7 +247,10 @@ class FileRow:
         for name in names:
             for column in NAMES[name] if name not in self.columns else ():
                 value = self.values.get(column)
-                if column in self.read or not says_something(value) or self._is_repeated(column, value, read):
+                if not says_something(value) or column in self.read:
+                    continue
+                if self._is_repeated(column, value, read):
+                    self.read.add(column)
                     continue
                 raise UserError(
                     f"{self.where}: column {column} holds something else than the {name} that was read"
@@ -263,8 +269,9 @@ class FileRow:
 
     def count_unread(self) -> None:
         """Count the columns that no form has a use for."""
-        mapped = set(self.columns.values())
-        self.unread.update(str(name) for name in self.values if name not in KNOWN and name not in mapped)
+        for name, value in self.values.items():
+            if value is not None and name not in self.read and name not in ELSEWHERE:
+                self.unread[str(name)] += 1
 
 
 def _repeats(turns: Sequence[Turn], read: Sequence[Turn]) -> bool:

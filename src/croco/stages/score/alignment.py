@@ -1,8 +1,8 @@
-"""How well a completion goes into the English completions of its prompt (MAPO, arXiv 2401.06838).
+"""The agreement of a completion with the English completions of its prompt (MAPO, arXiv 2401.06838).
 
-A translation model is the judge: a completion's score is 1 / (mean token loss of translating it into an English
-completion), averaged over the English completions of the same prompt. English ones have no score: they are what the
-others are held against. Source and target are laid out as M2M100 and NLLB do, language token, text, end token; the loss
+A translation model measures it: a completion's score is 1 / (mean token loss of translating it into an English
+completion), averaged over the English completions of the same prompt. English completions have no score: the others are
+compared with them. Source and target are laid out as M2M100 and NLLB do, language token, text, end token; the loss
 is over all of the target.
 
 Shapes: B pairs, S source tokens, T target tokens, V vocabulary.

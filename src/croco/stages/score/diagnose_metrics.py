@@ -1,4 +1,4 @@
-"""What a table of scored pairs says of reward models: accuracy, scores, length, language, agreement.
+"""Measures of reward models on a table of scored pairs, and the page that shows them.
 
 accuracy          share of pairs with the chosen above the rejected, equal scores ½ (also per category)
 score-gap         mean of chosen minus rejected

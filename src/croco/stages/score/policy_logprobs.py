@@ -1,7 +1,7 @@
-"""Scores that the policy itself gives: log-probabilities of completions, of one policy or of one over another.
+"""Scores from the policy itself: log-probabilities of completions under the prompt that was sampled from.
 
-"likelihood" is the mean over a completion's tokens, "likelihood-sum" their sum, under the very prompt that was sampled
-from; "implicit" is `stages/score/implicit.py`. What a log-probability is, is `models/logprobs.py`.
+"likelihood" is the mean over a completion's tokens, "likelihood-sum" their sum; `implicit.py` compares two policies.
+How a log-probability is computed is in `models/logprobs.py`.
 """
 
 from __future__ import annotations

@@ -1,15 +1,14 @@
-"""The stage `score`: one number per completion, by the reward model or by one of the controls.
+"""The stage `score`: a number for every completion, by the reward or by one of the controls.
 
-Scorers: "reward" is a reward model or a function (`reward.py`) on the whole conversation, as the user wrote it (the
-instruction a recipe may add for the policy is not shown to it). Controls: "likelihood" and "likelihood-sum" are the
-policy's own log-probability, mean and summed (`policy_logprobs.py`); "random" is a standard normal number that follows
-from the run's seed and the completion's key, a reward that knows nothing, normal so that pools look like pools;
-"verified" is the lab's program, a reward that knows everything. Rivals: "implicit" (`implicit.py`) and
-"alignment" (`alignment.py`).
+"reward" is a reward model or a function of the user's (`reward.py`); it sees the conversation as the user wrote it,
+without the instruction that a recipe may add for the policy. Controls: "likelihood" and "likelihood-sum" are the
+policy's own log-probability, mean and sum over the tokens (`policy_logprobs.py`); "random" is a standard normal number
+that follows from the run's seed and the completion's key; "verified" is the judgement of the lab's program. Methods to
+compare with: "implicit" (`implicit.py`) and "alignment" (`alignment.py`).
 
-A shard mirrors the shard of completions it scores; where the arms of a scorer look at some completions of each prompt
-only, at their part of it. What does not fit the model goes to the ledger; a score that is no
-number stops the stage, because it would poison its pool's mean.
+A shard of scores has the rows of a shard of completions; where the arms of a scorer use only some completions of each
+prompt, those. A completion that does not fit the model goes to the ledger. A score that is no finite number stops the
+stage, because it would change the mean of its whole pool.
 """
 
 import math

@@ -1,9 +1,9 @@
 """The stages `translate` and `eval-translate`: prompts of one language in all the others, by a translation model.
 
-What comes out is a prompts table in every language, the source's rows unchanged among them, under the same prompt_id:
-a prompt that is missing in one language shifts nothing. Every turn of a conversation is translated on its own and
-greedily; roles, order, code, JSON and tool calls stay (`protect`). A prompt of which a turn fails a check (`checks`)
-goes to the ledger with the turn and the reason. A reference is a completion in the source's language and stays behind.
+They write a prompts table in every language under the same prompt_id; the rows in the source's language are unchanged.
+Every turn of a conversation is translated on its own, greedily; roles, order, code, JSON and tool calls stay as they
+are (`protect.py`). A prompt with a turn that fails a check (`checks.py`) goes to the ledger with the turn and the
+reason. A reference is a completion in the source's language and is not copied to the others.
 
 A text that several prompts share (a system turn, say) is sent once per call of the engine.
 """
