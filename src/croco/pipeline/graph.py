@@ -189,7 +189,7 @@ STAGES: tuple[Stage, ...] = (
           settings=fp.arena_sample_settings, inputs=arena_sampled_from, arms=arena_sampled),
     Stage("arena", 1, "croco.stages.arena.arena:arena", "comparisons",
           settings=fp.arena_settings, inputs=compared_from, arms=arena_arms, added=("evaluated",)),
-    Stage("results", 2, "croco.stages.evaluate.evaluate:results", "results",
+    Stage("results", 2, "croco.stages.results:results", "results",
           settings=fp.results_settings, inputs=summed_from),
     Stage("report", 1, "croco.report.page:report", "",
           settings=fp.report_settings, inputs=shown_from, makes=("report.html",)),
