@@ -105,6 +105,8 @@ def test_names_from_a_recipe_are_escaped(tmp_path):
     run = make_run(tmp_path, num_prompts=2, num_samples=3, num_tests=8)
     recipe = json.loads((run / "recipe.json").read_text())
     recipe["policy"] = {"model": "</title><script>alert(1)</script>"}
+    recipe |= {"prompts": {"source": "prompts.jsonl"}, "reward": {"model": "a/reward"}}
+    recipe["evaluation"]["source"] = "test.jsonl"
     files.write_json(run / "recipe.json", recipe)
     rows = [("completion", "p", "da", 0, "<img src=x onerror=alert(1)>")]
     shards.write_parquet(run / "pair" / "monolingual" / "dropped.parquet", ledger(rows), DROPPED.schema)

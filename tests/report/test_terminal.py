@@ -36,7 +36,7 @@ def share_in_language(run: Path, values: dict[tuple[str, str], tuple[float, floa
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    return make_run(tmp_path / "run", num_prompts=2, num_samples=3, num_tests=12)
+    return make_run(tmp_path / "run", num_prompts=2, num_samples=3, num_tests=24)
 
 
 def test_the_table_shows_every_arm_group_and_interval_in_80_columns(run: Path) -> None:
@@ -92,7 +92,7 @@ def test_long_names_fold_and_numbers_do_not(run: Path) -> None:
 
 
 def test_two_runs_in_80_columns(run: Path, tmp_path: Path) -> None:
-    second = make_run(tmp_path / "second", num_prompts=2, num_samples=3, num_tests=12, seed=3)
+    second = make_run(tmp_path / "second", num_prompts=2, num_samples=3, num_tests=24, seed=3)
     text = printed(comparison_terminal(compare(run, second)))
     assert max(map(len, text.splitlines())) <= 80
 

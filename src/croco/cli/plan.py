@@ -17,7 +17,7 @@ from croco.config.evaluation import Arena, EuroEval
 from croco.config.models import Model
 from croco.config.recipe import Evaluation, Prompts, Recipe
 from croco.models.open import engines
-from croco.pipeline import arms, graph, run
+from croco.pipeline import arms, inputs, run
 from croco.pipeline.compute import described
 from croco.pipeline.node import Node
 from croco.pipeline.status import Status
@@ -175,7 +175,7 @@ def _evaluated(recipe: Recipe, totals: Totals, test: int | None) -> Iterator[str
     if recipe.arena is not None:
         asked = _arena_prompts(recipe, recipe.arena, test)
         yield _comparisons(recipe, recipe.arena, asked)
-        if drawn := len(graph.arena_sampled(recipe)) * (asked or 0):
+        if drawn := len(inputs.arena_sampled(recipe)) * (asked or 0):
             most = recipe.arena.max_new_tokens or evaluation.max_new_tokens
             limit = totals.draw("arena-sample", recipe.policy, engine, drawn, most)
             yield f"arena-sample: {drawn:,} completions, at most {limit:,} tokens"

@@ -15,7 +15,17 @@ from statistics import NormalDist
 
 from croco.config.study import BASE, Claim, Comparison, Study
 from croco.report.multi_seed import Pooled
-from croco.report.table import PERCENT, POINTS, SCORE_CHANGE, Entry, Number, Part, Table, temperature_name
+from croco.report.table import (
+    PERCENT,
+    POINTS,
+    SCORE_CHANGE,
+    Entry,
+    Number,
+    Part,
+    Table,
+    count_of,
+    temperature_name,
+)
 from croco.stages.evaluate.stats import ALPHA, Interval, holm
 
 HOLDS, FAILS, EQUIVALENT, OPEN = "holds", "does not hold", "equivalent", "not resolved"
@@ -140,8 +150,8 @@ def claims_parts(judged: Mapping[str, Judged], equivalence: float) -> list[Part]
         ]
         text = (
             f"A claim holds, or does not, where all comparisons that it needs are significant that way, at 5 % after "
-            f"Holm's correction over {counted} claims (p in the table). It is equivalent where the 90 % intervals lie "
-            f"within ± {equivalence:g}. The base is at its best temperature."
+            f"Holm's correction over {count_of(counted, 'claim')} (p in the table). It is equivalent where the "
+            f"90 % intervals lie within ± {equivalence:g}. The base is at its best temperature."
         )
         if rows:
             parts.append(Part(name, title, [text], [Table(["claim", "in this study", "p"], rows, 2)]))

@@ -16,7 +16,7 @@ import polars as pl
 
 from croco.config.recipe import Recipe
 from croco.errors import UserError
-from croco.pipeline.graph import eval_prompts_of
+from croco.pipeline.inputs import eval_prompts_of
 from croco.report.load_run import read_recipe, require
 from croco.report.scores import ARENA, Board, Cell, Key, board_of, boards
 from croco.report.table import count_of, enumerate_words, temperature_name

@@ -137,11 +137,8 @@ def _pooled(
     if common.is_empty():
         raise UserError(f"no prompt of '{benchmark}' was evaluated in every arm under every seed")
     cells = cells.join(common, on=prompt)
-    prompts, codes = (
-        common["prompt_id"].unique().sort().to_list(),
-        common["language"].unique().sort().to_list(),
-    )
-    languages = [code for code in groups["all"] if code in codes]
+    prompts = common["prompt_id"].unique().sort().to_list()
+    languages = [code for code in groups["all"] if code in common["language"]]
     values = np.full((num_seeds, len(settings), len(prompts), len(languages), len(metrics)), np.nan)
     places = [
         cells["seed"].to_numpy(),

@@ -43,7 +43,7 @@ def transfer(folders: Sequence[Path], scorers: Sequence[str], languages: Sequenc
     tuple[str, str, str], Interval
 ]:  # fmt: skip
     """(scorer, language, figure) -> its interval, from runs that scored the same completions by every scorer."""
-    per_prompt: dict[tuple[str, str, str], dict[str, list[tuple[float, float, float]]]] = {}
+    rows = []
     for folder in folders:
         verified = scores_of(folder, "verified").rename({"score": "quality"})
         top = float(verified["quality"].to_numpy().max())
@@ -51,22 +51,17 @@ def transfer(folders: Sequence[Path], scorers: Sequence[str], languages: Sequenc
             joined = scores_of(folder, scorer).join(verified, on=KEY, validate="1:1")
             for (prompt, language), pool in joined.group_by("prompt_id", "language", maintain_order=True):
                 scores, quality = (pool[name].to_numpy().astype(float) for name in ("score", "quality"))
-                found = ranking(scores, quality, top)
-                per_prompt.setdefault((scorer, str(language), ""), {}).setdefault(str(prompt), []).append(
-                    found
-                )
-    result = {}
-    for (scorer, language, _), prompts in per_prompt.items():
-        values = [np.array(found) for found in prompts.values()]
-        for place, figure in enumerate(FIGURES):
-            means = [
-                column[~np.isnan(column)].mean()
-                for one in values
-                if not np.isnan(column := one[:, place]).all()
-            ]
-            if means:
-                result[scorer, language, figure] = bootstrap_mean(means, seed=0)
-    return {key: result[key] for key in sorted(result, key=lambda key: (languages.index(key[1]), key[0]))}
+                rows.append((scorer, language, prompt, *ranking(scores, quality, top)))
+    names = ["scorer", "language", "prompt"]
+    found = pl.DataFrame(rows, schema=[*names, *FIGURES], orient="row").fill_nan(None)
+    means = found.group_by(names, maintain_order=True).agg(pl.col(FIGURES).mean())
+    return {
+        (scorer, language, figure): bootstrap_mean(values, seed=0)
+        for language in languages
+        for scorer in sorted(scorers)
+        for figure in FIGURES
+        if len(values := means.filter(scorer=scorer, language=language)[figure].drop_nulls().to_numpy())
+    }
 
 
 def good_over_forms(folders: Sequence[Path], scorers: Sequence[str]) -> dict[tuple[str, str], Interval]:

@@ -75,6 +75,8 @@ def local_model(name: str, key: str = "model") -> Path | None:
             )
         return folder
     if os.path.exists(folder):
+        if name.endswith(".gguf"):
+            raise UserError(f"{key} = '{name}': make a folder of it with `croco fetch {name} --to FOLDER`")
         raise UserError(f"{key} = '{name}' is a file, expected a directory with a Hugging Face model")
     if not HUB_ID.fullmatch(name) or len(name) > 96:
         raise UserError(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 
 from conftest import TinyModels, write_recipe
@@ -14,6 +16,7 @@ from croco.config.runtime import Runtime
 from croco.errors import UserError
 from croco.pipeline import run as pipeline
 from croco.pipeline.fingerprint import given_reward
+from croco.stages.score.diagnose import diagnose
 from croco.stages.score.reward import NO_SCORE, open_reward
 from croco.stages.score.score import tabulate
 from croco.storage import shards
@@ -134,6 +137,17 @@ def test_another_source_is_another_reward(file: Path) -> None:
     assert given_reward(Reward(function=f"{file}:length", weight=2.0)).identity != before
     file.write_text(SOURCE + "\n# another\n")
     assert given_reward(Reward(function=f"{file}:length")).identity != before
+
+
+def test_a_function_is_diagnosed_on_pairs(file: Path, tmp_path: Path) -> None:
+    pairs = [
+        {"language": "da", "prompt": "Q", "chosen": "aaa", "rejected": text} for text in ("b", "bbbb", "bb")
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    name = f"{file}:length"
+    ranking = diagnose([tmp_path / "pairs.jsonl"], [name], tmp_path / "out")
+    accuracy = ranking.filter((pl.col("metric") == "accuracy") & (pl.col("reward") == name))
+    assert accuracy["value"].to_list() == [pytest.approx(2 / 3)]
 
 
 def test_a_run_chooses_by_the_function(file: Path, tmp_path: Path, tiny_models: TinyModels) -> None:

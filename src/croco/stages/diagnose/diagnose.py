@@ -110,11 +110,12 @@ def diagnose(
 
 
 def recipe_of(model: str, codes: Sequence[str], overrides: Sequence[str]) -> Recipe:
-    """A recipe that holds the reward model, and how to run it."""
+    """A recipe that holds the reward, a model or a function ("module:name"), and how to run it."""
+    is_function = ":" in model and not model.startswith("lab:")
     values = {
         "run": {"name": "diagnose", "languages": list(codes)},
         **NO_PROMPTS,
-        "reward": {"model": model},
+        "reward": {"function" if is_function else "model": model},
         "arms": {"none": {}},
     }
     for override in overrides:
@@ -176,25 +177,22 @@ def _pair(where: str, values: Any, language: str | None) -> tuple[Pair, str]:
 def score_pairs(pairs: Sequence[Pair], recipe: Recipe) -> tuple[NDArray[np.float64], dict[int, str]]:
     """Scores of (chosen, rejected), shape (pairs, 2), nan where there is none, and the reasons by pair."""
     from croco.stages.score.reward import open_reward
+    from croco.stages.score.score import check_finite
 
+    name = recipe.reward.name
     scores, reasons = np.full((len(pairs), 2), math.nan), {}
     score, _ = open_reward(recipe.reward, recipe.runtime)
     try:
-        with progress(recipe.reward.model, len(pairs), "pair") as bar:
+        with progress(name, len(pairs), "pair") as bar:
             for start in range(0, len(pairs), CHUNK):
                 part = pairs[start : start + CHUNK]
                 groups = [(pair.messages, _completions(pair)) for pair in part]
-                scored = score(groups)
-                for i, values in enumerate(scored, start):
+                for i, values in enumerate(score(groups), start):
                     for side, value in enumerate(values):
                         if isinstance(value, str):
-                            reasons[i] = f"{recipe.reward.model}: {value}"
-                        elif not math.isfinite(value):
-                            raise UserError(
-                                f"{recipe.reward.model} gave the score {value} to prompt {pairs[i].prompt_id!r} in "
-                                f"{pairs[i].language}, expected a finite number"
-                            )
+                            reasons[i] = f"{name}: {value}"
                         else:
+                            check_finite(value, (pairs[i].prompt_id, pairs[i].language, side), name)
                             scores[i, side] = value
                 bar.advance(len(part))
     finally:
