@@ -17,8 +17,8 @@ from croco.errors import UserError
 from croco.lab import world
 from croco.models.chat_template import conversation_ids
 from croco.models.loading import load_reward
-from croco.stages.score.diagnose import Pair, diagnose, read_pairs, tabulate
-from croco.stages.score.diagnose_metrics import agreement, language_share, markdown, rank
+from croco.stages.diagnose.diagnose import Pair, diagnose, read_pairs, tabulate
+from croco.stages.diagnose.metrics import agreement, language_share, markdown, rank
 from croco.storage import shards
 from croco.storage.schemas import PAIRS
 
