@@ -1,4 +1,4 @@
-"""A judge: any model that can be sampled, asked greedily. What to ask and how to read the verdict is the caller's.
+"""A judge: any model that can be sampled. What to ask and how to read the verdict is the caller's.
 
 A conversation that does not fit, or that a server refuses, gets the reason in place of a verdict.
 """
@@ -9,15 +9,14 @@ from typing import Any
 from croco.errors import Refused
 from croco.models.chat_template import request
 from croco.models.protocols import Completion, Decoding, Judged, JudgeRequest, Sampler
-
-SEED = 0  # greedy: every seed draws the same
+from croco.storage.seeds import digest
 
 
 class SamplerJudge:
     """A judge on any sampler; `tokenizer` is None where the sampler takes messages."""
 
-    def __init__(self, sampler: Sampler, tokenizer: Any) -> None:
-        self.sampler, self.tokenizer = sampler, tokenizer
+    def __init__(self, sampler: Sampler, tokenizer: Any, temperature: float = 0.0) -> None:
+        self.sampler, self.tokenizer, self.temperature = sampler, tokenizer, temperature
         self.name, self.facts = sampler.name, sampler.facts
 
     def judge(
@@ -26,8 +25,9 @@ class SamplerJudge:
         """Yield (key, what the judge wrote, or why there is nothing) once per request, as they finish."""
         asked, limit = {}, self.sampler.max_context
         for one in requests:
+            seed = digest("judge", *(message["content"] for message in one.messages))
             try:
-                prompt = request(self.tokenizer, one.key, one.messages, [SEED], name=f"judgement {one.key}")
+                prompt = request(self.tokenizer, one.key, one.messages, [seed], name=f"judgement {one.key}")
             except Refused as error:
                 yield one.key, str(error)
                 continue
@@ -35,7 +35,8 @@ class SamplerJudge:
                 yield one.key, f"the judge's prompt has {tokens} tokens, the context of {self.name} {limit}"
             else:
                 asked[one.key] = prompt
-        for key, (drawn,) in self.sampler.sample(list(asked.values()), Decoding(0.0, 1.0, 0, max_new_tokens)):
+        decoding = Decoding(self.temperature, 1.0, 0, max_new_tokens)
+        for key, (drawn,) in self.sampler.sample(list(asked.values()), decoding):
             if isinstance(drawn, str):
                 yield key, drawn
             else:
