@@ -344,10 +344,13 @@ def test_when_all_completions_were_left_out_there_is_an_empty_table_and_a_ledger
     assert store.read_dropped(tmp_path / "pair" / arm).is_empty()  # the scorer's ledger has them
 
 
-def test_when_guards_drop_everything_the_ledger_says_so(tmp_path):
+def test_when_guards_drop_everything_the_ledger_says_so(tmp_path, capsys):
     inputs = tables(tmp_path)
     rows = store.read_table(inputs["sample"]).with_columns(finish_reason=pl.lit("length")).to_dicts()
     write(tmp_path / "cut", COMPLETIONS, [rows])
     assert run(tmp_path, "cross", {**inputs, "sample": tmp_path / "cut"}).height == 0
     dropped = store.read_dropped(tmp_path / "pair" / "cross")
     assert dropped.group_by("unit").len().sort("unit").rows() == [("completion", 19), ("pool", 4)]
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "no pairs of 19 scored completions (" in shown
+    assert "16 completions: cut at the token limit" in shown

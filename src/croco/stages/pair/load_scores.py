@@ -116,11 +116,11 @@ def by_pool(
     rows = _sorted(table, group, name).filter(part)
     rows = rows.with_columns(pool=pl.struct("prompt_id", "group").rle_id())
     if gold is not None:
-        mine = _sorted(gold.with_columns(place=pl.lit(None, pl.UInt32)), group, "gold completions")
-        mine = mine.filter(part)
+        golden = _sorted(gold.with_columns(place=pl.lit(None, pl.UInt32)), group, "gold completions")
+        golden = golden.filter(part)
         pools = rows.select("prompt_id", "group", "pool").unique()
-        mine = mine.join(pools, on=("prompt_id", "group"), how="inner")
-        rows = pl.concat([rows, mine.select(rows.columns)]).sort("pool", "language", "sample_id")
+        golden = golden.join(pools, on=("prompt_id", "group"), how="inner")
+        rows = pl.concat([rows, golden.select(rows.columns)]).sort("pool", "language", "sample_id")
     return rows.with_columns(calibrated=pl.Series(calibrate(calibration, rows))).select(
         "pool", "group", *KEY, "score", "calibrated", "place"
     )
