@@ -6,6 +6,7 @@ A conversation that does not fit, or that a server refuses, gets the reason in p
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from croco.errors import Refused
 from croco.models.chat_template import request
 from croco.models.protocols import Completion, Decoding, Judged, JudgeRequest, Sampler
 from croco.storage.seeds import digest
@@ -25,12 +26,15 @@ class SamplerJudge:
         asked, limit = {}, self.sampler.max_context
         for one in requests:
             seed = digest("judge", *(message["content"] for message in one.messages))
-            made = request(self.tokenizer, one.key, one.messages, [seed], name=f"judgement {one.key}")
-            if len(made.prompt_ids) >= limit:
-                reason = f"the judge's prompt has {len(made.prompt_ids)} tokens, the context of {self.name} {limit}"
-                yield one.key, reason
+            try:
+                prompt = request(self.tokenizer, one.key, one.messages, [seed], name=f"judgement {one.key}")
+            except Refused as error:
+                yield one.key, str(error)
+                continue
+            if (tokens := len(prompt.prompt_ids)) >= limit:
+                yield one.key, f"the judge's prompt has {tokens} tokens, the context of {self.name} {limit}"
             else:
-                asked[one.key] = made
+                asked[one.key] = prompt
         decoding = Decoding(self.temperature, 1.0, 0, max_new_tokens)
         for key, (drawn,) in self.sampler.sample(list(asked.values()), decoding):
             if isinstance(drawn, str):
