@@ -18,7 +18,7 @@ def test_the_engine_of_a_role_says_why() -> None:
     named = Runtime.model_validate({"device": "cpu", "engines": {"judge": "vllm"}})
     assert engine_of(named, "judge") == ("vllm", "the recipe says so")
     assert list(engines(named)) == [
-        "transformers for translate, sample, score, evaluate (the device is the CPU)",
+        "transformers for translate, sample, score, evaluate (the device is cpu)",
         "vllm for judge (the recipe says so)",
     ]
 

@@ -129,7 +129,7 @@ def score(
         raise UserError("croco score --diagnose reads files of pairs: --arm and --rebuild go with a recipe")
     if to is None:
         raise UserError("croco score --diagnose: expected --to FOLDER")
-    from croco.stages.score import diagnose as ranking
+    from croco.stages.diagnose import diagnose as ranking
 
     ranking.diagnose(paths, reward or [], to, language, overrides or [])
     say((to / "ranking.md").read_text(encoding="utf-8"))

@@ -97,9 +97,14 @@ def sampler(
     from croco.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer(model.model, model.revision, template, model.trust_remote_code)
+    return token_sampler(connection, model, tokenizer), tokenizer
+
+
+def token_sampler(connection: Connection, model: Model, tokenizer: Any) -> ServerSampler:
+    """A sampler that sends and gets token ids of this model."""
     ends = end_ids(tokenizer, generation_config(model))
     vocabulary = max(len(tokenizer), load_config(model, "policy").get_text_config().vocab_size)
-    return ServerSampler(connection, model.model, tokenizer, ends, vocabulary), tokenizer
+    return ServerSampler(connection, model.model, tokenizer, ends, vocabulary)
 
 
 def served_context(
@@ -134,7 +139,7 @@ class Connection:
         self.url, self.served = self.client.url, server.model or model
         context = served_context(self.client, self.served, f"the name it serves in {self.place}.{key}")
         self.max_context = server.max_context or context
-        # the counts stay the wire's own, so that they grow
+        # the very dict that the client counts in
         self.facts = self.client.counts
         self.facts |= {"engine": "server", "url": self.url, "served_model": self.served}
 

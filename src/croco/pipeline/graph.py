@@ -58,7 +58,7 @@ STAGES: tuple[Stage, ...] = (
           settings=fp.arena_sample_settings, inputs=inputs.arena_sampled_from, arms=inputs.arena_sampled),
     Stage("arena", 1, "croco.stages.arena.arena:arena", "comparisons",
           settings=fp.arena_settings, inputs=inputs.compared_from, arms=inputs.arena_arms, added=("evaluated",)),
-    Stage("results", 2, "croco.stages.evaluate.evaluate:results", "results",
+    Stage("results", 2, "croco.stages.results:results", "results",
           settings=fp.results_settings, inputs=inputs.summed_from),
     Stage("report", 1, "croco.report.page:report", "",
           settings=fp.report_settings, inputs=inputs.shown_from, makes=("report.html",)),

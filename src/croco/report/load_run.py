@@ -5,6 +5,7 @@ stage. Texts are `browser.py`'s. Nothing is drawn or worded here.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -139,19 +140,39 @@ def steps_of(folder: Path, recipe: Recipe, stages: Mapping[str, Mapping[str, Any
 
 
 def _step(folder: Path, stage: str, arm: str, made: Mapping[str, Any]) -> Step:
+    read, written, ledger = _account(folder, made)
     reasons: dict[str, list[tuple[str, int]]] = {}
-    if (folder / "dropped.parquet").is_file():
-        # a reason's details, after its colon, are for the ledger; those of a flag say which completion it marks
-        reason = pl.col("reason")
-        short = pl.when(pl.col("unit") == "flag").then(reason).otherwise(reason.str.split(": ").list.first())
-        counted = shards.read_dropped(folder).group_by("unit", short.alias("reason")).len()
-        for unit, words, count in counted.sort("len", "reason", descending=[True, False]).iter_rows():
-            reasons.setdefault(unit, []).append((words, int(count)))
-    read, written = made["counts"].get("read", {}), made["counts"].get("written", {})
+    # a reason's details, after its colon, are for the ledger; those of a flag say which completion it marks
+    reason = pl.col("reason")
+    short = pl.when(pl.col("unit") == "flag").then(reason).otherwise(reason.str.split(": ").list.first())
+    counted = ledger.group_by("unit", short.alias("reason")).len()
+    for unit, words, count in counted.sort("len", "reason", descending=[True, False]).iter_rows():
+        reasons.setdefault(unit, []).append((words, int(count)))
     flows = [Flow(unit, int(n), int(written.get(unit, 0)), reasons.get(unit, [])) for unit, n in read.items()]
-    return Step(
-        stage, arm, flows, int(written.get("pair", 0)) if stage == "pair" else None, reasons.get("flag", [])
-    )
+    pairs = int(written.get("pair", 0)) if stage == "pair" else None
+    return Step(stage, arm, flows, pairs, reasons.get("flag", []))
+
+
+def _account(folder: Path, made: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, int], pl.DataFrame]:
+    """What a stage read and wrote by unit, and its ledger; of one that is not complete, that of its finished shards."""
+    nothing = pl.DataFrame(schema={"unit": pl.String, "reason": pl.String})
+    if made["state"] == "complete":
+        there = (folder / "dropped.parquet").is_file()
+        counts = made["counts"]
+        return (
+            counts.get("read", {}),
+            counts.get("written", {}),
+            shards.read_dropped(folder) if there else nothing,
+        )
+    finished = shards.shards(folder)
+    read, written = Counter[str](), Counter[str]()
+    for shard in finished:
+        read.update(shard.read)
+        written.update(shard.written)
+    ledgers = [
+        shards.read_parquet(shard.ledger).select("unit", "reason") for shard in finished if shard.dropped
+    ]
+    return read, written, pl.concat([nothing, *ledgers])
 
 
 def scores_of(run: Run, arm: str) -> pl.DataFrame:

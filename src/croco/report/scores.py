@@ -127,10 +127,8 @@ class Board:
                 best = setting[0] == BASE and self.best_base.get(scope) == setting[1]
                 numbers.append(Number(cell.value, self.unit, note="best of the base" if best else ""))
             elif (difference := cell.difference if name == "difference" else cell.to_best) is not None:
-                flags, note = (
-                    (verdict(difference).replace(" ", "-"),),
-                    cell.remark if name == "difference" else "",
-                )
+                flags, note = (verdict(difference).replace(" ", "-"),), cell.remark
+                note = note if name == "difference" else ""
                 numbers.append(Number(difference, self.change, flags=flags, note=note))
         return tuple(numbers)
 
@@ -165,9 +163,8 @@ def metrics_of(results: pl.DataFrame) -> dict[str, dict[Key, dict[str, tuple[Int
     """Every row of the results by benchmark, (arm, temperature, language or group) and metric."""
     values: dict[str, dict[Key, dict[str, tuple[Interval, int]]]] = {}
     columns = ("benchmark", "arm", "temperature", "language", "metric", "value", "ci_low", "ci_high", "n")
-    for benchmark, arm, temperature, scope, metric, value, low, high, n in results.select(
-        columns
-    ).iter_rows():
+    rows = results.select(columns).iter_rows()
+    for benchmark, arm, temperature, scope, metric, value, low, high, n in rows:
         by_key = values.setdefault(benchmark, {})
         by_key.setdefault((arm, temperature, scope), {})[metric] = (interval(value, low, high), n)
     return values

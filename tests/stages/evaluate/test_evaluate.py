@@ -15,7 +15,8 @@ from croco.pipeline.fingerprint import evaluate_settings, results_settings
 from croco.pipeline.node import settings_values
 from croco.pipeline.stage import Work
 from croco.report.scores import scorer_of
-from croco.stages.evaluate.evaluate import evaluate, evaluation_seed, plan_batches, results
+from croco.stages.evaluate.evaluate import evaluate, evaluation_seed, plan_batches
+from croco.stages.results import results
 from croco.stages.train.settings import LoraSettings
 from croco.storage import shards
 from croco.storage.schemas import PROMPTS, TABLES

@@ -59,8 +59,8 @@ def contrast(
 ) -> Contrasted:
     """Guard, pool and select in whole pools.
 
-    `rows` are as `scored.by_pool` gives them, with the columns `guards.TRAITS` where there are `texts`; without texts
-    only scores are judged. A wrong language is one of the `known`.
+    `rows` are as `load_scores.by_pool` gives them, with the columns `guards.TRAITS` where there are `texts`; without
+    texts only scores are judged. A wrong language is one of the `known`.
     """
     completions = None if texts is None else lambda at: texts(at, ["completion"])["completion"]
     reason, flags = judge(rows, rule.guards, completions)

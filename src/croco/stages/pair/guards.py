@@ -83,11 +83,10 @@ def traits(
 
 def is_wrong_language(text: str, language: str, known: Sequence[str], min_letters: int) -> bool:
     """Whether a text is in another language than it should be; False when it is short or the identifier not sure."""
-    text = text[:IDENTIFIED_CHARACTERS]
     if not languages.identifiable(language):
         return False
-    identified = languages.identify(text, known, CONFIDENCE, min_letters)
-    return identified is not None and not languages.same_to_identifier(identified, language)
+    identified = languages.identify(text[:IDENTIFIED_CHARACTERS], known, CONFIDENCE, min_letters)
+    return languages.language_mode(identified, language) == languages.WRONG
 
 
 def normalised(texts: pl.Series) -> pl.Series:

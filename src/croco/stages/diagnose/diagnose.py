@@ -26,9 +26,9 @@ from croco.config.recipe import Recipe
 from croco.errors import UserError
 from croco.models import open
 from croco.pipeline.progress import progress
+from croco.stages.diagnose.metrics import Row, agreement, markdown, rank
 from croco.stages.prompts.columns import FileRow
 from croco.stages.prompts.values import Unusable
-from croco.stages.score.diagnose_metrics import Row, agreement, markdown, rank
 from croco.storage import files, provenance, shards
 from croco.storage.rows import file_rows, files_of
 from croco.storage.schemas import DROPPED, ledger

@@ -17,8 +17,8 @@ from croco.errors import UserError
 from croco.lab import world
 from croco.models.chat_template import conversation_ids
 from croco.models.loading import load_reward
-from croco.stages.score.diagnose import Pair, diagnose, read_pairs, tabulate
-from croco.stages.score.diagnose_metrics import agreement, language_share, markdown, rank
+from croco.stages.diagnose.diagnose import Pair, diagnose, read_pairs, tabulate
+from croco.stages.diagnose.metrics import agreement, language_share, markdown, rank
 from croco.storage import shards
 from croco.storage.schemas import PAIRS
 
@@ -174,7 +174,7 @@ def test_two_real_reward_models(tmp_path: Path, tiny_models: TinyModels) -> None
     assert accuracy["value"][0] == pytest.approx(right)
     assert accuracy["n"].to_list() == [8, 8]
     page = (tmp_path / "out" / "ranking.md").read_text()
-    assert "2 rows of the ledger" in page
+    assert "1 pairs were left out (`dropped.parquet`): " in page
     assert f"## {models[0]} and {models[1]}" in page
     assert "Kendall's tau" in page
     # made again over what it made itself, and never over other things
