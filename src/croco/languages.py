@@ -38,8 +38,8 @@ def normal(code: str) -> str:
     """
     from babel.core import get_global
 
-    found = code.split("_")[0] if re.fullmatch(r"[a-z]{3}_[A-Z][a-z]{3}", code) else code
-    return check(str(get_global("language_aliases").get(found, found)))
+    language = code.split("_")[0] if re.fullmatch(r"[a-z]{3}_[A-Z][a-z]{3}", code) else code
+    return check(str(get_global("language_aliases").get(language, language)))
 
 
 def name(code: str) -> str:

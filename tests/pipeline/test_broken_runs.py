@@ -126,7 +126,7 @@ def test_one_sentence_names_the_file(
     run, other = tmp_path / "run", tmp_path / "other"
     shutil.copytree(finished, run)
     other.write_text("a file")
-    recipe = str(shutil.move(run / "recipe.toml", tmp_path / "recipe.toml"))
+    recipe = str(shutil.copy(run / "recipe.json", tmp_path / "recipe.json"))
     spoil(run)
     monkeypatch.chdir(tmp_path)
     words = command.replace("RUN", "run").replace("RECIPE", recipe).replace("OTHER", "other").split()

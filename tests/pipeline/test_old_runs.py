@@ -20,15 +20,12 @@ RUN = Path(__file__).parent / "data" / "old-house.tar.xz"
 
 @pytest.fixture
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The recipe of the run, whose folder lies beside it."""
+    """The run's resolved recipe, and its folder beside it."""
     with tarfile.open(RUN) as archive:
         archive.extractall(tmp_path, filter="data")
     (tmp_path / "old-house").rename(tmp_path / "run")
     monkeypatch.chdir(tmp_path)
-    recipe = (tmp_path / "run" / "recipe.toml").rename(tmp_path / "recipe.toml")
-    # what was the default then; now a completion in another language is dropped, and the pairs would be made again
-    recipe.write_text(recipe.read_text() + '\n[guards]\nwrong_language = "flag"\n')
-    return recipe
+    return tmp_path / "run" / "recipe.json"
 
 
 def croco(*words: str) -> str:
@@ -60,3 +57,13 @@ def test_a_held_out_language_more_makes_its_pairs_stale(recipe: Path) -> None:
     record["fingerprint"] = digest(record["science"])
     records.write_record(Path("run/pair/mono"), record)
     assert "pair/mono                    stale" in croco("plan", str(recipe), *more)
+
+
+def test_a_default_that_is_another_now_is_what_changed(recipe: Path) -> None:
+    """The recipe as a person wrote it, without that value."""
+    found = CliRunner().invoke(app, ["run", str(recipe.with_name("recipe.toml"))])
+    assert found.exit_code == 2
+    lines = found.output.splitlines()
+    assert lines[0].endswith("pair/mono in run/pair/mono was made with other settings:")
+    assert lines[1:2] == ["  guards.wrong_language: flag → drop"]
+    assert lines[2].startswith("  and with it pair/multi, train/mono")

@@ -15,8 +15,7 @@ import psutil
 import pytest
 
 from croco.errors import UserError
-from croco.pipeline import stage
-from croco.pipeline.node import Node, Stage
+from croco.pipeline.node import Node, Stage, new_record
 from croco.pipeline.ray import ShardWorker
 from croco.storage.records import write_record
 from croco.storage.shards import marker_path
@@ -41,7 +40,7 @@ def test_a_node_without_the_runs_folder_says_so(tmp_path: Path, monkeypatch: pyt
     node = Node(
         Stage("sample", 1, "", "", lambda r, a: {}, lambda r, a: []), None, tmp_path / "sample", {}, {}
     )
-    record = stage.new_record(node, 4)
+    record = new_record(node, 4)
     write_record(tmp_path / "sample", record | {"fingerprint": "sha256:b"})
     with pytest.raises(UserError, match="all nodes share"):
         shard_worker(tmp_path, tmp_path).check_place()

@@ -40,6 +40,8 @@ class Source(Section):
     """Of all rows that say none."""
     system: str | None = None
     """A system prompt for conversations that have none."""
+    turns: Literal["all", "first"] = "all"
+    """"first": the first user turn alone; the assistant's answer to it is the reference."""
     columns: dict[Literal["prompt", "system", "reference", "source", "domain"], str] = Field(
         default_factory=dict
     )

@@ -153,7 +153,9 @@ class Reward(RewardPart):
 
 
 class Judge(Causal):
-    """A model that is asked for verdicts, greedily."""
+    """A model that is asked for verdicts."""
 
+    temperature: Annotated[float, Field(ge=0, le=10)] = 0.0
+    """Of its sampling; 0 is greedy."""
     max_new_tokens: Positive = 1024
     """Of a verdict."""

@@ -128,7 +128,6 @@ class Recipe(Section):
     translate: Translate | None = None
     policy: Policy = Policy()
     reward: Reward = Reward()
-    judge: Judge | None = None
     alignment: Alignment | None = None
     sampling: Sampling = Sampling()
     guards: Guards = Guards()
@@ -136,6 +135,7 @@ class Recipe(Section):
     evaluation: Evaluation = Evaluation()
     euroeval: EuroEval | None = None
     arena: Arena | None = None
+    judge: Judge | None = None
     arms: dict[Name, Arm] = Field(default_factory=dict, min_length=1)
     sweep: dict[str, Sweep] = Field(default_factory=dict)
     study: Study | None = None

@@ -116,7 +116,8 @@ def open_judge(judge: Causal, runtime: Runtime, seed: int = 0, replica: int = 0)
     """The judge on the engine of the role "judge"."""
     from croco.models.judge import SamplerJudge
 
-    return SamplerJudge(*open_sampler("judge", judge, runtime, seed, replica))
+    temperature = getattr(judge, "temperature", 0.0)
+    return SamplerJudge(*open_sampler("judge", judge, runtime, seed, replica), temperature)
 
 
 def open_scorer(reward: RewardPart, runtime: Runtime, replica: int = 0) -> tuple[Scorer, Any]:

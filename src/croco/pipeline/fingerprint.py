@@ -47,7 +47,7 @@ def prompts_settings(
     if source == "lab":
         return settings | {"source": Given(given, f"lab {WORLD}"), "split": section.split}
     settings |= {"id_column": section.id_column, "language_column": section.language_column}
-    settings |= section.model_dump(include={"columns", "language", "system"}, exclude_defaults=True)
+    settings |= section.model_dump(include={"columns", "language", "system", "turns"}, exclude_defaults=True)
     codes = languages if section.by_language else [None]
     identities = {code: _source_identity(section.of(code), f"{key}.source") for code in codes}
     settings["source"] = Given(given, identities if section.by_language else identities[None])
@@ -305,7 +305,8 @@ def arena_settings(recipe: Recipe, arm: str | None) -> Settings:
 
 def given_judge(judge: Judge | None) -> Given:
     assert judge is not None  # the recipe's checks saw to it
-    return given_model(judge, "judge", max_new_tokens=judge.max_new_tokens)
+    drawn = {"temperature": judge.temperature} if judge.temperature else {}
+    return given_model(judge, "judge", max_new_tokens=judge.max_new_tokens, **drawn)
 
 
 def results_settings(recipe: Recipe, arm: str | None) -> Settings:

@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from croco.config.recipe import Recipe
 from croco.storage.hashing import digest
-from croco.storage.records import Science
+from croco.storage.records import Record, Science
 
 Settings = dict[str, Any]  # JSON values; `Given` where a stage needs more than its fingerprint holds
 Reference = tuple[str, str | None]  # a stage's name and its arm
@@ -98,3 +98,22 @@ class Node:
     @cached_property
     def fingerprint(self) -> str:
         return digest(self.science)
+
+
+def new_record(
+    node: Node, shard_prompts: int = 1, state: Literal["running", "removed"] = "running"
+) -> Record:
+    """The record of a stage that begins, or of one that is being removed."""
+    return {
+        "stage": node.stage.name,
+        "arm": node.arm,
+        "state": state,
+        "fingerprint": node.fingerprint,
+        "science": node.science,
+        "shard_prompts": shard_prompts,
+        "num_shards": None,
+        "counts": {},
+        "seconds": 0.0,
+        "starts": 1,
+        "facts": {},
+    }

@@ -23,7 +23,7 @@ import pyarrow as pa
 from croco.config.runtime import Runtime
 from croco.errors import StaleStage, UserError
 from croco.pipeline import status
-from croco.pipeline.node import Node, Settings, settings_values
+from croco.pipeline.node import Node, Settings, new_record, settings_values
 from croco.pipeline.progress import Progress, heartbeat, progress
 from croco.pipeline.status import WRONG, Status, status_of
 from croco.storage import files, provenance, records, seeds, shards
@@ -218,23 +218,6 @@ def _start(node: Node, runtime: Runtime, resume: bool) -> Record:
     record.update(provenance.here())  # type: ignore[typeddict-item]
     records.write_record(node.folder, record)
     return record
-
-
-def new_record(node: Node, shard_prompts: int) -> Record:
-    """The record of a stage that begins."""
-    return {
-        "stage": node.stage.name,
-        "arm": node.arm,
-        "state": "running",
-        "fingerprint": node.fingerprint,
-        "science": node.science,
-        "shard_prompts": shard_prompts,
-        "num_shards": None,
-        "counts": {},
-        "seconds": 0.0,
-        "starts": 1,
-        "facts": {},
-    }
 
 
 def _finish(node: Node, record: Record) -> Record:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from croco.errors import StaleStage, UserError
-from croco.pipeline.node import Node
+from croco.pipeline.node import Node, new_record
 from croco.storage import files, provenance, records, shards
 from croco.storage.hashing import digest
 from croco.storage.records import Record
@@ -88,7 +88,11 @@ def _nothing_made(folder: Path) -> bool:
 
 def changes(record: Record, node: Node) -> list[str]:
     """Each field that changed since a stage was written, old → new."""
-    old, new = _flat(record["science"]), _flat(node.science)
+    science = node.science
+    # settings that its croco did not know yet are not what changed
+    unknown = {name for name in node.stage.added if name not in record["science"]["settings"]}
+    settings = {name: value for name, value in science["settings"].items() if name not in unknown}
+    old, new = _flat(record["science"]), _flat({**science, "settings": settings})
     lines = []
     for key in sorted(old.keys() | new.keys(), key=lambda k: (k.startswith("inputs."), k)):
         if old.get(key) != new.get(key):
@@ -165,12 +169,7 @@ def clear(node: Node) -> None:
     that no stage makes, stay. A folder without a record is left alone."""
     if not os.path.lexists(node.folder / records.RECORD):
         return
-    record: Record = {
-        "stage": node.stage.name, "arm": node.arm, "state": "removed", "fingerprint": node.fingerprint,
-        "science": node.science, "shard_prompts": 1, "num_shards": None, "counts": {}, "seconds": 0, "starts": 1,
-        "facts": {},
-    }  # fmt: skip
-    records.write_record(node.folder, record)
+    records.write_record(node.folder, new_record(node, state="removed"))
     for path in node.folder.iterdir():
         if files.OURS.fullmatch(path.name) or path.name in node.stage.makes:
             files.remove(path)

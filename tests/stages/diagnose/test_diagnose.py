@@ -174,7 +174,7 @@ def test_two_real_reward_models(tmp_path: Path, tiny_models: TinyModels) -> None
     assert accuracy["value"][0] == pytest.approx(right)
     assert accuracy["n"].to_list() == [8, 8]
     page = (tmp_path / "out" / "ranking.md").read_text()
-    assert "2 rows of the ledger" in page
+    assert "1 pairs were left out (`dropped.parquet`): " in page
     assert f"## {models[0]} and {models[1]}" in page
     assert "Kendall's tau" in page
     # made again over what it made itself, and never over other things

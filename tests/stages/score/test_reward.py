@@ -16,7 +16,7 @@ from croco.config.runtime import Runtime
 from croco.errors import UserError
 from croco.pipeline import run as pipeline
 from croco.pipeline.fingerprint import given_reward
-from croco.stages.score.diagnose import diagnose
+from croco.stages.diagnose.diagnose import diagnose
 from croco.stages.score.reward import NO_SCORE, open_reward
 from croco.stages.score.score import tabulate
 from croco.storage import shards

@@ -204,8 +204,8 @@ def _judge_by_reward(score: ScoreShard, name: str, batch: Batch, answered: pl.Da
     from croco.stages.score.score import check_finite
 
     modes = [
-        language_mode(found, language)
-        for found, language in answered.select("found_language", "language").iter_rows()
+        language_mode(identified, language)
+        for identified, language in answered.select("found_language", "language").iter_rows()
     ]
     messages = {tuple(row[:2]): row[2] for row in batch.prompts.select(*PROMPT, "messages").iter_rows()}
     groups = [

@@ -80,9 +80,9 @@ def pairs(
             )
             part = part.hstack(traits(own, rule.guards, known, max_tokens))
             texts = partial(_of, own)
-        found = contrast(part, rule, known, texts, seed)
-        made.append(found.pairs)
-        dropped.append(found.dropped)
+        contrasted = contrast(part, rule, known, texts, seed)
+        made.append(contrasted.pairs)
+        dropped.append(contrasted.dropped)
     first = [name for name in _FIRST if name in made[0].columns]
     pairs = _with_prompts(pl.concat(made).select(*first, pl.exclude(first)), table)
     return pairs, pl.concat(dropped)

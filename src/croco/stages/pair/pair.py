@@ -79,7 +79,7 @@ def pair(work: Work) -> None:
             progress.advance()
     completions = rows.filter(pl.col("sample_id") != REFERENCE)
     work.record(**statistics.facts(work.folder, rule, _per_language(completions["language"])))
-    statistics.warn(work.title, rule, work.record_file["facts"])
+    statistics.warn(work.title, rule, work.record_file["facts"], work.folder)
 
 
 def _decide(

@@ -235,6 +235,8 @@ class _Reading:
         except Unusable as reason:
             self.drops.append(("prompt", prompt_id, language, None, str(reason)))
             return
+        if self.section.turns == "first":
+            messages, reference = _first_turn(messages, reference)
         if self.section.system and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.section.system}, *messages]
         file = row.where.partition(", ")[0].rpartition("/")[2]
@@ -288,6 +290,15 @@ def _prompt(row: FileRow) -> tuple[list[Turn], str | None]:
         raise UserError(f"{row.where}: the prompt is empty, expected text in its last message")
     row.check_unread(turns, [], ("prompt", "system"))
     return turns, reference
+
+
+def _first_turn(messages: list[Turn], reference: str | None) -> tuple[list[Turn], str | None]:
+    """The conversation up to its first user turn, and the assistant's answer to that."""
+    end = next((i for i, turn in enumerate(messages, start=1) if turn["role"] == "user"), len(messages))
+    after = messages[end : end + 1]
+    if after:
+        reference = after[0]["content"] if after[0]["role"] == "assistant" else None
+    return messages[:end], reference
 
 
 def _optional_text(row: FileRow, name: str) -> str | None:

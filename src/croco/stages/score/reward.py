@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -111,10 +112,11 @@ def load_function(name: str) -> Callable[..., Any]:
     module = name.rpartition(":")[0]
     try:
         if module.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(path.stem, path)
+            spec = importlib.util.spec_from_file_location(f"croco reward {path.stem}", path)
             assert spec is not None
             assert spec.loader is not None
             loaded = importlib.util.module_from_spec(spec)
+            sys.modules[spec.name] = loaded  # dataclasses look themselves up there
             spec.loader.exec_module(loaded)
         else:
             loaded = importlib.import_module(module)
