@@ -14,7 +14,7 @@ EUROEVAL_STAMP := $(EUROEVAL_VENV)/installed
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
-.PHONY: help install quickstart lab-check lab-study test test-all test-vllm test-euroeval check format bench clean python
+.PHONY: help install quickstart lab-check lab-build lab-study test test-all test-vllm test-euroeval check reference format bench clean python
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -35,6 +35,9 @@ quickstart: $(STAMP) ## tune a small policy in two pairings, print the table, wr
 
 lab-check: $(STAMP) ## the quickstart's recipe on more prompts, with controls
 	$(BIN)/croco run recipes/lab-check.toml
+
+lab-build: $(STAMP) ## the lab's models again, from nothing
+	$(BIN)/python -m lab build
 
 # both files are made by the study's own page, from an empty folder or from where it was killed
 lab-study: $(STAMP) ## every arm under several seeds, claim by claim (hours)
@@ -68,10 +71,14 @@ $(EUROEVAL_STAMP): $(STAMP) src/croco/stages/euroeval/euroeval-constraints.txt
 test-euroeval: $(VLLM_STAMP) $(EUROEVAL_STAMP) ## EuroEval on the lab's policy, in an environment of its own (7 GB)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VLLM_VENV)/bin/python -m pytest -q -m euroeval tests/with_euroeval
 
-check: $(STAMP) ## lint, format, types
+check: $(STAMP) ## lint, format, types, imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+reference: $(STAMP) ## the page of every recipe key, from the records
+	$(BIN)/croco schema --markdown > docs/reference/recipe.md
 
 format: $(STAMP) ## format the code
 	$(BIN)/ruff format .

@@ -101,7 +101,7 @@ def generate(folder: Path, millions: int, lines: bool) -> None:
         for name, table, columns in (
             ("prompts", PROMPTS, pa.Table.from_pylist(prompts, schema=PROMPTS.schema)),
             ("sample", COMPLETIONS_TABLE, pa.table({**keys, **rest})),
-            ("score", SCORES, pa.table(scores)),
+            ("score", SCORES, pa.table(scores).append_column("parts", pa.nulls(len(scores["score"])))),
         ):
             counts = {table.unit: columns.num_rows}
             columns = columns.select(table.schema.names)
@@ -143,7 +143,7 @@ def stage(folder: Path, pool: str) -> dict[str, Any]:
     )  # fmt: skip
     began = time.perf_counter()
     pair(work)
-    return {"seconds": time.perf_counter() - began, "peak": peak_bytes()}
+    return {"seconds": time.perf_counter() - began, "processor": time.process_time(), "peak": peak_bytes()}
 
 
 def twin(folder: Path, pool: str) -> dict[str, Any]:
@@ -181,7 +181,7 @@ def twin(folder: Path, pool: str) -> dict[str, Any]:
                     "rejected_sample_id": kept[worst]["sample_id"], "rejected_language": kept[worst]["language"],
                 }  # fmt: skip
                 out.write(json.dumps(pair, ensure_ascii=False) + "\n")
-    return {"seconds": time.perf_counter() - began, "peak": peak_bytes()}
+    return {"seconds": time.perf_counter() - began, "processor": time.process_time(), "peak": peak_bytes()}
 
 
 def selection(pool: str, shuffled: bool) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """vLLM asked as a server of ours against vLLM in process: tokens a second and scores a second, in turns.
 
-    VLLM_CPU_KVCACHE_SPACE=1 PYTHON_OF_VLLM/python -m bench.vllm_server [--rounds 3] [--completions 16]
+    VLLM_CPU_KVCACHE_SPACE=1 PYTHON_OF_VLLM -m bench vllm_server
 
 Both sides load the same random model, take the same prompts in token ids with the same settings, and run in turns. The
 in-process side is vLLM's own `LLM`, fed whole. Start-up is not counted. Needs an environment with vLLM.
@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import argparse
 import random
+import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 32, 64, 64
+import psutil
+
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 16, 64, 64
 SHAPE = {
     "vocab_size": 3000, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4,
     "num_attention_heads": 8, "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
@@ -75,9 +79,12 @@ def as_server(folder: Path, prompts: list[list[int]], completions: int) -> Any:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("--rounds", type=int, default=3)
+    options.add_argument("--rounds", type=int, default=7)
     options.add_argument("--completions", type=int, default=16)
     given = options.parse_args()
+    if find_spec("vllm") is None:
+        print("skipped: vLLM is not installed here, see docs/guide/engines.md")
+        sys.exit(75)
     dice = random.Random(0)
     prompts = [[dice.randrange(3, 3000) for _ in range(PROMPT_TOKENS)] for _ in range(PROMPTS)]
     with tempfile.TemporaryDirectory() as folder:
@@ -87,17 +94,35 @@ def main() -> None:
             "in process": in_process(Path(folder), prompts, given.completions),
         }
         rates: dict[str, list[float]] = {name: [] for name in sides}
+        costs: dict[str, list[float]] = {name: [] for name in sides}
         for turn in range(given.rounds + 1):
             for name, run in sides.items():
-                start = time.perf_counter()
+                start, busy = time.perf_counter(), processor_seconds()
                 tokens = run()
                 if turn:  # the first warms up
                     rates[name].append(tokens / (time.perf_counter() - start))
-        for name, found in rates.items():
+                    costs[name].append(1000 * (processor_seconds() - busy) / tokens)
+        for name in sides:
+            print(f"{name:<11} {median(rates[name]):>8,.0f} tokens/s  ({listed(rates[name], ',.0f')})")
             print(
-                f"{name:<12} {median(found):>10,.0f} tokens/s  ({', '.join(f'{one:,.0f}' for one in found)})"
+                f"{'':<11} {median(costs[name]):>8.3f} ms of processor time a token  ({listed(costs[name], '.3f')})"
             )
-        print(f"server / in process: {median(rates['server']) / median(rates['in process']):.3f}")
+        for what, figures in (("tokens/s", rates), ("processor time", costs)):
+            ratios = [
+                one / other for one, other in zip(figures["server"], figures["in process"], strict=True)
+            ]
+            print(f"server / in process, {what}, by round: {median(ratios):.3f}  ({listed(ratios, '.2f')})")
+
+
+def processor_seconds() -> float:
+    """Processor time of this process and all that it started, which another job on the machine does not change."""
+    me = psutil.Process()
+    times = [process.cpu_times() for process in (me, *me.children(recursive=True))]
+    return sum(one.user + one.system for one in times)
+
+
+def listed(figures: list[float], form: str) -> str:
+    return ", ".join(f"{one:{form}}" for one in figures)
 
 
 if __name__ == "__main__":

@@ -65,3 +65,48 @@ def test_codes_of_other_data_sets(given: str, code: str) -> None:
 def test_a_name_is_no_code() -> None:
     with pytest.raises(UserError, match="'German' is no BCP-47 language code"):
         languages.normal("German")
+
+
+AMONG = ["da", "nl", "en", "fr", "nb"]
+DANISH = "Hovedstaden i Danmark hedder København, og den ligger på Sjælland."
+DUTCH = "De hoofdstad van Nederland is Amsterdam, een stad met veel grachten."
+ENGLISH = "The capital of Denmark is Copenhagen, which lies on an island."
+
+
+@pytest.mark.parametrize(
+    ("completion", "language", "mode"),
+    [
+        (DANISH, "da", languages.RIGHT),
+        (DUTCH, "nl", languages.RIGHT),
+        (ENGLISH, "da", languages.WRONG),
+        ("Amsterdam.", "nl", languages.UNKNOWN),
+        ("1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14", "en", languages.UNKNOWN),
+    ],
+)
+def test_languages_are_told_apart_and_short_texts_are_not_judged(completion, language, mode):
+    (identified,) = languages.identify_completions([completion], AMONG, [language])
+    assert languages.language_mode(identified, language) == mode
+
+
+def test_many_at_once_are_what_they_are_alone():
+    texts = ["Amsterdam.", ENGLISH, "Amsterdam.", "La capitale du Danemark est Copenhague."]
+    alone = [languages.identify_completions([text], AMONG, ["da"])[0] for text in texts]
+    assert languages.identify_completions(texts, AMONG, ["da"] * 4) == alone == [None, "en", None, "fr"]
+
+
+@pytest.mark.parametrize("codes", [("pt", "pt-BR"), ("pt-BR", "pt")])
+def test_varieties_of_one_language_are_not_told_apart(codes):
+    text = SENTENCES["pt"]
+    among = [*codes, "en"]
+    assert languages.identify_completions([text, text, SENTENCES["en"]], among, [*codes, codes[0]]) == [
+        *codes,
+        "en",
+    ]
+    for code in codes:
+        assert languages.language_mode(codes[0], code) == languages.RIGHT
+    assert languages.identify(text, codes) is None  # both are one language: there is nothing to choose from
+
+
+def test_among_a_single_language_nothing_can_be_told():
+    assert languages.identify_completions([SENTENCES["pt"]], ["en"], ["en"]) == [None]
+    assert languages.language_mode(None, "en") == languages.UNKNOWN

@@ -7,7 +7,7 @@ language is used for (tuned, held out, low-resource) is the recipe's business.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache, lru_cache
 from typing import Any
 
@@ -17,6 +17,8 @@ from croco.errors import UserError
 CODE = re.compile(r"[a-z]{2,3}(-[A-Z][a-z]{3})?(-([A-Z]{2}|\d{3}))?(-[a-z0-9]{5,8})*")
 # py3langid knows Bokmål under the macrolanguage's code
 IDENTIFIER_CODES = {"nb": "no"}
+RIGHT, WRONG, UNKNOWN = "right-language", "wrong-language", "unknown"
+MIN_LETTERS = 20  # a name or a number says nothing about the language that it stands in
 
 
 def check(code: str) -> str:
@@ -36,8 +38,8 @@ def normal(code: str) -> str:
     """
     from babel.core import get_global
 
-    found = code.split("_")[0] if re.fullmatch(r"[a-z]{3}_[A-Z][a-z]{3}", code) else code
-    return check(str(get_global("language_aliases").get(found, found)))
+    language = code.split("_")[0] if re.fullmatch(r"[a-z]{3}_[A-Z][a-z]{3}", code) else code
+    return check(str(get_global("language_aliases").get(language, language)))
 
 
 def name(code: str) -> str:
@@ -77,16 +79,45 @@ def same_to_identifier(one: str, other: str) -> bool:
     return _identifier_code(one) == _identifier_code(other)
 
 
-def identify(text: str, among: Sequence[str], confidence: float = 0.5) -> str | None:
-    """Which of the languages a text is in; None when it has no letters or none reaches the confidence (0 to 1).
+def count_letters(text: str) -> int:
+    return sum(map(str.isalpha, text))
+
+
+def identify(text: str, among: Sequence[str], confidence: float = 0.5, min_letters: int = 1) -> str | None:
+    """Which of the languages a text is in; None when it has too few letters or none reaches the confidence (0 to 1).
 
     A language that the identifier does not know (`identifiable`) is never the one; neither are two varieties of one
-    language told apart: the first of them stands for both. Among a single language nothing can be told: None.
+    language told apart: the first of them stands for both. Among a single language nothing can be told: None. A text in
+    a language that is not among them counts as whichever of them it resembles most.
     """
     by_code: dict[str, str] = {}
     for code in filter(identifiable, among):
         by_code.setdefault(_identifier_code(code), code)
-    if len(by_code) < 2 or not any(character.isalpha() for character in text):
+    if len(by_code) < 2 or count_letters(text) < min_letters:
         return None
-    found, probability = _identifier(tuple(sorted(by_code))).classify(text)
-    return by_code[found] if probability >= confidence else None
+    label, probability = _identifier(tuple(sorted(by_code))).classify(text)
+    return by_code[label] if probability >= confidence else None
+
+
+def identify_completions(
+    completions: Iterable[str], among: Sequence[str], expected: Iterable[str]
+) -> list[str | None]:
+    """The language of each completion, each text looked at once; None for one too short or too mixed to judge.
+
+    A variety of the expected language counts as the expected one: they cannot be told apart.
+    """
+    known: dict[str, str | None] = {}
+    identified = []
+    for text, code in zip(completions, expected, strict=True):
+        if text not in known:
+            known[text] = identify(text, among, min_letters=MIN_LETTERS)
+        language = known[text]
+        identified.append(code if language is not None and same_to_identifier(language, code) else language)
+    return identified
+
+
+def language_mode(identified: str | None, language: str) -> str:
+    """ "right-language", "wrong-language", or "unknown", of a completion identified as being in a language."""
+    if identified is None:
+        return UNKNOWN
+    return RIGHT if same_to_identifier(identified, language) else WRONG

@@ -163,3 +163,18 @@ def test_an_adapter_of_another_base_of_the_same_shape(
     check_adapter(folder, str(tiny_models.policy), None)
     with pytest.raises(UserError, match="trained on no/such"):
         check_adapter(folder, "some/other", None)
+
+
+def test_every_prompt_is_shown_to_the_templates(doctor: Doctor, tmp_path: Path) -> None:
+    refusing = (
+        "{% if '7' in messages[0]['content'] %}{{ raise_exception('no sevens') }}{% endif %}"
+        + tiny.CHAT_TEMPLATE
+    )
+    found = doctor(f"policy.model={with_template(tmp_path / 'policy', refusing)}")
+    assert found.exit_code == 0, found.output
+    assert (
+        "2 of 20 prompts go to the ledger: prompt 'p7' in en: refused by the chat template: no sevens"
+        in found.output
+    )
+    nothing = with_template(tmp_path / "reward", "{{ raise_exception('nothing') }}", "reward")
+    assert "all 20 prompts are refused, prompt 'p0' in en: " in wrong(doctor(f"reward.model={nothing}"))

@@ -135,6 +135,24 @@ def test_a_mistake_is_one_sentence(change: dict[str, Any], sentence: str) -> Non
     assert "\n" not in message
 
 
+def test_a_policy_of_ones_own_gets_nothing_of_the_lab_unasked() -> None:
+    own = merged(LEAST, {"policy": {"model": "org/model"}})
+    files = {"prompts": {"source": "p.jsonl"}, "evaluation": {"source": "t.jsonl"}}
+    with pytest.raises(
+        UserError, match=r"prompts\.source is missing: policy\.model = 'org/model' is not the lab's"
+    ):
+        from_dict(merged(own, {"prompts": {"limit": 3}}))
+    with pytest.raises(UserError, match=r"reward\.model is missing"):
+        from_dict(merged(own, files))
+    with pytest.raises(UserError, match=r"evaluation\.source is missing"):
+        from_dict(merged(own, {"prompts": files["prompts"], "reward": {"model": "org/reward"}}))
+    whole = from_dict(merged(own, files | {"reward": {"model": "org/reward"}}))
+    assert from_dict(whole.model_dump(mode="json")) == whole
+    from_dict(merged(own, files | {"reward": {"function": "module:name"}}))
+    # an experiment in the lab, said so
+    from_dict(merged(own, {"prompts": {"source": "lab"}, "evaluation": {"source": "lab"}}))
+
+
 def test_a_recipe_without_arms_or_run() -> None:
     with pytest.raises(UserError, match=r"missing key 'run'"):
         from_dict({"arms": {"a": {}}})

@@ -5,12 +5,12 @@ import json
 import numpy as np
 
 from croco.lab import world
-from croco.lab.gates import measure
-from croco.lab.pretrain import batches
-from croco.lab.reward import english_pairs, prompt_tokens, tier
 from croco.models.loading import load_policy, load_reward, resolve_model
 from croco.models.protocols import Decoding, Request
 from croco.models.transformers import HFSampler, HFScorer
+from lab.acceptance import measure
+from lab.pretrain import batches
+from lab.reward import english_pairs, prompt_tokens, tier
 
 
 def test_policy_and_reward_model_are_a_few_megabytes_of_bfloat16():
@@ -44,7 +44,7 @@ def test_the_reward_model_prefers_a_good_completion_to_an_evasive_one_in_danish(
     assert scores[0] > scores[1] + 0.5
 
 
-def test_the_gates_hold_on_dev_prompts_in_two_languages():
+def test_the_acceptance_figures_hold_on_dev_prompts_in_two_languages():
     _, figures = measure(
         resolve_model("lab:policy"), resolve_model("lab:reward"), seed=0, languages=("en", "de")
     )
@@ -56,7 +56,7 @@ def test_the_gates_hold_on_dev_prompts_in_two_languages():
 
 
 def test_english_pairs_stay_within_a_prompt_and_in_english():
-    from croco.lab.reward import Row
+    from lab.reward import Row
 
     rows = [Row("a", "en", (1,)), Row("a", "en", (2,)), Row("b", "en", (3,)), Row("b", "da", (4,))]
     assert english_pairs(rows, [1.0, 0.0, 0.3, 0.0]).tolist() == [[0, 1]]

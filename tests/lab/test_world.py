@@ -6,8 +6,9 @@ from random import Random
 
 import pytest
 
-from croco.lab import WORLD, corpus, world
+from croco.lab import WORLD, world
 from croco.lab.items import CATEGORIES, CONCEPTS, HELD_OUT_TASKS, LANGUAGES, LOW_RESOURCE, TUNED, items
+from lab import corpus
 
 SPLITS = ("train", "dev", "test")
 

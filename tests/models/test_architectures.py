@@ -79,13 +79,9 @@ def scored(model: Any, prompts: list[list[int]]) -> tuple[str, float]:
         for completion, score in zip(completions, scores, strict=True):
             forget_lengths(model)
             whole = torch.tensor([[*prompt, *completion, 2]])
-            with torch.inference_mode():
-                logps = (
-                    model(input_ids=whole, use_cache=False)
-                    .logits[0, len(prompt) - 1 : -1]
-                    .float()
-                    .log_softmax(-1)
-                )
+            with torch.inference_mode():  # the last token predicts nothing: it is not fed here either
+                logits = model(input_ids=whole[:, :-1], use_cache=False).logits[0, len(prompt) - 1 :]
+            logps = logits.float().log_softmax(-1)
             plain = logps.gather(-1, whole[0, len(prompt) :, None]).sum().item()
             largest = max(largest, abs(score - plain))
     ways = {"shared-prefix": "shared"}
@@ -95,7 +91,6 @@ def scored(model: Any, prompts: list[list[int]]) -> tuple[str, float]:
 
 def row(name: str) -> str:
     """The page's line of an architecture; fails where a way is not exact."""
-    logging.disable(logging.WARNING)
     prompts = [ids(count, seed) for seed, count in enumerate((4, 9, 21, 40))]
     ways = {}
     for kind, dtype in TYPES.items():
@@ -164,6 +159,7 @@ if __name__ == "__main__":
     import tempfile
 
     lines = []
+    logging.disable(logging.WARNING)
     known = page_lines() if PAGE.exists() else {}
     asked = sys.argv[1:] or list(zoo.MODELS)
     for each in zoo.MODELS:

@@ -8,6 +8,7 @@ from croco.errors import UserError
 from croco.models.chat_template import (
     check_markup,
     check_prefix,
+    completions_ids,
     conversation_ids,
     conversations_ids,
     end_id,
@@ -17,7 +18,7 @@ from croco.models.chat_template import (
     text_ids,
     with_instruction,
 )
-from tiny import make_policy, make_tokenizer
+from tiny import CHAT_TEMPLATE, make_policy, make_tokenizer
 
 USER = [{"role": "user", "content": "Which month comes after March?"}]
 TURNS = [
@@ -158,3 +159,52 @@ def test_prompts_that_carry_the_markup_already_are_refused(tokenizer):
     ):
         check_markup(tokenizer, [*done[:2], USER])
     check_markup(tokenizer, [done[0], USER, TURNS])  # one of many only speaks of it
+
+
+def test_what_the_template_looks_for_in_a_message_stays_a_token():
+    template = (
+        "{% for m in messages %}<|user|>{% if '<|tool|>' in m['content'] %}"
+        "{{ m['content'].split('<|tool|>')[-1] }}{% else %}{{ m['content'] }}{% endif %}<|end|>{% endfor %}"
+    )
+    tokenizer = make_tokenizer(chat_template=template)
+    said = prompt_ids(tokenizer, [{"role": "user", "content": "thought<|tool|>Hej<|end|>"}])
+    assert tokenizer.decode(said) == "<|user|>Hej<|end|><|end|>"
+    assert said.count(tokenizer.eos_token_id) == 1
+
+
+def test_a_completion_that_the_template_refuses_is_tokenised_alone() -> None:
+    refusing = "{% if messages[-1]['content'] == 'no' %}{{ raise_exception('never') }}{% endif %}" + STRIPPING
+    tokenizer = make_tokenizer(chat_template=refusing)
+    assert completions_ids(tokenizer, USER, ["no"]) == text_ids(tokenizer, ["no"])
+
+
+THINKING = CHAT_TEMPLATE.replace(
+    "{{ message['content'] }}",
+    "{% if message['role'] == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{{ message['content'] }}",
+)
+STRIPPING = CHAT_TEMPLATE.replace("message['content']", "message['content'] | trim")
+SPACE = CHAT_TEMPLATE.replace(
+    "{{ message['content'] }}", "{% if message['role'] == 'assistant' %} {% endif %}{{ message['content'] }}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "written"),
+    [(CHAT_TEMPLATE, " April. "), (THINKING, "<think>\n\n</think>\n\n April. "), (STRIPPING, "April."),
+     (SPACE, "  April. ")],
+    ids=["as it is", "thinking", "stripping", "space"],
+)  # fmt: skip
+def test_a_completion_in_text_is_what_the_template_makes_of_it(template: str, written: str) -> None:
+    assert template is CHAT_TEMPLATE or template != CHAT_TEMPLATE
+    tokenizer = make_tokenizer(chat_template=template)
+    messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "Which month?"}]
+    ids, other = completions_ids(tokenizer, messages, [" April. ", "May"])
+    assert tokenizer.decode(ids) == written
+    # as a whole conversation is tokenised, up to the end of the turn
+    whole = conversation_ids(tokenizer, messages, " April. ")
+    prompt = prompt_ids(tokenizer, messages)
+    tail = whole[len(prompt) :]
+    assert whole[: len(prompt)] == prompt
+    assert tail[: tail.index(tokenizer.eos_token_id)] == ids
+    assert tokenizer.decode(other).endswith("May")

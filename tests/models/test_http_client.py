@@ -16,8 +16,9 @@ from conftest import TinyModels
 from croco.config.runtime import Server
 from croco.errors import UserError, printable
 from croco.models.http_client import ANSWER_BYTES, REDACTED, Call, HttpClient
+from croco.models.openai_scorer import ServerScorer
 from croco.models.openai_server import Connection, ServerSampler
-from croco.models.protocols import Completion, Decoding, Request
+from croco.models.protocols import Completion, Decoding, Request, ScoreRequest
 from croco.models.vllm_server import ask_context
 from served import Handler, listening
 
@@ -146,6 +147,22 @@ def test_ids_that_spell_the_key_and_ids_out_of_range_are_dropped(tiny_models: Ti
 def test_an_answer_that_is_none_is_one_sentence(answer: Any, reason: str) -> None:
     with server(said(answer)) as (url, _), pytest.raises(UserError, match=reason):
         asked(url)
+
+
+def test_text_that_is_none_is_dropped() -> None:
+    with server(said(b'{"choices": [{"index": 0, "finish_reason": "stop", "message": {"content": "a\\ud83d"}}],'
+                     b' "usage": {"prompt_tokens": 1, "completion_tokens": 1}}')) as (url, _):  # fmt: skip
+        assert asked(url) == "the completion holds half of a surrogate pair, which is no text"
+
+
+@pytest.mark.parametrize("score", [1e300, -1e39])
+def test_a_score_that_float32_cannot_hold_is_one_sentence(score: float) -> None:
+    answer = {"data": [{"index": 0, "probs": [score]}], "usage": {"prompt_tokens": 1}}
+    with server(said(answer)) as (url, _):
+        chosen = Server(url=url, retries=0, trust_scores=True)
+        scorer = ServerScorer(Connection(chosen, "score", "m"), "m", [5], None)
+        with pytest.raises(UserError, match="a score of"):
+            scorer.score([ScoreRequest(0, [1], [[5]])])
 
 
 def test_more_text_than_tokens_can_hold_is_dropped() -> None:

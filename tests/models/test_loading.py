@@ -1,12 +1,19 @@
 """Loading is strict: what is no model, or not the one asked for, is one sentence before anything runs."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
+import zoo
 from conftest import TinyModels
+from croco.config.models import Template
 from croco.errors import UserError
+from croco.models.chat_template import end_ids, prompt_ids
 from croco.models.loading import (
     load_policy,
     load_reward,
@@ -15,6 +22,9 @@ from croco.models.loading import (
     pick_device,
     pick_dtype,
 )
+from croco.models.model_files import UNKNOWN_CONTEXT, context_of
+from croco.models.protocols import Decoding, Request
+from croco.models.transformers import HFSampler
 from tiny import make_policy, make_reward, make_tokenizer, save
 
 
@@ -41,10 +51,23 @@ def test_dtype_and_device_are_chosen_or_named():
 def test_a_chat_template_can_be_given_in_a_file(tmp_path: Path, tiny_models: TinyModels):
     file = tmp_path / "template.jinja"
     file.write_text("{{ messages[0]['content'] }}", encoding="utf-8")
-    tokenizer = load_tokenizer(str(tiny_models.policy), chat_template=file)
+    tokenizer = load_tokenizer(str(tiny_models.policy), chat_template=Template(str(file), {}))
     assert tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False) == "x"
     with pytest.raises(UserError, match=r"chat template .*missing"):
-        load_tokenizer(str(tiny_models.policy), chat_template=tmp_path / "missing.jinja")
+        load_tokenizer(str(tiny_models.policy), chat_template=Template(str(tmp_path / "missing.jinja"), {}))
+
+
+def test_values_for_the_chat_template_stay_with_the_tokenizer(tmp_path: Path, tiny_models: TinyModels):
+    file = tmp_path / "template.jinja"
+    shown = "\n{{ messages[0]['content'] }} {% if not deep %}shallow{% endif %}{{ depth }}{{ name }}"
+    file.write_text(shown, encoding="utf-8")
+    values = {"deep": False, "depth": 2, "name": 'a "b" {{'}
+    tokenizer = load_tokenizer(str(tiny_models.policy), chat_template=Template(str(file), values))
+    said = [{"role": "user", "content": "x"}]
+    assert tokenizer.decode(prompt_ids(tokenizer, said)) == '\nx shallow2a "b" {{'
+    tokenizer.save_pretrained(tmp_path / "tuned")
+    again = AutoTokenizer.from_pretrained(tmp_path / "tuned")
+    assert prompt_ids(again, said) == prompt_ids(tokenizer, said)
 
 
 def test_what_is_no_model_is_named(tmp_path: Path, tiny_models: TinyModels):
@@ -72,3 +95,80 @@ def test_models_of_the_other_kind_are_told_apart(tmp_path: Path, tiny_models: Ti
     two = save(tmp_path / "two", make_reward(num_labels=2), make_tokenizer())
     with pytest.raises(UserError, match="found 2 logits, expected one"):
         load_reward(str(two))
+
+
+def change(name: str, **values: object) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        path = folder / name
+        content = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(content | values))
+
+    return edit
+
+
+def write(name: str, text: str) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        (folder / name).write_text(text)
+
+    return edit
+
+
+def pickled(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+
+
+QUANTISED = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (write("tokenizer.json", "{}"), "tokenizer does not load"),
+        (write("tokenizer_config.json", "[]"), r"tokenizer_config.json holds a list, expected an object"),
+        (write("tokenizer.json", '{"model": {'), r"tokenizer.json is no JSON"),
+        (change("tokenizer_config.json", extra_special_tokens=["<a>", 3]), "tokenizer does not load"),
+        (write("config.json", "[1]"), r"config.json holds a list, expected an object"),
+        (change("config.json", hidden_size="big"), r"config.json is refused .*hidden_size"),
+        (change("config.json", num_attention_heads=0), r"config.json is refused .ZeroDivisionError"),
+        (change("config.json", quantization_config=QUANTISED), "does not load as AutoModelForCausalLM: .*(gptq|GPTQ)"),
+        (write("generation_config.json", '{"eos_token_id": [2, 6'), r"generation_config.json is no JSON .*end tokens"),
+        (pickled, r"pytorch_model.bin is a pickle, which could run any code"),
+    ],
+)  # fmt: skip
+def test_a_model_that_does_not_load_is_one_sentence(
+    spoil: Callable[[Path], None], reason: str, tmp_path: Path
+) -> None:
+    folder = save(tmp_path / "model", make_policy("llama"), make_tokenizer())
+    spoil(folder)
+    with pytest.raises(UserError, match=reason) as error:
+        load_policy(str(folder))
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 700
+
+
+def test_what_a_config_says_of_positions_and_ends(tmp_path: Path) -> None:
+    folder = save(tmp_path / "model", make_policy("llama"), make_tokenizer())
+    change("config.json", max_position_embeddings=0)(folder)
+    model, tokenizer = load_policy(str(folder))
+    with pytest.raises(UserError, match=r"max_position_embeddings = 0, expected a number of tokens above 0"):
+        max_context(model)
+    config = make_policy("llama").config
+    assert context_of(config) == config.max_position_embeddings
+    config.rope_parameters = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    assert context_of(config) == 4 * config.max_position_embeddings
+    assert context_of(zoo.make("Bloom").config) == UNKNOWN_CONTEXT
+    with pytest.raises(UserError, match=r"has the end token 'x', expected an id"):
+        end_ids(tokenizer, SimpleNamespace(eos_token_id=["x"]))
+
+
+def test_a_token_without_an_embedding_is_named(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<|new|>"], special_tokens=True)
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|assistant|>", "<|new|>")
+    folder = save(tmp_path / "model", make_policy("llama"), tokenizer)
+    model, loaded = load_policy(str(folder))
+    prompt = prompt_ids(loaded, [{"role": "user", "content": "Hej"}])
+    sampler = HFSampler(model, loaded)
+    with pytest.raises(UserError, match=r"prompt 'p' has the token 320, .* embeddings for 320 tokens only"):
+        list(sampler.sample([Request(0, prompt, [1], (), "prompt 'p'")], Decoding(0.0, 1.0, 0, 4)))

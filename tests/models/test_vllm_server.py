@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from croco.config.arms import Lora
-from croco.config.load import from_dict
+from croco.config.models import Policy
 from croco.config.runtime import Vllm
 from croco.errors import UserError
 from croco.models import vllm_server
@@ -30,11 +30,7 @@ def test_a_merged_model_is_the_policy_with_its_adapter_and_template(tmp_path: Pa
             if "lora_B" in name:
                 parameter.add_(0.2)
     save_adapter(adapted, tmp_path / "adapter")
-    section = from_dict({
-        "run": {"name": "x", "languages": ["en"]},
-        "arms": {"a": {}},
-        "policy": {"model": str(base), "chat_template": str(template)},
-    }).policy  # fmt: skip
+    section = Policy(model=str(base), chat_template=str(template))
     folder = vllm_server.merge(section, "float32", tmp_path / "adapter", tmp_path / "merged")
     merged, tokenizer = load_policy(str(folder))
     wanted, _ = load_policy(str(base), adapter=tmp_path / "adapter")
@@ -46,17 +42,17 @@ def test_a_merged_model_is_the_policy_with_its_adapter_and_template(tmp_path: Pa
 
 
 def test_the_server_is_told_what_the_recipe_says(tmp_path: Path) -> None:
-    recipe = from_dict({
-        "run": {"name": "x", "languages": ["en"]},
-        "arms": {"a": {}},
-        "policy": {"model": "org/model", "revision": "abc", "chat_template": "t.jinja"},
-        "runtime": {"vllm": {"max_model_len": 2048}},
-    })  # fmt: skip
-    words = vllm_server.policy_words(recipe.policy, None) + vllm_server.vllm_words(recipe.runtime.vllm)
-    for option, value in (("--model", "org/model"), ("--revision", "abc"), ("--chat-template", "t.jinja")):
+    policy = Policy(model="org/model", revision="abc", chat_template="t.jinja")
+    words = vllm_server.policy_words(policy, None) + vllm_server.vllm_words(Vllm(tensor_parallel=2))
+    for option, value in (
+        ("--model", "org/model"),
+        ("--revision", "abc"),
+        ("--chat-template", "t.jinja"),
+        ("--tensor-parallel-size", "2"),
+    ):
         assert words[words.index(option) + 1] == value
     assert "--gpu-memory-utilization" not in words  # vLLM's own, which is another one on a CPU
-    assert vllm_server.policy_words(recipe.policy, tmp_path) == ["--model", str(tmp_path)]
+    assert vllm_server.policy_words(policy, tmp_path) == ["--model", str(tmp_path)]
 
 
 class Names(Handler):
@@ -67,7 +63,7 @@ class Names(Handler):
 
 
 def test_a_server_that_does_not_start_or_serve_is_one_sentence(tmp_path: Path) -> None:
-    policy = from_dict({"run": {"name": "x", "languages": ["en"]}, "arms": {"a": {}}}).policy
+    policy = Policy()
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\necho no weights found; exit 1\n", encoding="utf-8")
     python.chmod(0o755)

@@ -84,6 +84,17 @@ CASES = [
         "pair/mono/dropped.parquet is missing",
     ),
     (text("pair/mono/part-00000.parquet", "PAR1"), "export RUN --arm mono --to new", "part-00000.parquet"),
+    (
+        text("train/mono/adapter/adapter_config.json", "{x"),
+        "merge RUN --arm mono --to new",
+        "adapter_config.json",
+    ),
+    (
+        text("train/mono/adapter/adapter_config.json", "[1]"),
+        "merge RUN --arm mono --to new",
+        "adapter_config.json",
+    ),
+    (text("train/mono/stage.json", "{"), "merge RUN --arm mono --to new", "train/mono/stage.json"),
     (text("sample/stage.json", "null"), "plan RECIPE", "sample/stage.json"),
     (file("sample"), "plan RECIPE", "sample is a file"),
     (file("sample"), "run RECIPE --rebuild", "sample is a file"),
@@ -115,7 +126,7 @@ def test_one_sentence_names_the_file(
     run, other = tmp_path / "run", tmp_path / "other"
     shutil.copytree(finished, run)
     other.write_text("a file")
-    recipe = str(shutil.move(run / "recipe.toml", tmp_path / "recipe.toml"))
+    recipe = str(shutil.copy(run / "recipe.json", tmp_path / "recipe.json"))
     spoil(run)
     monkeypatch.chdir(tmp_path)
     words = command.replace("RUN", "run").replace("RECIPE", recipe).replace("OTHER", "other").split()

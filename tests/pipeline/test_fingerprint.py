@@ -50,6 +50,7 @@ def test_a_fingerprint_is_computed_once_for_each_node(monkeypatch: pytest.Monkey
     every = nodes(recipe_of(WORLD))
     assert len({node.fingerprint for node in every for _ in range(3)}) == len(every)
     assert len(digests) == len(every)
+    assert repr(every[0]) == "Node(prompts in runs/all/prompts)"
 
 
 def recipe_of(values: dict[str, Any]) -> Recipe:

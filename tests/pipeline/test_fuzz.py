@@ -14,9 +14,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from croco.config.recipe import load
+from croco.config.load import load
+from croco.config.runtime import Runtime
 from croco.errors import UserError
-from croco.pipeline import status
+from croco.pipeline import stage, status
 from croco.pipeline.graph import nodes
 from croco.pipeline.node import Node
 from croco.storage import records, shards
@@ -25,7 +26,12 @@ from croco.storage.files import file_digests
 RUN = Path(__file__).parent / "data" / "old-house.tar.xz"
 TITLES = ("sample", "pair/mono", "train/mono")
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=3)
+    | st.sampled_from(["\ud800", 10**12, 10**40, -1, "running", "complete", "removed"]),
     lambda below: st.lists(below, max_size=2) | st.dictionaries(st.text(max_size=3), below, max_size=2),
     max_leaves=4,
 )
@@ -119,6 +125,8 @@ def test_a_spoilt_folder_is_refused_in_a_sentence_or_is_what_it_was(
         if now.kind == "complete":
             status.mend_ledger(node)
             assert read(node) == before
+        elif now.kind == "unfinished":
+            stage._start(node, Runtime(), resume=True)
         elif now.kind in status.WRONG:
             assert now.changes
             status.clear(node)

@@ -34,3 +34,16 @@ def test_a_short_stage_says_nothing(capsys: pytest.CaptureFixture) -> None:
     with progress.progress("pair", 3, "shard") as bar:
         bar.advance(3)
     assert capsys.readouterr().err == ""
+
+
+def test_work_that_counts_nothing_says_how_long_it_takes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.05)
+    with progress.heartbeat("results"):
+        time.sleep(0.2)
+        with progress.progress("results", 6, "row"):
+            time.sleep(0.2)
+    lines = capsys.readouterr().err.splitlines()
+    assert "results: since 0 s" in lines[0]
+    assert lines[-1].startswith("results: 0 of 6 rows")

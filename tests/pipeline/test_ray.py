@@ -15,8 +15,9 @@ import psutil
 import pytest
 
 from croco.errors import UserError
+from croco.pipeline.node import Node, Stage, new_record
 from croco.pipeline.ray import ShardWorker
-from croco.storage.files import write_json
+from croco.storage.records import write_record
 from croco.storage.shards import marker_path
 from toy_workers import NUM_SHARDS, ToyWorker
 
@@ -36,10 +37,14 @@ def test_a_node_without_the_runs_folder_says_so(tmp_path: Path, monkeypatch: pyt
         shard_worker(tmp_path, tmp_path / "elsewhere").check_place()
     with pytest.raises(UserError, match="all nodes share"):
         shard_worker(tmp_path, tmp_path).check_place()
-    write_json(tmp_path / "sample" / "stage.json", {"fingerprint": "sha256:b"})
+    node = Node(
+        Stage("sample", 1, "", "", lambda r, a: {}, lambda r, a: []), None, tmp_path / "sample", {}, {}
+    )
+    record = new_record(node, 4)
+    write_record(tmp_path / "sample", record | {"fingerprint": "sha256:b"})
     with pytest.raises(UserError, match="all nodes share"):
         shard_worker(tmp_path, tmp_path).check_place()
-    write_json(tmp_path / "sample" / "stage.json", {"fingerprint": "sha256:a"})
+    write_record(tmp_path / "sample", record | {"fingerprint": "sha256:a"})
     shard_worker(tmp_path, tmp_path).check_place()
 
 

@@ -105,6 +105,8 @@ def test_names_from_a_recipe_are_escaped(tmp_path):
     run = make_run(tmp_path, num_prompts=2, num_samples=3, num_tests=8)
     recipe = json.loads((run / "recipe.json").read_text())
     recipe["policy"] = {"model": "</title><script>alert(1)</script>"}
+    recipe |= {"prompts": {"source": "prompts.jsonl"}, "reward": {"model": "a/reward"}}
+    recipe["evaluation"]["source"] = "test.jsonl"
     files.write_json(run / "recipe.json", recipe)
     rows = [("completion", "p", "da", 0, "<img src=x onerror=alert(1)>")]
     shards.write_parquet(run / "pair" / "monolingual" / "dropped.parquet", ledger(rows), DROPPED.schema)
@@ -167,7 +169,7 @@ def test_an_arena_tasks_and_the_sentinel_are_shown_where_there_are_any(tmp_path)
     assert "Better on tuned (+14 greedy)." in text
     assert "Not resolved on tuned (+4 greedy)." in text
     assert "test_mcc" in text
-    assert "<b>90 %</b> <small>88 to 92, n = 4</small>" in text  # in the right language, of so many prompts
+    assert "<b>90 %</b> <small>88 to 92, n = 4 of 12</small>" in text  # in the right language
     assert "p = 0.004 (Holm)" in text
     assert "<b>22.5</b> <small>20.0 to 25.0</small>" in text  # the highest of its row
     assert "step 12: the reward of chosen falls below that of the start" in text

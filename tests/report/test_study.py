@@ -24,7 +24,7 @@ from croco.lab import world as lab
 from croco.pipeline.seeds import parts
 from croco.report.claims import EQUIVALENT, FAILS, HOLDS, OPEN, UNTESTABLE, judge_all, p_wanted, run_tests
 from croco.report.multi_seed import Pooled, pool
-from croco.report.transfer import good_over_forms, ranking
+from croco.report.transfer import good_over_forms, heuristic, ranking
 from croco.stages.evaluate.stats import Interval
 from croco.storage import files, shards
 from croco.storage.schemas import COMPLETIONS, SCORES, VERDICTS
@@ -169,6 +169,38 @@ def test_accuracy_per_pair_of_forms_by_hand(tmp_path: Path) -> None:
     assert {case: interval.value for case, interval in shares.items()} == {("reward", "malformed"): 2.5 / 4}
 
 
+def test_the_heuristic_likes_rare_texts_of_usual_length_in_the_letters_of_their_language() -> None:
+    english = [
+        "the month of may",
+        "the month of june",
+        "the month of july",
+        "the fourth is april",
+        "the month of may",
+    ]
+    danish = [
+        "måneden er en maj",
+        "måneden er en juni",
+        "den fjerde er april",
+        "måneden er en juli",
+        "the month of may",
+    ]
+    rows = [
+        ("p", code, n, text) for code, of in (("en", english), ("da", danish)) for n, text in enumerate(of)
+    ]
+    completions = pl.DataFrame(
+        rows, schema=["prompt_id", "language", "sample_id", "completion"], orient="row"
+    )
+    scores = heuristic(completions)
+    assert scores.columns == ["prompt_id", "language", "sample_id", "score"]
+    of = {(code, n): score for _, code, n, score in scores.iter_rows()}
+    assert of["en", 0] == of["en", 4] < of["en", 1]  # the same text twice is less rare than its like
+    assert of["da", 4] == min(score for (code, _), score in of.items() if code == "da")  # another language
+    short = completions.with_columns(
+        pl.when(pl.col("sample_id") == 3).then(pl.lit("the")).otherwise("completion").alias("completion")
+    )
+    assert heuristic(short).filter(language="en", sample_id=3)["score"][0] < of["en", 3]
+
+
 def verdicts(folder: Path, arm: str, values: dict[tuple[str, str], float], mode: str = "good") -> None:
     rows = [
         {"arm": arm, "prompt_id": p, "language": code, "temperature": 1.0, "sample_id": 0, "completion": "",
@@ -186,18 +218,27 @@ GROUPS = {"tuned": ["en", "da"], "low-resource": [], "held-out": [], "all": ["en
 
 
 def test_differences_are_paired_over_seeds_and_prompts(tmp_path: Path) -> None:
-    base = {("p", "en"): 1.0, ("p", "da"): 0.0, ("q", "en"): 0.0, ("q", "da"): 0.0}
+    base = {
+        (prompt, code): float((prompt, code) == ("p", "en")) for prompt in "pqrstu" for code in ("en", "da")
+    }
     for seed, gain in ((0, 1.0), (1, 0.5)):
         verdicts(tmp_path / str(seed), "base", base)
         verdicts(tmp_path / str(seed), "tuned", {key: value + gain for key, value in base.items()})
     found = pool([tmp_path / "0", tmp_path / "1"], ["tuned"], GROUPS, 200)["lab"]
-    assert found.of(("base", 1.0), "tuned").tolist() == [[0.5, 0.0], [0.5, 0.0]]
+    assert found.of(("base", 1.0), "tuned").tolist() == [[0.5, *[0.0] * 5]] * 2
     assert found.by_seed(("tuned", 1.0), ("base", 1.0), "tuned") == [1.0, 0.5]
     # the same in every prompt: the interval is that of two seeds
     difference, error = found.difference(("tuned", 1.0), ("base", 1.0), "da")
     assert difference == Interval(0.75, 0.5, 1.0)
     assert error == pytest.approx(0.25 / 2**0.5, abs=0.02)  # 200 resamples
     assert found.best("base", "en") == ("base", 1.0)
+
+
+def test_a_claim_on_too_few_prompts_is_not_resolved() -> None:
+    few = pooled_of({"up": (0.5, 0.1)})
+    few = Pooled("lab", few.values[:, :, :5], few.settings, few.languages, few.metrics, few.groups, 50)
+    assert not few.difference(("up", 1.0), ("base", 1.0), "tuned")[0].known
+    assert verdicts_of(few, study_of(up=[("up", "higher")])) == {"up": OPEN}
 
 
 def test_seeds_without_a_common_prompt_are_not_averaged(tmp_path: Path) -> None:

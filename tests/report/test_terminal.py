@@ -1,3 +1,4 @@
+import json
 import re
 import shutil
 from collections.abc import Iterable
@@ -36,7 +37,7 @@ def share_in_language(run: Path, values: dict[tuple[str, str], tuple[float, floa
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    return make_run(tmp_path / "run", num_prompts=2, num_samples=3, num_tests=12)
+    return make_run(tmp_path / "run", num_prompts=2, num_samples=3, num_tests=24)
 
 
 def test_the_table_shows_every_arm_group_and_interval_in_80_columns(run: Path) -> None:
@@ -92,7 +93,7 @@ def test_long_names_fold_and_numbers_do_not(run: Path) -> None:
 
 
 def test_two_runs_in_80_columns(run: Path, tmp_path: Path) -> None:
-    second = make_run(tmp_path / "second", num_prompts=2, num_samples=3, num_tests=12, seed=3)
+    second = make_run(tmp_path / "second", num_prompts=2, num_samples=3, num_tests=24, seed=3)
     text = printed(comparison_terminal(compare(run, second)))
     assert max(map(len, text.splitlines())) <= 80
 
@@ -100,8 +101,10 @@ def test_two_runs_in_80_columns(run: Path, tmp_path: Path) -> None:
 def test_an_unfinished_run_shows_how_far_it_came_and_where_rows_went(run: Path) -> None:
     for title in ("results", "train/multilingual"):
         shutil.rmtree(run / title)
-    record = run / "pair" / "multilingual" / "stage.json"
-    record.write_text(record.read_text().replace('"complete"', '"running"'))
+    record = run / "pair" / "multilingual" / "stage.json"  # killed before the last shard
+    made = json.loads(record.read_text()) | {"state": "running", "counts": {}, "num_shards": 2}
+    record.write_text(json.dumps(made))
+    (run / "pair" / "multilingual" / "dropped.parquet").unlink()
     shown = CliRunner().invoke(app, ["report", str(run)], env={"COLUMNS": "120"})
     assert shown.exit_code == 2
     lines = [" ".join(line.split()) for line in shown.stdout.splitlines()]
@@ -109,7 +112,8 @@ def test_an_unfinished_run_shows_how_far_it_came_and_where_rows_went(run: Path) 
     assert any(
         line.startswith("pair/monolingual complete 39 of 42 completions kept; 2 cut at the") for line in lines
     )
-    assert any(line.startswith("pair/multilingual 1 of") for line in lines)
+    kept = "pair/multilingual 1 of 2 shards 39 of 42 completions kept; 2 cut at the token limit; 1 duplicate"
+    assert any(line.startswith(kept) for line in lines)
     assert "train/multilingual not begun" in lines
     assert "is not finished, so there is no page: `croco run` goes on with" in shown.stderr
     assert not (run / "report").exists()

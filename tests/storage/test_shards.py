@@ -61,7 +61,14 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None
 
 
 def test_conform_orders_casts_and_refuses(tmp_path: Path) -> None:
-    columns = {"scorer": ["r"], "score": [0.5], "sample_id": [3], "language": ["da"], "prompt_id": ["a"]}
+    columns = {
+        "scorer": ["r"],
+        "score": [0.5],
+        "sample_id": [3],
+        "language": ["da"],
+        "prompt_id": ["a"],
+        "parts": [None],
+    }
     found = shards.conform(pa.table(columns), SCORES.schema)
     assert found.schema.equals(SCORES.schema)
     with pytest.raises(ValueError, match="columns are"):

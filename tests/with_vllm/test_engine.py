@@ -21,9 +21,10 @@ from croco.errors import UserError
 from croco.models.chat_template import prompt_ids
 from croco.models.loading import load_policy, load_reward
 from croco.models.lora import apply_lora, save_adapter
+from croco.models.openai_server import ServerSampler
 from croco.models.protocols import Decoding, Request, ScoreRequest
 from croco.models.transformers import HFSampler, HFScorer
-from croco.models.vllm import VllmSampler, open_policy, open_reward
+from croco.models.vllm import open_policy, open_reward
 from tiny import make_policy, make_tokenizer, save
 from with_vllm.wide import WIDTH, engines_of
 
@@ -50,7 +51,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def opened(wide_models: TinyModels, adapter: Path) -> tuple[VllmSampler, Any]:
+def opened(wide_models: TinyModels, adapter: Path) -> tuple[ServerSampler, Any]:
     """The policy with an adapter, in vLLM."""
     return open_policy(Policy(model=str(wide_models.policy)), EAGER, seed=7, adapter=adapter)
 
@@ -62,7 +63,7 @@ def requests(tokenizer: Any, num_seeds: int) -> list[Request]:
 
 
 def test_greedy_with_an_adapter_is_what_the_merged_model_says(
-    opened: tuple[VllmSampler, Any], wide_models: TinyModels, adapter: Path
+    opened: tuple[ServerSampler, Any], wide_models: TinyModels, adapter: Path
 ) -> None:
     sampler, tokenizer = opened
     ours = dict(sampler.sample(requests(tokenizer, 2), GREEDY))
@@ -75,7 +76,7 @@ def test_greedy_with_an_adapter_is_what_the_merged_model_says(
     assert wanted != dict(bare.sample(requests(tokenizer, 1), GREEDY))
 
 
-def test_completions_end_as_in_the_transformers_engine(opened: tuple[VllmSampler, Any]) -> None:
+def test_completions_end_as_in_the_transformers_engine(opened: tuple[ServerSampler, Any]) -> None:
     sampler, tokenizer = opened
     drawn = [
         one
@@ -92,7 +93,7 @@ def test_completions_end_as_in_the_transformers_engine(opened: tuple[VllmSampler
 
 
 def test_samples_follow_the_distribution(
-    opened: tuple[VllmSampler, Any], wide_models: TinyModels, adapter: Path
+    opened: tuple[ServerSampler, Any], wide_models: TinyModels, adapter: Path
 ) -> None:
     """First tokens of 4,000 completions against the merged model's probabilities, with top-k and a temperature."""
     sampler, tokenizer = opened
@@ -108,7 +109,7 @@ def test_samples_follow_the_distribution(
         assert first.count(token) / 4000 == pytest.approx(p, abs=5 * (p * (1 - p) / 4000) ** 0.5)
 
 
-def test_a_stop_string_ends_a_completion_and_is_left_out(opened: tuple[VllmSampler, Any]) -> None:
+def test_a_stop_string_ends_a_completion_and_is_left_out(opened: tuple[ServerSampler, Any]) -> None:
     sampler, tokenizer = opened
     decoding = Decoding(1.0, 1.0, 0, 40, stop=("a", "e"))
     drawn = [one for _, found in sampler.sample(requests(tokenizer, 32), decoding) for one in found]
@@ -121,7 +122,7 @@ def test_a_stop_string_ends_a_completion_and_is_left_out(opened: tuple[VllmSampl
         assert len(one.ids) < one.num_tokens <= 40
 
 
-def test_a_stream_that_nobody_reads_on_leaves_nothing_behind(opened: tuple[VllmSampler, Any]) -> None:
+def test_a_stream_that_nobody_reads_on_leaves_nothing_behind(opened: tuple[ServerSampler, Any]) -> None:
     sampler, tokenizer = opened
     stream = sampler.sample(requests(tokenizer, 8), Decoding(1.0, 1.0, 0, 200))
     next(stream)
@@ -130,7 +131,7 @@ def test_a_stream_that_nobody_reads_on_leaves_nothing_behind(opened: tuple[VllmS
 
 
 def test_what_vllm_cannot_do_is_said(
-    opened: tuple[VllmSampler, Any], wide_models: TinyModels, tmp_path: Path
+    opened: tuple[ServerSampler, Any], wide_models: TinyModels, tmp_path: Path
 ) -> None:
     sampler, tokenizer = opened
     for temperature in (0.001, 3.0):

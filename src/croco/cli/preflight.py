@@ -8,7 +8,8 @@ Everything is looked at before the first thing that is wrong ends it.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from croco.cli import plan
@@ -29,21 +30,18 @@ def examine(recipe: Recipe, measure: bool = False) -> Iterator[str]:
     rows = _prompts(recipe)
     rates = plan.rates(recipe)
     wrong: list[str] = []
-    for check in (
+    checks: list[Callable[[], Iterable[str]]] = [
         lambda: _engines(recipe),
         lambda: servers(recipe),
         lambda: _euroeval(recipe) if recipe.euroeval else (),
-        lambda: models.policy(recipe, rows),
-        lambda: models.translation(recipe, recipe.translate, rows[0]["messages"]) if recipe.translate else (),
-        lambda: models.reward(recipe, rows),
-        lambda: models.samplers(recipe, rows),
-        lambda: models.alignment(recipe),
-        lambda: models.judge(recipe),
+        lambda: _reward_functions(recipe),
+        *(partial(models.examine_role, recipe, role, rows) for role in models.roles(recipe)),
         lambda: _tuning(recipe),
         lambda: _adapters(recipe),
         lambda: _measured(recipe, rows, rates) if measure else (),
         lambda: plan.cost(recipe, rates),
-    ):
+    ]
+    for check in checks:
         try:
             for line in check():
                 yield line
@@ -81,7 +79,7 @@ def servers(recipe: Recipe) -> Iterator[str]:
         "translate": recipe.translate,
         "sample": recipe.policy,
         "evaluate": recipe.policy,
-        "score": recipe.reward,
+        "score": None if recipe.reward.function else recipe.reward,
         "judge": recipe.judge,
     }
     for role, section in served.items():
@@ -92,6 +90,16 @@ def servers(recipe: Recipe) -> Iterator[str]:
         found = Connection(getattr(recipe.runtime.servers, role), role, section.model)
         context = f", context {found.max_context} tokens" if found.max_context else ""
         yield f"server        {role}: {found.url} serves {found.served}{context}"
+
+
+def _reward_functions(recipe: Recipe) -> Iterator[str]:
+    for section in filter(None, (recipe.reward, recipe.evaluation.reward)):
+        for part in section.parts:
+            if part.function:
+                from croco.stages.score.reward import load_function
+
+                load_function(part.function)
+                yield f"reward        {part.function}"
 
 
 def _euroeval(recipe: Recipe) -> Iterator[str]:
@@ -140,7 +148,8 @@ def _measured(recipe: Recipe, rows: Sequence[Prompt], rates: dict[str, float]) -
     """A few short completions sampled and scored by the recipe's engines; their rates are put into `rates`."""
     from croco.models.protocols import Decoding
     from croco.stages.sample import sample_shards
-    from croco.stages.score.score import score_conversations, tabulate
+    from croco.stages.score.reward import open_reward
+    from croco.stages.score.score import tabulate
 
     sampling, some = recipe.sampling, models.looked_at(rows)[:MEASURED_PROMPTS]
     most = min(sampling.max_new_tokens, MEASURED_TOKENS)
@@ -159,17 +168,26 @@ def _measured(recipe: Recipe, rows: Sequence[Prompt], rates: dict[str, float]) -
     seconds, tokens = time.monotonic() - start, sum(table["completion_tokens"].to_pylist())
     rates["sample"] = tokens / seconds
     yield f"measured      {tokens:,} tokens sampled in {seconds:.1f} s, {rates['sample']:,.0f} a second"
+    cut = sum(reason == "length" for reason in table["finish_reason"].to_pylist())
+    if cut * 2 > table.num_rows:
+        limit = (
+            f"the {most} tokens of this measurement" if most < sampling.max_new_tokens else f"{most} tokens"
+        )
+        advice = (
+            ""
+            if most < sampling.max_new_tokens
+            else ": raise sampling.max_new_tokens, or nothing is left to pair"
+        )
+        yield f"  {cut:,} of {table.num_rows:,} completions had not ended after {limit}{advice}"
     del sampler
-    scorer, tokenizer = open.open_scorer(recipe.reward, recipe.runtime)
+    score, _ = open_reward(recipe.reward, recipe.runtime)
     messages = {(row["prompt_id"], row["language"]): row["messages"] for row in some}
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in table.to_pylist():
         groups.setdefault((row["prompt_id"], row["language"]), []).append(row)
     start = time.monotonic()
-    scored = score_conversations(
-        scorer, tokenizer, [(messages[key], group) for key, group in groups.items()], recipe.reward.max_tokens
-    )
+    scored = score([(messages[key], group) for key, group in groups.items()])
     seconds = time.monotonic() - start
-    tabulate(list(groups.values()), scored, recipe.reward.model)  # names a score that is no number
+    tabulate(list(groups.values()), scored, recipe.reward.name)  # names a score that is no number
     rates["score"] = table.num_rows / seconds
     yield f"  {table.num_rows:,} completions scored in {seconds:.1f} s, {rates['score']:,.0f} a second"

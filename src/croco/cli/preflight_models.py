@@ -1,19 +1,20 @@
 """The models of a recipe as `croco doctor RECIPE` finds them: architecture, template, memory, room in their context.
 
-Configs and tokenizers are loaded, no weights. Each function gives lines for a person and raises UserError with what
-would stop the run. Left out: whether weights load, which `cli/preflight.py` measures.
+Configs and tokenizers are loaded, no weights. `roles` lists the models, `examine_role` looks at one: lines for a
+person, and UserError with what would stop the run. Left out: whether weights load, which `cli/preflight.py` measures.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from croco.cli import plan
-from croco.config.models import Model, Translate
+from croco.config.arms import Alignment
+from croco.config.models import Judge, Model, RewardPart, Translate
 from croco.config.recipe import Recipe
-from croco.errors import UserError
+from croco.errors import Refused, UserError
 from croco.models.loading import weightless
 from croco.models.model_files import context_of
 from croco.models.open import engine_of
@@ -37,21 +38,82 @@ def looked_at(rows: Sequence[Prompt]) -> list[Prompt]:
     return chosen
 
 
-def policy(recipe: Recipe, rows: Sequence[Prompt]) -> Iterator[str]:
-    from croco.models.chat_template import end_ids, prompt_ids
-    from croco.models.model_files import generation_config
-    from croco.models.template_checks import examine_policy
+def accepted(rows: Sequence[Prompt], encode: Callable[[Prompt], Any]) -> tuple[list[Prompt], list[str]]:
+    """The prompts that a chat template takes, of all of them, and a line about the others; UserError without any."""
+    kept, refusals = [], []
+    for row in rows:
+        try:
+            encode(row)
+            kept.append(row)
+        except UserError as error:
+            refusals.append(f"prompt {row['prompt_id']!r} in {row['language']}: {error}")
+            if not isinstance(error, Refused):
+                raise UserError(refusals[-1]) from error
+    if not kept:
+        raise UserError(f"all {len(rows):,} prompts are refused, {refusals[0]}")
+    line = f"  {len(refusals):,} of {len(rows):,} prompts go to the ledger: {(refusals or [''])[0]}"
+    return kept, [line] if refusals else []
 
-    policy, sampling = recipe.policy, recipe.sampling
-    tokenizer = _tokenizer(policy)
-    network = weightless(policy, "policy", "causal")
-    yield f"policy        {_what(policy, 'policy', network)}"
-    yield from _memory(recipe, policy, network, "sample")
-    ends = end_ids(tokenizer, generation_config(policy))
-    yield f"  a completion ends at {sorted(ends)}" + (f" or {list(sampling.stop)}" if sampling.stop else "")
-    yield from examine_policy(tokenizer, ends, looked_at(rows), policy.instruction)
+
+@dataclass(frozen=True)
+class Role:
+    """A model of the recipe, and what is looked at beside its config, its size and its memory."""
+
+    title: str
+    key: str
+    section: Model
+    kind: str  # as `weightless` names kinds of networks
+    engine: str | None  # the role of [runtime.engines] that runs it
+    check: Callable[[Recipe, Role, Any, Any, Sequence[Prompt]], Iterator[str]]
+
+
+def roles(recipe: Recipe) -> list[Role]:
+    """Every model that the recipe names and uses."""
+    found = [Role("policy", "policy", recipe.policy, "causal", "sample", _policy)]
+    if recipe.translate:
+        found.append(Role("translation", "translate", recipe.translate, "causal", "translate", _translation))
+    for key, reward in (("reward", recipe.reward), ("evaluation.reward", recipe.evaluation.reward)):
+        models = [part for part in reward.parts if part.function is None] if reward else []
+        found += [Role("reward model", key, part, "classifier", "score", _reward) for part in models]
+    for name, arm in recipe.arms.items():
+        if arm.sampler:
+            key = f"arms.{name}.sampler"
+            found.append(Role(f"sampler       {name}:", key, arm.sampler, "causal", "sample", _sampler))
+    if recipe.alignment and any(arm.scorer == "alignment" for arm in recipe.arms.values()):
+        found.append(Role("alignment", "alignment", recipe.alignment, "translator", None, _alignment))
+    if recipe.judge and recipe.arena and recipe.arena.judge == "model":
+        found.append(Role("judge", "judge", recipe.judge, "causal", "judge", _judge))
+    return found
+
+
+def examine_role(recipe: Recipe, role: Role, rows: Sequence[Prompt]) -> Iterator[str]:
+    """Lines about a model: what it is, whether it fits, and what its role asks of it."""
+    from croco.models.loading import load_tokenizer
+
+    section = role.section
+    template = getattr(section, "template", None)
+    tokenizer = load_tokenizer(section.model, section.revision, template, section.trust_remote_code)
+    network = weightless(section, role.key, role.kind)
+    identity = model_identity(section.model, section.revision, f"{role.key}.model")
+    size = f"{network.num_parameters() / 1e6:,.1f} M parameters"
+    yield f"{role.title:<13} {section.model} ({identity}), {type(network).__name__}, {size}"
+    if role.engine:
+        yield from _memory(recipe, section, network, role.engine)
+    yield from role.check(recipe, role, tokenizer, network, rows)
+
+
+def _policy(
+    recipe: Recipe, role: Role, tokenizer: Any, network: Any, rows: Sequence[Prompt]
+) -> Iterator[str]:
+    from croco.models.chat_template import prompt_ids
+
+    sampling, instruction = recipe.sampling, recipe.policy.instruction
+    yield from _sampler(recipe, role, tokenizer, network, rows)
+    rows, _ = accepted(
+        rows, lambda row: prompt_ids(tokenizer, row["messages"], instruction.get(row["language"]))
+    )
     some = rows[:: -(-len(rows) // LENGTHS)]
-    lengths = [len(prompt_ids(tokenizer, r["messages"], policy.instruction.get(r["language"]))) for r in some]
+    lengths = [len(prompt_ids(tokenizer, r["messages"], instruction.get(r["language"]))) for r in some]
     context, wanted = context_of(network.config), sampling.max_new_tokens
     none, less = sum(n >= context for n in lengths), sum(context - wanted < n < context for n in lengths)
     yield (
@@ -59,19 +121,40 @@ def policy(recipe: Recipe, rows: Sequence[Prompt]) -> Iterator[str]:
         f"{less:,} less than sampling.max_new_tokens = {wanted:,}"
     )
     if none == len(some):
-        raise UserError(f"policy.model = '{policy.model}': no prompt fits its context of {context} tokens")
+        raise UserError(
+            f"policy.model = '{role.section.model}': no prompt fits its context of {context} tokens"
+        )
 
 
-def reward(recipe: Recipe, rows: Sequence[Prompt]) -> Iterator[str]:
+def _sampler(
+    recipe: Recipe, role: Role, tokenizer: Any, network: Any, rows: Sequence[Prompt]
+) -> Iterator[str]:
+    """Whoever samples is asked as the policy is, under its instruction."""
+    from croco.models.chat_template import end_ids, prompt_ids
+    from croco.models.model_files import generation_config
+    from croco.models.template_checks import examine_policy
+
+    stop, instruction = recipe.sampling.stop, recipe.policy.instruction
+    ends = end_ids(tokenizer, generation_config(role.section))
+    yield f"  a completion ends at {sorted(ends)}" + (f" or {list(stop)}" if stop else "")
+    rows, refused = accepted(
+        rows, lambda row: prompt_ids(tokenizer, row["messages"], instruction.get(row["language"]))
+    )
+    yield from refused
+    yield from examine_policy(tokenizer, ends, looked_at(rows), instruction)
+
+
+def _reward(
+    recipe: Recipe, role: Role, tokenizer: Any, network: Any, rows: Sequence[Prompt]
+) -> Iterator[str]:
     from croco.models.chat_template import conversation_ids
     from croco.models.template_checks import examine_reward
 
-    reward = recipe.reward
-    tokenizer = _tokenizer(reward)
-    network = weightless(reward, "reward", "classifier")
-    yield f"reward model  {_what(reward, 'reward', network)}"
-    yield from _memory(recipe, reward, network, "score")
-    limit = min(reward.max_tokens, context_of(network.config))
+    section = role.section
+    assert isinstance(section, RewardPart)
+    limit = min(section.max_tokens, context_of(network.config))
+    rows, refused = accepted(rows, lambda row: conversation_ids(tokenizer, row["messages"], ""))
+    yield from refused
     yield from examine_reward(tokenizer, looked_at(rows), limit)
     some = rows[:: -(-len(rows) // LENGTHS)]
     lengths = [len(conversation_ids(tokenizer, row["messages"], "")) for row in some]
@@ -82,72 +165,49 @@ def reward(recipe: Recipe, rows: Sequence[Prompt]) -> Iterator[str]:
     )
     if min(lengths) >= limit:
         raise UserError(
-            f"reward.model = '{reward.model}': no prompt leaves room for a completion in {limit} tokens"
+            f"{role.key}.model = '{section.model}': no prompt leaves room for a completion in {limit} tokens"
         )
 
 
-def translation(recipe: Recipe, section: Translate, messages: Sequence[Mapping[str, str]]) -> Iterator[str]:
-    """The translation model, and the first stretch of text of a prompt as it is asked for in every language."""
+def _translation(
+    recipe: Recipe, role: Role, tokenizer: Any, network: Any, rows: Sequence[Prompt]
+) -> Iterator[str]:
+    """The first stretch of text of a prompt, as it is asked for in every language."""
     from croco.models.chat_template import prompt_ids
     from croco.stages.translate.formats import FORMATS
     from croco.stages.translate.protect import pieces
 
-    tokenizer = _tokenizer(section)
-    texts = [text for message in messages for text, sent in pieces(message["content"]) if sent]
+    section = role.section
+    assert isinstance(section, Translate)
+    texts = [text for message in rows[0]["messages"] for text, sent in pieces(message["content"]) if sent]
     targets = recipe.run.evaluated if section.evaluation else recipe.run.languages
     asked = [FORMATS[section.format](texts[0] if texts else "Yes.", section.source, code) for code in targets]
     longest = max(len(prompt_ids(tokenizer, each)) for each in asked)
-    network = weightless(section, "translate", "causal")
-    yield f"translation   {_what(section, 'translate', network)}"
-    yield from _memory(recipe, section, network, "translate")
     yield f"  format {section.format}: the first text of the first prompt takes at most {longest} tokens"
 
 
-def samplers(recipe: Recipe, rows: Sequence[Prompt]) -> Iterator[str]:
-    """The models that sample in the policy's place, each asked as the policy would be."""
-    from croco.models.chat_template import end_ids
-    from croco.models.model_files import generation_config
-    from croco.models.template_checks import examine_policy
-
-    for name, arm in recipe.arms.items():
-        if (sampler := arm.sampler) is None:
-            continue
-        key, tokenizer = f"arms.{name}.sampler", _tokenizer(sampler)
-        network = weightless(sampler, key, "causal")
-        yield f"sampler       {name}: {_what(sampler, key, network)}"
-        yield from _memory(recipe, sampler, network, "sample")
-        ends = end_ids(tokenizer, generation_config(sampler))
-        yield from examine_policy(tokenizer, ends, looked_at(rows), recipe.policy.instruction)
-
-
-def alignment(recipe: Recipe) -> Iterator[str]:
-    """The translation model that scores, and its token for every language that an arm wants scored."""
+def _alignment(
+    recipe: Recipe, role: Role, tokenizer: Any, network: Any, rows: Sequence[Prompt]
+) -> Iterator[str]:
+    """A token for every language that an arm wants scored."""
     from croco.stages.score.alignment import Translator
 
-    arms = [arm for arm in recipe.arms.values() if arm.scorer == "alignment"]
-    if (section := recipe.alignment) is None or not arms:
-        return
-    tokenizer = _tokenizer(section)
-    network = weightless(section, "alignment", "translator")
-    yield f"alignment     {_what(section, 'alignment', network)}"
+    section = role.section
+    assert isinstance(section, Alignment)
     translator = Translator(network, tokenizer, section.codes, name=section.model)
-    wanted = dict.fromkeys(["en", *(code for arm in arms for code in arm.languages or recipe.run.languages)])
+    arms = [arm for arm in recipe.arms.values() if arm.scorer == "alignment"]
+    wanted = dict.fromkeys(["en", *(code for arm in arms for code in recipe.languages_of(arm))])
     for code in wanted:
         translator.encode([], code)
     yield f"  it has a token for {', '.join(wanted)}"
 
 
-def judge(recipe: Recipe) -> Iterator[str]:
-    """The model that is asked for verdicts, and that its template takes a question."""
+def _judge(recipe: Recipe, role: Role, tokenizer: Any, network: Any, rows: Sequence[Prompt]) -> Iterator[str]:
+    """A template that takes a question, and room for two completions."""
     from croco.models.chat_template import prompt_ids
 
-    section = recipe.judge
-    if section is None or recipe.arena is None or recipe.arena.judge != "model":
-        return
-    tokenizer = _tokenizer(section)
-    network = weightless(section, "judge", "causal")
-    yield f"judge         {_what(section, 'judge', network)}"
-    yield from _memory(recipe, section, network, "judge")
+    section = role.section
+    assert isinstance(section, Judge)
     prompt_ids(tokenizer, [{"role": "user", "content": "Which is better?"}])
     context = context_of(network.config)
     yield f"  context {context:,} tokens for a prompt, two completions and a verdict of {section.max_new_tokens:,}"
@@ -155,21 +215,6 @@ def judge(recipe: Recipe) -> Iterator[str]:
         raise UserError(
             f"judge.max_new_tokens = {section.max_new_tokens} leaves no room in the judge's context of {context} tokens"
         )
-
-
-def _tokenizer(section: Model) -> Any:
-    from croco.models.loading import load_tokenizer
-
-    template = getattr(section, "chat_template", None)
-    return load_tokenizer(
-        section.model, section.revision, Path(template) if template else None, section.trust_remote_code
-    )
-
-
-def _what(section: Model, key: str, network: Any) -> str:
-    """Identity, architecture and parameters of a model."""
-    identity = model_identity(section.model, section.revision, f"{key}.model")
-    return f"{section.model} ({identity}), {type(network).__name__}, {network.num_parameters() / 1e6:,.1f} M parameters"
 
 
 def _memory(recipe: Recipe, section: Model, network: Any, role: str) -> Iterator[str]:

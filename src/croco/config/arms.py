@@ -5,7 +5,7 @@ The stages take these very records: a value is said here, once, with its default
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_serializer, field_validator, model_validator
 
@@ -108,8 +108,8 @@ class Guards(Section):
     """A completion without a visible character."""
     too_long: Action = "drop"
     """Prompt and completion have more than training.max_tokens."""
-    wrong_language: Action = "flag"
-    """A completion in another language: "drop" judges every completion, "flag" those that were picked."""
+    wrong_language: Action = "drop"
+    """A completion in another language: "drop" judges every completion, "flag" those that are picked."""
     min_letters: Positive = 20
     """A shorter text is in no language."""
     duplicate: Action = "drop"
@@ -143,6 +143,21 @@ class Contrast(Section):
     """Pairs that a pool gives at most."""
     guards: Guards = Guards()
     """[guards] with this arm's values over it."""
+
+    @model_validator(mode="after")
+    def _check_rules(self) -> Self:
+        try:
+            chosen, rejected = parse_chosen(self.chosen), parse_rejected(self.rejected)
+        except UserError as error:
+            raise ValueError(str(error)) from None
+        if rejected.kind == "none" and self.prompt in ("rejected", "random"):
+            raise ValueError(f'prompt = "{self.prompt}" needs a rejected completion, and rejected = "none"')
+        if self.calibration == "length" and (chosen.kind, rejected.kind) != ("max", "min"):
+            raise ValueError(
+                f'calibration = "length" evens out the lengths of best and worst: expected chosen = "max" and '
+                f'rejected = "min", found "{self.chosen}" and "{self.rejected}"'
+            )
+        return self
 
 
 # How an arm is tuned --------------------------------------------------------------------------------------------------
@@ -259,23 +274,12 @@ class Arm(Origin, Contrast):
         return {"rejected": "min", "calibration": "length", **values} if implicit else values
 
     @model_validator(mode="after")
-    def _check_rules(self) -> Arm:
-        try:
-            chosen, rejected = parse_chosen(self.chosen), parse_rejected(self.rejected)
-        except UserError as error:
-            raise ValueError(str(error)) from None
-        if rejected.kind == "none" and self.training.method != "sft":
+    def _check_method_and_scorer(self) -> Self:
+        if self.rejected == "none" and self.training.method != "sft":
             raise ValueError(
                 'rejected = "none" makes data for training.method = "sft", which this arm is not'
             )
-        if rejected.kind == "none" and self.prompt in ("rejected", "random"):
-            raise ValueError(f'prompt = "{self.prompt}" needs a rejected completion, and rejected = "none"')
-        if self.calibration == "length" and (chosen.kind, rejected.kind) != ("max", "min"):
-            raise ValueError(
-                f'calibration = "length" evens out the lengths of best and worst: expected chosen = "max" and '
-                f'rejected = "min", found "{self.chosen}" and "{self.rejected}"'
-            )
-        if chosen.kind == "reference" and self.scorer != "reward" and rejected.kind != "none":
+        if self.chosen == "reference" and self.scorer != "reward" and self.rejected != "none":
             raise ValueError(
                 f'chosen = "reference" is scored by the reward model, and scorer = "{self.scorer}"'
             )

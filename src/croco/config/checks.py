@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 def check(recipe: Recipe) -> None:
     """Raise ValueError for the first disagreement."""
+    _check_nothing_of_the_lab(recipe)
     _check_arms(recipe)
     if recipe.study:
         _check_study(recipe)
@@ -30,6 +31,23 @@ def check(recipe: Recipe) -> None:
             f"translate.source = '{recipe.translate.source}' is the only language of run.languages"
         )
     _check_test_prompts(recipe)
+
+
+def _check_nothing_of_the_lab(recipe: Recipe) -> None:
+    """A policy of one's own is not tuned on the lab's prompts, by the lab's reward model, because nobody said so."""
+    if recipe.policy.model.startswith("lab:"):
+        return
+    needed = {"prompts": "source", "reward": "model", "evaluation": "source"}
+    if recipe.reward.function:
+        del needed["reward"]
+    if recipe.prompts.source == "lab" and "source" in recipe.prompts.model_fields_set:
+        needed.pop("reward", None)  # an experiment in the lab
+    for section, key in needed.items():
+        if key not in getattr(recipe, section).model_fields_set:
+            raise ValueError(
+                f"{section}.{key} is missing: policy.model = '{recipe.policy.model}' is not the lab's, and without it "
+                f"[{section}] would be the lab's toy"
+            )
 
 
 def has_splits(source: str) -> bool:

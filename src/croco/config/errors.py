@@ -39,7 +39,8 @@ def sentence(error: ValidationError, root: type[BaseModel]) -> str:
     """The first mistake of a validation error as one sentence; unknown keys before everything else."""
     errors = error.errors(include_url=False)
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
-    location = [str(part) for part in first["loc"] if part != "[key]"]
+    # pydantic names the key of a mapping and the branch of a union in brackets
+    location = [str(part) for part in first["loc"] if "[" not in str(part)]
     key = ".".join(location)
     match first["type"]:
         case "extra_forbidden":

@@ -38,6 +38,10 @@ class Source(Section):
     """The column with the language's code."""
     language: str | None = None
     """Of all rows that say none."""
+    system: str | None = None
+    """A system prompt for conversations that have none."""
+    turns: Literal["all", "first"] = "all"
+    """"first": the first user turn alone; the assistant's answer to it is the reference."""
     columns: dict[Literal["prompt", "system", "reference", "source", "domain"], str] = Field(
         default_factory=dict
     )

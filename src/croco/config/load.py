@@ -21,8 +21,12 @@ ARM_DEFAULTS = {
     **{name: field.default for name, field in Arm.model_fields.items()},
     "sampling.completions": Sampling.model_fields["completions"].default,
 }
-# what a command on files puts in the place of [prompts] and [evaluation], which it does not read
-NO_PROMPTS = {"prompts": {"source": "files.jsonl"}, "evaluation": {"source": "none.jsonl"}}
+# what a command on files puts in the place of sections that it does not read
+NO_PROMPTS = {
+    "prompts": {"source": "files.jsonl"},
+    "reward": {"model": "lab:reward"},
+    "evaluation": {"source": "none.jsonl"},
+}
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

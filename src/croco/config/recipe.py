@@ -113,6 +113,9 @@ class Evaluation(Source):
     """Per prompt and temperature above 0."""
     max_new_tokens: Positive = 512
     """Of a completion."""
+    reward: Reward | None = None
+    """The reward model that scores the answers, best another one than [reward], which picked the pairs; if not given,
+    that of [reward], and for the lab's prompts the lab's program."""
     bootstrap: Annotated[int, Field(gt=0, le=1_000_000)] = 2000
     """Resamples of an interval."""
 
@@ -125,7 +128,6 @@ class Recipe(Section):
     translate: Translate | None = None
     policy: Policy = Policy()
     reward: Reward = Reward()
-    judge: Judge | None = None
     alignment: Alignment | None = None
     sampling: Sampling = Sampling()
     guards: Guards = Guards()
@@ -133,10 +135,16 @@ class Recipe(Section):
     evaluation: Evaluation = Evaluation()
     euroeval: EuroEval | None = None
     arena: Arena | None = None
+    judge: Judge | None = None
     arms: dict[Name, Arm] = Field(default_factory=dict, min_length=1)
     sweep: dict[str, Sweep] = Field(default_factory=dict)
     study: Study | None = None
     runtime: Runtime = Runtime()
+
+    @property
+    def evaluation_reward(self) -> Reward | None:
+        """What scores the answers to the test prompts; None for the lab's program."""
+        return self.evaluation.reward or (None if self.evaluation.source == "lab" else self.reward)
 
     @property
     def folder(self) -> Path:

@@ -23,7 +23,10 @@ def _check_replicas(value: Any) -> Any:
     raise ValueError(f"found {value!r}, expected a number of workers (at most 4096) or 'auto'")
 
 
-Replicas = Annotated[int | Literal["auto"], PlainValidator(_check_replicas)]
+Replicas = Annotated[
+    int | Literal["auto"],
+    PlainValidator(_check_replicas, json_schema_input_type=int | Literal["auto"]),
+]
 
 
 def _check_tokens(value: Any) -> Any:
@@ -38,8 +41,12 @@ def _check_switch(value: Any) -> Any:
     raise ValueError(f"found {value!r}, expected true, false or 'auto'")
 
 
-Tokens = Annotated[int | Literal["auto"], PlainValidator(_check_tokens)]
-Switch = Annotated[bool | Literal["auto"], PlainValidator(_check_switch)]
+Tokens = Annotated[
+    int | Literal["auto"], PlainValidator(_check_tokens, json_schema_input_type=int | Literal["auto"])
+]
+Switch = Annotated[
+    bool | Literal["auto"], PlainValidator(_check_switch, json_schema_input_type=bool | Literal["auto"])
+]
 
 
 def _check_address(url: str) -> str:

@@ -19,11 +19,15 @@ from typing import Any
 
 from jinja2.exceptions import TemplateError
 
-from croco.errors import Refused, UserError
+from croco.errors import Refused, UserError, printable
 from croco.models.protocols import Request
 from croco.models.sandbox import render
 
 Messages = Sequence[Mapping[str, str]]
+LOOKED_FOR = (
+    r"""(['"])NAME\1\s+(not\s+)?in\b|\.(r?split|r?partition|startswith|endswith|replace)\(\s*['"]NAME"""
+)
+PROBE = "qzjx"  # a completion that no template writes by itself
 MARK = "\ufdd0"  # breaks the name of a special token in two; Unicode keeps it for such use, no text has it
 
 
@@ -51,6 +55,46 @@ def prompt_ids(tokenizer: Any, messages: Messages, instruction: str | None = Non
 def text_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of completions alone, as a policy would write them, without special tokens."""
     return _encoded(tokenizer, [_broken(tokenizer, text) for text in texts])
+
+
+def completions_ids(tokenizer: Any, messages: Messages, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of completions that are known as text, without the end of the turn.
+
+    They are what the template makes of them as assistant's turns, behind the prompt: an empty block of thoughts may be
+    added (Qwen3), a space (Mistral) or white space stripped (Gemma, Llama 3). A text that the template leaves as it
+    is, refuses, or writes behind another prompt is tokenised alone.
+    """
+    closing = _closing(
+        tokenizer, tuple(message["role"] for message in messages), str(tokenizer.chat_template)
+    )
+    if closing is None:
+        return text_ids(tokenizer, texts)
+    turns = with_instruction(messages, None)
+    conversations = [[*turns, {"role": "assistant", "content": text}] for text in texts]
+    try:
+        (prompt,) = _render(tokenizer, [turns], opened=True)
+        wholes = _render(tokenizer, conversations, opened=False)
+    except Refused:
+        return text_ids(tokenizer, texts)
+    ids = []
+    for text, whole in zip(texts, wholes, strict=True):
+        written = whole.removeprefix(prompt).removesuffix(closing)
+        as_it_is = written == _broken(tokenizer, text) or not whole.startswith(prompt)
+        ids += text_ids(tokenizer, [text]) if as_it_is else _encoded(tokenizer, [MARK + written])
+    return ids
+
+
+@lru_cache(maxsize=64)
+def _closing(tokenizer: Any, roles: tuple[str, ...], template: str) -> str | None:
+    """What the template writes behind a completion to such a prompt; None where that cannot be told."""
+    turns = [{"role": role, "content": "x"} for role in roles]
+    try:
+        (prompt,) = _render(tokenizer, [turns], opened=True)
+        (whole,) = _render(tokenizer, [[*turns, {"role": "assistant", "content": PROBE}]], opened=False)
+    except UserError:
+        return None
+    _, content, closing = whole.removeprefix(prompt).rpartition(PROBE)
+    return closing if content and whole.startswith(prompt) else None
 
 
 def request(
@@ -166,7 +210,7 @@ def _render(tokenizer: Any, conversations: Sequence[list[dict[str, str]]], opene
     try:
         return _apply(tokenizer, turns, opened)
     except Exception as error:  # a template is a program: it may raise anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = printable(str(error).splitlines()[0] if str(error) else type(error).__name__)
         if type(error) is TemplateError:  # raise_exception; everything else is a fault of the template
             roles = _roles(conversations[0])
             raise Refused(f"refused by the chat template: {reason[:300]} (roles {roles})") from error
@@ -196,13 +240,15 @@ def _broken(tokenizer: Any, text: Any) -> Any:
 
 @lru_cache(maxsize=16)
 def _special_names(tokenizer: Any, template: str) -> re.Pattern[str] | None:
-    """What matches the names of special tokens, and of the other added tokens that open and close a user's turn."""
+    """What matches the names of special tokens, and of the other added tokens that open and close a user's turn; but
+    for those that the template itself looks for in a message, as Qwen's does for </think>."""
     try:
         (turn,) = _apply(tokenizer, [[{"role": "user", "content": "x"}]], False)
     except Exception:  # noqa: BLE001 (it is said when a prompt meets it)
         turn = ""
     added = tokenizer.added_tokens_decoder.values()
     names = {token.content for token in added if token.special or token.content in turn}
+    names = {name for name in names if not re.search(LOOKED_FOR.replace("NAME", re.escape(name)), template)}
     parts = [re.escape(name) for name in names if len(name) > 1 and not name.isspace()]
     return re.compile("|".join(sorted(parts, key=len, reverse=True))) if parts else None
 

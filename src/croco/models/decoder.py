@@ -6,8 +6,8 @@ batch together with those of other prompts; a row that ends gives its slot to a 
 from a token budget; on running out of memory the budget is halved and what was not finished starts again, with the
 same seeds, so nothing is dropped or changed.
 
-Exact for decoder-only models with full or sliding-window attention over rotary or no positions. `architecture` says
-for which, and tries it on the model at hand; others are sampled by `plain`, which is slow and obvious.
+Exact for decoder-only models with full or sliding-window attention over rotary or no positions. `support` says for
+which, `proofs` tries it on the model at hand; others are sampled by `plain_decoder`, which is slow and obvious.
 
 Leaves out preemption: a row's whole length is reserved when it enters. (vLLM pages memory; on a GPU, use it.)
 

@@ -71,8 +71,7 @@ class _Again(Exception):
 
 
 class HttpClient:
-    """Calls to one server, at most `concurrency` at once. `counts` has requests, retries and seconds, and whatever
-    tokens its user adds."""
+    """Calls to one server. `counts` has requests, retries and seconds, and whatever tokens its user adds."""
 
     def __init__(self, server: Server, place: str, gone: Callable[[], str | None] = lambda: None) -> None:
         """`place` is the recipe's key, for errors; `gone` says why the server will not come back, if that is known.
@@ -262,7 +261,7 @@ async def _read(client: httpx2.AsyncClient, call: Call[Any]) -> tuple[httpx2.Res
 def _is_loopback(url: str) -> bool:
     host = urlsplit(url).hostname or ""
     try:
-        return ip_address(host).is_loopback
+        return ip_address(host).is_loopback or ip_address(host).is_unspecified
     except ValueError:
         return host == "localhost" or host.endswith(".localhost")
 
@@ -298,5 +297,5 @@ def _retry_after(value: str) -> float:
         pass
     try:
         return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
+    except (ValueError, TypeError, OverflowError):
         return 0.0

@@ -1,4 +1,4 @@
-"""A judge: any model that can be sampled, asked greedily. What to ask and how to read the verdict is the caller's.
+"""A judge: any model that can be sampled. What to ask and how to read the verdict is the caller's.
 
 A conversation that does not fit, or that a server refuses, gets the reason in place of a verdict.
 """
@@ -6,17 +6,17 @@ A conversation that does not fit, or that a server refuses, gets the reason in p
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from croco.errors import Refused
 from croco.models.chat_template import request
 from croco.models.protocols import Completion, Decoding, Judged, JudgeRequest, Sampler
-
-SEED = 0  # greedy: every seed draws the same
+from croco.storage.seeds import digest
 
 
 class SamplerJudge:
     """A judge on any sampler; `tokenizer` is None where the sampler takes messages."""
 
-    def __init__(self, sampler: Sampler, tokenizer: Any) -> None:
-        self.sampler, self.tokenizer = sampler, tokenizer
+    def __init__(self, sampler: Sampler, tokenizer: Any, temperature: float = 0.0) -> None:
+        self.sampler, self.tokenizer, self.temperature = sampler, tokenizer, temperature
         self.name, self.facts = sampler.name, sampler.facts
 
     def judge(
@@ -25,13 +25,18 @@ class SamplerJudge:
         """Yield (key, what the judge wrote, or why there is nothing) once per request, as they finish."""
         asked, limit = {}, self.sampler.max_context
         for one in requests:
-            made = request(self.tokenizer, one.key, one.messages, [SEED], name=f"judgement {one.key}")
-            if len(made.prompt_ids) >= limit:
-                reason = f"the judge's prompt has {len(made.prompt_ids)} tokens, the context of {self.name} {limit}"
-                yield one.key, reason
+            seed = digest("judge", *(message["content"] for message in one.messages))
+            try:
+                prompt = request(self.tokenizer, one.key, one.messages, [seed], name=f"judgement {one.key}")
+            except Refused as error:
+                yield one.key, str(error)
+                continue
+            if (tokens := len(prompt.prompt_ids)) >= limit:
+                yield one.key, f"the judge's prompt has {tokens} tokens, the context of {self.name} {limit}"
             else:
-                asked[one.key] = made
-        for key, (drawn,) in self.sampler.sample(list(asked.values()), Decoding(0.0, 1.0, 0, max_new_tokens)):
+                asked[one.key] = prompt
+        decoding = Decoding(self.temperature, 1.0, 0, max_new_tokens)
+        for key, (drawn,) in self.sampler.sample(list(asked.values()), decoding):
             if isinstance(drawn, str):
                 yield key, drawn
             else:

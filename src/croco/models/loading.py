@@ -5,16 +5,17 @@ reward model with another number of logits than one is a UserError before anythi
 quantisation.
 """
 
+import json
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from croco.config.models import Model
+from croco.config.models import Model, Template
 from croco.errors import UserError
 from croco.models.memory import out_of_memory
 from croco.models.model_files import check_weights, context_of, load_config, read_generation_config, refusing
@@ -75,10 +76,10 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
 def load_tokenizer(
     model: str,
     revision: str | None = None,
-    chat_template: Path | None = None,
+    chat_template: Template | None = None,
     trust_remote_code: bool = False,
 ) -> Any:
-    """The model's tokenizer, its chat template replaced by the file's if one is given."""
+    """The model's tokenizer, with another chat template or values for it if they are given."""
     from transformers import AutoTokenizer
 
     place = resolve_model(model)
@@ -87,13 +88,28 @@ def load_tokenizer(
             place, revision=revision, trust_remote_code=trust_remote_code
         )
     if chat_template is not None:
-        try:
-            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"chat template {str(chat_template)!r}: cannot be read: {_first_line(error)}"
-            ) from error
+        if chat_template.file is not None:
+            try:
+                tokenizer.chat_template = Path(chat_template.file).read_text(encoding="utf-8")
+            except (OSError, ValueError) as error:
+                raise UserError(
+                    f"chat template {chat_template.file!r}: cannot be read: {_first_line(error)}"
+                ) from error
+        if chat_template.values:
+            set_values(tokenizer, chat_template.values)
     return tokenizer
+
+
+def set_values(tokenizer: Any, values: Mapping[str, Any]) -> None:
+    """Put values for the chat template at its beginning, where a tuned model keeps them; UserError without one."""
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"{tokenizer.name_or_path}: chat_template_kwargs is given, and there is no chat template"
+        )
+    own = tokenizer.get_chat_template()
+    # JSON's true, false, numbers and strings are jinja's; "+" keeps a line break that the template begins with
+    set_all = "".join(f"{{% set {name} = {json.dumps(value)} +%}}" for name, value in values.items())
+    tokenizer.chat_template = set_all + own
 
 
 def load_policy(
@@ -102,7 +118,7 @@ def load_policy(
     dtype: str = "auto",
     device: str = "auto",
     adapter: Path | None = None,
-    chat_template: Path | None = None,
+    chat_template: Template | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
     """A causal model in eval mode and its tokenizer; an adapter folder, if given, is merged in memory."""
@@ -216,7 +232,11 @@ def weightless(section: Model, key: str, kind: str) -> Any:
     with refusing(f"{key}.model = '{section.model}' does not load", section.model), torch.device("meta"):
         network = kinds[kind].from_config(config, trust_remote_code=section.trust_remote_code)
     if kind == "classifier" and config.num_labels != 1:
-        raise UserError(f"{key}.model = '{section.model}' has {config.num_labels} logits, expected one")
+        causal = any(name.endswith("ForCausalLM") for name in config.architectures or ())
+        found = "is a causal language model" if causal else f"has {config.num_labels} logits"
+        raise UserError(
+            f"{key}.model = '{section.model}' {found}, expected a sequence classifier with one logit"
+        )
     return network
 
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from traceback import extract_tb
 from typing import Any
 
 from croco.config.models import Model
@@ -43,7 +44,9 @@ def _explained(error: Exception, place: Path) -> str:
     line = (str(error).strip().splitlines() or [""])[0][:300]
     if isinstance(error, ImportError):
         return f"{line}; expected that package to be installed, or a model that does without it"
-    return line if isinstance(error, OSError) and line else f"{type(error).__name__} {line}".strip()
+    line = line if isinstance(error, OSError) and line else f"{type(error).__name__} {line}".strip()
+    in_config = any("configuration_" in frame.filename for frame in extract_tb(error.__traceback__))
+    return f"{place / 'config.json'} is refused ({line})" if in_config and place.is_dir() else line
 
 
 def _fault(path: Path) -> str | None:

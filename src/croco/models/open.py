@@ -1,4 +1,4 @@
-"""Engines that sample, score and judge. `base` is what they promise; each other module is one way to keep it.
+"""Engines that sample, score and judge. `protocols` is what they promise.
 
 Which engine a stage runs on is `[runtime.engines]` of the recipe: how, never what, so no fingerprint knows of it.
 Opening one imports its library, here and nowhere else.
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from croco.errors import UserError
 
 if TYPE_CHECKING:
-    from croco.config.models import Causal, Reward
+    from croco.config.models import Causal, RewardPart
     from croco.config.recipe import Recipe
     from croco.config.runtime import Runtime
     from croco.models.protocols import Judge, Sampler, Scorer
@@ -42,8 +42,8 @@ def engine_of(runtime: Runtime, role: str) -> tuple[str, str]:
     asked: str = getattr(runtime.engines, role)
     if asked != "auto":
         return asked, "the recipe says so"
-    if runtime.device == "cpu":
-        return "transformers", "the device is the CPU"
+    if runtime.device == "cpu" or ":" in runtime.device:  # vLLM takes the first GPU, or those it is shown
+        return "transformers", f"the device is {runtime.device}"
     if runtime.vllm.python is None and find_spec("vllm") is None:
         return "transformers", "vLLM is not installed"
     from croco.models.loading import pick_device
@@ -79,7 +79,7 @@ def open_sampler(
     engine, _ = engine_of(runtime, role)
     if adapter is not None and engine != "server" and _is_whole(adapter):
         causal, adapter = causal.model_copy(update={"model": str(adapter), "revision": None}), None
-    template = Path(causal.chat_template) if causal.chat_template else None
+    template = causal.template
     if engine == "vllm":
         from croco.models.vllm import open_policy
 
@@ -116,10 +116,11 @@ def open_judge(judge: Causal, runtime: Runtime, seed: int = 0, replica: int = 0)
     """The judge on the engine of the role "judge"."""
     from croco.models.judge import SamplerJudge
 
-    return SamplerJudge(*open_sampler("judge", judge, runtime, seed, replica))
+    temperature = getattr(judge, "temperature", 0.0)
+    return SamplerJudge(*open_sampler("judge", judge, runtime, seed, replica), temperature)
 
 
-def open_scorer(reward: Reward, runtime: Runtime, replica: int = 0) -> tuple[Scorer, Any]:
+def open_scorer(reward: RewardPart, runtime: Runtime, replica: int = 0) -> tuple[Scorer, Any]:
     """The reward model on the engine of the role "score", and its tokenizer."""
     engine, _ = engine_of(runtime, "score")
     if engine == "vllm":

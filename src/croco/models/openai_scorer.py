@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from croco.config.models import Reward
+from croco.config.models import RewardPart
 from croco.config.runtime import Server
 from croco.errors import UserError
 from croco.models.http_client import Call
@@ -20,6 +20,7 @@ from croco.models.openai_server import OPENING_RETRIES, Connection, Usage
 from croco.models.protocols import ScoreRequest
 
 SCORES_PER_REQUEST = 64
+LARGEST = 3.4e38  # what float32 holds, as the table has it
 
 
 class _Class(BaseModel):
@@ -32,7 +33,7 @@ class _Classes(BaseModel):
     usage: Usage
 
 
-def scorer(server: Server, reward: Reward) -> tuple[ServerScorer, Any]:
+def scorer(server: Server, reward: RewardPart) -> tuple[ServerScorer, Any]:
     """The scorer of the role "score", and its tokenizer: conversations are sent as token ids."""
     connection = Connection(server, "score", reward.model)
     from croco.models.loading import load_tokenizer
@@ -103,5 +104,7 @@ class ServerScorer:
             raise UserError(
                 f"{self.connection.place}: '{self.connection.served}' has {labels} logits, expected one"
             )
+        if large := [one.probs[0] for one in classes if abs(one.probs[0]) > LARGEST]:
+            raise ValueError(f"a score of {large[0]:g}")
         self.connection.count(answer.usage)
         return [one.probs[0] for one in classes]

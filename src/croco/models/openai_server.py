@@ -11,6 +11,7 @@ Leaves out starting servers, how requests survive faults (`http_client.py`), and
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -19,7 +20,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
 
-from croco.config.models import Model
+from croco.config.models import Model, Template
 from croco.config.runtime import Server
 from croco.errors import UserError
 from croco.models.chat_template import end_ids
@@ -72,7 +73,7 @@ class _Completions(BaseModel):
 
 
 def sampler(
-    server: Server, role: str, model: Model, template: Path | None, adapter: Path | None
+    server: Server, role: str, model: Model, template: Template | None, adapter: Path | None
 ) -> tuple[ServerSampler, Any]:
     """A role's sampler, and the tokenizer of its model: None where the server applies the chat template."""
     key, served = "model", server
@@ -88,17 +89,22 @@ def sampler(
     if server.api == "chat":
         if template is not None:
             raise UserError(
-                f"chat_template = '{template}', which runtime.servers.{role}.api = 'chat' leaves to the server; "
-                f"expected api = 'completions', or the template at the server"
+                f"chat_template or chat_template_kwargs is set, which runtime.servers.{role}.api = 'chat' leaves to "
+                f"the server; expected api = 'completions', or the template at the server"
             )
         return ServerSampler(Connection(served, role, model.model, key), model.model), None
     connection = Connection(served, role, model.model, key)
     from croco.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer(model.model, model.revision, template, model.trust_remote_code)
+    return token_sampler(connection, model, tokenizer), tokenizer
+
+
+def token_sampler(connection: Connection, model: Model, tokenizer: Any) -> ServerSampler:
+    """A sampler that sends and gets token ids of this model."""
     ends = end_ids(tokenizer, generation_config(model))
     vocabulary = max(len(tokenizer), load_config(model, "policy").get_text_config().vocab_size)
-    return ServerSampler(connection, model.model, tokenizer, ends, vocabulary), tokenizer
+    return ServerSampler(connection, model.model, tokenizer, ends, vocabulary)
 
 
 def served_context(
@@ -133,7 +139,7 @@ class Connection:
         self.url, self.served = self.client.url, server.model or model
         context = served_context(self.client, self.served, f"the name it serves in {self.place}.{key}")
         self.max_context = server.max_context or context
-        # the counts stay the wire's own, so that they grow
+        # the very dict that the client counts in
         self.facts = self.client.counts
         self.facts |= {"engine": "server", "url": self.url, "served_model": self.served}
 
@@ -168,6 +174,7 @@ class ServerSampler:
         self.chat = self.server.api == "chat"
         self.seed: int | None = None  # of all completions, where the server draws them from one stream
         self.rows_ahead = 0  # completions to ask for at once, where not as many requests as `concurrency`
+        self.temperatures = (0.0, math.inf)  # what the server takes beside 0
         self.max_context = connection.max_context or sys.maxsize if self.chat else connection.known_context()
         self.facts = connection.facts
         self.facts |= {"api": self.server.api, "dialect": self.server.dialect}
@@ -181,6 +188,9 @@ class ServerSampler:
                 f"top_k = {decoding.top_k}, which {self.connection.place}.dialect = 'openai' cannot ask for; "
                 f"expected 0, or the dialect 'vllm'"
             )
+        low, high = self.temperatures
+        if decoding.temperature and not low <= decoding.temperature <= high:
+            raise UserError(f"temperature {decoding.temperature}: vLLM takes 0 and {low} to {high}")
         asked = {request.key: request for request in requests if request.seeds}
         parts: dict[int, dict[int, list[Completion | str]]] = {key: {} for key in asked}
         most = max(len(request.seeds) for request in requests) if asked else 1
@@ -275,6 +285,8 @@ class ServerSampler:
         counted = usage.completion_tokens if ids is None else len(ids)
         if counted == 0 and reason == "length":
             return "the prompt leaves no room for a completion"
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            return "the completion holds half of a surrogate pair, which is no text"
         if len(text) > TOKEN_CHARACTERS * (counted + 1):
             return f"the server counts {counted} tokens in {len(text):,} characters"
         if self.tokenizer is None or ids is None:

@@ -1,7 +1,7 @@
 """One forward over many sequences that share prefixes: each prefix is computed once, the rest in batches by length.
 
 Completions of one prompt begin with the same tokens. Their keys and values are computed and stored once, and the rows
-that follow look at them there (`suffix_attention`). Where a group spares too few tokens to be worth that, and where an
+that follow look at them there (`attention/prefill`). Where a group spares too few tokens to be worth that, and where an
 architecture is not known to allow it, whole sequences are computed: the same numbers. Either way rows are batched by
 what is left to compute, across prompts, so that little is padding; padding stands on the right, where causal attention
 never looks.

@@ -17,21 +17,19 @@ import shutil
 import tempfile
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from croco.config.models import Causal, Model, Reward
+from croco.config.models import Causal, Model, RewardPart
 from croco.config.runtime import Server, Vllm
 from croco.errors import UserError
-from croco.models.chat_template import end_ids
 from croco.models.http_client import Call
-from croco.models.model_files import context_of, generation_config, load_config
+from croco.models.model_files import context_of, load_config
 from croco.models.openai_scorer import ServerScorer
-from croco.models.openai_server import Connection, ServerSampler
-from croco.models.protocols import Completion, Decoding, Request
+from croco.models.openai_server import Connection, ServerSampler, token_sampler
 from croco.models.vllm_server import Serving, model_words, reason, serve
 from croco.storage.seeds import digest
 
@@ -40,54 +38,25 @@ ROWS_AHEAD = 512  # completions asked for at once: twice what vLLM computes toge
 ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM reserves room for one of these
 TEMPERATURES = (0.01, 2.0)  # below it vLLM quietly takes 0.01, above it refuses
 TUNED = "tuned"  # the name that an adapter is served under
-_running: weakref.WeakSet[VllmSampler | VllmScorer] = weakref.WeakSet()
-
-
-class VllmSampler(ServerSampler):
-    """Samples with a causal model in a vLLM server of ours."""
-
-    def __init__(self, seed: int, per_request_seeds: bool, close: Callable[[], None], *args: Any) -> None:
-        super().__init__(*args)
-        self.seed = None if per_request_seeds else seed
-        self.rows_ahead = ROWS_AHEAD
-        self.close = weakref.finalize(self, close)
-        _running.add(self)
-
-    def sample(
-        self, requests: Sequence[Request], decoding: Decoding
-    ) -> Iterator[tuple[int, list[Completion | str]]]:
-        """As every sampler; raises UserError for a temperature that vLLM would replace."""
-        low, high = TEMPERATURES
-        if decoding.temperature != 0 and not low <= decoding.temperature <= high:
-            raise UserError(f"temperature {decoding.temperature}: vLLM takes 0 and {low} to {high}")
-        yield from super().sample(requests, decoding)
-
-
-class VllmScorer(ServerScorer):
-    """Scores with a sequence classifier of one logit in a vLLM server of ours."""
-
-    def __init__(self, close: Callable[[], None], *args: Any) -> None:
-        super().__init__(*args)
-        self.close = weakref.finalize(self, close)
-        _running.add(self)
+_servers: list[weakref.finalize] = []  # each ends one, with its sampler or scorer at the latest
 
 
 def release() -> None:
     """End the servers of this process, which hold a GPU's memory."""
-    for engine in list(_running):
-        engine.close()
+    while _servers:
+        _servers.pop()()
 
 
 def open_policy(
     policy: Causal, settings: Vllm, seed: int, replica: int = 0, adapter: Path | None = None
-) -> tuple[VllmSampler, Any]:
+) -> tuple[ServerSampler, Any]:
     """A causal model in a server of its own, with an adapter if one is given, and its tokenizer.
 
     `seed` and `replica` make the engine's seed. Raises UserError for a model, adapter or context that vLLM refuses.
     """
     from croco.models.loading import load_tokenizer, pick_device
 
-    template = Path(policy.chat_template) if policy.chat_template else None
+    template = policy.template
     tokenizer = load_tokenizer(policy.model, policy.revision, template, policy.trust_remote_code)
     if settings.per_request_seeds and pick_device().type == "cpu":
         raise UserError(
@@ -106,14 +75,14 @@ def open_policy(
             base, connection.served = connection.served, TUNED
             _check_it_counts(connection, base, adapter)
         connection.facts |= {"engine_seed": engine_seed, "per_request_seeds": settings.per_request_seeds}
-        ends = end_ids(tokenizer, generation_config(policy))
-        vocabulary = max(len(tokenizer), load_config(policy, "policy").get_text_config().vocab_size)
-        served = connection, policy.model, tokenizer, ends, vocabulary
-        close = stack.pop_all().close
-        return VllmSampler(engine_seed, settings.per_request_seeds, close, *served), tokenizer
+        sampler = token_sampler(connection, policy, tokenizer)
+        sampler.seed = None if settings.per_request_seeds else engine_seed
+        sampler.rows_ahead, sampler.temperatures = ROWS_AHEAD, TEMPERATURES
+        _servers.append(weakref.finalize(sampler, stack.pop_all().close))
+        return sampler, tokenizer
 
 
-def open_reward(reward: Reward, settings: Vllm) -> tuple[VllmScorer, Any]:
+def open_reward(reward: RewardPart, settings: Vllm) -> tuple[ServerScorer, Any]:
     """A sequence classifier of one logit in a server of its own, and its tokenizer.
 
     The server's context is `reward.max_tokens`, or the model's own where that is shorter. Raises UserError for a model
@@ -131,8 +100,9 @@ def open_reward(reward: Reward, settings: Vllm) -> tuple[VllmScorer, Any]:
         connection = stack.enter_context(_connected(reward, settings, words))
         probe = tokenizer("Ja.", add_special_tokens=False)["input_ids"]
         pad = config.get_text_config().pad_token_id
-        close = stack.pop_all().close
-        return VllmScorer(close, connection, reward.model, probe, pad), tokenizer
+        scorer = ServerScorer(connection, reward.model, probe, pad)
+        _servers.append(weakref.finalize(scorer, stack.pop_all().close))
+        return scorer, tokenizer
 
 
 @contextmanager

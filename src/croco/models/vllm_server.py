@@ -70,7 +70,7 @@ def merge(policy: Policy, dtype: str, adapter: Path, folder: Path) -> Path:
         return folder
     from croco.models.loading import load_policy, quiet_loading
 
-    template = Path(policy.chat_template) if policy.chat_template else None
+    template = policy.template
     model, tokenizer = load_policy(
         policy.model,
         policy.revision,
@@ -129,6 +129,8 @@ def policy_words(policy: Policy, merged: Path | None) -> list[str]:
     if merged is not None:
         return ["--model", str(merged)] + (["--trust-remote-code"] if policy.trust_remote_code else [])
     template = ["--chat-template", policy.chat_template] if policy.chat_template else []
+    if policy.chat_template_kwargs:
+        template += ["--default-chat-template-kwargs", json.dumps(policy.chat_template_kwargs)]
     return model_words(policy) + template
 
 

@@ -164,7 +164,7 @@ def described(runtime: Runtime) -> str:
     try:
         ray = f"Ray {version('ray')}"
     except PackageNotFoundError:
-        ray = "Ray, which is not installed (croco[ray])"
+        ray = "Ray, which is not installed (pip install 'croco-tuning[ray]')"
     address = runtime.ray.address
     return f"{ray}, {many} on {'this machine' if address is None else f'the cluster at {address}'}"
 

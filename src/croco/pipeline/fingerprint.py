@@ -15,14 +15,14 @@ from croco.config.arms import Alignment, Origin
 from croco.config.checks import has_splits
 from croco.config.evaluation import VERSION as EUROEVAL_VERSION
 from croco.config.evaluation import Arena, Source
-from croco.config.models import Judge, Policy, Reward
+from croco.config.models import Causal, Judge, Model, Policy, Reward, RewardPart
 from croco.config.recipe import Evaluation, Prompts, Recipe
 from croco.errors import UserError
 from croco.lab import WORLD
 from croco.pipeline.arms import arm_of, num_completions, num_rounds_before, num_scored, sampled_languages
 from croco.pipeline.node import Given, Settings
 from croco.storage.files import read_json
-from croco.storage.hashing import file_identity, folder_identity, local_model, model_identity
+from croco.storage.hashing import file_identity, folder_identity, function_file, local_model, model_identity
 from croco.storage.rows import files_of, is_saved_dataset
 from croco.storage.seeds import digest as seed_digest
 
@@ -47,7 +47,7 @@ def prompts_settings(
     if source == "lab":
         return settings | {"source": Given(given, f"lab {WORLD}"), "split": section.split}
     settings |= {"id_column": section.id_column, "language_column": section.language_column}
-    settings |= section.model_dump(include={"columns", "language"}, exclude_defaults=True)
+    settings |= section.model_dump(include={"columns", "language", "system", "turns"}, exclude_defaults=True)
     codes = languages if section.by_language else [None]
     identities = {code: _source_identity(section.of(code), f"{key}.source") for code in codes}
     settings["source"] = Given(given, identities if section.by_language else identities[None])
@@ -96,49 +96,65 @@ def eval_translate_settings(recipe: Recipe, arm: str | None) -> Settings:
 
 
 def _translate_settings(recipe: Recipe, languages: Sequence[str]) -> Settings:
-    assert recipe.translate is not None
-    settings = recipe.translate.model_dump(
-        mode="json", exclude={"trust_remote_code", "evaluation", "revision"}
-    )
-    template = recipe.translate.chat_template
-    identity = model_identity(recipe.translate.model, recipe.translate.revision, "translate.model")
+    section = recipe.translate
+    assert section is not None
+    identity = given_model(section, "translate").identity
+    settings = section.model_dump(mode="json", exclude={"trust_remote_code", "evaluation", "revision"})
+    if not section.chat_template_kwargs:
+        del settings["chat_template_kwargs"]
     return settings | {
-        "model": Given(recipe.translate, identity),
-        "chat_template": file_identity(template, "translate.chat_template") if template else None,
-        "checks": sorted(recipe.translate.checks),
+        "model": Given(section, identity["model"]),
+        "chat_template": identity["chat_template"],
+        "checks": sorted(section.checks),
         "languages": sorted(languages),
     }
+
+
+def given_model(section: Model, key: str, **more: Any) -> Given:
+    """A section that names a model for a function to open; the fingerprint holds what its files are, and `more`."""
+    identity = more | {"dtype": section.dtype}
+    identity["model"] = model_identity(section.model, section.revision, f"{key}.model")
+    if isinstance(section, Causal):
+        template = section.chat_template
+        identity["chat_template"] = file_identity(template, f"{key}.chat_template") if template else None
+        if section.chat_template_kwargs:
+            identity["chat_template_kwargs"] = dict(section.chat_template_kwargs)
+    return Given(section, identity)
 
 
 def given_policy(policy: Policy, languages: Sequence[str], key: str = "policy") -> Given:
     """A policy that is prompted in these languages."""
     instruction = {code: text for code, text in sorted(policy.instruction.items()) if code in languages}
-    template = policy.chat_template
-    identity = {
-        "model": model_identity(policy.model, policy.revision, f"{key}.model"),
-        "dtype": policy.dtype,
-        "chat_template": file_identity(template, f"{key}.chat_template") if template else None,
-        "instruction": instruction,
-    }
-    return Given(policy.model_copy(update={"instruction": instruction}), identity)
+    return given_model(policy.model_copy(update={"instruction": instruction}), key, instruction=instruction)
 
 
-def given_reward(reward: Reward) -> Given:
-    identity = model_identity(reward.model, reward.revision, "reward.model")
-    check_one_logit(reward.model)
-    return Given(reward, {"model": identity, "dtype": reward.dtype, "max_tokens": reward.max_tokens})
+def given_reward(reward: Reward, key: str = "reward") -> Given:
+    first, *others = (_reward_part(part, key) for part in reward.parts)
+    return Given(reward, first | ({"also": others} if others else {}))
 
 
-def check_one_logit(model: str) -> None:
+def _reward_part(part: RewardPart, key: str) -> Settings:
+    weight: Settings = {} if part.weight == 1 else {"weight": part.weight}
+    if part.function is not None:
+        file = file_identity(str(function_file(part.function)), f"{key}.function")
+        return {"function": part.function.rpartition(":")[2], "source": file} | weight
+    given: Settings = given_model(part, key, max_tokens=part.max_tokens).identity
+    check_one_logit(part.model, key)
+    return given | weight
+
+
+def check_one_logit(model: str, key: str = "reward") -> None:
     """Raise UserError when a local reward model's config does not say one logit (without one it has two)."""
-    folder = local_model(model, "reward.model")
+    folder = local_model(model, f"{key}.model")
     if folder is not None:
         config = read_json(folder / "config.json")
-        labels = len(config["id2label"]) if "id2label" in config else int(config.get("num_labels", 2))
+        config = config if isinstance(config, dict) else {}
+        labels = config.get("id2label", config.get("num_labels", 2))
+        labels = len(labels) if isinstance(labels, dict | list) else labels
         if labels != 1:
-            raise UserError(
-                f"reward.model = '{model}' has {labels} logits, expected a sequence classifier with one"
-            )
+            causal = any(str(name).endswith("ForCausalLM") for name in config.get("architectures") or ())
+            found = "is a causal language model" if causal else f"has {labels} logits"
+            raise UserError(f"{key}.model = '{model}' {found}, expected a sequence classifier with one logit")
 
 
 def sample_settings(recipe: Recipe, arm: str | None) -> Settings:
@@ -186,17 +202,11 @@ def score_settings(recipe: Recipe, arm: str | None) -> Settings:
 
 
 def given_alignment(recipe: Recipe) -> Given:
-    assert isinstance(recipe.alignment, Alignment)  # where an arm's scorer is "alignment"
     section = recipe.alignment
+    assert isinstance(section, Alignment)  # where an arm's scorer is "alignment"
     codes = {code: section.codes.get(code) for code in sorted(recipe.run.languages)}
-    identity = {
-        "model": model_identity(section.model, section.revision, "alignment.model"),
-        "dtype": section.dtype,
-        "codes": codes,
-        "targets": section.targets,
-        "max_tokens": section.max_tokens,
-    }
-    return Given(section, identity)
+    more = {"codes": codes, "targets": section.targets, "max_tokens": section.max_tokens}
+    return given_model(section, "alignment", **more)
 
 
 def references_settings(recipe: Recipe, arm: str | None) -> Settings:
@@ -216,9 +226,8 @@ def pair_settings(recipe: Recipe, arm: str | None) -> Settings:
     if section.part:
         rules["part"] = section.part
     if section.guards.wrong_language != "off":
-        rules["evaluated"] = sorted(
-            recipe.run.evaluated
-        )  # a text in the wrong language may be in any of these
+        # a text in the wrong language may be in any of these
+        rules["evaluated"] = sorted(recipe.run.evaluated)
     return rules | {"seed": recipe.run.seed}
 
 
@@ -234,15 +243,16 @@ def train_settings(recipe: Recipe, arm: str | None) -> Settings:
 
 def evaluate_settings(recipe: Recipe, arm: str | None) -> Settings:
     evaluation = recipe.evaluation
-    temperatures = set(evaluation.temperatures) | (
-        set(evaluation.base_temperatures) if arm == "base" else set()
-    )
+    more = evaluation.base_temperatures if arm == "base" else ()
+    reward = recipe.evaluation_reward
     return {
         "policy": given_policy(recipe.policy, recipe.run.evaluated),
-        "temperatures": sorted(temperatures),
+        "temperatures": sorted({*evaluation.temperatures, *more}),
         "samples": evaluation.samples,
         "max_new_tokens": evaluation.max_new_tokens,
-        "reward": None if evaluation.source == "lab" else given_reward(recipe.reward),
+        "reward": given_reward(reward, "evaluation.reward" if evaluation.reward else "reward")
+        if reward
+        else None,
         "seed": recipe.run.seed,
     }
 
@@ -295,14 +305,8 @@ def arena_settings(recipe: Recipe, arm: str | None) -> Settings:
 
 def given_judge(judge: Judge | None) -> Given:
     assert judge is not None  # the recipe's checks saw to it
-    template = judge.chat_template
-    identity = {
-        "model": model_identity(judge.model, judge.revision, "judge.model"),
-        "dtype": judge.dtype,
-        "chat_template": file_identity(template, "judge.chat_template") if template else None,
-        "max_new_tokens": judge.max_new_tokens,
-    }
-    return Given(judge, identity)
+    drawn = {"temperature": judge.temperature} if judge.temperature else {}
+    return given_model(judge, "judge", max_new_tokens=judge.max_new_tokens, **drawn)
 
 
 def results_settings(recipe: Recipe, arm: str | None) -> Settings:

@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from croco.config.recipe import Recipe
 from croco.storage.hashing import digest
-from croco.storage.records import Science
+from croco.storage.records import Record, Science
 
 Settings = dict[str, Any]  # JSON values; `Given` where a stage needs more than its fingerprint holds
 Reference = tuple[str, str | None]  # a stage's name and its arm
@@ -41,7 +41,7 @@ def settings_identities(settings: Settings) -> Settings:
     return {name: value.identity if isinstance(value, Given) else value for name, value in settings.items()}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Stage:
     """One step of the pipeline; building one runs nothing and imports nothing."""
 
@@ -55,10 +55,14 @@ class Stage:
     reads_all: tuple[str, str] | None = None  # (unit, stage): it must account for every row of that input
     added: tuple[str, ...] = ()  # settings that the records of earlier versions lack
     check: str = ""  # like `function`: called with (recipe, say) before anything runs; may raise UserError
+    gives: tuple[str, ...] = ()  # folders of `makes` that are tables, which others read by these names
     makes: tuple[str, ...] = ()  # files and folders of its own in its folder, beside shards and ledger
 
+    def __repr__(self) -> str:
+        return f"Stage({self.name})"
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Node:
     """A stage for one arm, or shared (arm None), with the fingerprints of what it reads."""
 
@@ -68,6 +72,9 @@ class Node:
     settings: Settings
     inputs: Mapping[str, Node]
     not_recorded: tuple[str, ...] = ()  # settings that its record, of an earlier version, lacks
+
+    def __repr__(self) -> str:
+        return f"Node({self.title} in {self.folder})"
 
     @property
     def title(self) -> str:
@@ -91,3 +98,22 @@ class Node:
     @cached_property
     def fingerprint(self) -> str:
         return digest(self.science)
+
+
+def new_record(
+    node: Node, shard_prompts: int = 1, state: Literal["running", "removed"] = "running"
+) -> Record:
+    """The record of a stage that begins, or of one that is being removed."""
+    return {
+        "stage": node.stage.name,
+        "arm": node.arm,
+        "state": state,
+        "fingerprint": node.fingerprint,
+        "science": node.science,
+        "shard_prompts": shard_prompts,
+        "num_shards": None,
+        "counts": {},
+        "seconds": 0.0,
+        "starts": 1,
+        "facts": {},
+    }

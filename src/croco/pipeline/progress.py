@@ -28,6 +28,8 @@ class _Bar:
 class _Lines:
     """Counts, and from a thread of its own prints how far it is, whether or not anything moves."""
 
+    open = 0  # how many count now
+
     def __init__(self, title: str, total: int, unit: str, done: int) -> None:
         self.title, self.total, self.unit, self.done, self.first = title, total, unit, done, done
         self.began, self.ended = time.monotonic(), threading.Event()
@@ -47,6 +49,24 @@ class _Lines:
     def _print(self) -> None:
         while not self.ended.wait(LINE_SECONDS):
             print(self.line(time.monotonic() - self.began), file=sys.stderr, flush=True)
+
+
+@contextmanager
+def heartbeat(title: str) -> Iterator[None]:
+    """Where there is no terminal, a line now and then for work that counts nothing."""
+    ended, began = threading.Event(), time.monotonic()
+
+    def beat() -> None:
+        while not ended.wait(LINE_SECONDS):
+            if not _Lines.open:
+                print(f"{title}: since {duration(time.monotonic() - began)}", file=sys.stderr, flush=True)
+
+    if not sys.stderr.isatty():
+        threading.Thread(target=beat, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
 
 
 def duration(seconds: float) -> str:
@@ -69,9 +89,11 @@ def progress(title: str, total: int, unit: str, done: int = 0) -> Iterator[Progr
         return
     lines = _Lines(title, total, unit, done)
     lines.thread.start()
+    _Lines.open += 1
     try:
         yield lines
     finally:
+        _Lines.open -= 1
         lines.ended.set()
         lines.thread.join()
 

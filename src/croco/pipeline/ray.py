@@ -185,7 +185,7 @@ def join(runtime: Runtime) -> None:
         from ray.exceptions import RayError
     except ModuleNotFoundError as error:
         raise UserError(
-            f"runtime.executor = 'ray' needs {error.name}, which is not here: install croco[ray]"
+            f"runtime.executor = 'ray' needs {error.name}, which is not here: pip install 'croco-tuning[ray]'"
         ) from None
     if ray.is_initialized():
         return

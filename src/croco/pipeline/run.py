@@ -18,8 +18,8 @@ from croco.errors import UserError
 from croco.models import open
 from croco.pipeline import status
 from croco.pipeline.graph import known_stage, nodes
-from croco.pipeline.node import Node
-from croco.pipeline.stage import execute, lock, new_record, remove_scratch
+from croco.pipeline.node import Node, new_record
+from croco.pipeline.stage import execute, lock, remove_scratch
 from croco.pipeline.status import Status, status_of
 from croco.storage import files, records
 from croco.storage.hashing import canonical

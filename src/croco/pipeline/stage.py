@@ -23,8 +23,8 @@ import pyarrow as pa
 from croco.config.runtime import Runtime
 from croco.errors import StaleStage, UserError
 from croco.pipeline import status
-from croco.pipeline.node import Node, Settings, settings_values
-from croco.pipeline.progress import Progress, progress
+from croco.pipeline.node import Node, Settings, new_record, settings_values
+from croco.pipeline.progress import Progress, heartbeat, progress
 from croco.pipeline.status import WRONG, Status, status_of
 from croco.storage import files, provenance, records, seeds, shards
 from croco.storage.records import Record
@@ -130,7 +130,7 @@ class Work:
 
     @contextmanager
     def progress(self, total: int, unit: str, done: int = 0) -> Iterator[Progress]:
-        """A bar with rate and time left on a terminal, silence elsewhere; `.advance(n)` moves it."""
+        """A bar with rate and time left on a terminal, a line now and then elsewhere; `.advance(n)` moves it."""
         with progress(self.title, total, unit, done) as bar:
             yield bar
 
@@ -170,7 +170,7 @@ def execute(node: Node, runtime: Runtime, now: Status | None = None) -> Record:
     for before in node.inputs.values():
         try:
             status.mend_ledger(before)
-            status.check_contents(before)
+            shards.check_contents(before.folder)
         except UserError as error:
             raise StaleStage(status.stale_message([(before, Status("damaged", (str(error),)))])) from None
     record = _start(node, runtime, resume=now.kind == "unfinished")
@@ -179,7 +179,7 @@ def execute(node: Node, runtime: Runtime, now: Status | None = None) -> Record:
         folder=node.folder,
         settings=settings_values(node.settings),
         runtime=runtime.model_copy(update={"shard_prompts": record["shard_prompts"]}),
-        inputs={name: before.folder for name, before in node.inputs.items()},
+        inputs=_tables(node),
         table=TABLES[node.stage.table] if node.stage.table else None,
         title=node.title,
         record_file=cast(dict[str, Any], record),
@@ -187,12 +187,20 @@ def execute(node: Node, runtime: Runtime, now: Status | None = None) -> Record:
     module, _, name = node.stage.function.partition(":")
     started, earlier = time.monotonic(), record["seconds"]
     try:
-        getattr(import_module(module), name)(work)
+        with heartbeat(node.title):
+            getattr(import_module(module), name)(work)
     finally:
         record["seconds"] = round(earlier + time.monotonic() - started, 3)
         if node.folder.is_dir():
             records.write_record(node.folder, record)
     return _finish(node, record)
+
+
+def _tables(node: Node) -> dict[str, Path]:
+    """The folders of the tables that a node reads, by name."""
+    folders = {name: before.folder for name, before in node.inputs.items() if not before.stage.gives}
+    given = {name: before.folder / name for before in node.inputs.values() for name in before.stage.gives}
+    return folders | given
 
 
 def _start(node: Node, runtime: Runtime, resume: bool) -> Record:
@@ -210,23 +218,6 @@ def _start(node: Node, runtime: Runtime, resume: bool) -> Record:
     record.update(provenance.here())  # type: ignore[typeddict-item]
     records.write_record(node.folder, record)
     return record
-
-
-def new_record(node: Node, shard_prompts: int) -> Record:
-    """The record of a stage that begins."""
-    return {
-        "stage": node.stage.name,
-        "arm": node.arm,
-        "state": "running",
-        "fingerprint": node.fingerprint,
-        "science": node.science,
-        "shard_prompts": shard_prompts,
-        "num_shards": None,
-        "counts": {},
-        "seconds": 0.0,
-        "starts": 1,
-        "facts": {},
-    }
 
 
 def _finish(node: Node, record: Record) -> Record:

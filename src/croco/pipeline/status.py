@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from croco.errors import StaleStage, UserError
-from croco.pipeline.node import Node
+from croco.pipeline.node import Node, new_record
 from croco.storage import files, provenance, records, shards
+from croco.storage.hashing import digest
 from croco.storage.records import Record
 
 WRONG = ("stale", "damaged")
@@ -42,6 +43,10 @@ def status_of(node: Node, contents: bool = False) -> Status:
         return Status("damaged", (str(error),))
     if record["state"] == "removed":
         return Status("missing")
+    if record["fingerprint"] != digest(record["science"]):
+        return Status(
+            "damaged", (f"{node.folder / records.RECORD}: its fingerprint is not that of its settings",)
+        )
     if record["fingerprint"] != node.fingerprint:
         if record["state"] != "complete" and _nothing_made(node.folder):
             return Status("missing")  # it stopped at bad input, say: there is nothing to lose
@@ -51,7 +56,7 @@ def status_of(node: Node, contents: bool = False) -> Status:
     try:
         verify(node, record)
         if contents:
-            check_contents(node)
+            shards.check_contents(node.folder)
     except UserError as error:
         return Status("damaged", (str(error),))
     return Status("complete")
@@ -66,7 +71,7 @@ def _check_empty(node: Node) -> None:
         if not inside and not path.name.startswith("."):
             raise UserError(
                 f"{node.folder} holds '{path.name}' and no {records.RECORD}: croco has not made it, expected a new or "
-                f"empty folder for the stage {node.title} (see run.folder)"
+                f"empty folder for {node.title}"
             )
 
 
@@ -83,7 +88,11 @@ def _nothing_made(folder: Path) -> bool:
 
 def changes(record: Record, node: Node) -> list[str]:
     """Each field that changed since a stage was written, old → new."""
-    old, new = _flat(record["science"]), _flat(node.science)
+    science = node.science
+    # settings that its croco did not know yet are not what changed
+    unknown = {name for name in node.stage.added if name not in record["science"]["settings"]}
+    settings = {name: value for name, value in science["settings"].items() if name not in unknown}
+    old, new = _flat(record["science"]), _flat({**science, "settings": settings})
     lines = []
     for key in sorted(old.keys() | new.keys(), key=lambda k: (k.startswith("inputs."), k)):
         if old.get(key) != new.get(key):
@@ -112,7 +121,7 @@ def verify(node: Node, record: Record) -> dict[str, dict[str, int]]:
         return dict(record["counts"])
     finished = shards.shards(node.folder)
     indices = [shard.index for shard in finished]
-    if indices != list(range(record.get("num_shards") or 0)):
+    if indices != list(range(len(indices))) or len(indices) != record.get("num_shards"):
         raise UserError(
             f"{node.folder} holds {len(indices)} finished shards, expected {record.get('num_shards')}"
         )
@@ -128,25 +137,15 @@ def verify(node: Node, record: Record) -> dict[str, dict[str, int]]:
     return counts
 
 
-def check_contents(node: Node) -> None:
-    """Raise UserError when a file of a complete stage does not hold the bytes that were written."""
-    if node.stage.table:
-        for shard in shards.shards(node.folder):
-            shards.check_shard(shard, contents=True)
-    else:
-        for name, digest in records.read_record(node.folder).get("digests", {}).items():
-            files.check_digest(node.folder / name, digest)
-
-
 def mend_ledger(node: Node) -> bool:
     """Write the merged ledger of a complete stage again, from those of its shards, when it is gone or damaged."""
     if not node.stage.table:
         return False
     record, name = records.read_record(node.folder), "dropped.parquet"
-    digest = record.get("digests", {}).get(name)
+    content = record.get("digests", {}).get(name)
     try:
-        if digest is not None:
-            files.check_digest(node.folder / name, digest)
+        if content is not None:
+            files.check_digest(node.folder / name, content)
             return False
         if shards.num_rows(node.folder / name) == sum(record["counts"].get("dropped", {}).values()):
             return False
@@ -170,12 +169,7 @@ def clear(node: Node) -> None:
     that no stage makes, stay. A folder without a record is left alone."""
     if not os.path.lexists(node.folder / records.RECORD):
         return
-    record: Record = {
-        "stage": node.stage.name, "arm": node.arm, "state": "removed", "fingerprint": node.fingerprint,
-        "science": node.science, "shard_prompts": 1, "num_shards": None, "counts": {}, "seconds": 0, "starts": 1,
-        "facts": {},
-    }  # fmt: skip
-    records.write_record(node.folder, record)
+    records.write_record(node.folder, new_record(node, state="removed"))
     for path in node.folder.iterdir():
         if files.OURS.fullmatch(path.name) or path.name in node.stage.makes:
             files.remove(path)

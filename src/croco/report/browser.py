@@ -20,17 +20,8 @@ from croco.report.load_run import Run
 # deflated bytes of one kind; a third more in the page
 MAX_BYTES = {"pairs": 1_100_000, "comparisons": 700_000, "evaluations": 500_000, "left out": 250_000}
 COLUMNS = (
-    "arm",
-    "prompt",
-    "tags",
-    "languages",
-    "note",
-    "first",
-    "first text",
-    "second",
-    "second text",
-    "order",
-)
+    "arm", "prompt", "tags", "languages", "note", "first", "first text", "second", "second text", "order",
+)  # fmt: skip
 
 
 @dataclass

@@ -93,9 +93,12 @@ def forests(board: Board, arms: Sequence[str], scopes: Sequence[str]) -> list[Fo
             ])
             for scope in scopes
         ]  # fmt: skip
-        title = "Greedy" if temperature == 0 else f"Sampled at {temperature_name(temperature)}"
-        made.append(Forest(temperature, title, ticks, rows))
+        made.append(Forest(temperature, decoding_title(temperature), ticks, rows))
     return made
+
+
+def decoding_title(temperature: float) -> str:
+    return "Greedy" if temperature == 0 else f"Sampled at {temperature_name(temperature)}"
 
 
 def _mark(board: Board, scale: Axis, series: int, arm: str, difference: Interval) -> Mark:
@@ -126,15 +129,13 @@ def heats(
     titles: tuple[str, str] = ("Change from the base", "Level"),
 ) -> list[Heat]:
     """Change from the base, and level, of every arm in every group and language."""
-    groups = board.groups
-    columns = [("group", groups)] if groups else []
-    columns += [
-        (name, here)
-        for name, codes in members.items()
-        if (here := [c for c in codes if c in board.languages])
-    ]
     rest = [c for c in board.languages if not any(c in codes for codes in members.values())]
-    columns += [("other", rest)] if rest else []
+    blocks = {"group": board.groups, **members, "other": rest}
+    columns = [
+        (name, here)
+        for name, scopes in blocks.items()
+        if (here := [scope for scope in scopes if scope in board.scopes])
+    ]
     scopes = [scope for _, block in columns for scope in block]
     made = []
     differences = [abs(c.difference.value) for c in board.cells.values() if c.difference]

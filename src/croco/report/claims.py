@@ -15,6 +15,17 @@ from statistics import NormalDist
 
 from croco.config.study import BASE, Claim, Comparison, Study
 from croco.report.multi_seed import Pooled
+from croco.report.table import (
+    PERCENT,
+    POINTS,
+    SCORE_CHANGE,
+    Entry,
+    Number,
+    Part,
+    Table,
+    count_of,
+    temperature_name,
+)
 from croco.stages.evaluate.stats import ALPHA, Interval, holm
 
 HOLDS, FAILS, EQUIVALENT, OPEN = "holds", "does not hold", "equivalent", "not resolved"
@@ -103,12 +114,12 @@ def run_tests(comparison: Comparison, pooled: Pooled, equivalence: float) -> lis
                 rival = pooled.best(comparison.than, scope)
             metric = comparison.metric
             difference, error = pooled.difference(setting, rival, scope, metric)
-            tests.append(Test(
-                comparison, scope, temperature, rival, difference,
-                pooled.by_seed(setting, rival, scope, metric),
-                p_wanted(difference.value, error, comparison.want, comparison.margin),
-                abs(difference.value) + NormalDist().inv_cdf(1 - ALPHA) * error <= equivalence,
-            ))  # fmt: skip
+            p_value = p_wanted(difference.value, error, comparison.want, comparison.margin)
+            within = abs(difference.value) + NormalDist().inv_cdf(1 - ALPHA) * error <= equivalence
+            if not difference.known:  # too few prompts say nothing, in either direction
+                p_value, within = 0.5, False
+            by_seed = pooled.by_seed(setting, rival, scope, metric)
+            tests.append(Test(comparison, scope, temperature, rival, difference, by_seed, p_value, within))
     return tests
 
 
@@ -122,3 +133,65 @@ def p_wanted(value: float, error: float, want: str, margin: float) -> float:
     if error == 0:
         return 0.0 if distance > 0 else 1.0 if distance < 0 else 0.5
     return NormalDist().cdf(-distance / error)
+
+
+def claims_parts(judged: Mapping[str, Judged], equivalence: float) -> list[Part]:
+    """The verdicts, primary claims apart from secondary ones."""
+    parts = []
+    for secondary, name, title in (
+        (False, "claims", "Claim by claim"),
+        (True, "secondary", "Secondary claims"),
+    ):
+        family = [one for one in judged.values() if one.claim.secondary == secondary]
+        counted = sum(one.p_value is not None for one in family)
+        rows = [
+            [one.claim.says, one.verdict, "" if one.p_value is None else p_text(one.p_value)]
+            for one in family
+        ]
+        text = (
+            f"A claim holds, or does not, where all comparisons that it needs are significant that way, at 5 % after "
+            f"Holm's correction over {count_of(counted, 'claim')} (p in the table). It is equivalent where the "
+            f"90 % intervals lie within ± {equivalence:g}. The base is at its best temperature."
+        )
+        if rows:
+            parts.append(Part(name, title, [text], [Table(["claim", "in this study", "p"], rows, 2)]))
+    return parts
+
+
+def p_text(p_value: float) -> str:
+    """ "0.03", "< 0.001"."""
+    return "< 0.001" if p_value < 0.001 else f"{p_value:.2g}"
+
+
+def claim_part(name: str, judged: Judged, pooled: Mapping[str, Pooled]) -> Part:
+    """One claim: its comparisons, and why it came out so."""
+    claim, rows = judged.claim, list[list[Entry]]()
+    for test in judged.tests:
+        one, benchmark = test.comparison, pooled[test.comparison.benchmark]
+        share = benchmark.is_share or (one.metric or "").startswith("mode:")
+        unit = POINTS if share else SCORE_CHANGE
+        measure = (one.metric or benchmark.headline) + (
+            f", {one.benchmark}" if one.benchmark != "lab" else ""
+        )
+        rows.append([
+            one.arm, f"{test.rival[0]} ({temperature_name(test.rival[1])})", measure, test.scope,
+            temperature_name(test.temperature), Number(test.difference, unit), ", ".join(map(unit.text, test.by_seed)),
+            one.want + (f" by {PERCENT.text(one.margin)}" if one.margin and share else ""),
+            p_text(min(1.0, 2 * min(test.p_wanted, 1 - test.p_wanted))), "yes" if test.equivalent else "",
+        ])  # fmt: skip
+    head = [
+        "arm",
+        "than",
+        "measure",
+        "on",
+        "decoding",
+        "difference",
+        "each seed",
+        "claimed",
+        "p",
+        "equivalent",
+    ]
+    verdict = f"**{judged.verdict[0].upper()}{judged.verdict[1:]}**"
+    rule = f" ({claim.need} of {len(rows)} comparisons are needed; p of a row is not corrected)."
+    text = [verdict + (f": {claim.not_testable}" if claim.not_testable else rule)]
+    return Part(f"claim-{name}", claim.says, [*text, *filter(None, [claim.why])], [Table(head, rows, 5)])

@@ -16,9 +16,9 @@ import polars as pl
 
 from croco.config.recipe import Recipe
 from croco.errors import UserError
-from croco.pipeline.graph import eval_prompts_of
+from croco.pipeline.inputs import eval_prompts_of
 from croco.report.load_run import read_recipe, require
-from croco.report.scores import ARENA, Board, Cell, board_of, boards
+from croco.report.scores import ARENA, Board, Cell, Key, board_of, boards
 from croco.report.table import count_of, enumerate_words, temperature_name
 from croco.stages.evaluate.results import BASE, GROUPS, language_groups, on_common_prompts, summarise
 from croco.storage.seeds import digest
@@ -68,17 +68,29 @@ def compare(first: Path, second: Path) -> Comparison:
         require(folder, [eval_prompts_of(recipe)[0], "evaluate/base", *(f"evaluate/{arm}" for arm in arms)])
     frames = [_values(folder, [BASE, *arms]) for folder in folders]
     texts = [_texts(folder, recipe) for folder, recipe in zip(folders, recipes, strict=True)]
-    frames, said = _shared(names, frames, texts)
+    frames, left_out = _shared(names, frames, texts)
     groups, unlike = _groups(recipes)
-    notes += [*said, *unlike]
-    found, firsts = [], {}
+    notes += [*left_out, *unlike]
+    cells: dict[str, dict[Key, Cell]] = {}
+    firsts: dict[tuple[str, str, float, str], Cell] = {}
     for arm in [BASE, *arms]:
-        part, values = _boards_of(arm, frames, groups, recipes[0])
-        found.append(part)
-        firsts.update(values)
+        shown = UNTUNED if arm == BASE else arm
+        # the first run stands where the base does
+        sides = zip(frames, (BASE, shown), strict=True)
+        rows = pl.concat(
+            [side.filter(pl.col("arm") == arm).with_columns(arm=pl.lit(name)) for side, name in sides]
+        )
+        results = summarise(rows, groups, recipes[0].run.seed, recipes[0].evaluation.bootstrap)
+        for board in boards(results, [shown], recipes[0].run.evaluated):
+            for (name, temperature, scope), cell in board.cells.items():
+                if name == shown:
+                    cells.setdefault(board.benchmark, {})[name, temperature, scope] = cell
+                else:
+                    firsts[board.benchmark, shown, temperature, scope] = cell
     codes = [code for code in recipes[0].run.evaluated if code in recipes[1].run.evaluated]
-    shown = [*arms, UNTUNED]
-    return Comparison(names, _settings(recipes), notes, shown, _merged(found, shown, codes), firsts, groups)
+    names_of_arms = [*arms, UNTUNED]
+    merged = [board_of(benchmark, of, names_of_arms, codes, {}) for benchmark, of in cells.items()]
+    return Comparison(names, _settings(recipes), notes, names_of_arms, merged, firsts, groups)
 
 
 def _names(folders: Sequence[Path], recipes: Sequence[Recipe]) -> tuple[str, str]:
@@ -156,15 +168,11 @@ def _shared(
 ) -> tuple[list[pl.DataFrame], list[str]]:
     """The verdicts on what both runs have, prompts in the same words; and sentences on what only one has."""
     notes = []
-    for column, word in (
-        ("benchmark", "benchmark"),
-        ("temperature", "temperature"),
-        ("language", "language"),
-    ):
+    for column in ("benchmark", "temperature", "language"):
         sets = [frame[column].unique().sort().to_list() for frame in frames]
         if column == "temperature":
             sets = [[temperature_name(value) for value in values] for values in sets]
-        notes += _only(names, word, sets)
+        notes += _only(names, column, sets)
     same = texts[0].join(texts[1], on=[*_PROMPT, "words"], how="semi").unique(_PROMPT)
     reworded = texts[0].join(texts[1], on=_PROMPT, how="semi").join(same, on=_PROMPT, how="anti").height
     kept: list[list[pl.DataFrame]] = [[], []]
@@ -212,33 +220,3 @@ def _groups(recipes: Sequence[Recipe]) -> tuple[dict[str, list[str]], list[str]]
     return same, [
         f"Not the same languages in both runs, so not compared as a group: {enumerate_words(unlike)}."
     ]
-
-
-def _boards_of(
-    arm: str, frames: Sequence[pl.DataFrame], groups: Mapping[str, Sequence[str]], recipe: Recipe
-) -> tuple[list[tuple[str, dict[tuple[str, float, str], Cell]]], dict[tuple[str, str, float, str], Cell]]:
-    """One arm of the second run against the same arm of the first, per benchmark."""
-    shown = UNTUNED if arm == BASE else arm
-    sides = [frame.filter(pl.col("arm") == arm) for frame in frames]
-    verdicts = pl.concat([sides[0].with_columns(arm=pl.lit(BASE)), sides[1].with_columns(arm=pl.lit(shown))])
-    results = summarise(verdicts, groups, recipe.run.seed, recipe.evaluation.bootstrap)
-    found, firsts = [], {}
-    for board in boards(results, [shown], recipe.run.evaluated):
-        found.append((board.benchmark, {key: cell for key, cell in board.cells.items() if key[0] == shown}))
-        firsts.update({
-            (board.benchmark, shown, t, scope): cell for (who, t, scope), cell in board.cells.items() if who == BASE
-        })  # fmt: skip
-    return found, firsts
-
-
-def _merged(
-    parts: Sequence[list[tuple[str, dict[tuple[str, float, str], Cell]]]],
-    arms: Sequence[str],
-    codes: Sequence[str],
-) -> list[Board]:
-    """The arms' cells as one board per benchmark."""
-    cells: dict[str, dict[tuple[str, float, str], Cell]] = {}
-    for part in parts:
-        for benchmark, of in part:
-            cells.setdefault(benchmark, {}).update(of)
-    return [board_of(benchmark, of, arms, codes, {}) for benchmark, of in cells.items()]

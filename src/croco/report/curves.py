@@ -134,44 +134,35 @@ def value_panel(title: str, series: Mapping[str, Sequence[tuple[float, Interval]
 
 def panels(metrics: Mapping[str, Sequence[Mapping[str, Any]]], titles: Mapping[str, str]) -> list[Panel]:
     """A panel for every metric that some arm has; the sentinel's marks stand in all of them."""
-    steps = [line["step"] for lines in metrics.values() for line in lines if "step" in line]
+    last_step = max(
+        (line["step"] for lines in metrics.values() for line in lines if "step" in line), default=0
+    )
+    across = Axis(0, last_step, axis([0, last_step], num_ticks=4).ticks)
+    columns = [(across.place(tick), _tick(tick)) for tick in across.ticks if 0 <= tick <= last_step]
+    marks = [
+        (across.place(step), series, f"{arm}, step {step}: {text}")
+        for series, arm, step, text in sentinel(metrics)
+    ]
     made = []
     for column, title in titles.items():
-        values = [
-            float(line[column]) for lines in metrics.values() for line in lines if _finite(line.get(column))
-        ]
-        if not values:
+        points = {
+            arm: [(line["step"], line.get("split", "train"), float(line[column])) for line in lines
+                  if _finite(line.get(column))]
+            for arm, lines in metrics.items()
+        }  # fmt: skip
+        if not any(points.values()):
             continue
-        across = Axis(0, max(steps), axis([0, max(steps)], num_ticks=4).ticks)
-        up = axis(values, with_zero=False, num_ticks=4)
+        up = axis([value for of in points.values() for *_, value in of], with_zero=False, num_ticks=4)
         curves = []
-        for series, (arm, lines) in enumerate(metrics.items()):
-            points = {
-                split: [
-                    (across.place(line["step"]), 100 - up.place(line[column]))
-                    for line in lines
-                    if _finite(line.get(column))
-                    and (line.get("split", "train") == "train") == (split == "train")
-                ]
-                for split in ("train", "validation")
-            }
-            last = next((line[column] for line in reversed(lines) if _finite(line.get(column))), None)
-            if last is not None:
-                path = _line(points["train"]) if points["train"] else ""
-                curves.append(
-                    Curve(series, arm, path, points["validation"], f"{last:.3g}".replace("-", MINUS))
-                )
-        marks = [(across.place(step), series, f"{arm}, step {step}: {text}")
-                 for series, arm, step, text in sentinel(metrics)]  # fmt: skip
-        rows = [(100 - up.place(tick), _tick(tick)) for tick in up.ticks]
+        for series, (arm, of) in enumerate(points.items()):
+            places = [(across.place(step), 100 - up.place(value), split) for step, split, value in of]
+            line = [(x, y) for x, y, split in places if split == "train"]
+            dots = [(x, y) for x, y, split in places if split == "validation"]
+            if of:
+                last = f"{of[-1][2]:.3g}".replace("-", MINUS)
+                curves.append(Curve(series, arm, _line(line) if line else "", dots, last))
         made.append(
-            Panel(
-                title,
-                curves,
-                rows,
-                [(across.place(t), _tick(t)) for t in across.ticks if 0 <= t <= across.high],
-                marks,
-            )
+            Panel(title, curves, [(100 - up.place(tick), _tick(tick)) for tick in up.ticks], columns, marks)
         )
     return made
 

@@ -1,4 +1,4 @@
-"""Results that are no board: what to think of the arena's judge, and the metrics of structured tasks (EuroEval).
+"""Results beside the scores: modes, languages, what to think of the arena's judge, structured tasks (EuroEval).
 
 Nothing is averaged here: a correlation and an accuracy have no common mean, so every metric keeps its own line.
 """
@@ -12,9 +12,20 @@ import polars as pl
 
 from croco import languages
 from croco.config.evaluation import VERSION
+from croco.languages import RIGHT
 from croco.report.load_run import Run
-from croco.report.scores import ARENA, Board, mark_best, metrics_of
-from croco.report.table import POINTS, SHARE, Entry, Number, Table, Unit, scope_name
+from croco.report.scores import ARENA, Board, Key, mark_best, metrics_of
+from croco.report.table import (
+    PERCENT,
+    POINTS,
+    SHARE,
+    Entry,
+    Number,
+    Table,
+    Unit,
+    scope_name,
+    temperature_name,
+)
 from croco.stages.evaluate.results import BASE, GROUPS, headline
 
 TASK = Unit(digits=1)
@@ -52,6 +63,46 @@ def _of_all_languages(
         if arm in of and any(metric in of[arm] for metric in columns)
     ]
     return Table(["arm", *(units[metric][0] for metric in columns)], rows) if rows else None
+
+
+def mode_shares(board: Board) -> dict[Key, dict[str, float]]:
+    """The share of each mode, by (arm, temperature, language or group)."""
+    return {
+        key: {m.removeprefix("mode:"): i.value for m, (i, _) in of.items() if m.startswith("mode:")}
+        for key, of in board.metrics.items()
+        if any(metric.startswith("mode:") for metric in of)
+    }
+
+
+def modes_table(board: Board) -> Table:
+    """Where the mass went: percent of completions in each mode, per group."""
+    shares = mode_shares(board)
+    modes = sorted({mode for of in shares.values() for mode in of})
+    rows: list[list[Entry]] = [
+        [
+            arm,
+            temperature_name(t),
+            scope,
+            *(PERCENT.text(shares.get((arm, t, scope), {}).get(m, 0.0)) for m in modes),
+        ]
+        for arm, t in board.settings
+        for scope in board.main_groups
+    ]
+    return Table(["arm", "decoding", "group", *modes], rows, 3)
+
+
+def fidelity_table(board: Board) -> Table | None:
+    """The share of completions in the right language, of the prompts with one whose language could be told."""
+    rows: list[list[Entry]] = []
+    for arm, t in board.settings:
+        row: list[Entry] = [arm, temperature_name(t)]
+        for scope in board.groups:
+            share, cell = board.metrics.get((arm, t, scope), {}).get(RIGHT), board.cell(arm, t, scope)
+            row.append(
+                Number(share[0], SHARE, n=f"{share[1]} of {cell.num_prompts}") if share and cell else None
+            )
+        rows += [row] if any(row[2:]) else []
+    return Table(["arm", "decoding", *board.groups], rows, 2) if rows else None
 
 
 def costs(run: Run) -> list[tuple[str, str]]:

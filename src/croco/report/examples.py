@@ -14,8 +14,9 @@ from typing import Any
 import polars as pl
 
 from croco.pipeline.arms import samples_of
-from croco.pipeline.graph import eval_prompts_of, prompts_of
+from croco.pipeline.inputs import eval_prompts_of, prompts_of
 from croco.report.load_run import Run
+from croco.report.table import MINUS, temperature_name
 from croco.stages.evaluate.results import BASE
 from croco.storage import shards
 from croco.storage.lookup import gather, locate
@@ -25,6 +26,8 @@ MAX_ROWS = 10_000  # of one kind
 _CHUNK = 500
 _PAIR = ("prompt_id", "language", "pair_id")
 _PROMPT = ("prompt_id", "language")
+_ANSWER = (*_PROMPT, "temperature", "sample_id", "benchmark")
+NOTHING = pl.DataFrame(schema={"arm": pl.String})
 
 
 @dataclass(frozen=True)
@@ -47,38 +50,31 @@ def kinds_of(run: Run) -> dict[str, tuple[dict[str, str], int, Iterable[Row]]]:
     pairs, comparisons = _located(run, "pair", _PAIR), _located(run, "arena", _PROMPT)
     evaluations, left_out = _evaluated(run), _left_out(run)
     return {
-        "pairs": (
-            {"title": "Pairs", "tag": "Flag", "order": "Score gap"},
-            pairs.height,
-            _pairs(run, pairs),
-        ),
+        "pairs": (_about("Pairs", "Flag", "Score gap"), pairs.height, _pairs(run, pairs)),
         "comparisons": (
-            {"title": "Judged comparisons", "tag": "Verdict", "order": ""},
-            comparisons.height,
-            _comparisons(run, comparisons),
+            _about("Judged comparisons", "Verdict"), comparisons.height, _comparisons(run, comparisons),
         ),
-        "evaluations": (
-            {"title": "Test completions", "tag": "Outcome", "order": ""},
-            evaluations.height,
-            _evaluations(run, evaluations),
-        ),
-        "left out": (
-            {"title": "Left out", "tag": "Reason", "order": ""},
-            left_out.height,
-            _losses(run, left_out),
-        ),
-    }
+        "evaluations": (_about("Test completions", "Outcome"), evaluations.height, _evaluations(run, evaluations)),
+        "left out": (_about("Left out", "Reason"), left_out.height, _losses(run, left_out)),
+    }  # fmt: skip
+
+
+def _about(title: str, tag: str, order: str = "") -> dict[str, str]:
+    return {"title": title, "tag": tag, "order": order}
 
 
 def _located(run: Run, stage: str, key: Sequence[str]) -> pl.DataFrame:
     """Where an arm's rows lie, for all arms that have them."""
-    folders = {arm: run.folder / stage / arm for arm in run.recipe.arms}
     parts = [
         locate(folder, key).with_columns(arm=pl.lit(arm))
-        for arm, folder in folders.items()
-        if (folder / "stage.json").is_file() and shards.shards(folder)
+        for arm in run.recipe.arms
+        if _has_rows(folder := run.folder / stage / arm)
     ]
-    return pl.concat(parts) if parts else pl.DataFrame(schema={"arm": pl.String})
+    return pl.concat(parts) if parts else NOTHING
+
+
+def _has_rows(folder: Path) -> bool:
+    return (folder / "stage.json").is_file() and bool(shards.shards(folder))
 
 
 def _spread(rows: pl.DataFrame, key: Sequence[str]) -> Iterator[tuple[str, pl.DataFrame]]:
@@ -101,26 +97,20 @@ def _pairs(run: Run, found: pl.DataFrame) -> Iterator[Row]:
     ))  # fmt: skip
     for arm, block in _spread(found, _PAIR):
         texts = gather(run.folder / "pair" / arm, block, _PAIR, columns)
-        for (prompt_id, language), row in zip(
-            block.select(*_PROMPT).iter_rows(), texts.iter_rows(named=True), strict=True
-        ):
+        prompts = block.select(*_PROMPT).iter_rows()
+        for (prompt_id, language), row in zip(prompts, texts.iter_rows(named=True), strict=True):
             sides = [name for name in ("chosen", "rejected") if row[name] is not None]
             scores = [row[f"{name}_score"] for name in sides]
             gap = scores[0] - scores[1] if len(sides) == 2 and None not in scores else None
             pool = f"pool of {row['pool_size']}"
             if row["pool_mean"] is not None:
                 pool += f", mean {_number(row['pool_mean'])}, std {_number(row['pool_std'])}"
+            codes = dict.fromkeys(row[f"{name}_language"] for name in sides)
             yield Row(
-                arm,
-                prompt_id,
-                language,
-                row["messages"],
-                list(row["flags"]),
-                _others(language, [row[f"{name}_language"] for name in sides]),
-                pool,
-                [(_pair_caption(row, name), row[name]) for name in sides],
-                None if gap is None else round(gap, 3),
-            )
+                arm, prompt_id, language, row["messages"], list(row["flags"]),
+                [code for code in codes if code and code != language], pool,
+                [(_pair_caption(row, name), row[name]) for name in sides], None if gap is None else round(gap, 3),
+            )  # fmt: skip
 
 
 def _pair_caption(row: Mapping[str, Any], name: str) -> str:
@@ -144,9 +134,8 @@ def _comparisons(run: Run, found: pl.DataFrame) -> Iterator[Row]:
     messages = _messages(run.folder / "arena-prompts") or _messages(_eval_prompts(run))
     for arm, block in _spread(found, _PROMPT):
         texts = gather(run.folder / "arena" / arm, block, _PROMPT, columns)
-        for (prompt_id, language), row in zip(
-            block.select(*_PROMPT).iter_rows(), texts.iter_rows(named=True), strict=True
-        ):
+        prompts = block.select(*_PROMPT).iter_rows()
+        for (prompt_id, language), row in zip(prompts, texts.iter_rows(named=True), strict=True):
             verdicts = {shown: row[f"verdict_{order}"] for shown, order in orders.items()}
             outcome = {1.0: f"{arm} wins", 0.0: "base wins"}.get(row["value"], "tie")
             if len(set(verdicts.values())) > 1:
@@ -155,56 +144,48 @@ def _comparisons(run: Run, found: pl.DataFrame) -> Iterator[Row]:
                 outcome = "tie: the same text"
             names = {"arm": arm, "base": BASE, "tie": "tie"}
             note = "; ".join(f"{arm} {shown}: {names.get(v, v)}" for shown, v in verdicts.items())
-            said = [f"{arm} {shown}: {row[f'judgement_{order}']}" for shown, order in orders.items()
-                    if row[f"judgement_{order}"]]  # fmt: skip
+            note += "".join(
+                f"\n\nThe judge, {arm} {shown}: {words}"
+                for shown, order in orders.items()
+                if (words := row[f"judgement_{order}"])
+            )
             yield Row(
                 arm, prompt_id, language, messages.get((prompt_id, language)),
                 [outcome, *([row["domain"]] if row["domain"] else [])], [],
-                note + "".join(f"\n\nThe judge, {text}" for text in said),
-                [(BASE, row["base_completion"]), (arm, row["completion"])], None,
+                note, [(BASE, row["base_completion"]), (arm, row["completion"])], None,
             )  # fmt: skip
 
 
 def _evaluated(run: Run) -> pl.DataFrame:
     """The keys of what an arm and the base both answered, the first sample of each."""
-    key = ["prompt_id", "language", "temperature", "sample_id", "benchmark"]
-    parts = []
-    for arm in (BASE, *run.recipe.arms):
-        folder = run.folder / "evaluate" / arm
-        if (folder / "stage.json").is_file() and shards.shards(folder):
-            parts.append(locate(folder, key).filter(pl.col("sample_id") == 0).with_columns(arm=pl.lit(arm)))
-        elif arm == BASE:
-            break
-    if len(parts) < 2:
-        return pl.DataFrame(schema={"arm": pl.String})
-    base = parts[0].select(*key, pl.col("shard").alias("base_shard"))
-    return pl.concat(parts[1:]).join(base, on=key, how="inner")
+    folder = run.folder / "evaluate" / BASE
+    arms = _located(run, "evaluate", _ANSWER)
+    if arms.is_empty() or not _has_rows(folder):
+        return NOTHING
+    base = locate(folder, _ANSWER).select(*_ANSWER, base_shard="shard")
+    return arms.filter(pl.col("sample_id") == 0).join(base, on=list(_ANSWER), how="inner")
 
 
 def _evaluations(run: Run, found: pl.DataFrame) -> Iterator[Row]:
     if found.is_empty():
         return
-    key = ["prompt_id", "language", "temperature", "sample_id", "benchmark"]
-    columns = ("completion", "mode", "value", "finish_reason")
+    columns = ("completion", "mode", "value")
     messages = _messages(_eval_prompts(run))
-    for arm, block in _spread(found, key):
-        tuned = gather(run.folder / "evaluate" / arm, block, key, columns)
-        base = gather(run.folder / "evaluate" / BASE, block.with_columns(shard="base_shard"), key, columns)
-        for name, before, after in zip(
-            block.select(*key).iter_rows(),
-            base.iter_rows(named=True),
-            tuned.iter_rows(named=True),
-            strict=True,
-        ):
+    for arm, block in _spread(found, _ANSWER):
+        tuned = gather(run.folder / "evaluate" / arm, block, _ANSWER, columns)
+        base = gather(
+            run.folder / "evaluate" / BASE, block.with_columns(shard="base_shard"), _ANSWER, columns
+        )
+        rows = (block.select(*_ANSWER).iter_rows(), base.iter_rows(named=True), tuned.iter_rows(named=True))
+        for name, before, after in zip(*rows, strict=True):
             change = after["value"] - before["value"]
-            outcome = "better" if change > 0 else "worse" if change < 0 else "same"
-            decoding = "greedy" if name[2] == 0 else f"T = {name[2]:g}"
+            outcome = "same as" if change == 0 else f"{'better' if change > 0 else 'worse'} than"
             sides = [
                 (f"{who}: {row['mode'].replace('-', ' ')}, value {_number(row['value'])}", row["completion"])
                 for who, row in ((BASE, before), (arm, after))
             ]
-            tags = [f"{outcome} than the base" if outcome != "same" else "same as the base"]
-            tags.append(f"{before['mode']} → {after['mode']}".replace("-", " "))
+            tags = [f"{outcome} the base", f"{before['mode']} → {after['mode']}".replace("-", " ")]
+            decoding = temperature_name(name[2])
             yield Row(arm, name[0], name[1], messages.get(name[:2]), tags, [], decoding, sides, None)
 
 
@@ -216,7 +197,7 @@ def _left_out(run: Run) -> pl.DataFrame:
         if (run.folder / title / "dropped.parquet").is_file():
             rows = shards.read_dropped(run.folder / title).filter(pl.col("unit") != "flag")
             parts.append(rows.with_columns(stage=pl.lit(stage), arm=pl.lit(arm or "all arms")))
-    return pl.concat(parts) if parts else pl.DataFrame(schema={"arm": pl.String})
+    return pl.concat(parts) if parts else NOTHING
 
 
 def _losses(run: Run, found: pl.DataFrame) -> Iterator[Row]:
@@ -262,9 +243,5 @@ def _messages(folder: Path) -> dict[tuple[str, str], Any]:
     return {(prompt_id, language): messages for prompt_id, language, messages in rows.iter_rows()}
 
 
-def _others(language: str, codes: Sequence[str | None]) -> list[str]:
-    return [code for code in dict.fromkeys(codes) if code and code != language]
-
-
 def _number(value: float, places: int = 2, sign: str = "-") -> str:
-    return f"{value:{sign}.{places}f}".replace("-", "\u2212")
+    return f"{value:{sign}.{places}f}".replace("-", MINUS)

@@ -12,14 +12,14 @@ from croco.report import diagnostics
 from croco.report.compare import Comparison
 from croco.report.load_run import Run, read_results
 from croco.report.render import latex, markdown, terminal
-from croco.report.scores import (  # fmt: skip
+from croco.report.scores import (
     Board,
     arena_board,
     arms_table,
     boards,
     language_sentence,
     mark_best,
-    modes_table,
+    scorer_of,
     sentence,
 )
 from croco.report.table import Entry, Number, Table, temperature_name
@@ -28,7 +28,7 @@ from croco.stages.evaluate.results import language_groups
 
 def _boards(run: Run) -> tuple[list[Board], Board | None]:
     arms, codes = run.recipe.evaluated_arms, run.recipe.run.evaluated
-    return boards(run.results, arms, codes), arena_board(run.results, arms, codes)
+    return boards(run.results, arms, codes, scorer_of(run.recipe)), arena_board(run.results, arms, codes)
 
 
 def _tasks(run: Run) -> Table | None:
@@ -106,7 +106,7 @@ def results_markdown(run_folder: Path) -> str:
             f"({', '.join(best)}):\n",
             markdown(arms_table(board, board.groups, ("difference", "to_best"), base=False)),
             markdown(arms_table(board, board.languages)),
-            f"Percent of completions in each mode:\n\n{markdown(modes_table(board))}",
+            f"Percent of completions in each mode:\n\n{markdown(diagnostics.modes_table(board))}",
         ]
     if arena:
         parts += [

@@ -5,6 +5,7 @@ stage. Texts are `browser.py`'s. Nothing is drawn or worded here.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -129,40 +130,49 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 def steps_of(folder: Path, recipe: Recipe, stages: Mapping[str, Mapping[str, Any]]) -> list[Step]:
     """The account of every stage from prompts to training, as far as it is recorded."""
-    shared = [name for name in ("prompts", "translate", "sample", "score") if name in stages]
-    own = [
-        f"{stage}/{arm}"
-        for arm in recipe.arms
-        for stage in ("sample", "score", "pair", "train")
-        if f"{stage}/{arm}" in stages
+    titles = ["prompts", "translate", "sample", "score"]
+    titles += [f"{stage}/{arm}" for arm in recipe.arms for stage in ("sample", "score", "pair", "train")]
+    return [
+        _step(folder / title, *title.partition("/")[::2], stages[title])
+        for title in titles
+        if title in stages
     ]
-    return [_step(folder / title, *title.partition("/")[::2], stages[title]) for title in [*shared, *own]]
 
 
 def _step(folder: Path, stage: str, arm: str, made: Mapping[str, Any]) -> Step:
-    counts = made["counts"]
+    read, written, ledger = _account(folder, made)
     reasons: dict[str, list[tuple[str, int]]] = {}
-    if (folder / "dropped.parquet").is_file():
-        # a reason's details, after its colon, are for the ledger; those of a flag say which completion it marks
-        kind = (
-            pl.when(pl.col("unit") == "flag")
-            .then("reason")
-            .otherwise(pl.col("reason").str.split(": ").list.first())
-        )
-        ledger = shards.read_dropped(folder).with_columns(kind.alias("reason"))
-        for unit, reason, count in (
-            ledger.group_by("unit", "reason")
-            .len()
-            .sort("len", "reason", descending=[True, False])
-            .iter_rows()
-        ):
-            reasons.setdefault(unit, []).append((reason, int(count)))
-    flows = [
-        Flow(unit, int(read), int(counts.get("written", {}).get(unit, 0)), reasons.get(unit, []))
-        for unit, read in counts.get("read", {}).items()
-    ]
-    pairs = int(counts.get("written", {}).get("pair", 0)) if stage == "pair" else None
+    # a reason's details, after its colon, are for the ledger; those of a flag say which completion it marks
+    reason = pl.col("reason")
+    short = pl.when(pl.col("unit") == "flag").then(reason).otherwise(reason.str.split(": ").list.first())
+    counted = ledger.group_by("unit", short.alias("reason")).len()
+    for unit, words, count in counted.sort("len", "reason", descending=[True, False]).iter_rows():
+        reasons.setdefault(unit, []).append((words, int(count)))
+    flows = [Flow(unit, int(n), int(written.get(unit, 0)), reasons.get(unit, [])) for unit, n in read.items()]
+    pairs = int(written.get("pair", 0)) if stage == "pair" else None
     return Step(stage, arm, flows, pairs, reasons.get("flag", []))
+
+
+def _account(folder: Path, made: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, int], pl.DataFrame]:
+    """What a stage read and wrote by unit, and its ledger; of one that is not complete, that of its finished shards."""
+    nothing = pl.DataFrame(schema={"unit": pl.String, "reason": pl.String})
+    if made["state"] == "complete":
+        there = (folder / "dropped.parquet").is_file()
+        counts = made["counts"]
+        return (
+            counts.get("read", {}),
+            counts.get("written", {}),
+            shards.read_dropped(folder) if there else nothing,
+        )
+    finished = shards.shards(folder)
+    read, written = Counter[str](), Counter[str]()
+    for shard in finished:
+        read.update(shard.read)
+        written.update(shard.written)
+    ledgers = [
+        shards.read_parquet(shard.ledger).select("unit", "reason") for shard in finished if shard.dropped
+    ]
+    return read, written, pl.concat([nothing, *ledgers])
 
 
 def scores_of(run: Run, arm: str) -> pl.DataFrame:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from croco.errors import UserError
 from croco.stages.evaluate.results import BASE, headline
-from croco.stages.evaluate.stats import Interval, bootstrap_seeds, percentiles, resampled_means
+from croco.stages.evaluate.stats import Interval, bootstrap_seeds, of_enough, percentiles, resampled_means
 from croco.storage.shards import read_table
 
 COLUMNS = ["arm", "prompt_id", "language", "temperature", "benchmark", "mode", "value"]
@@ -84,7 +84,8 @@ class Pooled:
         values = self.of(one, scope, metric) - self.of(other, scope, metric)
         resampled = resampled_means(values, 0, self.resamples)
         low, high = percentiles(resampled)
-        return Interval(float(values.mean()), float(low), float(high)), float(resampled.std())
+        interval = Interval(float(values.mean()), float(low), float(high))
+        return of_enough(interval, values.shape[1]), float(resampled.std())
 
     def by_seed(self, one: Setting, other: Setting, scope: str, metric: str | None = None) -> list[float]:
         """The difference in every seed alone, (S,)."""
@@ -136,11 +137,8 @@ def _pooled(
     if common.is_empty():
         raise UserError(f"no prompt of '{benchmark}' was evaluated in every arm under every seed")
     cells = cells.join(common, on=prompt)
-    prompts, codes = (
-        common["prompt_id"].unique().sort().to_list(),
-        common["language"].unique().sort().to_list(),
-    )
-    languages = [code for code in groups["all"] if code in codes]
+    prompts = common["prompt_id"].unique().sort().to_list()
+    languages = [code for code in groups["all"] if code in common["language"]]
     values = np.full((num_seeds, len(settings), len(prompts), len(languages), len(metrics)), np.nan)
     places = [
         cells["seed"].to_numpy(),

@@ -18,7 +18,7 @@ from croco.pipeline.stage import Work
 from croco.report import sections
 from croco.report.browser import browse, packed
 from croco.report.load_run import Run, read_run
-from croco.report.scores import boards
+from croco.report.scores import boards, scorer_of
 from croco.report.table import count_of, numbers, scope_name
 from croco.storage.files import write_text
 
@@ -36,11 +36,11 @@ def build_page(run_folder: Path) -> str:
 
 
 def _context(run: Run) -> dict[str, Any]:
-    made = boards(run.results, run.recipe.evaluated_arms, run.recipe.run.evaluated)
+    made = boards(run.results, run.recipe.evaluated_arms, run.recipe.run.evaluated, scorer_of(run.recipe))
     others = sections.other_results(run)
     return {
         "name": run.recipe.run.name,
-        "headings": [heading for heading in sections.HEADINGS if others.get(heading[0], True)],
+        "headings": {name: title for name, title in sections.HEADINGS.items() if others.get(name, True)},
         "facts": sections.facts(run, made),
         **sections.verdicts(run, made[0]),
         **sections.results(run, made),
@@ -48,7 +48,7 @@ def _context(run: Run) -> dict[str, Any]:
         "modes": sections.modes(run, made[0]),
         **sections.distributions(run),
         "steps": run.steps,
-        **sections.training(run),
+        **sections.training(run.metrics),
         **sections.provenance(run),
         **browsing({"": run}),
     }

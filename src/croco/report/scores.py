@@ -11,7 +11,9 @@ from dataclasses import dataclass, field, replace
 
 import polars as pl
 
-from croco.report.table import (  # fmt: skip
+from croco.config.recipe import Recipe
+from croco.languages import RIGHT
+from croco.report.table import (
     PERCENT,
     POINTS,
     SCORE,
@@ -25,17 +27,17 @@ from croco.report.table import (  # fmt: skip
     numbers,
     temperature_name,
 )
-from croco.stages.evaluate.fidelity import RIGHT
 from croco.stages.evaluate.results import BASE, GROUPS, headline
 from croco.stages.evaluate.stats import Interval, interval, verdict
+from croco.storage.provenance import without_folders
 
 TITLES = {
     "lab": "Tasks seen in tuning",
     "lab-held-out-task": "Task kept out of tuning",
-    "reward": "Reward model's score",
+    "reward": "Score of a reward model",
     "arena": "Judged against the base",
 }
-ARENA = "arena"
+ARENA, REWARD = "arena", "reward"
 Key = tuple[str, float, str]  # arm, temperature, language or group
 Metrics = Mapping[
     Key, Mapping[str, tuple[Interval, int]]
@@ -72,10 +74,12 @@ class Board:
     cells: Mapping[Key, Cell]
     best_base: Mapping[str, float]  # scope -> the temperature at which the base did best
     metrics: Metrics = field(default_factory=dict)
+    scorer: str = ""  # whose score it is, where a reward model's
 
     @property
     def title(self) -> str:
-        return TITLES.get(self.benchmark, self.benchmark)
+        title = TITLES.get(self.benchmark, self.benchmark)
+        return f"{title}, by {self.scorer}" if self.scorer else title
 
     @property
     def is_share(self) -> bool:
@@ -123,10 +127,8 @@ class Board:
                 best = setting[0] == BASE and self.best_base.get(scope) == setting[1]
                 numbers.append(Number(cell.value, self.unit, note="best of the base" if best else ""))
             elif (difference := cell.difference if name == "difference" else cell.to_best) is not None:
-                flags, note = (
-                    (verdict(difference).replace(" ", "-"),),
-                    cell.remark if name == "difference" else "",
-                )
+                flags, note = (verdict(difference).replace(" ", "-"),), cell.remark
+                note = note if name == "difference" else ""
                 numbers.append(Number(difference, self.change, flags=flags, note=note))
         return tuple(numbers)
 
@@ -161,18 +163,30 @@ def metrics_of(results: pl.DataFrame) -> dict[str, dict[Key, dict[str, tuple[Int
     """Every row of the results by benchmark, (arm, temperature, language or group) and metric."""
     values: dict[str, dict[Key, dict[str, tuple[Interval, int]]]] = {}
     columns = ("benchmark", "arm", "temperature", "language", "metric", "value", "ci_low", "ci_high", "n")
-    for benchmark, arm, temperature, scope, metric, value, low, high, n in results.select(
-        columns
-    ).iter_rows():
+    rows = results.select(columns).iter_rows()
+    for benchmark, arm, temperature, scope, metric, value, low, high, n in rows:
         by_key = values.setdefault(benchmark, {})
         by_key.setdefault((arm, temperature, scope), {})[metric] = (interval(value, low, high), n)
     return values
 
 
-def boards(results: pl.DataFrame, arms: Sequence[str], codes: Sequence[str]) -> list[Board]:
+def scorer_of(recipe: Recipe) -> str:
+    """Whose score the answers have, and whether it is the one that picked the pairs; "" where none has scored them."""
+    reward = recipe.evaluation_reward
+    if reward is None:
+        return ""
+    ours = [(part.model, part.revision, part.function, part.weight) for part in reward.parts]
+    picked = [(part.model, part.revision, part.function, part.weight) for part in recipe.reward.parts]
+    pairs = any(recipe.arms[arm].scorer == "reward" for arm in recipe.evaluated_arms)
+    name = " + ".join(without_folders(part.label) for part in reward.parts)
+    return f"{name}, which picked the pairs too" if pairs and ours == picked else name
+
+
+def boards(results: pl.DataFrame, arms: Sequence[str], codes: Sequence[str], scorer: str = "") -> list[Board]:
     """One board per benchmark, those seen in tuning first; arms in the given order, languages as in `codes`.
 
-    What has no share of good completions and no mean score is shown by `diagnostics.py`.
+    `scorer` is who gave the scores, as `scorer_of` says it. What has no share of good completions and no mean score is
+    shown by `diagnostics.py`.
     """
     made = []
     for benchmark, metrics in sorted(metrics_of(results).items(), key=lambda item: (len(item[0]), item[0])):
@@ -191,7 +205,8 @@ def boards(results: pl.DataFrame, arms: Sequence[str], codes: Sequence[str]) -> 
         }
         if cells:
             best = {key[2]: key[1] for key, of in metrics.items() if "best-temperature" in of}
-            made.append(board_of(benchmark, cells, arms, codes, best, metrics))
+            board = board_of(benchmark, cells, arms, codes, best, metrics)
+            made.append(replace(board, scorer=scorer if benchmark == REWARD else ""))
     return made
 
 
@@ -230,42 +245,6 @@ def board_of(
 
 def _value(metrics: Mapping[str, tuple[Interval, int]], name: str) -> float | None:
     return metrics[name][0].value if name in metrics else None
-
-
-def mode_shares(board: Board) -> dict[Key, dict[str, float]]:
-    """The share of each mode, by (arm, temperature, language or group)."""
-    return {
-        key: {m.removeprefix("mode:"): i.value for m, (i, _) in of.items() if m.startswith("mode:")}
-        for key, of in board.metrics.items()
-        if any(metric.startswith("mode:") for metric in of)
-    }
-
-
-def modes_table(board: Board) -> Table:
-    """Where the mass went: percent of completions in each mode, per group."""
-    shares = mode_shares(board)
-    modes = sorted({mode for of in shares.values() for mode in of})
-    rows: list[list[Entry]] = [
-        [
-            arm,
-            temperature_name(t),
-            scope,
-            *(PERCENT.text(shares.get((arm, t, scope), {}).get(m, 0.0)) for m in modes),
-        ]
-        for arm, t in board.settings
-        for scope in board.main_groups
-    ]
-    return Table(["arm", "decoding", "group", *modes], rows, 3)
-
-
-def fidelity_table(board: Board) -> Table | None:
-    """The share of completions in the right language, of those whose language could be told, with their prompts."""
-    rows: list[list[Entry]] = []
-    for arm, t in board.settings:
-        of = [board.metrics.get((arm, t, scope), {}).get(RIGHT) for scope in board.groups]
-        if any(of):
-            rows.append([arm, temperature_name(t), *(Number(i[0], SHARE, n=i[1]) if i else None for i in of)])
-    return Table(["arm", "decoding", *board.groups], rows, 2) if rows else None
 
 
 def language_sentence(board: Board, arm: str) -> str:

@@ -3,90 +3,58 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from croco.config.arms import Arm
 from croco.report import charts, curves, diagnostics
 from croco.report.load_run import Run, pair_scores, scores_of
-from croco.report.scores import (  # fmt: skip
-    Board,
-    arena_board,
-    arms_table,
-    fidelity_table,
-    language_sentence,
-    mode_shares,
-    sentence,
-)
+from croco.report.scores import Board, arena_board, arms_table, language_sentence, scorer_of, sentence
 from croco.report.table import Entry, Table, count_of, duration, scope_name, temperature_name
 from croco.stages.evaluate.results import BASE, language_groups
 
-HEADINGS = (
-    ("verdict", "Verdict"),
-    ("results", "Results"),
-    ("gains", "Intervals"),
-    ("arena", "Arena"),
-    ("tasks", "Tasks"),
-    ("modes", "Completions"),
-    ("scores", "Scores"),
-    ("funnel", "Funnel"),
-    ("training", "Training"),
-    ("browse", "Browse"),
-    ("run", "Run"),
-)
+HEADINGS = {
+    "verdict": "Verdict", "results": "Results", "gains": "Intervals", "arena": "Arena", "tasks": "Tasks",
+    "modes": "Completions", "scores": "Scores", "funnel": "Funnel", "training": "Training", "browse": "Browse",
+    "run": "Run",
+}  # fmt: skip
 CURVES = {
-    "loss": "Loss",
-    "rewards/margins": "Reward margin",
-    "rewards/accuracies": "Share of pairs ranked right",
-    "rewards/chosen": "Reward of chosen",
-    "rewards/rejected": "Reward of rejected",
-    "logps/chosen": "Log-probability of chosen",
-    "logps/rejected": "Log-probability of rejected",
-}
+    "loss": "Loss", "rewards/margins": "Reward margin", "rewards/accuracies": "Share of pairs ranked right",
+    "rewards/chosen": "Reward of chosen", "rewards/rejected": "Reward of rejected",
+    "logps/chosen": "Log-probability of chosen", "logps/rejected": "Log-probability of rejected",
+}  # fmt: skip
+SCORERS = {
+    "reward": "reward model", "random": "random score", "likelihood": "policy's own likelihood",
+    "likelihood-sum": "policy's own likelihood, summed", "verified": "verified quality",
+    "implicit": "implicit reward", "alignment": "alignment with English",
+}  # fmt: skip
 
 
-def facts(run: Run, boards: Sequence[Board]) -> list[tuple[str, str]]:
+def facts(run: Run, boards: Sequence[Board]) -> dict[str, str]:
     """What a reader wants to know before the results, in a few words each."""
     recipe = run.recipe
-    num_tests = sum(board.num_prompts for board in boards)  # no prompt is in two benchmarks
-    scorers = {arm.scorer for arm in recipe.arms.values()}
     untuned = (*recipe.run.low_resource_languages, *recipe.run.held_out_languages)
     prompts = _written(run, "translate" if recipe.translate else "prompts", "prompt")
-    seconds = sum(float(stage.get("seconds") or 0) for stage in run.stages.values())
-    return [
-        ("policy", recipe.policy.model),
-        ("reward model", recipe.reward.model if "reward" in scorers else "not used"),
-        ("tuned on", " ".join(recipe.run.languages)),
-        ("evaluated only", " ".join(untuned) or "none"),
-        ("prompts to tune on", f"{prompts:,}"),
-        (
-            "completions",
-            f"{_sampled(run):,} ({recipe.sampling.completions} a prompt)",
-        ),
-        ("test prompts", f"{num_tests:,} per language"),
-        ("time of all stages", duration(seconds)),
-    ]
+    # of the base, and of arms that have their own
+    sampled = sum(_written(run, name, "completion") for name in run.stages if name.split("/")[0] == "sample")
+    scored = any(arm.scorer == "reward" for arm in recipe.arms.values())
+    return {
+        "policy": recipe.policy.model,
+        "reward model": recipe.reward.name if scored else "not used",
+        **({"answers scored by": scorer} if (scorer := scorer_of(recipe)) else {}),
+        "tuned on": " ".join(recipe.run.languages),
+        "evaluated only": " ".join(untuned) or "none",
+        "prompts to tune on": f"{prompts:,}",
+        "completions": f"{sampled:,} ({recipe.sampling.completions} a prompt)",
+        # no prompt is in two benchmarks
+        "test prompts": f"{sum(board.num_prompts for board in boards):,} per language",
+        "time of all stages": duration(sum(float(made.get("seconds") or 0) for made in run.stages.values())),
+    }
 
 
 def _written(run: Run, stage: str, unit: str) -> int:
     return int(run.stages[stage]["counts"].get("written", {}).get(unit, 0))
-
-
-def _sampled(run: Run) -> int:
-    """Completions of the base and of arms that have their own."""
-    return sum(_written(run, name, "completion") for name in run.stages if name.split("/")[0] == "sample")
-
-
-SCORERS = {
-    "reward": "reward model",
-    "random": "random score",
-    "likelihood": "policy's own likelihood",
-    "likelihood-sum": "policy's own likelihood, summed",
-    "verified": "verified quality",
-    "implicit": "implicit reward",
-    "alignment": "alignment with English",
-}
 
 
 def about(arm: Arm) -> str:
@@ -110,38 +78,30 @@ def evaluated(run: Run) -> list[tuple[int, str]]:
 
 def verdicts(run: Run, board: Board) -> dict[str, Any]:
     """One card per arm: its sentence, and the interval of every group at every temperature."""
-    arms = []
-    drawn = charts.forests(board, list(run.recipe.arms), board.main_groups)
-    for series, (name, arm) in enumerate(run.recipe.arms.items()):
-        if not arm.evaluated:
-            continue
+    best = [f"{s} {temperature_name(board.best_base[s])}" for s in board.groups if s in board.best_base]
+    cards = cards_of(board, dict(evaluated(run)), list(run.recipe.arms))
+    for card in cards["arms"]:
+        name = card["name"]
         to_best = sentence(board, name, to_best=True) if board.best_base else ""
-        strips = strips_of(drawn, series)
-        arms.append(
-            {
-                "name": name,
-                "series": series,
-                "about": about(arm),
-                "sentence": sentence(board, name),
-                "language": language_sentence(board, name),
-                "to_best": to_best[:1].lower() + to_best[1:],
-                "strips": strips,
-                "stopped": run.stages[f"train/{name}"].get("facts", {}).get("stopped"),
-            }
-        )
-    best = [
-        f"{scope} {temperature_name(board.best_base[scope])}"
-        for scope in board.groups
-        if scope in board.best_base
+        card |= {
+            "about": about(run.recipe.arms[name]),
+            "language": language_sentence(board, name),
+            "to_best": to_best[:1].lower() + to_best[1:],
+            "stopped": run.stages[f"train/{name}"].get("facts", {}).get("stopped"),
+        }
+    left_out = run.stages["results"].get("facts", {}).get("prompts_left_out", 0)
+    return {**cards, "best": ", ".join(best), "left_out": left_out}
+
+
+def cards_of(board: Board, arms: Mapping[int, str], names: Sequence[str]) -> dict[str, Any]:
+    """A card per arm (by its place among `names`): its sentence and its intervals, and what they were judged on."""
+    drawn = charts.forests(board, names, board.main_groups or board.languages)
+    cards = [
+        {"name": arm, "series": series, "sentence": sentence(board, arm), "strips": strips_of(drawn, series)}
+        for series, arm in arms.items()
     ]
-    return {
-        "arms": arms,
-        "scale": drawn[0] if drawn else None,
-        "best": ", ".join(best),
-        "is_share": board.is_share,
-        "judged_on": board.title,
-        "left_out": run.stages["results"].get("facts", {}).get("prompts_left_out", 0),
-    }
+    scale = drawn[0] if drawn else None
+    return {"arms": cards, "scale": scale, "judged_on": board.title, "is_share": board.is_share}
 
 
 def strips_of(drawn: Sequence[charts.Forest], series: int) -> list[tuple[str, str, charts.Mark]]:
@@ -215,25 +175,25 @@ def other_results(run: Run) -> dict[str, Any]:
 
 def modes(run: Run, board: Board) -> dict[str, Any]:
     """Stacked bars of mode shares: per temperature and group, one bar per arm."""
-    shares = mode_shares(board)
+    shares = diagnostics.mode_shares(board)
     order = charts.mode_order({mode for of in shares.values() for mode in of})
+    legend = [(mode, mode.replace("-", " "), charts.mode_place(mode)) for mode in order]
     rows = []
     for temperature in sorted({t for arm, t in board.settings if arm != BASE}):
         panels = [
             (scope, [
-                (arm, [(mode.replace("-", " "), charts.mode_place(mode), 100 * shares[arm, t, scope].get(mode, 0.0))
-                       for mode in order])
+                (arm, [(name, place, 100 * shares[arm, t, scope].get(mode, 0.0)) for mode, name, place in legend])
                 for arm, t in board.settings if t == temperature and (arm, t, scope) in shares
             ])
             for scope in board.main_groups
         ]  # fmt: skip
-        rows.append(("Greedy" if temperature == 0 else f"Sampled at {temperature_name(temperature)}", panels))
+        rows.append((charts.decoding_title(temperature), panels))
     title = "How completions fail, before and after" if board.is_share else "Language of the completions"
     return {
         "title": title,
         "rows": rows,
-        "legend": [(mode.replace("-", " "), charts.mode_place(mode)) for mode in order],
-        "fidelity": fidelity_table(board),
+        "legend": [row[1:] for row in legend],
+        "fidelity": diagnostics.fidelity_table(board),
     }
 
 
@@ -258,37 +218,36 @@ def distributions(run: Run) -> dict[str, Any]:
     return {"distributions": drawn}
 
 
-def training(run: Run) -> dict[str, Any]:
+def training(metrics: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    """The curves of every arm, and where training was stopped."""
     return {
-        "curve_series": list(enumerate(run.recipe.arms)),
-        "panels": curves.panels(run.metrics, CURVES),
-        "sentinel": curves.sentinel(run.metrics),
+        "curve_series": list(enumerate(metrics)),
+        "panels": curves.panels(metrics, CURVES),
+        "sentinel": curves.sentinel(metrics),
     }
 
 
 def provenance(run: Run) -> dict[str, Any]:
     """What the run was made from: stages with fingerprints, versions, the resolved recipe."""
-    stages = [
-        {
-            "title": title,
-            "seconds": f"{float(stage.get('seconds') or 0):,.1f}",
-            "written": ", ".join(
-                count_of(int(n), unit) for unit, n in stage["counts"].get("written", {}).items()
-            ),
-            "fingerprint": stage["fingerprint"],
-        }
-        for title, stage in run.stages.items()
-    ]
+    rows = [
+        [
+            title, f"{float(made.get('seconds') or 0):,.1f}",
+            ", ".join(count_of(int(n), unit) for unit, n in made["counts"].get("written", {}).items()),
+            made["fingerprint"],
+        ]
+        for title, made in run.stages.items()
+    ]  # fmt: skip
     last = run.stages["results"]
-    libraries = ", ".join(f"{name} {version}" for name, version in last.get("libraries", {}).items())
     return {
-        "stages": stages,
-        "provenance": [
-            ("commit", last.get("commit") or "unknown"),
-            ("results of (UTC)", str(last["time"])[:16].replace("T", " ")),
-            ("machine", last.get("machine", "unknown")),
-            ("seed", str(run.recipe.run.seed)),
-            ("libraries", libraries),
-        ],
+        "stages": Table(["stage", "seconds", "written", "fingerprint"], rows, 4),
+        "provenance": {
+            "commit": last.get("commit") or "unknown",
+            "results of (UTC)": str(last["time"])[:16].replace("T", " "),
+            "machine": last.get("machine", "unknown"),
+            "seed": str(run.recipe.run.seed),
+            "libraries": ", ".join(
+                f"{name} {version}" for name, version in last.get("libraries", {}).items()
+            ),
+        },
         "recipe": json.dumps(run.recipe.model_dump(mode="json"), indent=2, ensure_ascii=False),
     }

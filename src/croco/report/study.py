@@ -6,7 +6,6 @@ Percentages are of completions; an interval is of 95 % over seeds and prompts.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,30 +18,30 @@ from croco.config.recipe import Recipe
 from croco.config.study import Study
 from croco.errors import UserError
 from croco.pipeline.seeds import SCORERS, complete, of_seed, transfer_of
-from croco.report.claims import Judged, judge_all
-from croco.report.curves import Panel, value_panel
+from croco.report.claims import claim_part, claims_parts, judge_all
+from croco.report.curves import value_panel
 from croco.report.multi_seed import Pooled, pool
 from croco.report.page import render
 from croco.report.render import markdown as table_markdown
-from croco.report.table import PERCENT, POINTS, SCORE, SCORE_CHANGE, Entry, Number, Table, temperature_name
+from croco.report.table import (
+    PERCENT,
+    POINTS,
+    SCORE,
+    SCORE_CHANGE,
+    Entry,
+    Number,
+    Part,
+    Table,
+    temperature_name,
+)
 from croco.report.transfer import FIGURES, good_over_forms, transfer
 from croco.stages.evaluate.results import BASE, language_groups
 from croco.stages.evaluate.stats import Interval
 from croco.storage import files, provenance, records
 from croco.storage.hashing import digest
 
-VERSION = 5
-
-
-@dataclass(frozen=True)
-class Part:
-    """A part of the page: paragraphs of Markdown, then curves and tables."""
-
-    name: str
-    title: str
-    text: list[str] = field(default_factory=list)
-    tables: list[Table] = field(default_factory=list)
-    panels: list[Panel] = field(default_factory=list)
+VERSION = 6
+SHOWN = (SCORERS[0], "heuristic", *SCORERS[1:])  # held against each other in the transfer
 
 
 def write(recipe: Recipe, say: Callable[[str], None] = lambda line: None) -> Path:
@@ -84,9 +83,7 @@ def build(recipe: Recipe) -> list[Part]:
     parts += sweep_parts(recipe, benchmarks[0])
     if study.transfer:
         folders = [transfer_of(recipe, seed).folder for seed in study.seeds]
-        parts.append(
-            transfer_part(transfer(folders, SCORERS, run.evaluated), good_over_forms(folders, SCORERS))
-        )
+        parts.append(transfer_part(transfer(folders, SHOWN, run.evaluated), good_over_forms(folders, SHOWN)))
     parts += [modes_part(benchmarks[0], arms), pairs_part(recipe)]
     parts += [languages_part(one, arms) for one in benchmarks]
     for part in parts:
@@ -124,74 +121,15 @@ def html(recipe: Recipe, parts: Sequence[Part]) -> str:
     text = MarkdownIt("commonmark", {"html": False}).render
     shown = [(part, Markup("".join(map(text, part.text)))) for part in parts]
     named = {"claims": "Claims", "transfer": "Transfer", "modes": "Modes", "pairs": "Pairs"}
-    headings = [(part.name, named.get(part.name, part.title)) for part in parts
-                if part.name in named or part.name.startswith(("arms-", "languages-"))]  # fmt: skip
+    headings = {
+        part.name: named.get(part.name, part.title)
+        for part in parts
+        if part.name in named or part.name.startswith(("arms-", "languages-"))
+    }
     return render(
         "study.html", name=recipe.run.name, headings=headings, made=_made(recipe), versions=_versions(),
         introduction=Markup(text(_study(recipe).introduction)), parts=shown,
     )  # fmt: skip
-
-
-def claims_parts(judged: Mapping[str, Judged], equivalence: float) -> list[Part]:
-    """The verdicts, primary claims apart from secondary ones."""
-    parts = []
-    for secondary, name, title in (
-        (False, "claims", "Claim by claim"),
-        (True, "secondary", "Secondary claims"),
-    ):
-        family = [one for one in judged.values() if one.claim.secondary == secondary]
-        counted = sum(one.p_value is not None for one in family)
-        rows = [
-            [one.claim.says, one.verdict, "" if one.p_value is None else p_text(one.p_value)]
-            for one in family
-        ]
-        text = (
-            f"A claim holds, or does not, where all comparisons that it needs are significant that way, at 5 % after "
-            f"Holm's correction over {counted} claims (p in the table). It is equivalent where the 90 % intervals lie "
-            f"within ± {equivalence:g}. The base is at its best temperature."
-        )
-        if rows:
-            parts.append(Part(name, title, [text], [Table(["claim", "in this study", "p"], rows, 2)]))
-    return parts
-
-
-def p_text(p_value: float) -> str:
-    """ "0.03", "< 0.001"."""
-    return "< 0.001" if p_value < 0.001 else f"{p_value:.2g}"
-
-
-def claim_part(name: str, judged: Judged, pooled: Mapping[str, Pooled]) -> Part:
-    """One claim: its comparisons, and why it came out so."""
-    claim, rows = judged.claim, list[list[Entry]]()
-    for test in judged.tests:
-        one, benchmark = test.comparison, pooled[test.comparison.benchmark]
-        share = benchmark.is_share or (one.metric or "").startswith("mode:")
-        unit = POINTS if share else SCORE_CHANGE
-        measure = (one.metric or benchmark.headline) + (
-            f", {one.benchmark}" if one.benchmark != "lab" else ""
-        )
-        rows.append([
-            one.arm, f"{test.rival[0]} ({temperature_name(test.rival[1])})", measure, test.scope,
-            temperature_name(test.temperature), Number(test.difference, unit), ", ".join(map(unit.text, test.by_seed)),
-            one.want + (f" by {PERCENT.text(one.margin)}" if one.margin and share else ""),
-            p_text(min(1.0, 2 * min(test.p_wanted, 1 - test.p_wanted))), "yes" if test.equivalent else "",
-        ])  # fmt: skip
-    head = [
-        "arm",
-        "than",
-        "measure",
-        "on",
-        "decoding",
-        "difference",
-        "each seed",
-        "claimed",
-        "p",
-        "equivalent",
-    ]
-    verdict = f"**{judged.verdict[0].upper()}{judged.verdict[1:]}**"
-    rule = f" ({claim.need} of {len(rows)} comparisons are needed; p of a row is not corrected)."
-    text = [verdict + (f": {claim.not_testable}" if claim.not_testable else rule)]
-    return Part(f"claim-{name}", claim.says, [*text, *filter(None, [claim.why])], [Table(head, rows, 5)])
 
 
 def arms_part(pooled: Pooled, arms: Sequence[str]) -> Part:
@@ -335,14 +273,14 @@ def transfer_part(
         "best": "percent of prompts whose best-scored completion is good",
         "tau": "Kendall's τ-b with verified quality",
     }
-    own = [scorer for scorer in SCORERS if scorer != "verified"]  # the truth ranks itself right
+    own = [scorer for scorer in SHOWN if scorer != "verified"]  # the truth ranks itself right
     by_form: list[list[Entry]] = [
         [form, *(Number(forms[scorer, form], PERCENT) for scorer in own)]
         for form in sorted({f for _, f in forms})
     ]
     tables = [Table(["percent of pairs with the good one above: good and", *own], by_form)]
     for figure in FIGURES:
-        columns, unit = SCORERS if figure == "best" else own, SCORE if figure == "tau" else PERCENT
+        columns, unit = SHOWN if figure == "best" else own, SCORE if figure == "tau" else PERCENT
         rows: list[list[Entry]] = [
             [languages.name(code), *(
                 Number(found[key], unit) if (key := (scorer, code, figure)) in found else None for scorer in columns
@@ -352,6 +290,7 @@ def transfer_part(
         tables.append(Table([titles[figure], *columns], rows))
     text = [
         "Within one prompt in one language, on dev prompts; the completions of all seeds together.",
-        "The first table tells quality from form: most unequal pairs are of different form.",
+        "The first table tells quality from form: most unequal pairs are of different form. The heuristic needs no "
+        "label: letters of the language, a rare text, a usual length.",
     ]
     return Part("transfer", "Does the reward model transfer?", text, tables)

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from croco import languages
 from croco.stages.evaluate.results import GROUPS
@@ -44,7 +45,7 @@ class Number:
 
     interval: Interval
     unit: Unit
-    n: int | None = None  # what it rests on, where that is not the same for the whole table
+    n: str = ""  # what it rests on, where that is not the same for the whole table: "3 of 24"
     flags: tuple[str, ...] = ()  # "better", "worse", "not-resolved", "best"
     note: str = ""
 
@@ -61,7 +62,7 @@ class Number:
     @property
     def with_interval(self) -> str:
         """ "61 [58, 64]"."""
-        return f"{self.text} [{self.ends()}]" + (f" n = {self.n}" if self.n is not None else "")
+        return f"{self.text} [{self.ends()}]" + (f" n = {self.n}" if self.n else "")
 
     @property
     def with_half_width(self) -> str:
@@ -84,6 +85,17 @@ class Table:
     words: int = 1
     title: str = ""
     blocks: Sequence[tuple[str, int]] = ()  # headings over so many of the columns of numbers
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the page: paragraphs of Markdown, then curves and tables."""
+
+    name: str
+    title: str
+    text: list[str] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    panels: list[Any] = field(default_factory=list)  # `curves.Panel`
 
 
 def numbers(entry: Entry) -> tuple[Number, ...]:

@@ -1,12 +1,11 @@
 """The stage `sample`: N completions of every prompt in every language, by the policy.
 
-An arm may have completions of its own: by the policy that another arm tuned, or by another model (off-policy), on its
-languages and its part of the prompts.
+An arm may have completions of its own: by the policy that another arm tuned, or by another model (off-policy), in its
+languages and for its part of the prompts.
 
-A shard is a fixed number of (prompt, language) rows in sorted order, so what a shard holds follows from the data alone,
-and a sample's seed from its key: neither device nor batch nor resumption changes a row. Several shards are sampled in
-one stream, so that the batch does not run empty at every shard's end; each is written when its last row is there.
-Which engine draws is `engines`, where its worker runs `executor`.
+A shard is a fixed number of (prompt, language) rows in the order of their keys, and a sample's seed follows from its
+key: neither device nor batch nor resumption changes a row. Several shards are sampled in one stream, so that the batch
+stays full at the end of a shard; each is written when its last row is there.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,7 +27,7 @@ from croco.pipeline.compute import compute
 from croco.pipeline.node import Settings
 from croco.pipeline.stage import Work
 from croco.pipeline.workers import Advance, ShardResult
-from croco.stages.prompts.part import asked
+from croco.storage.lookup import read_prompts
 from croco.storage.schemas import COMPLETIONS, ledger
 from croco.storage.seeds import sample_seed
 
@@ -39,7 +38,11 @@ def sample(work: Work) -> None:
     """Write the completions table, shard by shard; prompts that leave no room in the context go to the ledger."""
     per_prompt, size = work.settings["sampling"]["completions"], work.runtime.shard_prompts
     prompts = partial(
-        asked, work.inputs["prompts"], work.settings.get("languages"), work.settings.get("part"), ["messages"]
+        read_prompts,
+        work.inputs["prompts"],
+        work.settings.get("languages"),
+        work.settings.get("part"),
+        ["messages"],
     )
     rows = prompts().height
     sizes = [per_prompt * min(size, rows - start) for start in range(0, rows, size)]
@@ -111,8 +114,8 @@ def _means_the_same(tokenizer: Any, tuned: Policy) -> bool:
     """Whether ids of this tokenizer are ids of the policy's."""
     from croco.models.loading import load_tokenizer
 
-    theirs = load_tokenizer(tuned.model, tuned.revision, trust_remote_code=tuned.trust_remote_code)
-    return tokenizer is not None and same_ids(tokenizer, theirs)
+    policy_tokenizer = load_tokenizer(tuned.model, tuned.revision, trust_remote_code=tuned.trust_remote_code)
+    return tokenizer is not None and same_ids(tokenizer, policy_tokenizer)
 
 
 def sample_shards(
@@ -136,7 +139,7 @@ def sample_shards(
     """
     requests: list[Request] = []
     owner: list[tuple[int, int]] = []  # of a request: its shard and its place there
-    found: dict[int, dict[int, Sequence[Completion | str]]] = {index: {} for index in shards}
+    drawn_by_place: dict[int, dict[int, Sequence[Completion | str]]] = {index: {} for index in shards}
     drops: dict[int, list[tuple[str, str, str, int | None, str]]] = {index: [] for index in shards}
     left = {index: len(rows) for index, rows in shards.items()}
     prompt_tokens: dict[int, dict[int, int | None]] = {index: {} for index in shards}
@@ -163,7 +166,7 @@ def sample_shards(
         yield index, COMPLETIONS.schema.empty_table(), ledger(drops[index])
     for key, samples in sampler.sample(requests, decoding):
         index, place = owner[key]
-        found[index][place] = samples
+        drawn_by_place[index][place] = samples
         row = shards[index][place]
         drops[index] += [
             ("completion", row["prompt_id"], row["language"], i, one)
@@ -173,7 +176,9 @@ def sample_shards(
         left[index] -= 1
         on_prompt()
         if left[index] == 0:
-            table = _table(tokenizer, shards[index], found.pop(index), prompt_tokens[index], sampler.name)
+            table = _table(
+                tokenizer, shards[index], drawn_by_place.pop(index), prompt_tokens[index], sampler.name
+            )
             yield index, table, ledger(drops[index])
 
 
@@ -214,15 +219,15 @@ def _request(
 def _table(
     tokenizer: Any,
     rows: Sequence[Prompt],
-    found: Mapping[int, Sequence[Completion | str]],
+    drawn_by_place: Mapping[int, Sequence[Completion | str]],
     prompt_tokens: Mapping[int, int | None],
     policy: str,
 ) -> pa.Table:
     """The completions table of one shard."""
     order = [
         (place, i, one)
-        for place in sorted(found)
-        for i, one in enumerate(found[place])
+        for place in sorted(drawn_by_place)
+        for i, one in enumerate(drawn_by_place[place])
         if not isinstance(one, str)
     ]
     drawn = [one for _, _, one in order]

@@ -78,8 +78,9 @@ def write_for_user(path: Path, text: str) -> None:
     """Write the file that a person named: through a link, and straight into a pipe or device; raises UserError."""
     if path.is_dir():
         raise UserError(f"{path} is a folder, expected the name of a file")
-    if path.exists() and not path.is_file():
-        with writing(path), path.open("w", encoding="utf-8") as file:
+    device = str(path).startswith(("/dev/std", "/dev/fd", "/proc/"))  # /dev/stdout may lead to a file
+    if path.exists() and (device or not path.is_file()):
+        with writing(path), path.open("a", encoding="utf-8") as file:
             file.write(text)
     else:
         write_text(path.resolve(), text)
@@ -128,8 +129,9 @@ def read_json(path: Path) -> Any:
 
 def check_new_folder(folder: Path) -> None:
     """Raise UserError unless a folder that a person named is new or empty, and not the one we stand in."""
-    if os.path.lexists(folder) and not folder.is_dir():
-        raise UserError(f"{folder} is a file, expected a new folder")
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        kind = "link" if folder.is_symlink() else "file"
+        raise UserError(f"{folder} is a {kind}, expected a new folder")
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty, expected a new folder")
     if folder.resolve() == Path.cwd():

@@ -8,9 +8,11 @@ are recorded by `storage/provenance.py` but are no part of an identity. Loads no
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import re
+import sys
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from croco.errors import UserError
+from croco.storage.files import read_json
 
 # of a model's folder: weights, configs, tokenizer, templates; notes, pictures, logs and optimizer states are not read
 MODEL_FILES = re.compile(
@@ -62,7 +65,7 @@ def local_model(name: str, key: str = "model") -> Path | None:
             known = ", ".join(f"'lab:{one}'" for one in LAB_NAMES)
             raise UserError(f"{key} = '{name}', expected {known}, a directory or a hub id")
         if not (folder / "config.json").exists():
-            raise UserError(f"{key} = '{name}', but the lab's models are not built: run `croco lab build`")
+            raise UserError(f"{key} = '{name}', but the lab's models are not built: run `make lab-build`")
         return folder
     folder = Path(os.path.expanduser(name))
     if os.path.isdir(folder):
@@ -72,6 +75,8 @@ def local_model(name: str, key: str = "model") -> Path | None:
             )
         return folder
     if os.path.exists(folder):
+        if name.endswith(".gguf"):
+            raise UserError(f"{key} = '{name}': make a folder of it with `croco fetch {name} --to FOLDER`")
         raise UserError(f"{key} = '{name}' is a file, expected a directory with a Hugging Face model")
     if not HUB_ID.fullmatch(name) or len(name) > 96:
         raise UserError(
@@ -97,7 +102,10 @@ def check_adapter(folder: Path, model: str, revision: str | None) -> None:
     path = folder / "adapter_config.json"
     if not path.is_file():
         raise UserError(f"{folder} holds no adapter: found no adapter_config.json")
-    base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    config = read_json(path)
+    base = config.get("base_model_name_or_path") if isinstance(config, dict) else config
+    if not isinstance(config, dict) or not isinstance(base, str | None):
+        raise UserError(f"{path} is no configuration of an adapter: found {str(base)[:60]!r}")
     if not base:
         return
     ours = local_model(model)
@@ -225,3 +233,27 @@ def _keep() -> None:
         partial = path.with_name(f"{path.name}.{os.getpid()}")
         partial.write_text(json.dumps(kept), encoding="utf-8")
         partial.replace(path)
+
+
+def function_file(name: str) -> Path:
+    """The file of "module:name" or "file.py:name", which is not loaded; modules of the current folder are seen.
+
+    Raises UserError when there is no such file.
+    """
+    module = name.rpartition(":")[0]
+    if module.endswith(".py"):
+        path = Path(os.path.expanduser(module))
+        if not path.is_file():
+            raise UserError(f"reward.function = '{name}': no such file")
+        return path.resolve()
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError, AttributeError):
+        spec = None
+    if spec is None or spec.origin is None or not os.path.isfile(spec.origin):
+        raise UserError(
+            f"reward.function = '{name}': no module '{module}', expected 'module:name' or 'file.py:name'"
+        )
+    return Path(spec.origin)

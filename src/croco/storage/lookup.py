@@ -131,3 +131,31 @@ def _take(table: pa.Table, rows: Places) -> pa.Table:
     return table.take(
         pl.Series(rows, dtype=pl.UInt32).to_arrow()
     )  # Arrow would load pandas for an array of NumPy
+
+
+# Prompts ---------------------------------------------------------------------------------------------------------
+
+
+def ids_in_part(prompts: Path, part: Sequence[int] | None) -> pl.Series | None:
+    """The prompt_ids of part [number, of how many] of a prompts table, sorted; None stands for all.
+
+    Dealt out in the order of prompt_id: parts differ by at most one prompt, prompts that belong together by name are
+    spread over all of them, and every stage finds the same ones.
+    """
+    if part is None:
+        return None
+    number, count = part
+    names = shards.read_table(prompts, ["prompt_id"])["prompt_id"].unique().sort()
+    return names.gather_every(count, number - 1)
+
+
+def read_prompts(
+    prompts: Path, languages: Sequence[str] | None, part: Sequence[int] | None, columns: Sequence[str]
+) -> pl.DataFrame:
+    """The prompts in some languages (None is all) and of a part, in the order of their keys."""
+    rows = shards.read_table(prompts, ["prompt_id", "language", *columns])
+    if languages is not None:
+        rows = rows.filter(pl.col("language").is_in(list(languages)))
+    if (names := ids_in_part(prompts, part)) is not None:
+        rows = rows.filter(pl.col("prompt_id").is_in(names.implode()))
+    return rows.sort("prompt_id", "language")

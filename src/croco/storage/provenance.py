@@ -56,3 +56,9 @@ def shown(value: Any, limit: int = 60) -> str:
     text = value if isinstance(value, str) else repr(value)
     text = " ".join(text.split())
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def without_folders(name: str) -> str:
+    """A model or data set as a card names it: of a path, which is nobody's business, only its last part."""
+    is_path = Path(name).is_absolute() or name.startswith(("~", ".")) or Path(name).exists()
+    return Path(name).name if is_path else name

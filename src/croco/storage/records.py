@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
-from typing import Any, Literal, NotRequired, cast
+from typing import Annotated, Any, Literal, NotRequired, cast
 
 from pydantic import (
     ConfigDict,
+    Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveInt,
@@ -43,7 +45,7 @@ class Record(TypedDict):
     state: Literal["running", "complete", "removed"]
     fingerprint: str
     science: Science
-    shard_prompts: PositiveInt
+    shard_prompts: Annotated[PositiveInt, Field(le=10**15)]
     num_shards: NonNegativeInt | None
     counts: dict[str, Counts]
     seconds: NonNegativeFloat
@@ -71,14 +73,18 @@ _RECORD, _MARKER = TypeAdapter(Record), TypeAdapter(Marker)
 
 
 def _read_shaped(path: Path, shape: TypeAdapter[Any], name: str) -> Any:
-    """A JSON file of a known shape; raises UserError naming the first key that is off."""
+    """A JSON file of a known shape, as we write them; raises UserError naming the first key that is off."""
+    value = read_json(path)
     try:
-        return shape.validate_python(read_json(path))
+        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+        return shape.validate_python(value)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         where = f" at '{key}'" if key else ""
         raise UserError(f"{path} is no {name}{where}: {first['msg'].lower()}") from None
+    except (ValueError, RecursionError) as error:  # a number that is not finite, half a surrogate pair
+        raise UserError(f"{path} is no {name}: {error}") from None
 
 
 def read_record(folder: Path) -> Record:

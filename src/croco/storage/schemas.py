@@ -101,6 +101,11 @@ SCORES = Table(
         ("sample_id", pa.int32()),
         ("score", pa.float32()),  # raw, no sigmoid
         ("scorer", pa.string()),
+        (
+            "parts",
+            pa.list_(pa.struct([("reward", pa.string()), ("score", pa.float32())])),
+            True,
+        ),  # of a sum of rewards
     ),
     ("prompt_id", "language", "sample_id"),
     "completion",

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from croco.errors import UserError
 from croco.storage.files import TEMPORARY, check_digest, remove, write_atomically, write_json
-from croco.storage.records import read_marker
+from croco.storage.records import read_marker, read_record
 from croco.storage.schemas import DROPPED
 
 MARKER = re.compile(r"part-(\d{5,})\.done")
@@ -135,6 +135,15 @@ def check_shard(shard: Shard, contents: bool = False) -> None:
             check_digest(shard.path.parent / name, digest)
 
 
+def check_contents(folder: Path) -> None:
+    """Raise UserError when a file of a complete stage does not hold the bytes that were written."""
+    record = read_record(folder)
+    for name, digest in record.get("digests", {}).items() if "files" in record else ():
+        check_digest(folder / name, digest)
+    for shard in shards(folder):
+        check_shard(shard, contents=True)
+
+
 def write_shard(
     folder: Path,
     index: int,
@@ -184,8 +193,9 @@ def remove_unfinished(folder: Path) -> list[str]:
     return damage
 
 
-def read_table(folder: Path, columns: Sequence[str] | None = None) -> pl.DataFrame:
+def read_table(folder: str | Path, columns: Sequence[str] | None = None) -> pl.DataFrame:
     """All finished shards of a stage's folder, in shard order."""
+    folder = Path(folder)
     tables = [read_arrow(shard.path, columns) for shard in shards(folder)]
     if not tables:
         raise UserError(f"{folder} holds no finished shard")

@@ -12,7 +12,7 @@ from conftest import TinyModels, write_prompts, write_recipe
 from croco.config.load import from_dict, load
 from croco.config.recipe import Recipe
 from croco.errors import UserError
-from croco.lab import world
+from croco.lab import judge, world
 from croco.models.chat_template import prompt_ids
 from croco.pipeline import run
 from croco.pipeline.fingerprint import arena_settings
@@ -21,7 +21,6 @@ from croco.pipeline.stage import Work
 from croco.stages.arena import arena, judge_prompt
 from croco.stages.arena.arena import HOPELESS, ArenaWorker, account, matches
 from croco.stages.arena.results import arena_rows
-from croco.stages.evaluate import lab
 from croco.storage import shards
 from croco.storage.schemas import TABLES, ledger
 
@@ -106,7 +105,7 @@ def test_the_labs_judge_has_three_tiers() -> None:
     row = world.prompts("test", ["da"], 1).to_pylist()[0]
     item, _ = world.split_id(row["prompt_id"])
     terse, evasive = world.say(item.answer, "da"), world.templates("da")["evasive"][0]
-    ask = lambda one, two: lab.compare(row["prompt_id"], "da", one, two).text.splitlines()[-1]  # noqa: E731
+    ask = lambda one, two: judge.compare(row["prompt_id"], "da", one, two).splitlines()[-1]  # noqa: E731
     assert ask(row["reference"], terse) == "Verdict: 1"
     assert ask(evasive, terse) == "Verdict: 2"
     assert ask(evasive, "nonsense") == "Verdict: tie"
@@ -221,6 +220,7 @@ def test_a_hopeless_judge_is_not_asked_for_ever(evaluated: dict[str, Path], tiny
         worker._listen("refused", True)
 
 
+@pytest.mark.slow
 def test_a_whole_run_with_prompts_of_its_own(tiny_models: TinyModels, tmp_path: Path) -> None:
     """Samples for the arena, judges with a model that could be read, and puts rows into the results."""
     own = write_prompts(tmp_path / "own.jsonl", 3, start=200)

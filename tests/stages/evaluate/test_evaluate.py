@@ -15,7 +15,9 @@ from croco.models.lora import apply_lora, save_adapter
 from croco.pipeline.fingerprint import evaluate_settings, results_settings
 from croco.pipeline.node import settings_values
 from croco.pipeline.stage import Work
-from croco.stages.evaluate.evaluate import evaluate, evaluation_seed, plan_batches, results
+from croco.report.scores import scorer_of
+from croco.stages.evaluate.evaluate import evaluate, evaluation_seed, plan_batches
+from croco.stages.results import results
 from croco.storage import shards
 from croco.storage.schemas import PROMPTS, TABLES
 from croco.storage.seeds import sample_seed
@@ -45,7 +47,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Recipe]:
     recipe = from_dict({
         "run": {"name": "test", "languages": ["da", "en"], "held_out_languages": ["sv"], "seed": 3},
         "policy": {"model": str(folder / "policy"), "instruction": {"da": "Svar på dansk."}},
-        "evaluation": {"base_temperatures": [0.7], "samples": 2, "max_new_tokens": 6, "bootstrap": 50, "split": "dev"},
+        "prompts": {"source": "lab"},
+        "evaluation": {"source": "lab", "base_temperatures": [0.7], "samples": 2,
+                       "max_new_tokens": 6, "bootstrap": 50, "split": "dev"},
         "arms": {"arm": {}},
         "runtime": {"device": "cpu", "shard_prompts": 5},
     })  # fmt: skip
@@ -121,13 +125,28 @@ def test_results_compare_the_arm_with_the_base(run):
         "arm", "language", "benchmark", "temperature").unique().height)  # fmt: skip
 
 
+def test_who_scores_the_answers_is_said(run):
+    values = run[1].model_dump(mode="json")
+    assert scorer_of(from_dict(values)) == ""  # the lab's program
+    values["evaluation"] |= {"source": "prompts.jsonl", "split": "test"}
+    same = from_dict(values)
+    assert evaluate_settings(same, "arm")["reward"].value == same.reward
+    assert scorer_of(same) == "lab:reward, which picked the pairs too"
+    values["evaluation"] |= {"reward": {"model": "lab:reward"}}
+    assert scorer_of(from_dict(values)) == scorer_of(same)
+    values["reward"] |= {"model": "lab:other-reward"}
+    assert scorer_of(from_dict(values)) == "lab:reward"
+
+
 def test_real_prompts_are_scored_by_the_reward_model(run, tmp_path):
     folder, recipe = run
     save(tmp_path / "reward", make_reward("qwen3"), make_tokenizer())
     values = recipe.model_dump(mode="json")
-    values["reward"] = {"model": str(tmp_path / "reward"), "max_tokens": 70}
-    values["evaluation"] |= {"source": "prompts.jsonl", "split": "test"}
+    # another one than [reward], which picks the pairs
+    independent = {"model": str(tmp_path / "reward"), "max_tokens": 70}
+    values["evaluation"] |= {"source": "prompts.jsonl", "split": "test", "reward": independent}
     other = from_dict(values)
+    assert scorer_of(other) == "reward"
     inputs = {"eval-prompts": folder / "eval-prompts"}
     work = work_of((tmp_path, other), "evaluate", "base", inputs, "verdicts")
     evaluate(work)

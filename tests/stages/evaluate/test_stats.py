@@ -10,7 +10,6 @@ from croco.stages.evaluate.stats import (
     bootstrap_mean,
     bootstrap_ratio,
     bootstrap_seeds,
-    decision,
     holm,
     kendall,
     mcnemar,
@@ -210,12 +209,6 @@ def test_as_many_prompts_as_it_says_resolve_it_as_often_as_it_says():
     needed = prompts_to_resolve(generator.normal(0.3, 1.0, size=100_000))
     found = [scipy_stats.ttest_1samp(generator.normal(0.3, 1.0, size=needed), 0).pvalue for _ in range(2000)]
     assert np.mean(np.array(found) < 0.05) == pytest.approx(0.8, abs=0.03)
-
-
-def test_decisions():
-    assert decision(0.1, 0.04) == "better"
-    assert decision(-0.1, 0.04) == "worse"
-    assert decision(0.1, 0.06) == "not resolved"
 
 
 def test_rank_correlations_by_hand():

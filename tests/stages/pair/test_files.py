@@ -15,8 +15,9 @@ from croco.config.load import load
 from croco.errors import UserError
 from croco.stages.pair.export_trl import export_pairs
 from croco.stages.pair.from_files import facts_of, pairs_of_files
-from croco.stages.pair.import_files import import_scored
-from croco.storage import shards
+from croco.stages.pair.import_files import import_pairs, import_scored
+from croco.storage import records, shards
+from croco.storage.rows import files_of
 
 SYSTEM = {"role": "system", "content": "You have a clock: clock()"}
 TURNS = [SYSTEM, {"role": "user", "content": "What time?"}, {"role": "assistant", "content": "clock()"},
@@ -89,6 +90,17 @@ def test_trl_trains_on_the_export_unmodified(tmp_path, tiny_models):
     assert trained(out / "export/data", DPOTrainer, DPOConfig) > 0
     sft = made(tmp_path / "sft_", "prompt-completion") if (tmp_path / "sft_").mkdir() is None else None
     assert trained(sft / "export/data", SFTTrainer, SFTConfig) > 0
+
+
+def test_our_own_export_and_folder_are_read_again(tmp_path):
+    out = made(tmp_path)
+    again, _ = import_pairs(files_of(out))
+    exported, _ = import_pairs(files_of(out / "export"))
+    pairs, _ = import_pairs(files_of(out / "pairs"))
+    assert again.equals(exported)
+    assert exported.drop("where").equals(pairs.select(exported.drop("where").columns))
+    options = {"columns": [], "language": None, "overrides": [], "form": "preference", "license": "mit"}
+    assert pairs_of_files([out / "export"], tmp_path / "twice", **options) == again.height
 
 
 def test_data_for_sft_is_the_best_completion(tmp_path):
@@ -176,13 +188,22 @@ def test_the_export_refuses_what_it_cannot_write(tmp_path):
         export_pairs(out / "pairs", tmp_path / "new", "csv")
 
 
+@pytest.mark.slow
 def test_the_command_says_what_it_made_and_can_be_run_again(tmp_path):
     source = jsonl(tmp_path / "scored.jsonl", published())
     command = [sys.executable, "-m", "croco", "pairs", str(source), "--to", str(tmp_path / "out")]
     command += [part for text in COLUMNS for part in ("--column", text)]
     for _ in range(2):
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        assert done.stdout.startswith("12 rows in ")
+        assert done.stdout.splitlines()[-1].startswith("12 rows in ")
+    other = subprocess.run([*command, "--set", "pool=all"], capture_output=True, text=True, check=False)
+    assert other.returncode != 0
+    assert "pool: language → all" in other.stderr
+    assert "--rebuild" in other.stderr
+    done = subprocess.run(
+        [*command, "--set", "pool=all", "--rebuild"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1].startswith("6 rows in ")
     bad = subprocess.run([*command, "--set", "pool=nordic"], capture_output=True, text=True, check=False)
     assert bad.returncode == 2
     assert "arms.pairs.pool" in bad.stderr
@@ -193,3 +214,70 @@ def test_a_card_names_no_folder_of_the_machine(tmp_path, tiny_models):
     assert facts["policy"] == "policy"
     assert facts["prompts"] == tiny_models.prompts.name
     assert not any(str(tmp_path.parent) in value or "/" in value for value in facts.values())
+
+
+def test_languages_that_are_parallel_by_line(tmp_path):
+    """Scored files as authors publish them: a file per language, ids that say nothing."""
+
+    def row(language: str, line: int) -> dict:
+        scored = [
+            {"completion": f"{language}: {line} and {s}", "score": float((s + line) % 4)} for s in range(4)
+        ]
+        return {"id": None, "prompt": f"{language}: question {line}", "completions": scored}
+
+    for code, num in (("da", 5), ("en", 5), ("nl", 4)):
+        jsonl(tmp_path / f"{code}.jsonl", [row(code, line) for line in range(num)])
+    files = [tmp_path / "da.jsonl", tmp_path / "en.jsonl"]
+    given = ([], "file", ["pool=all"], "preference", "mit", "line")
+    assert pairs_of_files(files, tmp_path / "out", *given) == 5
+    pairs = shards.read_table(tmp_path / "out" / "pairs")
+    assert pairs["prompt_id"].to_list() == [f"{line:07d}" for line in range(1, 6)]
+    assert pairs["pool_size"].to_list() == [8] * 5
+    ends = pairs.select(
+        pl.col("chosen").str.extract(r": (\d)"), pl.col("messages").list.last().struct.field("content")
+    )
+    assert all(prompt.endswith(f"question {line}") for line, prompt in ends.rows())
+    with pytest.raises(
+        UserError, match="parallel by line, and there are 5 in da, 4 in nl: expected equally many"
+    ):
+        pairs_of_files([files[0], tmp_path / "nl.jsonl"], tmp_path / "new", *given)
+    with pytest.raises(UserError, match=r"scored.jsonl: 'scored' is no BCP-47 language code"):
+        pairs_of_files([files[0].rename(tmp_path / "scored.jsonl")], tmp_path / "other", *given)
+
+
+def test_pairs_of_a_table_are_written_for_trainers(tmp_path):
+    import croco
+
+    table = pl.DataFrame(
+        [
+            {"prompt_id": p, "language": "da", "prompt": f"Hvorfor {p}?", "completion": f"{p} {s}", "score": float(s)}
+            for p in range(3) for s in range(4)
+        ]
+    )  # fmt: skip
+    pairs, dropped = croco.pairs(table)
+    assert croco.export(pairs, str(tmp_path / "out"), dropped=dropped, license="mit") == 3
+    rows = pl.read_parquet(tmp_path / "out/data/*.parquet").to_dicts()
+    assert rows[1]["prompt"] == [{"role": "user", "content": "Hvorfor 1?"}]
+    assert rows[1]["chosen"] == [{"role": "assistant", "content": "1 3"}]
+    assert 'license: "mit"' in (tmp_path / "out/README.md").read_text()
+    best, _ = croco.pairs(table, rejected="none")
+    assert croco.export(best, tmp_path / "sft", "prompt-completion") == 3
+    with pytest.raises(UserError, match="is not empty"):
+        croco.export(pairs, tmp_path / "out")
+    with pytest.raises(UserError, match="scores with a column `messages` or `prompt`"):
+        croco.export(pairs.drop("messages"), tmp_path / "new")
+
+
+def test_only_what_changed_is_made_again_and_nothing_of_a_person_s_goes(tmp_path):
+    out = made(tmp_path)
+    imported, paired = (records.read_record(out / name) for name in ("", "pairs"))
+    made(tmp_path)
+    assert [records.read_record(out / name) for name in ("", "pairs")] == [imported, paired]
+    made(tmp_path, overrides=["rejected=min"], rebuild=True)
+    assert records.read_record(out) == imported
+    assert records.read_record(out / "pairs")["fingerprint"] != paired["fingerprint"]
+    made(tmp_path, columns=[*COLUMNS[:2], "score=reward", "sample_id=nothing"], rebuild=True)
+    assert records.read_record(out)["fingerprint"] != imported["fingerprint"]
+    (out / "prompts" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"notes\.txt was not made by croco"):
+        made(tmp_path)

@@ -60,6 +60,20 @@ def test_only_a_sound_completion_makes_a_later_one_a_duplicate():
     assert left_out(table) == {0: REASONS["cut"], 2: REASONS["duplicate"]}
 
 
+def test_what_nobody_sees_is_no_text():
+    """Zero-width characters, direction marks and soft hyphens: alone they are empty, between letters no difference."""
+    fox = "The quick brown fox jumps over the lazy dog."
+    table = scored(
+        "\u200b\u2060",
+        fox,
+        "\u200f" + fox.replace("quick", "qu\u00adick"),
+        "\ufeff \u00a0",
+        fox[:-1],
+        language="en",
+    )
+    assert left_out(table) == {0: REASONS["empty"], 2: REASONS["near_duplicate"], 3: REASONS["empty"]}
+
+
 def test_flagged_completions_stay_and_say_so_in_their_pair():
     table = scored("first one", "second one", "SECOND one", finish_reason=["stop", "stop", "length"])
     pairs, dropped = croco.pairs(table, rejected="min", guards={"cut": "flag", "near_duplicate": "flag"})
@@ -74,6 +88,10 @@ def test_the_wrong_language_is_dropped_or_flagged_and_short_texts_are_not_judged
     table = scored(DANISH, DANISH[:20] + " igen", ENGLISH, "Amsterdam 42")
     assert left_out(table, wrong_language="drop") == {2: REASONS["wrong_language"]}
     pairs, _ = croco.pairs(table[:3], rejected="min")
+    assert pairs["chosen"].to_list() == [
+        DANISH[:20] + " igen"
+    ]  # by default no text in the wrong language is learnt
+    pairs, _ = croco.pairs(table[:3], rejected="min", guards={"wrong_language": "flag"})
     assert pairs["flags"].to_list() == [["chosen: wrong language"]]
     assert croco.pairs(table[:3], rejected="min", guards={"wrong_language": "off"})[0]["flags"].to_list() == [
         []

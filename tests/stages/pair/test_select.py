@@ -253,12 +253,16 @@ def test_bad_scores_are_named():
         croco.pairs(table.drop("language"))
     with pytest.raises(UserError, match="row 1 has no language"):
         croco.pairs(table.with_columns(language=pl.Series([None, "da"])))
-    with pytest.raises(UserError, match='pool "nordic" is unknown'):
+    with pytest.raises(UserError, match="pool = 'nordic', expected one of 'language' or 'all'"):
         croco.pairs(table, pool="nordic")
     with pytest.raises(UserError, match="prompt = 'Chosen'"):
         croco.pairs(table, prompt="Chosen")
-    with pytest.raises(UserError, match="guard empty = 'remove'"):
+    with pytest.raises(UserError, match=r"guards\.empty = 'remove', expected one of 'drop', 'flag' or 'off'"):
         croco.pairs(table, guards={"empty": "remove"})
+    with pytest.raises(UserError, match=r"unknown key 'guards.emty'; did you mean 'guards.empty'\?"):
+        croco.pairs(table, guards={"emty": "drop"})
+    with pytest.raises(UserError, match='prompt = "random" needs a rejected completion'):
+        croco.pairs(table, rejected="none", prompt="random")
     with pytest.raises(UserError, match="languages names 'dk'"):
         croco.pairs(table, languages=["dk"])
     assert croco.pairs(table.with_columns(prompt_id=pl.lit(7)))[0]["prompt_id"].to_list() == ["7"]

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from croco.errors import UserError
-from croco.stages.prompts.columns import FileRow, Unusable, finish_of
+from croco.stages.prompts.columns import NAMES, FileRow
+from croco.stages.prompts.values import (
+    Unusable,
+    read_finish_reason,
+    read_ids,
+    read_sample_id,
+    read_score,
+)
 
 
 def turn(role: str, text: str) -> dict[str, str]:
@@ -108,6 +118,10 @@ def test_what_has_no_use_is_counted() -> None:
         "f", {"prompt": [{**Q, "toxic": True}], **SIDES, "topic": "x", "tools": "[]"}, None, unread
     ).sides()
     assert unread == {"message key toxic": 1, "topic": 1, "tools": 1}
+    unread.clear()
+    beside = {"messages": [Q, YES], "response": "another", "question": None}
+    FileRow("f", {"prompt": "Q", **SIDES, **beside}, None, unread).sides()
+    assert unread == {"response": 1}  # the others say what was read
 
 
 @pytest.mark.parametrize(
@@ -116,16 +130,54 @@ def test_what_has_no_use_is_counted() -> None:
      ("length", "length"), ("MAX_TOKENS", "length"), ("max-tokens", "length")],
 )  # fmt: skip
 def test_finish_reasons_of_other_tools(value: str | None, reason: str) -> None:
-    assert finish_of(FileRow("f, line 1", {}), value) == reason
+    assert read_finish_reason("f, line 1", value) == reason
 
 
 def test_finish_reasons_that_are_no_end() -> None:
-    row = FileRow("f, line 1", {})
     with pytest.raises(Unusable, match="the completion ended with 'content_filter'"):
-        finish_of(row, "content_filter")
+        read_finish_reason("f, line 1", "content_filter")
     with pytest.raises(
         UserError, match="f, line 1: the finish reason 'zonk' is unknown, expected one of stop,"
     ):
-        finish_of(row, "zonk")
+        read_finish_reason("f, line 1", "zonk")
     with pytest.raises(UserError, match="f, line 1: finish_reason is a number"):
-        finish_of(row, 3)
+        read_finish_reason("f, line 1", 3)
+
+
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 10**400)
+    | st.floats()
+    | st.sampled_from(["", "Q", "yes", "[]", "stop"])
+)
+TURNS = st.dictionaries(
+    st.sampled_from(["role", "content", "from", "value", "weight", "name", "tool_calls", "toxic"]),
+    SCALARS
+    | st.sampled_from(["user", "assistant", "system", "human", "gpt"])
+    | st.lists(
+        st.dictionaries(st.sampled_from(["type", "text"]), SCALARS | st.just("text"), max_size=2), max_size=2
+    ),
+    max_size=4,
+)
+VALUES = SCALARS | TURNS | st.lists(SCALARS | TURNS | st.lists(SCALARS, max_size=2), max_size=3)
+COLUMNS = sorted({"history", "tools", "label", "images", "chosen_ids", "topic", *sum(NAMES.values(), ())})
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.dictionaries(st.sampled_from(COLUMNS), VALUES, max_size=7),
+    st.dictionaries(st.sampled_from(sorted(NAMES)), st.sampled_from(COLUMNS), max_size=2),
+)
+def test_no_row_ends_in_anything_but_a_sentence(values: dict[str, Any], columns: dict[str, str]) -> None:
+    for read in (FileRow.sides, FileRow.answered, FileRow.prompt, FileRow.completion):
+        row = FileRow("f, line 1", values, columns)
+        with contextlib.suppress(UserError, Unusable):
+            read(row)
+    readers = (read_score, read_sample_id, read_finish_reason)
+    for value in values.values():
+        for reader in readers:
+            with contextlib.suppress(UserError, Unusable):
+                reader("f, line 1", value)
+        with contextlib.suppress(UserError):
+            read_ids("f, line 1", value, "chosen_ids")

@@ -56,6 +56,28 @@ def test_every_turn_and_the_optional_columns_are_kept(tmp_path: Path) -> None:
     assert second["reference"] is None
 
 
+def test_the_first_turn_alone_and_the_answer_to_it(tmp_path: Path) -> None:
+    def say(*roles: str) -> list[dict[str, str]]:
+        return [{"role": role, "content": f"{number} {role}"} for number, role in enumerate(roles)]
+
+    source = write(
+        tmp_path,
+        row("a", messages=say("system", "user", "assistant", "user", "assistant")),
+        row("b", messages=say("user", "assistant", "user"), reference="of the last turn"),
+        row("c", reference="gold"),
+        row("d", messages=say("user", "user")),
+    )
+    rows = read(source, turns="first").prompts.to_pylist()
+    assert [[turn["content"] for turn in one["messages"]] for one in rows] == [
+        ["0 system", "1 user"],
+        ["0 user"],
+        ["Hvem?"],
+        ["0 user"],
+    ]
+    assert [one["reference"] for one in rows] == ["2 assistant", "1 assistant", "gold", None]
+    assert len(read(source).prompts.to_pylist()[0]["messages"]) == 4
+
+
 def test_limit_counts_prompts_and_keeps_them_parallel(tmp_path: Path) -> None:
     rows = [row(str(n), code) for n in range(4) for code in ("en", "da", "fr")]
     found = read(write(tmp_path, *rows), "en", "da", limit=2)
@@ -239,6 +261,12 @@ def test_columns_are_mapped_and_a_language_may_be_constant(tmp_path: Path) -> No
         read(source, id_column="id", language="da", columns={"prompt": "frage"})
 
 
+def test_a_system_prompt_for_all_that_have_none(tmp_path: Path) -> None:
+    own = {"role": "system", "content": "Own."}
+    found = read(write(tmp_path, row("a"), row("b", messages=[own, *USER])), system="Be brief.")
+    assert [one["messages"][0]["content"] for one in found.prompts.to_pylist()] == ["Be brief.", "Own."]
+
+
 def test_the_last_assistants_turn_is_the_reference(tmp_path: Path) -> None:
     answer = {"role": "assistant", "content": "Mig."}
     found = read(write(tmp_path, row(messages=[*USER, answer]))).prompts.to_pylist()
@@ -296,4 +324,4 @@ def test_test_prompts_that_are_the_tuning_prompts(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(other), copy)
     values = {"run": {"name": "x", "languages": ["da"]}, "arms": {"a": {}}, "policy": {"model": "lab:policy"}}
     sources = {"prompts": {"source": str(tuning)}, "evaluation": {"source": str(copy)}}
-    assert overlap(from_dict(values | sources)) == (3, 4)
+    assert overlap(from_dict(values | sources)) == (0, 3, 4)

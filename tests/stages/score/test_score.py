@@ -49,6 +49,7 @@ def test_every_prompt_has_its_completions_with_their_seeds(scored: Path, tiny_mo
     assert completions["completion"].n_unique() > 0.9 * completions.height
 
 
+@pytest.mark.slow
 def test_shards_do_not_change_the_rows(scored: Path, tmp_path: Path, tiny_models: TinyModels):
     instruction = "policy.instruction.da=Svar på dansk."
     other = run(
@@ -139,7 +140,7 @@ def test_a_score_that_is_no_number_stops_with_its_row():
     with pytest.raises(UserError, match=r"completion 3 of prompt 'p1' in da: judge gave the score nan"):
         tabulate([[row]], [[float("nan")]], "judge")
     table, dropped = tabulate([[row], [row | {"sample_id": 4}]], [[1.5], ["too long"]], "judge")
-    assert pl.from_arrow(table).rows() == [("p1", "da", 3, 1.5, "judge")]
+    assert pl.from_arrow(table).rows() == [("p1", "da", 3, 1.5, "judge", None)]
     assert pl.from_arrow(dropped).rows() == [("completion", "p1", "da", 4, "too long")]
 
 

@@ -21,7 +21,7 @@ from croco.models.open import tuned_weights
 from croco.pipeline import run as stages
 from croco.stages.train.merge import merge
 from croco.stages.train.model_card import cell, model_card
-from croco.storage import files, shards
+from croco.storage import files, records, shards
 from croco.storage.files import OWNER
 from stages.train.pairs import replace
 from tiny import make_policy, make_tokenizer, save
@@ -195,6 +195,10 @@ def test_what_cannot_be_merged_is_refused(recipe: Recipe, made: Path, tmp_path: 
 
     nothing = {name: tensor * 0 if "lora_B" in name else tensor for name, tensor in weights.items()}
     save_file(nothing, adapter / "adapter_model.safetensors")
+    fails(broken, tmp_path / "to", "is damaged: its bytes are not those that were written")
+    record = records.read_record(adapter.parent)
+    record.pop("digests")  # as an earlier version wrote it
+    records.write_record(adapter.parent, record)
     fails(broken, tmp_path / "to", "changes nothing: log-probabilities are the base's")
 
     name = next(iter(weights))

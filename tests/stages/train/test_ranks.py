@@ -113,6 +113,7 @@ def over(job: Job, folder: Path, **runtime) -> Job:
     return replace(job, folder=folder, runtime=job.runtime.model_copy(update=runtime))
 
 
+@pytest.mark.slow
 def test_the_stage_starts_its_processes(job, alone, tmp_path):
     steps = []
     found = tune(over(job, tmp_path / "two", train_processes=2), lambda *now: steps.append(now))
@@ -152,6 +153,7 @@ def test_weights_spread_by_fsdp_give_the_same_curve(job, tmp_path, monkeypatch, 
         load_policy(str(found.adapter))
 
 
+@pytest.mark.slow
 def test_bad_input_in_the_processes_is_one_sentence_here(job, tmp_path):
     broken = replace(job, settings={**job.settings, "max_tokens": 3})
     with pytest.raises(UserError, match="no pair to train on: of 33 pairs 33 were left out"):
@@ -179,6 +181,7 @@ tune(Job(**said), lambda step, num_steps: print(step, flush=True))
 """
 
 
+@pytest.mark.slow
 def test_killed_with_its_processes_it_goes_on_to_the_same_curve(job, alone, tmp_path):
     """SIGKILL to the process that started them: they end too, and the next start ends where one process does."""
     again = over(job, tmp_path / "killed", train_processes=2, checkpoint_minutes=1e-6)

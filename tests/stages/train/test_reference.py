@@ -103,6 +103,7 @@ def writer(folder: Path, end: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 def test_writers_may_be_killed_and_run_beside_each_other(tmp_path):
     killed = writer(tmp_path, "die")
     assert killed.communicate()[0] == "2\n"

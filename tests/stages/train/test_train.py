@@ -211,6 +211,7 @@ run(Path(sys.argv[1]))
 """
 
 
+@pytest.mark.slow
 def test_sigkill_inside_a_checkpoint_leaves_no_trace(undisturbed, tmp_path):
     source, tests = Path(__file__).parents[3] / "src", Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": f"{source}{os.pathsep}{tests}"}
@@ -236,6 +237,7 @@ run(Path(sys.argv[1]), checkpoint_minutes=1e-6)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_sigkill_at_any_step_leaves_no_trace(undisturbed, tmp_path, seed):
     """Twice in one run, at random moments; with dropout, evaluations and a best checkpoint. Equal to the last bit."""

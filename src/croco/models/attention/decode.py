@@ -4,7 +4,7 @@ Rows of one prompt read the prompt's keys in one matrix product; the scores over
 softmax, so the result is ordinary attention, not an approximation. It is plugged into transformers as an attention
 function of its own name, with a cache of its own; queries, keys and rotations are computed by the model's code as ever.
 
-Leaves out what such a function cannot see: soft-capping, attention sinks, biases (`architecture.unsupported` says so).
+Leaves out what such a function cannot see: soft-capping, attention sinks, biases (`support.unsupported` says so).
 
 Shapes: R rows, G prompts, N most rows of one prompt, H key-value heads, Q query heads per key-value head, P prompt
 tokens (padded), C own tokens (capacity), D head dimension.

@@ -5,7 +5,7 @@ their own tokens are two softmaxes, joined by their log-sum-exps into the one ov
 not an approximation, and needs no mask and no copy of a prefix (Juravsky et al. 2024, arXiv 2402.05099). It is plugged
 into transformers as an attention function of its own name.
 
-Leaves out what such a function cannot see (`architecture.unsupported` says so) and windows shorter than a sequence.
+Leaves out what such a function cannot see (`support.unsupported` says so) and windows shorter than a sequence.
 
 Shapes: B rows, T own tokens, P prefix tokens, H query heads, D head dimension.
 """

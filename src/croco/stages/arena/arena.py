@@ -1,8 +1,8 @@
 """The stages `arena-sample` and `arena`: an arm's greedy completions against the base's, before a judge.
 
-Every comparison is judged twice, each completion once in the first place: what a judge prefers by place is measured and
-cancels. Two verdicts that do not agree are a tie. The same text twice is a tie that nobody is asked about. What got no
-verdict in one of the orders is in the ledger, with the reason. What the comparisons add up to is `arena_results`.
+Every comparison is judged twice, with each completion once in the first place, so that a judge's preference for a place
+is measured and cancels. Two verdicts that do not agree are a tie, and so is the same text twice, without asking. A
+comparison without a verdict in one of the orders goes to the ledger with the reason. `results.py` computes win rates.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 from croco.config.models import Judge
 from croco.config.runtime import Runtime
 from croco.errors import UserError
+from croco.languages import identify_completions
 from croco.models.open import open_judge, open_sampler, tuned_weights
 from croco.models.protocols import Decoding, Judged, JudgeRequest
 from croco.pipeline.compute import compute
@@ -28,7 +29,6 @@ from croco.pipeline.stage import Work
 from croco.pipeline.workers import Advance, ShardResult
 from croco.stages.arena import judge_prompt
 from croco.stages.evaluate.evaluate import evaluation_seed
-from croco.stages.evaluate.fidelity import found_languages
 from croco.stages.evaluate.results import BASE
 from croco.stages.sample import sample_shards
 from croco.storage.schemas import COMPARISONS, ledger
@@ -40,6 +40,7 @@ HOPELESS = 64  # judgements without a single verdict, after which a judge is not
 Match = dict[str, Any]  # a prompt with the completions of both
 # (key, match, whether the arm's completion is first) -> (key, judgement) as they come; a reason where there is none
 Question = tuple[int, Match, bool]
+Judgements = Mapping[tuple[int, bool], Judged | str]  # by a match's place in its shard, and the order
 Ask = Callable[[Sequence[Question]], Iterator[tuple[int, Judged | str]]]
 
 
@@ -112,10 +113,10 @@ def arena(work: Work) -> None:
     sizes = [min(size, rows - start) for start in range(0, rows, size)]
     worker = partial(ArenaWorker, work.settings, work.runtime, str(work.arm), work.inputs)
     compute(work, worker, sizes, "comparison", role="judge", here=work.settings["judge"] == "lab")
-    found = account(work.folder)
-    work.record(**found)
-    unjudged = {reason: count for reason, count in found["without_verdict"].items() if reason != ABSENT}
-    if unjudged and found["comparisons"] == found["same_text"]:
+    facts = account(work.folder)
+    work.record(**facts)
+    unjudged = {reason: count for reason, count in facts["without_verdict"].items() if reason != ABSENT}
+    if unjudged and facts["comparisons"] == facts["same_text"]:
         reasons = ", ".join(f"{count} × {reason}" for reason, count in sorted(unjudged.items()))
         raise UserError(
             f"{work.title}: no comparison got two verdicts ({reasons}); the ledger in {work.folder} says more"
@@ -169,7 +170,7 @@ class ArenaWorker:
         rows = {index: self.matches.slice(index * self.size, self.size).to_dicts() for index in indices}
         questions: list[Question] = []
         owners: list[tuple[int, int, bool]] = []
-        found: dict[int, dict[tuple[int, bool], Judged | str]] = {index: {} for index in indices}
+        judgements: dict[int, dict[tuple[int, bool], Judged | str]] = {index: {} for index in indices}
         left = Counter[int]()
         for index, part in rows.items():
             for place, match in enumerate(part):
@@ -182,10 +183,10 @@ class ArenaWorker:
         for key, judged in self.ask(questions):
             index, place, arm_first = owners[key]
             self._listen(judged, arm_first)
-            found[index][place, arm_first] = judged
+            judgements[index][place, arm_first] = judged
             left[index] -= 1
             if not left[index]:
-                yield self._finish(index, rows[index], found.pop(index), advance)
+                yield self._finish(index, rows[index], judgements.pop(index), advance)
 
     def _listen(self, judged: Judged | str, arm_first: bool) -> None:
         """Stop before a judge that never says a verdict has cost a whole run."""
@@ -197,11 +198,9 @@ class ArenaWorker:
                 f"'Verdict: 1', 'Verdict: 2' or 'Verdict: tie' ({reading.reason})"
             )
 
-    def _finish(
-        self, index: int, rows: list[Match], found: Mapping[tuple[int, bool], Judged | str], advance: Advance
-    ) -> ShardResult:
-        table, dropped = tabulate(self.arm, self.name, rows, found, self.languages)
-        judged = [one for one in found.values() if not isinstance(one, str)]
+    def _finish(self, index: int, rows: list[Match], judgements: Judgements, advance: Advance) -> ShardResult:
+        table, dropped = tabulate(self.arm, self.name, rows, judgements, self.languages)
+        judged = [one for one in judgements.values() if not isinstance(one, str)]
         sums = {
             "judgements": len(judged),
             "judge_prompt_tokens": sum(one.prompt_tokens for one in judged),
@@ -213,8 +212,8 @@ class ArenaWorker:
 
 def is_asked(match: Match) -> bool:
     """Whether a judge has anything to decide: two completions that are not the same."""
-    ours, base = match["completion"], match["base_completion"]
-    return ours is not None and base is not None and ours != base
+    tuned, base = match["completion"], match["base_completion"]
+    return tuned is not None and base is not None and tuned != base
 
 
 def open_asker(
@@ -237,26 +236,27 @@ def open_asker(
 
 def ask_lab(questions: Sequence[Question]) -> Iterator[tuple[int, Judged | str]]:
     """The lab's judge, which checks by program."""
-    from croco.stages.evaluate import lab
+    from croco.lab import judge
 
     for key, match, arm_first in questions:
-        yield key, lab.compare(match["prompt_id"], match["language"], *shown(match, arm_first))
+        text = judge.compare(match["prompt_id"], match["language"], *shown(match, arm_first))
+        yield key, Judged(text, "stop", prompt_tokens=0, completion_tokens=0)
 
 
 def shown(match: Match, arm_first: bool) -> tuple[str, str]:
     """The two completions in the order that the judge sees them in."""
-    ours, base = match["completion"], match["base_completion"]
-    return (ours, base) if arm_first else (base, ours)
+    tuned, base = match["completion"], match["base_completion"]
+    return (tuned, base) if arm_first else (base, tuned)
 
 
 def tabulate(
     arm: str,
     judge: str,
     rows: Sequence[Match],
-    found: Mapping[tuple[int, bool], Judged | str],
+    judgements: Judgements,
     evaluated: Sequence[str],
 ) -> tuple[pa.Table, pa.Table]:
-    """One shard of comparisons and its ledger; `found` has the judgements by place and order."""
+    """One shard of comparisons and its ledger; `judgements` are by place and order."""
     kept: list[dict[str, Any]] = []
     drops: list[tuple[str, str, str, int | None, str]] = []
     for place, match in enumerate(rows):
@@ -265,7 +265,7 @@ def tabulate(
             for name, text in ((arm, match["completion"]), (BASE, match["base_completion"]))
             if text is None
         ]
-        both = [found.get((place, arm_first)) for arm_first in (True, False)]
+        both = [judgements.get((place, arm_first)) for arm_first in (True, False)]
         reads = [
             judge_prompt.Reading(judge_prompt.TIE) if one is None else judge_prompt.read(one, arm_first)
             for one, arm_first in zip(both, (True, False), strict=True)
@@ -293,7 +293,7 @@ def tabulate(
             }
         )
     for column, text in (("found_language", "completion"), ("base_found_language", "base_completion")):
-        spoken = found_languages((r[text] for r in kept), evaluated, (r["language"] for r in kept))
+        spoken = identify_completions((r[text] for r in kept), evaluated, (r["language"] for r in kept))
         for row, language in zip(kept, spoken, strict=True):
             row[column] = language
     return pa.Table.from_pylist(kept, schema=COMPARISONS.schema), ledger(drops)

@@ -1,7 +1,7 @@
-"""What a judge is asked, and how its words become a verdict. Pure text: which model answers is `engines`' business.
+"""The judge's prompt, and how a judgement is read. Text only: models are opened by `arena.py`.
 
-Strict: a judgement ends with a line that says the verdict, or it has none. Nothing is guessed from prose, and one that
-was cut off has none, whatever it said before. A judge that thinks aloud is read after it has finished thinking.
+A judgement has a verdict only if its last line says one. Nothing is guessed from prose, and a judgement that was cut
+off has none. What a judge thinks aloud is not read.
 """
 
 from __future__ import annotations
@@ -74,11 +74,11 @@ def read(judged: Judged | str, arm_first: bool) -> Reading:
         return Reading(None, f"{REFUSED}: {order}, {judged}")
     if judged.finish_reason == "length":
         return Reading(None, f"{CUT}: {order}, after {judged.completion_tokens} tokens")
-    said = verdict_of(judged.text)
-    if said is None:
+    verdict = verdict_of(judged.text)
+    if verdict is None:
         words = " ".join(judged.text.split())
         return Reading(None, f"{UNPARSEABLE}: {order}, it ends {words[-SHOWN:]!r}")
-    return Reading(TIE if said == "tie" else ARM if (said == "1") == arm_first else BASE)
+    return Reading(TIE if verdict == "tie" else ARM if (verdict == "1") == arm_first else BASE)
 
 
 def value_of(arm_first: str, base_first: str) -> float:

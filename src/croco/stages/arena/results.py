@@ -61,19 +61,21 @@ def arena_rows(
         counts = stats.resample_counts(len(names), seed, num_resamples)
         for index, ((arm,), here) in enumerate(part.group_by("arm", maintain_order=True)):
             places = here.with_columns(place=here["prompt_id"].replace_strict(names, range(len(names))))
-            found = _scope_rows(str(arm), places, counts, seed) + _fidelity(str(arm), places, counts, "found")
+            of_scope = _scope_rows(str(arm), places, counts, seed) + _fidelity(
+                str(arm), places, counts, "identified"
+            )
             fits = []
             for (language,), own in places.group_by("language", maintain_order=True):
                 key = arm, language, tuple(names)
                 if key not in known:
                     known[key] = fit(own["value"], own["delta"], counts[:, own["place"].to_numpy()])
                 fits.append(known[key])
-            found.append(
+            of_scope.append(
                 row_of(str(arm), 0.0, "lc-win-rate", stats.of_enough(pooled(fits), len(names)), len(names))
             )
             if index == 0:  # the base's completions are the same in every arm
-                found += _fidelity(BASE, places, counts, "base_found")
-            rows += [{**row, "language": scope, "benchmark": BENCHMARK, "seed": seed} for row in found]
+                of_scope += _fidelity(BASE, places, counts, "base_identified")
+            rows += [{**row, "language": scope, "benchmark": BENCHMARK, "seed": seed} for row in of_scope]
     rows += adjusted(rows, "win-rate-p", groups)
     return pl.DataFrame(rows, infer_schema_length=None).sort("arm", "language", "metric")
 
@@ -98,8 +100,8 @@ def numbered(comparisons: pl.DataFrame) -> pl.DataFrame:
         agree=(asked & (pl.col("verdict_arm_first") == pl.col("verdict_base_first"))).cast(pl.Float64),
         bias=pl.when(asked).then((first[0] + first[1]) / 2).otherwise(0.0),
         delta=length - pl.col("base_completion").str.len_chars().cast(pl.Float64),
-        found=(pl.col("found_language") == pl.col("language")).cast(pl.Float64),
-        base_found=(pl.col("base_found_language") == pl.col("language")).cast(pl.Float64),
+        identified=(pl.col("found_language") == pl.col("language")).cast(pl.Float64),
+        base_identified=(pl.col("base_found_language") == pl.col("language")).cast(pl.Float64),
     )
 
 
@@ -131,20 +133,20 @@ def _ratios(
     arm: str, part: pl.DataFrame, columns: Mapping[str, tuple[pl.Expr, pl.Expr]], counts: Any
 ) -> list[Row]:
     """Means of values over weights, each with its interval; one without any weight has no row."""
-    made = part.select(
+    numbers = part.select(
         "place",
         **{f"value {name}": value for name, (value, _) in columns.items()},
         **{f"weight {name}": weight for name, (_, weight) in columns.items()},
     )
-    sums = made.group_by("place").sum().sort("place")
-    there = [name for name in columns if sums[f"weight {name}"].sum() > 0]
-    if not there:
+    sums = numbers.group_by("place").sum().sort("place")
+    names = [name for name in columns if sums[f"weight {name}"].sum() > 0]
+    if not names:
         return []
     values, weights = (
-        sums.select(f"{kind} {name}" for name in there).to_numpy() for kind in ("value", "weight")
+        sums.select(f"{kind} {name}" for name in names).to_numpy() for kind in ("value", "weight")
     )
     intervals = stats.bootstrap_ratio(values, weights, counts)
     return [
         row_of(arm, 0.0, name, interval, int((weights[:, i] > 0).sum()))
-        for i, (name, interval) in enumerate(zip(there, intervals, strict=True))
+        for i, (name, interval) in enumerate(zip(names, intervals, strict=True))
     ]

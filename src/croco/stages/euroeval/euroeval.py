@@ -2,8 +2,8 @@
 
 One shard per dataset. EuroEval appends to its results file when a dataset is done, and the shard is written from that
 line; so a run that was killed goes on with the next dataset, and inside a dataset EuroEval keeps the completions of
-finished iterations. What is in the file is checked by `euroeval_records`, EuroEval's environment is made by
-`euroeval_install`.
+finished iterations. What is in the file is checked by `results_file.py`, EuroEval's environment is made by
+`install.py`.
 """
 
 from __future__ import annotations
@@ -128,8 +128,8 @@ def work_folder(work: Work) -> Path:
     folder = work.scratch() / "work"
     folder.mkdir(exist_ok=True)
     if (local := work.settings["local"]) is not None:
-        ours = shutil.ignore_patterns(RESULTS_FILE)
-        shutil.copytree(Path(local).expanduser(), folder, ignore=ours, dirs_exist_ok=True)
+        ignored = shutil.ignore_patterns(RESULTS_FILE)
+        shutil.copytree(Path(local).expanduser(), folder, ignore=ignored, dirs_exist_ok=True)
     return folder
 
 
@@ -202,7 +202,7 @@ def run(work: Work, folder: Path, tasks: Sequence[Task]) -> Iterator[tuple[Task,
             assert process.stdout is not None
             process.stdin.write(json.dumps(asked).encode())
             process.stdin.close()
-            for task, reason in _said(folder, process.stdout, list(tasks), facts):
+            for task, reason in _messages(folder, process.stdout, list(tasks), facts):
                 if not server.alive:
                     why = vllm_server.reason(folder / "server.txt")
                     raise UserError(f"{work.title}: the server ended at '{task.dataset}': {why}")
@@ -214,29 +214,29 @@ def run(work: Work, folder: Path, tasks: Sequence[Task]) -> Iterator[tuple[Task,
                 )
 
 
-def _said(
+def _messages(
     folder: Path, lines: IO[bytes], tasks: Sequence[Task], facts: Mapping[str, Any]
 ) -> Iterator[tuple[Task, str | None]]:
     """What the program says: its libraries, the datasets it does not know, then one line per dataset."""
     by_name = {task.dataset: task for task in tasks}
     for line in lines:
-        said: dict[str, Any] = json.loads(line)
-        if "libraries" in said:
-            files.write_json(folder / FACTS_FILE, {"euroeval": said["libraries"], **facts})
-            if said["libraries"]["euroeval"] != VERSION:
+        message: dict[str, Any] = json.loads(line)
+        if "libraries" in message:
+            files.write_json(folder / FACTS_FILE, {"euroeval": message["libraries"], **facts})
+            if message["libraries"]["euroeval"] != VERSION:
                 raise UserError(
-                    f"runtime.euroeval.python has EuroEval {said['libraries']['euroeval']}, expected {VERSION}: "
+                    f"runtime.euroeval.python has EuroEval {message['libraries']['euroeval']}, expected {VERSION}: "
                     f"run `croco euroeval install`"
                 )
-        elif "unknown" in said:
-            if said["unknown"]:
+        elif "unknown" in message:
+            if message["unknown"]:
                 raise UserError(
-                    f"euroeval.datasets: EuroEval {VERSION} has no {', '.join(said['unknown'])}, "
+                    f"euroeval.datasets: EuroEval {VERSION} has no {', '.join(message['unknown'])}, "
                     f"and neither has euroeval.local"
                 )
         else:
-            reason = said.get("error")
-            yield by_name[said["dataset"]], None if reason is None else " ".join(reason.split())[:500]
+            reason = message.get("error")
+            yield by_name[message["dataset"]], None if reason is None else " ".join(reason.split())[:500]
 
 
 def _environment(runtime: EuroEvalRuntime) -> dict[str, str]:

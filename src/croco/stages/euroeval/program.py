@@ -18,11 +18,11 @@ LIBRARIES = ("euroeval", "litellm", "datasets", "evaluate", "transformers", "tor
 
 def main() -> None:
     """Do what standard input says."""
-    said = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what others print goes to the log
     asked = json.load(sys.stdin)
     libraries = {"python": sys.version.split()[0]} | {name: version(name) for name in LIBRARIES}
-    say(said, libraries=libraries)
+    say(out, libraries=libraries)
     if libraries["euroeval"] != asked["version"]:
         return
     if os.environ.get("HF_HUB_OFFLINE") == "1":
@@ -37,7 +37,7 @@ def main() -> None:
     local = Path("custom_datasets.py")
     known = get_all_dataset_configs(local, [], None, cache, trust_remote_code=False, run_with_cli=False)
     unknown = [name for name in asked["datasets"] if name not in known]
-    say(said, unknown=unknown)
+    say(out, unknown=unknown)
     if unknown:
         return
     benchmarker = Benchmarker(
@@ -57,9 +57,9 @@ def main() -> None:
         try:
             benchmarker.benchmark(asked["model"], dataset=name)
         except (InvalidBenchmark, InvalidModel) as error:
-            say(said, dataset=name, error=str(error))
+            say(out, dataset=name, error=str(error))
         else:
-            say(said, dataset=name)
+            say(out, dataset=name)
 
 
 def stay_offline() -> None:
@@ -80,9 +80,9 @@ def stay_offline() -> None:
         setattr(module, "internet_connection_available", lambda: True)  # noqa: B010, mypy does not know them
 
 
-def say(said, **what) -> None:
-    said.write(json.dumps(what) + "\n")
-    said.flush()
+def say(out, **message) -> None:
+    out.write(json.dumps(message) + "\n")
+    out.flush()
 
 
 if __name__ == "__main__":

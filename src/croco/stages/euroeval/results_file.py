@@ -91,7 +91,7 @@ class Record(BaseModel):
 
 def read_records(path: Path, model: str) -> dict[str, Record]:
     """The records of a results file by dataset, all of one model; raises UserError for a line that does not belong."""
-    found: dict[str, Record] = {}
+    records: dict[str, Record] = {}
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     for number, line in enumerate(lines, 1):
         if line.strip():
@@ -102,10 +102,10 @@ def read_records(path: Path, model: str) -> dict[str, Record]:
                 )
             if len({metric.source_data.dataset_name for metric in record.evaluation_results}) > 1:
                 raise UserError(f"{path}, line {number}: metrics of several datasets, expected those of one")
-            if record.dataset in found:
+            if record.dataset in records:
                 raise UserError(f"{path}, line {number}: '{record.dataset}' a second time, expected it once")
-            found[record.dataset] = record
-    return found
+            records[record.dataset] = record
+    return records
 
 
 def _read(line: str, place: str) -> Record:

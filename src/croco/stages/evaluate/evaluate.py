@@ -1,5 +1,4 @@
-"""The stages `evaluate` and `results`: what an arm's policy answers to test prompts, and what that adds up
-to.
+"""The stage `evaluate`: what an arm's policy answers to test prompts, and how each answer is judged.
 
 Every arm answers the same prompts with the same seeds (common random numbers), which are not the seeds of the
 tuning samples; so arms differ by their weights alone and can be compared prompt by prompt. First all
@@ -21,17 +20,17 @@ import pyarrow as pa
 
 from croco.config.models import Reward
 from croco.config.runtime import Runtime
-from croco.models.open import open_sampler, open_scorer, tuned_weights
-from croco.models.protocols import Decoding, Scorer
+from croco.languages import identify_completions, language_mode
+from croco.models.open import open_sampler, tuned_weights
+from croco.models.protocols import Decoding
 from croco.pipeline.compute import compute
 from croco.pipeline.node import Settings
 from croco.pipeline.stage import Work
 from croco.pipeline.workers import Advance, ShardResult
-from croco.stages.arena.results import arena_rows, compared_in_all_arms
-from croco.stages.evaluate.fidelity import found_languages, language_mode
-from croco.stages.evaluate.results import BASE, language_groups, on_common_prompts, summarise
+from croco.stages.evaluate.results import BASE
 from croco.stages.sample import sample_shards
-from croco.storage.schemas import RESULTS, VERDICTS, ledger
+from croco.stages.score.reward import ScoreShard, open_reward
+from croco.storage.schemas import ledger
 from croco.storage.seeds import digest
 from croco.storage.shards import read_parquet, read_table
 
@@ -171,9 +170,8 @@ class JudgeWorker:
         self.facts: dict[str, Any] = {}
         self.judge = _judge_lab
         if reward is not None:
-            scorer, tokenizer = open_scorer(reward, runtime, replica)
-            self.facts = scorer.facts
-            self.judge = partial(_judge_by_reward, reward, scorer, tokenizer)
+            score, self.facts = open_reward(reward, runtime, replica)
+            self.judge = partial(_judge_by_reward, score, reward.name)
 
     def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[ShardResult]:
         """Shard by shard, each as it was drawn."""
@@ -182,8 +180,8 @@ class JudgeWorker:
             drawn = read_parquet(self.draft(index))
             answered = drawn.filter(pl.col("reason").is_null())
             missing = drawn.filter(pl.col("reason").is_not_null())
-            found = found_languages(answered["completion"], self.languages, answered["language"])
-            answered = answered.with_columns(found_language=pl.Series(found, dtype=pl.String))
+            spoken = identify_completions(answered["completion"], self.languages, answered["language"])
+            answered = answered.with_columns(found_language=pl.Series(spoken, dtype=pl.String))
             table, dropped = tabulate(self.arm, batch, answered, missing, *self.judge(batch, answered))
             size = batch.prompts.height * batch.samples
             advance(size)
@@ -192,33 +190,32 @@ class JudgeWorker:
 
 def _judge_lab(batch: Batch, answered: pl.DataFrame) -> Judgement:
     """Verdicts by the lab's program."""
-    from croco.stages.evaluate import lab
+    from croco.lab import judge
 
-    modes, values = lab.judge(*(answered[name].to_list() for name in ("prompt_id", "language", "completion")))
+    modes, values = judge.judge(
+        *(answered[name].to_list() for name in ("prompt_id", "language", "completion"))
+    )
     domains = {row[0]: row[1] for row in batch.prompts.select("prompt_id", "domain").iter_rows()}
-    return [lab.benchmark(domains[prompt_id]) for prompt_id in answered["prompt_id"]], modes, values
+    return [judge.benchmark(domains[prompt_id]) for prompt_id in answered["prompt_id"]], modes, values
 
 
-def _judge_by_reward(
-    reward: Reward, scorer: Scorer, tokenizer: Any, batch: Batch, answered: pl.DataFrame
-) -> Judgement:
+def _judge_by_reward(score: ScoreShard, name: str, batch: Batch, answered: pl.DataFrame) -> Judgement:
     """Verdicts of the reward model; a reason in place of a score where there is none."""
-    from croco.stages.score.score import check_finite, score_conversations
+    from croco.stages.score.score import check_finite
 
     modes = [
-        language_mode(found, language)
-        for found, language in answered.select("found_language", "language").iter_rows()
+        language_mode(identified, language)
+        for identified, language in answered.select("found_language", "language").iter_rows()
     ]
     messages = {tuple(row[:2]): row[2] for row in batch.prompts.select(*PROMPT, "messages").iter_rows()}
     groups = [
         (messages[prompt_id, language], rows.to_dicts())
         for (prompt_id, language), rows in answered.group_by(PROMPT, maintain_order=True)
     ]
-    scored = score_conversations(scorer, tokenizer, groups, reward.max_tokens)
-    values = list(chain.from_iterable(scored))
+    values = list(chain.from_iterable(score(groups)))
     for key, value in zip(answered.select(*PROMPT, "sample_id").iter_rows(), values, strict=True):
         if not isinstance(value, str):
-            check_finite(value, key, reward.model)
+            check_finite(value, key, name)
     return [REWARD_BENCHMARK] * answered.height, modes, values
 
 
@@ -246,33 +243,3 @@ def tabulate(
     ]
     drops += [("completion", *row) for row in missing.select(*PROMPT, "sample_id", "reason").iter_rows()]
     return table.filter(pl.col("value").is_not_null()).to_arrow(), ledger(drops)
-
-
-def results(work: Work) -> None:
-    """Write the results table over all arms: shares or scores, mode shares, and differences from the base."""
-    settings = work.settings
-    arms = [name.removeprefix("evaluate/") for name in work.inputs if name.startswith("evaluate/")]
-    columns = [name for name in VERDICTS.schema.names if name not in ("completion", "finish_reason")]
-    todo = work.todo(1)
-    if todo:
-        verdicts = pl.concat([read_table(work.inputs[f"evaluate/{arm}"], columns) for arm in arms])
-        groups = language_groups(
-            settings["languages"], settings["low_resource_languages"], settings["held_out_languages"]
-        )
-        verdicts, num_left_out = on_common_prompts(verdicts)
-        work.record(prompts_left_out=num_left_out)
-        table = summarise(verdicts, groups, settings["seed"], settings["bootstrap"])
-        if f"euroeval/{BASE}" in work.inputs:
-            from croco.stages.euroeval.results_file import in_all_arms
-
-            tables = [read_table(work.inputs[f"euroeval/{arm}"]) for arm in arms]
-            tasks, left_out = in_all_arms(pl.concat(tables), len(arms))
-            work.record(datasets_left_out=left_out)
-            table = pl.concat([table, tasks.select(table.columns)], how="vertical_relaxed")
-        if any(name.startswith("arena/") for name in work.inputs):
-            compared = pl.concat([read_table(work.inputs[f"arena/{arm}"]) for arm in arms[1:]])
-            compared, num_left_out = compared_in_all_arms(compared, arms[1:])
-            work.record(comparisons_left_out=num_left_out)
-            rows = arena_rows(compared, groups, settings["seed"], settings["bootstrap"])
-            table = pl.concat([table, rows.select(table.columns)], how="vertical_relaxed")
-        work.write(0, table.to_arrow().select(RESULTS.schema.names))

@@ -3,7 +3,7 @@
 A pure function of tables, so that it can be tested by hand and run again on an old run's verdicts. Prompts
 are resampled; a group resamples prompts jointly over its languages, because prompts are parallel and their
 languages rise and fall together. All arms of a scope share one set of resamples. What counts as good is
-decided elsewhere (`lab`, `fidelity`).
+decided elsewhere (`lab.judge`, the reward model, `languages`).
 
 Two differences are reported, at every temperature of the arm: "difference", against the base at the same
 temperature, and "difference-to-best-base", against the base at whichever of its temperatures scored best on
@@ -27,8 +27,8 @@ import polars as pl
 from numpy.typing import NDArray
 
 from croco.errors import UserError
+from croco.languages import RIGHT
 from croco.stages.evaluate import stats
-from croco.stages.evaluate.fidelity import RIGHT
 
 BASE = "base"
 TOLD = "language-told"
@@ -124,8 +124,11 @@ def _per_prompt(verdicts: pl.DataFrame) -> pl.DataFrame:
     per mode.
     """
     benchmark = verdicts["benchmark"][0]
-    found, language = pl.col("found_language"), pl.col("language")
-    fidelity = {RIGHT: (found == language).fill_null(False).mean(), TOLD: found.is_not_null().mean()}
+    identified, language = pl.col("found_language"), pl.col("language")
+    fidelity = {
+        RIGHT: (identified == language).fill_null(False).mean(),
+        TOLD: identified.is_not_null().mean(),
+    }
     if "found_language" not in verdicts.columns:  # made before languages were kept
         fidelity = {}
     modes = verdicts["mode"].unique().sort().to_list()
@@ -194,8 +197,8 @@ def _scope_rows(
     ]
     for (arm, temperature, metric), column in zip(labels, columns, strict=True):
         if metric == "difference":
-            ours, base = (settings[name, temperature][headline(benchmark)] for name in (arm, BASE))
-            rows += tests_of(arm, temperature, metric, column, _p_value(ours, base, len(languages), seed))
+            tuned, base = (settings[name, temperature][headline(benchmark)] for name in (arm, BASE))
+            rows += tests_of(arm, temperature, metric, column, _p_value(tuned, base, len(languages), seed))
     if (best := _best_base(settings, headline(benchmark))) is not None:
         rows.append(row_of(BASE, best, "best-temperature", stats.Interval(best, best, best), len(weights)))
     return rows
@@ -209,12 +212,12 @@ def _differences(
     """
     if arm == BASE:
         return {}
-    ours, found = settings[arm, temperature][metric], {}
+    tuned, differences = settings[arm, temperature][metric], {}
     if (BASE, temperature) in settings:
-        found["difference"] = ours - settings[BASE, temperature][metric]
+        differences["difference"] = tuned - settings[BASE, temperature][metric]
     if (best := _best_base(settings, metric)) is not None:
-        found["difference-to-best-base"] = ours - settings[BASE, best][metric]
-    return found
+        differences["difference-to-best-base"] = tuned - settings[BASE, best][metric]
+    return differences
 
 
 def _best_base(settings: Mapping[tuple[str, float], Shares], metric: str) -> float | None:
@@ -227,11 +230,11 @@ def _best_base(settings: Mapping[tuple[str, float], Shares], metric: str) -> flo
     return min(reached)[1] if reached else None
 
 
-def _p_value(ours: NDArray[np.float64], base: NDArray[np.float64], num_languages: int, seed: int) -> float:
+def _p_value(tuned: NDArray[np.float64], base: NDArray[np.float64], num_languages: int, seed: int) -> float:
     """McNemar's where every prompt is right or wrong, sign flips elsewhere."""
-    if num_languages == 1 and np.isin(ours, (0, 1)).all() and np.isin(base, (0, 1)).all():
-        return stats.mcnemar(ours, base)
-    return stats.sign_flip(ours - base, seed)
+    if num_languages == 1 and np.isin(tuned, (0, 1)).all() and np.isin(base, (0, 1)).all():
+        return stats.mcnemar(tuned, base)
+    return stats.sign_flip(tuned - base, seed)
 
 
 def tests_of(
@@ -239,10 +242,10 @@ def tests_of(
 ) -> list[Row]:
     """Rows of a difference's p-value, and of the number of prompts that would resolve it where there is one."""
     needed = stats.prompts_to_resolve(differences)
-    found = {f"{metric}-p": p_value} | ({} if needed is None else {"prompts-to-resolve": float(needed)})
+    values = {f"{metric}-p": p_value} | ({} if needed is None else {"prompts-to-resolve": float(needed)})
     return [
         row_of(arm, temperature, name, stats.Interval(value, value, value), len(differences))
-        for name, value in found.items()
+        for name, value in values.items()
     ]
 
 

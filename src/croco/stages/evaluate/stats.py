@@ -1,4 +1,4 @@
-"""Means and their uncertainty, and whether two arms differ: in plain numpy.
+"""Means and their uncertainty, and whether two arms differ.
 
 The prompt is the unit that is resampled, never the completion: completions of one prompt resemble each other,
 and so do the languages of one parallel prompt, so a group of languages is resampled jointly. Every metric of
@@ -162,9 +162,7 @@ def mcnemar(ours: ArrayLike, theirs: ArrayLike) -> float:
     if a.shape != b.shape or a.ndim != 1 or not np.isin(a, (0, 1)).all() or not np.isin(b, (0, 1)).all():
         raise ValueError("expected 0 or 1 per prompt, of the same prompts for both")
     wins, losses = int((a > b).sum()), int((a < b).sum())
-    total = wins + losses
-    ways = sum(math.comb(total, k) for k in range(min(wins, losses) + 1))
-    return min(1.0, 2 * ways / 2**total)
+    return float(_scipy().binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
 
 
 def sign_flip(differences: ArrayLike, seed: int, num_flips: int = FLIPS) -> float:
@@ -216,60 +214,23 @@ def prompts_to_resolve(differences: ArrayLike, alpha: float = ALPHA, power: floa
     return max(2, math.ceil((reach * column.std(ddof=1) / column.mean()) ** 2))
 
 
-def ranks(values: ArrayLike) -> NDArray[np.float64]:
-    """Ranks from 1 of values, equal ones sharing the mean of theirs: (n,)."""
-    _, place, counts = np.unique(
-        np.asarray(values, dtype=np.float64), return_inverse=True, return_counts=True
-    )
-    return np.asarray((np.cumsum(counts) - (counts - 1) / 2)[place], dtype=np.float64)
-
-
 def spearman(a: ArrayLike, b: ArrayLike) -> float:
     """Spearman's rank correlation, −1 to 1, ties by mean rank; nan where one side has a single value."""
-    x, y = ranks(a), ranks(b)
-    x, y = x - x.mean(), y - y.mean()
-    scale = math.sqrt(float((x @ x) * (y @ y)))
-    return float(x @ y) / scale if scale else math.nan
+    if not (np.ptp(np.asarray(a)) and np.ptp(np.asarray(b))):
+        return math.nan
+    return float(_scipy().spearmanr(a, b).statistic)
 
 
 def kendall(a: ArrayLike, b: ArrayLike) -> float:
-    """Kendall's tau-b, −1 to 1; nan where one side has a single value. In n·log² n steps, so that it takes 100,000."""
-    x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
-    order = np.lexsort((y, x))
-    x, places = x[order], np.unique(y[order], return_inverse=True)[1]
-    total = len(x) * (len(x) - 1) / 2
-    tied_x, tied_y = _tied(x), _tied(places)
-    tied_both = _tied(x + 1j * places)
-    scale = math.sqrt((total - tied_x) * (total - tied_y))
-    agreeing = total - tied_x - tied_y + tied_both - 2 * _inversions(places)
-    return float(agreeing / scale) if scale else math.nan
+    """Kendall's tau-b, −1 to 1; nan where one side has a single value."""
+    return float(_scipy().kendalltau(a, b).statistic)
 
 
-def _tied(values: NDArray[Any]) -> float:
-    counts = np.unique(values, return_counts=True)[1].astype(np.float64)
-    return float((counts * (counts - 1) / 2).sum())
+def _scipy() -> Any:
+    """scipy.stats, which takes a second to import and is needed by few."""
+    from scipy import stats
 
-
-def _inversions(places: NDArray[np.int64]) -> int:
-    """Pairs out of order among whole numbers from 0: at every bit, a one before a zero of the same higher bits."""
-    found = 0
-    for bit in reversed(range(int(places.max(initial=0)).bit_length())):
-        ones, above = places >> bit & 1, places >> (bit + 1)
-        before = np.cumsum(ones) - ones
-        starts = np.flatnonzero(np.diff(above, prepend=-1))
-        of_group = np.repeat(before[starts], np.diff(np.append(starts, len(places))))
-        found += int(((before - of_group) * (1 - ones)).sum())
-        places = places[np.argsort(places >> bit, kind="stable")]
-    return found
-
-
-def decision(difference: float, p_value: float, alpha: float = ALPHA) -> str:
-    """What a test says of a difference: "better", "worse" or "not resolved"; the p-value adjusted where several
-    are looked at.
-    """
-    if p_value > alpha or difference == 0:
-        return "not resolved"
-    return "better" if difference > 0 else "worse"
+    return stats
 
 
 def verdict(difference: Interval) -> str:

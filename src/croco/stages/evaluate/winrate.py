@@ -75,11 +75,11 @@ def pooled(fits: Sequence[Fit]) -> Interval:
 
 def _win_rates(y: Array, x: Array, counts: Array) -> Array:
     """σ(θ) of every resample: (R,) from y, x (n,) and how often each is drawn, (R, n); nan where none is."""
-    found = np.empty(len(counts))
+    rates = np.empty(len(counts))
     rows = max(1, CHUNK // len(y))
     for start in range(0, len(counts), rows):
-        found[start : start + rows] = _fit(y, x, counts[start : start + rows])
-    return found
+        rates[start : start + rows] = _fit(y, x, counts[start : start + rows])
+    return rates
 
 
 def _fit(y: Array, x: Array, counts: Array) -> Array:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from functools import partial
 from typing import Any
 
 import numpy as np
 import polars as pl
+from pydantic import ValidationError
 
-from croco.config.rules import PROMPTS, check_groups
+from croco.config.arms import Contrast
+from croco.config.errors import sentence
 from croco.errors import UserError
-from croco.stages.pair.contrast import Contrast, contrast
-from croco.stages.pair.guards import Guards, Rows, traits
+from croco.stages.pair.contrast import contrast
+from croco.stages.pair.guards import Rows, traits
 from croco.stages.pair.load_scores import KEY, Groups, by_pool, check_keys, enumerated
 
 PART_ROWS = 2**20  # completions whose pools are decided at once
@@ -43,17 +44,26 @@ def pairs(
 
     `scores` is a table of Polars (lazy too), pandas, Arrow or `datasets`. It has a row per completion with prompt_id,
     language and score; without sample_id the completions of a prompt are numbered in their order. With a column
-    `completion` the guards judge the texts and the pairs hold them; finish_reason, prompt_tokens and
+    `completion` the guards judge the texts and the pairs hold them, with `messages` or `prompt` (text) their prompts
+    too, and `croco.export` writes them for trainers; finish_reason, prompt_tokens and
     completion_tokens are judged where they are given. `guards` are values of a recipe's `[guards]`, the other
     arguments those of an arm. The pairs have the columns of the pairs table but arm, messages and token ids; the
     ledger those of every ledger. Selection is CroCo's (arXiv 2605.26293) by default. Raises UserError for a missing
     column, a column of another type, a null in a key, a key that is there twice, and a rule that is unknown.
     """
+    given = dict(guards or {})
+    max_tokens = given.pop("max_tokens", None)
+    groups = pool if isinstance(pool, str) else {name: tuple(codes) for name, codes in pool.items()}
+    rule = _contrast(
+        {
+            "pool": groups, "chosen": chosen, "rejected": rejected, "prompt": prompt, "calibration": calibration,
+            "pairs_per_pool": pairs_per_pool, "guards": given,
+        }
+    )  # fmt: skip
     table = table_of(scores)
-    _check(table, pool, prompt, pairs_per_pool, guards or {}, languages)
-    rule = Contrast(
-        pool, chosen, rejected, prompt, calibration, pairs_per_pool, Guards(**(guards or {})), seed
-    )
+    for code in [languages] if isinstance(languages, str) else languages or ():
+        if isinstance(languages, str) or code not in table["language"]:
+            raise UserError(f"languages names '{code}', expected a list of those in the scores")
     check_keys(table)
     [keyed] = enumerated([table.select(*KEY, "score", *({"completion_tokens"} & set(table.columns)))])
     rows = by_pool(keyed, list(languages or table["language"].unique()), pool, calibration)
@@ -68,13 +78,28 @@ def pairs(
             own = own.with_columns(
                 pl.lit(None, kind).alias(name) for name, kind in _OPTIONAL.items() if name not in own.columns
             )
-            part = part.hstack(traits(own, rule.guards, known))
+            part = part.hstack(traits(own, rule.guards, known, max_tokens))
             texts = partial(_of, own)
-        found = contrast(part, rule, known, texts)
-        made.append(found.pairs)
-        dropped.append(found.dropped)
+        contrasted = contrast(part, rule, known, texts, seed)
+        made.append(contrasted.pairs)
+        dropped.append(contrasted.dropped)
     first = [name for name in _FIRST if name in made[0].columns]
-    return pl.concat(made).select(*first, pl.exclude(first)), pl.concat(dropped)
+    pairs = _with_prompts(pl.concat(made).select(*first, pl.exclude(first)), table)
+    return pairs, pl.concat(dropped)
+
+
+def _with_prompts(pairs: pl.DataFrame, table: pl.DataFrame) -> pl.DataFrame:
+    """The pairs with the messages of their prompts, where the scores have them."""
+    column = next((name for name in ("messages", "prompt") if name in table.columns), None)
+    if column is None:
+        return pairs
+    messages = pl.col(column)
+    if table[column].dtype == pl.String:
+        messages = pl.concat_list(pl.struct(role=pl.lit("user"), content=messages))
+    own = table.select("prompt_id", "language", messages=messages).unique(
+        ("prompt_id", "language"), keep="first"
+    )
+    return pairs.join(own, on=("prompt_id", "language"), how="left", maintain_order="left")
 
 
 def _parts(rows: pl.DataFrame) -> list[pl.DataFrame]:
@@ -133,27 +158,9 @@ def _cast(values: pl.Series, wanted: pl.DataType | type[pl.DataType]) -> pl.Seri
         raise UserError(f"the scores' column '{name}' holds {kind}, expected {wanted}: {error}") from None
 
 
-def _check(
-    table: pl.DataFrame,
-    pool: str | Groups,
-    prompt: str,
-    pairs_per_pool: int,
-    guards: Mapping[str, Any],
-    languages: Sequence[str] | None,
-) -> None:
-    """Raise UserError for an argument that would quietly do something else."""
-    if prompt not in PROMPTS:
-        raise UserError(f"prompt = '{prompt}', expected one of {', '.join(PROMPTS)}")
-    if pairs_per_pool < 1:
-        raise UserError(f"pairs_per_pool = {pairs_per_pool}, expected at least 1")
-    known = {field.name for field in fields(Guards)}
-    for name, value in guards.items():
-        if name not in known:
-            raise UserError(f"the guard '{name}' is unknown, expected one of {', '.join(sorted(known))}")
-        if isinstance(value, str) and value not in ("drop", "flag", "off"):
-            raise UserError(f"the guard {name} = '{value}', expected 'drop', 'flag' or 'off'")
-    there = table["language"].unique()
-    check_groups(pool, there.drop_nulls().to_list())
-    for code in [languages] if isinstance(languages, str) else languages or ():
-        if isinstance(languages, str) or code not in there:
-            raise UserError(f"languages names '{code}', expected a list of those in the scores")
+def _contrast(values: dict[str, Any]) -> Contrast:
+    """The rules as a recipe has them; raises UserError for one that is unknown."""
+    try:
+        return Contrast.model_validate(values)
+    except ValidationError as error:
+        raise UserError(sentence(error, Contrast)) from None

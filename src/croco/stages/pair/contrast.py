@@ -9,24 +9,23 @@ Shapes: R rows, P pools, K pairs.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
 
+from croco.config.arms import Contrast, Guards
 from croco.config.rules import parse_chosen, parse_rejected
 from croco.stages.pair.guards import (
     LENGTH_RATIO,
     REASONS,
     SAME_TEXT,
     SMALL_GAP,
-    Guards,
     Mask,
     Rows,
     is_wrong_language,
     judge,
 )
-from croco.stages.pair.load_scores import Groups
 from croco.stages.pair.select import NO_ROW, Pools, select
 from croco.storage.schemas import PAIRS, REFERENCE
 from croco.storage.seeds import digest
@@ -45,20 +44,6 @@ Texts = Callable[[Rows, Sequence[str]], pl.DataFrame]  # some columns of TEXTS o
 
 
 @dataclass(frozen=True)
-class Contrast:
-    """How pairs are chosen; see `croco.config.rules` for the words."""
-
-    pool: str | Groups = "language"
-    chosen: str = "max"
-    rejected: str = "mean-2std"
-    prompt: str = "chosen"  # whose language the pair's prompt is in: chosen, rejected, random, each
-    calibration: str = "none"
-    pairs_per_pool: int = 1
-    guards: Guards = field(default_factory=Guards)
-    seed: int = 0
-
-
-@dataclass(frozen=True)
 class Contrasted:
     """The pairs in columns of the pairs table (without `arm` and messages), the ledger, and the languages of all
     candidates.
@@ -70,12 +55,12 @@ class Contrasted:
 
 
 def contrast(
-    rows: pl.DataFrame, rule: Contrast, known: Sequence[str] = (), texts: Texts | None = None
+    rows: pl.DataFrame, rule: Contrast, known: Sequence[str] = (), texts: Texts | None = None, seed: int = 0
 ) -> Contrasted:
     """Guard, pool and select in whole pools.
 
-    `rows` are as `scored.by_pool` gives them, with the columns `guards.TRAITS` where there are `texts`; without texts
-    only scores are judged. A wrong language is one of the `known`.
+    `rows` are as `load_scores.by_pool` gives them, with the columns `guards.TRAITS` where there are `texts`; without
+    texts only scores are judged. A wrong language is one of the `known`.
     """
     completions = None if texts is None else lambda at: texts(at, ["completion"])["completion"]
     reason, flags = judge(rows, rule.guards, completions)
@@ -88,7 +73,7 @@ def contrast(
         pairs = _with_texts(pairs, texts)
     pairs, refused = _guarded(pairs, rule.guards, flags, known)
     left = _left(rows, pools, pairs, refused, gold if parse_chosen(rule.chosen).kind == "reference" else None)
-    pairs = _prompted(pairs, rows, rule)
+    pairs = _prompted(pairs, rows, rule, seed)
     out = rows.with_columns(reason=reason).filter(pl.col("reason").is_not_null() & ~pl.Series(gold))
     refused = rows[refused["chosen_row"]].with_columns(reason=refused["reason"])
     dropped = pl.concat(
@@ -219,7 +204,7 @@ def _left(
     )
 
 
-def _prompted(pairs: pl.DataFrame, rows: pl.DataFrame, rule: Contrast) -> pl.DataFrame:
+def _prompted(pairs: pl.DataFrame, rows: pl.DataFrame, rule: Contrast, seed: int) -> pl.DataFrame:
     """The pairs with the language of their prompt: that of the chosen, of the rejected, of either by a seeded digest,
     or one row for each language of the pool.
     """
@@ -229,7 +214,7 @@ def _prompted(pairs: pl.DataFrame, rows: pl.DataFrame, rule: Contrast) -> pl.Dat
     if rule.prompt == "random":
         columns = ("prompt_id", "pair_id", "chosen_language", "rejected_language")
         drawn = [
-            sides[digest("prompt-language", rule.seed, prompt, pair_id) % 2]
+            sides[digest("prompt-language", seed, prompt, pair_id) % 2]
             for prompt, pair_id, *sides in pairs.select(columns).rows()
         ]
         return pairs.with_columns(language=pl.Series(drawn, dtype=pl.String))

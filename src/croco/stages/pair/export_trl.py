@@ -8,7 +8,8 @@ languages and the keys go along in columns of their own. Rows pass through shard
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,34 +42,82 @@ def export_pairs(
     license: str = "unknown",
     facts: Mapping[str, str] | None = None,
 ) -> int:
-    """Write a folder of pairs as `folder/data/*.parquet` with a card, and say how many rows there are.
+    """Write a folder of finished pairs in TRL's format with a card, as `write_trl`; raises UserError."""
+    if records.state(pairs) != "complete":
+        raise UserError(f"{pairs} holds no finished pairs: run `croco run` first")
+    store.check_contents(pairs)
+    files.check_new_folder(folder)
+    tables = (store.read_parquet(shard.path) for shard in store.shards(pairs))
+    dropped = store.read_dropped(pairs)
+    return write_trl(
+        tables,
+        dropped,
+        folder,
+        form,
+        instructions=instructions,
+        license=license,
+        facts=facts,
+        source=str(pairs),
+    )
+
+
+def export(
+    pairs: pl.DataFrame,
+    folder: str | Path,
+    format: str = "preference",
+    *,
+    dropped: pl.DataFrame | None = None,
+    license: str = "unknown",
+) -> int:
+    """Write what `croco.pairs` made as `folder/data/*.parquet` with a dataset card, and say how many rows there are.
+
+    `format` is "preference" or "prompt-completion" (TRL's names). The pairs need their prompts: `croco.pairs` has them
+    where the scores have a column `messages` or `prompt`. Raises UserError for a folder that is not new or empty.
+    """
+    missing = [name for name in ("messages", "chosen") if name not in pairs.columns]
+    if missing:
+        source = {"messages": "`messages` or `prompt`", "chosen": "`completion`"}[missing[0]]
+        raise UserError(
+            f"the pairs have no column '{missing[0]}': give croco.pairs scores with a column {source}"
+        )
+    files.check_new_folder(Path(folder))
+    if "rejected" not in pairs.columns:
+        pairs = pairs.with_columns(rejected=pl.lit(None, pl.String))
+    return write_trl([pairs], dropped, Path(folder), format, license=license, source="the table")
+
+
+def write_trl(
+    tables: Iterable[pl.DataFrame],
+    dropped: pl.DataFrame | None,
+    folder: Path,
+    form: str = "preference",
+    *,
+    instructions: Mapping[str, str] | None = None,
+    license: str = "unknown",
+    facts: Mapping[str, str] | None = None,
+    source: str = "",
+) -> int:
+    """Write tables of pairs as `folder/data/*.parquet` with a card, and say how many rows there are.
 
     `instructions` maps a language to the sentence that stood in its prompts; `facts` (policy, reward model, rule, …) go
-    into the card. Raises UserError for an unknown form, a folder that is not empty, pairs that were not finished, and
-    pairs without a rejected completion in the form "preference".
+    into the card. Raises UserError for an unknown form, and pairs without a rejected completion in the form
+    "preference".
     """
     if form not in FORMATS:
         raise UserError(f"the format '{form}' is unknown, expected one of {', '.join(FORMATS)}")
-    files.check_new_folder(folder)
-    if records.state(pairs) != "complete":
-        raise UserError(f"{pairs} holds no finished pairs: run `croco run` first")
-    rows, languages = 0, pl.DataFrame(schema={"language": pl.String, "len": pl.UInt32})
-    shards = store.shards(pairs)
-    for number, shard in enumerate(shards):
-        table = store.read_parquet(shard.path)
+    languages = Counter[str]()
+    for number, table in enumerate(tables):
         if form == "preference" and table["rejected"].null_count():
             raise UserError(
-                f"{shard.path} has data for SFT (no rejected completion), expected --format prompt-completion"
+                f"{source} has data for SFT (no rejected completion), expected --format prompt-completion"
             )
         made = pa.Table.from_pylist(list(_rows(table, form, instructions or {})), schema=_SCHEMAS[form])
-        name = f"train-{number:05d}-of-{len(shards):05d}.parquet"
-        store.write_parquet(folder / "data" / name, made, _SCHEMAS[form])
-        rows += made.num_rows
-        languages = pl.concat([languages, table.group_by("language").len()])
-    counts = dict(languages.group_by("language").agg(pl.col("len").sum()).sort("language").rows())
-    left = store.read_dropped(pairs).group_by("unit", "reason").len().sort("unit", "reason").rows()
-    files.write_text(folder / "README.md", card(form, rows, counts, left, license, facts or {}))
-    return rows
+        store.write_parquet(folder / "data" / f"train-{number:05d}.parquet", made, _SCHEMAS[form])
+        languages.update(table["language"])
+    left = [] if dropped is None else dropped.group_by("unit", "reason").len().sort("unit", "reason").rows()
+    text = card(form, languages.total(), dict(sorted(languages.items())), left, license, facts or {})
+    files.write_text(folder / "README.md", text)
+    return languages.total()
 
 
 def _rows(table: pl.DataFrame, form: str, instructions: Mapping[str, str]) -> Iterator[dict[str, Any]]:

@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from croco import languages
 from croco.config.load import NO_PROMPTS, apply_override, from_dict
 from croco.config.recipe import Recipe
+from croco.config.runtime import Runtime
 from croco.errors import UserError
+from croco.pipeline import status
 from croco.pipeline.fingerprint import pair_settings
-from croco.pipeline.stage import Work
+from croco.pipeline.graph import known_stage
+from croco.pipeline.node import Given, Node, Stage
+from croco.pipeline.stage import execute, lock
 from croco.stages.pair.export_trl import FORMATS, export_pairs
-from croco.stages.pair.import_files import import_scored
-from croco.stages.pair.pair import pair
+from croco.stages.pair.import_files import FILE, LINE
 from croco.stages.prompts.columns import MAPPED
-from croco.storage import files, provenance, shards
-from croco.storage.hashing import digest
-from croco.storage.schemas import TABLES
+from croco.storage import files
+from croco.storage.hashing import file_identity
+from croco.storage.provenance import without_folders
+from croco.storage.records import Record
+from croco.storage.rows import files_of
 
 ARM = "pairs"
-MADE = ("prompts", "sample", "score", "pairs", "export")
-FILES = re.compile(
-    rf"(prompts|sample|score|pairs)/({files.OURS.pattern}|stage\.json)|export/(README\.md|data/[^/]*)"
-)
+IMPORT = Stage(
+    "import", 1, "croco.stages.pair.import_files:imported", "",
+    settings=lambda recipe, arm: {}, inputs=lambda recipe, arm: [],
+    gives=("prompts", "sample", "score"), makes=("prompts", "sample", "score"),
+)  # fmt: skip
+TABLES = rf"((prompts|sample|score|pairs)/)?({files.OURS.pattern}|stage\.json)"
+FILES = re.compile(rf"{TABLES}|\.lock|export/(README\.md|data/[^/]*)")  # that these commands write
 KNOWN = ("en",)
 
 
@@ -36,56 +44,46 @@ def pairs_of_files(
     overrides: Sequence[str],
     form: str,
     license: str,
+    ids: str | None = None,
+    rebuild: bool = False,
+    say: Callable[[str], None] = lambda line: None,
 ) -> int:
     """Import, pair and export; `to` then holds the tables, the ledger and `export/`. Returns the rows exported.
 
-    Whatever stops it, the folder is made anew by the next call: nothing in it took long to make.
+    `language` is that of all rows, or "file": the name of each file. `ids` is the column of the prompts' ids, or
+    "line": the languages are parallel by line. What the same files and rules have made there is not made again; raises
+    StaleStage for what others have made, unless `rebuild` makes it anew.
     """
     if form not in FORMATS:
         raise UserError(f"the format '{form}' is unknown, expected one of {', '.join(FORMATS)}")
-    mapped = mappings(columns)
-    if language is not None:
+    mapped = mappings(columns) | ({"prompt_id": ids} if ids and ids != LINE else {})
+    if language is not None and language != FILE:
         languages.check(language)
     _recipe(KNOWN, form, overrides)  # what is wrong in the rules is said before anything is made
+    sources = [file for source in sources for file in files_of(source)]
     for source in sources:
-        if not source.is_file():
-            raise UserError(f"{source}: no such file")
         if source.resolve().is_relative_to(to.resolve()):
-            raise UserError(f"{source} lies in {to}, which is made anew: expected another folder")
-    files.check_own_folder(to, "sources.json", ["sources"], FILES)
-    for name in MADE:
-        files.remove_folder(to / name)
-    files.write_json(to / "sources.json", {"sources": [str(source) for source in sources]})
-    found = import_scored(sources, to, mapped, language)
-    recipe = _recipe(sorted(found), form, overrides)
-    work = Work(
-        arm=ARM,
-        folder=to / "pairs",
-        settings=pair_settings(recipe, ARM),
-        runtime=recipe.runtime,
-        inputs={name: to / name for name in ("prompts", "sample", "score")},
-        table=TABLES["pairs"],
-        title="pairs",
+            raise UserError(f"{source} lies in {to}, where the pairs are made: expected another folder")
+    files.check_own_folder(to, "stage.json", ["stage", "science"], FILES)
+    sources_read = Given(
+        [str(source) for source in sources], [file_identity(str(source)) for source in sources]
     )
-    pair(work)
-    shards.merge_ledgers(to / "pairs")
-    science = {"name": "pair", "version": 0, "arm": ARM, "settings": work.settings, "inputs": {}}
-    record = {
-        "stage": "pair",
-        "arm": ARM,
-        "state": "complete",
-        "fingerprint": digest(science),
-        "science": science,
-        "shard_prompts": recipe.runtime.shard_prompts,
-        "counts": {},
-        "seconds": 0.0,
-        "starts": 1,
-        **work.record_file,
-        **provenance.here(),
-    }
-    files.write_json(to / "pairs" / "stage.json", record)
-    facts = {"source": ", ".join(source.name for source in sources)} | _rule(recipe, ARM)
-    return export_pairs(to / "pairs", to / "export", form, license=license, facts=facts)
+    settings = {"sources": sources_read, "columns": mapped, "language": language, "ids": ids}
+    imported = Node(IMPORT, None, to, settings, {})
+
+    def make(node: Node) -> Record:
+        known = {node: status.status_of(node, contents=True)}
+        known = status.clear_wrong(known, [node], say) if rebuild else known
+        status.stop_if_wrong(known)
+        return execute(node, Runtime(), known[node])
+
+    with lock(to):
+        recipe = _recipe(sorted(make(imported)["facts"]["languages"]), form, overrides)
+        rules = pair_settings(recipe, ARM)
+        make(Node(known_stage("pair"), ARM, to / "pairs", rules, {"import": imported}))
+        files.remove_folder(to / "export")
+        facts = {"source": ", ".join(source.name for source in sources)} | _rule(recipe, ARM)
+        return export_pairs(to / "pairs", to / "export", form, license=license, facts=facts)
 
 
 def _recipe(codes: Sequence[str], form: str, overrides: Sequence[str]) -> Recipe:
@@ -122,18 +120,12 @@ def facts_of(recipe: Recipe, arm: str) -> dict[str, str]:
     )
     scorer = recipe.arms[arm].scorer
     return {
-        "policy": _without_folders(recipe.policy.model),
-        "scorer": _without_folders(recipe.reward.model) if scorer == "reward" else scorer,
+        "policy": without_folders(recipe.policy.model),
+        "scorer": without_folders(recipe.reward.name) if scorer == "reward" else scorer,
         "completions": decoding,
-        "prompts": _without_folders(recipe.prompts.source),
+        "prompts": without_folders(recipe.prompts.source),
         "seed": str(recipe.run.seed),
     } | _rule(recipe, arm)
-
-
-def _without_folders(name: str) -> str:
-    """A model or data set as a card names it: of a path, which is nobody's business, only its last part."""
-    is_path = Path(name).is_absolute() or name.startswith(("~", ".")) or Path(name).exists()
-    return Path(name).name if is_path else name
 
 
 def _rule(recipe: Recipe, arm: str) -> dict[str, str]:

@@ -15,9 +15,7 @@ Shapes: R rows.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
@@ -25,7 +23,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from croco import languages
-from croco.storage.schemas import FINISH_REASONS
+from croco.config.arms import Guards
+from croco.storage.schemas import FINISH_REASONS, REFERENCE
 
 SMALL_GAP = "score gap is too small"
 SAME_TEXT = "chosen and rejected are the same text in two languages"
@@ -48,33 +47,18 @@ Rows = NDArray[np.int64]
 Mask = NDArray[np.bool_]
 
 
-@dataclass(frozen=True)
-class Guards:
-    """Actions ("drop", "flag", "off") and their limits; `max_tokens` is of prompt and completion, None for no limit."""
-
-    cut: str = "drop"
-    empty: str = "drop"
-    too_long: str = "drop"
-    wrong_language: str = "flag"
-    duplicate: str = "drop"
-    near_duplicate: str = "drop"
-    score_gap: str = "off"
-    length_ratio: str = "off"
-    max_tokens: int | None = None
-    min_letters: int = 20
-    min_score_gap: float = 0.0
-    max_length_ratio: float = 3.0
-
-
 # traits of a text: all that is kept of it until it is picked -------------------------------------------------------
 
 TRAITS = ("empty", "cut", "too_long", "wrong_language", "outline")
 
 
-def traits(texts: pl.DataFrame, guards: Guards, known: Sequence[str]) -> pl.DataFrame:
+def traits(
+    texts: pl.DataFrame, guards: Guards, known: Sequence[str], max_tokens: int | None = None
+) -> pl.DataFrame:
     """The columns TRAITS of completions (columns completion, finish_reason, prompt_tokens, completion_tokens and
     language): a flag per guard of a single text, and an `outline` (uint64) that near duplicates share, 0 where it is
-    not known. Languages are identified among the `known` ones, and only where a wrong one is dropped.
+    not known. Languages are identified among the `known` ones, and only where a wrong one is dropped; `max_tokens` is
+    of prompt and completion.
     """
     tokens = pl.col("prompt_tokens") + pl.col("completion_tokens")
     outline = pl.Series("outline", outlines(texts["completion"]))
@@ -91,7 +75,7 @@ def traits(texts: pl.DataFrame, guards: Guards, known: Sequence[str]) -> pl.Data
     return texts.select(
         empty=pl.Series(empty),
         cut=pl.col("finish_reason").str.to_lowercase().is_in(CUT_REASONS).fill_null(False),
-        too_long=(tokens > guards.max_tokens).fill_null(False) if guards.max_tokens else pl.lit(False),
+        too_long=(tokens > max_tokens).fill_null(False) if max_tokens else pl.lit(False),
         wrong_language=wrong,
         outline=outline,
     )
@@ -99,11 +83,10 @@ def traits(texts: pl.DataFrame, guards: Guards, known: Sequence[str]) -> pl.Data
 
 def is_wrong_language(text: str, language: str, known: Sequence[str], min_letters: int) -> bool:
     """Whether a text is in another language than it should be; False when it is short or the identifier not sure."""
-    text = text[:IDENTIFIED_CHARACTERS]
-    if not languages.identifiable(language) or len(re.findall(r"[^\W\d_]", text)) < min_letters:
+    if not languages.identifiable(language):
         return False
-    identified = languages.identify(text, known, CONFIDENCE)
-    return identified is not None and not languages.same_to_identifier(identified, language)
+    identified = languages.identify(text[:IDENTIFIED_CHARACTERS], known, CONFIDENCE, min_letters)
+    return languages.language_mode(identified, language) == languages.WRONG
 
 
 def normalised(texts: pl.Series) -> pl.Series:
@@ -166,7 +149,7 @@ def judge(
 
     `rows` come sorted by prompt, language and sample, with the columns score and TRAITS; `texts` gives the texts of
     some of them. Without texts only scores are judged. A completion that no guard dropped makes a later one a
-    duplicate; gold completions (null traits) are not judged.
+    duplicate; gold completions are not judged.
     """
     reason = np.full(rows.height, -1, np.int8)
     flags: dict[str, Mask] = {}
@@ -183,7 +166,7 @@ def judge(
         for name in ("empty", "cut", "too_long", "wrong_language"):
             apply(name, rows[name].fill_null(False).to_numpy())
         if guards.duplicate != "off" or guards.near_duplicate != "off":
-            own = rows["outline"].is_not_null().to_numpy()
+            own = (rows["sample_id"] != REFERENCE).to_numpy()
             group = rows.select(pl.struct("prompt_id", "language").rle_id()).to_series().to_numpy()
             outline = rows["outline"].fill_null(0).to_numpy()
             alike = _alike(group, outline, np.flatnonzero(own & (reason < 0)))

@@ -25,22 +25,24 @@ import polars as pl
 import pyarrow as pa
 
 from croco.errors import UserError
-from croco.stages.prompts.columns import (
-    FileRow,
+from croco.languages import check
+from croco.pipeline.stage import Work
+from croco.stages.prompts.columns import FileRow, warn_of_unread
+from croco.stages.prompts.values import (
     Turn,
     Unusable,
-    finish_of,
-    ids_of,
-    sample_of,
-    score_of,
-    warn_of_unread,
+    read_finish_reason,
+    read_ids,
+    read_sample_id,
+    read_score,
 )
-from croco.storage import shards
+from croco.storage import files, shards
 from croco.storage.hashing import digest
 from croco.storage.rows import file_rows, kind
 from croco.storage.schemas import COMPLETIONS, PROMPTS, SCORES, Table, ledger
 
 ROWS_PER_SHARD = 4096
+LINE, FILE = "line", "file"  # where the id of a prompt, or the language of a row, is its place
 SIDES = ("chosen", "rejected")
 Key = tuple[str, str]
 Drop = tuple[str, str, str, int | None, str]
@@ -60,22 +62,41 @@ class Completion:
     reason: str = ""
 
 
+def imported(work: Work) -> None:
+    """The stage `import` of commands that take files."""
+    for name in ("prompts", "sample", "score"):
+        files.remove_folder(work.folder / name)  # of a start that was killed
+    settings = work.settings
+    sources = [Path(source) for source in settings["sources"]]
+    by_line = settings["ids"] == LINE
+    counts = import_scored(sources, work.folder, settings["columns"], settings["language"], by_line)
+    work.record(languages=counts)
+
+
 def import_scored(
     sources: Sequence[Path],
     folder: Path,
     columns: Mapping[str, str] | None = None,
     language: str | None = None,
+    by_line: bool = False,
 ) -> dict[str, int]:
     """Write the tables `prompts`, `sample` and `score` under `folder` and say how many completions each language has.
 
     `columns` maps our names (the keys of `columns.NAMES`) to the file's; `language` is that of all rows, where no
-    column says it. Without a sample_id completions are numbered as they come. Raises UserError naming file and row
-    for what is missing, and for two prompts under one id.
+    column says it, or "file": the name of each file up to its first dot. Without a sample_id completions are numbered
+    as they come. With `by_line` the first rows of all languages are one prompt, and so on, whatever ids they have.
+    Raises UserError naming file and row for what is missing, for two prompts under one id, and where the languages have
+    not equally many lines.
     """
     known: dict[Key, str] = {}
     numbers: dict[Key, int] = {}
     languages, unread, reasons = Counter[str](), Counter[str](), Counter[str]()
-    rows = (one for source in sources for one in _completions(source, columns or {}, language, unread))
+    lines = Counter[str]() if by_line else None
+    rows = (
+        one
+        for source in sources
+        for one in _completions(source, columns or {}, _language_of(source, language), unread, lines)
+    )
     parts = iter(lambda: list(islice(rows, ROWS_PER_SHARD)), [])
     for shard, part in enumerate(parts):
         prompts: list[dict[str, Any]] = []
@@ -108,10 +129,23 @@ def import_scored(
         _write(folder / "score", shard, SCORES, scores)
     if not languages:
         raise UserError(f"{', '.join(map(str, sources))}: {_no_rows(reasons, 'scored completions')}")
+    if lines and len(set(lines.values())) > 1:
+        counts = ", ".join(f"{num:,} in {code}" for code, num in lines.items())
+        raise UserError(f"the languages are parallel by line, and there are {counts}: expected equally many")
     warn_of_unread("pairs", unread)
     for table in ("prompts", "sample", "score"):
         shards.merge_ledgers(folder / table)
     return dict(languages)
+
+
+def _language_of(source: Path, language: str | None) -> str | None:
+    """The language of a file's rows, where no column says it."""
+    if language != FILE:
+        return language
+    try:
+        return check(source.name.partition(".")[0])
+    except UserError as error:
+        raise UserError(f"{source}: {error}, expected a language as the file's name") from None
 
 
 def _no_rows(reasons: Counter[str], expected: str) -> str:
@@ -131,13 +165,21 @@ def _write(
 
 
 def _completions(
-    source: Path, columns: Mapping[str, str], language: str | None, unread: Counter[str]
+    source: Path,
+    columns: Mapping[str, str],
+    language: str | None,
+    unread: Counter[str],
+    lines: Counter[str] | None = None,
 ) -> Iterator[Completion]:
-    """Every completion of a file."""
+    """Every completion of a file; where `lines` are counted, per language, their number is the id of the prompt."""
     for where, values in file_rows(source):
         row = FileRow(where, values, columns, unread)
         spoken = str(language) if language and row.column("language") is None else row.text("language")
-        key = (row.text("prompt_id"), spoken)
+        if lines is None:
+            key = (row.text("prompt_id"), spoken)
+        else:
+            lines[spoken] += 1
+            key = (f"{lines[spoken]:07d}", spoken)
         try:
             if row.is_pair():
                 yield from _of_pair(row, key)
@@ -152,8 +194,9 @@ def _completions(
 
 def _scored(row: FileRow, key: Key, prompt: list[Turn], text: str) -> Completion:
     finish = row.column("finish_reason")
-    reason = finish_of(row, None if finish is None else row.values[finish])
-    return Completion(row.where, key, prompt, text, score_of(row), sample_of(row), reason)
+    reason = read_finish_reason(row.where, None if finish is None else row.values[finish])
+    sample = read_sample_id(row.where, row.need("sample_id")) if row.column("sample_id") else None
+    return Completion(row.where, key, prompt, text, read_score(row.where, row.need("score")), sample, reason)
 
 
 def _of_list(row: FileRow, key: Key) -> Iterator[Completion]:
@@ -241,9 +284,9 @@ def _pair(row: FileRow, chosen_only: bool) -> tuple[list[Turn], dict[str, str], 
         raise UserError(f"{row.where}: no columns chosen and rejected with values (found: {there})")
     more: dict[str, Any] = {}
     for side in sides:
-        more[f"{side}_ids"] = ids_of(row, f"{side}_ids")
+        more[f"{side}_ids"] = read_ids(row.where, row.values.get(f"{side}_ids"), f"{side}_ids")
         if (reason := row.values.get(f"{side}_finish_reason")) is not None:
-            more[f"{side}_finish_reason"] = finish_of(row, reason, f"{side}_finish_reason")
+            more[f"{side}_finish_reason"] = read_finish_reason(row.where, reason, f"{side}_finish_reason")
         spoken = row.values.get(f"{side}_language")
         if spoken is not None and not isinstance(spoken, str):
             raise UserError(f"{row.where}: {side}_language is {kind(spoken)}, expected text")

@@ -20,16 +20,16 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from croco.config.arms import Contrast, Guards
 from croco.config.rules import parse_chosen, parse_rejected
 from croco.errors import UserError
 from croco.pipeline.stage import Work
 from croco.pipeline.status import balance
 from croco.stages.pair import statistics
-from croco.stages.pair.contrast import Contrast, Contrasted, contrast
-from croco.stages.pair.guards import TRAITS, Guards, Rows, traits
+from croco.stages.pair.contrast import Contrasted, contrast
+from croco.stages.pair.guards import TRAITS, Rows, traits
 from croco.stages.pair.load_scores import read_scored
-from croco.stages.prompts.part import in_part
-from croco.storage.lookup import ShardRows, gather, locate
+from croco.storage.lookup import ShardRows, gather, ids_in_part, locate
 from croco.storage.schemas import DROPPED, PAIRS, REFERENCE, ledger
 
 POOLS_PER_SHARD = 4096
@@ -42,7 +42,11 @@ READ = ("language", "completion", "completion_ids", "finish_reason", "prompt_tok
 
 def pair(work: Work) -> None:
     """Write the pairs of `work.arm`; every completion and pool left out goes to the ledger with its reason."""
-    rule = contrast_of(work)
+    settings = work.settings
+    max_tokens = settings["guards"].get("max_tokens")
+    guards = {name: value for name, value in settings["guards"].items() if name != "max_tokens"}
+    own = {name: value for name, value in settings.items() if name in Contrast.model_fields}
+    rule = Contrast(**{**own, "guards": Guards(**guards)})
     if parse_chosen(rule.chosen).kind == "reference" and parse_rejected(rule.rejected).kind == "none":
         gold_data(work)
         return
@@ -50,17 +54,19 @@ def pair(work: Work) -> None:
     rows = read_scored(
         samples,
         work.inputs["score"],
-        work.settings.get("languages"),
+        settings.get("languages"),
         rule.pool,
         rule.calibration,
         work.inputs.get("score-references"),
-        first=work.settings.get("completions"),
-        prompts=in_part(prompts, work.settings.get("part")),
+        first=settings.get("completions"),
+        prompts=ids_in_part(prompts, settings.get("part")),
     )
     where = locate(prompts, PROMPT)
-    known = sorted({*work.settings.get("evaluated", ()), "en"})
-    texts = ShardRows(samples, READ, lambda shard: traits(shard, rule.guards, known))
-    decide = partial(_decide, rule=rule, known=known, texts=texts, prompts=prompts, where=where)
+    known = sorted({*settings.get("evaluated", ()), "en"})
+    texts = ShardRows(samples, READ, lambda shard: traits(shard, rule.guards, known, max_tokens))
+    decide = partial(
+        _decide, rule=rule, seed=settings["seed"], known=known, texts=texts, prompts=prompts, where=where
+    )
     pool = rows["pool"].to_numpy()
     edges = np.append(np.flatnonzero(np.diff(pool, prepend=np.uint32(2**32 - 1))), len(pool))
     bounds = [*range(0, len(edges) - 1, POOLS_PER_SHARD), len(edges) - 1] if len(edges) > 1 else [0, 0]
@@ -73,21 +79,13 @@ def pair(work: Work) -> None:
             progress.advance()
     completions = rows.filter(pl.col("sample_id") != REFERENCE)
     work.record(**statistics.facts(work.folder, rule, _per_language(completions["language"])))
-    statistics.warn(work.title, rule, work.record_file["facts"])
-
-
-def contrast_of(work: Work) -> Contrast:
-    """The arm's contrast from the settings that entered the fingerprint."""
-    settings = work.settings
-    names = ("pool", "chosen", "rejected", "prompt", "calibration", "pairs_per_pool")
-    return Contrast(
-        **{name: settings[name] for name in names}, guards=Guards(**settings["guards"]), seed=settings["seed"]
-    )
+    statistics.warn(work.title, rule, work.record_file["facts"], work.folder)
 
 
 def _decide(
     rows: pl.DataFrame,
     rule: Contrast,
+    seed: int,
     known: Sequence[str],
     texts: ShardRows,
     prompts: Path,
@@ -106,7 +104,7 @@ def _decide(
             texts.read_ahead(rows[slice(*blocks[number + 1])]["place"].drop_nulls().to_numpy())
         at = (own.cum_sum() - 1).set(~own, None)
         block = block.hstack(judged.select(pl.all().gather(at)))
-        parts.append(contrast(block, rule, known, _texts_of(block, texts, prompts, where)))
+        parts.append(contrast(block, rule, known, _texts_of(block, texts, prompts, where), seed))
     pairs = pl.concat([part.pairs for part in parts])
     located = pairs.select(PROMPT).join(where, on=PROMPT, how="left", maintain_order="left")
     if located["shard"].null_count():
@@ -191,13 +189,13 @@ def _per_language(languages: pl.Series) -> dict[str, int]:
 
 def gold_data(work: Work) -> None:
     """Data for SFT on the gold completions of the prompts: no completion of the policy and no score takes part."""
-    prompts = work.inputs["prompts"]
+    prompts, settings = work.inputs["prompts"], work.settings
     has = (pl.col("reference").str.strip_chars() != "").fill_null(False).alias("has")
     rows = locate(prompts, PROMPT, ("reference",), lambda shard: shard.select(*PROMPT, has))
-    if languages := work.settings.get("languages"):
+    if languages := settings.get("languages"):
         rows = rows.filter(pl.col("language").is_in(languages))
     rows = rows.sort(PROMPT)
-    if (names := in_part(prompts, work.settings.get("part"))) is not None:
+    if (names := ids_in_part(prompts, settings.get("part"))) is not None:
         rows = rows.filter(pl.col("prompt_id").is_in(names.implode()))
     num_shards = max(1, -(-rows.height // POOLS_PER_SHARD))
     for index in work.todo(num_shards):

@@ -9,8 +9,6 @@ Columns and message keys that are not known are not read, and counted.
 
 from __future__ import annotations
 
-import json
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,10 +16,9 @@ from typing import Any
 from rich.console import Console
 
 from croco.errors import UserError
+from croco.stages.prompts.values import Turn, Unusable, read_turns, says_something
 from croco.storage.rows import kind
-from croco.storage.schemas import ROLES, UnknownFinishReason, finish_reason
 
-Turn = dict[str, str]
 # our names for columns, and other tools' names for them, tried in this order
 NAMES = {
     "prompt_id": ("prompt_id", "question_id"),
@@ -40,25 +37,16 @@ NAMES = {
 }
 # those of a file of pairs or completions, which --column maps
 MAPPED = [name for name in NAMES if name not in ("reference", "source", "domain")]
+CONTENT = ("system", "prompt", "completion", "chosen", "rejected")
 CANNOT_CARRY = ("tools", "functions", "images", "image", "videos", "video", "audios", "audio", "documents",
                 "chat_template_kwargs")  # fmt: skip
-# of a message: what a template or a trainer would do something with
-TURN_CANNOT_CARRY = ("tool_calls", "function_call", "tool_call_id", "name", "images", "audio", "reasoning_content",
-                     "reasoning", "thinking", "refusal", "prefix")  # fmt: skip
 NOT_A_TARGET = ("weight", "train", "training", "loss")  # of a completion's message: zero or false
-ROLE_NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "developer": "system",
-              "observation": "tool", "ipython": "tool"}  # fmt: skip
-MAX_SAMPLE_ID = 2**31 - 1
-# read where a form has them, so never counted as unknown
-KNOWN = {name for names in NAMES.values() for name in names} | {
-    "id", "history", "label", "kto_tag", "completions", "subset",
+# columns that other parts of a form read, so never counted as not read
+ELSEWHERE = {
+    "id", "history", "label", "kto_tag", "completions", "subset", "score_chosen", "score_rejected",
     *(f"{side}_{name}" for side in ("chosen", "rejected") for name in ("ids", "language", "finish_reason", "score")),
-    "score_chosen", "score_rejected",
+    *(column for name in NAMES if name not in CONTENT for column in NAMES[name]),
 }  # fmt: skip
-
-
-class Unusable(Exception):
-    """A row that is right but cannot be used; the text is the reason for the ledger."""
 
 
 class FileRow:
@@ -81,8 +69,10 @@ class FileRow:
 
     def column(self, name: str) -> str | None:
         """The column that holds one of ours, or None."""
-        names = (self.columns[name],) if name in self.columns else NAMES[name]
-        return next((column for column in names if self.values.get(column) is not None), None)
+        for column in (self.columns[name],) if name in self.columns else NAMES[name]:
+            if self.values.get(column) is not None:
+                return column
+        return None
 
     def need(self, name: str) -> Any:
         """The value of one of our columns; raises UserError where there is none."""
@@ -106,48 +96,7 @@ class FileRow:
     # Conversations ---------------------------------------------------------------------------------------------
 
     def turns(self, value: Any, what: str = "the prompt", role: str = "user") -> list[Turn]:
-        """Messages in any form as {role, content}; a text is one turn of `role`."""
-        if isinstance(value, str):
-            return [{"role": role, "content": value}]
-        if isinstance(value, Mapping):
-            value = [value]
-        if not isinstance(value, list) or not value:
-            raise UserError(f"{self.where}: {what} is {kind(value)}, expected text or messages")
-        return [self._turn(turn, number) for number, turn in enumerate(value, start=1)]
-
-    def _turn(self, turn: Any, number: int) -> Turn:
-        here = f"{self.where}, message {number}"
-        if not isinstance(turn, Mapping):
-            raise UserError(f"{here}: expected {{role, content}}, found {kind(turn)}")
-        names = ("from", "value") if "role" not in turn and "from" in turn else ("role", "content")
-        role, content = (turn.get(name) for name in names)
-        if role in ("function_call", "tool_call"):
-            raise Unusable(f"a message is a {role}, which a prompt cannot carry")
-        if isinstance(role, str) and (names[0] == "from" or role == "developer"):
-            role = ROLE_NAMES.get(role, role)
-        if role not in ROLES:
-            raise UserError(f"{here}: role is {role!r}, expected one of {', '.join(ROLES)}")
-        others = {name for name in turn if name not in names and turn[name] not in (None, "", [], {})}
-        if extra := sorted(name for name in others & set(TURN_CANNOT_CARRY) if says_something(turn[name])):
-            raise Unusable(f"a message has {', '.join(extra)}, which a prompt cannot carry")
-        self.unread.update(f"message key {name}" for name in others)
-        if isinstance(content, list) and content:
-            content = self._joined(here, content)
-        if not isinstance(content, str):
-            raise UserError(f"{here}: content is {kind(content)}, expected text")
-        return {"role": role, "content": content}
-
-    @staticmethod
-    def _joined(here: str, parts: Sequence[Any]) -> str:
-        """The text of a message whose content is in parts."""
-        for part in parts:
-            if not isinstance(part, Mapping) or not isinstance(part.get("type"), str):
-                raise UserError(f"{here}: found the part {json.dumps(part, default=str)[:80]}, expected text")
-            if part["type"] != "text":
-                raise Unusable(f"a message has a part of type {part['type']!r}, which a prompt cannot carry")
-            if not isinstance(part.get("text"), str):
-                raise UserError(f"{here}: the text of a part is {kind(part.get('text'))}, expected text")
-        return "".join(part["text"] for part in parts)
+        return read_turns(self.where, value, self.unread, what, role)
 
     def prompt(self) -> list[Turn]:
         """The conversation in the prompt's column, the system prompt and the history before it."""
@@ -281,7 +230,7 @@ class FileRow:
     def can_carry(self) -> None:
         """Raise Unusable for a column that belongs to the prompt and has no place in our tables."""
         for column in CANNOT_CARRY:
-            if column not in self.columns.values() and says_something(self.values.get(column)):
+            if says_something(self.values.get(column)) and column not in self.columns.values():
                 raise Unusable(f"the row has {column}, which a prompt cannot carry")
 
     def _is_target(self, turn: Any) -> None:
@@ -298,7 +247,10 @@ class FileRow:
         for name in names:
             for column in NAMES[name] if name not in self.columns else ():
                 value = self.values.get(column)
-                if column in self.read or not says_something(value) or self._is_repeated(column, value, read):
+                if not says_something(value) or column in self.read:
+                    continue
+                if self._is_repeated(column, value, read):
+                    self.read.add(column)
                     continue
                 raise UserError(
                     f"{self.where}: column {column} holds something else than the {name} that was read"
@@ -317,8 +269,9 @@ class FileRow:
 
     def count_unread(self) -> None:
         """Count the columns that no form has a use for."""
-        mapped = set(self.columns.values())
-        self.unread.update(str(name) for name in self.values if name not in KNOWN and name not in mapped)
+        for name, value in self.values.items():
+            if value is not None and name not in self.read and name not in ELSEWHERE:
+                self.unread[str(name)] += 1
 
 
 def _repeats(turns: Sequence[Turn], read: Sequence[Turn]) -> bool:
@@ -327,65 +280,8 @@ def _repeats(turns: Sequence[Turn], read: Sequence[Turn]) -> bool:
     return all(turn["content"].strip() in texts for turn in turns)
 
 
-def says_something(value: Any) -> bool:
-    """Whether a value is more than nothing: "", [], {}, "[]", 0, false and null say nothing."""
-    return bool(value) and value not in ("[]", "{}")
-
-
 def warn_of_unread(title: str, unread: Mapping[str, int]) -> None:
     """Say on the terminal which columns and message keys of a file were not read."""
     if unread:
         names = ", ".join(f"{name} ({count:,})" for name, count in sorted(unread.items()))
         Console(stderr=True).print(f"{title}: not read: {names}", markup=False, soft_wrap=True)
-
-
-# Values of scored completions ------------------------------------------------------------------------------------
-
-
-def score_of(row: FileRow) -> float:
-    """The score as a number; nan where it is not finite."""
-    score = row.need("score")
-    if isinstance(score, bool) or not isinstance(score, (int, float)):
-        raise UserError(f"{row.where}: score is {kind(score)}, expected a number")
-    try:
-        return float(score) if math.isfinite(score) else math.nan
-    except OverflowError:
-        raise UserError(f"{row.where}: score has more digits than a number can have here") from None
-
-
-def sample_of(row: FileRow) -> int | None:
-    """The sample's number, or None."""
-    column = row.column("sample_id")
-    number = None if column is None else row.need("sample_id")
-    if number is not None and (
-        isinstance(number, bool) or not isinstance(number, int) or not 0 <= number <= MAX_SAMPLE_ID
-    ):
-        shown = f"{number}" if isinstance(number, int) and number > 0 else kind(number)
-        raise UserError(f"{row.where}: sample_id is {shown}, expected a whole number from 0 on (to 2^31 - 1)")
-    return number
-
-
-def finish_of(row: FileRow, value: Any, name: str = "finish_reason") -> str:
-    """ "stop" or "length" for what another tool calls it; "stop" where nothing is said."""
-    if value is None or value == "":
-        return "stop"
-    if not isinstance(value, str):
-        raise UserError(f"{row.where}: {name} is {kind(value)}, expected text")
-    try:
-        reason = finish_reason(value)
-    except UnknownFinishReason as error:
-        raise UserError(f"{row.where}: {error}") from None
-    if reason not in ("stop", "length"):
-        raise Unusable(f"the completion ended with {value!r}")
-    return reason
-
-
-def ids_of(row: FileRow, name: str) -> list[int] | None:
-    """The token ids in a column, or None; whether they are the text's is checked where the tokenizer is."""
-    value = row.values.get(name)
-    if value is None:
-        return None
-    whole = isinstance(value, list) and all(type(one) is int and 0 <= one <= MAX_SAMPLE_ID for one in value)
-    if not whole:
-        raise UserError(f"{row.where}: {name} is {kind(value)}, expected token ids (whole numbers from 0 on)")
-    return list(value)

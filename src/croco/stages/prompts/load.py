@@ -24,7 +24,8 @@ from croco.languages import normal
 from croco.pipeline.fingerprint import prompts_settings
 from croco.pipeline.node import Settings, settings_values
 from croco.pipeline.stage import Work
-from croco.stages.prompts.columns import FileRow, Turn, Unusable, warn_of_unread
+from croco.stages.prompts.columns import FileRow, warn_of_unread
+from croco.stages.prompts.values import Turn, Unusable
 from croco.storage.hashing import canonical
 from croco.storage.rows import (
     Located,
@@ -197,17 +198,13 @@ class _Reading:
 
     def _sources(self) -> Sequence[str | None]:
         """The languages that have a source of their own, else None for the one source of all."""
-        section = self.section
-        if section.by_language:
+        of = self.section.of(None)
+        if self.section.by_language:
             return self.languages
-        if (
-            str(section.source).startswith("hf:")
-            and section.of(None)["config"] is None
-            and not section.data_files
-        ):
-            configs = hub_configs(str(section.source), section.revision)
+        if of["source"].startswith("hf:") and of["config"] is None and not of["data_files"]:
+            configs = hub_configs(of["source"], of["revision"])
             if len(configs) > 1 and set(self.languages) <= set(configs):
-                return self.languages  # a config a language, as m-ArenaHard has them
+                return self.languages  # a config for every language, as m-ArenaHard has them
         return [None]
 
     def _rows(self, language: str | None) -> Iterator[Located]:
@@ -238,14 +235,14 @@ class _Reading:
         except Unusable as reason:
             self.drops.append(("prompt", prompt_id, language, None, str(reason)))
             return
+        if self.section.turns == "first":
+            messages, reference = _first_turn(messages, reference)
+        if self.section.system and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.section.system}, *messages]
         file = row.where.partition(", ")[0].rpartition("/")[2]
-        values = {
-            "messages": messages,
-            "reference": reference,
-            "source": _optional_text(row, "source") or file,
-        }
-        key = {"prompt_id": prompt_id, "language": language}
-        self.kept.append(key | values | {"domain": _optional_text(row, "domain")})
+        key = {"prompt_id": prompt_id, "language": language, "messages": messages, "reference": reference}
+        source = _optional_text(row, "source") or file
+        self.kept.append(key | {"source": source, "domain": _optional_text(row, "domain")})
 
     def _identity(self, row: FileRow, language: str | None) -> tuple[str, str]:
         """The key of a row. Never its text, never its number: both shift when a row is edited or lost."""
@@ -293,6 +290,15 @@ def _prompt(row: FileRow) -> tuple[list[Turn], str | None]:
         raise UserError(f"{row.where}: the prompt is empty, expected text in its last message")
     row.check_unread(turns, [], ("prompt", "system"))
     return turns, reference
+
+
+def _first_turn(messages: list[Turn], reference: str | None) -> tuple[list[Turn], str | None]:
+    """The conversation up to its first user turn, and the assistant's answer to that."""
+    end = next((i for i, turn in enumerate(messages, start=1) if turn["role"] == "user"), len(messages))
+    after = messages[end : end + 1]
+    if after:
+        reference = after[0]["content"] if after[0]["role"] == "assistant" else None
+    return messages[:end], reference
 
 
 def _optional_text(row: FileRow, name: str) -> str | None:

@@ -1,8 +1,8 @@
-"""How well a completion goes into the English completions of its prompt (MAPO, arXiv 2401.06838).
+"""The agreement of a completion with the English completions of its prompt (MAPO, arXiv 2401.06838).
 
-A translation model is the judge: a completion's score is 1 / (mean token loss of translating it into an English
-completion), averaged over the English completions of the same prompt. English ones have no score: they are what the
-others are held against. Source and target are laid out as M2M100 and NLLB do, language token, text, end token; the loss
+A translation model measures it: a completion's score is 1 / (mean token loss of translating it into an English
+completion), averaged over the English completions of the same prompt. English completions have no score: the others are
+compared with them. Source and target are laid out as M2M100 and NLLB do, language token, text, end token; the loss
 is over all of the target.
 
 Shapes: B pairs, S source tokens, T target tokens, V vocabulary.
@@ -69,7 +69,7 @@ class Translator:
     def _losses(
         self, sources: Sequence[list[int]], targets: Sequence[Sequence[list[int]]], budget: int
     ) -> list[list[float]]:
-        found = [[0.0] * len(row) for row in targets]
+        means = [[0.0] * len(row) for row in targets]
         order = sorted((i for i, row in enumerate(targets) if row), key=lambda i: len(sources[i]))
         for part in _cut(order, [len(ids) for ids in sources], budget):
             source_BS, mask_BS = self._padded([sources[i] for i in part])
@@ -82,8 +82,8 @@ class Translator:
                 wanted = [targets[pairs[k][1]][pairs[k][2]] for k in batch]
                 losses = self._batch(hidden_BSD[rows], mask_BS[rows], wanted)
                 for k, loss in zip(batch, losses, strict=True):
-                    found[pairs[k][1]][pairs[k][2]] = loss
-        return found
+                    means[pairs[k][1]][pairs[k][2]] = loss
+        return means
 
     def _batch(
         self, hidden_BSD: torch.Tensor, mask_BS: torch.Tensor, targets: Sequence[list[int]]
@@ -132,7 +132,7 @@ def score_alignment(
         for prompt_id, texts in english.items()
     }
     scored: list[Scored] = []
-    sources, theirs, places = [], [], []
+    sources, targets_of, places = [], [], []
     for number, (_, rows) in enumerate(groups):
         language, wanted = rows[0]["language"], targets.get(rows[0]["prompt_id"], [])
         if language == ENGLISH or not wanted:
@@ -143,9 +143,9 @@ def score_alignment(
         for i, ids in enumerate(encoded):
             if len(ids) <= limit:
                 sources.append(ids)
-                theirs.append(wanted)
+                targets_of.append(wanted)
                 places.append((number, i))
-    for (number, i), losses in zip(places, translator.losses(sources, theirs), strict=True):
+    for (number, i), losses in zip(places, translator.losses(sources, targets_of), strict=True):
         scored[number][i] = sum(1 / loss for loss in losses) / len(losses)
     return scored
 

@@ -1,10 +1,10 @@
 """The implicit reward of a DPO arm, read across languages (ICR, arXiv 2503.04647).
 
-A policy tuned by DPO on English, held against the policy it was tuned from, is a reward model. Asked in English for a
-completion in another language, it judges that language too: the score of a completion y is
-log p_dpo(y | x) - log p_reference(y | x), where x is the English prompt after an instruction to complete it in y's
-language. Both are sums over y's tokens, the end token included where y ended by itself. Length is taken out when pairs
-are chosen (`calibration = "length"`), since its weight follows from all scores.
+A policy tuned by DPO on English is a reward model, compared with the policy it was tuned from, and it judges other
+languages too when it is asked in English. The score of a completion y is log p_dpo(y | x) - log p_reference(y | x),
+where x is the English prompt after an instruction to complete it in y's language. Both are sums over y's tokens, the
+end token included where y ended by itself. Length is taken out when pairs are chosen (`calibration = "length"`), since
+its weight follows from all scores.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def score_implicit(
             asked.append((english_prompt(english, language, instruction), rows))
             places.append(place)
     tuned, before = (score_likelihood(scorer, tokenizer, asked, {}) for scorer in (dpo, reference))
-    for place, ours, theirs in zip(places, tuned, before, strict=True):
-        scored[place] = [_difference(one, other) for one, other in zip(ours, theirs, strict=True)]
+    for place, after, reference_scores in zip(places, tuned, before, strict=True):
+        scored[place] = [_difference(one, other) for one, other in zip(after, reference_scores, strict=True)]
     return scored
 
 

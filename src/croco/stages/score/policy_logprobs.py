@@ -1,7 +1,7 @@
-"""Scores that the policy itself gives: log-probabilities of completions, of one policy or of one over another.
+"""Scores from the policy itself: log-probabilities of completions under the prompt that was sampled from.
 
-"likelihood" is the mean over a completion's tokens, "likelihood-sum" their sum, under the very prompt that was sampled
-from; "implicit" is `stages/score/implicit.py`. What a log-probability is, is `models/logprobs.py`.
+"likelihood" is the mean over a completion's tokens, "likelihood-sum" their sum; `implicit.py` compares two policies.
+How a log-probability is computed is in `models/logprobs.py`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from croco.models.chat_template import prompt_ids, text_ids
+from croco.errors import Refused
+from croco.models.chat_template import completions_ids, prompt_ids, with_instruction
 from croco.models.protocols import ScoreRequest
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def open_likelihood(
         policy.dtype,
         runtime.device,
         adapter=adapter,
-        chat_template=Path(policy.chat_template) if policy.chat_template else None,
+        chat_template=policy.template,
         trust_remote_code=policy.trust_remote_code,
     )
     return HFLikelihood(model, tokenizer, runtime.token_budget, name=policy.model, mean=mean), tokenizer
@@ -54,13 +55,17 @@ def score_likelihood(
     requests, ended, places = [], [], []
     scored: list[Scored] = []
     for number, (messages, rows) in enumerate(groups):
-        prompt = prompt_ids(tokenizer, messages, instructions.get(rows[0]["language"]))
-        sampled = [
-            text_ids(tokenizer, [row["completion"]])[0]
-            if row["completion_ids"] is None
-            else row["completion_ids"]
-            for row in rows
-        ]
+        asked = with_instruction(messages, instructions.get(rows[0]["language"]))
+        try:
+            prompt = prompt_ids(tokenizer, asked)
+        except Refused as error:
+            scored.append([str(error)] * len(rows))
+            continue
+        known = [row["completion_ids"] for row in rows]
+        if None in known:
+            as_text = completions_ids(tokenizer, asked, [row["completion"] for row in rows])
+            known = [ids if own is None else own for own, ids in zip(known, as_text, strict=True)]
+        sampled: list[list[int]] = known
         lengths = [len(prompt) + len(ids) for ids in sampled]
         scored.append([too_long("prompt and completion", length, scorer.max_context) for length in lengths])
         stops = [row["finish_reason"] == "stop" for row in rows]

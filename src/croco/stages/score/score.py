@@ -1,18 +1,18 @@
-"""The stage `score`: one number per completion, by the reward model or by one of the controls.
+"""The stage `score`: a number for every completion, by the reward or by one of the controls.
 
-Scorers: "reward" is the raw logit of a sequence classifier on the whole conversation, as the user wrote it (the
-instruction a recipe may add for the policy is not shown to it). Controls: "likelihood" and "likelihood-sum" are the
-policy's own log-probability, mean and summed (`by_policy.py`); "random" is a standard normal number that follows from
-the run's seed and the completion's key, a reward that knows nothing, normal so that pools look like pools; "verified"
-is the lab's program, a reward that knows everything. Rivals: "implicit" (`implicit.py`), "alignment" (`alignment.py`).
+"reward" is a reward model or a function of the user's (`reward.py`); it sees the conversation as the user wrote it,
+without the instruction that a recipe may add for the policy. Controls: "likelihood" and "likelihood-sum" are the
+policy's own log-probability, mean and sum over the tokens (`policy_logprobs.py`); "random" is a standard normal number
+that follows from the run's seed and the completion's key; "verified" is the judgement of the lab's program. Methods to
+compare with: "implicit" (`implicit.py`) and "alignment" (`alignment.py`).
 
-A shard mirrors the shard of completions it scores; where the arms of a scorer look at some completions of each prompt
-only, at their part of it. What does not fit the model goes to the ledger; a score that is no
-number stops the stage, because it would poison its pool's mean.
+A shard of scores has the rows of a shard of completions; where the arms of a scorer use only some completions of each
+prompt, those. A completion that does not fit the model goes to the ledger. A score that is no finite number stops the
+stage, because it would change the mean of its whole pool.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import NormalDist
@@ -25,10 +25,7 @@ import pyarrow.compute as pc
 from croco.config.arms import Alignment
 from croco.config.models import Reward
 from croco.config.runtime import Runtime
-from croco.errors import Refused, UserError
-from croco.models.chat_template import conversations_ids
-from croco.models.open import open_scorer
-from croco.models.protocols import Scorer, ScoreRequest
+from croco.errors import UserError
 from croco.pipeline.compute import compute
 from croco.pipeline.node import Settings
 from croco.pipeline.stage import Work
@@ -40,13 +37,11 @@ from croco.stages.score.policy_logprobs import (
     Scored,
     open_likelihood,
     score_likelihood,
-    too_long,
 )
+from croco.stages.score.reward import ScoreShard, open_reward
 from croco.storage.schemas import REFERENCE, SCORES, ledger
 from croco.storage.seeds import digest
 from croco.storage.shards import read_arrow, read_table, shard_path, shards
-
-ScoreShard = Callable[[Groups], list[Scored]]
 
 COLUMNS = ["prompt_id", "language", "sample_id", "completion", "completion_ids", "finish_reason"]
 
@@ -111,8 +106,8 @@ class ReferenceWorker:
     """Scores gold completions, a shard per shard of prompts; a prompt without one goes to the ledger."""
 
     def __init__(self, reward: Reward, runtime: Runtime, prompts: Path, replica: int) -> None:
-        self.prompts, self.name = prompts, reward.model
-        self.score_shard, self.facts = _reward(reward, runtime, replica)
+        self.prompts, self.name = prompts, reward.name
+        self.score_shard, self.facts = open_reward(reward, runtime, replica)
 
     def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[ShardResult]:
         """Shard by shard."""
@@ -151,7 +146,7 @@ def tabulate(
                 drops.append(("completion", *key, value))
             else:
                 check_finite(value, key, scorer)
-                kept.append((*key, value, scorer))
+                kept.append((*key, float(value), scorer, getattr(value, "parts", None)))
     columns = list(zip(*kept, strict=True)) if kept else [()] * len(SCORES.schema)
     arrays = [pa.array(column, type=field.type) for column, field in zip(columns, SCORES.schema, strict=True)]
     return pa.Table.from_arrays(arrays, schema=SCORES.schema), ledger(drops)
@@ -180,7 +175,7 @@ def _scorer(settings: Settings, runtime: Runtime, replica: int) -> tuple[str, Sc
     """The scorer's name in the table, the function that scores a shard, and what `stage.json` records."""
     kind = settings["scorer"]
     if kind == "reward":
-        return settings["reward"].model, *_reward(settings["reward"], runtime, replica)
+        return settings["reward"].name, *open_reward(settings["reward"], runtime, replica)
     if kind in ("likelihood", "likelihood-sum"):
         policy = settings["policy"]
         own, tokenizer = open_likelihood(policy, runtime, mean=kind == "likelihood")
@@ -251,40 +246,3 @@ def random_score(seed: int, row: Completion) -> float:
     """A standard normal number from the run's seed and the completion's key."""
     uniform = digest("random score", seed, row["prompt_id"], row["language"], row["sample_id"]) / 2**63
     return NormalDist().inv_cdf(min(max(uniform, 2**-60), 1 - 2**-53))
-
-
-def _reward(reward: Reward, runtime: Runtime, replica: int) -> tuple[ScoreShard, dict[str, Any]]:
-    scorer, tokenizer = open_scorer(reward, runtime, replica)
-    limit = reward.max_tokens
-    return lambda groups: score_conversations(scorer, tokenizer, groups, limit), scorer.facts
-
-
-def score_conversations(scorer: Scorer, tokenizer: Any, groups: Groups, max_tokens: int) -> list[Scored]:
-    """Scores of whole conversations; one that is too long, or that the chat template refuses,
-    gets the reason instead.
-
-    Equal conversations get the same score: in a batch of another shape the last bits of a logit differ.
-    """
-    limit = min(max_tokens, scorer.max_context)
-    requests, places = [], []
-    scored: list[Scored] = []
-    first: dict[tuple[int, ...], float] = {}  # the score of a conversation where it occurs first
-    for number, (messages, rows) in enumerate(groups):
-        try:
-            sequences = conversations_ids(tokenizer, messages, [row["completion"] for row in rows])
-        except Refused as error:
-            scored.append([str(error)] * len(rows))
-            continue
-        except UserError as error:
-            raise UserError(f"prompt {rows[0]['prompt_id']!r} in {rows[0]['language']}: {error}") from error
-        scored.append([too_long("conversation", len(ids), limit) for ids in sequences])
-        fits = [i for i, ids in enumerate(sequences) if len(ids) <= limit]
-        if fits:
-            requests.append(ScoreRequest(number, [], [sequences[i] for i in fits]))
-            places.append(fits)
-    for request, fits, values in zip(
-        requests, places, scorer.score(requests) if requests else (), strict=True
-    ):
-        for i, ids, value in zip(fits, request.completions, values, strict=True):
-            scored[request.key][i] = first.setdefault(tuple(ids), value)
-    return scored

@@ -1,7 +1,7 @@
 """Pairs as token ids: one prompt, and its completions, closed by the end-of-sequence token where they ended.
 
-The ids that were sampled are the ids trained on; text is tokenised where a pair brings no ids, or such as do not spell
-it in this tokenizer. Prompts go through
+The ids that were sampled are the ids trained on; text goes through the chat template where a pair brings no
+ids, or such as do not spell it in this tokenizer. Prompts go through
 the same chat template as in sampling, every turn of them. A completion that was stopped at its token limit gets no end
 token: the policy did not end there, and must not learn to. Nothing is cut silently: a pair that is too long is left
 out, with its reason, or cut as asked for, and counted. Left out: choosing pairs (`pairing/`) and laying them out in
@@ -16,13 +16,14 @@ from typing import Any
 import polars as pl
 from transformers import PreTrainedTokenizerBase
 
-from croco.errors import UserError
+from croco.errors import Refused, UserError
 from croco.models.chat_template import (
+    Messages,
     check_markup,
     check_prefix,
+    completions_ids,
     conversation_ids,
     prompt_ids,
-    text_ids,
     with_instruction,
 )
 from croco.storage.schemas import UnknownFinishReason, finish_reason
@@ -89,8 +90,16 @@ def encode_pairs(
         limit, most = f"the policy's context of {context}", context
     tried: set[tuple[str, ...]] = set()
     for row in pairs.iter_rows(named=True):
-        prompt = _prompt_ids(tokenizer, row, (instructions or {}).get(row["language"]), tried)
-        closed = [_completion_ids(tokenizer, row, side, end, num_ids or len(tokenizer)) for side in sides]
+        try:
+            prompt = _prompt_ids(tokenizer, row, (instructions or {}).get(row["language"]), tried)
+        except Refused as error:
+            dropped.append(
+                ("pair", row["prompt_id"], row["language"], row.get("chosen_sample_id"), str(error))
+            )
+            continue
+        messages = with_instruction(row["messages"], (instructions or {}).get(row["language"]))
+        known = num_ids or len(tokenizer)
+        closed = [_completion_ids(tokenizer, row, side, messages, end, known) for side in sides]
         room = max(0, most - len(prompt)) if over_length == "truncate" else None
         completions = tuple(ids[:room] for ids in closed)
         if any(ids in ([], [end]) for ids in closed):
@@ -121,6 +130,8 @@ def _prompt_ids(
             # In text at least: ids may merge where prompt and completion are tokenised as one, which we never do.
             if not tokenizer.decode(whole).startswith(tokenizer.decode(ids)):
                 check_prefix(tokenizer, ids, whole)
+    except Refused:
+        raise
     except UserError as error:
         raise UserError(f"{_named(row)}: {error}") from error
     return ids
@@ -132,7 +143,12 @@ def _named(row: Mapping[str, Any]) -> str:
 
 
 def _completion_ids(
-    tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], side: str, end: int, num_ids: int
+    tokenizer: PreTrainedTokenizerBase,
+    row: Mapping[str, Any],
+    side: str,
+    messages: Messages,
+    end: int,
+    num_ids: int,
 ) -> list[int]:
     """The side's ids, if they spell its text in this tokenizer (a file may hold another policy's), else the text's."""
     ids = row.get(f"{side}_ids")
@@ -145,7 +161,7 @@ def _completion_ids(
         text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         ids = ids if text == row[side] else None
     if ids is None:
-        ids = text_ids(tokenizer, [row[side]])[0]
+        ids = completions_ids(tokenizer, messages, [row[side]])[0]
     try:
         ended = finish_reason(row.get(f"{side}_finish_reason") or "stop") == "stop"
     except UnknownFinishReason as error:

@@ -29,7 +29,7 @@ from croco.stages.train.model_card import base_name, model_card, settings_rows
 from croco.stages.train.train import TrainResult
 from croco.storage import files, provenance, shards
 from croco.storage.hashing import digest, file_identity, model_identity
-from croco.storage.rows import file_rows
+from croco.storage.rows import file_rows, files_of
 from croco.storage.schemas import DROPPED, ledger
 
 ARM = "train"
@@ -52,9 +52,7 @@ def train_on_files(
     mapped = mappings(columns)
     if language is not None:
         languages.check(language)
-    for source in sources:
-        if not source.is_file():
-            raise UserError(f"{source}: no such file")
+    sources = [file for source in sources for file in files_of(source)]
     made_from = {
         "files": {label: file_identity(str(source)) for label, source in labelled(sources).items()},
         "columns": mapped,

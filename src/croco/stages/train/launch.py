@@ -86,7 +86,7 @@ def tune_here(job: TrainJob, advance: Advance) -> TrainResult:
         policy.revision,
         dtype=policy.dtype,
         device=runtime.device,
-        chat_template=Path(policy.chat_template) if policy.chat_template else None,
+        chat_template=policy.template,
         trust_remote_code=policy.trust_remote_code,
     )
     return train_pairs(

@@ -50,6 +50,8 @@ def merge(recipe: Recipe, arm: str, to: Path, license: str, say: Callable[[str],
     folder = recipe.folder / "train" / arm
     if records.state(folder) != "complete":
         raise UserError(f"{folder} holds no finished training: run `croco run` first")
+    for read in (folder, recipe.folder / "pair" / arm):
+        shards.check_contents(read)
     weights = tuned_weights(folder)
     partial = to.with_name(f".{to.name}.merging")
     files.begin_folder(partial)
@@ -104,7 +106,7 @@ def _base(recipe: Recipe) -> tuple[Any, Any]:
         policy.revision,
         dtype=policy.dtype,
         device=recipe.runtime.device,
-        chat_template=Path(policy.chat_template) if policy.chat_template else None,
+        chat_template=policy.template,
         trust_remote_code=policy.trust_remote_code,
     )
 

@@ -65,7 +65,10 @@ def policy_card(
     hub, base = base_name(policy.model, policy.revision)
     made = [
         ("policy", base),
-        ("reward model", base_name(reward.model, reward.revision)[1]),
+        (
+            "reward",
+            base_name(reward.model, reward.revision)[1] if reward.name == reward.model else reward.name,
+        ),
         ("prompts", Path(recipe.prompts.source).name),
         ("languages tuned", ", ".join(recipe.run.languages)),
         ("run, arm", f"{recipe.run.name}, {arm}"),

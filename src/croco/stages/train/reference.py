@@ -128,6 +128,8 @@ def _read(folder: Path) -> dict[str, float]:
     known: dict[str, float] = {}
     for path in sorted(folder.glob("part-*.parquet")):
         table = read_arrow(path)
+        if table.schema.names != SCHEMA.names:
+            raise UserError(f"{path} was not made by croco, expected another run.folder, or no such file")
         known.update(zip(table["completion"].to_pylist(), table["logp"].to_pylist(), strict=True))
     return known
 

@@ -9,11 +9,10 @@ from __future__ import annotations
 import zlib
 from collections.abc import Collection, Sequence
 
-from croco.languages import identify, same_to_identifier
+from croco.languages import MIN_LETTERS, count_letters, identify, same_to_identifier
 from croco.stages.translate.protect import KINDS, items, prose
 from croco.storage.provenance import shown
 
-MIN_LETTERS = 20  # a name or a greeting says nothing about its language, and may well stay as it is
 CONFIDENCE = 0.9  # of the language identifier, before a translation is thrown away for it
 MIN_CHARACTERS = 60  # a shorter text may grow or shrink by more than any ratio
 SPELLED = {str(number) for number in range(21)}  # numbers that may be written in words
@@ -24,14 +23,14 @@ def fault(
     source: str,
     translation: str,
     language: str,
-    among: Sequence[str],
+    candidates: Sequence[str],
     checks: Collection[str],
     length_ratios: tuple[float, float],
 ) -> str | None:
     """The first thing wrong with the translation of one turn into `language`, or None.
 
-    `among` are the languages it may be mistaken for, `checks` the names of `recipe.TranslationCheck` that apply, and
-    `length_ratios` the least and the greatest length in characters of the source's.
+    `candidates` are the languages it may be mistaken for, `checks` the names of those that apply, and `length_ratios`
+    the least and the greatest length in characters of the source's.
     """
     if source.strip() and not translation.strip():
         return "empty translation"
@@ -44,17 +43,13 @@ def fault(
     if "length" in checks and (reason := off_length(source, translation, *length_ratios)):
         return reason
     before, after = prose(source), prose(translation)
-    if "copy" in checks and num_letters(before) >= MIN_LETTERS and _bare(before) == _bare(after):
+    if "copy" in checks and count_letters(before) >= MIN_LETTERS and _bare(before) == _bare(after):
         return "untranslated copy: the translation is the source"
-    if "language" in checks and num_letters(after) >= MIN_LETTERS:
-        found = identify(after, among, CONFIDENCE)
-        if found is not None and not same_to_identifier(found, language):
-            return f"wrong language: found {found}, expected {language}"
+    if "language" in checks:
+        identified = identify(after, candidates, CONFIDENCE, MIN_LETTERS)
+        if identified is not None and not same_to_identifier(identified, language):
+            return f"wrong language: found {identified}, expected {language}"
     return None
-
-
-def num_letters(text: str) -> int:
-    return sum(character.isalpha() for character in text)
 
 
 def _bare(text: str) -> str:
@@ -65,9 +60,9 @@ def changed_items(source: str, translation: str) -> str | None:
     """An item other than a number that does not stand in both texts equally often."""
     before, after = items(source), items(translation)
     for kind, item in before | after:
-        was, found = before[kind, item], after[kind, item]
-        if kind != "number" and was != found:
-            return f"{KINDS[kind]} changed: {shown(item)} stands there {was}, then {found} times"
+        count, count_after = before[kind, item], after[kind, item]
+        if kind != "number" and count != count_after:
+            return f"{KINDS[kind]} changed: {shown(item)} stands there {count}, then {count_after} times"
     return None
 
 

@@ -47,7 +47,7 @@ def _user(content: Any) -> Messages:
     return [{"role": "user", "content": content}]
 
 
-# names of `recipe.TranslationFormat`
+# the values of translate.format
 FORMATS: dict[str, Callable[[str, str, str], Messages]] = {
     "instruct": instruct,
     "translategemma": translategemma,

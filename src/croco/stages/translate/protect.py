@@ -52,17 +52,17 @@ def pieces(text: str) -> list[Piece]:
 
     Whitespace around a stretch to translate is left out of it; a stretch without words outside its items is not sent.
     """
-    found: list[Piece] = []
+    stretches: list[Piece] = []
     start = at = 0
     while opening := _OPENING.search(text, at):
         end = _end(text, opening)
         if end is None:
             at = opening.end()
             continue
-        found += _prose(text[start : opening.start()])
-        found.append((text[opening.start() : end], False))
+        stretches += _prose(text[start : opening.start()])
+        stretches.append((text[opening.start() : end], False))
         start = at = end
-    return [piece for piece in (*found, *_prose(text[start:])) if piece[0]]
+    return [piece for piece in (*stretches, *_prose(text[start:])) if piece[0]]
 
 
 def _end(text: str, opening: re.Match[str]) -> int | None:
@@ -115,7 +115,7 @@ def items(text: str) -> Counter[tuple[str, str]]:
     Numbers are compared without their separators: 1,234.5 and 1.234,5 are both 1234 and 5, and so is 31.12.2024 the
     same as 12/31/2024.
     """
-    found: Counter[tuple[str, str]] = Counter()
+    counts: Counter[tuple[str, str]] = Counter()
     for match in _ITEM.finditer(text):
         kind, item = str(match.lastgroup), match[0]
         if kind == "entity":
@@ -124,5 +124,5 @@ def items(text: str) -> Counter[tuple[str, str]]:
             item = item.rstrip(".,;:!?)]}*_'’”»")
         elif kind == "number":
             item = "".join(str(decimal(digit)) for digit in item if digit.isdecimal()).lstrip("0") or "0"
-        found[kind, item] += 1
-    return found
+        counts[kind, item] += 1
+    return counts

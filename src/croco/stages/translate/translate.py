@@ -1,9 +1,9 @@
 """The stages `translate` and `eval-translate`: prompts of one language in all the others, by a translation model.
 
-What comes out is a prompts table in every language, the source's rows unchanged among them, under the same prompt_id:
-a prompt that is missing in one language shifts nothing. Every turn of a conversation is translated on its own and
-greedily; roles, order, code, JSON and tool calls stay (`protect`). A prompt of which a turn fails a check (`checks`)
-goes to the ledger with the turn and the reason. A reference is a completion in the source's language and stays behind.
+They write a prompts table in every language under the same prompt_id; the rows in the source's language are unchanged.
+Every turn of a conversation is translated on its own, greedily; roles, order, code, JSON and tool calls stay as they
+are (`protect.py`). A prompt with a turn that fails a check (`checks.py`) goes to the ledger with the turn and the
+reason. A reference is a completion in the source's language and is not copied to the others.
 
 A text that several prompts share (a system turn, say) is sent once per call of the engine.
 """
@@ -55,8 +55,8 @@ class TranslateWorker:
         self, settings: Translate, runtime: Runtime, prompts: Path, languages: Sequence[str], replica: int
     ) -> None:
         self.settings, self.languages = settings, languages
-        found = read_table(prompts).sort("prompt_id").to_dicts()
-        rows = [(prompt, language) for prompt in found for language in languages]
+        sources = read_table(prompts).sort("prompt_id").to_dicts()
+        rows = [(prompt, language) for prompt in sources for language in languages]
         size = runtime.shard_prompts
         self.shard = lambda index: rows[index * size : (index + 1) * size]
         self.sampler, self.tokenizer = open_sampler("translate", settings, runtime, 0, replica)
@@ -71,17 +71,17 @@ class TranslateWorker:
             for text in dict.fromkeys(text for row in rows for text in self._texts(row)):
                 waiting.setdefault(text, []).append(index)
                 left[index] += 1
-        there: dict[Text, Translated] = {}
+        translations: dict[Text, Translated] = {}
         for index in shards:
             if not left[index]:
-                yield self._finish(index, shards[index], there, 0, advance)
+                yield self._finish(index, shards[index], translations, 0, advance)
         for text, translated, num_tokens in self._translate(list(waiting)):
-            there[text] = translated
+            translations[text] = translated
             tokens[waiting[text][0]] += num_tokens
             for index in waiting[text]:
                 left[index] -= 1
                 if not left[index]:
-                    yield self._finish(index, shards[index], there, tokens[index], advance)
+                    yield self._finish(index, shards[index], translations, tokens[index], advance)
 
     def _texts(self, row: Row) -> Iterator[Text]:
         """What has to be translated for a row: nothing in the source's language."""
@@ -108,9 +108,14 @@ class TranslateWorker:
             yield texts[key], _read(self.tokenizer, one), num_tokens
 
     def _finish(
-        self, index: int, rows: Sequence[Row], there: Mapping[Text, Translated], tokens: int, advance: Advance
+        self,
+        index: int,
+        rows: Sequence[Row],
+        translations: Mapping[Text, Translated],
+        tokens: int,
+        advance: Advance,
     ) -> ShardResult:
-        table, dropped = tabulate(rows, there, self.settings, self.languages)
+        table, dropped = tabulate(rows, translations, self.settings, self.languages)
         advance(len(rows))
         return ShardResult(index, table, dropped, {"prompt": len(rows)}, {"tokens": tokens})
 
@@ -127,10 +132,13 @@ def _read(tokenizer: Any, one: Completion | str) -> Translated:
 
 
 def tabulate(
-    rows: Sequence[Row], there: Mapping[Text, Translated], settings: Translate, languages: Sequence[str]
+    rows: Sequence[Row],
+    translations: Mapping[Text, Translated],
+    settings: Translate,
+    languages: Sequence[str],
 ) -> tuple[pa.Table, pa.Table]:
     """The prompts table of some rows and the ledger of those that failed, from the translations of their texts."""
-    among = sorted({*languages, settings.source})
+    candidates = sorted({*languages, settings.source})
     kept, drops = [], []
     for prompt, language in rows:
         if language == settings.source:
@@ -138,7 +146,7 @@ def tabulate(
             continue
         messages = []
         for turn, message in enumerate(prompt["messages"], start=1):
-            content, reason = _turn(message["content"], language, there, settings, among)
+            content, reason = _turn(message["content"], language, translations, settings, candidates)
             if content is None:
                 kind, _, rest = reason.partition(":")
                 where = f"turn {turn} ({message['role']})"
@@ -152,16 +160,20 @@ def tabulate(
 
 
 def _turn(
-    source: str, language: str, there: Mapping[Text, Translated], settings: Translate, among: Sequence[str]
+    source: str,
+    language: str,
+    translations: Mapping[Text, Translated],
+    settings: Translate,
+    candidates: Sequence[str],
 ) -> Translated:
     """One turn put together again and checked."""
     parts = []
     for text, sent in pieces(source):
-        part, reason = there[text, language] if sent else (text, "")
+        part, reason = translations[text, language] if sent else (text, "")
         if part is None:
             return None, reason
         parts.append(part)
     whole = "".join(parts)
     ratios = (settings.min_length_ratio, settings.max_length_ratio)
-    reason = fault(source, whole, language, among, settings.checks, ratios) or ""
+    reason = fault(source, whole, language, candidates, settings.checks, ratios) or ""
     return (None, reason) if reason else (whole, "")

@@ -1,4 +1,4 @@
-"""What a table of scored pairs says of reward models: accuracy, scores, length, language, agreement.
+"""Measures of reward models on a table of scored pairs, and the page that shows them.
 
 accuracy          share of pairs with the chosen above the rejected, equal scores ½ (also per category)
 score-gap         mean of chosen minus rejected
@@ -12,7 +12,7 @@ tau, same-order   agreement with the next model: Kendall's tau-b of scores, shar
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -79,15 +79,15 @@ def rank(table: pl.DataFrame, number: int, model: str) -> Iterator[Row]:
 
 def distribution(part: pl.DataFrame, chosen: str, rejected: str) -> dict[str, float]:
     """How the scores of a language lie, and how they go with length; a correlation that is not defined is left out."""
-    found: dict[str, float] = {}
+    values: dict[str, float] = {}
     for side, column in (("chosen", chosen), ("rejected", rejected)):
         scores = part[column].to_numpy()
-        found |= {f"{side}-mean": float(scores.mean()), f"{side}-std": float(scores.std())}
-        found |= {f"{side}-q{100 * q:02.0f}": float(np.quantile(scores, q)) for q in QUANTILES}
+        values |= {f"{side}-mean": float(scores.mean()), f"{side}-std": float(scores.std())}
+        values |= {f"{side}-q{100 * q:02.0f}": float(np.quantile(scores, q)) for q in QUANTILES}
     scores = np.concatenate([part[chosen].to_numpy(), part[rejected].to_numpy()])
     lengths = np.concatenate([part["chosen_length"].to_numpy(), part["rejected_length"].to_numpy()])
     correlation = stats.spearman(scores, lengths)
-    return found if math.isnan(correlation) else found | {"score-length": correlation}
+    return values if math.isnan(correlation) else values | {"score-length": correlation}
 
 
 def language_share(table: pl.DataFrame, chosen: str, rejected: str) -> tuple[float, int] | None:
@@ -139,3 +139,71 @@ def _row(
 
 def _end(value: float | None) -> float | None:
     return None if value is None or math.isnan(value) else value
+
+
+# The page ------------------------------------------------------------------------------------------------------------
+
+SHOWN = (
+    ("accuracy", "accuracy"),
+    ("score-gap", "score gap"),
+    ("chosen-mean", "chosen"),
+    ("rejected-mean", "rejected"),
+    ("score-length", "score × length"),
+    ("prefers-longer", "prefers longer"),
+    ("chosen-longer", "chosen is longer"),
+)
+AGREEMENT = (("same-order", "same order"), ("tau", "Kendall's tau"))
+
+
+def markdown(
+    ranking: pl.DataFrame, rewards: Sequence[str], num_left_out: int, reasons: Mapping[str, int]
+) -> str:
+    """Accuracy with intervals, scores, length; then categories; then how the models agree."""
+    parts = ["# Reward models on preference pairs\n"]
+    if num_left_out:
+        most = sorted(reasons.items(), key=lambda item: -item[1])[:5]
+        shown = "; ".join(f"{count} × {escaped(reason)}" for reason, count in most)
+        parts.append(f"{num_left_out} pairs were left out (`dropped.parquet`): {shown}.\n")
+    for reward in rewards:
+        own = ranking.filter(pl.col("reward") == reward)
+        parts.append(f"## {escaped(reward)}\n")
+        parts.append(_table(own.filter(pl.col("category").is_null()), SHOWN, "language"))
+        share = own.filter(pl.col("metric") == "language-share")
+        if share.height:
+            parts.append(
+                f"{share['value'][0]:.0%} of the variance of scores is between languages ({share['n'][0]} pairs on "
+                f"prompts that all of them have).\n"
+            )
+        if own["category"].drop_nulls().len():
+            of_all = "all" if "all" in own["language"] else own["language"][0]
+            parts.append(_table(own.filter((pl.col("language") == of_all) & pl.col("category").is_not_null()),
+                                SHOWN[:2], "category"))  # fmt: skip
+    for names in ranking["reward"].unique(maintain_order=True):
+        if names not in rewards:
+            parts.append(f"## {escaped(names)}\n")
+            parts.append(_table(ranking.filter(pl.col("reward") == names), AGREEMENT, "language"))
+    return "\n".join(parts)
+
+
+def _table(rows: pl.DataFrame, columns: Sequence[tuple[str, str]], by: str) -> str:
+    cells = {(row[by], row["metric"]): row for row in rows.iter_rows(named=True)}
+    shown = [(metric, title) for metric, title in columns if any(key[1] == metric for key in cells)]
+    lines = [f"| {by} | pairs | " + " | ".join(title for _, title in shown) + " |"]
+    lines.append("|---|---:|" + "---:|" * len(shown))
+    for name in dict.fromkeys(key[0] for key in cells):
+        count = next(row["n"] for key, row in cells.items() if key[0] == name and key[1] == shown[0][0])
+        values = [_cell(cells.get((name, metric))) for metric, _ in shown]
+        lines.append(f"| {escaped(name)} | {count} | " + " | ".join(values) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(row: dict[str, float] | None) -> str:
+    if row is None:
+        return ""
+    text = f"{row['value']:.2f}"
+    return text if row["ci_low"] is None else f"{text} [{row['ci_low']:.2f}, {row['ci_high']:.2f}]"
+
+
+def escaped(text: str) -> str:
+    """Text of a file as one cell of a table."""
+    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())

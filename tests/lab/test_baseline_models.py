@@ -1,16 +1,17 @@
-"""The two models of the rival methods: small, of other architectures, and what they are said to be."""
+"""The two models of the baseline methods: small, of other architectures, and what they are said to be."""
 
 from __future__ import annotations
 
 import json
 from random import Random
 
-from croco.lab import rivals, world
-from croco.lab.reward import prompt_tokens
+from croco.lab import world
 from croco.models.chat_template import same_ids
 from croco.models.loading import load_policy, load_tokenizer, resolve_model
 from croco.models.protocols import Decoding, Request
 from croco.models.transformers import HFSampler
+from lab import baseline_models
+from lab.reward import prompt_tokens
 
 
 def test_they_are_small_and_of_other_architectures() -> None:
@@ -47,7 +48,7 @@ def test_the_other_policy_has_the_policys_ids_and_its_own_habits() -> None:
 
 def test_a_sentence_and_its_translation_are_the_same_draws() -> None:
     rng = Random(0)
-    pairs = [rivals._parallel(rng) for _ in range(300)]
+    pairs = [baseline_models._parallel(rng) for _ in range(300)]
     danish = {source: target for language, source, target in pairs if language == "da"}
     assert len(danish) > 5
     assert all(source == target for language, source, target in pairs if language == "en")

@@ -1,14 +1,15 @@
 """`croco score --diagnose`: how well reward models rank the pairs of a preference set, language by language.
 
 Any file of pairs: M-RewardBench's columns (prompt, chosen, rejected, language, subset), ours, or TRL's preference
-format. Every completion is scored once by every model. What the models say is measured on the pairs that all of them
-could score; the others are in the ledger. What is measured, `ranking_rows` says.
+format. Every completion is scored once by every model. The models are compared on the pairs that all of them
+could score; the others are in the ledger. The measures are in `diagnose_metrics.py`.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +26,11 @@ from croco.config.recipe import Recipe
 from croco.errors import UserError
 from croco.models import open
 from croco.pipeline.progress import progress
-from croco.stages.prompts.columns import FileRow, Unusable
-from croco.stages.score.diagnose_metrics import Row, agreement, rank
-from croco.stages.score.diagnose_page import markdown
+from croco.stages.diagnose.metrics import Row, agreement, markdown, rank
+from croco.stages.prompts.columns import FileRow
+from croco.stages.prompts.values import Unusable
 from croco.storage import files, provenance, shards
-from croco.storage.rows import file_rows
+from croco.storage.rows import file_rows, files_of
 from croco.storage.schemas import DROPPED, ledger
 
 FILES = ("pairs.parquet", "ranking.parquet", "dropped.parquet", "ranking.md", "diagnosis.json")
@@ -78,12 +79,13 @@ def diagnose(
         to, "diagnosis.json", ["sources", "rewards"], re.compile("|".join(map(re.escape, FILES)))
     )
     pairs, drops = read_pairs(sources, language)
+    num_read = len(pairs) + len(drops)
     columns: dict[str, NDArray[np.float64]] = {}
     for number, model in enumerate(rewards):
-        found, reasons = score_pairs(
+        scores, reasons = score_pairs(
             pairs, recipe_of(model, sorted({pair.language for pair in pairs}), overrides)
         )
-        columns[f"chosen_{number}"], columns[f"rejected_{number}"] = found[:, 0], found[:, 1]
+        columns[f"chosen_{number}"], columns[f"rejected_{number}"] = scores[:, 0], scores[:, 1]
         drops += [("pair", pairs[i].prompt_id, pairs[i].language, None, why) for i, why in reasons.items()]
     table = tabulate(pairs, columns)
     if table.is_empty():
@@ -100,18 +102,20 @@ def diagnose(
     shards.write_parquet(to / "pairs.parquet", scored, scored.schema)
     shards.write_parquet(to / "ranking.parquet", ranking.to_arrow(), RANKING)
     shards.write_parquet(to / "dropped.parquet", ledger(drops), DROPPED.schema)
-    files.write_text(to / "ranking.md", markdown(ranking, rewards, len(drops)))
+    reasons_of_all = Counter(drop[4] for drop in drops)
+    files.write_text(to / "ranking.md", markdown(ranking, rewards, num_read - table.height, reasons_of_all))
     record = {"sources": [str(source) for source in sources], "rewards": list(rewards), "pairs": table.height}
     files.write_json(to / "diagnosis.json", record | {"dropped": len(drops)} | provenance.here())
     return ranking
 
 
 def recipe_of(model: str, codes: Sequence[str], overrides: Sequence[str]) -> Recipe:
-    """A recipe that holds the reward model, and how to run it."""
+    """A recipe that holds the reward, a model or a function ("module:name"), and how to run it."""
+    is_function = ":" in model and not model.startswith("lab:")
     values = {
         "run": {"name": "diagnose", "languages": list(codes)},
-        "reward": {"model": model},
         **NO_PROMPTS,
+        "reward": {"function" if is_function else "model": model},
         "arms": {"none": {}},
     }
     for override in overrides:
@@ -140,17 +144,6 @@ def read_pairs(sources: Sequence[Path], language: str | None) -> tuple[list[Pair
     if not pairs:
         raise UserError(f"{', '.join(map(str, sources))}: no pairs, expected rows with chosen and rejected")
     return pairs, drops
-
-
-def files_of(source: Path) -> list[Path]:
-    """A file, or those of a folder: the finished shards of a stage, else its Parquet and JSON lines files."""
-    if not source.is_dir():
-        return [source]
-    found = [shard.path for shard in shards.shards(source)]
-    found = found or sorted(path for path in source.iterdir() if path.suffix in (".parquet", ".jsonl"))
-    if not found:
-        raise UserError(f"{source}: no finished shards, Parquet or JSON lines in it")
-    return [path for path in found if path.name != "dropped.parquet"]
 
 
 def _pair(where: str, values: Any, language: str | None) -> tuple[Pair, str]:
@@ -183,26 +176,23 @@ def _pair(where: str, values: Any, language: str | None) -> tuple[Pair, str]:
 
 def score_pairs(pairs: Sequence[Pair], recipe: Recipe) -> tuple[NDArray[np.float64], dict[int, str]]:
     """Scores of (chosen, rejected), shape (pairs, 2), nan where there is none, and the reasons by pair."""
-    from croco.stages.score.score import score_conversations
+    from croco.stages.score.reward import open_reward
+    from croco.stages.score.score import check_finite
 
+    name = recipe.reward.name
     scores, reasons = np.full((len(pairs), 2), math.nan), {}
-    scorer, tokenizer = open.open_scorer(recipe.reward, recipe.runtime)
+    score, _ = open_reward(recipe.reward, recipe.runtime)
     try:
-        with progress(recipe.reward.model, len(pairs), "pair") as bar:
+        with progress(name, len(pairs), "pair") as bar:
             for start in range(0, len(pairs), CHUNK):
                 part = pairs[start : start + CHUNK]
                 groups = [(pair.messages, _completions(pair)) for pair in part]
-                found = score_conversations(scorer, tokenizer, groups, recipe.reward.max_tokens)
-                for i, values in enumerate(found, start):
+                for i, values in enumerate(score(groups), start):
                     for side, value in enumerate(values):
                         if isinstance(value, str):
-                            reasons[i] = f"{recipe.reward.model}: {value}"
-                        elif not math.isfinite(value):
-                            raise UserError(
-                                f"{recipe.reward.model} gave the score {value} to prompt {pairs[i].prompt_id!r} in "
-                                f"{pairs[i].language}, expected a finite number"
-                            )
+                            reasons[i] = f"{name}: {value}"
                         else:
+                            check_finite(value, (pairs[i].prompt_id, pairs[i].language, side), name)
                             scores[i, side] = value
                 bar.advance(len(part))
     finally:

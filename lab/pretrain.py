@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from croco.lab.corpus import MIXTURE, Mixture, documents
+from lab.corpus import MIXTURE, Mixture, documents
 
 VOCAB_SIZE = 3072
 BOS, END, PAD = "<|begin|>", "<|end|>", "<|pad|>"

@@ -17,9 +17,8 @@ from croco.errors import UserError
 from croco.lab import world
 from croco.models.chat_template import conversation_ids
 from croco.models.loading import load_reward
-from croco.stages.score.diagnose import Pair, diagnose, read_pairs, tabulate
-from croco.stages.score.diagnose_metrics import agreement, language_share, rank
-from croco.stages.score.diagnose_page import markdown
+from croco.stages.diagnose.diagnose import Pair, diagnose, read_pairs, tabulate
+from croco.stages.diagnose.metrics import agreement, language_share, markdown, rank
 from croco.storage import shards
 from croco.storage.schemas import PAIRS
 
@@ -175,7 +174,7 @@ def test_two_real_reward_models(tmp_path: Path, tiny_models: TinyModels) -> None
     assert accuracy["value"][0] == pytest.approx(right)
     assert accuracy["n"].to_list() == [8, 8]
     page = (tmp_path / "out" / "ranking.md").read_text()
-    assert "2 rows of the ledger" in page
+    assert "1 pairs were left out (`dropped.parquet`): " in page
     assert f"## {models[0]} and {models[1]}" in page
     assert "Kendall's tau" in page
     # made again over what it made itself, and never over other things
@@ -290,6 +289,9 @@ def test_only_reward_and_runtime_can_be_set(tmp_path: Path) -> None:
 
 def test_text_of_a_file_cannot_break_the_page() -> None:
     table = made(("p", "da", "a|b <script>", 1, 2, 1.0, 0.0), ("q", "da", "c\nd", 1, 2, 1.0, 0.0))
-    page = markdown(pl.DataFrame(list(rank(table, 0, "m")), infer_schema_length=None), ["m"], 0)
+    page = markdown(
+        pl.DataFrame(list(rank(table, 0, "m")), infer_schema_length=None), ["m"], 2, {"too long": 3, "cut": 1}
+    )
     assert "| a\\|b &lt;script> | 1 |" in page
     assert "| c d | 1 |" in page
+    assert "2 pairs were left out (`dropped.parquet`): 3 × too long; 1 × cut." in page

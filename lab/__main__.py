@@ -1,8 +1,9 @@
-"""`croco lab build`: makes the shipped weights again from nothing, in the order they depend on each other.
+"""Makes the lab's shipped models again from nothing: `python -m lab build`, `baselines` or `acceptance`.
 
-Policy (pretrained from scratch) → its samples → teacher (English preferences) → reward model (distilled) → the gates;
-and with the policy's tokenizer, what rival methods need (`rivals.py`). The policy is rounded to bfloat16 before
-anything is derived from it, since that is what ships.
+The policy is pretrained from scratch; its samples give English preferences for a teacher; the teacher is distilled into
+the reward model; then the acceptance figures are measured. Baseline methods need another policy and a translator, which
+have the policy's tokenizer (`baseline_models.py`). The policy is rounded to bfloat16 before anything is derived from
+it, since that is what ships.
 """
 
 import time
@@ -12,20 +13,22 @@ from typing import Any
 
 import numpy as np
 import torch
+import typer
 from rich.console import Console
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from croco.errors import UserError
-from croco.lab import reward, rivals, world
-from croco.lab.gates import measure
+from croco.lab import world
 from croco.lab.items import LANGUAGES
-from croco.lab.pretrain import pretrain
 from croco.models.loading import load_policy, load_tokenizer
 from croco.models.transformers import HFSampler
 from croco.storage.files import write_json
 from croco.storage.provenance import here
+from lab import baseline_models, reward
+from lab.acceptance import measure
+from lab.pretrain import pretrain
 
-MODELS = Path(__file__).parent / "models"
+MODELS = Path(world.__file__).parent / "models"  # those that ship
 SEED = 1
 PRETRAINING_TOKENS = 5_000_000
 ENGLISH_SAMPLES = 16  # per English train prompt, for the preference pairs
@@ -33,7 +36,7 @@ UNLABELLED_PROMPTS, UNLABELLED_SAMPLES = 160, 6  # per language, for the student
 
 
 def build(folder: Path | None = None, seed: int = SEED) -> None:
-    """Trains and writes `folder`/policy and `folder`/reward (the package's own when None), printing what it does."""
+    """Trains and writes `folder`/policy and `folder`/reward (that of the package when None), printing what it does."""
     folder = folder or MODELS
     torch.set_num_threads(1)  # the same sums in the same order on every machine, and no contention
     console = Console()
@@ -47,15 +50,15 @@ def build(folder: Path | None = None, seed: int = SEED) -> None:
     policy, tokenizer = load_policy(str(folder / "policy"), dtype="float32")
     facts: dict[str, Any] = build_reward(policy, tokenizer, folder / "reward", seed, say)
     facts |= {"seed": seed, "pretraining_tokens": PRETRAINING_TOKENS}
-    table, gates = measure(folder / "policy", folder / "reward", seed)
+    table, shares = measure(folder / "policy", folder / "reward", seed)
     console.print(table)
-    facts |= {"gates_on_dev": gates, "seconds": round(time.monotonic() - started)}
+    facts |= {"gates_on_dev": shares, "seconds": round(time.monotonic() - started)}
     write_json(folder / "build.json", facts | here())
-    build_rivals(folder, seed)
+    build_baselines(folder, seed)
     say(f"wrote {folder}")
 
 
-def build_rivals(folder: Path | None = None, seed: int = SEED) -> None:
+def build_baselines(folder: Path | None = None, seed: int = SEED) -> None:
     """Trains and writes `folder`/other and `folder`/translator, with the tokenizer of `folder`/policy."""
     folder = folder or MODELS
     torch.set_num_threads(1)
@@ -65,11 +68,16 @@ def build_rivals(folder: Path | None = None, seed: int = SEED) -> None:
         console.print(f"[dim]{time.monotonic() - started:6.0f} s[/dim]  {text}")
 
     tokenizer = load_tokenizer(str(folder / "policy"))
-    other = rivals.pretrain_other(tokenizer, seed + 1, every(say, "pretraining the other", 100_000))
+    other = baseline_models.pretrain_other(tokenizer, seed + 1, every(say, "pretraining the other", 100_000))
     save(other, tokenizer, folder / "other")
-    translator = rivals.train_translator(tokenizer, seed + 2, on_step=every(say, "translator", 100_000))
+    translator = baseline_models.train_translator(
+        tokenizer, seed + 2, on_step=every(say, "translator", 100_000)
+    )
     save(translator, tokenizer, folder / "translator")
-    tokens = {"other_tokens": rivals.OTHER_TOKENS, "translator_tokens": rivals.TRANSLATOR_TOKENS}
+    tokens = {
+        "other_tokens": baseline_models.OTHER_TOKENS,
+        "translator_tokens": baseline_models.TRANSLATOR_TOKENS,
+    }
     facts = {"seed": seed, **tokens, "seconds": round(time.monotonic() - started)}
     write_json(folder / "rivals.json", facts | here())
 
@@ -123,9 +131,7 @@ def build_reward(
     }  # a fifth of the English prompts measures the teacher
     pairs = reward.english_pairs(english, tiers)
     if not len(pairs):
-        raise UserError(
-            "croco lab build: the policy gave no English completion that is better than another one"
-        )
+        raise UserError("the policy gave no English completion that is better than another one")
     measured = np.array([english[i].prompt_id in held_out for i, _ in pairs])
     teacher = reward.train_teacher(values, rows, english_values, pairs[~measured], seed)
     scores = teacher(english_values, ["en"] * len(english))
@@ -136,3 +142,17 @@ def build_reward(
     student = reward.distil(policy, tokenizer, rows, targets, seed, on_step=every(say, "distilling", 50))
     save(student, tokenizer, folder)
     return {"english_pairs": len(pairs), "teacher_english_accuracy": accuracy, "unlabelled_rows": len(rows)}
+
+
+def acceptance(folder: Path | None = None, seed: int = SEED) -> None:
+    """Prints what the reward model picks on dev prompts, beside random and likelihood."""
+    folder = folder or MODELS
+    Console().print(measure(folder / "policy", folder / "reward", seed)[0])
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command("build")(build)
+    app.command("baselines")(build_baselines)
+    app.command("acceptance")(acceptance)
+    app()

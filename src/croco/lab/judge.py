@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from croco.lab import world
-from croco.models.protocols import Judged
 
 BENCHMARK = "lab"
 HELD_OUT_BENCHMARK = "lab-held-out-task"
@@ -30,12 +29,11 @@ def judge(
     return [verdict.mode for verdict in verdicts], [float(verdict.good) for verdict in verdicts]
 
 
-def compare(prompt_id: str, language: str, first: str, second: str) -> Judged:
+def compare(prompt_id: str, language: str, first: str, second: str) -> str:
     """The judgement of a judge that can check: a good completion beats one that is correct but terse or rambling, which
     beats all others; in the words a model judge would use, so that it is read the same way.
     """
-    found = [world.verify(prompt_id, language, text) for text in (first, second)]
-    one, two = ((verdict.correct and verdict.mode in USABLE) + verdict.good for verdict in found)
+    both = [world.verify(prompt_id, language, text) for text in (first, second)]
+    one, two = ((verdict.correct and verdict.mode in USABLE) + verdict.good for verdict in both)
     verdict = "tie" if one == two else "1" if one > two else "2"
-    text = f"1 is {found[0].mode}, 2 is {found[1].mode}.\nVerdict: {verdict}"
-    return Judged(text, "stop", prompt_tokens=0, completion_tokens=0)
+    return f"1 is {both[0].mode}, 2 is {both[1].mode}.\nVerdict: {verdict}"

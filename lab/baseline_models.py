@@ -1,4 +1,4 @@
-"""The two models beside the lab's policy that rival methods need: another policy, and a translation model.
+"""The two models beside the lab's policy that baseline methods need: another policy, and a translation model.
 
 `lab:other` is another policy in every way but its tokenizer: architecture (Qwen3), size, seed, and which bad habits
 it has; so completions of it are off-policy for `lab:policy`, and their ids need no translation. `lab:translator` is a
@@ -22,10 +22,10 @@ from transformers import (
 )
 
 from croco.lab import world
-from croco.lab.corpus import Mixture
 from croco.lab.items import LANGUAGES, Item, items
-from croco.lab.pretrain import MAX_TOKENS, pretrain
 from croco.stages.score.alignment import language_token
+from lab.corpus import Mixture
+from lab.pretrain import MAX_TOKENS, pretrain
 
 OTHER_TOKENS, OTHER_PLAIN = 4_000_000, 36_000
 TRANSLATOR_TOKENS = 2_000_000  # of sources and targets

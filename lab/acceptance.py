@@ -1,7 +1,7 @@
-"""The gates a lab must pass before it ships, measured on dev prompts: is the reward model better than likelihood?
+"""What the lab's models must show on dev prompts before they ship: is the reward model better than likelihood?
 
 Best of 16 per dev prompt by the reward model, by the policy's own log-probability (mean, summed, lowest) and at random;
-and what the untuned policy says greedily. The gates that need tuning are in `recipes/lab-check.toml`.
+and what the untuned policy says greedily. What needs tuning is measured by `recipes/lab-check.toml`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,6 @@ from rich.table import Table
 
 from croco.lab import world
 from croco.lab.items import LANGUAGES
-from croco.lab.reward import prompt_tokens
 from croco.models.chat_template import conversation_ids
 from croco.models.loading import load_policy, load_reward
 from croco.models.logprobs import completion_logps
@@ -20,6 +19,7 @@ from croco.models.protocols import Completion, Decoding, Request, ScoreRequest
 from croco.models.transformers import HFSampler, HFScorer
 from croco.stages.evaluate.stats import bootstrap_mean
 from croco.storage.seeds import sample_seed
+from lab.reward import prompt_tokens
 
 POOL = 16
 MAX_NEW_TOKENS = 64

@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
-from croco.lab import corpus, world
+from croco.lab import world
 from croco.lab.items import LANGUAGES
 from croco.models.chat_template import prompt_ids as chat_prompt_ids
 from croco.models.protocols import Decoding, Request
 from croco.models.transformers import HFSampler
 from croco.storage.seeds import sample_seed
+from lab import corpus
 
 CLIP = 3.0  # standardised teacher scores beyond it tell the student nothing more
 

@@ -1,0 +1,40 @@
+"""The stage `results`: one table over all arms, of the evaluation, the structured tasks and the arena."""
+
+from __future__ import annotations
+
+import polars as pl
+
+from croco.pipeline.stage import Work
+from croco.stages.arena.results import arena_rows, compared_in_all_arms
+from croco.stages.euroeval.results_file import in_all_arms
+from croco.stages.evaluate.results import BASE, language_groups, on_common_prompts, summarise
+from croco.storage.schemas import RESULTS, VERDICTS
+from croco.storage.shards import read_table
+
+
+def results(work: Work) -> None:
+    """Write the results table over all arms: shares or scores, mode shares, and differences from the base."""
+    settings = work.settings
+    arms = [name.removeprefix("evaluate/") for name in work.inputs if name.startswith("evaluate/")]
+    columns = [name for name in VERDICTS.schema.names if name not in ("completion", "finish_reason")]
+    todo = work.todo(1)
+    if todo:
+        verdicts = pl.concat([read_table(work.inputs[f"evaluate/{arm}"], columns) for arm in arms])
+        groups = language_groups(
+            settings["languages"], settings["low_resource_languages"], settings["held_out_languages"]
+        )
+        verdicts, num_left_out = on_common_prompts(verdicts)
+        work.record(prompts_left_out=num_left_out)
+        table = summarise(verdicts, groups, settings["seed"], settings["bootstrap"])
+        if f"euroeval/{BASE}" in work.inputs:
+            tables = [read_table(work.inputs[f"euroeval/{arm}"]) for arm in arms]
+            tasks, left_out = in_all_arms(pl.concat(tables), len(arms))
+            work.record(datasets_left_out=left_out)
+            table = pl.concat([table, tasks.select(table.columns)], how="vertical_relaxed")
+        if any(name.startswith("arena/") for name in work.inputs):
+            compared = pl.concat([read_table(work.inputs[f"arena/{arm}"]) for arm in arms[1:]])
+            compared, num_left_out = compared_in_all_arms(compared, arms[1:])
+            work.record(comparisons_left_out=num_left_out)
+            rows = arena_rows(compared, groups, settings["seed"], settings["bootstrap"])
+            table = pl.concat([table, rows.select(table.columns)], how="vertical_relaxed")
+        work.write(0, table.to_arrow().select(RESULTS.schema.names))

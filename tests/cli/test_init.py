@@ -1,0 +1,39 @@
+"""`croco init` writes a recipe that loads, and overwrites nothing; the wheel has the recipes inside."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from croco.cli.init import KINDS
+from croco.cli.main import app
+from croco.config.load import load
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_loads_where_it_is_written(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shown = CliRunner().invoke(app, ["init", kind])
+    assert shown.exit_code == 0, shown.output
+    name = KINDS[kind][0]
+    assert f"croco run {name}" in shown.output
+    recipe = load(name)
+    if recipe.policy.chat_template:
+        assert Path(recipe.policy.chat_template).is_file()
+    (tmp_path / name).write_text("mine")
+    again = CliRunner().invoke(app, ["init", kind])
+    assert again.exit_code == 2
+    assert "is there already" in again.output
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_an_unknown_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shown = CliRunner().invoke(app, ["init", "two-gpus"])
+    assert shown.exit_code == 2
+    assert "expected one of lab, one-gpu" in shown.output
+    assert not list(tmp_path.iterdir())
