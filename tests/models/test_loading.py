@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -172,3 +173,9 @@ def test_a_token_without_an_embedding_is_named(tmp_path: Path) -> None:
     sampler = HFSampler(model, loaded)
     with pytest.raises(UserError, match=r"prompt 'p' has the token 320, .* embeddings for 320 tokens only"):
         list(sampler.sample([Request(0, prompt, [1], (), "prompt 'p'")], Decoding(0.0, 1.0, 0, 4)))
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+def test_quantised_weights_without_their_package_are_one_sentence(tiny_models: TinyModels) -> None:
+    with pytest.raises(UserError, match=r'policy.quantization = "nf4" needs bitsandbytes, .* the extra gpu'):
+        load_policy(str(tiny_models.policy), quantization="nf4")

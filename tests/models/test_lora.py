@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from peft.tuners import lora
 from torch import nn
@@ -106,3 +107,30 @@ def test_what_is_not_plain_goes_peft_s_way():
     layer.enable_adapters(True)
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(values).dtype == torch.bfloat16
+
+
+def test_on_a_gpu_an_adapter_computes_in_the_type_of_its_input():
+    """As autocast has it: weights in float32 cast where they are used, gradients in float32 again."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(40, 24).bfloat16().requires_grad_(), torch.randn(16, 24).bfloat16()
+    a, b = (torch.randn(shape).requires_grad_() for shape in ((4, 24), (16, 4)))
+    upstream = torch.randn(40, 16).bfloat16()
+    found = lora_linear(x, weight, None, a, b, 0.5, 0.0, on_gpu=True)
+    ours = torch.autograd.grad(found, [x, a, b], upstream)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = F.linear(x, weight) + 0.5 * F.linear(F.linear(x, a), b)
+    theirs = torch.autograd.grad(plain, [x, a, b], upstream)
+    assert found.dtype == torch.bfloat16
+    assert [gradient.dtype for gradient in ours] == [torch.bfloat16, torch.float32, torch.float32]
+    for one, other in zip((found, *ours), (plain, *theirs), strict=True):
+        assert ((one.float() - other.float()).norm() / other.float().norm()).item() < 1e-2
+
+
+def test_on_a_gpu_what_is_dropped_is_a_mask_and_dropped_again_in_the_backward():
+    torch.manual_seed(0)
+    x, eye = torch.randn(200, 50).abs().add(1).requires_grad_(), torch.eye(50)
+    found = lora_linear(x, torch.zeros(50, 50), None, eye, eye, 2.0, 0.3, on_gpu=True)
+    (gradient,) = torch.autograd.grad(found.sum(), [x])
+    torch.testing.assert_close(found, x * gradient)
+    assert (gradient == 0).float().mean().item() == pytest.approx(0.3, abs=0.02)
+    assert gradient.max().item() == pytest.approx(2.0 / 0.7)

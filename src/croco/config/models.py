@@ -60,6 +60,8 @@ class Policy(Causal):
 
     model: str = "lab:policy"
     """The model that is tuned."""
+    quantization: Literal["nf4"] | None = None
+    """Adapters are tuned on weights in four bits (QLoRA, the extra `gpu`); sampling and merging take the whole ones."""
     instruction: dict[str, str] = Field(default_factory=dict)
     """Per language, appended to the last user turn after a blank line."""
 

@@ -10,6 +10,7 @@ import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -120,14 +121,16 @@ def load_policy(
     adapter: Path | None = None,
     chat_template: Template | None = None,
     trust_remote_code: bool = False,
+    quantization: str | None = None,
 ) -> tuple[Any, Any]:
-    """A causal model in eval mode and its tokenizer; an adapter folder, if given, is merged in memory."""
+    """A causal model in eval mode and its tokenizer; an adapter folder, if given, is merged in memory. `quantization`
+    "nf4" keeps the weights of linear layers in four bits, for adapters to be trained on them."""
     from transformers import AutoModelForCausalLM
 
     if adapter is not None:
         check_adapter(adapter, model, revision)
     tokenizer = load_tokenizer(model, revision, chat_template, trust_remote_code)
-    policy = _load(AutoModelForCausalLM, model, revision, dtype, device, trust_remote_code)
+    policy = _load(AutoModelForCausalLM, model, revision, dtype, device, trust_remote_code, quantization)
     if adapter is not None:
         from croco.models.lora import load_adapter
 
@@ -173,7 +176,13 @@ def max_context(model: Any) -> int:
 
 
 def _load(
-    auto: Any, model: str, revision: str | None, dtype: str, device: str, trust_remote_code: bool
+    auto: Any,
+    model: str,
+    revision: str | None,
+    dtype: str,
+    device: str,
+    trust_remote_code: bool,
+    quantization: str | None = None,
 ) -> Any:
     """The model on its device; raises UserError where its files lack weights, of which transformers only warns."""
     place, target = resolve_model(model), pick_device(device)
@@ -189,8 +198,9 @@ def _load(
                     trust_remote_code=trust_remote_code,
                     output_loading_info=True,
                     use_safetensors=True,
+                    **_quantized(quantization, dtype, target),
                 )
-                loaded = loaded.to(target)
+                loaded = loaded if quantization else loaded.to(target)
         except (RuntimeError, MemoryError) as error:
             if out_of_memory(error):
                 raise UserError(
@@ -206,6 +216,25 @@ def _load(
             f"{extra[0]}: expected those of a {type(loaded).__name__} alone"
         )
     return loaded
+
+
+def _quantized(quantization: str | None, dtype: str, device: torch.device) -> dict[str, Any]:
+    """What transformers is asked for beside; raises UserError without the package that does it."""
+    if quantization is None:
+        return {}
+    if find_spec("bitsandbytes") is None:
+        raise UserError(
+            f'policy.quantization = "{quantization}" needs bitsandbytes, which is not installed: expected the extra gpu'
+        )
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization,
+        bnb_4bit_compute_dtype=pick_dtype(dtype, device),
+        bnb_4bit_use_double_quant=True,
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
 
 
 def left_over(names: Iterable[str], network: Any) -> list[str]:

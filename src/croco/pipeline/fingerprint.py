@@ -238,6 +238,8 @@ def train_settings(recipe: Recipe, arm: str | None) -> Settings:
         "training": section.training.model_dump(mode="json"),
         "seed": recipe.run.seed,
     }
+    if recipe.policy.quantization and not section.training.full:
+        settings["quantization"] = recipe.policy.quantization
     return settings | ({"reference": section.reference} if section.start else {})
 
 

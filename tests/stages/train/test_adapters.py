@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,13 @@ from safetensors.torch import load_file
 from croco.config.arms import USUAL_TARGETS, Lora, Training
 from croco.errors import UserError
 from croco.models.lora import apply_lora, put_adapter_on, save_adapter, without_adapter
+from croco.stages.train.batches import collate
+from croco.stages.train.encode import encode_pairs
+from croco.stages.train.forward import balance_loss, completion_logps, routing
 from croco.stages.train.memory_plan import trained_parameters
-from stages.train.pairs import replace
+from stages.train.pairs import make_pairs, replace
 from stages.train.test_train import SETTINGS, metrics, run
-from tiny import make_policy
+from tiny import make_policy, make_tokenizer
 
 SHAPE = {
     "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -184,3 +188,21 @@ def test_full_tuning_of_a_model_with_images_is_of_its_language_model(tmp_path: P
             assert value.equal(tower[name]), name
     assert json.loads((result.adapter / "config.json").read_text())["model_type"] == "gemma3"
     assert load_file(result.adapter / "model.safetensors")
+
+
+def test_the_balance_of_experts_is_the_models_own_and_is_trained_on(tmp_path: Path) -> None:
+    """TRL adds it too: the model's own loss on the same tokens, weighed by its config."""
+    model = made("qwen3 moe")
+    examples, _ = encode_pairs(make_pairs(4), make_tokenizer(), end=2, max_tokens=200)
+    batch = collate(examples, rows="plain")
+    with torch.no_grad():
+        with routing(model) as logits:
+            completion_logps(model, batch)
+        ours = balance_loss(model, logits, batch)
+        mask = (batch.branch_BT >= 0).long()
+        own = model(input_ids=batch.input_ids_BT, attention_mask=mask, output_router_logits=True)
+    torch.testing.assert_close(ours, own.aux_loss * model.config.router_aux_loss_coef)
+    run(tmp_path, replace(SETTINGS, epochs=1), model=model, num_pairs=12)
+    first = metrics(tmp_path, "train")[0]
+    assert first["aux_loss"] > 0
+    assert first["loss"] == pytest.approx(math.log(2) + first["aux_loss"], abs=1e-4)

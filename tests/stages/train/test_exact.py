@@ -308,7 +308,12 @@ def test_simpo_equals_trl(tmp_path):
     )  # fmt: skip
     chosen, rejected = -torch.rand(2, 5) * 50
     counts = torch.tensor([[3.0, 4, 5, 6, 7], [7, 3, 9, 1, 2]])
-    theirs, *_ = trainer.cpo_loss(chosen / counts[0], rejected / counts[1])
+    theirs, *rewards = trainer.cpo_loss(chosen / counts[0], rejected / counts[1])
     pairs = PairLogps(chosen, rejected, torch.zeros(5), torch.zeros(5), *counts)
     ours = preference_losses("simpo", pairs, beta=2.0, simpo_gamma=1.0)
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+    settings = Training(loss="simpo", beta=2.0, simpo_gamma=1.0)
+    _, watched = pair_losses(settings, torch.stack([chosen, rejected]), torch.zeros(2, 5), counts)
+    torch.testing.assert_close(watched["rewards/chosen"], rewards[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(watched["rewards/rejected"], rewards[1], rtol=1e-6, atol=0)
+    torch.testing.assert_close(watched["rewards/margins"], rewards[0] - rewards[1], rtol=1e-5, atol=1e-6)

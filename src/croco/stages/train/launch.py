@@ -80,7 +80,8 @@ def num_processes(wanted: int | str, device: str) -> int:
 def tune_here(job: TrainJob, advance: Advance) -> TrainResult:
     """Run a job in this process, which may be one of several that all do."""
     policy, runtime = job.policy, job.runtime
-    _check_memory(policy, runtime.device)
+    if policy.quantization is None or job.training.full:
+        _check_memory(policy, runtime.device)
     model, tokenizer = load_policy(
         policy.model,
         policy.revision,
@@ -88,6 +89,7 @@ def tune_here(job: TrainJob, advance: Advance) -> TrainResult:
         device=runtime.device,
         chat_template=policy.template,
         trust_remote_code=policy.trust_remote_code,
+        quantization=None if job.training.full else policy.quantization,
     )
     return train_pairs(
         model,
