@@ -86,7 +86,7 @@ def test_every_completion_token_is_predicted_from_the_token_before_it(layout):
         2: [(6, 2, 9), (9, 3, 2)],
         3: [(8, 4, 10), (10, 5, 11), (11, 6, 12), (12, 7, 2)],
     }
-    assert batch.input_ids_BT.shape == {"shared": (2, 8), "plain": (4, 8), "packed": (1, 13)}[layout]
+    assert batch.input_ids_BT.shape == {"shared": (2, 8), "plain": (4, 8), "packed": (1, 14)}[layout]
     assert batch.lengths[0] == ((3, 2, 1) if layout != "plain" else (3, 2))
     pairs, at = batch.pair_BT.flatten(), batch.sequence_M % 2
     assert pairs[batch.source_M].equal(at)

@@ -174,5 +174,5 @@ def test_a_checkpoint_without_its_seal_is_not_chosen(tmp_path):
         (tmp_path / f"checkpoint-{number}").mkdir()
         with (tmp_path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(evaluation(number, loss=loss)) + "\n")
-    (tmp_path / "checkpoint-2" / SEAL).touch()
+    (tmp_path / "checkpoint-2" / SEAL).write_text("{}")  # of no other file
     assert best_checkpoint(tmp_path, tmp_path / "metrics.jsonl") == Path(tmp_path / "checkpoint-2")

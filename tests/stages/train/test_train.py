@@ -508,6 +508,8 @@ RECIPE = """
 name = "toy"
 languages = ["en", "da", "fr"]
 seed = 7
+[prompts]
+source = "lab"
 [policy]
 model = "{policy}"
 instruction = {{ da = "Svar på dansk." }}
