@@ -354,3 +354,26 @@ def test_when_guards_drop_everything_the_ledger_says_so(tmp_path, capsys):
     shown = " ".join(capsys.readouterr().err.split())
     assert "no pairs of 19 scored completions (" in shown
     assert "16 completions: cut at the token limit" in shown
+
+
+def test_a_stage_that_was_stopped_goes_on_with_the_next_shard(tmp_path, monkeypatch):
+    inputs = tables(tmp_path)
+    monkeypatch.setattr(stage, "POOLS_PER_SHARD", 2)
+    whole = run(tmp_path / "whole", "mono", inputs)
+    write_shard, written = stage._write, []
+
+    def stopped(work, index, *rest):
+        if len(written) == 1:
+            raise KeyboardInterrupt
+        written.append(index)
+        write_shard(work, index, *rest)
+
+    monkeypatch.setattr(stage, "_write", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "parts", "mono", inputs)
+    first = tmp_path / "parts" / "pair" / "mono" / "part-00000.parquet"
+    before = first.stat().st_mtime_ns
+    monkeypatch.setattr(stage, "_write", write_shard)
+    assert run(tmp_path / "parts", "mono", inputs).equals(whole)
+    assert first.stat().st_mtime_ns == before
+    assert facts(tmp_path / "parts", "mono") == facts(tmp_path / "whole", "mono")

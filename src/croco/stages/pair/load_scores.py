@@ -8,6 +8,7 @@ every score a completion, and every key be there once.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -138,9 +139,12 @@ def _sorted(table: pl.DataFrame, group: pl.Expr, name: str) -> pl.DataFrame:
     """By prompt, group, language and sample; raises UserError for a key that is there twice."""
     rows = table.with_columns(group=group)
     order = ("prompt_id", "group", "language", "sample_id")
+    spans = [_span(rows[column]) for column in order]
+    if prod(spans) >= 2**63:
+        raise UserError(f"{name}: sample_id {spans[-1] - 2} is too large, expected the number of a sample")
     packed = np.zeros(rows.height, np.int64)  # one number per key, in the order of the keys
-    for column in order:
-        packed *= _span(rows[column])
+    for column, span in zip(order, spans, strict=True):
+        packed *= span
         packed += rows[column].to_physical().to_numpy()
     if (packed[1:] <= packed[:-1]).any():
         by_key = np.argsort(packed, kind="stable")
