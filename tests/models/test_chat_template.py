@@ -172,6 +172,12 @@ def test_what_the_template_looks_for_in_a_message_stays_a_token():
     assert said.count(tokenizer.eos_token_id) == 1
 
 
+def test_a_completion_that_the_template_refuses_is_tokenised_alone() -> None:
+    refusing = "{% if messages[-1]['content'] == 'no' %}{{ raise_exception('never') }}{% endif %}" + STRIPPING
+    tokenizer = make_tokenizer(chat_template=refusing)
+    assert completions_ids(tokenizer, USER, ["no"]) == text_ids(tokenizer, ["no"])
+
+
 THINKING = CHAT_TEMPLATE.replace(
     "{{ message['content'] }}",
     "{% if message['role'] == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"

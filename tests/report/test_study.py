@@ -24,7 +24,7 @@ from croco.lab import world as lab
 from croco.pipeline.seeds import parts
 from croco.report.claims import EQUIVALENT, FAILS, HOLDS, OPEN, UNTESTABLE, judge_all, p_wanted, run_tests
 from croco.report.multi_seed import Pooled, pool
-from croco.report.transfer import good_over_forms, ranking
+from croco.report.transfer import good_over_forms, heuristic, ranking
 from croco.stages.evaluate.stats import Interval
 from croco.storage import files, shards
 from croco.storage.schemas import COMPLETIONS, SCORES, VERDICTS
@@ -167,6 +167,38 @@ def test_accuracy_per_pair_of_forms_by_hand(tmp_path: Path) -> None:
     # of four pairs of a good and a malformed one: 2 > 1, 2 > 0, 0 < 1, 0 = 0
     shares = good_over_forms([tmp_path], ["reward"])
     assert {case: interval.value for case, interval in shares.items()} == {("reward", "malformed"): 2.5 / 4}
+
+
+def test_the_heuristic_likes_rare_texts_of_usual_length_in_the_letters_of_their_language() -> None:
+    english = [
+        "the month of may",
+        "the month of june",
+        "the month of july",
+        "the fourth is april",
+        "the month of may",
+    ]
+    danish = [
+        "måneden er en maj",
+        "måneden er en juni",
+        "den fjerde er april",
+        "måneden er en juli",
+        "the month of may",
+    ]
+    rows = [
+        ("p", code, n, text) for code, of in (("en", english), ("da", danish)) for n, text in enumerate(of)
+    ]
+    completions = pl.DataFrame(
+        rows, schema=["prompt_id", "language", "sample_id", "completion"], orient="row"
+    )
+    scores = heuristic(completions)
+    assert scores.columns == ["prompt_id", "language", "sample_id", "score"]
+    of = {(code, n): score for _, code, n, score in scores.iter_rows()}
+    assert of["en", 0] == of["en", 4] < of["en", 1]  # the same text twice is less rare than its like
+    assert of["da", 4] == min(score for (code, _), score in of.items() if code == "da")  # another language
+    short = completions.with_columns(
+        pl.when(pl.col("sample_id") == 3).then(pl.lit("the")).otherwise("completion").alias("completion")
+    )
+    assert heuristic(short).filter(language="en", sample_id=3)["score"][0] < of["en", 3]
 
 
 def verdicts(folder: Path, arm: str, values: dict[tuple[str, str], float], mode: str = "good") -> None:

@@ -62,7 +62,7 @@ def completions_ids(tokenizer: Any, messages: Messages, texts: Sequence[str]) ->
 
     They are what the template makes of them as assistant's turns, behind the prompt: an empty block of thoughts may be
     added (Qwen3), a space (Mistral) or white space stripped (Gemma, Llama 3). A text that the template leaves as it
-    is, or that it writes behind another prompt, is tokenised alone.
+    is, refuses, or writes behind another prompt is tokenised alone.
     """
     closing = _closing(
         tokenizer, tuple(message["role"] for message in messages), str(tokenizer.chat_template)
@@ -70,10 +70,14 @@ def completions_ids(tokenizer: Any, messages: Messages, texts: Sequence[str]) ->
     if closing is None:
         return text_ids(tokenizer, texts)
     turns = with_instruction(messages, None)
-    (prompt,) = _render(tokenizer, [turns], opened=True)
     conversations = [[*turns, {"role": "assistant", "content": text}] for text in texts]
+    try:
+        (prompt,) = _render(tokenizer, [turns], opened=True)
+        wholes = _render(tokenizer, conversations, opened=False)
+    except Refused:
+        return text_ids(tokenizer, texts)
     ids = []
-    for text, whole in zip(texts, _render(tokenizer, conversations, opened=False), strict=True):
+    for text, whole in zip(texts, wholes, strict=True):
         written = whole.removeprefix(prompt).removesuffix(closing)
         as_it_is = written == _broken(tokenizer, text) or not whole.startswith(prompt)
         ids += text_ids(tokenizer, [text]) if as_it_is else _encoded(tokenizer, [MARK + written])

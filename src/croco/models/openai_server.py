@@ -97,9 +97,14 @@ def sampler(
     from croco.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer(model.model, model.revision, template, model.trust_remote_code)
+    return token_sampler(connection, model, tokenizer), tokenizer
+
+
+def token_sampler(connection: Connection, model: Model, tokenizer: Any) -> ServerSampler:
+    """A sampler that sends and gets token ids of this model."""
     ends = end_ids(tokenizer, generation_config(model))
     vocabulary = max(len(tokenizer), load_config(model, "policy").get_text_config().vocab_size)
-    return ServerSampler(connection, model.model, tokenizer, ends, vocabulary), tokenizer
+    return ServerSampler(connection, model.model, tokenizer, ends, vocabulary)
 
 
 def served_context(

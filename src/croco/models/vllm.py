@@ -26,11 +26,10 @@ from typing import Any
 from croco.config.models import Causal, Model, RewardPart
 from croco.config.runtime import Server, Vllm
 from croco.errors import UserError
-from croco.models.chat_template import end_ids
 from croco.models.http_client import Call
-from croco.models.model_files import context_of, generation_config, load_config
+from croco.models.model_files import context_of, load_config
 from croco.models.openai_scorer import ServerScorer
-from croco.models.openai_server import Connection, ServerSampler
+from croco.models.openai_server import Connection, ServerSampler, token_sampler
 from croco.models.vllm_server import Serving, model_words, reason, serve
 from croco.storage.seeds import digest
 
@@ -76,9 +75,7 @@ def open_policy(
             base, connection.served = connection.served, TUNED
             _check_it_counts(connection, base, adapter)
         connection.facts |= {"engine_seed": engine_seed, "per_request_seeds": settings.per_request_seeds}
-        ends = end_ids(tokenizer, generation_config(policy))
-        vocabulary = max(len(tokenizer), load_config(policy, "policy").get_text_config().vocab_size)
-        sampler = ServerSampler(connection, policy.model, tokenizer, ends, vocabulary)
+        sampler = token_sampler(connection, policy, tokenizer)
         sampler.seed = None if settings.per_request_seeds else engine_seed
         sampler.rows_ahead, sampler.temperatures = ROWS_AHEAD, TEMPERATURES
         _servers.append(weakref.finalize(sampler, stack.pop_all().close))

@@ -40,7 +40,8 @@ from croco.stages.evaluate.stats import Interval
 from croco.storage import files, provenance, records
 from croco.storage.hashing import digest
 
-VERSION = 5
+VERSION = 6
+SHOWN = (SCORERS[0], "heuristic", *SCORERS[1:])  # held against each other in the transfer
 
 
 def write(recipe: Recipe, say: Callable[[str], None] = lambda line: None) -> Path:
@@ -82,9 +83,7 @@ def build(recipe: Recipe) -> list[Part]:
     parts += sweep_parts(recipe, benchmarks[0])
     if study.transfer:
         folders = [transfer_of(recipe, seed).folder for seed in study.seeds]
-        parts.append(
-            transfer_part(transfer(folders, SCORERS, run.evaluated), good_over_forms(folders, SCORERS))
-        )
+        parts.append(transfer_part(transfer(folders, SHOWN, run.evaluated), good_over_forms(folders, SHOWN)))
     parts += [modes_part(benchmarks[0], arms), pairs_part(recipe)]
     parts += [languages_part(one, arms) for one in benchmarks]
     for part in parts:
@@ -274,14 +273,14 @@ def transfer_part(
         "best": "percent of prompts whose best-scored completion is good",
         "tau": "Kendall's τ-b with verified quality",
     }
-    own = [scorer for scorer in SCORERS if scorer != "verified"]  # the truth ranks itself right
+    own = [scorer for scorer in SHOWN if scorer != "verified"]  # the truth ranks itself right
     by_form: list[list[Entry]] = [
         [form, *(Number(forms[scorer, form], PERCENT) for scorer in own)]
         for form in sorted({f for _, f in forms})
     ]
     tables = [Table(["percent of pairs with the good one above: good and", *own], by_form)]
     for figure in FIGURES:
-        columns, unit = SCORERS if figure == "best" else own, SCORE if figure == "tau" else PERCENT
+        columns, unit = SHOWN if figure == "best" else own, SCORE if figure == "tau" else PERCENT
         rows: list[list[Entry]] = [
             [languages.name(code), *(
                 Number(found[key], unit) if (key := (scorer, code, figure)) in found else None for scorer in columns
@@ -291,6 +290,7 @@ def transfer_part(
         tables.append(Table([titles[figure], *columns], rows))
     text = [
         "Within one prompt in one language, on dev prompts; the completions of all seeds together.",
-        "The first table tells quality from form: most unequal pairs are of different form.",
+        "The first table tells quality from form: most unequal pairs are of different form. The heuristic needs no "
+        "label: letters of the language, a rare text, a usual length.",
     ]
     return Part("transfer", "Does the reward model transfer?", text, tables)

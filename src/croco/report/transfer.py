@@ -5,10 +5,13 @@ of pairs of one prompt's completions, verified of unequal quality, that the scor
 whose best-scored completion is of the highest quality there is; and Kendall's τ-b between scores and verified quality.
 And for all languages together the share of pairs of a good completion and one of another form in which the good one
 has the higher score, since a scorer that tells forms apart and nothing else ranks most unequal pairs right.
+
+"heuristic" is a control that needs no label: letters of the language, a rare text, a usual length.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -94,6 +97,43 @@ def good_over_forms(folders: Sequence[Path], scorers: Sequence[str]) -> dict[tup
 
 
 def scores_of(folder: Path, scorer: str) -> pl.DataFrame:
-    """The scores of one scorer: the reward model's lie in no arm's folder."""
+    """The scores of one scorer: the reward model's lie in no arm's folder, the heuristic's nowhere."""
+    if scorer == "heuristic":
+        return heuristic(read_table(folder / "sample", [*KEY, "completion"]))
     own = folder / "score" / scorer
     return read_table(own if own.is_dir() else folder / "score", [*KEY, "score"])
+
+
+def heuristic(completions: pl.DataFrame) -> pl.DataFrame:
+    """Scores without any label, the sum of three standardised traits within a language.
+
+    How much likelier its letter trigrams are among the completions of its language than among all; how rare the text is
+    among them; how near its length is to their median.
+    """
+    texts = [f" {text.lower()} " for text in completions["completion"]]
+    codes, trigrams = (
+        completions["language"].to_list(),
+        [[t[i : i + 3] for i in range(len(t) - 2)] for t in texts],
+    )
+    own: dict[str, Counter[str]] = {code: Counter() for code in codes}
+    for code, of in zip(codes, trigrams, strict=True):
+        own[code].update(of)
+    every = sum(own.values(), Counter[str]())
+    size = {code: counts.total() for code, counts in own.items()}
+
+    def likeness(code: str, of: list[str]) -> float:
+        ratios = [(own[code][t] / size[code]) / (every[t] / every.total()) for t in of]
+        return float(np.mean(np.log(ratios))) if ratios else 0.0
+
+    traits = completions.select(KEY).with_columns(
+        likeness=pl.Series(map(likeness, codes, trigrams)),
+        text=pl.Series(texts),
+        length=pl.Series(map(len, texts)),
+    )
+    usual = (pl.col("length").log() - pl.col("length").median().over("language").log()).abs()
+    rare = -pl.len().over("language", "text").log()
+    scored = [
+        ((trait - trait.mean().over("language")) / (trait.std().over("language") + 1e-9))
+        for trait in (pl.col("likeness"), rare, -usual)
+    ]
+    return traits.with_columns(score=pl.sum_horizontal(scored)).select(*KEY, "score")

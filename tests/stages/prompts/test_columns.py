@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from croco.errors import UserError
-from croco.stages.prompts.columns import FileRow
-from croco.stages.prompts.values import Unusable, read_finish_reason
+from croco.stages.prompts.columns import NAMES, FileRow
+from croco.stages.prompts.values import (
+    Unusable,
+    read_finish_reason,
+    read_ids,
+    read_sample_id,
+    read_score,
+)
 
 
 def turn(role: str, text: str) -> dict[str, str]:
@@ -133,3 +142,42 @@ def test_finish_reasons_that_are_no_end() -> None:
         read_finish_reason("f, line 1", "zonk")
     with pytest.raises(UserError, match="f, line 1: finish_reason is a number"):
         read_finish_reason("f, line 1", 3)
+
+
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 10**400)
+    | st.floats()
+    | st.sampled_from(["", "Q", "yes", "[]", "stop"])
+)
+TURNS = st.dictionaries(
+    st.sampled_from(["role", "content", "from", "value", "weight", "name", "tool_calls", "toxic"]),
+    SCALARS
+    | st.sampled_from(["user", "assistant", "system", "human", "gpt"])
+    | st.lists(
+        st.dictionaries(st.sampled_from(["type", "text"]), SCALARS | st.just("text"), max_size=2), max_size=2
+    ),
+    max_size=4,
+)
+VALUES = SCALARS | TURNS | st.lists(SCALARS | TURNS | st.lists(SCALARS, max_size=2), max_size=3)
+COLUMNS = sorted({"history", "tools", "label", "images", "chosen_ids", "topic", *sum(NAMES.values(), ())})
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.dictionaries(st.sampled_from(COLUMNS), VALUES, max_size=7),
+    st.dictionaries(st.sampled_from(sorted(NAMES)), st.sampled_from(COLUMNS), max_size=2),
+)
+def test_no_row_ends_in_anything_but_a_sentence(values: dict[str, Any], columns: dict[str, str]) -> None:
+    for read in (FileRow.sides, FileRow.answered, FileRow.prompt, FileRow.completion):
+        row = FileRow("f, line 1", values, columns)
+        with contextlib.suppress(UserError, Unusable):
+            read(row)
+    readers = (read_score, read_sample_id, read_finish_reason)
+    for value in values.values():
+        for reader in readers:
+            with contextlib.suppress(UserError, Unusable):
+                reader("f, line 1", value)
+        with contextlib.suppress(UserError):
+            read_ids("f, line 1", value, "chosen_ids")
