@@ -33,7 +33,7 @@ from croco.storage.lookup import ShardRows, gather, ids_in_part, locate
 from croco.storage.schemas import DROPPED, PAIRS, REFERENCE, ledger
 
 POOLS_PER_SHARD = 4096
-BLOCK_ROWS = 32768  # completions whose pools are decided at once, while their texts are in memory
+BLOCK_ROWS = 16384  # completions whose pools are decided at once, while their texts are in memory
 FAR_SHARDS = 16  # a block in more shards than these is not decided from memory: the table is not in key order
 NO_GOLD = "the prompt has no gold completion"
 PROMPT = ("prompt_id", "language")
