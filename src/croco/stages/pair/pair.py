@@ -184,7 +184,7 @@ def _per_language(languages: pl.Series) -> dict[str, int]:
     """How many rows are in each language."""
     kind = languages.dtype
     counts = dict.fromkeys(kind.categories.to_list() if isinstance(kind, pl.Enum) else (), 0)
-    return counts | dict(languages.cast(pl.String).value_counts().rows())
+    return counts | dict(languages.value_counts().rows())
 
 
 def gold_data(work: Work) -> None:
