@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from conftest import TinyModels, write_recipe
 from croco.cli.app import one_sentence
 from croco.cli.main import STAGE_COMMANDS, app
-from croco.config import recipe
+from croco.config import load
 from croco.pipeline import graph, run, status
 from croco.pipeline.node import Node
 
@@ -35,7 +35,7 @@ def test_help_is_quick_and_loads_nothing_heavy() -> None:
         found = croco("--help")
         seconds.append(time.monotonic() - start)
     assert found.returncode == 0
-    for name in ("run", "plan", "report", "doctor", "lab", *STAGE_COMMANDS):
+    for name in ("run", "plan", "report", "doctor", "init", "fetch", "schema", *STAGE_COMMANDS):
         assert name in found.stdout
     assert min(seconds) < 0.5 * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1)), seconds
     code = f"import sys, croco.cli.main; print([m for m in {HEAVY} if m in sys.modules])"
@@ -53,7 +53,7 @@ def test_a_command_per_stage_and_a_function_behind_each() -> None:
 def test_the_order_can_be_run_and_arms_share_what_they_have_in_common(
     tmp_path: Path, tiny_models: TinyModels
 ) -> None:
-    nodes = graph.nodes(recipe.load(write_recipe(tmp_path, tiny_models)))
+    nodes = graph.nodes(load.load(write_recipe(tmp_path, tiny_models)))
     titles = [node.title for node in nodes]
     for node in nodes:
         assert all(titles.index(before.title) < titles.index(node.title) for before in node.inputs.values())
@@ -78,8 +78,8 @@ def test_what_enters_a_fingerprint_and_what_does_not(tmp_path: Path, tiny_models
     path = write_recipe(tmp_path, tiny_models)
 
     def changed(*overrides: str) -> set[str]:
-        before = {node.title: node.fingerprint for node in graph.nodes(recipe.load(path))}
-        after = {node.title: node.fingerprint for node in graph.nodes(recipe.load(path, list(overrides)))}
+        before = {node.title: node.fingerprint for node in graph.nodes(load.load(path))}
+        after = {node.title: node.fingerprint for node in graph.nodes(load.load(path, list(overrides)))}
         return {title for title in before if before[title] != after.get(title)}
 
     assert (
@@ -166,7 +166,7 @@ def test_a_rebuild_removes_the_last_stage_first(
 ) -> None:
     """Killed in between, a rebuild leaves nothing that counts as complete on top of what is gone."""
     path = write_recipe(tmp_path, tiny_models)
-    run.run(recipe.load(path), until="score")
+    run.run(load.load(path), until="score")
     (tmp_path / "run" / "prompts" / "part-00000.parquet").unlink()
     removed: list[str] = []
     clear = status.clear
@@ -177,11 +177,11 @@ def test_a_rebuild_removes_the_last_stage_first(
         clear(node)
 
     monkeypatch.setattr(status, "clear", noted)
-    run.run(recipe.load(path), until="prompts", rebuild=True)
+    run.run(load.load(path), until="prompts", rebuild=True)
     assert removed == ["prompts"]
     (tmp_path / "run" / "prompts" / "part-00000.parquet").unlink()
     removed.clear()
-    run.run(recipe.load(path), until="score", rebuild=True)
+    run.run(load.load(path), until="score", rebuild=True)
     assert removed == ["likelihood", "score", "sample", "prompts"]
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -37,3 +41,33 @@ def test_an_unknown_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert shown.exit_code == 2
     assert "expected one of lab, one-gpu" in shown.output
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_wheel_has_the_recipes_inside(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE", "src", "recipes"):  # away from a build in the tree
+        if (root / name).is_dir():
+            shutil.copytree(
+                root / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("*.egg-info")
+            )
+        else:
+            shutil.copy(root / name, source / name)
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "-w",
+        "wheel",
+    ]
+    subprocess.run([*build, str(source)], cwd=tmp_path, check=True, capture_output=True)
+    (wheel,) = (tmp_path / "wheel").glob("croco_tuning-*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    for name, _ in KINDS.values():
+        assert f"croco/config/recipes/{name}" in names

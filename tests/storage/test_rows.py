@@ -22,6 +22,7 @@ from croco.storage.rows import file_rows, files_of
         (b'{"a": ' + b"9" * 5000 + b"}", "line 2: expected a JSON object, found Exceeds the limit"),
         (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "line 2: .*nested too deep"),
         (b'{"a": 1', "line 2: expected a JSON object"),
+        (b'{"chosen": 1, "b": 2, "chosen": 3}', "line 2: .*found the key 'chosen' twice in one object"),
     ],
 )
 def test_a_line_that_is_no_json_is_named(line: bytes, sentence: str, tmp_path: Path) -> None:
@@ -46,6 +47,12 @@ def test_damaged_pages_and_text_that_is_no_text(codec: str, tmp_path: Path) -> N
     path.write_bytes(b"")
     with pytest.raises(UserError, match=r"x\.parquet: expected a Parquet file"):
         list(file_rows(path))
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_bytes(b'\xef\xbb\xbf{"a": 1}\n')
+    (tmp_path / "x.json").write_bytes(b'\xef\xbb\xbf\n [{"a": 1}]')
+    assert [row for name in ("x.jsonl", "x.json") for _, row in file_rows(tmp_path / name)] == [{"a": 1}] * 2
 
 
 def test_a_cut_archive_is_named(tmp_path: Path) -> None:

@@ -106,12 +106,12 @@ def _names(folders: Sequence[Path], recipes: Sequence[Recipe]) -> tuple[str, str
 def _settings(recipes: Sequence[Recipe]) -> list[Setting]:
     first, second = (dict(_flat(recipe.model_dump(mode="json"))) for recipe in recipes)
     keys = [key for key in dict.fromkeys((*first, *second)) if key != "run.folder"]
-    found = [
+    settings = [
         Setting(key, first.get(key, ABSENT), second.get(key, ABSENT), key.startswith("runtime."))
         for key in keys
         if first.get(key, ABSENT) != second.get(key, ABSENT)
     ]
-    return sorted(found, key=lambda setting: setting.runtime)
+    return sorted(settings, key=lambda setting: setting.runtime)
 
 
 def _flat(section: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:

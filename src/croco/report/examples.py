@@ -89,13 +89,13 @@ def _spread(rows: pl.DataFrame, key: Sequence[str]) -> Iterator[tuple[str, pl.Da
             yield str(arm), block
 
 
-def _pairs(run: Run, found: pl.DataFrame) -> Iterator[Row]:
+def _pairs(run: Run, rows: pl.DataFrame) -> Iterator[Row]:
     columns = ("messages", "flags", "pool_size", "pool_mean", "pool_std", *(
         f"{side}{part}"
         for side in ("chosen", "rejected")
         for part in ("", "_score", "_calibrated", "_language", "_sample_id", "_finish_reason")
     ))  # fmt: skip
-    for arm, block in _spread(found, _PAIR):
+    for arm, block in _spread(rows, _PAIR):
         texts = gather(run.folder / "pair" / arm, block, _PAIR, columns)
         prompts = block.select(*_PROMPT).iter_rows()
         for (prompt_id, language), row in zip(prompts, texts.iter_rows(named=True), strict=True):
@@ -125,14 +125,14 @@ def _pair_caption(row: Mapping[str, Any], name: str) -> str:
     return f"{name}: {', '.join(words)}"
 
 
-def _comparisons(run: Run, found: pl.DataFrame) -> Iterator[Row]:
-    if found.is_empty():
+def _comparisons(run: Run, rows: pl.DataFrame) -> Iterator[Row]:
+    if rows.is_empty():
         return
     orders = {"shown first": "arm_first", "shown second": "base_first"}
     columns = ["completion", "base_completion", "domain", "value"]
     columns += [f"{part}_{order}" for part in ("verdict", "judgement") for order in orders.values()]
     messages = _messages(run.folder / "arena-prompts") or _messages(_eval_prompts(run))
-    for arm, block in _spread(found, _PROMPT):
+    for arm, block in _spread(rows, _PROMPT):
         texts = gather(run.folder / "arena" / arm, block, _PROMPT, columns)
         prompts = block.select(*_PROMPT).iter_rows()
         for (prompt_id, language), row in zip(prompts, texts.iter_rows(named=True), strict=True):
@@ -166,12 +166,12 @@ def _evaluated(run: Run) -> pl.DataFrame:
     return arms.filter(pl.col("sample_id") == 0).join(base, on=list(_ANSWER), how="inner")
 
 
-def _evaluations(run: Run, found: pl.DataFrame) -> Iterator[Row]:
-    if found.is_empty():
+def _evaluations(run: Run, keys: pl.DataFrame) -> Iterator[Row]:
+    if keys.is_empty():
         return
     columns = ("completion", "mode", "value")
     messages = _messages(_eval_prompts(run))
-    for arm, block in _spread(found, _ANSWER):
+    for arm, block in _spread(keys, _ANSWER):
         tuned = gather(run.folder / "evaluate" / arm, block, _ANSWER, columns)
         base = gather(
             run.folder / "evaluate" / BASE, block.with_columns(shard="base_shard"), _ANSWER, columns
@@ -200,11 +200,11 @@ def _left_out(run: Run) -> pl.DataFrame:
     return pl.concat(parts) if parts else NOTHING
 
 
-def _losses(run: Run, found: pl.DataFrame) -> Iterator[Row]:
-    if found.is_empty():
+def _losses(run: Run, ledger: pl.DataFrame) -> Iterator[Row]:
+    if ledger.is_empty():
         return
     messages = _messages(_eval_prompts(run)) | _messages(run.folder / prompts_of(run.recipe)[0])
-    for arm, block in _spread(found, ("stage", "unit", "prompt_id", "language", "sample_id", "reason")):
+    for arm, block in _spread(ledger, ("stage", "unit", "prompt_id", "language", "sample_id", "reason")):
         numbered = block.with_row_index("place")
         of_samples = numbered.filter(
             (pl.col("unit") == "completion") & pl.col("stage").is_in(["score", "pair"])

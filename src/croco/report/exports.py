@@ -60,22 +60,22 @@ def _words(board: Board, arm: str) -> str:
     return " ".join(filter(None, [sentence(board, arm), language_sentence(board, arm)]))
 
 
-def comparison_terminal(found: Comparison) -> Iterator[RenderableType]:
+def comparison_terminal(comparison: Comparison) -> Iterator[RenderableType]:
     """What differs between two runs: sentences, settings, and the second's results against the first's."""
-    first, second = found.names
-    yield from map(Text, found.notes)
-    if found.settings:
-        settings = [[setting.key, setting.first, setting.second] for setting in found.settings]
+    first, second = comparison.names
+    yield from map(Text, comparison.notes)
+    if comparison.settings:
+        settings = [[setting.key, setting.first, setting.second] for setting in comparison.settings]
         yield terminal(Table(["key", first, second], settings, 3, "What differs in the recipes"))
     else:
         yield Text("The recipes are the same.")
-    for board in found.boards:
+    for board in comparison.boards:
         scopes = board.groups or board.languages
         rows: list[list[Entry]] = []
         for arm, t in board.settings:
             row: list[Entry] = [arm, temperature_name(t)]
             for scope in scopes:
-                before = found.firsts.get((board.benchmark, arm, t, scope))
+                before = comparison.firsts.get((board.benchmark, arm, t, scope))
                 values = (Number(before.value, board.unit),) if before else ()
                 row.append((*values, *board.entry((arm, t), scope, ("value", "difference"))))
             rows.append(row)

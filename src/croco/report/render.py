@@ -97,9 +97,9 @@ def _block_lines(table: Table) -> list[str]:
 def _latex_cell(entry: Entry, intervals: bool) -> str:
     if isinstance(entry, str):
         return escape(entry)
-    if not (found := numbers(entry)):
+    if not (shown := numbers(entry)):
         return "--"
-    number = found[0]
+    number = shown[0]
     text = rf"\textbf{{{escape(number.text)}}}" if "best" in number.flags else escape(number.text)
     ends = f" {{\\tiny [{escape(number.ends())}]}}" if intervals else ""
     return text + ends

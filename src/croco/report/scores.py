@@ -147,13 +147,13 @@ def arms_table(
 
 def mark_best(entries: Sequence[Entry]) -> list[Entry]:
     """The entries with the highest first number flagged as "best", as printed; none where all print the same."""
-    first = [found[0] for entry in entries if (found := numbers(entry))]
+    first = [stacked[0] for entry in entries if (stacked := numbers(entry))]
     if len({number.text for number in first}) < 2:
         return list(entries)
     best = max(first, key=lambda number: number.interval.value).text
     return [
-        (replace(found[0], flags=(*found[0].flags, "best")), *found[1:])
-        if (found := numbers(entry)) and found[0].text == best
+        (replace(stacked[0], flags=(*stacked[0].flags, "best")), *stacked[1:])
+        if (stacked := numbers(entry)) and stacked[0].text == best
         else entry
         for entry in entries
     ]

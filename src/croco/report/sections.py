@@ -204,15 +204,15 @@ def distributions(run: Run) -> dict[str, Any]:
         if (arm.chosen, arm.rejected) == ("reference", "none"):
             continue  # nothing was scored
         ridges, ticks = curves.ridges(scores_of(run, name), pair_scores(run, name), run.recipe.run.languages)
-        found = run.stages[f"pair/{name}"]["facts"]
+        facts = run.stages[f"pair/{name}"]["facts"]
         note = ""
-        if "share_other_than_minimum" in found:  # an arm for SFT rejects nothing
+        if "share_other_than_minimum" in facts:  # an arm for SFT rejects nothing
             note = (
-                f"Pools of {found['median_pool_size']} completions (median); the rule picked another completion than "
-                f"the minimum in {100 * found['share_other_than_minimum']:.0f}\u00a0% of the pools."
+                f"Pools of {facts['median_pool_size']} completions (median); the rule picked another completion than "
+                f"the minimum in {100 * facts['share_other_than_minimum']:.0f}\u00a0% of the pools."
             )
-        if found.get("shortcuts"):
-            guesses = ", ".join(f"{guess} {auc:.2f}" for guess, auc in found["shortcuts"].items())
+        if facts.get("shortcuts"):
+            guesses = ", ".join(f"{guess} {auc:.2f}" for guess, auc in facts["shortcuts"].items())
             note += f" Chosen told from rejected by one trait alone, AUC: {guesses}."
         drawn.append({"arm": name, "scorer": arm.scorer, "ridges": ridges, "ticks": ticks, "note": note})
     return {"distributions": drawn}

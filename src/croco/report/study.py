@@ -264,10 +264,10 @@ def _mix(pairs: Sequence[Mapping[str, Any]], side: str) -> str:
 
 
 def transfer_part(
-    found: Mapping[tuple[str, str, str], Interval], forms: Mapping[tuple[str, str], Interval]
+    figures: Mapping[tuple[str, str, str], Interval], forms: Mapping[tuple[str, str], Interval]
 ) -> Part:
     """Reward model, likelihood and chance against the verified truth, in every language and per pair of forms."""
-    codes = list(dict.fromkeys(code for _, code, _ in found))
+    codes = list(dict.fromkeys(code for _, code, _ in figures))
     titles = {
         "ranking": "percent of unequal pairs ranked right",
         "best": "percent of prompts whose best-scored completion is good",
@@ -283,7 +283,7 @@ def transfer_part(
         columns, unit = SHOWN if figure == "best" else own, SCORE if figure == "tau" else PERCENT
         rows: list[list[Entry]] = [
             [languages.name(code), *(
-                Number(found[key], unit) if (key := (scorer, code, figure)) in found else None for scorer in columns
+                Number(figures[key], unit) if (key := (scorer, code, figure)) in figures else None for scorer in columns
             )]
             for code in codes
         ]  # fmt: skip

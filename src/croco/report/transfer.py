@@ -56,8 +56,8 @@ def transfer(folders: Sequence[Path], scorers: Sequence[str], languages: Sequenc
                 scores, quality = (pool[name].to_numpy().astype(float) for name in ("score", "quality"))
                 rows.append((scorer, language, prompt, *ranking(scores, quality, top)))
     names = ["scorer", "language", "prompt"]
-    found = pl.DataFrame(rows, schema=[*names, *FIGURES], orient="row").fill_nan(None)
-    means = found.group_by(names, maintain_order=True).agg(pl.col(FIGURES).mean())
+    figures = pl.DataFrame(rows, schema=[*names, *FIGURES], orient="row").fill_nan(None)
+    means = figures.group_by(names, maintain_order=True).agg(pl.col(FIGURES).mean())
     return {
         (scorer, language, figure): bootstrap_mean(values, seed=0)
         for language in languages

@@ -20,21 +20,21 @@ HEADINGS = {
 def build_page(first: Path, second: Path) -> str:
     """The page as HTML. Raises UserError when a run is not complete or nothing can be compared."""
     runs = [read_run(folder) for folder in (first, second)]
-    found = compare(first, second)
-    named = dict(zip(found.names, runs, strict=True))
-    tuned = [arm for arm in found.arms if arm != UNTUNED]
+    comparison = compare(first, second)
+    named = dict(zip(comparison.names, runs, strict=True))
+    tuned = [arm for arm in comparison.arms if arm != UNTUNED]
     metrics = {f"{name}: {arm}": run.metrics[arm] for arm in tuned for name, run in named.items()}
     return render(
         "beside.html",
-        name=f"{found.names[0]} and {found.names[1]}",
-        names=found.names,
+        name=f"{comparison.names[0]} and {comparison.names[1]}",
+        names=comparison.names,
         headings=HEADINGS,
-        notes=found.notes,
-        settings=found.settings,
+        notes=comparison.notes,
+        settings=comparison.settings,
         sides=[_side(name, run) for name, run in named.items()],
-        **sections.cards_of(found.boards[0], dict(enumerate(found.arms)), found.arms),
-        drawn=[_drawn(found, board) for board in found.boards],
-        series=list(enumerate(found.arms)),
+        **sections.cards_of(comparison.boards[0], dict(enumerate(comparison.arms)), comparison.arms),
+        drawn=[_drawn(comparison, board) for board in comparison.boards],
+        series=list(enumerate(comparison.arms)),
         **sections.training(metrics),
         **browsing(named),
     )
@@ -50,12 +50,14 @@ def _side(name: str, run: Run) -> dict[str, Any]:
     return {"name": name, "facts": sections.facts(run, made), "arms": words}
 
 
-def _drawn(found: Comparison, board: Board) -> dict[str, Any]:
+def _drawn(comparison: Comparison, board: Board) -> dict[str, Any]:
     """The heat maps of the change and of both runs' levels, and the forests."""
-    members = {name: codes for name, codes in found.groups.items() if name != "all"}
-    before = {key[1:]: cell for key, cell in found.firsts.items() if key[0] == board.benchmark}
-    firsts = board_of(board.benchmark, before, found.arms, board.languages, {})
-    heats = charts.heats(board, members, (f"{found.names[1]} minus {found.names[0]}", found.names[1]))
-    heats += charts.heats(firsts, members, ("", found.names[0]))[-1:]
+    members = {name: codes for name, codes in comparison.groups.items() if name != "all"}
+    before = {key[1:]: cell for key, cell in comparison.firsts.items() if key[0] == board.benchmark}
+    firsts = board_of(board.benchmark, before, comparison.arms, board.languages, {})
+    heats = charts.heats(
+        board, members, (f"{comparison.names[1]} minus {comparison.names[0]}", comparison.names[1])
+    )
+    heats += charts.heats(firsts, members, ("", comparison.names[0]))[-1:]
     scopes = [*board.groups, *board.languages]
-    return {"board": board, "heats": heats, "forests": charts.forests(board, found.arms, scopes)}
+    return {"board": board, "heats": heats, "forests": charts.forests(board, comparison.arms, scopes)}

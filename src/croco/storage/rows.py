@@ -125,7 +125,7 @@ def file_rows(path: Path) -> Iterator[Located]:
 def _json_rows(path: Path) -> Iterator[Located]:
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            if path.suffix == ".json" and file.peek(1)[:1] == b"[":
+            if path.suffix == ".json" and file.peek(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":
                 rows = parse_json(str(path), file.read())
                 yield from ((f"{path}, item {number}", row) for number, row in enumerate(rows, start=1))
                 return
@@ -140,7 +140,7 @@ def _json_rows(path: Path) -> Iterator[Located]:
 def parse_json(where: str, text: bytes) -> Any:
     """The value of some JSON in UTF-8; raises UserError that begins with `where`."""
     try:
-        value = json.loads(text.decode("utf-8"))
+        value = json.loads(text.decode("utf-8-sig"), object_pairs_hook=_object)
         if SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
@@ -151,6 +151,14 @@ def parse_json(where: str, text: bytes) -> Any:
     except ValueError as error:  # not JSON, not UTF-8, or a number of more digits than Python reads
         raise UserError(f"{where}: expected a JSON object, found {str(error).partition(';')[0]}") from None
     return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {max(names, key=names.count)!r} twice in one object")
+    return values
 
 
 def _parquet_rows(path: Path) -> Iterator[Located]:

@@ -213,7 +213,7 @@ def test_all_arms_are_in_the_results_and_in_the_tables(place: Place) -> None:
     assert results.height == 12
     text = results_markdown(recipe.folder)
     assert "Not covered by EuroEval: English, Irish" in text
-    assert f"| da | {DA} | test_mcc |" in text
+    assert f"| Danish | {DA} | test_mcc |" in text
 
 
 def test_versions_are_pinned_and_an_old_python_is_refused(tmp_path: Path) -> None:

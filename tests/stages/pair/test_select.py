@@ -314,3 +314,15 @@ def test_columns_of_another_type_are_named(column, values, message):
     for scores in (7, "scores.jsonl", None):
         with pytest.raises(UserError, match=r"expected a table|no column"):
             croco.pairs(scores)
+
+
+def test_a_gold_completion_in_the_table_can_be_chosen():
+    """A row with sample_id -1 is a gold completion: chosen under "reference", and never a member of its pool."""
+    rows = [Row("p", "da", number - 1, value, text) for number, (value, text) in
+            enumerate([(2.5, "gold"), (0.0, "a"), (3.0, "b"), (1.0, "gold")])]  # fmt: skip
+    pairs, dropped = croco.pairs(frame(rows), chosen="reference", rejected="min")
+    columns = ["chosen", "rejected", "chosen_sample_id", "chosen_score", "pool_size"]
+    assert pairs.select(columns).rows() == [("gold", "a", -1, 2.5, 3)]
+    assert dropped.is_empty()
+    plain, _ = croco.pairs(frame(rows), rejected="min")
+    assert plain.select(columns).rows() == [("b", "a", 1, 3.0, 3)]

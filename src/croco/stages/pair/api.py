@@ -43,13 +43,15 @@ def pairs(
     """Preference pairs from scored completions, and the ledger of every completion and pool that gave none.
 
     `scores` is a table of Polars (lazy too), pandas, Arrow or `datasets`. It has a row per completion with prompt_id,
-    language and score; without sample_id the completions of a prompt are numbered in their order. With a column
-    `completion` the guards judge the texts and the pairs hold them, with `messages` or `prompt` (text) their prompts
-    too, and `croco.export` writes them for trainers; finish_reason, prompt_tokens and
-    completion_tokens are judged where they are given. `guards` are values of a recipe's `[guards]`, the other
-    arguments those of an arm. The pairs have the columns of the pairs table but arm, messages and token ids; the
-    ledger those of every ledger. Selection is CroCo's (arXiv 2605.26293) by default. Raises UserError for a missing
-    column, a column of another type, a null in a key, a key that is there twice, and a rule that is unknown.
+    language and score; without sample_id the completions of a prompt are numbered in their order, and -1 is a gold
+    completion (for chosen = "reference"). With a column `completion` the guards judge the texts and the pairs hold
+    them; with `messages` or `prompt` (text) the pairs hold their prompts, and `croco.export` writes them for trainers.
+    finish_reason, prompt_tokens and completion_tokens are judged where they are given.
+
+    `guards` are values of a recipe's `[guards]`, the other arguments those of an arm. The pairs have the columns of the
+    pairs table but arm and token ids; the ledger those of every ledger. Selection is CroCo's (arXiv 2605.26293) by
+    default. Raises UserError for a missing column, a column of another type, a null in a key, a key that is there
+    twice, and a rule that is unknown.
     """
     given = dict(guards or {})
     max_tokens = given.pop("max_tokens", None)

@@ -80,14 +80,14 @@ def contrast(
         [_ledger("completion", out), _ledger("pair", refused), _ledger("pool", left), _flagged(pairs)]
     )
     names = [name for name in PAIRS.schema.names if name in pairs.columns]
-    return Contrasted(pairs.select(names), dropped, rows["language"].gather(kept).cast(pl.String))
+    return Contrasted(pairs.select(names), dropped, rows["language"].gather(kept))
 
 
 def _selected(
     rows: pl.DataFrame, kept: Rows, gold: Mask, rule: Contrast
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     """The pairs as rows of both sides with the numbers of their pool, and the pools with their size."""
-    part = rows[kept]
+    part = rows if len(kept) == rows.height else rows[kept]
     num_languages = len(part["language"].dtype.categories)  # type: ignore[attr-defined]
     language = part["language"].to_physical().to_numpy().astype(np.int64)
     pools = Pools(
@@ -183,9 +183,9 @@ def _left(
     rows: pl.DataFrame, pools: pl.DataFrame, pairs: pl.DataFrame, refused: pl.DataFrame, gold: Mask | None
 ) -> pl.DataFrame:
     """The pools without a pair, with the reason; `gold` are the rows of gold completions where those are chosen."""
-    left = rows.unique("pool", keep="first", maintain_order=True).join(
-        pairs, on="pool", how="anti", maintain_order="left"
-    )
+    pool = rows["pool"].to_numpy()
+    first = np.flatnonzero(np.append(True, pool[1:] != pool[:-1])[: len(pool)])  # a row of each pool
+    left = rows[first].join(pairs, on="pool", how="anti", maintain_order="left")
     left = left.join(pools, on="pool", how="left", maintain_order="left")
     left = left.join(refused.unique("pool", keep="last"), on="pool", how="left", maintain_order="left")
     scored = pl.lit(False)

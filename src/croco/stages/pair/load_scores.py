@@ -112,13 +112,17 @@ def by_pool(
     """
     if "place" not in table.columns:
         table = table.with_row_index("place")
-    group = _groups(pool, table["language"].dtype.categories.to_list())  # type: ignore[attr-defined]
-    part = pl.lit(True) if languages is None else pl.col("language").cast(pl.String).is_in(list(languages))
-    rows = _sorted(table, group, name).filter(part)
-    rows = rows.with_columns(pool=pl.struct("prompt_id", "group").rle_id())
+    groups = _groups(pool, table["language"].dtype.categories.to_list())  # type: ignore[attr-defined]
+    rows = _sorted(table, groups, name, languages)
+    heads = np.zeros(rows.height, np.bool_)
+    for column in ("prompt_id", "group"):
+        numbers = rows[column].to_physical().to_numpy()
+        heads[1:] |= numbers[1:] != numbers[:-1]
+    rows = rows.with_columns(pool=pl.Series(np.cumsum(heads, dtype=np.uint32)))
     if gold is not None:
-        golden = _sorted(gold.with_columns(place=pl.lit(None, pl.UInt32)), group, "gold completions")
-        golden = golden.filter(part)
+        golden = _sorted(
+            gold.with_columns(place=pl.lit(None, pl.UInt32)), groups, "gold completions", languages
+        )
         pools = rows.select("prompt_id", "group", "pool").unique()
         golden = golden.join(pools, on=("prompt_id", "group"), how="inner")
         rows = pl.concat([rows, golden.select(rows.columns)]).sort("pool", "language", "sample_id")
@@ -127,17 +131,18 @@ def by_pool(
     )
 
 
-def _groups(pool: str | Groups, languages: Sequence[str]) -> pl.Expr:
-    """The group of a row's language: an Enum in the order of the groups' first languages."""
+def _groups(pool: str | Groups, languages: Sequence[str]) -> pl.Series:
+    """The group of each language: an Enum in the order of the groups' first languages."""
     owner = check_groups(pool, languages)
     named = {code: "all" if pool == "all" else owner.get(code, code) for code in languages}
-    kind = pl.Enum(list(dict.fromkeys(named.values())))
-    return pl.col("language").replace_strict(named, return_dtype=kind)
+    return pl.Series(list(named.values()), dtype=pl.Enum(list(dict.fromkeys(named.values()))))
 
 
-def _sorted(table: pl.DataFrame, group: pl.Expr, name: str) -> pl.DataFrame:
-    """By prompt, group, language and sample; raises UserError for a key that is there twice."""
-    rows = table.with_columns(group=group)
+def _sorted(
+    table: pl.DataFrame, groups: pl.Series, name: str, languages: Sequence[str] | None
+) -> pl.DataFrame:
+    """By prompt, group, language and sample, those in the languages; raises UserError for a key that is there twice."""
+    rows = table.with_columns(group=groups.gather(table["language"].to_physical()))
     order = ("prompt_id", "group", "language", "sample_id")
     spans = [_span(rows[column]) for column in order]
     if prod(spans) >= 2**63:
@@ -154,7 +159,9 @@ def _sorted(table: pl.DataFrame, group: pl.Expr, name: str) -> pl.DataFrame:
             raise UserError(
                 f"{name}: {described(rows, int(twice[0]))} occurs more than once, expected every key once"
             )
-    return rows
+    if languages is None or set(languages) >= set(rows["language"].unique()):
+        return rows
+    return rows.filter(pl.col("language").cast(pl.String).is_in(list(languages)))
 
 
 def _span(values: pl.Series) -> int:

@@ -33,7 +33,7 @@ from croco.storage.lookup import ShardRows, gather, ids_in_part, locate
 from croco.storage.schemas import DROPPED, PAIRS, REFERENCE, ledger
 
 POOLS_PER_SHARD = 4096
-BLOCK_ROWS = 32768  # completions whose pools are decided at once, while their texts are in memory
+BLOCK_ROWS = 16384  # completions whose pools are decided at once, while their texts are in memory
 FAR_SHARDS = 16  # a block in more shards than these is not decided from memory: the table is not in key order
 NO_GOLD = "the prompt has no gold completion"
 PROMPT = ("prompt_id", "language")
@@ -184,7 +184,7 @@ def _per_language(languages: pl.Series) -> dict[str, int]:
     """How many rows are in each language."""
     kind = languages.dtype
     counts = dict.fromkeys(kind.categories.to_list() if isinstance(kind, pl.Enum) else (), 0)
-    return counts | dict(languages.cast(pl.String).value_counts().rows())
+    return counts | dict(languages.value_counts().rows())
 
 
 def gold_data(work: Work) -> None:

@@ -72,7 +72,7 @@ def _stage(work: Work, key: str) -> None:
     ids = loaded.prompts.column("prompt_id")
     work.record(
         num_prompt_ids=len(ids.unique()),
-        prompts_per_language=_counts(loaded.prompts),
+        prompts_per_language=dict(Counter(loaded.prompts.column("language").to_pylist())),
         rows_of_other_languages=loaded.not_asked_for,
         rows_beyond_limit=loaded.beyond_limit,
         **({"not_read": loaded.unread} if loaded.unread else {}),
@@ -135,11 +135,6 @@ def first_of_shuffled(loaded: Loaded, limit: int | None, seed: int) -> Loaded:
     return replace(loaded, prompts=kept.drop_columns("place"), beyond_limit=beyond)
 
 
-def _counts(table: pa.Table) -> dict[str, int]:
-    counts = table.column("language").value_counts().to_pylist()
-    return {row["values"]: row["counts"] for row in counts}
-
-
 def load(section: Source, key: str, languages: Sequence[str], limit: int | None) -> Loaded:
     """Read and check prompts; `limit` counts prompt ids, in order of first appearance.
 
@@ -156,7 +151,7 @@ def load(section: Source, key: str, languages: Sequence[str], limit: int | None)
         loaded = Loaded(world.prompts(section.split, languages, limit), ledger([]), {}, 0)
     else:
         loaded = _Reading(section, key, languages, limit).all()
-    there = _counts(loaded.prompts)
+    there = Counter(loaded.prompts.column("language").to_pylist())
     for code in languages:
         if code not in there:
             others = ", ".join(sorted(there.keys() | loaded.not_asked_for.keys())) or "none at all"
@@ -239,9 +234,8 @@ class _Reading:
             messages, reference = _first_turn(messages, reference)
         if self.section.system and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.section.system}, *messages]
-        file = row.where.partition(", ")[0].rpartition("/")[2]
         key = {"prompt_id": prompt_id, "language": language, "messages": messages, "reference": reference}
-        source = _optional_text(row, "source") or file
+        source = _optional_text(row, "source") or row.where.partition(", ")[0].rpartition("/")[2]
         self.kept.append(key | {"source": source, "domain": _optional_text(row, "domain")})
 
     def _identity(self, row: FileRow, language: str | None) -> tuple[str, str]:
@@ -255,9 +249,7 @@ class _Reading:
                     f"{row.where}: no column '{column}' (found: {there}); name the one to use in {self.key}.{option}"
                 )
         prompt_id = row.text("prompt_id")
-        code = (
-            str(language or self.section.language) if row.column("language") is None else row.text("language")
-        )
+        code = row.text("language") if row.column("language") else str(language or self.section.language)
         if code not in self.languages:
             with suppress(UserError):
                 code = normal(code)

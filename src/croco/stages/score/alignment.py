@@ -21,6 +21,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from croco.config.arms import ENGLISH
 from croco.errors import UserError
+from croco.models.batching import buckets
 from croco.models.chat_template import text_ids
 from croco.models.memory import with_less_memory
 from croco.models.model_files import context_of
@@ -71,18 +72,19 @@ class Translator:
     ) -> list[list[float]]:
         means = [[0.0] * len(row) for row in targets]
         order = sorted((i for i, row in enumerate(targets) if row), key=lambda i: len(sources[i]))
-        for part in _cut(order, [len(ids) for ids in sources], budget):
+        for places in buckets([len(sources[i]) for i in order], budget):
+            part = order[places]
             source_BS, mask_BS = self._padded([sources[i] for i in part])
             hidden_BSD = self.model.get_encoder()(input_ids=source_BS, attention_mask=mask_BS)[0]
             pairs = [(row, i, j) for row, i in enumerate(part) for j in range(len(targets[i]))]
             pairs.sort(key=lambda pair: len(targets[pair[1]][pair[2]]))
             lengths = [source_BS.shape[1] + len(targets[i][j]) for _, i, j in pairs]
-            for batch in _cut(range(len(pairs)), lengths, budget):
-                rows = torch.tensor([pairs[k][0] for k in batch], device=self.model.device)
-                wanted = [targets[pairs[k][1]][pairs[k][2]] for k in batch]
+            for batch in buckets(lengths, budget):
+                rows = torch.tensor([row for row, _, _ in pairs[batch]], device=self.model.device)
+                wanted = [targets[i][j] for _, i, j in pairs[batch]]
                 losses = self._batch(hidden_BSD[rows], mask_BS[rows], wanted)
-                for k, loss in zip(batch, losses, strict=True):
-                    means[pairs[k][1]][pairs[k][2]] = loss
+                for (_, i, j), loss in zip(pairs[batch], losses, strict=True):
+                    means[i][j] = loss
         return means
 
     def _batch(
@@ -107,16 +109,6 @@ class Translator:
         ids = pad_sequence([torch.tensor(row) for row in rows], True, pad)
         real = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], True)
         return ids.to(self.model.device), real.to(self.model.device)
-
-
-def _cut(order: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Successive batches whose padded tokens stay within the budget, or of one; `lengths` rise along `order`."""
-    batches: list[list[int]] = [[]]
-    for i in order:
-        if batches[-1] and lengths[i] * (len(batches[-1]) + 1) > budget:
-            batches.append([])
-        batches[-1].append(i)
-    return batches if batches[0] else []
 
 
 def score_alignment(
