@@ -35,15 +35,11 @@ def check(recipe: Recipe) -> None:
 
 def _check_nothing_of_the_lab(recipe: Recipe) -> None:
     """A policy of one's own is not tuned on the lab's prompts, by the lab's reward model, because nobody said so."""
-    if recipe.policy.model.startswith("lab:"):
+    in_the_lab = recipe.prompts.source == "lab" and "source" in recipe.prompts.model_fields_set
+    if recipe.policy.model.startswith("lab:") or in_the_lab:
         return
-    needed = {"prompts": "source", "reward": "model", "evaluation": "source"}
-    if recipe.reward.function:
-        del needed["reward"]
-    if recipe.prompts.source == "lab" and "source" in recipe.prompts.model_fields_set:
-        needed.pop("reward", None)  # an experiment in the lab
-    for section, key in needed.items():
-        if key not in getattr(recipe, section).model_fields_set:
+    for section, key in (("prompts", "source"), ("reward", "model"), ("evaluation", "source")):
+        if not {key, "function"} & getattr(recipe, section).model_fields_set:
             raise ValueError(
                 f"{section}.{key} is missing: policy.model = '{recipe.policy.model}' is not the lab's, and without it "
                 f"[{section}] would be the lab's toy"

@@ -39,7 +39,7 @@ STAGES: tuple[Stage, ...] = (
     Stage("pair", 2, "croco.stages.pair.pair:pair", "pairs",
           settings=fp.pair_settings, inputs=inputs.paired_from, arms=arms.tuned_arms,
           added=("evaluated",)),
-    Stage("train", 2, "croco.stages.train.train:train", "",
+    Stage("train", 2, "croco.stages.train.stage:train", "",
           settings=fp.train_settings, inputs=inputs.trained_from, arms=arms.tuned_arms,
           makes=("adapter", "adapter.partial", "model", "model.partial", "metrics.jsonl")),
     Stage("eval-prompts", 1, "croco.stages.prompts.load:eval_prompts", "prompts",

@@ -27,7 +27,8 @@ from croco.pipeline.node import settings_values
 from croco.pipeline.stage import Work
 from croco.stages.train.encode import encode_pairs
 from croco.stages.train.reference import reference_logps
-from croco.stages.train.train import train, train_pairs
+from croco.stages.train.stage import train
+from croco.stages.train.train import train_pairs
 from croco.stages.train.trainer import PairTrainer, training_arguments
 from croco.storage.files import write_json
 from models.attention.varlen_twin import varlen_twin

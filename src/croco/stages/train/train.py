@@ -8,7 +8,6 @@ best before. Every process of a `torchrun` may call it: they share each step's p
 
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,12 +18,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from croco.config.arms import Training
-from croco.config.load import load
 from croco.errors import UserError
 from croco.models.attention.rows import HALF
 from croco.models.lora import continue_lora, trainable
-from croco.pipeline.progress import Progress
-from croco.pipeline.stage import Work
 from croco.stages.train import checkpoints
 from croco.stages.train.batches import plan_steps
 from croco.stages.train.checkpoints import adopt, samples
@@ -33,7 +29,6 @@ from croco.stages.train.distributed import barrier, gathered, rank
 from croco.stages.train.early_stopping import Stopped, shortcuts_of
 from croco.stages.train.losses import REFERENCE_FREE
 from croco.stages.train.memory_plan import plan
-from croco.stages.train.model_card import policy_card
 from croco.stages.train.reference import no_reference, weights_digest
 from croco.stages.train.setup import (
     check_trackers,
@@ -46,8 +41,7 @@ from croco.stages.train.setup import (
     use_fused_kernels,
 )
 from croco.stages.train.trainer import PairTrainer, training_arguments
-from croco.storage import files, shards
-from croco.storage.schemas import DROPPED
+from croco.storage import files
 
 CHECKED_PAIRS = 4  # pairs of the first step on which shared rows are proven
 
@@ -211,50 +205,6 @@ def train_pairs(
         metrics=checkpoints.last_metrics(trainer.lines),
         dropped=dropped,
     )
-
-
-def train(work: Work) -> None:
-    """The stage: an arm's pairs into weights and `metrics.jsonl`; pairs left out go to the ledger."""
-    from croco.stages.train.launch import TrainJob, tune
-
-    job = TrainJob(
-        policy=work.settings["policy"],
-        runtime=work.runtime,
-        training=Training.model_validate(work.settings["training"]),
-        folder=work.folder,
-        pairs=work.inputs["pair"],
-        title=work.title,
-        seed=work.settings["seed"],
-        start=work.inputs["train"] / "adapter" if "train" in work.inputs else None,
-        reference=work.settings.get("reference", "base"),
-        reference_folder=work.folder.parents[1] / "reference",  # of every arm
-    )
-    with ExitStack() as stack:
-        bars: list[Progress] = []
-
-        def advance(step: int, num_steps: int) -> None:
-            if not bars:
-                bars.append(stack.enter_context(work.progress(num_steps, "step", done=step - 1)))
-            bars[0].advance()
-
-        result = tune(job, advance)
-    work.account(
-        read={"pair": sum(shard.rows for shard in shards.shards(work.inputs["pair"]))},
-        written={"pair": result.pairs + result.validation_pairs},
-        dropped=result.dropped.to_arrow().cast(DROPPED.schema),
-    )
-    facts = {name: value for name, value in vars(result).items() if name not in ("adapter", "dropped")}
-    facts["seconds"] = round(result.seconds, 1)
-    if work.arm and result.adapter.name == "adapter":
-        run = work.folder.parents[1]
-        # like the report, the card changes nothing and reads what the run's folder says of itself
-        recipe = load(run / "recipe.json", [f'run.folder="{run}"'])
-        card = policy_card(recipe, work.arm, work.settings["training"], facts, "unknown", library="peft")
-        files.write_text(result.adapter / "README.md", card)
-    work.record(**facts)
-    if result.stopped:
-        line = f"{work.title}: {result.stopped}; the run goes on with the checkpoint of step {result.adapter_step}"
-        Console(stderr=True).print(line, markup=False, soft_wrap=True)
 
 
 def _run(trainer: PairTrainer, checkpoint: Path | None) -> str | None:

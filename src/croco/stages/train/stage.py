@@ -1,0 +1,58 @@
+"""The stage `train`: an arm's pairs into weights, in one process or several."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+from rich.console import Console
+
+from croco.config.arms import Training
+from croco.config.load import load
+from croco.pipeline.progress import Progress
+from croco.pipeline.stage import Work
+from croco.stages.train.launch import TrainJob, tune
+from croco.stages.train.model_card import policy_card
+from croco.storage import files, shards
+from croco.storage.schemas import DROPPED
+
+
+def train(work: Work) -> None:
+    """The stage: an arm's pairs into weights and `metrics.jsonl`; pairs left out go to the ledger."""
+    job = TrainJob(
+        policy=work.settings["policy"],
+        runtime=work.runtime,
+        training=Training.model_validate(work.settings["training"]),
+        folder=work.folder,
+        pairs=work.inputs["pair"],
+        title=work.title,
+        seed=work.settings["seed"],
+        start=work.inputs["train"] / "adapter" if "train" in work.inputs else None,
+        reference=work.settings.get("reference", "base"),
+        reference_folder=work.folder.parents[1] / "reference",  # of every arm
+    )
+    with ExitStack() as stack:
+        bars: list[Progress] = []
+
+        def advance(step: int, num_steps: int) -> None:
+            if not bars:
+                bars.append(stack.enter_context(work.progress(num_steps, "step", done=step - 1)))
+            bars[0].advance()
+
+        result = tune(job, advance)
+    work.account(
+        read={"pair": sum(shard.rows for shard in shards.shards(work.inputs["pair"]))},
+        written={"pair": result.pairs + result.validation_pairs},
+        dropped=result.dropped.to_arrow().cast(DROPPED.schema),
+    )
+    facts = {name: value for name, value in vars(result).items() if name not in ("adapter", "dropped")}
+    facts["seconds"] = round(result.seconds, 1)
+    if work.arm and result.adapter.name == "adapter":
+        run = work.folder.parents[1]
+        # like the report, the card changes nothing and reads what the run's folder says of itself
+        recipe = load(run / "recipe.json", [f'run.folder="{run}"'])
+        card = policy_card(recipe, work.arm, work.settings["training"], facts, "unknown", library="peft")
+        files.write_text(result.adapter / "README.md", card)
+    work.record(**facts)
+    if result.stopped:
+        line = f"{work.title}: {result.stopped}; the run goes on with the checkpoint of step {result.adapter_step}"
+        Console(stderr=True).print(line, markup=False, soft_wrap=True)
