@@ -43,12 +43,11 @@ def prompts_settings(
     settings: Settings = {"languages": Given(tuple(languages), sorted(languages)), "limit": section.limit}
     if isinstance(section, Prompts) and section.order == "seed":
         settings["order"] = ["seed", recipe.run.seed]
-    if source == "lab":  # which has no columns and no turns to choose from
-        lab = Source(source=source, split=section.split)
-        return settings | {"source": Given(lab, f"lab {WORLD}"), "split": section.split}
-    given = Source(**section.model_dump(include=set(Source.model_fields)))
-    settings |= {"id_column": section.id_column, "language_column": section.language_column}
     settings |= section.model_dump(include={"columns", "language", "system", "turns"}, exclude_defaults=True)
+    given = Source(**section.model_dump(include=set(Source.model_fields)))
+    if source == "lab":
+        return settings | {"source": Given(given, f"lab {WORLD}"), "split": section.split}
+    settings |= {"id_column": section.id_column, "language_column": section.language_column}
     codes = languages if section.by_language else [None]
     identities = {code: _source_identity(section.of(code), f"{key}.source") for code in codes}
     settings["source"] = Given(given, identities if section.by_language else identities[None])

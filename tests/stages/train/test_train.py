@@ -511,6 +511,8 @@ languages = ["en", "da", "fr"]
 seed = 7
 [prompts]
 source = "lab"
+[evaluation]
+source = "lab"
 [policy]
 model = "{policy}"
 instruction = {{ da = "Svar på dansk." }}
