@@ -16,8 +16,7 @@ from croco.config import load as recipes
 from croco.errors import UserError
 from croco.models.loading import load_policy
 from croco.stages.train.distributed import shares
-from croco.stages.train.launch import Job, num_processes, tune
-from croco.storage.files import write_json
+from croco.stages.train.launch import TrainJob, num_processes, tune
 from stages.train.pairs import make_pairs, replace, write_pairs
 from stages.train.ranks import UNEVEN, gradients, whole_run
 from stages.train.test_train import metrics
@@ -71,6 +70,8 @@ RECIPE = """
 [run]
 name = "toy"
 languages = ["en", "da", "fr"]
+[prompts]
+source = "lab"
 [policy]
 model = "{policy}"
 [training]
@@ -93,10 +94,10 @@ def job(tmp_path_factory):
     (folder / "toy.toml").write_text(RECIPE.format(policy=policy))
     recipe = recipes.load(folder / "toy.toml")
     write_pairs(folder / "pair", make_pairs(33))
-    return Job(
+    return TrainJob(
         policy=recipe.policy,
         runtime=recipe.runtime,
-        settings=recipe.arms["mono"].training.model_dump(mode="json"),
+        training=recipe.arms["mono"].training,
         folder=folder / "one",
         pairs=folder / "pair",
         title="train/mono",
@@ -109,7 +110,7 @@ def alone(job):
     return tune(job, lambda step, num_steps: None)
 
 
-def over(job: Job, folder: Path, **runtime) -> Job:
+def over(job: TrainJob, folder: Path, **runtime) -> TrainJob:
     return replace(job, folder=folder, runtime=job.runtime.model_copy(update=runtime))
 
 
@@ -141,7 +142,7 @@ FSDP = {
 @pytest.mark.parametrize("full", [False, True])
 def test_weights_spread_by_fsdp_give_the_same_curve(job, tmp_path, monkeypatch, full):
     """What a file of `accelerate config` says reaches the processes in these variables."""
-    both = replace(job, folder=tmp_path / "one", settings={**job.settings, "full": full})
+    both = replace(job, folder=tmp_path / "one", training=replace(job.training, full=full))
     tune(both, lambda *_: None)
     for name, value in FSDP.items():
         monkeypatch.setenv(name, value)
@@ -155,7 +156,7 @@ def test_weights_spread_by_fsdp_give_the_same_curve(job, tmp_path, monkeypatch, 
 
 @pytest.mark.slow
 def test_bad_input_in_the_processes_is_one_sentence_here(job, tmp_path):
-    broken = replace(job, settings={**job.settings, "max_tokens": 3})
+    broken = replace(job, training=replace(job.training, max_tokens=3))
     with pytest.raises(UserError, match="no pair to train on: of 33 pairs 33 were left out"):
         tune(over(broken, tmp_path, train_processes=2), lambda *_: None)
     with pytest.raises(UserError, match=r"accelerate_config = 'nowhere.yaml': no such file"):
@@ -170,14 +171,9 @@ def test_processes_of_a_cpu_are_counted_as_they_are_asked_for():
 ASKED = """
 import sys
 from pathlib import Path
-from croco.config.models import Policy
-from croco.config.runtime import Runtime
-from croco.storage.files import read_json
-from croco.stages.train.launch import Job, tune
-said = read_json(Path(sys.argv[1]))
-said |= {"policy": Policy(**said["policy"]), "runtime": Runtime(**said["runtime"])}
-said |= {"folder": Path(said["folder"]), "pairs": Path(said["pairs"])}
-tune(Job(**said), lambda step, num_steps: print(step, flush=True))
+from croco.stages.train.launch import TrainJob, tune
+job = TrainJob.model_validate_json(Path(sys.argv[1]).read_text())
+tune(job, lambda step, num_steps: print(step, flush=True))
 """
 
 
@@ -185,11 +181,7 @@ tune(Job(**said), lambda step, num_steps: print(step, flush=True))
 def test_killed_with_its_processes_it_goes_on_to_the_same_curve(job, alone, tmp_path):
     """SIGKILL to the process that started them: they end too, and the next start ends where one process does."""
     again = over(job, tmp_path / "killed", train_processes=2, checkpoint_minutes=1e-6)
-    said = {
-        **vars(again),
-        **{name: getattr(again, name).model_dump(mode="json") for name in ("policy", "runtime")},
-    }
-    write_json(tmp_path / "job.json", said | {"folder": str(again.folder), "pairs": str(again.pairs)})
+    (tmp_path / "job.json").write_text(again.model_dump_json())
     process = subprocess.Popen(
         [sys.executable, "-c", ASKED, str(tmp_path / "job.json")], stdout=subprocess.PIPE
     )
