@@ -40,9 +40,11 @@ def test_a_saved_policy_computes_the_same(arch: str, tmp_path: Path):
     assert max_context(model) == 512
 
 
-def test_dtype_and_device_are_chosen_or_named():
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+def test_dtype_and_device_are_chosen_or_named(monkeypatch: pytest.MonkeyPatch, has_bfloat16: bool):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bfloat16)
     assert pick_dtype("auto", torch.device("cpu")) == torch.float32
-    assert pick_dtype("auto", torch.device("cuda")) == torch.bfloat16
+    assert pick_dtype("auto", torch.device("cuda")) == (torch.bfloat16 if has_bfloat16 else torch.float32)
     assert pick_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
     assert pick_device("cpu") == torch.device("cpu")
     with pytest.raises(UserError, match="dtype 'int8'"):
