@@ -6,6 +6,8 @@ The others take slower ways that leave everything to transformers. `proofs` trie
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 _LAYERS = {"full_attention", "sliding_attention"}
 _ROPE = {"default", "linear", "llama3", "yarn"}
 _ROPE_OF_LENGTH = {"longrope", "dynamic"}  # angles that follow from the longest row of a batch
@@ -42,7 +44,10 @@ def forget_lengths(network: Any) -> None:
         for name, angles in list(module.named_buffers(recurse=False)):
             first = getattr(module, name.replace("inv_freq", "original_inv_freq"), None)
             if name.endswith("inv_freq") and "original" not in name and first is not None:
-                module.register_buffer(name, first.to(angles.device), persistent=False)
+                with torch.inference_mode(
+                    False
+                ):  # a copy, since transformers writes into the buffer in place
+                    module.register_buffer(name, first.clone().to(angles.device), persistent=False)
                 longest = name.replace("inv_freq", "max_seq_len_cached")
                 setattr(module, longest, module.original_max_seq_len)
 
