@@ -143,7 +143,9 @@ def test_an_adapter_of_another_base_of_the_same_shape(
     doctor: Doctor, tmp_path: Path, tiny_models: TinyModels
 ) -> None:
     other = tiny.save(tmp_path / "other", tiny.make_policy("llama", seed=5), tiny.make_tokenizer())
-    adapted = apply_lora(load_policy(str(other))[0], Lora(rank=4, alpha=8, dropout=0.0, targets=("q_proj",)), seed=0)
+    adapted = apply_lora(
+        load_policy(str(other))[0], Lora(rank=4, alpha=8, dropout=0.0, targets=("q_proj",)), seed=0
+    )
     with torch.no_grad():
         for name, weight in adapted.named_parameters():
             if "lora_B" in name:
