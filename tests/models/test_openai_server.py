@@ -111,7 +111,8 @@ def test_no_fault_loses_or_doubles_a_row(
             least = {"429 later": 1.0, "429 date": 1.0, "slow": patience, "trickle": patience}.get(
                 fault, 0.02
             )
-            assert then - when >= 0.98 * least, fault
+            # the proxy may meet a request a little after the client began to wait
+            assert then - when >= 0.9 * least, fault
 
 
 @pytest.mark.slow
