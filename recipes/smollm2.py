@@ -42,7 +42,7 @@ LABELS = ("constraint", "ended", "in the language", "no loop", "no echo")
 PARTS = ("constraint", "in the language", "known words", "no loop", "no echo", "ended")
 ROW = ("prompt_id", "language")
 # prompts and completions that reward models learn from, the last ones of the train split, and those of accuracy on dev
-ENGLISH, OTHERS, DEV = (80, 8), (40, 4), (16, 6)
+ENGLISH, OTHERS, DEV = (48, 8), (24, 3), (12, 6)
 LAYERS = 8  # the last ones are trained, those below are the policy's
 LEARNING_RATE, BATCH_PAIRS = 1e-4, 8
 BEST_OF = 4
@@ -217,6 +217,7 @@ def accuracies(recipe: Recipe, dev: pl.DataFrame, models: dict[str, Path]) -> pl
 def controls(path: Path, recipe: Recipe) -> dict[str, pl.DataFrame]:
     """Verdicts of the base in ways that need no tuning: asked to answer in the language, and the best of several."""
     asked = [f'policy.instruction.{code}="{INSTRUCTIONS[code]}"' for code in recipe.run.evaluated]
+    asked += ["evaluation.base_temperatures=[0.5]"]
     best = [
         f"evaluation.samples={BEST_OF}",
         "evaluation.temperatures=[1.0]",
