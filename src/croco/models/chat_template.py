@@ -19,7 +19,7 @@ from typing import Any
 
 from jinja2.exceptions import TemplateError
 
-from croco.errors import Refused, UserError, printable
+from croco.errors import Refused, UserError, one_line, printable
 from croco.models.protocols import Request
 from croco.models.sandbox import render
 
@@ -210,12 +210,12 @@ def _render(tokenizer: Any, conversations: Sequence[list[dict[str, str]]], opene
     try:
         return _apply(tokenizer, turns, opened)
     except Exception as error:  # a template is a program: it may raise anything
-        reason = printable(str(error).splitlines()[0] if str(error) else type(error).__name__)
+        reason = printable(one_line(error, 300))
         if type(error) is TemplateError:  # raise_exception; everything else is a fault of the template
             roles = _roles(conversations[0])
-            raise Refused(f"refused by the chat template: {reason[:300]} (roles {roles})") from error
+            raise Refused(f"refused by the chat template: {reason} (roles {roles})") from error
         raise UserError(
-            f"{_name(tokenizer)}: the chat template refuses the conversation ({reason[:300]}); "
+            f"{_name(tokenizer)}: the chat template refuses the conversation ({reason}); "
             f"roles {_roles(conversations[0])}"
         ) from error
 

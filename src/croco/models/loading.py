@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from croco.config.models import Model, Template
-from croco.errors import UserError
+from croco.config.models import Causal, Model, Template
+from croco.errors import UserError, one_line
 from croco.models.memory import out_of_memory
 from croco.models.model_files import check_weights, context_of, load_config, read_generation_config, refusing
 from croco.storage.hashing import check_adapter, local_model
@@ -94,7 +94,7 @@ def load_tokenizer(
                 tokenizer.chat_template = Path(chat_template.file).read_text(encoding="utf-8")
             except (OSError, ValueError) as error:
                 raise UserError(
-                    f"chat template {chat_template.file!r}: cannot be read: {_first_line(error)}"
+                    f"chat template {chat_template.file!r}: cannot be read: {one_line(error)}"
                 ) from error
         if chat_template.values:
             set_values(tokenizer, chat_template.values)
@@ -136,6 +136,16 @@ def load_policy(
 
         policy = load_adapter(policy, adapter)
     return policy.eval(), tokenizer
+
+
+def load_causal(
+    section: Causal, device: str, adapter: Path | None = None, quantization: str | None = None
+) -> tuple[Any, Any]:
+    """`load_policy` of a model of a recipe."""
+    return load_policy(
+        section.model, section.revision, section.dtype, device, adapter, section.template,
+        section.trust_remote_code, quantization,
+    )  # fmt: skip
 
 
 def load_reward(
@@ -283,8 +293,3 @@ def quiet_loading() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bar:
             logging.enable_progress_bar()
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

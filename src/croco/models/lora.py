@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from croco.config.arms import Lora, Training
-from croco.errors import UserError
+from croco.errors import UserError, one_line
 from croco.models.lora_layer import lora_linear
 from croco.storage.files import sync_files, sync_folder, writing
 from croco.storage.hashing import check_adapter
@@ -69,8 +69,9 @@ def apply_lora(model: PreTrainedModel, settings: Lora, seed: int) -> PeftModel:
         try:
             return _in_one_step(get_peft_model(model, config))
         except ValueError as error:
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(f"training.lora cannot be put on {type(model).__name__}: {reason}") from error
+            raise UserError(
+                f"training.lora cannot be put on {type(model).__name__}: {one_line(error, 300)}"
+            ) from error
 
 
 def lora_config(model: PreTrainedModel, settings: Lora) -> LoraConfig:
@@ -238,7 +239,7 @@ def _adapter_config(folder: Path) -> Any:
     try:
         config = PeftConfig.from_pretrained(str(folder))
     except (TypeError, ValueError, KeyError) as error:
-        raise UserError(f"{folder / 'adapter_config.json'}: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"{folder / 'adapter_config.json'}: {one_line(error, 300)}") from error
     if not isinstance(config, LoraConfig):
         raise UserError(f"{folder} holds an adapter of type {config.peft_type}, expected LoRA")
     return config
@@ -255,24 +256,19 @@ def _put_on(model: PreTrainedModel, folder: Path, config: Any, trainable: bool =
         if not tensor.isfinite().all():
             raise UserError(f"{path}: {name} holds numbers that are not finite, expected a sound adapter")
     try:
-        with _quiet(), warnings.catch_warnings(record=True) as said:
+        with _quiet(), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             adapted = PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=trainable)
+        for warning in caught:
+            if "missing adapter keys" in str(warning.message):
+                raise ValueError(warning.message)
+        places = sum(".lora_" in name for name, _ in adapted.named_parameters())
+        if len(weights) > places:
+            raise ValueError(f"it has {len(weights)} tensors, of which the model has a place for {places}")
     except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"the adapter in {folder} does not fit this {type(model).__name__}: {reason}"
+            f"the adapter in {folder} does not fit this {type(model).__name__}: {one_line(error, 300)}"
         ) from error
-    for warning in said:
-        if "missing adapter keys" in str(warning.message):
-            reason = " ".join(str(warning.message).split())[:300]
-            raise UserError(f"the adapter in {folder} does not fit this {type(model).__name__}: {reason}")
-    layers = sum(".lora_" in name for name, _ in adapted.named_parameters())
-    if len(weights) > layers:
-        raise UserError(
-            f"the adapter in {folder} does not fit this {type(model).__name__}: it has {len(weights)} tensors, "
-            f"of which the model has a place for {layers}"
-        )
     return adapted
 
 

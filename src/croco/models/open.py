@@ -79,7 +79,6 @@ def open_sampler(
     engine, _ = engine_of(runtime, role)
     if adapter is not None and engine != "server" and _is_whole(adapter):
         causal, adapter = causal.model_copy(update={"model": str(adapter), "revision": None}), None
-    template = causal.template
     if engine == "vllm":
         from croco.models.vllm import open_policy
 
@@ -87,19 +86,11 @@ def open_sampler(
     if engine == "server":
         from croco.models import openai_server
 
-        return openai_server.sampler(getattr(runtime.servers, role), role, causal, template, adapter)
-    from croco.models.loading import load_policy
+        return openai_server.sampler(getattr(runtime.servers, role), role, causal, adapter)
+    from croco.models.loading import load_causal
     from croco.models.transformers import HFSampler
 
-    model, tokenizer = load_policy(
-        causal.model,
-        causal.revision,
-        causal.dtype,
-        runtime.device,
-        adapter=adapter,
-        chat_template=template,
-        trust_remote_code=causal.trust_remote_code,
-    )
+    model, tokenizer = load_causal(causal, runtime.device, adapter)
     return HFSampler(model, tokenizer, runtime.token_budget, name=causal.model), tokenizer
 
 

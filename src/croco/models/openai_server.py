@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
 
-from croco.config.models import Model, Template
+from croco.config.models import Causal, Model
 from croco.config.runtime import Server
 from croco.errors import UserError
 from croco.models.chat_template import end_ids
@@ -72,9 +72,7 @@ class _Completions(BaseModel):
     usage: Usage
 
 
-def sampler(
-    server: Server, role: str, model: Model, template: Template | None, adapter: Path | None
-) -> tuple[ServerSampler, Any]:
+def sampler(server: Server, role: str, model: Causal, adapter: Path | None) -> tuple[ServerSampler, Any]:
     """A role's sampler, and the tokenizer of its model: None where the server applies the chat template."""
     key, served = "model", server
     if adapter is not None:  # .../train/ARM/adapter
@@ -87,7 +85,7 @@ def sampler(
             )
         served = server.model_copy(update={"model": name})
     if server.api == "chat":
-        if template is not None:
+        if model.template is not None:
             raise UserError(
                 f"chat_template or chat_template_kwargs is set, which runtime.servers.{role}.api = 'chat' leaves to "
                 f"the server; expected api = 'completions', or the template at the server"
@@ -96,7 +94,7 @@ def sampler(
     connection = Connection(served, role, model.model, key)
     from croco.models.loading import load_tokenizer
 
-    tokenizer = load_tokenizer(model.model, model.revision, template, model.trust_remote_code)
+    tokenizer = load_tokenizer(model.model, model.revision, model.template, model.trust_remote_code)
     return token_sampler(connection, model, tokenizer), tokenizer
 
 

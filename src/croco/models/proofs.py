@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from croco.errors import one_line
 from croco.models.attention.support import boundaries, unsupported
 from croco.models.decoder import ContinuousBatchDecoder
 from croco.models.prefix_forward import Group, forward
@@ -38,7 +39,7 @@ def decoder_disagrees(model: Any, reach: int = TRIAL_TOKENS) -> str | None:
         with torch.inference_mode():
             fast, slow, noise = _three_ways(model, prompts)
     except Exception as error:  # noqa: BLE001 (a trial runs the code of any architecture)
-        return f"a trial of shared prompts fails ({_first_line(error)})"
+        return f"a trial of shared prompts fails ({type(error).__name__} {one_line(error)})"
     gap = (slow.exp() * (fast - slow).abs()).sum(-1).max().item()
     if gap < allowed_gap(model.dtype, noise):
         return None
@@ -110,12 +111,8 @@ def prefixes_disagree(network: Any, reach: int = TRIAL_TOKENS) -> str | None:
     try:
         fast, slow = outputs(True), outputs(False)
     except Exception as error:  # noqa: BLE001 (a trial runs the code of any architecture)
-        return f"a trial of shared prefixes fails ({_first_line(error)})"
+        return f"a trial of shared prefixes fails ({type(error).__name__} {one_line(error)})"
     gap = ((fast - slow).norm() / slow.norm()).item()
     if gap > (1e-3 if network.dtype == torch.float32 else 0.1):
         return f"with shared prefixes a trial differs by {gap:.2g} from whole sequences"
     return None  # broken weights give NaN either way: that is for the reader of the scores to name
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__} {(str(error).strip().splitlines() or [''])[0][:200]}".strip()

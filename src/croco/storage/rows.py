@@ -20,7 +20,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from croco.errors import UserError
+from croco.errors import UserError, one_line
 from croco.storage import shards
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
@@ -92,9 +92,8 @@ def dataset_rows(
             rows = datasets.load_from_disk(os.path.expanduser(source))
             rows = rows[split] if isinstance(rows, datasets.DatasetDict) else rows
     except Exception as error:  # the library raises many kinds for one thing: not there
-        reason = " ".join(str(error).split())[:200]
         of = f"config '{config}', split '{split}'" if config else f"split '{split}'"
-        raise UserError(f"{key}.source = '{source}' ({of}) cannot be loaded: {reason}") from error
+        raise UserError(f"{key}.source = '{source}' ({of}) cannot be loaded: {one_line(error)}") from error
     for number, row in enumerate(rows, start=1):
         yield f"{source}{f', {config}' if config else ''}, row {number}", row
 
@@ -169,8 +168,9 @@ def _parquet_rows(path: Path) -> Iterator[Located]:
                 number += 1
                 yield f"{path}, row {number}", row
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: expected a Parquet file, found after row {number}: {reason}") from None
+        raise UserError(
+            f"{path}: expected a Parquet file, found after row {number}: {one_line(error)}"
+        ) from None
 
 
 def kind(value: Any) -> str:

@@ -18,7 +18,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from croco.errors import UserError
+from croco.errors import UserError, one_line
 from croco.storage.files import TEMPORARY, check_digest, remove, write_atomically, write_json
 from croco.storage.records import read_marker, read_record
 from croco.storage.schemas import DROPPED
@@ -90,7 +90,7 @@ def read_arrow(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
     except (OSError, ValueError) as error:  # ArrowInvalid, and text that is no UTF-8, are ValueErrors
         if isinstance(error, FileNotFoundError):
             raise UserError(f"{path} is missing") from None
-        raise UserError(f"{path} is damaged: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path} is damaged: {one_line(error)}") from None
 
 
 def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pl.DataFrame:

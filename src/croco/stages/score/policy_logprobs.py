@@ -30,18 +30,10 @@ def open_likelihood(
     policy: Policy, runtime: Runtime, mean: bool, adapter: Path | None = None
 ) -> tuple[HFLikelihood, Any]:
     """The policy, with an adapter if given, as a scorer of log-probabilities, and its tokenizer."""
-    from croco.models.loading import load_policy
+    from croco.models.loading import load_causal
     from croco.models.transformers import HFLikelihood
 
-    model, tokenizer = load_policy(
-        policy.model,
-        policy.revision,
-        policy.dtype,
-        runtime.device,
-        adapter=adapter,
-        chat_template=policy.template,
-        trust_remote_code=policy.trust_remote_code,
-    )
+    model, tokenizer = load_causal(policy, runtime.device, adapter)
     return HFLikelihood(model, tokenizer, runtime.token_budget, name=policy.model, mean=mean), tokenizer
 
 

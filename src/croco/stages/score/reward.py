@@ -17,7 +17,7 @@ from typing import Any
 
 from croco.config.models import Reward, RewardPart
 from croco.config.runtime import Runtime
-from croco.errors import Refused, UserError
+from croco.errors import Refused, UserError, one_line
 from croco.models.chat_template import conversations_ids
 from croco.models.open import open_scorer
 from croco.models.protocols import Scorer, ScoreRequest
@@ -121,7 +121,9 @@ def load_function(name: str) -> Callable[..., Any]:
         else:
             loaded = importlib.import_module(module)
     except Exception as error:
-        raise UserError(f"reward.function = '{name}': {path} cannot be loaded: {_shown(error)}") from error
+        raise UserError(
+            f"reward.function = '{name}': {path} cannot be loaded: {type(error).__name__}: {one_line(error)}"
+        ) from error
     function = getattr(loaded, attribute, None)
     if not callable(function):
         raise UserError(f"reward.function = '{name}': {path} has no function '{attribute}'")
@@ -153,7 +155,9 @@ def _called(
     except Exception as error:
         if len(rows) > 1:  # which row it is
             return [value for row in rows for value in _called(function, name, [row])]
-        raise UserError(f"{place} raised {_shown(error)} for {_named(rows[0][1])}") from error
+        raise UserError(
+            f"{place} raised {type(error).__name__}: {one_line(error)} for {_named(rows[0][1])}"
+        ) from error
     values = values.tolist() if hasattr(values, "tolist") else values
     if not isinstance(values, list | tuple) or len(values) != len(rows):
         number = f"{len(values)} scores" if isinstance(values, list | tuple) else type(values).__name__
@@ -177,7 +181,3 @@ def _number(place: str, value: Any, row: Completion) -> float | str:
 
 def _named(row: Completion) -> str:
     return f"completion {row.get('sample_id', 0)} of prompt {row['prompt_id']!r} in {row['language']}"
-
-
-def _shown(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

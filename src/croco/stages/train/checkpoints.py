@@ -20,7 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import TrainerCallback
 
-from croco.errors import UserError
+from croco.errors import UserError, one_line
 from croco.stages.train.distributed import gathered
 from croco.stages.train.early_stopping import best_step
 from croco.storage.files import sync_files, sync_folder, write_json, write_text, writing
@@ -74,9 +74,8 @@ def readable(checkpoint: Path | str | None) -> Iterator[None]:
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # damaged pickles raise anything
-        reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{checkpoint} cannot be read ({type(error).__name__}: {reason}), expected a checkpoint as training wrote "
+            f"{checkpoint} cannot be read ({type(error).__name__}: {one_line(error)}), expected one as training wrote "
             "it: remove this folder to go on from the one before"
         ) from error
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from croco.errors import one_line
 from croco.models.attention.rows import no_varlen
 from croco.models.attention.support import depends_on_batch, unsupported
 from croco.stages.train.batches import Batch, Rows, collate
@@ -79,7 +80,7 @@ def rows_differ(model: nn.Module, examples: Sequence[Example], rows: Rows) -> st
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # noqa: BLE001 - code at a mask it does not expect, kernels
-        return f"{type(base).__name__} does not run them: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return f"{type(base).__name__} does not run them: {type(error).__name__}: {one_line(error)}"
     finally:
         model.train(was_training)
 

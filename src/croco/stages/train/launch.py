@@ -26,7 +26,7 @@ from croco.config.models import Policy
 from croco.config.runtime import Runtime
 from croco.errors import UserError
 from croco.models.children import end_with
-from croco.models.loading import load_policy, pick_device, pick_dtype
+from croco.models.loading import load_causal, pick_device, pick_dtype
 from croco.stages.train.distributed import rank
 from croco.stages.train.memory_plan import check_weights
 from croco.stages.train.train import TrainResult, train_pairs
@@ -82,15 +82,8 @@ def tune_here(job: TrainJob, advance: Advance) -> TrainResult:
     policy, runtime = job.policy, job.runtime
     if policy.quantization is None or job.training.full:
         _check_memory(policy, runtime.device)
-    model, tokenizer = load_policy(
-        policy.model,
-        policy.revision,
-        dtype=policy.dtype,
-        device=runtime.device,
-        chat_template=policy.template,
-        trust_remote_code=policy.trust_remote_code,
-        quantization=None if job.training.full else policy.quantization,
-    )
+    quantization = None if job.training.full else policy.quantization
+    model, tokenizer = load_causal(policy, runtime.device, quantization=quantization)
     return train_pairs(
         model,
         tokenizer,

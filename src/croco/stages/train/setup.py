@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 
 from croco.config.arms import Training
-from croco.errors import UserError
+from croco.errors import UserError, one_line
 from croco.models.chat_template import end_id
 from croco.stages.train import checkpoints
 from croco.stages.train.batches import Rows
@@ -129,7 +129,7 @@ def use_fused_kernels(model: PreTrainedModel) -> str | None:
     try:
         apply_liger_kernel(model, LIGER)
     except (ImportError, TypeError, AttributeError, RuntimeError) as error:  # a version that does not fit
-        return f"liger-kernel does not fit: {' '.join(str(error).split())[:200]}"
+        return f"liger-kernel does not fit: {one_line(error)}"
     return None
 
 
