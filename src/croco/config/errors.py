@@ -58,8 +58,7 @@ def sentence(error: ValidationError, root: type[BaseModel]) -> str:
 
 def shown(value: Any) -> str:
     """A value as the recipe would write it, cut to 60 characters."""
-    text = {True: "true", False: "false"}.get(value) if isinstance(value, bool) else repr(value)
-    assert text is not None
+    text = str(value).lower() if isinstance(value, bool) else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 

@@ -4,7 +4,6 @@ An adapter is put on, taken up again, saved, and merged into the weights it was 
 adapter.
 """
 
-import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +24,6 @@ from transformers.pytorch_utils import Conv1D
 from croco.config.arms import Lora, Training
 from croco.errors import UserError, one_line
 from croco.models.lora_layer import lora_linear
-from croco.storage.files import sync_files, sync_folder, writing
 from croco.storage.hashing import check_adapter
 
 # linear layers that "auto" leaves as they are: routers, and what reads its weight without calling the layer
@@ -270,18 +268,6 @@ def _put_on(model: PreTrainedModel, folder: Path, config: Any, trainable: bool =
             f"the adapter in {folder} does not fit this {type(model).__name__}: {one_line(error, 300)}"
         ) from error
     return adapted
-
-
-def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Write the adapter (safetensors and its configuration) to `folder`, whole or not at all; replaces an older one."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    with writing(partial):
-        model.save_pretrained(str(partial), save_embedding_layers=False)
-    sync_files(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-    sync_folder(folder.parent)
 
 
 def without_adapter(adapted: PeftModel) -> PreTrainedModel:

@@ -66,14 +66,13 @@ class SampleWorker:
         engine_seed: int,
         adapter: Path | None,
         replica: int,
+        role: str = "sample",
     ) -> None:
         self.settings, self.policy = settings, settings["policy"]
         rows, size = prompts(), runtime.shard_prompts
         self.every = lambda: rows.iter_rows(named=True)
         self.shard = lambda index: rows.slice(index * size, size).to_dicts()
-        self.sampler, self.tokenizer = open_sampler(
-            "sample", self.policy, runtime, engine_seed, replica, adapter
-        )
+        self.sampler, self.tokenizer = open_sampler(role, self.policy, runtime, engine_seed, replica, adapter)
         self.facts = self.sampler.facts  # the very dict: a server's counts grow in it
         tuned, self.keep_ids = settings.get("ids_of"), True
         if tuned is not None and (tuned.model, tuned.revision) != (self.policy.model, self.policy.revision):
