@@ -1,9 +1,8 @@
 """The stages `arena-sample` and `arena`: an arm's greedy completions against the base's, before a judge.
 
-Every comparison is judged twice, with each completion once in the first place, so that a judge's preference for a place
-is measured and cancels. Two verdicts that do not agree are a tie, and so is the same text twice, without asking. A
-comparison without a verdict in one of the orders goes to the ledger with the reason. `results.py` computes win rates.
-"""
+Every comparison is judged twice, each completion once in the first place, so a judge's preference for a place is
+measured and cancels. Verdicts that do not agree are a tie, and so is the same text twice, without asking. A comparison
+without a verdict in one of the orders goes to the ledger."""
 
 from __future__ import annotations
 

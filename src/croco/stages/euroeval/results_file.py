@@ -1,9 +1,8 @@
 """EuroEval's results file, read strictly: one line per dataset, in the format of its version 18.
 
-A metric keeps EuroEval's own name. What another version wrote, a dataset that is there twice, a metric that is an
-average over fewer iterations than were asked for: each is an error, because each would put numbers side by side that
-do not belong together. The interval is EuroEval's: 1.96 standard errors over its iterations.
-"""
+What another version wrote, a dataset that is there twice, and an average over fewer iterations than were asked for are
+errors: they would put numbers side by side that do not belong together. The interval is EuroEval's, 1.96 standard
+errors over iterations."""
 
 from __future__ import annotations
 
@@ -95,10 +94,8 @@ def _read(line: str, place: str) -> Record:
 
 
 def rows_of(record: Record, arm: str, language: str, asked: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A record's rows of the results table, one per metric; raises UserError when it is not what was asked for.
-
-    `asked` has iterations, split and few_shot. `n` is the number of iterations, the unit of EuroEval's interval.
-    """
+    """A record's rows of the results table, one per metric; raises UserError when it is not what was asked for
+    (iterations, split and few_shot). `n` is the number of iterations, the unit of EuroEval's interval."""
     name = record.dataset
     primary = language.split("-")[0]
     if not {primary, STANDS_FOR.get(primary, primary)} & set(record.languages):

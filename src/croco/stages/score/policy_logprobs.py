@@ -1,8 +1,5 @@
-"""Scores from the policy itself: log-probabilities of completions under the prompt that was sampled from.
-
-"likelihood" is the mean over a completion's tokens, "likelihood-sum" their sum; `implicit.py` compares two policies.
-How a log-probability is computed is in `models/logprobs.py`.
-"""
+"""Scores from the policy itself: log-probabilities of completions under the prompt that was sampled from ("likelihood"
+is their mean over tokens, "likelihood-sum" their sum). `models/logprobs.py` computes them."""
 
 from __future__ import annotations
 

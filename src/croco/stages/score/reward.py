@@ -1,9 +1,7 @@
 """The scorer "reward": a reward model, a function of the user's, or a weighted sum of several of them.
 
-A model's score is the raw logit of a sequence classifier on the whole conversation. A function takes lists of equal
-length, `messages`, `completions` and `languages`, and returns a number for each completion, or None for one that it
-cannot judge, which goes to the ledger.
-"""
+A model's score is the raw logit of the whole conversation. A function takes lists of equal length, `messages`,
+`completions` and `languages`, and returns a number for each completion, or None for one that goes to the ledger."""
 
 from __future__ import annotations
 
@@ -74,10 +72,8 @@ def _open_part(part: RewardPart, runtime: Runtime, replica: int) -> tuple[ScoreS
 
 
 def score_conversations(scorer: Scorer, tokenizer: Any, groups: Groups, max_tokens: int) -> list[Scored]:
-    """Scores of whole conversations; one that is too long, or that the chat template refuses, gets the reason instead.
-
-    Equal conversations get the same score: in a batch of another shape the last bits of a logit differ.
-    """
+    """Scores of whole conversations, or the reason where one is too long or the chat template refuses it. Equal
+    conversations get the same score: in another batch the last bits of a logit differ."""
     limit = min(max_tokens, scorer.max_context)
     requests, places = [], []
     scored: list[Scored] = []

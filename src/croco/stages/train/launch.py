@@ -1,10 +1,8 @@
-"""A tuning job in this process, or in several that tune one policy together.
+"""A tuning job in this process, or in several that tune one policy together and make what one process makes.
 
-`runtime.train_processes` above 1 starts that many with torchrun, `runtime.accelerate_config` with `accelerate launch`
-(FSDP, DeepSpeed, several machines); they share each step's pairs, and what comes out is what one process makes, but
-for rounding. The job goes to them as a file, what they did comes back as one, and they end with the process that
-started them. This module is also the program that they run.
-"""
+`runtime.train_processes` starts them with torchrun, `runtime.accelerate_config` with `accelerate launch` (FSDP,
+DeepSpeed, several machines). The job goes to them as a file and their result comes back as one; they end with this
+process. This module is also the program that they run."""
 
 from __future__ import annotations
 

@@ -1,10 +1,8 @@
-"""`croco merge`: an arm's adapter merged into its base, as a model folder that any library loads.
+"""`croco merge`: an arm's adapter merged into its base, as a model folder with a card that any library loads.
 
-It is proven on conversations of the arm's own pairs before the folder appears: the adapter changes log-probabilities,
-the merged weights give what base + adapter give, and so does the folder when it is read again. Chat template,
-tokenizer and generation config come along, and a card that says what it was made from. An arm whose weights were all
-tuned is copied and held against its base.
-"""
+Before the folder appears it is proven on the arm's own pairs that the adapter changes log-probabilities, and that the
+merged weights, and the folder when it is read again, give those of base + adapter. Weights that were all tuned are
+copied."""
 
 from __future__ import annotations
 
