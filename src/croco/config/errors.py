@@ -1,7 +1,4 @@
-"""One sentence for a recipe that does not validate: the key, what was found, what was expected.
-
-Pydantic's own messages list every branch of every type; a person wants the first mistake and the nearest known key.
-"""
+"""One sentence for a recipe that does not validate: the first mistake, and the nearest known key."""
 
 from __future__ import annotations
 

@@ -1,9 +1,7 @@
 """The recipe: one experiment, as frozen and strict records; `load.py` reads it, `checks.py` compares its sections.
 
-Strict, because a misspelt key that is ignored costs a GPU week: an unknown key is an error that names the nearest known
-one, a wrong type or value an error that names file and key. The text under a key is its line in the recipe reference
-and what an editor shows. Functions below a stage take plain arguments, never the recipe.
-"""
+Strict, because a misspelt key that is ignored costs a GPU week. The text under a key is its line in the recipe
+reference and what an editor shows."""
 
 from __future__ import annotations
 

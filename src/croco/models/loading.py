@@ -1,9 +1,7 @@
 """Loading models and tokenizers of transformers, strictly.
 
 A directory that is no model, weights that do not fit the architecture or the memory, an adapter of another base, or a
-reward model with another number of logits than one is a UserError before anything runs. Leaves out several devices and
-quantisation.
-"""
+reward model of several logits is a UserError before anything runs. Leaves out several devices."""
 
 import json
 import logging
@@ -34,16 +32,14 @@ KINDS = {  # what is wanted, by the class that loads it
 
 
 def resolve_model(name: str, key: str = "model") -> str | Path:
-    """The place a model's name stands for: a directory (of the package for "lab:policy" and "lab:reward"), or the hub
-    id itself. Raises UserError naming the key for a path that is no model directory."""
+    """The directory that a model's name stands for, or the hub id itself. Raises UserError naming the key for a path
+    that is no model directory."""
     return local_model(name, key) or name
 
 
 def pick_device(device: str = "auto") -> torch.device:
-    """The device named, or for "auto" a CUDA device when there is one, else the CPU.
-
-    Raises UserError for one that torch does not find here.
-    """
+    """The device named, or for "auto" a CUDA device when there is one, else the CPU. Raises UserError for one that is
+    not here."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     wanted = torch.device(device)
@@ -248,10 +244,8 @@ def _quantized(quantization: str | None, dtype: str, device: torch.device) -> di
 
 
 def left_over(names: Iterable[str], network: Any) -> list[str]:
-    """Weights in a model's files that are another network's: layers beyond its own, or the head of another kind.
-
-    Tables that are computed anew count for nothing, nor does a language model's head beside a classifier's.
-    """
+    """Weights in a model's files that are another network's: layers beyond its own, or the head of another kind. Tables
+    that are computed anew count for nothing, nor does a language model's head beside a classifier's."""
     own = {name for name, _ in network.named_children()}
     kept = [name for name in names if not COMPUTED.search(name)]
     heads = [name for name in kept if HEAD.search(name) and not name.startswith(("lm_head", "mtp"))]

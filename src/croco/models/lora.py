@@ -1,8 +1,5 @@
-"""Low-rank adapters: the one room that knows PEFT.
-
-An adapter is put on, taken up again, saved, and merged into the weights it was trained on. Left out: any other kind of
-adapter.
-"""
+"""Low-rank adapters: put on, taken up again, and merged into the weights they were trained on. Only this file knows
+PEFT."""
 
 import warnings
 from collections.abc import Iterator
@@ -58,9 +55,8 @@ def trainable(model: PreTrainedModel, settings: Training, seed: int) -> Any:
 def apply_lora(model: PreTrainedModel, settings: Lora, seed: int) -> PeftModel:
     """The model with trainable adapters on the layers named by `settings.targets`, everything else frozen.
 
-    The adapters start as the identity; their random half depends on the seed alone. It works on a weightless model too.
-    Raises `UserError` as `lora_config`, and when PEFT refuses a layer.
-    """
+    The adapters start as the identity; their random half depends on the seed alone. The model may be weightless. Raises
+    `UserError` as `lora_config`, and when PEFT refuses a layer."""
     config = lora_config(model, settings)
     with torch.random.fork_rng(), _quiet():
         torch.manual_seed(seed)
@@ -75,10 +71,9 @@ def apply_lora(model: PreTrainedModel, settings: Lora, seed: int) -> PeftModel:
 def lora_config(model: PreTrainedModel, settings: Lora) -> LoraConfig:
     """PEFT's configuration for the layers that `settings.targets` means on this model.
 
-    "auto" is every linear layer of the language model but its head and its routers. Fused experts are parameters and
-    not layers: they are adapted where their names are listed, and left as they are by "auto". Raises `UserError` for a
-    name that the model does not have, and for fused experts with dropout, which PEFT does not do.
-    """
+    "auto" is every linear layer of the language model but its head and its routers. Fused experts are parameters, not
+    layers: they are adapted where their names are listed. Raises `UserError` for a name that the model does not have,
+    and for fused experts with dropout, which PEFT does not do."""
     layers = _linear_layers(model)
     automatic = settings.targets == "auto"
     targets = [name for name in layers if _adapts_well(model, name)] if automatic else list(settings.targets)
@@ -134,8 +129,8 @@ def _linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def _adapts_well(model: PreTrainedModel, name: str) -> bool:
-    """Whether "auto" means this linear layer: not the head, not a router, and not the output of a state space, whose
-    kernels read its weight past any adapter."""
+    """Whether "auto" means this linear layer: not the head, a router, or the output of a state space, whose kernels
+    read its weight past any adapter."""
     module, parent = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
     if module is model.get_output_embeddings() or leaf(name) in ROUTERS:
         return False
@@ -197,10 +192,8 @@ def _in_one_step(model: PeftModel) -> PeftModel:
 
 
 def continue_lora(model: PreTrainedModel, folder: Path, settings: Lora) -> PeftModel:
-    """The model with the adapter in `folder` on it, trainable from where it stands; dropout is that of the settings.
-
-    Raises `UserError` for an adapter of another base, size or form than the settings say.
-    """
+    """The model with the adapter in `folder` on it, trainable from there; dropout is that of the settings. Raises
+    `UserError` for an adapter of another base, size or form than the settings say."""
     config = _adapter_config(folder)
     if model.name_or_path:
         check_adapter(folder, model.name_or_path, None)
@@ -279,11 +272,8 @@ def without_adapter(adapted: PeftModel) -> PreTrainedModel:
 
 
 def put_adapter_on(model: PreTrainedModel, folder: Path) -> PeftModel:
-    """The model with the adapter in `folder` beside its weights.
-
-    Raises `UserError` when the folder holds no adapter, or one of another architecture or size, or numbers that are not
-    finite.
-    """
+    """The model with the adapter in `folder` beside its weights. Raises `UserError` when the folder holds no adapter,
+    one of another architecture or size, or numbers that are not finite."""
     return _put_on(model, folder, _adapter_config(folder))
 
 

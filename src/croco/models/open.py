@@ -1,8 +1,4 @@
-"""Engines that sample, score and judge. `protocols` is what they promise.
-
-Which engine a stage runs on is `[runtime.engines]` of the recipe: how, never what, so no fingerprint knows of it.
-Opening one imports its library, here and nowhere else.
-"""
+"""Engines that sample, score and judge; `protocols` is what they promise. Opening one imports its library."""
 
 from __future__ import annotations
 
@@ -71,11 +67,8 @@ def release() -> None:
 def open_sampler(
     role: str, causal: Causal, runtime: Runtime, seed: int, replica: int = 0, adapter: Path | None = None
 ) -> tuple[Sampler, Any]:
-    """A causal model (with an adapter, if given) on the engine of a role, and its tokenizer.
-
-    The tokenizer is None where the sampler takes messages.
-    `seed` and `replica` make the engine's own seed where completions have none of their own.
-    """
+    """A causal model (with an adapter, if given) on the engine of a role, and its tokenizer, None where the sampler
+    takes messages. `seed` and `replica` make the engine's own seed where completions have none."""
     engine, _ = engine_of(runtime, role)
     if adapter is not None and engine != "server" and _is_whole(adapter):
         causal, adapter = causal.model_copy(update={"model": str(adapter), "revision": None}), None

@@ -1,13 +1,9 @@
 """Any OpenAI-compatible server: vLLM's, a hosted one, or what stands in front of several.
 
-Two ways in. "completions" sends the very token ids that every other engine would see, and gets ids back where the
-server has them to give (vLLM). "chat" sends messages, lets the server apply its template, and gets text: no tokenizer
-here. Sampling parameters are always sent, all of them: a vLLM server puts the model's `generation_config.json` in the
-place of what a request leaves out. What can be known before is checked when an engine opens: address, key, model name,
-context.
-
-Leaves out starting servers, how requests survive faults (`http_client.py`), and scores (`openai_scorer.py`).
-"""
+"completions" sends the token ids that every other engine would see, and gets ids back where the server has them (vLLM).
+"chat" sends messages and gets text: no tokenizer here. All sampling parameters are always sent: a vLLM server puts the
+model's `generation_config.json` in the place of what a request leaves out. Address, key, model name and context are
+checked when an engine opens."""
 
 from __future__ import annotations
 
@@ -155,7 +151,7 @@ class Connection:
 
 
 class ServerSampler:
-    """Samples from a server: with a tokenizer, and the end tokens to leave out of ids, by "completions"; without by
+    """Samples from a server: with a tokenizer, and the end tokens to leave out of ids, by "completions"; else by
     "chat"."""
 
     def __init__(

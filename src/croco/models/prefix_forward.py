@@ -1,13 +1,10 @@
 """One forward over many sequences that share prefixes: each prefix is computed once, the rest in batches by length.
 
-Completions of one prompt begin with the same tokens. Their keys and values are computed and stored once, and the rows
-that follow look at them there (`attention/prefill`). Where a group spares too few tokens to be worth that, and where an
-architecture is not known to allow it, whole sequences are computed: the same numbers. Either way rows are batched by
-what is left to compute, across prompts, so that little is padding; padding stands on the right, where causal attention
-never looks.
+Keys and values of a prefix are stored once, and the rows behind it look at them there (`attention/prefill`). Where a
+group saves too few tokens, or an architecture does not allow it, whole sequences are computed: the same numbers.
+Padding is on the right, where causal attention never looks.
 
-Shapes: B rows, P prefix tokens, T tokens after it.
-"""
+Shapes: B rows, P prefix tokens, T tokens after it."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -48,10 +45,9 @@ def forward(
 ) -> Iterator[tuple[list[Row], Any]]:
     """Yield (rows, the network's output over their rests, right-padded to (B, T, …)) until every rest is done.
 
-    `token_budget` bounds the tokens of a batch, and those of the prefixes stored at a time (a longer single row, or
-    prefix, stands alone). With `read_at`, the one place in each rest that is wanted, the others' output is arbitrary:
-    the last layer is not finished there. Without `share` whole sequences go the way of transformers.
-    """
+    `token_budget` bounds the tokens of a batch, and those of the prefixes stored at a time. With `read_at`, the one
+    place in each rest that is wanted, the others' output is arbitrary. Without `share` whole sequences go the way of
+    transformers."""
     read_at = read_at if share else None
     ours = [
         g for g, group in enumerate(groups) if share and can_share(network) and not _slides(network, group)

@@ -1,8 +1,5 @@
-"""Starts vLLM's OpenAI-compatible server as a process of ours on loopback, and ends it.
-
-vLLM is started, never imported: it may live in another environment. The server ends with the context it was opened in,
-and with this process, however this one ends.
-"""
+"""Starts vLLM's OpenAI-compatible server as a process of ours on loopback, and ends it with its context and with this
+process. vLLM is never imported: it may live in another environment."""
 
 from __future__ import annotations
 

@@ -138,7 +138,7 @@ class ShardWorker:
             yield pa.Table.from_pylist([{"error": str(error)}], schema=SHARD)
 
     def check_place(self) -> None:
-        """Stand where the driver stands, and make sure that the run's folder here is the run's folder there."""
+        """Work where the driver works, and make sure that the run's folder here is the run's folder there."""
         record = self.folder / "stage.json"
         try:
             os.chdir(self.place)

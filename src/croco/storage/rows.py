@@ -1,9 +1,6 @@
 """Rows of data that other tools wrote: JSON lines, JSON lists, Parquet, folders of them, and datasets of the hub.
 
-One strict reader for all of them. Whatever is wrong with a file is one sentence that names the file and the line: JSON
-that is broken, nested too deep or holds a number of thousands of digits, text that is not Unicode (half a surrogate
-pair, broken UTF-8), damaged pages.
-"""
+One strict reader: whatever is wrong with a file is one sentence that names the file and the line."""
 
 from __future__ import annotations
 
@@ -31,11 +28,9 @@ Located = tuple[str, Any]  # where a row is, as in "FILE, line 3", and the row
 
 
 def files_of(source: str | Path, data_files: Sequence[str] = (), key: str = "") -> list[Path]:
-    """The files that a name stands for: a file, those of a folder (of its `data_files`), or those of a pattern.
-
-    In a folder it is the finished shards of a stage, else the files themselves, else those in `data`, `export` or
-    `pairs`, where `croco export` and `croco pairs` write. Raises UserError, beginning with `key`, where there are none.
-    """
+    """The files that a name stands for: a file, those of a folder (of its `data_files`), or those of a pattern. In a
+    folder those are the finished shards of a stage, else its files, else those in `data`, `export` or `pairs`. Raises
+    UserError, beginning with `key`, where there are none."""
     path = Path(os.path.expanduser(source))
     name = f"{key} = '{source!s:.200}'" if key else f"{path!s:.200}"
     if os.path.isfile(path):

@@ -81,7 +81,7 @@ def read(judged: Judged | str, arm_first: bool) -> Reading:
 
 
 def value_of(arm_first: str, base_first: str) -> float:
-    """1 when both orders are for the arm, 0 when both are for the base, else (a tie, or verdicts that do not agree) ½."""
+    """1 when both orders are for the arm, 0 when both are for the base, else (ties, verdicts that differ) ½."""
     if arm_first != base_first or arm_first == TIE:
         return 0.5
     return 1.0 if arm_first == ARM else 0.0

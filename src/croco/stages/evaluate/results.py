@@ -103,7 +103,7 @@ def on_common_prompts(verdicts: pl.DataFrame) -> tuple[pl.DataFrame, int]:
 
 
 def _per_prompt(verdicts: pl.DataFrame) -> pl.DataFrame:
-    """Means over the samples of every (arm, temperature, prompt, language): the headline metric and a share per mode."""
+    """Means over the samples of every (arm, temperature, prompt, language): the headline metric, a share per mode."""
     benchmark = verdicts["benchmark"][0]
     identified, language = pl.col("found_language"), pl.col("language")
     fidelity = {

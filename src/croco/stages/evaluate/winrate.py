@@ -1,4 +1,4 @@
-"""Win rates against a reference, plain and with the lengths of the completions taken out; a preference is 1, 0, or ½."""
+"""Win rates against a reference, plain and with the lengths of the completions taken out (1, 0, or ½ each)."""
 
 from __future__ import annotations
 

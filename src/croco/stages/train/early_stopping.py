@@ -33,7 +33,7 @@ def alarm(
     shortcut_aucs: Mapping[str, float],
     learning_rate: float,
 ) -> str | None:
-    """Why tuning must stop after the last line, in one sentence, or None. Numbers that are not finite always stop it."""
+    """Why tuning must stop after the last line, in one sentence, or None. Numbers that are not finite stop it too."""
     line = lines[-1]
     for name, value in line.items():
         if isinstance(value, float) and not math.isfinite(value):
