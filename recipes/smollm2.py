@@ -217,7 +217,7 @@ def accuracies(recipe: Recipe, dev: pl.DataFrame, models: dict[str, Path]) -> pl
 def controls(path: Path, recipe: Recipe) -> dict[str, pl.DataFrame]:
     """Verdicts of the base in ways that need no tuning: asked to answer in the language, and the best of several."""
     asked = [f'policy.instruction.{code}="{INSTRUCTIONS[code]}"' for code in recipe.run.evaluated]
-    asked += ["evaluation.base_temperatures=[0.5]"]
+    asked += ["evaluation.temperatures=[0.0, 0.5]", "evaluation.base_temperatures=[]"]
     best = [
         f"evaluation.samples={BEST_OF}",
         "evaluation.temperatures=[1.0]",
