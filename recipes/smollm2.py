@@ -200,8 +200,8 @@ def accuracies(recipe: Recipe, dev: pl.DataFrame, models: dict[str, Path]) -> pl
     for name, scored in scores.items():
         shares: dict[str, list[float]] = {}
         for (_, pool), values in zip(groups, scored, strict=True):
-            good = [value for row, value in zip(pool, values, strict=True) if row["good"]]
-            bad = [value for row, value in zip(pool, values, strict=True) if not row["good"]]
+            told = [(row["good"], float(value)) for row, value in zip(pool, values, strict=True)]
+            good, bad = ([value for label, value in told if label == wanted] for wanted in (True, False))
             won = [(a > b) + 0.5 * (a == b) for a in good for b in bad]
             if won:
                 shares.setdefault(pool[0]["language"], []).append(float(np.mean(won)))
