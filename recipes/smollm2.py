@@ -42,7 +42,7 @@ LABELS = ("constraint", "ended", "in the language", "no loop", "no echo")
 PARTS = ("constraint", "in the language", "known words", "no loop", "no echo", "ended")
 ROW = ("prompt_id", "language")
 # prompts and completions that reward models learn from, the last ones of the train split, and those of accuracy on dev
-ENGLISH, OTHERS, DEV = (48, 8), (24, 3), (20, 6)
+ENGLISH, OTHERS, DEV = (48, 8), (24, 3), (12, 6)
 LAYERS = 8  # the last ones are trained, those below are the policy's
 LEARNING_RATE, BATCH_PAIRS = 1e-4, 8
 BEST_OF = 4
