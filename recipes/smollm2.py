@@ -27,7 +27,7 @@ import numpy as np
 import polars as pl
 
 import croco
-from croco.config.load import load
+from croco.config.load import from_dict, load, merged
 from croco.config.models import Reward
 from croco.config.recipe import Recipe
 from croco.models.open import tuned_weights
@@ -216,22 +216,21 @@ def accuracies(recipe: Recipe, dev: pl.DataFrame, models: dict[str, Path]) -> pl
 # The controls ---------------------------------------------------------------------------------------------------------
 
 
-def controls(path: Path, recipe: Recipe) -> None:
+def controls(recipe: Recipe) -> None:
     """Verdicts of the base in ways that need no tuning: asked to answer in the language, and the best of several."""
-    asked = [f'policy.instruction.{code}="{INSTRUCTIONS[code]}"' for code in recipe.run.evaluated]
-    asked += ["evaluation.temperatures=[0.0, 0.5]", "evaluation.base_temperatures=[]"]
-    best = [
-        f"evaluation.samples={BEST_OF}",
-        "evaluation.temperatures=[1.0]",
-        "evaluation.base_temperatures=[]",
-    ]
-    best += [
-        f'evaluation.reward.model="{recipe.reward.model}"',
-        f'evaluation.reward.dtype="{recipe.reward.dtype}"',
-    ]
-    best += [] if not recipe.evaluation.reward else ["evaluation.reward.function=null"]
-    for name, overrides in (("instruction", asked), ("best-of", best)):
-        other = load(path, [f'run.folder="{controls_folder(recipe) / name}"', *overrides])
+    spoken = {code: INSTRUCTIONS[code] for code in recipe.run.evaluated}
+    asked = {
+        "policy": {"instruction": spoken},
+        "evaluation": {"temperatures": [0.0, 0.5], "base_temperatures": []},
+    }
+    best = {
+        "evaluation": {"samples": BEST_OF, "temperatures": [1.0], "base_temperatures": [],
+                       "reward": recipe.reward.model_dump(mode="json")},
+    }  # fmt: skip
+    values = recipe.model_dump(mode="json", exclude={"study", "sweep"})
+    for name, changed in (("instruction", asked), ("best-of", best)):
+        folder = {"run": {"folder": str(controls_folder(recipe) / name)}}
+        other = from_dict(merged(merged(values, changed), folder))
         for stage in ("eval-prompts", "evaluate"):
             run_stage(other, stage, arm="base" if stage == "evaluate" else None, say=print)
 
@@ -402,7 +401,7 @@ def main() -> None:
     if asked.what == "reward":
         make_reward(recipe)
     elif asked.what == "controls":
-        controls(asked.recipe, recipe)
+        controls(recipe)
     else:
         page(recipe, asked.to)
 
