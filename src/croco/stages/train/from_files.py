@@ -46,8 +46,10 @@ def train_on_files(
     overrides: Sequence[str],
     license: str,
     say: Callable[[str], None],
+    limit: int | None = None,
 ) -> None:
-    """Tune `model` on the pairs of the files and write the adapter (or the model) into `to`; raises UserError."""
+    """Tune `model` on the (first `limit`) pairs of the files and write the adapter (or the model) into `to`; raises
+    UserError."""
     recipe = _recipe(model, overrides)
     mapped = mappings(columns)
     if language is not None:
@@ -61,7 +63,7 @@ def train_on_files(
         "policy": recipe.policy.model_dump(mode="json", exclude={"model", "revision", "trust_remote_code"}),
         "training": recipe.arms[ARM].training.model_dump(mode="json"),
         "seed": recipe.run.seed,
-    }
+    } | ({"limit": limit} if limit else {})
     _stands(to, digest(made_from))  # before anything is made there
     with lock(to):
         if _stands(to, digest(made_from)) == "complete":
@@ -84,6 +86,7 @@ def _train(
     files.write_json(to / RECORD, record)
     chosen_only = recipe.arms[ARM].training.method == "sft"
     pairs, unusable = _pairs(sources, made_from["columns"], columns, made_from["language"], chosen_only, to)
+    pairs = pairs[: made_from.get("limit")]
     _write_pairs(to / "scratch" / "pairs", pairs)
     result = _tuned(recipe, to)
     dropped = pa.concat_tables([ledger(unusable), result.dropped.to_arrow().cast(DROPPED.schema)])

@@ -12,12 +12,14 @@ from croco.pipeline.progress import Progress
 from croco.pipeline.stage import Work
 from croco.stages.train.launch import TrainJob, tune
 from croco.stages.train.model_card import policy_card
+from croco.stages.train.setup import check_pairs
 from croco.storage import files, shards
 from croco.storage.schemas import DROPPED
 
 
 def train(work: Work) -> None:
     """The stage: an arm's pairs into weights and `metrics.jsonl`; pairs left out go to the ledger."""
+    check_pairs(work.inputs["pair"])
     job = TrainJob(
         policy=work.settings["policy"],
         runtime=work.runtime,
