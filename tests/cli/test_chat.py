@@ -18,7 +18,7 @@ from croco.config.load import load
 from croco.errors import printable
 from croco.models.chat_template import prompt_ids
 from croco.models.loading import load_policy
-from croco.models.lora import apply_lora, save_adapter
+from croco.models.lora import apply_lora
 from croco.models.protocols import Decoding, Request
 from croco.models.transformers import HFSampler
 
@@ -60,7 +60,7 @@ def adapter(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -
         for name, weight in adapted.named_parameters():
             if "lora_B" in name:
                 weight.fill_(0.5)
-    save_adapter(adapted, folder)
+    adapted.save_pretrained(folder)
     return folder
 
 

@@ -1,8 +1,7 @@
-"""The judge's prompt, and how a judgement is read. Text only: models are opened by `arena.py`.
+"""The judge's prompt, and how a judgement is read.
 
-A judgement has a verdict only if its last line says one. Nothing is guessed from prose, and a judgement that was cut
-off has none. What a judge thinks aloud is not read.
-"""
+A judgement has a verdict only if its last line says one. Nothing is guessed from prose; what a judge thinks aloud is
+not read."""
 
 from __future__ import annotations
 
@@ -83,7 +82,6 @@ def read(judged: Judged | str, arm_first: bool) -> Reading:
 
 
 def value_of(verdicts: Sequence[str]) -> float:
-    """1 when the verdicts of all orders are for the arm, 0 when they are for the base; everything else, also two that
-    do not agree, is a tie and counts ½.
-    """
+    """1 when the verdicts of all orders are for the arm, 0 when they are for the base, else (ties, verdicts that
+    differ) ½."""
     return 1.0 if {*verdicts} == {ARM} else 0.0 if {*verdicts} == {BASE} else 0.5

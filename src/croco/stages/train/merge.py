@@ -1,10 +1,8 @@
-"""`croco merge`: an adapter merged into its base, as a model folder that any library loads.
+"""`croco merge`: an adapter merged into its base, as a model folder with a card that any library loads.
 
-It is proven before the folder appears, on conversations of the arm's own pairs (on a few of ours for an adapter without
-a run): the adapter changes log-probabilities, the merged weights give what base + adapter give, and so does the folder
-when it is read again. Chat template, tokenizer and generation config come along, and a card that says what it was made
-from. An arm whose weights were all tuned is copied and held against its base.
-"""
+Before the folder appears it is proven, on the arm's own pairs (on conversations of ours for an adapter without a run),
+that the adapter changes log-probabilities, and that the merged weights, and the folder when it is read again, give
+those of base + adapter. Weights that were all tuned are copied."""
 
 from __future__ import annotations
 
@@ -23,7 +21,7 @@ from croco.config.models import Policy
 from croco.config.recipe import Recipe
 from croco.errors import UserError
 from croco.models.chat_template import end_id
-from croco.models.loading import load_policy
+from croco.models.loading import load_causal
 from croco.models.lora import merged, put_adapter_on
 from croco.models.open import policy_of, tuned_weights
 from croco.stages.train.batches import collate
@@ -109,22 +107,17 @@ def write(
     """Write a policy with its `weights` (an adapter, or a whole model) to the new folder `to`; raises UserError unless
     it is proven on the `probes` that are made with model and tokenizer."""
     files.check_new_folder(to)
+    own: dict[str, object] = {"revision": None, "chat_template": None, "chat_template_kwargs": {}}
     partial = to.with_name(f".{to.name}.merging")
     files.begin_folder(partial)
-    model, tokenizer = load_policy(
-        policy.model,
-        policy.revision,
-        dtype=policy.dtype,
-        device=device,
-        chat_template=policy.template,
-        trust_remote_code=policy.trust_remote_code,
-    )
+    model, tokenizer = load_causal(policy, device)
     examples = probes(model, tokenizer)
     before = mean_logps(model, examples)
     if (weights / "config.json").is_file():
         with files.writing(partial):
             shutil.copytree(weights, partial, dirs_exist_ok=True)
-        after = mean_logps(load_policy(str(weights), dtype=policy.dtype, device=device)[0], examples)
+        whole = policy.model_copy(update={"model": str(weights), **own})
+        after = mean_logps(load_causal(whole, device)[0], examples)
         in_memory = after
     else:
         check_adapter(weights, policy.model, policy.revision)
@@ -136,9 +129,7 @@ def write(
             model.save_pretrained(str(partial))
             tokenizer.save_pretrained(str(partial))
     del model
-    again, _ = load_policy(
-        str(partial), dtype=policy.dtype, device=device, trust_remote_code=policy.trust_remote_code
-    )
+    again, _ = load_causal(policy.model_copy(update={"model": str(partial), **own}), device)
     written = mean_logps(again, examples)
     proof = Proof(*(_largest(a, b) for a, b in ((after, before), (in_memory, after), (written, after))))
     _check(proof, again.dtype, weights)

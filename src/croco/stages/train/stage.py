@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import ExitStack
 
 from rich.console import Console
@@ -28,9 +29,10 @@ def train(work: Work) -> None:
         pairs=work.inputs["pair"],
         title=work.title,
         seed=work.settings["seed"],
+        limit=work.settings.get("limit"),
         start=work.inputs["train"] / "adapter" if "train" in work.inputs else None,
         reference=work.settings.get("reference", "base"),
-        reference_folder=work.folder.parents[1] / "reference",  # of every arm
+        reference_folder=work.folder.parents[1] / "reference" if work.arm else None,  # of every arm
     )
     with ExitStack() as stack:
         bars: list[Progress] = []
@@ -42,7 +44,7 @@ def train(work: Work) -> None:
 
         result = tune(job, advance)
     work.account(
-        read={"pair": sum(shard.rows for shard in shards.shards(work.inputs["pair"]))},
+        read={"pair": min(sum(shard.rows for shard in shards.shards(job.pairs)), job.limit or sys.maxsize)},
         written={"pair": result.pairs + result.validation_pairs},
         dropped=result.dropped.to_arrow().cast(DROPPED.schema),
     )
