@@ -27,7 +27,7 @@ from croco.report.claims import EQUIVALENT, FAILS, HOLDS, OPEN, UNTESTABLE, clai
 from croco.report.contrasts import Runs, curve_at, frontier, p_wanted, run_tests
 from croco.report.multi_seed import Pooled, pool
 from croco.report.transfer import accuracy_by_form, heuristic, ranking
-from croco.stages.evaluate.stats import Estimate, over_seeds_and_prompts
+from croco.stages.evaluate.stats import Estimate
 from croco.storage import files, shards
 from croco.storage.schemas import COMPLETIONS, SCORES, VERDICTS
 
@@ -187,7 +187,7 @@ def test_two_sweeps_at_equal_kl() -> None:
 
 
 def test_what_is_lost_at_equal_gain_has_an_error_that_covers() -> None:
-    """Simulated sweeps of a known law: DPO keeps 1 − gain, SFT 1 − 2·gain; both are read where SFT ends, a gain of 0.3."""
+    """Simulated sweeps of a known law: DPO keeps 1 − gain, SFT 1 − 2·gain; both are read where SFT ends, at 0.3."""
     rates, level = (0.1, 0.2, 0.3), 0.5
     sweeps = {"dpo": [f"dpo-{r}" for r in rates], "sft": [f"sft-{r}" for r in rates]}
     gains = {"base": 0.0} | {

@@ -1,9 +1,7 @@
 """What a model or file is, by its content, for fingerprints: the same weights in another place are the same model.
 
 A model's directory is the digest of the files that loading reads, a hub id is itself at its revision, a file is its
-SHA-256. Every byte counts; digests of large files are kept in the user's cache until the file changes. Library versions
-are recorded by `storage/provenance.py` but are no part of an identity. Loads no torch.
-"""
+SHA-256. Digests of large files are kept in the user's cache until the file changes."""
 
 from __future__ import annotations
 
@@ -54,11 +52,8 @@ def digest(value: Any) -> str:
 
 
 def local_model(name: str, key: str = "model") -> Path | None:
-    """The directory that a model's name stands for, or None for a hub id.
-
-    Those of LAB_NAMES are package data, as in `lab:policy`. Raises UserError naming the key for a directory that is not
-    there or holds no model.
-    """
+    """The directory that a model's name stands for (package data for `lab:policy` and the other LAB_NAMES), or None for
+    a hub id. Raises UserError naming the key for a directory that is not there or holds no model."""
     if name.startswith("lab:"):
         folder = LAB_MODELS / name.removeprefix("lab:")
         if name.removeprefix("lab:") not in LAB_NAMES:
@@ -94,11 +89,8 @@ def model_identity(name: str, revision: str | None, key: str = "model") -> str:
 
 
 def check_adapter(folder: Path, model: str, revision: str | None) -> None:
-    """Raise UserError when an adapter says that it was trained on another model than this one.
-
-    A base of the same shape would take it without a word. Bases that cannot be compared pass: one that is gone, or a
-    directory against a hub id.
-    """
+    """Raise UserError when an adapter says that it was trained on another model: a base of the same shape would take it
+    without a word. Bases that cannot be compared pass: one that is gone, or a directory against a hub id."""
     path = folder / "adapter_config.json"
     if not path.is_file():
         raise UserError(f"{folder} holds no adapter: found no adapter_config.json")
@@ -236,10 +228,8 @@ def _keep() -> None:
 
 
 def function_file(name: str) -> Path:
-    """The file of "module:name" or "file.py:name", which is not loaded; modules of the current folder are seen.
-
-    Raises UserError when there is no such file.
-    """
+    """The file of "module:name" or "file.py:name", which is not loaded; modules of the current folder are seen. Raises
+    UserError when there is no such file."""
     module = name.rpartition(":")[0]
     if module.endswith(".py"):
         path = Path(os.path.expanduser(module))
