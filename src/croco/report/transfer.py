@@ -72,7 +72,7 @@ def good_over_forms(folders: Sequence[Path], scorers: Sequence[str]) -> dict[tup
 
     Equal scores count half; the interval is over prompts, each the mean over its pools.
     """
-    from croco.lab.world import verify
+    from croco.lab.judge import verify
 
     key = ["prompt_id", "language"]
     by_prompt: dict[tuple[str, str], dict[str, list[float]]] = {}
