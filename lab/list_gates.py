@@ -1,7 +1,7 @@
-"""What the models of the lists world show on dev prompts: the figures that decide what ships, gates.
+"""What the models of the lists world show on dev prompts: the figures and gates that decide what ships.
 
-Pools of 64 per prompt and language. "Within a form" are pairs of one pool that differ in how many items are right and in
-nothing else (frame, separators, fillers, other languages); "graded" are pairs whose quality differs at all.
+Pools of 64 per prompt and language. "Within a form" are pairs of one pool that differ in how many items are right and
+in nothing else (frame, separators, fillers, other languages); "graded" are pairs whose quality differs at all.
 """
 
 from collections.abc import Iterable, Sequence

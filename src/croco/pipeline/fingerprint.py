@@ -185,7 +185,7 @@ def score_settings(recipe: Recipe, arm: str | None) -> Settings:
     policy = given_policy(recipe.policy, recipe.run.languages)
     match section.scorer:
         case "reward":
-            own: Settings = {"reward": given_reward(recipe.reward)}
+            own: Settings = {"reward": given_reward(section.reward or recipe.reward)}
         case "likelihood" | "likelihood-sum":
             own = {"policy": policy}
         case "verified":
