@@ -204,9 +204,8 @@ def table(gates: Sequence[Gate], title: str) -> Table:
     for column in ("figure", *lists.LANGUAGES, "gate", "met"):
         out.add_column(column)
     for gate in gates:
-        bounds = [f"≥ {gate.least:g}"] * np.isfinite(gate.least) + [f"≤ {gate.most:g}"] * np.isfinite(
-            gate.most
-        )
+        limits = (("≥", gate.least), ("≤", gate.most))
+        bounds = [f"{sign} {limit:g}" for sign, limit in limits if np.isfinite(limit)]
         cells = [f"{gate.values[code]:.2f}" for code in lists.LANGUAGES]
         out.add_row(gate.name, *cells, ", ".join(bounds), ("yes" if gate.met else "no") if bounds else "")
     return out
