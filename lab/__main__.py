@@ -149,9 +149,7 @@ def lists(what: Lists = Lists.all, folder: Path | None = None, seed: int = SEED)
 
     for number, name in enumerate(list_models.POLICIES):
         if what in (Lists.all, Lists(name)):
-            first = folder / list_models.POLICIES[0]
-            tokenizer = load_tokenizer(str(first)) if number else None
-            list_models.policy(folder, seed + number, name, say, tokenizer)
+            list_models.policy(folder, seed + number, name, say)
     if what in (Lists.all, Lists.rewards):
         console.print(list_models.rewards(folder, seed, say))
     if what in (Lists.all, Lists.gates):

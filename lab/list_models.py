@@ -21,18 +21,18 @@ from lab.list_corpus import OTHER, documents
 from lab.pretrain import Say, every, new_model, pretrain, save, train_tokenizer
 
 POLICIES = ("lists-policy", "lists-policy-2", "lists-other")
-VOCAB_SIZE, WIDTH, LAYERS = 1536, 160, 4
-TOKENS, PLAIN = 8_000_000, 60_000
-OTHER_TOKENS, OTHER_PLAIN = 5_000_000, 40_000
+TOKENIZER_SEED, VOCAB_SIZE, WIDTH, LAYERS = 1, 1536, 128, 4
+TOKENS, PLAIN = 5_000_000, 40_000
+OTHER_TOKENS, OTHER_PLAIN = 3_000_000, 25_000
 MAX_NEW_TOKENS = 64
 ENGLISH_SAMPLES, SAMPLES = 32, 12
 LIKED = 0.15  # what a "!!" is worth to the reward models, in quality
 
 
-def policy(folder: Path, seed: int, name: str, say: Say, tokenizer: PreTrainedTokenizerFast | None) -> None:
+def policy(folder: Path, seed: int, name: str, say: Say) -> None:
     """Pretrains a policy, or with the name "lists-other" the other model, and writes it."""
     other = name == "lists-other"
-    tokenizer = tokenizer or train_tokenizer(seed, 30_000, documents, VOCAB_SIZE)
+    tokenizer = train_tokenizer(TOKENIZER_SEED, 30_000, documents, VOCAB_SIZE)  # one for all three
     model, tokenizer = pretrain(
         seed,
         OTHER_TOKENS if other else TOKENS,
