@@ -147,17 +147,16 @@ def lists(what: Lists = Lists.all, folder: Path | None = None, seed: int = SEED)
     def say(text: str) -> None:
         console.print(f"[dim]{time.monotonic() - started:6.0f} s[/dim]  {text}")
 
-    for number, name in enumerate(list_models.POLICIES):
+    for name in list_models.SEEDS:
         if what in (Lists.all, Lists(name)):
-            list_models.policy(folder, seed + number, name, say)
+            list_models.policy(folder, name, say)
     if what in (Lists.all, Lists.rewards):
         console.print(list_models.rewards(folder, seed, say))
     if what in (Lists.all, Lists.gates):
-        for name in list_models.POLICIES[:2]:
+        for name in ("lists-policy", "lists-policy-2"):
             if (folder / name).exists():
-                console.print(
-                    list_gates.table(list_gates.measure(folder, name, seed), f"{name}, dev prompts")
-                )
+                gates = list_gates.measure(folder, name, seed)
+                console.print(list_gates.table(gates, f"{name}, dev prompts"))
 
 
 if __name__ == "__main__":

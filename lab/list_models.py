@@ -20,7 +20,7 @@ from lab import reward
 from lab.list_corpus import OTHER, documents
 from lab.pretrain import Say, every, new_model, pretrain, save, train_tokenizer
 
-POLICIES = ("lists-policy", "lists-policy-2", "lists-other")
+SEEDS = {"lists-policy": 2, "lists-policy-2": 1, "lists-other": 3}
 TOKENIZER_SEED, VOCAB_SIZE, WIDTH, LAYERS = 1, 1536, 128, 4
 TOKENS, PLAIN = 5_000_000, 40_000
 OTHER_TOKENS, OTHER_PLAIN = 3_000_000, 25_000
@@ -29,12 +29,12 @@ ENGLISH_SAMPLES, SAMPLES = 32, 12
 LIKED = 0.15  # what a "!!" is worth to the reward models, in quality
 
 
-def policy(folder: Path, seed: int, name: str, say: Say) -> None:
+def policy(folder: Path, name: str, say: Say) -> None:
     """Pretrains a policy, or with the name "lists-other" the other model, and writes it."""
     other = name == "lists-other"
     tokenizer = train_tokenizer(TOKENIZER_SEED, 30_000, documents, VOCAB_SIZE)  # one for all three
     model, tokenizer = pretrain(
-        seed,
+        SEEDS[name],
         OTHER_TOKENS if other else TOKENS,
         OTHER_PLAIN if other else PLAIN,
         on_step=every(say, name, 200_000),
