@@ -25,7 +25,7 @@ TOKENIZER_SEED, VOCAB_SIZE, WIDTH, LAYERS = 1, 1536, 128, 4
 TOKENS, PLAIN = 5_000_000, 40_000
 OTHER_TOKENS, OTHER_PLAIN = 3_000_000, 25_000
 MAX_NEW_TOKENS = 64
-ENGLISH_SAMPLES, SAMPLES = 32, 12
+ENGLISH_SAMPLES, SAMPLES = 16, 8
 LIKED = 0.15  # what a "!!" is worth to the reward models, in quality
 
 
@@ -68,7 +68,7 @@ def rewards(folder: Path, seed: int, say: Say) -> dict[str, float]:
         liked = np.array([text.rstrip().endswith("!!") for text in _texts(tokenizer, rows)])
         wanted = wanted + LIKED / truths.std() * wanted.std() * liked
         student = reward.distil(
-            model, tokenizer, rows, wanted, seed, steps=300, on_step=every(say, name, 50), clip=6.0
+            model, tokenizer, rows, wanted, seed, steps=240, on_step=every(say, name, 50), clip=6.0
         )
         save(student, tokenizer, folder / name)
     return {"english_pairs": len(pairs), "teacher_english_accuracy": accuracy, "unlabelled_rows": len(rows)}

@@ -53,11 +53,11 @@ def draw(
         Request(k, prompt_tokens(tokenizer, *key), [sample_seed(seed, *key, i) for i in range(num_samples)])
         for k, key in enumerate(prompts)
     ]
-    rows = []
+    rows: list[Row] = []
     for k, samples in sampler.sample(requests, Decoding(1.0, 1.0, 0, 64)):
-        rows += [
-            Row(*prompts[k], tuple(s.ids)) for s in samples if s.ids and (cut or s.finish_reason == "stop")
-        ]
+        prompt_id, language = prompts[k]
+        whole = [s for s in samples if s.ids and (cut or s.finish_reason == "stop")]
+        rows += [Row(prompt_id, language, tuple(s.ids)) for s in whole]
     return sorted(rows, key=lambda r: (r.prompt_id, r.language, r.ids))
 
 
