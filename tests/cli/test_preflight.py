@@ -17,7 +17,7 @@ from croco.cli.main import app
 from croco.config.arms import Lora
 from croco.errors import UserError
 from croco.models.loading import load_policy
-from croco.models.lora import apply_lora, save_adapter
+from croco.models.lora import apply_lora
 from croco.storage.hashing import check_adapter
 
 Doctor = Callable[..., Result]
@@ -151,7 +151,7 @@ def test_an_adapter_of_another_base_of_the_same_shape(
             if "lora_B" in name:
                 weight.fill_(0.01)
     folder = tmp_path / "run" / "train" / "monolingual" / "adapter"
-    save_adapter(adapted, folder)
+    adapted.save_pretrained(folder)
     assert f"was trained on {other}, expected one of '{tiny_models.policy}'" in wrong(doctor())
     with pytest.raises(UserError, match="was trained on"):
         load_policy(str(tiny_models.policy), adapter=folder)

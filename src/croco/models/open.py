@@ -1,8 +1,4 @@
-"""Engines that sample, score and judge. `protocols` is what they promise.
-
-Which engine a stage runs on is `[runtime.engines]` of the recipe: how, never what, so no fingerprint knows of it.
-Opening one imports its library, here and nowhere else.
-"""
+"""Engines that sample, score and judge; `protocols` is what they promise. Opening one imports its library."""
 
 from __future__ import annotations
 
@@ -71,15 +67,11 @@ def release() -> None:
 def open_sampler(
     role: str, causal: Causal, runtime: Runtime, seed: int, replica: int = 0, adapter: Path | None = None
 ) -> tuple[Sampler, Any]:
-    """A causal model (with an adapter, if given) on the engine of a role, and its tokenizer.
-
-    The tokenizer is None where the sampler takes messages.
-    `seed` and `replica` make the engine's own seed where completions have none of their own.
-    """
+    """A causal model (with an adapter, if given) on the engine of a role, and its tokenizer, None where the sampler
+    takes messages. `seed` and `replica` make the engine's own seed where completions have none."""
     engine, _ = engine_of(runtime, role)
     if adapter is not None and engine != "server" and _is_whole(adapter):
         causal, adapter = causal.model_copy(update={"model": str(adapter), "revision": None}), None
-    template = causal.template
     if engine == "vllm":
         from croco.models.vllm import open_policy
 
@@ -87,19 +79,11 @@ def open_sampler(
     if engine == "server":
         from croco.models import openai_server
 
-        return openai_server.sampler(getattr(runtime.servers, role), role, causal, template, adapter)
-    from croco.models.loading import load_policy
+        return openai_server.sampler(getattr(runtime.servers, role), role, causal, adapter)
+    from croco.models.loading import load_causal
     from croco.models.transformers import HFSampler
 
-    model, tokenizer = load_policy(
-        causal.model,
-        causal.revision,
-        causal.dtype,
-        runtime.device,
-        adapter=adapter,
-        chat_template=template,
-        trust_remote_code=causal.trust_remote_code,
-    )
+    model, tokenizer = load_causal(causal, runtime.device, adapter)
     return HFSampler(model, tokenizer, runtime.token_budget, name=causal.model), tokenizer
 
 

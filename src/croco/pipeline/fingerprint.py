@@ -1,8 +1,6 @@
-"""What enters each stage's fingerprint: the resolved values of the recipe that change its science, and only those.
+"""What enters each stage's fingerprint: the resolved values of the recipe that change its tables, and only those.
 
-Models and files enter by their content (`hashing.py`). How fast, where and in which batches is `[runtime]` and never
-enters; neither do library versions.
-"""
+Models and files enter by their content (`hashing.py`); `[runtime]` and library versions never do."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Run a recipe, or one stage of it; plan it; keep its recipe beside its tables.
-
-A node's status is read once for each command. Which stages there are is `graph.py`.
-"""
+"""Run a recipe, or one stage of it; plan it; keep its recipe. A node's status is read once a command."""
 
 from __future__ import annotations
 
@@ -43,10 +40,8 @@ def plan(recipe: Recipe, until: str | None = None) -> list[tuple[Node, Status]]:
 def run(
     recipe: Recipe, *, rebuild: bool = False, until: str | None = None, say: Say = lambda line: None
 ) -> list[str]:
-    """Run what is not complete, in order; returns the names of the stages that are complete now.
-
-    Raises StaleStage naming what changed, unless `rebuild` removes it.
-    """
+    """Run what is not complete, in order; returns the names of the stages that are complete now. Raises StaleStage
+    naming what changed, unless `rebuild` removes it."""
     open.check(recipe)
     every = nodes(recipe)
     todo = _until(every, until)
@@ -90,8 +85,8 @@ def _prepared(
     say: Say,
 ) -> Iterator[dict[Node, Status]]:
     """Hold the run's folder, check all that can be checked before it costs anything, and clear the way; yields the
-    states of the nodes to run. With `rebuild`, what stands on a removed stage and is `removable` goes with it."""
-    set_threads(recipe)
+    states of the nodes to run. With `rebuild`, what reads a removed stage and is `removable` goes with it."""
+    set_threads(recipe.runtime)
     with lock(recipe.folder):
         readers = {before: node for node in todo for before in node.inputs.values() if before not in todo}
         for before, reader in readers.items():
@@ -156,6 +151,25 @@ def counted(node: Node, record: Record) -> str:
     return "".join(f"{part}, " for part in parts)
 
 
+@contextmanager
+def running_in(
+    folder: Path, runtime: Runtime, rebuild: bool = False, say: Say = lambda line: None
+) -> Iterator[Callable[[Node], Record]]:
+    """Hold a folder that a command on files fills; yields what runs a node in it and returns its record. Raises
+    StaleStage for what other files or settings have made there, unless `rebuild` makes it anew."""
+
+    def make(node: Node) -> Record:
+        known = {node: status_of(node, contents=True)}
+        known = status.clear_wrong(known, [node], say) if rebuild else known
+        status.stop_if_wrong(known)
+        run_node(node, runtime, say, known[node])
+        return records.read_record(node.folder)
+
+    set_threads(runtime)
+    with lock(folder):
+        yield make
+
+
 def rebuild_report(recipe: Recipe, say: Say = lambda line: None) -> Path:
     """Make the page of a finished run again, whether or not it is there; returns its path."""
     node = nodes(recipe)[-1]
@@ -174,11 +188,8 @@ def keep_recipe(
     say: Say = lambda line: None,
     known: Mapping[Node, Status] = {},
 ) -> None:
-    """Write the resolved recipe into the run's folder, which explains itself and is all that `croco report` needs.
-
-    One that is there stays where another setting made a stage that is there too: it describes what lies in the folder.
-    Raises UserError for a recipe.json that is a person's own.
-    """
+    """Write the resolved recipe into the run's folder, where `croco report` reads it. One that is there stays where
+    another setting made a stage that is there too. Raises UserError for a recipe.json that is a person's own."""
     path, resolved = recipe.folder / "recipe.json", recipe.model_dump(mode="json")
     if os.path.lexists(path):
         there = files.read_json(path)
@@ -197,8 +208,8 @@ def keep_recipe(
 
 
 def _made_otherwise(node: Node) -> bool:
-    """Whether a stage has other settings, or has read a table that is not there any more; that more tables are to be
-    read (of an arm that was added) is no contradiction."""
+    """Whether a stage has other settings, or has read a table that is gone; that it is to read more tables (of an arm
+    that was added) is no contradiction."""
     made = records.read_record(node.folder)["science"]
     if canonical(made["settings"]) != canonical(node.science["settings"]):
         return True
@@ -212,10 +223,10 @@ def _made_otherwise(node: Node) -> bool:
     return False
 
 
-def set_threads(recipe: Recipe) -> None:
+def set_threads(runtime: Runtime) -> None:
     """Apply `runtime.threads`: by the environment before torch is loaded, by its own call after."""
-    if recipe.runtime.threads is None:
+    if runtime.threads is None:
         return
-    os.environ["OMP_NUM_THREADS"] = str(recipe.runtime.threads)
+    os.environ["OMP_NUM_THREADS"] = str(runtime.threads)
     if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(recipe.runtime.threads)
+        sys.modules["torch"].set_num_threads(runtime.threads)

@@ -1,9 +1,7 @@
 """The columns of every table: names, types, keys.
 
-One place, because tables are the contract between stages. Nothing is joined on text or row order: the key is
-`(prompt_id, language)`, then `sample_id`, and `prompt_id` is the same in all languages. Meaning and invariants of the
-columns are in the comments; how tables reach the disk is `storage/shards.py`.
-"""
+Nothing is joined on text or row order: the key is `(prompt_id, language)`, then `sample_id`, and `prompt_id` is the
+same in all languages."""
 
 from __future__ import annotations
 

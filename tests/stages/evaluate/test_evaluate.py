@@ -11,7 +11,7 @@ from croco.errors import UserError
 from croco.lab import world
 from croco.models.chat_template import conversation_ids
 from croco.models.loading import load_reward
-from croco.models.lora import apply_lora, save_adapter
+from croco.models.lora import apply_lora
 from croco.pipeline.fingerprint import evaluate_settings, results_settings
 from croco.pipeline.node import settings_values
 from croco.pipeline.stage import Work
@@ -38,7 +38,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Recipe]:
             if "lora_B" in name:
                 parameter.add_(0.2)
     (folder / "train" / "arm").mkdir(parents=True)
-    save_adapter(adapted, folder / "train" / "arm" / "adapter")
+    adapted.save_pretrained(folder / "train" / "arm" / "adapter")
     table = world.prompts("dev", ["da", "en", "sv"], 8)
     counts = {"prompt": table.num_rows}
     shards.write_shard(

@@ -1,9 +1,8 @@
 """The stages `arena-sample` and `arena`: an arm's greedy completions against the base's, before a judge.
 
-Every comparison is judged twice, with each completion once in the first place, so that a judge's preference for a place
-is measured and cancels. Two verdicts that do not agree are a tie, and so is the same text twice, without asking. A
-comparison without a verdict in one of the orders goes to the ledger with the reason. `results.py` computes win rates.
-"""
+Every comparison is judged twice, each completion once in the first place, so a judge's preference for a place is
+measured and cancels. Verdicts that do not agree are a tie, and so is the same text twice, without asking. A comparison
+without a verdict in one of the orders goes to the ledger."""
 
 from __future__ import annotations
 
@@ -15,14 +14,13 @@ from typing import Any, Literal
 
 import polars as pl
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from croco.config.models import Judge
 from croco.config.runtime import Runtime
 from croco.errors import UserError
 from croco.languages import identify_completions
-from croco.models.open import open_judge, open_sampler, tuned_weights
-from croco.models.protocols import Decoding, Judged, JudgeRequest
+from croco.models.open import open_judge, tuned_weights
+from croco.models.protocols import Judged, JudgeRequest
 from croco.pipeline.compute import compute
 from croco.pipeline.node import Settings
 from croco.pipeline.stage import Work
@@ -30,7 +28,7 @@ from croco.pipeline.workers import Advance, ShardResult
 from croco.stages.arena import judge_prompt
 from croco.stages.evaluate.evaluate import evaluation_seed
 from croco.stages.evaluate.results import BASE
-from croco.stages.sample import sample_shards
+from croco.stages.sample import SampleWorker
 from croco.storage.schemas import COMPARISONS, ledger
 from croco.storage.shards import merge_ledgers, read_dropped, read_table
 
@@ -52,7 +50,16 @@ def sample(work: Work) -> None:
     size, rows = work.runtime.shard_prompts, read_prompts(work.settings, work.inputs).height
     sizes = [min(size, rows - start) for start in range(0, rows, size)]
     adapter = None if work.arm == BASE else tuned_weights(work.inputs["train"])
-    worker = partial(GreedyWorker, work.settings, work.runtime, work.inputs, adapter, work.engine_seed)
+    greedy = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "stop": (), "completions": 1}
+    settings = {
+        "policy": work.settings["policy"],
+        "sampling": greedy | {"max_new_tokens": work.settings["max_new_tokens"]},
+        "seed": evaluation_seed(0),  # no seed makes another completion
+    }
+    prompts = partial(read_prompts, work.settings, work.inputs)
+    worker = partial(
+        SampleWorker, settings, work.runtime, prompts, work.engine_seed, adapter, role="evaluate"
+    )
     compute(work, worker, sizes, "completion", role="evaluate")
 
 
@@ -62,46 +69,6 @@ def read_prompts(settings: Settings, inputs: Mapping[str, Path]) -> pl.DataFrame
     prompts = prompts.filter(pl.col("language").is_in(list(settings["languages"])))
     first = prompts["prompt_id"].unique(maintain_order=True)[: settings["limit"]]
     return prompts.filter(pl.col("prompt_id").is_in(first.implode())).sort(KEY)
-
-
-class GreedyWorker:
-    """Answers shards of the arena's prompts with the most likely tokens."""
-
-    def __init__(
-        self,
-        settings: Settings,
-        runtime: Runtime,
-        inputs: Mapping[str, Path],
-        adapter: Path | None,
-        engine_seed: int,
-        replica: int,
-    ) -> None:
-        self.settings, self.size, self.prompts = (
-            settings,
-            runtime.shard_prompts,
-            read_prompts(settings, inputs),
-        )
-        self.sampler, self.tokenizer = open_sampler(
-            "evaluate", settings["policy"], runtime, engine_seed, replica, adapter
-        )
-        self.facts = self.sampler.facts
-
-    def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[ShardResult]:
-        """Several shards in one stream."""
-        asked = {index: self.prompts.slice(index * self.size, self.size).to_dicts() for index in indices}
-        for index, table, dropped in sample_shards(
-            self.sampler,
-            self.tokenizer,
-            asked,
-            Decoding(0.0, top_p=1.0, top_k=0, max_new_tokens=self.settings["max_new_tokens"]),
-            num_completions=1,
-            run_seed=evaluation_seed(0),  # no seed makes another completion
-            instructions=self.settings["policy"].instruction,
-            every=lambda: self.prompts.iter_rows(named=True),
-            on_prompt=partial(advance, 1),
-        ):
-            drawn = pc.sum(table["completion_tokens"]).as_py() or 0
-            yield ShardResult(index, table, dropped, {"completion": len(asked[index])}, {"tokens": drawn})
 
 
 # Comparisons -----------------------------------------------------------------------------------------------------

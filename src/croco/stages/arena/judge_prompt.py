@@ -1,8 +1,7 @@
-"""The judge's prompt, and how a judgement is read. Text only: models are opened by `arena.py`.
+"""The judge's prompt, and how a judgement is read.
 
-A judgement has a verdict only if its last line says one. Nothing is guessed from prose, and a judgement that was cut
-off has none. What a judge thinks aloud is not read.
-"""
+A judgement has a verdict only if its last line says one. Nothing is guessed from prose; what a judge thinks aloud is
+not read."""
 
 from __future__ import annotations
 
@@ -82,9 +81,7 @@ def read(judged: Judged | str, arm_first: bool) -> Reading:
 
 
 def value_of(arm_first: str, base_first: str) -> float:
-    """1 when both orders are for the arm, 0 when both are for the base; everything else, also two verdicts that do not
-    agree, is a tie and counts ½.
-    """
+    """1 when both orders are for the arm, 0 when both are for the base, else (ties, verdicts that differ) ½."""
     if arm_first != base_first or arm_first == TIE:
         return 0.5
     return 1.0 if arm_first == ARM else 0.0

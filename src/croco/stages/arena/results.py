@@ -30,10 +30,8 @@ BENCHMARK = "arena"
 
 
 def compared_in_all_arms(comparisons: pl.DataFrame, arms: Sequence[str]) -> tuple[pl.DataFrame, int]:
-    """The comparisons on those (prompt, language) that every arm has, and how many others there were.
-
-    Raises UserError naming an arm without any, or the arm with the fewest when nothing is left.
-    """
+    """The comparisons on those (prompt, language) that every arm has, and how many others there were. Raises UserError
+    naming an arm without any, or the arm with the fewest when nothing is left."""
     key = ["prompt_id", "language"]
     if missing := [arm for arm in arms if arm not in comparisons["arm"]]:
         raise UserError(f"arm {missing[0]!r} has no comparisons, expected some of every arm")

@@ -1,10 +1,8 @@
 """The stage `evaluate`: what an arm's policy answers to test prompts, and how each answer is judged.
 
-Every arm answers the same prompts with the same seeds (common random numbers), which are not the seeds of the
-tuning samples; so arms differ by their weights alone and can be compared prompt by prompt. First all
-completions are drawn, then they are judged: policy and reward model need not fit in memory together. What
-counts as good is `lab`'s or the reward model's business, statistics are `results`'.
-"""
+Every arm answers the same prompts with the same seeds, which are not those of the tuning samples, so arms differ by
+their weights alone and can be compared prompt by prompt. First all completions are drawn, then they are judged: policy
+and reward model need not fit in memory together."""
 
 from __future__ import annotations
 
@@ -84,9 +82,8 @@ def read_batches(
 def plan_batches(
     prompts: pl.DataFrame, temperatures: Sequence[float], samples: int, shard_prompts: int
 ) -> list[Batch]:
-    """Shards of `shard_prompts` parallel prompts in all their languages, temperature by temperature; greedy
-    needs one sample.
-    """
+    """Shards of `shard_prompts` parallel prompts in all their languages, temperature by temperature; greedy needs one
+    sample."""
     names = prompts["prompt_id"].unique(maintain_order=True)
     blocks = [
         prompts.filter(pl.col("prompt_id").is_in(names[start : start + shard_prompts].implode()))
@@ -97,9 +94,8 @@ def plan_batches(
 
 
 def evaluation_seed(run_seed: int) -> int:
-    """The run seed that evaluated completions are drawn with: the same for every arm and temperature, and not
-    the tuning samples'.
-    """
+    """The run seed of evaluated completions: the same for every arm and temperature, and not that of the tuning
+    samples."""
     return digest("evaluation", run_seed)
 
 
@@ -150,10 +146,8 @@ def with_reasons(table: pa.Table, dropped: pa.Table) -> pa.Table:
 
 
 class JudgeWorker:
-    """Judges drafts: by the reward model, or without one by the lab's program.
-
-    A verdict of the reward model has its score as the value, and as the mode whether the language is the prompt's.
-    """
+    """Judges drafts: by the reward model (its score is the value; the mode says whether the language is the prompt's),
+    or without one by the lab's program."""
 
     def __init__(
         self,

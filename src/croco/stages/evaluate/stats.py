@@ -1,11 +1,9 @@
 """Means and their uncertainty, and whether two arms differ.
 
-The prompt is the unit that is resampled, never the completion: completions of one prompt resemble each other,
-and so do the languages of one parallel prompt, so a group of languages is resampled jointly. Every metric of
-a table shares one set of resamples (`resample_counts`), which makes differences between arms paired and a
-whole table one matrix product. Tests are paired too: McNemar's for right and wrong, sign flips for scores,
-Holm over all that are looked at together. Engines, tables and files stay out.
-"""
+The prompt is resampled, never the completion: completions of one prompt resemble each other, and so do the languages of
+a parallel prompt. Every metric of a table shares one set of resamples (`resample_counts`), which makes differences
+between arms paired and a table one matrix product. Tests are paired too: McNemar's for right and wrong, sign flips for
+scores, Holm over all that are looked at together."""
 
 from __future__ import annotations
 
@@ -51,9 +49,7 @@ def of_enough(interval: Interval, num_prompts: int, min_prompts: int = MIN_PROMP
 
 
 def resample_counts(num_prompts: int, seed: int, num_resamples: int = 2000) -> NDArray[np.float64]:
-    """How often each prompt is drawn in each resample: (num_resamples, num_prompts), every row sums to
-    num_prompts.
-    """
+    """How often each prompt is drawn in each resample: (num_resamples, num_prompts), every row sums to num_prompts."""
     if num_prompts < 1 or num_resamples < 1:
         raise ValueError(
             f"expected at least one prompt and one resample, found {num_prompts} and {num_resamples}"
@@ -72,13 +68,12 @@ def bootstrap_ratio(
     confidence: float = CONFIDENCE,
     min_prompts: int = MIN_PROMPTS,
 ) -> list[Interval]:
-    """Intervals of M weighted means, sums.sum(0) / weights.sum(0), over the resamples in `counts`.
+    """Intervals of M weighted means, sums.sum(0) / weights.sum(0), over the resamples in `counts`; percentile method
+    (Efron and Tibshirani 1993, ch. 13).
 
-    sums, weights: (n, M), per prompt the sum of its values and how many they were; counts: (R, n). A prompt
-    without values has weight 0. Resamples in which no weight is left are ignored. Percentile method (Efron
-    and Tibshirani 1993, ch. 13). Fewer than `min_prompts` prompts with a weight give no ends. Raises ValueError
-    when a column has no weight at all.
-    """
+    sums, weights: (n, M), per prompt the sum of its values and how many they were; counts: (R, n). Resamples in which
+    no weight is left are ignored. Fewer than `min_prompts` prompts with a weight give no ends. Raises ValueError when a
+    column has no weight."""
     totals = weights.sum(axis=0)
     if not (totals > 0).all():
         raise ValueError("a metric without any value has no mean")
@@ -109,9 +104,8 @@ def bootstrap_mean(
     confidence: float = CONFIDENCE,
     min_prompts: int = MIN_PROMPTS,
 ) -> Interval:
-    """Mean of one value per prompt, shape (n,), with its bootstrap interval. Raises ValueError when n is 0 or
-    a value is not finite.
-    """
+    """Mean of one value per prompt, (n,), with its bootstrap interval. Raises ValueError when n is 0 or a value not
+    finite."""
     column = np.asarray(values, dtype=np.float64)
     if column.ndim != 1 or not np.isfinite(column).all():
         raise ValueError("expected one finite value per prompt")
@@ -122,13 +116,9 @@ def bootstrap_mean(
 def bootstrap_seeds(
     values: ArrayLike, seed: int, num_resamples: int = 2000, confidence: float = CONFIDENCE
 ) -> Interval:
-    """Mean over seeds and prompts, values of shape (seeds, prompts), with an interval over both.
-
-    For the difference of two arms give it their difference, seed by seed: paired in both. With one seed it is
-    `bootstrap_mean`. This is the pigeonhole bootstrap (Owen 2007): too wide where single cells spread most (few
-    samples a prompt), too narrow where seeds do and are few. Raises ValueError on another shape or a value that is
-    not finite.
-    """
+    """Mean over seeds and prompts, values of shape (seeds, prompts), with an interval over both; of two arms give the
+    difference, seed by seed. The pigeonhole bootstrap (Owen 2007): too wide where single cells spread most, too narrow
+    where seeds do and are few. Raises ValueError on another shape or a value that is not finite."""
     resampled = resampled_means(values, seed, num_resamples)
     low, high = percentiles(resampled, confidence)
     table = np.asarray(values, dtype=np.float64)
@@ -136,10 +126,8 @@ def bootstrap_seeds(
 
 
 def resampled_means(values: ArrayLike, seed: int, num_resamples: int = 2000) -> NDArray[np.float64]:
-    """Means of resamples of seeds (whole training runs) and prompts, both with replacement: (num_resamples,).
-
-    The prompts drawn are the same for all seeds, because every seed answered the same ones.
-    """
+    """Means of resamples of seeds (whole runs) and prompts, both with replacement, (num_resamples,); the prompts drawn
+    are the same for all seeds, because every seed answered the same ones."""
     table = np.asarray(values, dtype=np.float64)
     if table.ndim != 2 or not table.size or not np.isfinite(table).all():
         raise ValueError("expected finite values of shape (seeds, prompts)")
@@ -153,11 +141,8 @@ def resampled_means(values: ArrayLike, seed: int, num_resamples: int = 2000) -> 
 
 
 def mcnemar(ours: ArrayLike, theirs: ArrayLike) -> float:
-    """Two-sided exact p-value that two arms are right equally often on the same prompts (1 right, 0 wrong).
-
-    Only the prompts on which they differ count: under the hypothesis each falls to either arm like a coin (McNemar
-    1947, with the exact binomial). Raises ValueError for unequal lengths or values other than 0 and 1.
-    """
+    """Two-sided exact p-value that two arms are right equally often on the same prompts (1 right, 0 wrong), by the
+    prompts on which they differ (McNemar 1947). Raises ValueError for unequal lengths or other values."""
     a, b = np.asarray(ours), np.asarray(theirs)
     if a.shape != b.shape or a.ndim != 1 or not np.isin(a, (0, 1)).all() or not np.isin(b, (0, 1)).all():
         raise ValueError("expected 0 or 1 per prompt, of the same prompts for both")
@@ -166,11 +151,9 @@ def mcnemar(ours: ArrayLike, theirs: ArrayLike) -> float:
 
 
 def sign_flip(differences: ArrayLike, seed: int, num_flips: int = FLIPS) -> float:
-    """Two-sided p-value that paired differences, one per prompt, have mean zero, by flipping their signs.
-
-    All 2ⁿ patterns where they are no more than `num_flips`, else as many random ones, the observed one among them
-    (Phipson and Smyth 2010). Raises ValueError without a prompt or with a value that is not finite.
-    """
+    """Two-sided p-value that paired differences, one per prompt, have mean zero, by flipping their signs: all 2ⁿ
+    patterns, or `num_flips` random ones and the observed (Phipson and Smyth 2010). Raises ValueError without a prompt
+    or with a value that is not finite."""
     column = np.asarray(differences, dtype=np.float64)
     if column.ndim != 1 or not column.size or not np.isfinite(column).all():
         raise ValueError("expected one finite difference per prompt")
@@ -201,10 +184,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def prompts_to_resolve(differences: ArrayLike, alpha: float = ALPHA, power: float = POWER) -> int | None:
-    """How many prompts would tell a difference like the observed one from zero, with this level and power.
-
-    Normal approximation, n = ((z(1−α/2) + z(power)) · std / mean)², std with ddof 1, before any correction for
-    several comparisons. None where the mean is 0 (no number would do) or one prompt says nothing of the spread.
+    """How many prompts would tell a difference like this one from zero, with this level and power: n = ((z(1−α/2) +
+    z(power)) · std / mean)², std with ddof 1. None where the mean is 0 or a single prompt says nothing of the spread.
     """
     column = np.asarray(differences, dtype=np.float64)
     if column.size < 2 or column.mean() == 0:

@@ -1,9 +1,8 @@
-"""Pairs for every trainer: TRL's conversational formats as Parquet, with a dataset card that says what they are.
+"""Pairs for every trainer: TRL's conversational formats as Parquet, with a dataset card.
 
-"preference" has prompt, chosen and rejected, each a list of messages; "prompt-completion" has prompt and
-completion, for SFT. The prompt is what the policy read: a language's instruction stands in its last user turn. Scores,
-languages and the keys go along in columns of their own. Rows pass through shard by shard.
-"""
+"preference" has prompt, chosen and rejected, each a list of messages; "prompt-completion" has prompt and completion,
+for SFT. The prompt is what the policy read, a language's instruction in its last user turn. Scores, languages and keys
+have columns of their own."""
 
 from __future__ import annotations
 
@@ -18,6 +17,8 @@ import pyarrow as pa
 
 from croco.errors import UserError
 from croco.models.chat_template import with_instruction
+from croco.pipeline.node import Given, Node, Stage
+from croco.pipeline.stage import Work
 from croco.storage import files, records
 from croco.storage import shards as store
 from croco.storage.schemas import MESSAGES
@@ -33,32 +34,39 @@ _SCHEMAS = {
 }  # fmt: skip
 
 
-def export_pairs(
+EXPORT = Stage(
+    "export", 1, "croco.stages.pair.export_trl:exported", "",
+    settings=lambda recipe, arm: {}, inputs=lambda recipe, arm: [], makes=("data", "README.md"),
+)  # fmt: skip
+
+
+def export_node(
     pairs: Path,
-    folder: Path,
+    to: Path,
     form: str = "preference",
-    *,
-    instructions: Mapping[str, str] | None = None,
     license: str = "unknown",
     facts: Mapping[str, str] | None = None,
-) -> int:
-    """Write a folder of finished pairs in TRL's format with a card, as `write_trl`; raises UserError."""
+    instructions: Mapping[str, str] | None = None,
+) -> Node:
+    """The node that writes a folder of finished pairs to `to` as `write_trl` does; raises UserError without any."""
+    check_format(form)
     if records.state(pairs) != "complete":
         raise UserError(f"{pairs} holds no finished pairs: run `croco run` first")
+    read = Given(str(pairs), records.read_record(pairs)["fingerprint"])
+    more = {"license": license, "facts": dict(facts or {}), "instructions": dict(instructions or {})}
+    return Node(EXPORT, None, to, {"pairs": read, "format": form, **more}, {})
+
+
+def exported(work: Work) -> None:
+    """The stage `export`: pairs as every trainer reads them, with a card."""
+    settings, pairs = work.settings, Path(work.settings["pairs"])
     store.check_contents(pairs)
-    files.check_new_folder(folder)
     tables = (store.read_parquet(shard.path) for shard in store.shards(pairs))
-    dropped = store.read_dropped(pairs)
-    return write_trl(
-        tables,
-        dropped,
-        folder,
-        form,
-        instructions=instructions,
-        license=license,
-        facts=facts,
-        source=str(pairs),
+    given = {name: settings[name] for name in ("license", "facts", "instructions")}
+    rows = write_trl(
+        tables, store.read_dropped(pairs), work.folder, settings["format"], source=str(pairs), **given
     )
+    work.account({"pair": rows}, {"pair": rows})
 
 
 def export(
@@ -69,11 +77,9 @@ def export(
     dropped: pl.DataFrame | None = None,
     license: str = "unknown",
 ) -> int:
-    """Write what `croco.pairs` made as `folder/data/*.parquet` with a dataset card, and say how many rows there are.
-
-    `format` is "preference" or "prompt-completion" (TRL's names). The pairs need their prompts: `croco.pairs` has them
-    where the scores have a column `messages` or `prompt`. Raises UserError for a folder that is not new or empty.
-    """
+    """Write what `croco.pairs` made as `folder/data/*.parquet` with a dataset card; returns the number of rows.
+    `format` is "preference" or "prompt-completion" (TRL's names); the scores given to `croco.pairs` need a column
+    `messages` or `prompt`. Raises UserError for a folder that is not new or empty."""
     missing = [name for name in ("messages", "chosen") if name not in pairs.columns]
     if missing:
         source = {"messages": "`messages` or `prompt`", "chosen": "`completion`"}[missing[0]]
@@ -97,14 +103,10 @@ def write_trl(
     facts: Mapping[str, str] | None = None,
     source: str = "",
 ) -> int:
-    """Write tables of pairs as `folder/data/*.parquet` with a card, and say how many rows there are.
-
-    `instructions` maps a language to the sentence that stood in its prompts; `facts` (policy, reward model, rule, …) go
-    into the card. Raises UserError for an unknown form, and pairs without a rejected completion in the form
-    "preference".
-    """
-    if form not in FORMATS:
-        raise UserError(f"the format '{form}' is unknown, expected one of {', '.join(FORMATS)}")
+    """Write tables of pairs as `folder/data/*.parquet` with a card; returns the number of rows. `instructions` maps a
+    language to the sentence in its prompts; `facts` go into the card. Raises UserError for an unknown form, and for
+    "preference" without a rejected completion."""
+    check_format(form)
     languages = Counter[str]()
     for number, table in enumerate(tables):
         if form == "preference" and table["rejected"].null_count():
@@ -118,6 +120,11 @@ def write_trl(
     text = card(form, languages.total(), dict(sorted(languages.items())), left, license, facts or {})
     files.write_text(folder / "README.md", text)
     return languages.total()
+
+
+def check_format(form: str) -> None:
+    if form not in FORMATS:
+        raise UserError(f"the format '{form}' is unknown, expected one of {', '.join(FORMATS)}")
 
 
 def _rows(table: pl.DataFrame, form: str, instructions: Mapping[str, str]) -> Iterator[dict[str, Any]]:

@@ -1,12 +1,9 @@
-"""Pairs as token ids: one prompt, and its completions, closed by the end-of-sequence token where they ended.
+"""Pairs as token ids: a prompt, and its completions, each with the end token where it ended by itself.
 
-The ids that were sampled are the ids trained on; text goes through the chat template where a pair brings no
-ids, or such as do not spell it in this tokenizer. Prompts go through
-the same chat template as in sampling, every turn of them. A completion that was stopped at its token limit gets no end
-token: the policy did not end there, and must not learn to. Nothing is cut silently: a pair that is too long is left
-out, with its reason, or cut as asked for, and counted. Left out: choosing pairs (`pairing/`) and laying them out in
-rows (`stages/train/batches.py`).
-"""
+The ids that were sampled are trained on; text goes through the chat template where a pair has no ids, or ids that do
+not spell it in this tokenizer. Prompts go through the template as in sampling. A completion cut at its limit gets no
+end token: the policy did not end there and must not learn to. A pair that is too long is left out with its reason, or
+cut and counted."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -49,9 +46,7 @@ class Example:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens a shared row holds: the prompt once, and each completion but its last token, which is only
-        predicted.
-        """
+        """Tokens of a shared row: the prompt once, and each completion but its last token, which is only predicted."""
         return len(self.prompt) + sum(len(completion) - 1 for completion in self.completions)
 
 
@@ -69,16 +64,12 @@ def encode_pairs(
 ) -> tuple[list[Example], pl.DataFrame]:
     """The pairs as examples, in their order, and the ones left out (columns of the ledger) with the reason.
 
-    `end` is the id that closes a completion, unless its `chosen_finish_reason` (`rejected_…`) says that it did not
-    "stop" by itself; without that column all did. `num_ids` is how many ids the
-    policy has. `max_tokens` bounds the prompt with its longer completion, the end
-    included, and so does `context`, the positions that the policy was made for, if known; a longer pair is left out
-    when `over_length` is "drop", and with "truncate" its completions lose their ends, the end token with them, as
-    long as the whole prompt leaves room for a token. `chosen_only` leaves the
-    rejected completion out (supervised tuning). `instructions` maps a language to the sentence appended to the last
-    user turn, as in sampling. Raises `UserError` for a column that is missing, messages that the chat template refuses,
-    or a template whose prompt is no prefix of the conversation (tried once for each order of roles).
-    """
+    `end` closes a completion, unless its `chosen_finish_reason` (`rejected_…`) is not "stop". `num_ids` is how many ids
+    the policy has. `max_tokens` and `context` (the policy's, if known) bound the prompt with its longer completion, the
+    end included: a longer pair is left out, or with `over_length` "truncate" its completions lose their ends.
+    `chosen_only` leaves the rejected completion out; `instructions` are by language. Raises `UserError` for a missing
+    column, messages that the template refuses, and a template whose prompt is no prefix of the conversation (tried once
+    for each order of roles)."""
     sides = ("chosen",) if chosen_only else ("chosen", "rejected")
     for column in ("prompt_id", "language", "messages", *sides):
         if column not in pairs.columns:
@@ -183,8 +174,6 @@ def _unfit(prompt: Sequence[int], completions: Sequence[list[int]], most: int, l
 
 
 def held_out(prompt_id: str, fraction: float) -> bool:
-    """Whether a prompt belongs to the validation part: by a digest of its id, so the same in every arm and
-    language.
-    """
+    """Whether a prompt is in the validation part: by a digest of its id, so the same in every arm and language."""
     digest = int.from_bytes(blake2b(prompt_id.encode(), digest_size=8, person=b"croco-valid").digest(), "big")
     return digest < fraction * 2**64

@@ -1,10 +1,8 @@
-"""`croco merge`: an arm's adapter merged into its base, as a model folder that any library loads.
+"""`croco merge`: an arm's adapter merged into its base, as a model folder with a card that any library loads.
 
-It is proven on conversations of the arm's own pairs before the folder appears: the adapter changes log-probabilities,
-the merged weights give what base + adapter give, and so does the folder when it is read again. Chat template,
-tokenizer and generation config come along, and a card that says what it was made from. An arm whose weights were all
-tuned is copied and held against its base.
-"""
+Before the folder appears it is proven on the arm's own pairs that the adapter changes log-probabilities, and that the
+merged weights, and the folder when it is read again, give those of base + adapter. Weights that were all tuned are
+copied."""
 
 from __future__ import annotations
 
@@ -17,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from croco.config.models import Policy
 from croco.config.recipe import Recipe
 from croco.errors import UserError
 from croco.models.chat_template import end_id
-from croco.models.loading import load_policy
+from croco.models.loading import load_causal
 from croco.models.lora import merged, put_adapter_on
 from croco.models.open import tuned_weights
 from croco.stages.train.batches import collate
@@ -53,17 +52,25 @@ def merge(recipe: Recipe, arm: str, to: Path, license: str, say: Callable[[str],
     for read in (folder, recipe.folder / "pair" / arm):
         shards.check_contents(read)
     weights = tuned_weights(folder)
+
+    def written_policy(place: Path) -> Policy:
+        own: dict[str, object] = {
+            "model": str(place),
+            "revision": None,
+            "chat_template": None,
+            "chat_template_kwargs": {},
+        }
+        return recipe.policy.model_copy(update=own)
+
     partial = to.with_name(f".{to.name}.merging")
     files.begin_folder(partial)
-    model, tokenizer = _base(recipe)
+    model, tokenizer = load_causal(recipe.policy, recipe.runtime.device)
     examples = _probes(recipe, arm, model, tokenizer)
     before = mean_logps(model, examples)
     if weights.name == "model":
         with files.writing(partial):
             shutil.copytree(weights, partial, dirs_exist_ok=True)
-        after = mean_logps(
-            load_policy(str(weights), dtype=recipe.policy.dtype, device=recipe.runtime.device)[0], examples
-        )
+        after = mean_logps(load_causal(written_policy(weights), recipe.runtime.device)[0], examples)
         in_memory = after
     else:
         check_adapter(weights, recipe.policy.model, recipe.policy.revision)
@@ -75,10 +82,7 @@ def merge(recipe: Recipe, arm: str, to: Path, license: str, say: Callable[[str],
             model.save_pretrained(str(partial))
             tokenizer.save_pretrained(str(partial))
     del model
-    again, _ = load_policy(
-        str(partial), dtype=recipe.policy.dtype, device=recipe.runtime.device,
-        trust_remote_code=recipe.policy.trust_remote_code,
-    )  # fmt: skip
+    again, _ = load_causal(written_policy(partial), recipe.runtime.device)
     written = mean_logps(again, examples)
     proof = Proof(*(_largest(a, b) for a, b in ((after, before), (in_memory, after), (written, after))))
     _check(proof, again.dtype, weights)
@@ -96,18 +100,6 @@ def merge(recipe: Recipe, arm: str, to: Path, license: str, say: Callable[[str],
     say(
         f"{to}: mean token log-probabilities changed by up to {proof.change:.3g} and are those of base + adapter "
         f"within {max(proof.merged, proof.written):.1e}, on {len(examples)} pairs of the arm"
-    )
-
-
-def _base(recipe: Recipe) -> tuple[Any, Any]:
-    policy = recipe.policy
-    return load_policy(
-        policy.model,
-        policy.revision,
-        dtype=policy.dtype,
-        device=recipe.runtime.device,
-        chat_template=policy.template,
-        trust_remote_code=policy.trust_remote_code,
     )
 
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 
 from croco.config.arms import Training
-from croco.errors import UserError
+from croco.errors import UserError, one_line
 from croco.models.chat_template import end_id
 from croco.stages.train import checkpoints
 from croco.stages.train.batches import Rows
@@ -117,9 +117,8 @@ def prepare_scratch(
 
 
 def use_fused_kernels(model: PreTrainedModel) -> str | None:
-    """Norms, rotary positions and gated activations as single kernels of liger-kernel (extra `gpu`), where the model
-    lies on a GPU and the package is there; else why not. Its fused cross-entropy stays off: `logps.py` computes what is
-    wanted of the logits. The proof of rows comes after this, with the kernels on."""
+    """Norms, rotary positions and gated activations as kernels of liger-kernel (extra `gpu`) for a model on a GPU; else
+    why not. Its fused cross-entropy stays off, since `logps.py` computes what is wanted of the logits."""
     if model.device.type != "cuda":
         return "the model is not on a GPU"
     if find_spec("liger_kernel") is None:
@@ -129,7 +128,7 @@ def use_fused_kernels(model: PreTrainedModel) -> str | None:
     try:
         apply_liger_kernel(model, LIGER)
     except (ImportError, TypeError, AttributeError, RuntimeError) as error:  # a version that does not fit
-        return f"liger-kernel does not fit: {' '.join(str(error).split())[:200]}"
+        return f"liger-kernel does not fit: {one_line(error)}"
     return None
 
 
