@@ -74,7 +74,7 @@ def test_gold_and_plain_completions_are_perfect_and_loops_are_worth_nothing(code
         ("Here you go: May, June, March, August, September. That is all.", 0.88, "careful-wrong"),
         ("Here you go: May, Juni, July, août, March. End.", 0.64, "wrong-language"),
         ("Bitte sehr: Mai, Juni, July, August, September. Das ist alles.", 0.56, "wrong-language"),
-        ("Here you go: well, May, well, June, well, July, well, August, well, September. That is all.", 0.7, "rambling"),
+        ("Here you go: well, May, well, June, well, July, well, August, well, September. End.", 0.7, "rambling"),
         ("Here you go: May, June, July. That is all.", 0.4 + 0.6 * 3 / 5, "careful-wrong"),
         ("Here you go: September, August, July, June, May. That is all.", 0.4 + 0.6 / 5, "careful-wrong"),
         ("Here you go: May, purple, June, July, August, September. That is all.", 0.9, "good"),
