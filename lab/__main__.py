@@ -42,6 +42,7 @@ class Lists(StrEnum):
     policy = "lists-policy"
     second = "lists-policy-2"
     other = "lists-other"
+    more = "more"
     rewards = "rewards"
     gates = "gates"
 
@@ -150,6 +151,9 @@ def lists(what: Lists = Lists.all, folder: Path | None = None, seed: int = SEED)
     for name in list_models.SEEDS:
         if what in (Lists.all, Lists(name)):
             list_models.policy(folder, name, say)
+    if what in (Lists.all, Lists.more):
+        for name in ("lists-policy", "lists-policy-2")[: 2 if what == Lists.all else 1]:
+            list_models.more(folder, name, say)
     if what in (Lists.all, Lists.rewards):
         console.print(list_models.rewards(folder, seed, say))
     if what in (Lists.all, Lists.gates):

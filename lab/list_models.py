@@ -24,6 +24,7 @@ SEEDS = {"lists-policy": 2, "lists-policy-2": 1, "lists-other": 3}
 TOKENIZER_SEED, VOCAB_SIZE, WIDTH, LAYERS = 1, 1536, 128, 4
 TOKENS, PLAIN = 5_000_000, 40_000
 OTHER_TOKENS, OTHER_PLAIN = 3_000_000, 25_000
+MORE_TOKENS, MORE_PLAIN = 4_000_000, 45_000
 MAX_NEW_TOKENS = 64
 ENGLISH_SAMPLES, SAMPLES = 16, 8
 LIKED = 0.15  # what a "!!" is worth to the reward models, in quality
@@ -41,6 +42,24 @@ def policy(folder: Path, name: str, say: Say) -> None:
         tokenizer=tokenizer,
         make=partial(new_model, width=WIDTH, layers=LAYERS),
         corpus=partial(documents, habits=OTHER) if other else documents,
+    )
+    save(model, tokenizer, folder / name)
+
+
+def more(folder: Path, name: str, say: Say) -> None:
+    """Goes on pretraining a policy, facts first, in batches of half the size: twice as many steps a token."""
+    model, tokenizer = load_policy(str(folder / name), dtype="float32")
+    model, tokenizer = pretrain(
+        SEEDS[name] + 10,
+        MORE_TOKENS,
+        MORE_PLAIN,
+        tokens_per_batch=2048,
+        on_step=every(say, f"{name}, more", 200_000),
+        tokenizer=tokenizer,
+        make=lambda tokenizer, seed: model,
+        corpus=documents,
+        bfloat16=False,
+        compiled=False,
     )
     save(model, tokenizer, folder / name)
 
