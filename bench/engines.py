@@ -144,8 +144,8 @@ def bench_sampling(rounds: int, completions: int, folder: Path | None) -> None:
 
 
 def classifier(folder: Path | None, device: str) -> Any:
-    """A classifier with one logit and a random head: on a given model's trunk, else random weights, four small layers on a
-    CPU and the shape of Qwen3-0.6B on a GPU."""
+    """A classifier with one logit and a random head: on a given model's trunk, else of random weights, with four small
+    layers on a CPU and the shape of Qwen3-0.6B on a GPU."""
     torch.manual_seed(0)
     if folder is not None:
         return AutoModelForSequenceClassification.from_pretrained(
