@@ -16,7 +16,7 @@ from typing import Any
 import polars as pl
 import pyarrow as pa
 
-from croco.config.models import Reward
+from croco.config.models import Policy, Reward
 from croco.config.runtime import Runtime
 from croco.languages import identify_completions, language_mode
 from croco.models.open import open_sampler, tuned_weights
@@ -27,6 +27,7 @@ from croco.pipeline.stage import Work
 from croco.pipeline.workers import Advance, ShardResult
 from croco.stages.evaluate.results import BASE
 from croco.stages.sample import sample_shards
+from croco.stages.score.policy_logprobs import open_likelihood, score_likelihood
 from croco.stages.score.reward import ScoreShard, open_reward
 from croco.storage.schemas import ledger
 from croco.storage.seeds import digest
@@ -63,6 +64,8 @@ def evaluate(work: Work) -> None:
         "completion",
         drafts=draft,
     )
+    if settings.get("kl") and "kl" not in work.record_file.get("facts", {}):
+        work.record(kl=divergence(settings["policy"], work.runtime, adapter, batches(), draft))
     judge = partial(JudgeWorker, settings["reward"], work.runtime, str(work.arm), batches, draft)
     here = settings["reward"] is None
     compute(work, judge, sizes, "completion", role="score", under="judge", here=here)
@@ -143,6 +146,43 @@ def with_reasons(table: pa.Table, dropped: pa.Table) -> pa.Table:
     """Completions and, in the same file, the rows of those that were not drawn, each with its reason."""
     parts = [pl.DataFrame(pl.from_arrow(part)) for part in (table, dropped.drop_columns(["unit"]))]
     return pl.concat(parts, how="diagonal").to_arrow()
+
+
+def divergence(
+    policy: Policy,
+    runtime: Runtime,
+    adapter: Path | None,
+    batches: Sequence[Batch],
+    draft: Callable[[int], Path],
+) -> dict[str, float]:
+    """KL of an arm from the base in every language, nats per completion: the mean of log(arm / base) over its own
+    completions at temperature 1, in this process.
+    """
+    drawn = pl.concat([read_parquet(draft(batch.index)) for batch in batches if batch.temperature == 1])
+    drawn = drawn.filter(pl.col("reason").is_null())
+    messages = {
+        tuple(row[:2]): row[2] for b in batches for row in b.prompts.select(*PROMPT, "messages").rows()
+    }
+    groups = [
+        (messages[prompt_id, language], rows.to_dicts())
+        for (prompt_id, language), rows in drawn.group_by(PROMPT, maintain_order=True)
+    ]
+    tuned = (policy, adapter)
+    if adapter is not None and adapter.name == "model":  # all weights were tuned
+        tuned = (policy.model_copy(update={"model": str(adapter), "revision": None}), None)
+    logps = []
+    for model, weights in (tuned, (policy, None)):
+        scorer, tokenizer = open_likelihood(model, runtime, False, weights)
+        logps.append(score_likelihood(scorer, tokenizer, groups, policy.instruction))
+    ratios: dict[str, list[float]] = {}
+    for (_, rows), tuned, base in zip(groups, *logps, strict=True):
+        both = [
+            a - b
+            for a, b in zip(tuned, base, strict=True)
+            if not isinstance(a, str) and not isinstance(b, str)
+        ]
+        ratios.setdefault(rows[0]["language"], []).extend(both)
+    return {language: sum(of) / len(of) for language, of in ratios.items() if of}
 
 
 class JudgeWorker:
