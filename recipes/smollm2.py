@@ -274,11 +274,15 @@ def judged(recipe: Recipe) -> tuple[pl.DataFrame, list[str]]:
         ranked = read[best_of].sort(*ROW, "value", descending=[False, False, True])
         read[best_of] = ranked.unique(ROW, keep="first", maintain_order=True)
     named = [table.with_columns(arm=pl.lit(arm)) for arm, table in read.items()]
-    rows = labelled(pl.concat(named, how="diagonal"))
+    return by_part(pl.concat(named, how="diagonal")), [arm for arm in folders if arm not in read]
+
+
+def by_part(rows: pl.DataFrame) -> pl.DataFrame:
+    """Verdicts of completions, with "usable" and each part of it as a benchmark of its own."""
     keys = ["arm", "temperature", *ROW, "sample_id", "found_language", "completion", "finish_reason"]
-    long = rows.unpivot(["usable", *PARTS], index=keys, variable_name="benchmark")
-    verdicts = long.with_columns(pl.col("value").cast(pl.Float64), mode=pl.lit(""))
-    return verdicts, [arm for arm in folders if arm not in read]
+    wide = labelled(rows).select(*keys, "usable", *PARTS)
+    long = wide.unpivot(["usable", *PARTS], index=keys, variable_name="benchmark")
+    return long.with_columns(pl.col("value").cast(pl.Float64), mode=pl.lit(""))
 
 
 def shown(row: dict[str, Any], sign: str = "") -> str:
