@@ -40,10 +40,9 @@ def results_terminal(run_folder: Path) -> Iterator[RenderableType]:
     """What `croco run` ends with: arms by groups, the structured tasks, and what became of each arm."""
     run = read_results(run_folder)
     made = _boards(run)
-    unit = "percent of completions that are good" if made[0].is_share else "mean score"
     yield Text(
-        f"{run.recipe.run.name}: {unit}, ± half of the 95 % interval; beneath it the difference from the untuned base "
-        "at the same temperature."
+        f"{run.recipe.run.name}: {made[0].measure}, ± half of the 95 % interval; beneath it the difference from the "
+        "untuned base at the same temperature."
     )
     for board in made:
         more = ": win rate in percent; beneath it the difference from 50" if board.benchmark == ARENA else ""
@@ -86,8 +85,6 @@ def comparison_terminal(comparison: Comparison) -> Iterator[RenderableType]:
 
 def board_part(board: Board, sentences: Sequence[str] = ()) -> Part:
     """A benchmark: arms by group, their gains over the base, arms by language, and where the mass went."""
-    unit = "Percent of completions that are good" if board.is_share else "Mean score"
-    unit = "Win rate in percent, ties a half" if board.benchmark == ARENA else unit
     tables = [arms_table(board, board.groups), arms_table(board, board.languages, title="By language")]
     best = [f"{s}: {temperature_name(board.best_base[s])}" for s in board.groups if s in board.best_base]
     if best:
@@ -95,7 +92,10 @@ def board_part(board: Board, sentences: Sequence[str] = ()) -> Part:
         tables.insert(1, arms_table(board, board.groups, ("difference", "to_best"), title, base=False))
     if diagnostics.mode_shares(board):
         tables.append(diagnostics.modes_table(board))
-    text = [f"{unit}; {board.num_prompts} prompts a language, 95 % intervals.", *sentences]
+    text = [
+        f"{board.measure.capitalize()}; {board.num_prompts} prompts a language, 95 % intervals.",
+        *sentences,
+    ]
     return Part(f"arms-{board.benchmark}", board.title, text, tables)
 
 

@@ -34,6 +34,7 @@ from croco.storage.provenance import without_folders
 TITLES = {
     "lab": "Tasks seen in tuning",
     "lab-held-out-task": "Task kept out of tuning",
+    "lab-abilities": "Abilities that were not tuned",
     "reward": "Score of a reward model",
     "arena": "Judged against the base",
 }
@@ -84,6 +85,20 @@ class Board:
     @property
     def is_share(self) -> bool:
         return self.benchmark == ARENA or headline(self.benchmark) == "good"
+
+    @property
+    def measure(self) -> str:
+        """What a value is; a share of good completions, unless they are graded."""
+        if self.benchmark == ARENA:
+            return "win rate in percent, ties a half"
+        if not self.is_share:
+            return "mean score"
+        graded = any(
+            abs(self.cells[key].value.value - (of["mode:good"][0].value if "mode:good" in of else 0)) > 1e-9
+            for key, of in self.metrics.items()
+            if key in self.cells and any(metric.startswith("mode:") and metric != "mode:" for metric in of)
+        )
+        return "mean quality in percent" if graded else "percent of completions that are good"
 
     @property
     def unit(self) -> Unit:
