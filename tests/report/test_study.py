@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from croco.pipeline.seeds import parts
 from croco.report.claims import EQUIVALENT, FAILS, HOLDS, OPEN, UNTESTABLE, claim_part, judge_all
 from croco.report.contrasts import Runs, curve_at, frontier, p_wanted, run_tests
 from croco.report.multi_seed import Pooled, pool
+from croco.report.study import together
 from croco.report.transfer import accuracy_by_form, heuristic, ranking
 from croco.stages.evaluate.stats import Estimate
 from croco.storage import files, shards
@@ -214,10 +216,10 @@ def test_what_is_lost_at_equal_gain_has_an_error_that_covers() -> None:
 def test_a_claim_holds_only_where_every_study_agrees() -> None:
     up, down, noisy = ({"arm": (gain, spread)} for gain, spread in ((0.2, 0.3), (-0.2, 0.3), (0.1, 2.0)))
     study = Study.model_validate({"claims": study_of(better=[("arm", "higher")])})
-    for second, together, alone in ((up, HOLDS, HOLDS), (noisy, OPEN, OPEN), (down, OPEN, FAILS)):
+    for second, in_both, alone in ((up, HOLDS, HOLDS), (noisy, OPEN, OPEN), (down, OPEN, FAILS)):
         studies = {"one": Runs({"lab": pooled_of(up)}), "two": Runs({"lab": pooled_of(second)})}
         judged = judge_all(study, studies)["better"]
-        assert (judged.verdict, judged.alone) == (together, {"one": HOLDS, "two": alone})
+        assert (judged.verdict, judged.alone) == (in_both, {"one": HOLDS, "two": alone})
         part = claim_part("better", judged, studies, 0.02)
         assert f"(one: holds, two: {alone})" in part.text[0]
         assert [row[1] for row in part.tables[0].rows] == ["one", "two"]
@@ -445,6 +447,39 @@ def test_a_study_is_killed_and_goes_on_and_a_second_run_computes_nothing(tmp_pat
     assert "study: complete, skipped" in again.stdout
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*.parquet")} == before
     assert json.loads((run / "study.json").read_text()) == stamp
+
+    # the same study under another name stands for that of another policy
+    other = shutil.copytree(run, tmp_path / "other")
+    recipe_file = other / "recipe.json"
+    recipe_file.write_text(recipe_file.read_text().replace('"tiny-study"', '"other-study"'))
+    for name in ("both.md", "both.html"):
+        shown = CliRunner().invoke(app, ["report", str(run), str(other), "--to", str(tmp_path / name)])
+        assert shown.exit_code == 0, shown.output
+    text = (tmp_path / "both.md").read_text()
+    assert text.startswith("# tiny-study and other-study\n")
+    assert "| claim | verdict | tiny-study | other-study | p |" in text
+    assert "## What the arms were tuned on, other-study" in text
+    same = CliRunner().invoke(app, ["report", str(run), str(run)])
+    assert same.exit_code == 2
+    assert "the studies are both called 'tiny-study'" in same.stderr
+
+
+def test_two_studies_must_have_what_the_first_claims(tmp_path: Path) -> None:
+    recipes = []
+    for name, sweep in (("one", "number"), ("two", "count")):
+        recipe = tmp_path / f"{name}.toml"
+        text = RECIPE.format(folder=tmp_path / name).replace("[sweep.number]", f"[sweep.{sweep}]")
+        equal = 'tests = [{ arm = "number", than = "number", at_equal = "lab" }]'
+        recipe.write_text(
+            text.replace('tests = [{ arm = "monolingual", on = ["tuned", "da"] }]', equal)
+            if name == "one"
+            else text
+        )
+        recipes.append(load(recipe))
+    with pytest.raises(
+        UserError, match=r"two has not what .*one claims: .*'number' is no sweep, expected one of count"
+    ):
+        together(recipes, as_markdown=True)
 
 
 @pytest.mark.parametrize(

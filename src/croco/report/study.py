@@ -73,11 +73,12 @@ def together(recipes: Sequence[Recipe], as_markdown: bool) -> str:
     """One page of several studies, such as of two policies: a claim, of the first, holds only where it does in all."""
     claims = _study(recipes[0]).claims
     for recipe in recipes:
-        complete(recipe)
         try:
             check(recipe.model_copy(update={"study": _study(recipe).model_copy(update={"claims": claims})}))
         except ValueError as error:
             raise UserError(f"{recipe.folder} has not what {recipes[0].folder} claims: {error}") from None
+    for recipe in recipes:
+        complete(recipe)
     return (markdown if as_markdown else html)(recipes, build(recipes))
 
 
