@@ -28,7 +28,7 @@ from croco.report.claims import EQUIVALENT, FAILS, HOLDS, OPEN, UNTESTABLE, clai
 from croco.report.contrasts import Runs, curve_at, frontier, p_wanted, run_tests
 from croco.report.multi_seed import Pooled, pool
 from croco.report.study import together
-from croco.report.transfer import accuracy_by_form, heuristic, ranking
+from croco.report.transfer import FORMS, accuracy, best_and_tau, heuristic, read_scores
 from croco.stages.evaluate.stats import Estimate
 from croco.storage import files, shards
 from croco.storage.schemas import COMPLETIONS, SCORES, VERDICTS
@@ -243,21 +243,44 @@ def test_without_a_difference_a_family_of_seven_rarely_speaks() -> None:
     assert right / (7 * 200) > 0.8
 
 
+def pools_of(*pools: tuple[list[float], list[float]], forms: str = "ab") -> pl.DataFrame:
+    """Completions as `read_scores` has them: per pool the scores of one scorer and the verified quality."""
+    rows = [
+        (0, f"p{number}", "en", place, forms[place % len(forms)], score, quality)
+        for number, pool in enumerate(pools)
+        for place, (score, quality) in enumerate(zip(*pool, strict=True))
+    ]
+    columns = ["folder", "prompt_id", "language", "sample_id", "form", "reward", "verified"]
+    return pl.DataFrame(rows, columns, orient="row")
+
+
 def test_ranking_by_hand_and_against_scipy() -> None:
+    def figures(*pools: tuple[list[float], list[float]]) -> list[float | None]:
+        scored = pools_of(*pools)
+        found = [accuracy(scored, ["reward"], ["language"]), *best_and_tau(scored, ["reward"])]
+        return [of["reward", "en"][0].value if of else None for of in found]
+
     # unequal pairs: (0, 2) right, (1, 2) wrong; the best-scored, of two, is at the top by half
-    right, best, _ = ranking(np.array([3.0, 1.0, 2.0]), np.array([1.0, 1.0, 0.0]), 1.0)
-    assert (right, best) == (0.5, 1.0)
-    assert ranking(np.array([2.0, 2.0]), np.array([1.0, 0.0]), 1.0)[:2] == (0.5, 0.5)
-    assert np.isnan(ranking(np.array([1.0, 2.0]), np.array([1.0, 1.0]), 1.0)[0])
+    assert figures(([3.0, 1.0, 2.0], [1.0, 1.0, 0.0]))[:2] == [0.5, 1.0]
+    assert figures(([2.0, 2.0], [1.0, 0.0])) == [0.5, 0.5, None]
+    assert figures(([1.0, 2.0], [1.0, 1.0]))[0] is None
+    # the mean over prompts, not over pairs
+    assert figures(([2.0, 1.0], [1.0, 0.0]), ([1.0, 2.0, 3.0], [1.0, 0.0, 0.0]))[0] == 0.5
     generator = np.random.default_rng(0)
-    for _ in range(50):
-        scores, quality = (
-            generator.integers(5, size=12).astype(float),
-            generator.integers(3, size=12).astype(float),
-        )
-        assert ranking(scores, quality, 2.0)[2] == pytest.approx(
+    for _ in range(20):
+        scores, quality = (generator.integers(k, size=12).astype(float).tolist() for k in (5, 3))
+        assert figures((scores, quality))[2] == pytest.approx(
             kendalltau(scores, quality).statistic, abs=1e-12
         )
+
+
+def test_accuracy_within_one_form_and_between_two() -> None:
+    """Forms a, b, a, b; by form alone (a over b) the scorer is right, within a form it is not."""
+    scored = pools_of(([4.0, 2.0, 3.0, 1.0], [0.9, 0.2, 1.0, 0.4]))
+    found = {
+        case[1:]: (value.value, pairs) for case, (value, pairs) in accuracy(scored, ["reward"], FORMS).items()
+    }
+    assert found == {("a", "b"): (1.0, 4), ("a", "a"): (0.0, 1), ("b", "b"): (0.0, 1)}
 
 
 def test_accuracy_per_pair_of_forms_by_hand(tmp_path: Path) -> None:
@@ -280,7 +303,7 @@ def test_accuracy_per_pair_of_forms_by_hand(tmp_path: Path) -> None:
             tmp_path / stage, 0, arrow, table.schema, read=counts, written=counts, dropped=None
         )
     # of four pairs of a good and a malformed one: 2 > 1, 2 > 0, 0 < 1, 0 = 0
-    found = accuracy_by_form([tmp_path], ["reward"])
+    found = accuracy(read_scores([tmp_path], ["reward"]), ["reward"], FORMS)
     assert {case: (interval.value, pairs) for case, (interval, pairs) in found.items()} == {
         ("reward", "good", "malformed"): (2.5 / 4, 4)
     }

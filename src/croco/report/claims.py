@@ -5,8 +5,7 @@ holds when enough of its comparisons are significant as wanted, does not hold wh
 contrary (intersection-union; for "most" the partial conjunction of Benjamini and Heller 2008), both after Holm's
 correction over the claims of its family. Else it is equivalent where as many comparisons lie within the study's
 equivalence margin (two one-sided tests at 5 %: the 90 % interval), else not resolved. With the studies of several
-policies every one of them must agree.
-"""
+policies every one of them must agree."""
 
 from __future__ import annotations
 
@@ -102,8 +101,7 @@ def needed(claim: Claim, tests: Sequence[Test]) -> int:
 def claim_p_values(claim: Claim, tests: Sequence[Test]) -> tuple[float, float]:
     """One-sided p-values that fewer than the needed number of tests are as wanted, and to the contrary.
 
-    (n − u + 1) · p₍ᵤ₎ for u needed of n (Benjamini and Heller 2008, Bonferroni form); with all needed the largest p.
-    """
+    (n − u + 1) · p₍ᵤ₎ for u needed of n (Benjamini and Heller 2008, Bonferroni form); with all needed the largest p."""
     u, n = needed(claim, tests), len(tests)
     wanted = sorted(test.p_wanted for test in tests)
     contrary = sorted(1 - test.p_wanted for test in tests)

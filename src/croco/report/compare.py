@@ -2,8 +2,7 @@
 
 Results are compared arm by arm on the prompts that both runs have in the same words, paired by prompt, by the same
 statistics that compare an arm with the base within a run: the first run stands where the base does. What only one run
-has is named and left out; nothing is averaged over unequal sets.
-"""
+has is named and left out; nothing is averaged over unequal sets."""
 
 from __future__ import annotations
 
@@ -45,8 +44,7 @@ class Comparison:
     """Two runs: names, settings that differ, what could not be compared, and the boards of the second minus the first.
 
     In a board the differences are the second run's minus the first's, the values the second's; `firsts` are the first's
-    values under (benchmark, arm, temperature, scope).
-    """
+    values under (benchmark, arm, temperature, scope)."""
 
     names: tuple[str, str]
     settings: list[Setting]

@@ -1,8 +1,7 @@
 """The charts that are curves: score distributions and training metrics, as SVG paths.
 
 A path is drawn in a box of 100 by 100 that the page stretches to any size (strokes keep their width), and its labels
-are the page's own text. Nothing is decided here about which numbers are shown.
-"""
+are the page's own text. Nothing is decided here about which numbers are shown."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """Results beside the scores: modes, languages, what to think of the arena's judge, structured tasks (EuroEval).
 
-Nothing is averaged here: a correlation and an accuracy have no common mean, so every metric keeps its own line.
-"""
+Nothing is averaged here: a correlation and an accuracy have no common mean, so every metric keeps its own line."""
 
 from __future__ import annotations
 

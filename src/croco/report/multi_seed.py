@@ -3,8 +3,7 @@
 Every seed answered the same test prompts, so that differences of two arms are paired in both. A language's value of a
 prompt is the mean over samples, a group's the mean over its languages.
 
-Shapes: S seeds, A settings (arm and temperature), P prompts, L languages, M metrics.
-"""
+Shapes: S seeds, A settings (arm and temperature), P prompts, L languages, M metrics."""
 
 from __future__ import annotations
 
@@ -117,8 +116,7 @@ def pool(
 ) -> dict[str, Pooled]:
     """Every benchmark of the runs of several seeds, on the prompts that all of them answered in every arm.
 
-    Raises UserError where two seeds share no prompt: nothing is averaged over unequal sets.
-    """
+    Raises UserError where two seeds share no prompt: nothing is averaged over unequal sets."""
     frames = []
     for number, folder in enumerate(seeds):
         verdicts = pl.concat([read_table(folder / "evaluate" / arm, COLUMNS) for arm in [BASE, *arms]])

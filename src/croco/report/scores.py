@@ -1,8 +1,7 @@
 """The scores that people read: arms by groups of languages and by language, and one sentence per arm.
 
 Pure arrangements of the results table; the page, the terminal and the exports print the same numbers because they take
-them from here. Shares are shown as whole percentages and their differences as points; scores with two decimals.
-"""
+them from here. Shares are shown as whole percentages and their differences as points; scores with two decimals."""
 
 from __future__ import annotations
 
@@ -202,8 +201,7 @@ def boards(results: pl.DataFrame, arms: Sequence[str], codes: Sequence[str], sco
     `codes`.
 
     `scorer` is who gave the scores, as `scorer_of` says it. What has no share of good completions, no mean score and no
-    win rate is shown by `diagnostics.py`.
-    """
+    win rate is shown by `diagnostics.py`."""
     made = []
     order = sorted(metrics_of(results).items(), key=lambda item: (item[0] == ARENA, len(item[0]), item[0]))
     for benchmark, metrics in order:
@@ -292,8 +290,7 @@ def sentence(board: Board, arm: str, to_best: bool = False) -> str:
     """One sentence: in which groups the arm is better than the base, worse, mixed, or not told apart from it.
 
     Better (worse): at some temperature, and worse (better) at none. Mixed: better at one and worse at another. With
-    `to_best` the rival is the base at its best temperature.
-    """
+    `to_best` the rival is the base at its best temperature."""
     clauses: dict[str, list[str]] = {"better": [], "mixed": [], "not resolved": [], "worse": []}
     for scope in board.main_groups:
         differences = {}
