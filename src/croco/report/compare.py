@@ -6,7 +6,7 @@ has is named and left out; nothing is averaged over unequal sets."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import polars as pl
 from croco.config.recipe import Recipe
 from croco.errors import UserError
 from croco.pipeline.inputs import eval_prompts_of
+from croco.pipeline.status import flat
 from croco.report.load_run import read_recipe, require
 from croco.report.scores import ARENA, Board, Cell, Key, board_of, boards
 from croco.report.table import count_of, enumerate_words, temperature_name
@@ -102,22 +103,16 @@ def _names(folders: Sequence[Path], recipes: Sequence[Recipe]) -> tuple[str, str
 
 
 def _settings(recipes: Sequence[Recipe]) -> list[Setting]:
-    first, second = (dict(_flat(recipe.model_dump(mode="json"))) for recipe in recipes)
-    keys = [key for key in dict.fromkeys((*first, *second)) if key != "run.folder"]
+    first, second = (
+        {key: _word(value) for key, value in flat(recipe.model_dump(mode="json")).items()}
+        for recipe in recipes
+    )
     settings = [
         Setting(key, first.get(key, ABSENT), second.get(key, ABSENT), key.startswith("runtime."))
-        for key in keys
-        if first.get(key, ABSENT) != second.get(key, ABSENT)
+        for key in dict.fromkeys((*first, *second))
+        if key != "run.folder" and first.get(key, ABSENT) != second.get(key, ABSENT)
     ]
     return sorted(settings, key=lambda setting: setting.runtime)
-
-
-def _flat(section: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in section.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{before}{key}.")
-        else:
-            yield f"{before}{key}", _word(value)
 
 
 def _word(value: Any) -> str:

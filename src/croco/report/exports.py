@@ -18,12 +18,10 @@ from croco.report.scores import (
     Board,
     arms_table,
     boards,
-    language_sentence,
-    losses,
     mark_best,
     scorer_of,
-    sentence,
 )
+from croco.report.sentences import in_words
 from croco.report.table import Entry, Number, Part, Table, temperature_name
 from croco.stages.evaluate.results import language_groups
 
@@ -51,11 +49,7 @@ def results_terminal(run_folder: Path) -> Iterator[RenderableType]:
         yield terminal(tasks)
         yield from map(Text, diagnostics.task_notes(run))
     for arm in run.recipe.evaluated_arms:
-        yield Text(f"{arm}: {_words(made[0], arm, made[1:])}")
-
-
-def _words(board: Board, arm: str, others: Sequence[Board] = ()) -> str:
-    return " ".join(filter(None, [sentence(board, arm), losses(others, arm), language_sentence(board, arm)]))
+        yield Text(f"{arm}: {in_words(made, arm)}")
 
 
 def comparison_terminal(comparison: Comparison) -> Iterator[RenderableType]:
@@ -115,7 +109,7 @@ def results_markdown(run_folder: Path) -> str:
 
 
 def _sentences(run: Run, board: Board) -> list[str]:
-    return ["\n".join(f"- **{arm}**: {_words(board, arm)}" for arm in run.recipe.evaluated_arms)]
+    return ["\n".join(f"- **{arm}**: {in_words([board], arm)}" for arm in run.recipe.evaluated_arms)]
 
 
 def results_csv(run_folder: Path) -> str:

@@ -2,7 +2,8 @@ import polars as pl
 import pytest
 
 from croco.errors import UserError
-from croco.report.scores import boards, sentence
+from croco.report.scores import boards
+from croco.report.sentences import sentence
 from croco.report.table import POINTS, Number
 from croco.stages.evaluate.results import on_common_prompts, summarise
 
