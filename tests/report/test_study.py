@@ -162,6 +162,18 @@ def test_a_share_of_a_gain() -> None:
     assert test.words == "gain of english over base (T = 1) − 90 % of that of in-language"
 
 
+def test_what_has_no_results_is_named_and_a_mode_that_nobody_has_is_zero() -> None:
+    runs = Runs({"lab": values_of({"base": 0.3, "tuned": 0.7})})
+    (test,) = run_tests(Comparison(arm="tuned", metric="mode:malformed"), runs, 0.02)
+    assert (test.estimate.value, test.equivalent) == (0.0, True)
+    for wrong, sentence in (
+        ({"benchmark": "lab-abilities"}, "'lab-abilities' of a claim has no results, expected one of lab"),
+        ({"metric": "goood"}, "'goood' is no metric of 'lab', expected one of good"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            run_tests(Comparison(arm="tuned", **wrong), runs, 0.02)
+
+
 def test_a_frontier_leaves_out_what_another_point_beats() -> None:
     points = [(0.0, 0.5), (2.0, 0.8), (1.0, 0.7), (3.0, 0.6), (2.0, 0.8)]  # (KL, quality)
     assert frontier(points, less=True) == [0, 2, 1]

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from croco.config.study import BASE, Comparison
+from croco.errors import UserError
 from croco.report.multi_seed import Pooled, Setting
 from croco.report.table import PERCENT, SCORE, temperature_name
 from croco.stages.evaluate.stats import ALPHA, Estimate, Interval, over_seeds_and_prompts
@@ -59,7 +60,11 @@ class Test:
 
 
 def run_tests(comparison: Comparison, runs: Runs, equivalence: float) -> list[Test]:
-    """One test per scope and temperature."""
+    """One test per scope and temperature; raises UserError where a benchmark has no results."""
+    for name in (comparison.benchmark, comparison.at_equal or KL):
+        if name != KL and name not in runs.pooled:
+            known = ", ".join(runs.pooled)
+            raise UserError(f"'{name}' of a claim has no results, expected one of {known}")
     pooled = runs.pooled[comparison.benchmark]
     arms = runs.sweeps[comparison.arm] if comparison.at_equal else [comparison.arm]
     return [

@@ -70,10 +70,15 @@ class Pooled:
         """One value per seed and prompt, (S, P'): the mean over the scope's languages; prompts without any are out."""
         members = [code for code in self.groups.get(scope, [scope]) if code in self.languages]
         places = [self.languages.index(code) for code in members]
-        column = self.metrics.index(metric or self.headline)
+        metric = metric or self.headline
+        never = metric.startswith("mode:") and metric not in self.metrics  # a mode that no completion has
+        if metric not in self.metrics and not never:
+            known = ", ".join(self.metrics)
+            raise UserError(f"'{metric}' is no metric of '{self.benchmark}', expected one of {known}")
+        column = 0 if never else self.metrics.index(metric)
         values = self.values[:, self.settings.index(setting)][:, :, places, column]
         answered = ~np.isnan(values).all(axis=(0, 2))
-        return np.asarray(np.nanmean(values[:, answered], axis=2))
+        return np.asarray(np.nanmean(values[:, answered], axis=2)) * (0.0 if never else 1.0)
 
     def mean(self, setting: Setting, scope: str) -> Interval:
         """A setting's mean of the headline with its interval over seeds and prompts."""
