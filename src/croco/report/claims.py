@@ -121,7 +121,12 @@ def claims_parts(judged: Mapping[str, Judged], equivalence: float, studies: Mapp
         family = [one for one in judged.values() if one.claim.secondary == secondary]
         counted = sum(one.p_value is not None for one in family)
         counts = Counter(one.verdict for one in family)
-        verdicts = [f"{counts[v]} {v}" for v in (HOLDS, FAILS, EQUIVALENT, OPEN, UNTESTABLE) if counts[v]]
+        many = {HOLDS: "hold", FAILS: "do not hold"}
+        verdicts = [
+            f"{counts[verdict]} {verdict if counts[verdict] == 1 else many.get(verdict, verdict)}"
+            for verdict in (HOLDS, FAILS, EQUIVALENT, OPEN, UNTESTABLE)
+            if counts[verdict]
+        ]
         rows: list[list[Entry]] = [
             [one.claim.says, one.verdict, *(difference_of(one.deciding(s), studies[s]) for s in studies),
              "" if one.p_value is None else p_text(one.p_value)]
