@@ -54,7 +54,8 @@ def accuracy(scored: pl.DataFrame, scorers: Sequence[str], by: Sequence[str]) ->
         ((pl.col(s) > pl.col(f"{s} worse")) + 0.5 * (pl.col(s) == pl.col(f"{s} worse"))).mean().alias(s)
         for s in scorers
     ]
-    return _over_prompts(pairs.group_by(*by, *POOL).agg(*right, rows=pl.len()), scorers, by)
+    keys = list(dict.fromkeys((*by, *POOL)))
+    return _over_prompts(pairs.group_by(keys).agg(*right, rows=pl.len()), scorers, by)
 
 
 def best_and_tau(scored: pl.DataFrame, scorers: Sequence[str]) -> tuple[Figures, Figures]:
