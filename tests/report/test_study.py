@@ -467,7 +467,7 @@ def test_a_study_is_killed_and_goes_on_and_a_second_run_computes_nothing(tmp_pat
         "Pairs help.",
         "Sweep: completions of monolingual",
         "Does the reward model transfer?",
-        "percent of pairs with the good one above",
+        "of the worse: percent ranked right",
         "Danish",
     ):
         assert word in text

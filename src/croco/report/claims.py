@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from croco.config.study import Claim, Study
 from croco.report.contrasts import KL, Runs, Test, run_tests
 from croco.report.curves import value_panel
+from croco.report.scores import TITLES
 from croco.report.table import (
     PERCENT,
-    POINTS,
     SCORE,
     SCORE_CHANGE,
     Entry,
@@ -34,6 +34,7 @@ from croco.stages.evaluate.stats import ALPHA, holm
 
 HOLDS, FAILS, EQUIVALENT, OPEN = "holds", "does not hold", "equivalent", "not resolved"
 UNTESTABLE = "not testable here"
+TENTHS = Unit(100, digits=1, signed=True)  # of a point: the margin of equivalence is two points
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def claims_parts(judged: Mapping[str, Judged], equivalence: float, studies: Mapp
 def unit_of(test: Test, runs: Runs) -> Unit:
     """How a comparison's difference is written."""
     share = runs.pooled[test.comparison.benchmark].is_share
-    return POINTS if share or (test.comparison.metric or "").startswith("mode:") else SCORE_CHANGE
+    return TENTHS if share or (test.comparison.metric or "").startswith("mode:") else SCORE_CHANGE
 
 
 def difference_of(test: Test, runs: Runs) -> Number:
@@ -170,7 +171,9 @@ def claim_part(name: str, judged: Judged, studies: Mapping[str, Runs], equivalen
         for test in judged.tests[label]:
             one, unit = test.comparison, unit_of(test, runs)
             border = f" by {unit.text(one.margin).lstrip('+')}" if one.margin else ""
-            measures.append(f"{one.metric or runs.pooled[one.benchmark].headline} ({one.benchmark})")
+            measures.append(
+                TITLES.get(one.benchmark, one.benchmark) + (f", {one.metric}" if one.metric else "")
+            )
             rows.append([
                 test.words, *([label] if several else []), f"{test.scope}, {temperature_name(test.temperature)}",
                 one.want + border, difference_of(test, runs), ", ".join(map(unit.text, test.by_seed)),
@@ -181,7 +184,7 @@ def claim_part(name: str, judged: Judged, studies: Mapping[str, Runs], equivalen
                 scale = 1 if one.at_equal == KL else 100
                 series = {sweep: [(scale * x, y) for x, y in curve] for sweep, curve in test.curves.items()}
                 title = f"{one.benchmark} over {over}" + (f", {label}" if several else "")
-                panels.append(value_panel(title, series, PERCENT if unit is POINTS else SCORE))
+                panels.append(value_panel(title, series, PERCENT if unit is TENTHS else SCORE))
     alone = ", ".join(f"{label}: {verdict}" for label, verdict in judged.alone.items())
     verdict = f"**{judged.verdict[0].upper()}{judged.verdict[1:]}**" + (f" ({alone})" if several else "")
     verdict += f": {claim.not_testable}" if claim.not_testable else "."
