@@ -138,7 +138,7 @@ def claims_parts(judged: Mapping[str, Judged], equivalence: float, studies: Mapp
             f"Of {count_of(len(family), 'claim')}: {', '.join(verdicts)}. A claim holds, or does not, where all "
             f"comparisons that it needs are significant that way{every}, at 5 % after Holm's correction over "
             f"{count_of(counted, 'claim')} (p in the table). It is equivalent where the 90 % intervals lie within "
-            f"± {equivalence:g}. The difference shown is that of the weakest comparison; the base is at its best "
+            f"{_margin(equivalence, studies)}. The difference shown is that of the weakest comparison; the base is at its best "
             "temperature."
         )
         if rows:
@@ -151,6 +151,11 @@ def unit_of(test: Test, runs: Runs) -> Unit:
     """How a comparison's difference is written."""
     share = runs.pooled[test.comparison.benchmark].is_share
     return TENTHS if share or (test.comparison.metric or "").startswith("mode:") else SCORE_CHANGE
+
+
+def _margin(equivalence: float, studies: Mapping[str, Runs]) -> str:
+    shares = all(pooled.is_share for runs in studies.values() for pooled in runs.pooled.values())
+    return f"± {100 * equivalence:g} points" if shares else f"± {equivalence:g}"
 
 
 def difference_of(test: Test, runs: Runs) -> Number:
@@ -184,7 +189,7 @@ def claim_part(name: str, judged: Judged, studies: Mapping[str, Runs], equivalen
                 scale = 1 if one.at_equal == KL else 100
                 series = {sweep: [(scale * x, y) for x, y in curve] for sweep, curve in test.curves.items()}
                 title = f"{one.benchmark} over {over}" + (f", {label}" if several else "")
-                panels.append(value_panel(title, series, PERCENT if unit is TENTHS else SCORE))
+                panels.append(value_panel(title, series, PERCENT if unit is TENTHS else SCORE, grid=False))
     alone = ", ".join(f"{label}: {verdict}" for label, verdict in judged.alone.items())
     verdict = f"**{judged.verdict[0].upper()}{judged.verdict[1:]}**" + (f" ({alone})" if several else "")
     verdict += f": {claim.not_testable}" if claim.not_testable else "."
@@ -194,5 +199,5 @@ def claim_part(name: str, judged: Judged, studies: Mapping[str, Runs], equivalen
     )
     text = [verdict, measure, *filter(None, [claim.why])]
     head = ["difference of", *(["study"] if several else []), "on", "claimed", "difference", "each seed", "p",
-            f"p within ± {equivalence:g}"]  # fmt: skip
+            f"p within {_margin(equivalence, studies)}"]  # fmt: skip
     return Part(f"claim-{name}", claim.says, text, [Table(head, rows, 3 + several)], panels)

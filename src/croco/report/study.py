@@ -188,7 +188,10 @@ def kl_part(runs: Runs) -> Part:
         for arm in (BASE, *runs.kl)
     ]
     text = f"KL of an arm from the base: nats per completion, of its own completions at T = 1; {scope} languages."
-    table, panel = Table(["arm", "KL", pooled.benchmark], rows), value_panel("KL", series, _unit(pooled))
+    table, panel = (
+        Table(["arm", "KL", pooled.benchmark], rows),
+        value_panel("KL", series, _unit(pooled), grid=False),
+    )
     return Part("kl", "Quality against distance from the base", [text], [table], [panel])
 
 
