@@ -138,8 +138,8 @@ def claims_parts(judged: Mapping[str, Judged], equivalence: float, studies: Mapp
             f"Of {count_of(len(family), 'claim')}: {', '.join(verdicts)}. A claim holds, or does not, where all "
             f"comparisons that it needs are significant that way{every}, at 5 % after Holm's correction over "
             f"{count_of(counted, 'claim')} (p in the table). It is equivalent where the 90 % intervals lie within "
-            f"{_margin(equivalence, studies)}. The difference shown is that of the weakest comparison; the base is at its best "
-            "temperature."
+            f"{_margin(equivalence, studies)}. The difference shown is that of the weakest comparison; the base is at "
+            "its best temperature."
         )
         if rows:
             head = ["claim", "verdict", *(studies if len(studies) > 1 else ["difference"]), "p"]

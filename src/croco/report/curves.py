@@ -109,8 +109,8 @@ class Panel:
 def value_panel(
     title: str, series: Mapping[str, Sequence[tuple[float, Interval]]], unit: Unit, grid: bool = True
 ) -> Panel:
-    """Values with intervals over a number. Numbers of a `grid` are marked on the axis, on a scale of doublings where they
-    span a factor of 8; others are measured themselves."""
+    """Values with intervals over a number. Those of a `grid` are marked on the axis, on a scale of doublings where they
+    span a factor of 8; others were measured."""
     numbers = sorted({x for points in series.values() for x, _ in points})
     doublings = grid and len(numbers) > 2 and numbers[0] > 0 and numbers[-1] / numbers[0] >= 8
     places = {x: math.log2(x) if doublings else x for x in numbers}
