@@ -175,7 +175,7 @@ def claim_part(name: str, judged: Judged, studies: Mapping[str, Runs], equivalen
     for label, runs in studies.items():
         for test in judged.tests[label]:
             one, unit = test.comparison, unit_of(test, runs)
-            border = f" by {unit.text(one.margin).lstrip('+')}" if one.margin else ""
+            border = f" by {unit.factor * one.margin:g}" if one.margin else ""
             measures.append(
                 TITLES.get(one.benchmark, one.benchmark) + (f", {one.metric}" if one.metric else "")
             )
