@@ -29,7 +29,7 @@ from croco.report.contrasts import Runs, curve_at, frontier, p_wanted, run_tests
 from croco.report.multi_seed import Pooled, pool
 from croco.report.study import _best_places, together
 from croco.report.transfer import FORMS, accuracy, best_and_tau, heuristic, read_scores
-from croco.stages.evaluate.stats import Estimate
+from croco.stages.evaluate.stats import Estimate, Interval
 from croco.storage import files, shards
 from croco.storage.schemas import COMPLETIONS, SCORES, VERDICTS
 
@@ -226,8 +226,8 @@ def test_what_is_lost_at_equal_gain_has_an_error_that_covers() -> None:
 
 
 def test_the_best_of_a_grid_is_inside_or_at_its_edge() -> None:
-    edge, inside = ([(x, Interval(value, value, value)) for x, value in points]
-                    for points in (((3.0, 0.5), (1.0, 0.6), (2.0, 0.55)), ((1.0, 0.5), (2.0, 0.6), (4.0, 0.1))))  # fmt: skip
+    edge = [(x, Interval(value, value, value)) for x, value in ((3.0, 0.5), (1.0, 0.6), (2.0, 0.55))]
+    inside = [(x, Interval(value, value, value)) for x, value in ((1.0, 0.5), (2.0, 0.6), (4.0, 0.1))]
     assert _best_places({"tuned": edge}) == "Best at: tuned 1 (at the edge of the grid)."
     assert _best_places({"tuned": inside}) == "Best at: tuned 2."
 
