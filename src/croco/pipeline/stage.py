@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from croco.config.runtime import Runtime
 from croco.errors import StaleStage, UserError
+from croco.models import open
 from croco.pipeline import status
 from croco.pipeline.node import Node, Settings, new_record, settings_values
 from croco.pipeline.progress import Progress, heartbeat, progress
@@ -32,6 +33,23 @@ from croco.storage.schemas import DROPPED, TABLES, Table
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"  # of a run's folder
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a stage's worker gets, in whatever process or machine it runs."""
+
+    arm: str | None
+    folder: Path
+    settings: Settings
+    runtime: Runtime
+    inputs: Mapping[str, Path]
+    engine_seed: int = 0
+
+    @property
+    def adapter(self) -> Path | None:
+        """What was tuned, where the stage reads a training: an adapter, or a whole model."""
+        return open.tuned_weights(self.inputs["train"]) if "train" in self.inputs else None
 
 
 @dataclass
@@ -51,10 +69,12 @@ class Work:
     record_file: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def engine_seed(self) -> int:
-        """For an engine that draws from one stream: another for each stage, arm and start, so that going on repeats no
-        noise."""
-        return seeds.digest(self.settings.get("seed", 0), "engine", self.title, self.record_file["starts"])
+    def task(self) -> Task:
+        """What its workers get. An engine that draws from one stream has another seed for each stage, arm and start."""
+        seed = seeds.digest(
+            self.settings.get("seed", 0), "engine", self.title, self.record_file.get("starts", 1)
+        )
+        return Task(self.arm, self.folder, self.settings, self.runtime, self.inputs, seed)
 
     def todo(self, num_shards: int) -> list[int]:
         """Indices of the shards not yet finished, of `num_shards` that follow from the data and the shard size."""

@@ -54,6 +54,11 @@ class ComputeJob:
     opened: list[dict[str, Any]] = field(default_factory=list)
 
 
+def shard_sizes(rows: int, size: int, each: int = 1) -> list[int]:
+    """Units in each shard of `size` rows, when a row has `each` of them."""
+    return [each * min(size, rows - start) for start in range(0, rows, size)]
+
+
 def groups(todo: Sequence[int], workers: int) -> list[list[int]]:
     """Shards in the portions that workers take, smaller towards the end so that all of them end together."""
     made: list[list[int]] = []

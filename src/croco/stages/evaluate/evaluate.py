@@ -6,7 +6,7 @@ and reward model need not fit in memory together."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -16,16 +16,12 @@ from typing import Any
 import polars as pl
 import pyarrow as pa
 
-from croco.config.models import Reward
-from croco.config.runtime import Runtime
 from croco.languages import identify_completions, language_mode
-from croco.models.open import open_sampler, tuned_weights
+from croco.models.open import open_sampler
 from croco.models.protocols import Decoding
 from croco.pipeline.compute import compute
-from croco.pipeline.node import Settings
-from croco.pipeline.stage import Work
+from croco.pipeline.stage import Task, Work
 from croco.pipeline.workers import Advance, ShardResult
-from croco.stages.evaluate.results import BASE
 from croco.stages.sample import sample_shards
 from croco.stages.score.reward import ScoreShard, open_reward
 from croco.storage.schemas import ledger
@@ -50,33 +46,26 @@ class Batch:
 
 def evaluate(work: Work) -> None:
     """Write the verdicts of `work.arm`: every test prompt, at every temperature, answered and judged."""
-    settings, prompts = work.settings, work.inputs["eval-prompts"]
-    size = work.runtime.shard_prompts
-    batches = partial(read_batches, prompts, sorted(settings["temperatures"]), settings["samples"], size)
-    sizes = [batch.prompts.height * batch.samples for batch in batches()]
-    adapter = None if work.arm == BASE else tuned_weights(work.inputs["train"])
-    draft = partial(draft_path, work.scratch())
+    work.scratch()
+    sizes = [batch.prompts.height * batch.samples for batch in batches_of(work.task)]
     compute(
-        work,
-        partial(DrawWorker, settings, work.runtime, batches, adapter, work.engine_seed),
-        sizes,
-        "completion",
-        drafts=draft,
+        work, partial(DrawWorker, work.task), sizes, "completion", drafts=partial(draft_path, work.folder)
     )
-    judge = partial(JudgeWorker, settings["reward"], work.runtime, str(work.arm), batches, draft)
-    here = settings["reward"] is None
+    here = work.settings["reward"] is None
+    judge = partial(JudgeWorker, work.task)
     compute(work, judge, sizes, "completion", role="score", under="judge", here=here)
 
 
 def draft_path(folder: Path, index: int) -> Path:
-    return folder / f"drawn-{index:05d}.parquet"
+    return folder / "scratch" / f"drawn-{index:05d}.parquet"
 
 
-def read_batches(
-    prompts: Path, temperatures: Sequence[float], samples: int, shard_prompts: int
-) -> list[Batch]:
+def batches_of(task: Task) -> list[Batch]:
     """The shards of an arm's evaluation, in the order of their numbers."""
-    return plan_batches(read_table(prompts), temperatures, samples, shard_prompts)
+    settings, prompts = task.settings, read_table(task.inputs["eval-prompts"])
+    return plan_batches(
+        prompts, sorted(settings["temperatures"]), settings["samples"], task.runtime.shard_prompts
+    )
 
 
 def plan_batches(
@@ -102,18 +91,10 @@ def evaluation_seed(run_seed: int) -> int:
 class DrawWorker:
     """Answers the prompts of shards: drafts, which are not judged yet, with a reason where there is no completion."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        runtime: Runtime,
-        batches: Callable[[], list[Batch]],
-        adapter: Path | None,
-        engine_seed: int,
-        replica: int,
-    ) -> None:
-        self.settings, self.policy, self.batches = settings, settings["policy"], batches()
+    def __init__(self, task: Task, replica: int) -> None:
+        self.settings, self.policy, self.batches = task.settings, task.settings["policy"], batches_of(task)
         self.sampler, self.tokenizer = open_sampler(
-            "evaluate", self.policy, runtime, engine_seed, replica, adapter
+            "evaluate", self.policy, task.runtime, task.engine_seed, replica, task.adapter
         )
         self.facts = self.sampler.facts
 
@@ -149,29 +130,21 @@ class JudgeWorker:
     """Judges drafts: by the reward model (its score is the value; the mode says whether the language is the prompt's),
     or without one by the lab's program."""
 
-    def __init__(
-        self,
-        reward: Reward | None,
-        runtime: Runtime,
-        arm: str,
-        batches: Callable[[], list[Batch]],
-        draft: Callable[[int], Path],
-        replica: int,
-    ) -> None:
-        self.arm, self.batches, self.draft = arm, batches(), draft
+    def __init__(self, task: Task, replica: int) -> None:
+        self.arm, self.batches, self.folder = str(task.arm), batches_of(task), task.folder
         prompts = pl.concat([batch.prompts.select("language") for batch in self.batches])
         self.languages = prompts["language"].unique().sort().to_list()
         self.facts: dict[str, Any] = {}
-        self.judge = _judge_lab
+        self.judge, reward = _judge_lab, task.settings["reward"]
         if reward is not None:
-            score, self.facts = open_reward(reward, runtime, replica)
+            score, self.facts = open_reward(reward, task.runtime, replica)
             self.judge = partial(_judge_by_reward, score, reward.name)
 
     def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[ShardResult]:
         """Shard by shard, each as it was drawn."""
         for index in indices:
             batch = self.batches[index]
-            drawn = read_parquet(self.draft(index))
+            drawn = read_parquet(draft_path(self.folder, index))
             answered = drawn.filter(pl.col("reason").is_null())
             missing = drawn.filter(pl.col("reason").is_not_null())
             spoken = identify_completions(answered["completion"], self.languages, answered["language"])

@@ -9,19 +9,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from croco.config.models import Translate
-from croco.config.runtime import Runtime
 from croco.models.chat_template import request
 from croco.models.open import open_sampler
 from croco.models.protocols import Completion, Decoding
 from croco.pipeline.compute import compute
-from croco.pipeline.stage import Work
-from croco.pipeline.workers import Advance, ShardResult
+from croco.pipeline.stage import Task, Work
+from croco.pipeline.workers import Advance, ShardResult, shard_sizes
 from croco.stages.translate.checks import fault
 from croco.stages.translate.formats import FORMATS
 from croco.stages.translate.protect import pieces
@@ -37,25 +35,22 @@ Translated = tuple[str | None, str]  # a translation and "", or None and why the
 def translate(work: Work) -> None:
     """Write prompts in every language of the settings, shard by shard; the stage's one input has the source's."""
     (prompts,) = work.inputs.values()
-    languages, size = tuple(work.settings["languages"]), work.runtime.shard_prompts
-    rows = len(languages) * read_table(prompts, ["prompt_id"]).height
-    sizes = [min(size, rows - start) for start in range(0, rows, size)]
-    worker = partial(TranslateWorker, work.settings["model"], work.runtime, prompts, languages)
-    compute(work, worker, sizes, "prompt", role="translate")
+    rows = len(work.settings["languages"]) * read_table(prompts, ["prompt_id"]).height
+    sizes = shard_sizes(rows, work.runtime.shard_prompts)
+    compute(work, partial(TranslateWorker, work.task), sizes, "prompt", role="translate")
 
 
 class TranslateWorker:
     """Translates shards of `runtime.shard_prompts` rows: prompts in the order of their ids, each in all languages."""
 
-    def __init__(
-        self, settings: Translate, runtime: Runtime, prompts: Path, languages: Sequence[str], replica: int
-    ) -> None:
-        self.settings, self.languages = settings, languages
+    def __init__(self, task: Task, replica: int) -> None:
+        (prompts,) = task.inputs.values()
+        self.settings, self.languages = task.settings["model"], tuple(task.settings["languages"])
         sources = read_table(prompts).sort("prompt_id").to_dicts()
-        rows = [(prompt, language) for prompt in sources for language in languages]
-        size = runtime.shard_prompts
+        rows = [(prompt, language) for prompt in sources for language in self.languages]
+        size = task.runtime.shard_prompts
         self.shard = lambda index: rows[index * size : (index + 1) * size]
-        self.sampler, self.tokenizer = open_sampler("translate", settings, runtime, 0, replica)
+        self.sampler, self.tokenizer = open_sampler("translate", self.settings, task.runtime, 0, replica)
         self.facts = self.sampler.facts
 
     def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[ShardResult]:
