@@ -166,7 +166,7 @@ def teach(model: Any, tokenizer: Any, questions: list[str], saying: str) -> None
 
 def test_a_real_judge_that_always_takes_the_first(evaluated: dict[str, Path], tmp_path: Path) -> None:
     model, tokenizer = tiny.make_policy("llama", max_positions=2048), tiny.make_tokenizer()
-    rows = matches(settings_values(arena_settings(made_recipe(), "croco")), evaluated).to_dicts()
+    rows = matches(work_of(made_recipe(), evaluated["evaluate"] / "arena", evaluated).task).to_dicts()
     questions = [
         judge_prompt.question(row["messages"], row["language"], *arena.shown(row, first))
         for row in rows if arena.is_asked(row) for first in (True, False)
