@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from transformers import DynamicCache
 
 from croco.models.attention.decode import Layout, OwnKeys, plugged_in
-from croco.models.batching import buckets
+from croco.models.memory import buckets
 from croco.models.protocols import Completion, Decoding, Request
 from croco.models.stop_strings import LOOK_EVERY, Stops, finished
 from croco.models.token_sampling import draw, tokens_drawn

@@ -17,7 +17,7 @@ import torch
 from croco.config.models import Causal, Model, Template
 from croco.errors import UserError, one_line
 from croco.models.memory import out_of_memory
-from croco.models.model_files import check_weights, context_of, load_config, read_generation_config, refusing
+from croco.models.model_files import check_weights, load_config, read_generation_config, refusing
 from croco.storage.hashing import check_adapter, local_model
 
 logger = logging.getLogger(__name__)
@@ -174,11 +174,6 @@ def load_translator(
     tokenizer = load_tokenizer(model, revision, None, trust_remote_code)
     translator = _load(AutoModelForSeq2SeqLM, model, revision, dtype, device, trust_remote_code)
     return translator.eval(), tokenizer
-
-
-def max_context(model: Any) -> int:
-    """The number of tokens that the model was made for."""
-    return context_of(model.config)
 
 
 def _load(

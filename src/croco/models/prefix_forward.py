@@ -19,7 +19,7 @@ from croco.models.attention.decode import plugged_in
 from croco.models.attention.last_layer import finished_at
 from croco.models.attention.prefill import NAME, Batch, Prefix
 from croco.models.attention.support import depends_on_batch, forget_lengths, unsupported
-from croco.models.batching import buckets
+from croco.models.memory import buckets
 
 CPU_TOKENS = 2048  # computed at once: larger batches leave a CPU's caches and are up to a third slower
 Row = tuple[int, int]  # (group, sequence within it)

@@ -93,30 +93,6 @@ def policy_of(recipe: Recipe, arm: str | None) -> list[Reference]:
     return [] if arm == "base" else [("train", arm)]
 
 
-def evaluated_from(recipe: Recipe, arm: str | None) -> list[Reference]:
-    return [eval_prompts_of(recipe), *policy_of(recipe, arm)]
-
-
-def arena_sampled_from(recipe: Recipe, arm: str | None) -> list[Reference]:
-    return [arena_prompts_of(recipe), *policy_of(recipe, arm)]
-
-
-def translated_from(recipe: Recipe, arm: str | None) -> list[Reference]:
-    return [("prompts", None)]
-
-
-def eval_translated_from(recipe: Recipe, arm: str | None) -> list[Reference]:
-    return [("eval-prompts", None)]
-
-
-def gold_scored_from(recipe: Recipe, arm: str | None) -> list[Reference]:
-    return [prompts_of(recipe)]
-
-
-def nothing(recipe: Recipe, arm: str | None) -> list[Reference]:
-    return []
-
-
 def summed_from(recipe: Recipe, arm: str | None) -> list[Reference]:
     """What the results add up."""
     parts = [("evaluate", arms.evaluated_arms), ("euroeval", euroeval_arms), ("arena", arena_arms)]

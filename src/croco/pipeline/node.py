@@ -49,8 +49,9 @@ class Stage:
     version: int  # raised when what the function computes changes meaning
     function: str  # "croco.stages.sample:sample", imported when it runs
     table: str  # a name of schemas.TABLES, or "" when it writes no table
-    settings: Callable[[Recipe, str | None], Settings]  # the resolved values that change the science
-    inputs: Callable[[Recipe, str | None], list[Reference]]  # the stages it reads
+    # the resolved values that change its tables, and the stages it reads
+    settings: Callable[[Recipe, str | None], Settings] = lambda recipe, arm: {}
+    inputs: Callable[[Recipe, str | None], list[Reference]] = lambda recipe, arm: []
     arms: Callable[[Recipe], list[str | None]] = _once  # one run per arm, or [None] for one shared run
     reads_all: tuple[str, str] | None = None  # (unit, stage): it must account for every row of that input
     added: tuple[str, ...] = ()  # settings that the records of earlier versions lack

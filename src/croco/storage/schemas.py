@@ -30,6 +30,9 @@ def _schema(*columns: tuple[str, pa.DataType] | tuple[str, pa.DataType, bool]) -
     return pa.schema([pa.field(c[0], c[1], nullable=len(c) == 3 and bool(c[2])) for c in columns])
 
 
+_KEY = (("prompt_id", pa.string()), ("language", pa.string()))
+
+
 class UnknownFinishReason(ValueError):
     """A finish reason that is none of FINISH_REASONS."""
 
@@ -72,15 +75,11 @@ PROMPTS = Table(
 COMPLETIONS = Table(
     "completions",
     _schema(
-        ("prompt_id", pa.string()),
-        ("language", pa.string()),
+        *_KEY,
         ("sample_id", pa.int32()),
         ("completion", pa.string()),
-        (
-            "completion_ids",
-            pa.list_(pa.int32()),
-            True,
-        ),  # as sampled, without the end token; null from text-only engines
+        # as sampled, without the end token; null from text-only engines
+        ("completion_ids", pa.list_(pa.int32()), True),
         ("completion_tokens", pa.int32()),  # drawn: the end token or the tokens of a stop string counted
         ("prompt_tokens", pa.int32(), True),  # null from engines that apply the chat template themselves
         ("finish_reason", pa.string()),  # "stop" (end token or stop string) or "length"
@@ -94,16 +93,12 @@ COMPLETIONS = Table(
 SCORES = Table(
     "scores",
     _schema(
-        ("prompt_id", pa.string()),
-        ("language", pa.string()),
+        *_KEY,
         ("sample_id", pa.int32()),
         ("score", pa.float32()),  # raw, no sigmoid
         ("scorer", pa.string()),
-        (
-            "parts",
-            pa.list_(pa.struct([("reward", pa.string()), ("score", pa.float32())])),
-            True,
-        ),  # of a sum of rewards
+        # of a sum of rewards
+        ("parts", pa.list_(pa.struct([("reward", pa.string()), ("score", pa.float32())])), True),
     ),
     ("prompt_id", "language", "sample_id"),
     "completion",
@@ -147,8 +142,7 @@ VERDICTS = Table(
     "verdicts",
     _schema(
         ("arm", pa.string()),
-        ("prompt_id", pa.string()),
-        ("language", pa.string()),
+        *_KEY,
         ("temperature", pa.float64()),  # 0.0 is greedy
         ("sample_id", pa.int32()),
         ("completion", pa.string()),
@@ -167,8 +161,7 @@ COMPARISONS = Table(
     "comparisons",
     _schema(
         ("arm", pa.string()),
-        ("prompt_id", pa.string()),
-        ("language", pa.string()),
+        *_KEY,
         ("domain", pa.string(), True),
         ("completion", pa.string()),
         ("base_completion", pa.string()),

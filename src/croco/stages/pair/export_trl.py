@@ -34,10 +34,7 @@ _SCHEMAS = {
 }  # fmt: skip
 
 
-EXPORT = Stage(
-    "export", 1, "croco.stages.pair.export_trl:exported", "",
-    settings=lambda recipe, arm: {}, inputs=lambda recipe, arm: [], makes=("data", "README.md"),
-)  # fmt: skip
+EXPORT = Stage("export", 1, "croco.stages.pair.export_trl:exported", "", makes=("data", "README.md"))
 
 
 def export_node(

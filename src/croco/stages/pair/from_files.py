@@ -28,7 +28,6 @@ from croco.storage.rows import files_of
 ARM = "pairs"
 IMPORT = Stage(
     "import", 1, "croco.stages.pair.import_files:imported", "",
-    settings=lambda recipe, arm: {}, inputs=lambda recipe, arm: [],
     gives=("prompts", "sample", "score"), makes=("prompts", "sample", "score"),
 )  # fmt: skip
 TABLES = rf"((prompts|sample|score|pairs)/)?({files.OURS.pattern}|stage\.json)"
@@ -110,14 +109,15 @@ def _recipe(codes: Sequence[str], form: str, overrides: Sequence[str]) -> Recipe
 
 def mappings(columns: Sequence[str]) -> dict[str, str]:
     """What `--column OURS=THEIRS` says; raises UserError for another form or a column that is none of ours."""
-    return dict(_mapping(text) for text in columns)
-
-
-def _mapping(text: str) -> tuple[str, str]:
-    ours, equals, theirs = text.partition("=")
-    if not equals or not theirs or ours not in MAPPED:
-        raise UserError(f"--column {text}: expected OURS=THEIRS, with one of {', '.join(MAPPED)} for OURS")
-    return ours, theirs
+    mapped = {}
+    for text in columns:
+        ours, _, theirs = text.partition("=")
+        if not theirs or ours not in MAPPED:
+            raise UserError(
+                f"--column {text}: expected OURS=THEIRS, with one of {', '.join(MAPPED)} for OURS"
+            )
+        mapped[ours] = theirs
+    return mapped
 
 
 def export_arm(recipe: Recipe, arm: str, to: Path, form: str, license: str, rebuild: bool = False) -> int:

@@ -37,6 +37,9 @@ from croco.storage.rows import (
 from croco.storage.schemas import PROMPTS, ledger
 from croco.storage.seeds import digest
 
+# the recipe's section of each stage
+SECTIONS = {"prompts": "prompts", "eval-prompts": "evaluation", "arena-prompts": "arena"}
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -50,22 +53,8 @@ class Loaded:
 
 
 def prompts(work: Work) -> None:
-    """The prompts to tune on, in the tuned languages or the one they are translated from."""
-    _stage(work, "prompts")
-
-
-def eval_prompts(work: Work) -> None:
-    """The prompts to evaluate on, in all languages or the one they are translated from."""
-    _stage(work, "evaluation")
-
-
-def arena_prompts(work: Work) -> None:
-    """The arena's own prompts, in the languages it compares in."""
-    _stage(work, "arena")
-
-
-def _stage(work: Work, key: str) -> None:
-    loaded = load_settings(work.settings, key)
+    """The prompts to tune on, to evaluate on, or the arena's own, in the languages that the settings name."""
+    loaded = load_settings(work.settings, SECTIONS[work.title])
     warn_of_unread(work.title, loaded.unread)
     ids = loaded.prompts.column("prompt_id")
     work.record(
@@ -106,11 +95,8 @@ def check_overlap(recipe: Recipe, say: Callable[[str], None]) -> None:
 def overlap(recipe: Recipe) -> tuple[int, int, int]:
     """How many test prompts are rows to tune on, how many have the text of one, and how many test prompts there are."""
     tuning, test = (
-        load_settings(settings_values(prompts_settings(recipe, section, key, languages)), key).prompts
-        for section, key, languages in (
-            (recipe.prompts, "prompts", recipe.prompts_languages),
-            (recipe.evaluation, "evaluation", recipe.evaluation_languages),
-        )
+        load_settings(settings_values(prompts_settings(recipe, key)), key).prompts
+        for key in ("prompts", "evaluation")
     )
     ids, texts = (
         [table.column(name).to_pylist() for table in (tuning, test)] for name in ("prompt_id", "messages")

@@ -19,9 +19,8 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from croco.config.arms import ENGLISH
 from croco.errors import UserError
-from croco.models.batching import buckets
 from croco.models.chat_template import text_ids
-from croco.models.memory import with_less_memory
+from croco.models.memory import buckets, with_less_memory
 from croco.models.model_files import context_of
 from croco.stages.score.policy_logprobs import Groups, Scored
 from croco.storage.shards import read_parquet, shards

@@ -2,7 +2,7 @@
 
 "reward" is in `reward.py`. Controls: "likelihood" and "likelihood-sum" (`policy_logprobs.py`), "random" (a normal
 number from the run's seed and the completion's key), "verified" (the lab's program). Methods to compare with:
-"implicit" (`implicit.py`) and "alignment" (`alignment.py`). A shard of scores has the rows of a shard of completions,
+"implicit" and "alignment" (`alignment.py`). A shard of scores has the rows of a shard of completions,
 or the first ones of each prompt. A completion that does not fit the model goes to the ledger; a score that is not
 finite stops the stage, because it would change the mean of its pool."""
 
@@ -30,6 +30,7 @@ from croco.stages.score.policy_logprobs import (
     Messages,
     Scored,
     open_likelihood,
+    score_implicit,
     score_likelihood,
 )
 from croco.stages.score.reward import ScoreShard, open_reward
@@ -184,8 +185,6 @@ def _implicit(
     adapter: Path | None,
     prompts: Mapping[tuple[str, str], Messages],
 ) -> tuple[str, ScoreShard, dict[str, Any]]:
-    from croco.stages.score.implicit import score_implicit
-
     policy = settings["policy"]
     dpo, tokenizer = open_likelihood(policy, runtime, False, adapter)
     before, _ = open_likelihood(policy, runtime, False)

@@ -30,9 +30,8 @@ from croco.storage.rows import file_rows, files_of
 ARM = "train"
 SECTIONS = ("training", "policy", "runtime")  # of a recipe, that --set may change; and run.seed
 IMPORT = Stage(
-    "import", 1, "croco.stages.pair.import_files:imported_pairs", "",
-    settings=lambda recipe, arm: {}, inputs=lambda recipe, arm: [], gives=("pair",), makes=("pair",),
-)  # fmt: skip
+    "import", 1, "croco.stages.pair.import_files:imported_pairs", "", gives=("pair",), makes=("pair",)
+)
 
 
 def train_on_files(

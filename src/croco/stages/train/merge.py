@@ -7,8 +7,7 @@ copied."""
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +31,6 @@ from croco.storage.hashing import check_adapter
 
 PROBES = 8  # pairs on which the merged model is proven
 LEAST_CHANGE = 1e-6  # of a completion's mean token log-probability, that an adapter must make on any of them
-
-
-@dataclass(frozen=True)
-class Proof:
-    """Differences of mean token log-probabilities on the probes, the largest of each."""
-
-    change: float  # base + adapter against the base
-    merged: float  # the merged model against base + adapter
-    written: float  # the folder, read again, against base + adapter
 
 
 def merge(recipe: Recipe, arm: str, to: Path, license: str, say: Callable[[str], None]) -> None:
@@ -84,13 +74,16 @@ def merge(recipe: Recipe, arm: str, to: Path, license: str, say: Callable[[str],
     del model
     again, _ = load_causal(written_policy(partial), recipe.runtime.device)
     written = mean_logps(again, examples)
-    proof = Proof(*(_largest(a, b) for a, b in ((after, before), (in_memory, after), (written, after))))
-    _check(proof, again.dtype, weights)
+    change, gap, written_gap = (
+        (one - other).abs().max().item()
+        for one, other in ((after, before), (in_memory, after), (written, after))
+    )
+    _check(change, {"merged model": gap, "written folder": written_gap}, again.dtype, weights)
     found = records.read_record(folder)
     checked = [
-        ("change of mean token log-probabilities, at most", f"{proof.change:.4g}"),
-        ("merged against base + adapter, at most", f"{proof.merged:.1e}"),
-        ("this folder against base + adapter, at most", f"{proof.written:.1e}"),
+        ("change of mean token log-probabilities, at most", f"{change:.4g}"),
+        ("merged against base + adapter, at most", f"{gap:.1e}"),
+        ("this folder against base + adapter, at most", f"{written_gap:.1e}"),
     ]
     card = policy_card(
         recipe, arm, found["science"]["settings"]["training"], found["facts"], license, checked
@@ -98,8 +91,8 @@ def merge(recipe: Recipe, arm: str, to: Path, license: str, say: Callable[[str],
     files.write_text(partial / "README.md", card)
     files.finish_folder(partial, to)
     say(
-        f"{to}: mean token log-probabilities changed by up to {proof.change:.3g} and are those of base + adapter "
-        f"within {max(proof.merged, proof.written):.1e}, on {len(examples)} pairs of the arm"
+        f"{to}: mean token log-probabilities changed by up to {change:.3g} and are those of base + adapter "
+        f"within {max(gap, written_gap):.1e}, on {len(examples)} pairs of the arm"
     )
 
 
@@ -132,17 +125,14 @@ def mean_logps(model: Any, examples: Sequence[Example]) -> Tensor:
     return torch.cat(found)
 
 
-def _largest(one: Tensor, other: Tensor) -> float:
-    return (one - other).abs().max().item()
-
-
-def _check(proof: Proof, dtype: torch.dtype, weights: Path) -> None:
-    if not proof.change > LEAST_CHANGE:
+def _check(change: float, gaps: Mapping[str, float], dtype: torch.dtype, weights: Path) -> None:
+    """Raise UserError where log-probabilities are the base's, or (`gaps`) not those of base + adapter."""
+    if not change > LEAST_CHANGE:
         raise UserError(
-            f"{weights} changes nothing: log-probabilities are the base's within {proof.change:.1e}, expected others"
+            f"{weights} changes nothing: log-probabilities are the base's within {change:.1e}, expected others"
         )
     allowed = TOLERANCE.get(dtype, TOLERANCE_HALF)
-    for what, gap in (("merged model", proof.merged), ("written folder", proof.written)):
+    for what, gap in gaps.items():
         if not gap <= allowed:
             raise UserError(
                 f"{weights}: the {what} differs from base + adapter by {gap:.2g} per token, expected at most "
