@@ -37,19 +37,19 @@ def _expand_rounds(arms: Mapping[str, Any]) -> Values:
         before, reference = arm.get("start"), arm.get("reference", "base")
         for number in range(1, rounds + 1):
             last = number == rounds
-            mine = name if last else f"{name}-{number}"
-            if not last and mine in arms:
-                raise ValueError(f"arms.{mine} is a round of arms.{name}: expected another name")
+            round_name = name if last else f"{name}-{number}"
+            if not last and round_name in arms:
+                raise ValueError(f"arms.{round_name} is a round of arms.{name}: expected another name")
             made = {
                 **arm,
                 "rounds": 1,
                 "part": [number, rounds],
                 "reference": reference if before else "base",
             }
-            result[mine] = (
+            result[round_name] = (
                 made | ({"start": before} if before else {}) | ({} if last else {"evaluated": False})
             )
-            before = mine
+            before = round_name
     return result
 
 
@@ -107,11 +107,11 @@ def _value(values: Values, of: str, key: str, defaults: Mapping[str, Any]) -> An
             key, defaults["sampling.completions"]
         )
     for source in (values["arms"][of], values, defaults):
-        found: Any = source
+        value: Any = source
         for part in key.split("."):
-            found = found.get(part) if isinstance(found, Mapping) else getattr(found, part, None)
-        if found is not None:
-            return found
+            value = value.get(part) if isinstance(value, Mapping) else getattr(value, part, None)
+        if value is not None:
+            return value
     return None
 
 

@@ -261,9 +261,9 @@ def weightless(section: Model, key: str, kind: str) -> Any:
         network = kinds[kind].from_config(config, trust_remote_code=section.trust_remote_code)
     if kind == "classifier" and config.num_labels != 1:
         causal = any(name.endswith("ForCausalLM") for name in config.architectures or ())
-        found = "is a causal language model" if causal else f"has {config.num_labels} logits"
+        fault = "is a causal language model" if causal else f"has {config.num_labels} logits"
         raise UserError(
-            f"{key}.model = '{section.model}' {found}, expected a sequence classifier with one logit"
+            f"{key}.model = '{section.model}' {fault}, expected a sequence classifier with one logit"
         )
     return network
 

@@ -170,5 +170,5 @@ def reason(log: Path) -> str:
     prefix, error = r"^\(\S+ pid=\d+\) |ERROR [\d-]+ [\d:]+ \[\S+\] ", r"(Error|Exception): (?!.*root cause)"
     lines = [re.sub(prefix, "", line).strip() for line in text.splitlines()]
     errors = [at for at, line in enumerate(lines) if re.search(error, line)]
-    told = lines[errors[-1] : errors[-1] + 3] if errors else [line for line in lines if line][-1:]
-    return " ".join(told)[:500] or "it said nothing"
+    shown = lines[errors[-1] : errors[-1] + 3] if errors else [line for line in lines if line][-1:]
+    return " ".join(shown)[:500] or "it said nothing"

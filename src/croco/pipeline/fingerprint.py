@@ -132,8 +132,8 @@ def check_one_logit(model: str, key: str = "reward") -> None:
         labels = len(labels) if isinstance(labels, dict | list) else labels
         if labels != 1:
             causal = any(str(name).endswith("ForCausalLM") for name in config.get("architectures") or ())
-            found = "is a causal language model" if causal else f"has {labels} logits"
-            raise UserError(f"{key}.model = '{model}' {found}, expected a sequence classifier with one logit")
+            fault = "is a causal language model" if causal else f"has {labels} logits"
+            raise UserError(f"{key}.model = '{model}' {fault}, expected a sequence classifier with one logit")
 
 
 def sample_settings(recipe: Recipe, arm: str | None) -> Settings:

@@ -123,8 +123,8 @@ def _scope_rows(arm: str, part: pl.DataFrame, counts: Any, seed: int) -> list[Ro
 
 
 def _fidelity(arm: str, part: pl.DataFrame, counts: Any, column: str) -> list[Row]:
-    told = pl.col(column).is_not_null().cast(pl.Float64)
-    return _ratios(arm, part, {"right-language": (pl.col(column).fill_null(0.0), told)}, counts)
+    known = pl.col(column).is_not_null().cast(pl.Float64)
+    return _ratios(arm, part, {"right-language": (pl.col(column).fill_null(0.0), known)}, counts)
 
 
 def _ratios(

@@ -37,10 +37,10 @@ def _make(folder: Path, python: str | None, say: Callable[[str], None]) -> None:
     """An empty environment with pip."""
     if python is not None and not _is_new_enough(Path(python)):
         raise UserError(f"--python {python}: expected a Python of 3.{OLDEST} or later")
-    found = Path(python) if python is not None else next(filter(_is_new_enough, _pythons()), None)
-    if found is not None:
-        say(f"using {found}")
-        return _run([str(found), "-m", "venv", str(folder)])
+    chosen = Path(python) if python is not None else next(filter(_is_new_enough, _pythons()), None)
+    if chosen is not None:
+        say(f"using {chosen}")
+        return _run([str(chosen), "-m", "venv", str(folder)])
     if uv := shutil.which("uv"):
         say(f"using {uv}, which brings a Python")
         return _run([uv, "venv", "--seed", "--python", f"3.{OLDEST}", str(folder)])

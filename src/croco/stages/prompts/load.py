@@ -135,9 +135,9 @@ def load(section: Source, key: str, languages: Sequence[str], limit: int | None)
     there = Counter(loaded.prompts.column("language").to_pylist())
     for code in languages:
         if code not in there:
-            others = ", ".join(sorted(there.keys() | loaded.not_asked_for.keys())) or "none at all"
+            languages_there = ", ".join(sorted(there.keys() | loaded.not_asked_for.keys())) or "none at all"
             raise UserError(
-                f"{key}.source = '{section.source}' has no prompts in '{code}' (languages found: {others}"
+                f"{key}.source = '{section.source}' has no prompts in '{code}' (languages found: {languages_there}"
                 f"{_reasons(loaded.dropped, code)})"
             )
     return loaded

@@ -118,8 +118,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def last_metrics(lines: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """The last line of each split."""
-    found = {line["split"]: line for line in lines if line["split"] in ("train", "validation")}
-    return {split: {k: v for k, v in line.items() if k != "split"} for split, line in found.items()}
+    last = {line["split"]: line for line in lines if line["split"] in ("train", "validation")}
+    return {split: {k: v for k, v in line.items() if k != "split"} for split, line in last.items()}
 
 
 class ByTheClock(TrainerCallback):

@@ -116,7 +116,7 @@ def shortcuts_of(pairs: pl.DataFrame) -> dict[str, float]:
     if "rejected" not in pairs.columns or pairs.is_empty():
         return {}
     both = pairs.drop_nulls("rejected")
-    told = both.select(
+    known = both.select(
         pl.col("prompt_id"),
         *(pl.col(side).str.len_chars().alias(f"{side}_characters") for side in ("chosen", "rejected")),
         *(
@@ -125,7 +125,7 @@ def shortcuts_of(pairs: pl.DataFrame) -> dict[str, float]:
             for name in (f"{side}_language", f"{side}_finish_reason")
         ),
     )
-    return shortcuts(told) if told.height else {}
+    return shortcuts(known) if known.height else {}
 
 
 def best_step(lines: Sequence[Line]) -> int | None:

@@ -147,9 +147,9 @@ def _launch(job: TrainJob, processes: int, advance: Advance) -> TrainResult:
         raise RuntimeError(
             "\n".join([f"{job.title}: its processes failed (exit code {process.returncode}):", *last])
         )
-    found = files.read_json(place / "result.json")
+    result = files.read_json(place / "result.json")
     dropped = shards.read_parquet(place / "dropped.parquet")
-    return TrainResult(**{**found, "adapter": Path(found["adapter"]), "dropped": dropped})
+    return TrainResult(**{**result, "adapter": Path(result["adapter"]), "dropped": dropped})
 
 
 def _follow(process: subprocess.Popen[bytes], steps: Path, advance: Advance) -> None:
@@ -159,11 +159,11 @@ def _follow(process: subprocess.Popen[bytes], steps: Path, advance: Advance) -> 
     while True:
         ended = process.poll() is not None
         if steps.is_file():
-            told = steps.read_text(encoding="utf-8").split("\n")[:-1]
-            for line in told[seen:]:
+            lines = steps.read_text(encoding="utf-8").split("\n")[:-1]
+            for line in lines[seen:]:
                 step, _, num_steps = line.partition(" ")
                 advance(int(step), int(num_steps))
-            seen = len(told)
+            seen = len(lines)
         if ended:
             return
         time.sleep(POLL_SECONDS)
@@ -199,8 +199,8 @@ def main(place: Path) -> int:
             shards.write_parquet(
                 place / "dropped.parquet", result.dropped.to_arrow().cast(DROPPED.schema), DROPPED.schema
             )
-            found = {name: value for name, value in vars(result).items() if name != "dropped"}
-            files.write_json(place / "result.json", found | {"adapter": str(result.adapter)})
+            written = {name: value for name, value in vars(result).items() if name != "dropped"}
+            files.write_json(place / "result.json", written | {"adapter": str(result.adapter)})
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return 0

@@ -93,19 +93,19 @@ def choose(
 
 
 def _misfit(needs: Needs, free: int, longest: int, asked: int, checkpointing: bool, device: str) -> str:
-    how = "with" if checkpointing else "without"
-    said = (
+    choice = "with" if checkpointing else "without"
+    needed = (
         f"tuning needs about {_gib(needs.of(asked, checkpointing))} beside the weights for micro-batches of {asked:,} "
-        f"tokens {how} gradient checkpointing, and {_gib(free)} are free on {device}"
+        f"tokens {choice} gradient checkpointing, and {_gib(free)} are free on {device}"
     )
     if needs.of(longest, checkpointing) <= free:
         fits = int((free * MARGIN - needs.once) / (needs.of(1, checkpointing) - needs.once))
-        return f"{said}: expected runtime.micro_batch_tokens of at most {max(longest, fits):,} (or 'auto')"
+        return f"{needed}: expected runtime.micro_batch_tokens of at most {max(longest, fits):,} (or 'auto')"
     if not checkpointing and needs.of(longest, True) <= free:
-        return f"{said}: expected runtime.gradient_checkpointing = true (or 'auto')"
+        return f"{needed}: expected runtime.gradient_checkpointing = true (or 'auto')"
     return (
-        f"{said}, and the longest pair alone takes {longest:,}: expected a smaller training.max_tokens, fewer trained "
-        f"weights (training.lora.rank, training.full), a smaller model or more memory"
+        f"{needed}, and the longest pair alone takes {longest:,}: expected a smaller training.max_tokens, fewer "
+        f"trained weights (training.lora.rank, training.full), a smaller model or more memory"
     )
 
 

@@ -79,14 +79,14 @@ def merge(recipe: Recipe, arm: str, to: Path, license: str, say: Callable[[str],
         for one, other in ((after, before), (in_memory, after), (written, after))
     )
     _check(change, {"merged model": gap, "written folder": written_gap}, again.dtype, weights)
-    found = records.read_record(folder)
+    record = records.read_record(folder)
     checked = [
         ("change of mean token log-probabilities, at most", f"{change:.4g}"),
         ("merged against base + adapter, at most", f"{gap:.1e}"),
         ("this folder against base + adapter, at most", f"{written_gap:.1e}"),
     ]
     card = policy_card(
-        recipe, arm, found["science"]["settings"]["training"], found["facts"], license, checked
+        recipe, arm, record["science"]["settings"]["training"], record["facts"], license, checked
     )
     files.write_text(partial / "README.md", card)
     files.finish_folder(partial, to)
@@ -118,11 +118,11 @@ def _probes(recipe: Recipe, arm: str, model: Any, tokenizer: Any) -> list[Exampl
 @torch.no_grad()
 def mean_logps(model: Any, examples: Sequence[Example]) -> Tensor:
     """The mean token log-probability of every completion, each in a row of its own, float32 on the CPU."""
-    found = []
+    means = []
     for example in examples:
         batch = collate([example], rows="single").to(model.device)
-        found.append((completion_logps(model, batch) / token_counts(batch)).flatten().float().cpu())
-    return torch.cat(found)
+        means.append((completion_logps(model, batch) / token_counts(batch)).flatten().float().cpu())
+    return torch.cat(means)
 
 
 def _check(change: float, gaps: Mapping[str, float], dtype: torch.dtype, weights: Path) -> None:

@@ -100,20 +100,20 @@ def _compute(
 ) -> dict[str, float]:
     was_training = model.training
     model.eval()
-    found: dict[str, float] = {}
+    logp_of: dict[str, float] = {}
     lengths = [example.num_tokens for example in examples]
     for some in cut(part, lengths, micro_batch_tokens, packed=rows == "packed"):
         batch = collate([examples[i] for i in some], rows=rows).to(model.device)
         for c, logps in enumerate(completion_logps(model, batch).tolist()):
-            found.update((keys[i][c], logp) for i, logp in zip(some, logps, strict=True))
+            logp_of.update((keys[i][c], logp) for i, logp in zip(some, logps, strict=True))
         for i in some:
-            if not all(np.isfinite(found[key]) for key in keys[i]):
+            if not all(np.isfinite(logp_of[key]) for key in keys[i]):
                 raise UserError(
                     f"the policy gives prompt {examples[i].prompt_id!r} ({examples[i].language}) a log-probability "
                     "that is not a finite number: are its weights broken?"
                 )
     model.train(was_training)
-    return found
+    return logp_of
 
 
 def _read(folder: Path) -> dict[str, float]:

@@ -33,16 +33,16 @@ def share_reference(
     model: Any, examples: list[Example], folder: Path, rows: Rows, micro_batch_tokens: int
 ) -> Tensor:
     """The reference's log-probabilities of all examples, (C, N); every process computes its share."""
-    mine = examples[rank() :: world()]
-    found = reference_logps(
+    share = examples[rank() :: world()]
+    logps = reference_logps(
         model,
-        mine or examples[:1],
+        share or examples[:1],
         folder=folder,
         rows=rows,
         micro_batch_tokens=micro_batch_tokens,
     )
-    whole = found.new_zeros(len(examples[0].completions), len(examples))
-    for number, part in enumerate(gathered(found)):
+    whole = logps.new_zeros(len(examples[0].completions), len(examples))
+    for number, part in enumerate(gathered(logps)):
         places = whole[:, number :: world()]
         places.copy_(part[:, : places.shape[1]])
     return whole

@@ -101,15 +101,15 @@ class PairTrainer(Trainer):
             cut(share, self.lengths, self.micro_batch_tokens, packed=self.rows == "packed")
             for share in shares(pairs, self.lengths, self.args.world_size)
         ]
-        mine, most = cuts[self.args.process_index], max(map(len, cuts))
+        own, most = cuts[self.args.process_index], max(map(len, cuts))
         idle = [min(pairs, key=lambda i: self.lengths[i])]
-        for number, pairs_here in enumerate([*mine, *[idle] * (most - len(mine))]):
+        for number, pairs_here in enumerate([*own, *[idle] * (most - len(own))]):
             batch = collate([self.examples[i] for i in pairs_here], rows=self.rows, pad_id=self.pad_id)
             reference = self.reference_logps_CN
             yield (
                 batch.to(self.args.device),
                 None if reference is None else reference[:, pairs_here].to(self.args.device),
-                float(number < len(mine)),
+                float(number < len(own)),
                 number == most - 1,
             )
 
@@ -158,9 +158,9 @@ class PairTrainer(Trainer):
         """Forward and backward over all micro-batches of a step; returns the step's loss, the mean over its pairs."""
         model.train()
         with switched_off(self.own_dropout):
-            found = self._over(model, inputs["pairs"], backward=True)
-        loss = found.pop("loss")
-        self.step_metrics = {**found, "pairs": len(inputs["pairs"])}
+            metrics = self._over(model, inputs["pairs"], backward=True)
+        loss = metrics.pop("loss")
+        self.step_metrics = {**metrics, "pairs": len(inputs["pairs"])}
         if not math.isfinite(loss):  # before the optimizer sees the gradients
             self._watch({"step": self.state.global_step + 1, "split": "train", "loss": loss})
         return torch.tensor(loss, device=self.args.device)
