@@ -81,7 +81,7 @@ def unknown_key(location: Sequence[str], root: type[BaseModel]) -> str:
 
 
 def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """Every dotted key of a recipe, sections included; `arms.*` stands for any arm, and so for all tables of them."""
+    """Every dotted key of a recipe, sections included; `arms.*` is any arm, and so for all such tables."""
     keys = []
     for name, field in model.model_fields.items():
         key = prefix + name

@@ -97,7 +97,7 @@ class Engines(Section):
 
 
 class VllmRole(Section):
-    """What one role has otherwise than the rest of `[runtime.vllm]`; null is what stands there."""
+    """What one role has otherwise; null is the value of `[runtime.vllm]`."""
 
     tensor_parallel: Positive | None = None
     """GPUs that one engine takes."""

@@ -12,7 +12,7 @@ MAX_ROUNDS = 100
 
 
 def expanded(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> Values:
-    """The recipe's values with the arms that `[sweep]` and `rounds` stand for; `defaults` are an arm's."""
+    """The recipe's values with the arms that `[sweep]` and `rounds` make; `defaults` are an arm's."""
     values = dict(values)
     if isinstance(values.get("arms"), dict):
         _expand_sweeps(values, defaults)

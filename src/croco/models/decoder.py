@@ -199,7 +199,7 @@ class ContinuousBatchDecoder:
         self.layout = None
 
     def _place(self) -> Layout:
-        """Say where each row stands among the rows of its prompt, and send the slots' state to the device."""
+        """The place of each row among the rows of its prompt; the slots' state goes to the device."""
         number = {i: g for g, i in enumerate(self.store)}
         active = self.row_of[:, 0] >= 0
         prompt = np.array([number.get(i, 0) if i >= 0 else 0 for i in self.row_of[:, 0].tolist()])

@@ -32,7 +32,7 @@ KINDS = {  # what is wanted, by the class that loads it
 
 
 def resolve_model(name: str, key: str = "model") -> str | Path:
-    """The directory that a model's name stands for, or the hub id itself. Raises UserError naming the key for a path
+    """The directory of a model's name, or the hub id itself. Raises UserError naming the key for a path
     that is no model directory."""
     return local_model(name, key) or name
 

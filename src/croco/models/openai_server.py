@@ -1,4 +1,4 @@
-"""Any OpenAI-compatible server: vLLM's, a hosted one, or what stands in front of several.
+"""Any OpenAI-compatible server: vLLM's, a hosted one, or a router before several.
 
 "completions" sends the token ids that every other engine would see, and gets ids back where the server has them (vLLM).
 "chat" sends messages and gets text: no tokenizer here. All sampling parameters are always sent: a vLLM server puts the

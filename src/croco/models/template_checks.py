@@ -30,7 +30,7 @@ def examine_policy(
     longest = merged = unclosed = 0
     for row in prompts:
         with _named(row):
-            # the instruction is part of what the policy reads, so it stands in the conversation too
+            # the instruction is part of what the policy reads, so it is in the conversation too
             turns = with_instruction(row["messages"], instructions.get(row["language"]))
             ids = prompt_ids(tokenizer, turns)
             _one_bos(tokenizer, ids)

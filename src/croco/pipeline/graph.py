@@ -4,8 +4,8 @@
     eval-prompts (→ eval-translate) ───────────────────────┴→ evaluate (→ arena, euroeval) → results → report
 
 [arena] may have prompts of its own, or completions of its own: then arena-prompts and arena-sample come before it.
-What a stage is stands in `node.py`, what its settings hold in `fingerprint.py`, what it reads in `inputs.py`, what arms
-share in `arms.py`. Nothing runs here: a stage's function is imported when it runs.
+`node.py` has the records Stage and Node, `fingerprint.py` what settings hold, `inputs.py` what a stage reads, `arms.py`
+what arms share. Nothing runs here: a stage's function is imported when it runs.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def compared_from(recipe: Recipe, arm: str | None) -> list[Reference]:
     return [arena_prompts_of(recipe), (drawn, "base"), (drawn, arm)]
 
 
-# a translated table stands in for the one it was made from: those that read it know it by the same name
+# a translated table takes the place of the one it was made from, under the same name
 STANDS_FOR = {"translate": "prompts", "eval-translate": "eval-prompts"}
 
 

@@ -107,7 +107,7 @@ def _on_worker_death(title: str, worker: Running, deaths: Counter[int]) -> None:
     cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
     where = f"at shards {worker.shards[0]} to {worker.shards[-1]}" if worker.shards else "while opening"
     if code > 0:
-        raise RuntimeError(f"{title}: a worker process failed {where}; its traceback stands above")
+        raise RuntimeError(f"{title}: a worker process failed {where}; its traceback is above")
     blamed = worker.shards or [OPENING]
     deaths.update(blamed)
     if max(deaths[each] for each in blamed) >= MAX_WORKER_DEATHS:

@@ -201,7 +201,7 @@ def clear_wrong(
         wrong = node in known and known[node].kind in WRONG
         if wrong or any(before in gone for before in node.inputs.values()):
             gone.append(node)
-    # the last first: a kill in between must not leave a stage that stands on one that is gone
+    # the last first: a kill in between must not leave a stage that has read one that is gone
     for node in reversed(gone):
         if os.path.lexists(node.folder / records.RECORD):
             clear(node)

@@ -125,7 +125,7 @@ def read_json(path: Path) -> Any:
 
 
 def check_new_folder(folder: Path) -> None:
-    """Raise UserError unless a folder that a person named is new or empty, and not the one we stand in."""
+    """Raise UserError unless a folder that a person named is new or empty, and not the current one."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         kind = "link" if folder.is_symlink() else "file"
         raise UserError(f"{folder} is a {kind}, expected a new folder")

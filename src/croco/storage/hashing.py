@@ -52,7 +52,7 @@ def digest(value: Any) -> str:
 
 
 def local_model(name: str, key: str = "model") -> Path | None:
-    """The directory that a model's name stands for (package data for `lab:policy` and the other LAB_NAMES), or None for
+    """The directory of a model's name (package data for `lab:policy` and the other LAB_NAMES), or None for
     a hub id. Raises UserError naming the key for a directory that is not there or holds no model."""
     if name.startswith("lab:"):
         folder = LAB_MODELS / name.removeprefix("lab:")

@@ -128,7 +128,7 @@ def _take(table: pa.Table, rows: Places) -> pa.Table:
 
 
 def ids_in_part(prompts: Path, part: Sequence[int] | None) -> pl.Series | None:
-    """The prompt_ids of part [number, of how many] of a prompts table, sorted; None stands for all. Dealt out in the
+    """The prompt_ids of part [number, of how many] of a prompts table, sorted; None is all. Dealt out in the
     order of prompt_id, so prompts that belong together by name are spread over all parts, and every stage finds the
     same ones."""
     if part is None:

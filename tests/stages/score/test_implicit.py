@@ -97,5 +97,5 @@ def test_the_instruction_stands_before_the_last_user_turn() -> None:
         "Please answer in Welsh.\n\nWhich month?",
     ]
     assert messages[-1]["content"] == "Which month?"
-    with pytest.raises(UserError, match="needs a user turn"):
+    with pytest.raises(UserError, match="goes before a user turn"):
         english_prompt(messages[:1], "cy", INSTRUCTION)

@@ -74,8 +74,8 @@ DANISH = {
     "nothing": "42 `x`",
 }
 FAULTS = {
-    "placeholder": "placeholder changed: turn 3 (user), {name} stands there 1, then 0 times",
-    "number": "number lost: turn 1 (user), 1914 stands there 1, then 0 times",
+    "placeholder": "placeholder changed: turn 3 (user), {name} occurs 1, then 0 times",
+    "number": "number lost: turn 1 (user), 1914 occurs 1, then 0 times",
     "copy": "untranslated copy: turn 1 (user), the translation is the source",
     "loop": f"cut: turn 1 (user), the translation has not ended after {LIMIT} tokens",
     "long": "too long: turn 1 (user), its prompt has",

@@ -1,7 +1,7 @@
 """From comparisons to results: win rates with intervals, plain and length-controlled, and what to think of the judge.
 
 A pure function of tables. Prompts are resampled, jointly over the languages of a group, as in `results`. All metrics
-are of greedy completions and so stand at temperature 0:
+are of greedy completions, so their temperature is 0:
 
     win-rate, lc-win-rate    the arm against the base, ties ½; the second with lengths taken out (`winrate`)
     win-rate:DOMAIN          of the prompts of one domain

@@ -94,7 +94,7 @@ def scored_pairs(
 
 
 def _recipe(codes: Sequence[str], form: str, overrides: Sequence[str]) -> Recipe:
-    """A recipe whose one arm has the rules asked for; KNOWN stands for languages that are not read yet."""
+    """A recipe whose one arm has the rules asked for; KNOWN is given for languages that are not read yet."""
     arm = {"training": {"method": "sft"}} if form == "prompt-completion" else {}
     values = {"run": {"name": "pairs", "languages": list(codes)}, **NO_PROMPTS, "arms": {ARM: arm}}
     for override in overrides:

@@ -30,7 +30,7 @@ NO_TARGET = "the prompt has no English completion to align with"
 
 
 def language_token(language: str, codes: Mapping[str, str] | None = None) -> str:
-    """The token that stands for a language: the recipe's, else in M2M100's form."""
+    """The token of a language: the recipe's, else in M2M100's form."""
     return (codes or {}).get(language) or f"__{language}__"
 
 

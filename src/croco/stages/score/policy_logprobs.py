@@ -48,7 +48,7 @@ def score_likelihood(
     groups: Groups,
     instructions: Mapping[str, str],
 ) -> list[Scored]:
-    """Log-probabilities under the prompts as they stand in `groups`; the end token counts where there was one."""
+    """Log-probabilities under the prompts of `groups`; the end token counts where there was one."""
     requests, ended, places = [], [], []
     scored: list[Scored] = []
     for number, (messages, rows) in enumerate(groups):
@@ -93,7 +93,7 @@ def english_prompt(messages: Messages, language: str, instruction: str) -> Messa
             asked = instruction.replace("{language}", languages.name(language))
             message["content"] = f"{asked}\n\n{message['content']}"
             return copied
-    raise UserError("an instruction needs a user turn to stand before, and the conversation has none")
+    raise UserError("an instruction goes before a user turn, and the conversation has none")
 
 
 def score_implicit(

@@ -103,7 +103,7 @@ def score_conversations(scorer: Scorer, tokenizer: Any, groups: Groups, max_toke
 
 
 def load_function(name: str) -> Callable[..., Any]:
-    """The function that "module:name" or "file.py:name" stands for; raises UserError when it is not there."""
+    """The function of "module:name" or "file.py:name"; raises UserError when it is not there."""
     path, attribute = function_file(name), name.rpartition(":")[2]
     module = name.rpartition(":")[0]
     try:

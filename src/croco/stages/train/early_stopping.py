@@ -56,7 +56,7 @@ def alarm(
 
 def _too_far(settings: Sentinel, lines: Sequence[Line], first: Line, where: str) -> str | None:
     """Whether the policy has left the neighbourhood of the reference, in every one of the lines."""
-    if "logratios/chosen" not in lines[-1]:  # no reference: the beginning stands for it
+    if "logratios/chosen" not in lines[-1]:  # no reference: compared with the beginning
         rise = min(line["nll"] for line in lines) - first["nll"]
         if rise > settings.max_chosen_drop:
             return (

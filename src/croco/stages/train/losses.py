@@ -102,7 +102,7 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "simpo": simpo,
     "sigmoid_norm": sigmoid_norm,
 }
-# Losses that never look at the reference: nobody has to compute one, and any numbers may stand for it.
+# Losses that never look at the reference: none is computed for them.
 REFERENCE_FREE = frozenset({"simpo"})
 
 

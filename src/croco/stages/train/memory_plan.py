@@ -1,7 +1,7 @@
 """Whether tuning fits in memory, said before the first step, and with how many tokens at once.
 
 The bytes of a token are counted on a forward of one pair: every tensor that autograd saves, parameters apart. Gradients
-and AdamW's moments follow from what is trained. Left out: fragmentation (a margin stands for it), and weights that FSDP
+and AdamW's moments follow from what is trained. Left out: fragmentation (a margin allows for it), and weights that FSDP
 or DeepSpeed spread over processes."""
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def plan(
     gradient_checkpointing: bool | Literal["auto"],
     rows: Rows,
 ) -> Plan:
-    """What "auto" stands for here; raises UserError when what is asked for, or anything, does not fit."""
+    """What "auto" is here; raises UserError when what is asked for, or anything, does not fit."""
     longest = max(row_tokens(example, rows) for example in examples)
     if any(os.environ.get(name, "false").lower() == "true" for name in SPREAD):
         tokens = 4096 if micro_batch_tokens == "auto" else micro_batch_tokens

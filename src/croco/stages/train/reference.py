@@ -65,7 +65,7 @@ def reference_logps(
 
 
 def no_reference(examples: Sequence[Example]) -> Tensor:
-    """What stands for the reference where the loss looks at none (`losses.REFERENCE_FREE`): zeros, (C, N)."""
+    """Zeros, (C, N), for losses that look at no reference (`losses.REFERENCE_FREE`)."""
     return torch.zeros(len(examples[0].completions), len(examples))
 
 

@@ -1,4 +1,4 @@
-"""What a tuning run needs before its first step: examples, a folder of its own, the reference, where it stood."""
+"""What a tuning run needs before its first step: examples, its folder, the reference, the last checkpoint."""
 
 import json
 import os

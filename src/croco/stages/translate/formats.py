@@ -1,6 +1,6 @@
 """How a translation model is asked: the messages for one text, as each family was trained to read it.
 
-The text stands in its own user turn. Languages have their English names of CLDR, or BCP-47 codes where the chat
+The text is a user turn of its own. Languages have their English names of CLDR, or BCP-47 codes where the chat
 template names them. Sources: the model cards of TranslateGemma, Tower+ and TowerInstruct (v0.2)."""
 
 from __future__ import annotations

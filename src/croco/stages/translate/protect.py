@@ -106,7 +106,7 @@ def prose(text: str) -> str:
 
 
 def items(text: str) -> Counter[tuple[str, str]]:
-    """How often each (kind, item) stands in a text; kinds are the keys of `KINDS`. Numbers are compared without
+    """How often each (kind, item) occurs in a text; kinds are the keys of `KINDS`. Numbers are compared without
     separators, so 1,234.5 is 1.234,5 and 31.12.2024 is 12/31/2024."""
     counts: Counter[tuple[str, str]] = Counter()
     for match in _ITEM.finditer(text):
