@@ -20,20 +20,12 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerControl, TrainingArguments
 
 from croco.config.arms import Training
+from croco.stages.train import forward
 from croco.stages.train.batches import Batch, Rows, collate, cut
 from croco.stages.train.checkpoints import ByTheClock, readable, seal
 from croco.stages.train.distributed import shares
 from croco.stages.train.early_stopping import Stopped, alarm
 from croco.stages.train.encode import Example
-from croco.stages.train.forward import (
-    balance_loss,
-    completion_logps,
-    dropout_of,
-    prepared,
-    routing,
-    switched_off,
-    token_counts,
-)
 from croco.stages.train.losses import pair_losses
 from croco.stages.train.reference import on_line
 from croco.storage.files import writing
@@ -78,7 +70,7 @@ class PairTrainer(Trainer):
         self.on_metrics = on_metrics
         self.lengths = [example.num_tokens for example in examples]
         self.step_metrics: dict[str, float] = {}
-        self.own_dropout = dropout_of(model)
+        self.own_dropout = forward.dropout_of(model)
         super().__init__(
             model=model,
             args=arguments,
@@ -127,14 +119,16 @@ class PairTrainer(Trainer):
                 reference_CP = on_line(model, batch)
             with (
                 self._in_step(model, last) if backward else nullcontext(),
-                nullcontext() if batch.singles else prepared(model, batch) as inputs,
-                routing(model) as routed,
+                nullcontext() if batch.singles else forward.prepared(model, batch) as inputs,
+                forward.routing(model) as routed,
             ):
-                logps_CP = completion_logps(model, batch, inputs)
-                losses_P, watched = pair_losses(self.settings, logps_CP, reference_CP, token_counts(batch))
+                logps_CP = forward.completion_logps(model, batch, inputs)
+                losses_P, watched = pair_losses(
+                    self.settings, logps_CP, reference_CP, forward.token_counts(batch)
+                )
                 loss = losses_P.sum() * weight / self._divisor(pairs)
                 if routed and not batch.singles:  # of micro-batches, as their losses, by pairs
-                    balance = balance_loss(model, routed, batch)
+                    balance = forward.balance_loss(model, routed, batch)
                     loss = loss + balance * batch.num_pairs * weight / len(pairs)
                     watched["aux_loss"] = balance.detach().expand(batch.num_pairs)
                 if backward:  # processes take the mean of their gradients, and a sum is wanted
@@ -157,7 +151,7 @@ class PairTrainer(Trainer):
     ) -> Tensor:
         """Forward and backward over all micro-batches of a step; returns the step's loss, the mean over its pairs."""
         model.train()
-        with switched_off(self.own_dropout):
+        with forward.switched_off(self.own_dropout):
             metrics = self._over(model, inputs["pairs"], backward=True)
         loss = metrics.pop("loss")
         self.step_metrics = {**metrics, "pairs": len(inputs["pairs"])}
