@@ -117,13 +117,12 @@ class DrawWorker:
                 on_prompt=partial(advance, same[0].samples),
             ):
                 tokens = sum(table["completion_tokens"].to_pylist())
-                yield ShardResult(index, with_reasons(table, dropped), dropped, {}, {"tokens": tokens})
-
-
-def with_reasons(table: pa.Table, dropped: pa.Table) -> pa.Table:
-    """Completions and, in the same file, the rows of those that were not drawn, each with its reason."""
-    parts = [pl.DataFrame(pl.from_arrow(part)) for part in (table, dropped.drop_columns(["unit"]))]
-    return pl.concat(parts, how="diagonal").to_arrow()
+                # in the same file, the rows of those that were not drawn, each with its reason
+                parts = [
+                    pl.DataFrame(pl.from_arrow(part)) for part in (table, dropped.drop_columns(["unit"]))
+                ]
+                draft = pl.concat(parts, how="diagonal").to_arrow()
+                yield ShardResult(index, draft, dropped, {}, {"tokens": tokens})
 
 
 class JudgeWorker:

@@ -18,6 +18,7 @@ from croco.stages.pair.statistics import shortcuts
 
 WINDOW = 3  # steps in a row that must be past a bound: one odd batch is none
 SURE_PAIRS = 24  # pairs in a window from which an accuracy of 1.0 is no chance
+SHOWN = {"loss": "the loss", "grad_norm": "the gradient norm"}
 SETTLED = 10  # steps that say what gradient norm is usual
 
 Line = Mapping[str, Any]
@@ -37,7 +38,7 @@ def alarm(
     line = lines[-1]
     for name, value in line.items():
         if isinstance(value, float) and not math.isfinite(value):
-            return f"{_shown(name)} is {value} (learning rate {learning_rate:g}), expected a finite number"
+            return f"{SHOWN.get(name, name)} is {value} (learning rate {learning_rate:g}), expected a finite number"
     if not settings.enabled:
         return None
     if line["split"] == "validation":
@@ -104,10 +105,6 @@ def _shortcut(settings: Sentinel, window: Sequence[Line], aucs: Mapping[str, flo
         f"every pair is told right after {window[-1]['step']} steps, and {name} alone tells chosen from rejected "
         f"(AUC {aucs[name]:.2f}): the policy learns {name}, not quality (see training.sentinel.shortcut_auc)"
     )
-
-
-def _shown(name: str) -> str:
-    return {"loss": "the loss", "grad_norm": "the gradient norm"}.get(name, name)
 
 
 def shortcuts_of(pairs: pl.DataFrame) -> dict[str, float]:

@@ -81,18 +81,14 @@ def encode(
         parts[held_out(example.prompt_id, settings.validation_fraction)].append(example)
     training, validation = parts
     if not training:
+        first = ""
+        for row in dropped[:1].iter_rows(named=True):
+            first = f" (the first, {row['prompt_id']} in {row['language']}, because {row['reason']})"
         raise UserError(
-            f"no pair to train on: of {len(pairs)} pairs {len(dropped)} were left out"
-            f"{_first(dropped)} and {len(validation)} are held out for validation"
+            f"no pair to train on: of {len(pairs)} pairs {len(dropped)} were left out{first} and {len(validation)} are "
+            f"held out for validation"
         )
     return training, validation, dropped
-
-
-def _first(dropped: pl.DataFrame) -> str:
-    if dropped.is_empty():
-        return ""
-    row = dropped.row(0, named=True)
-    return f" (the first, {row['prompt_id']} in {row['language']}, because {row['reason']})"
 
 
 def contents(folder: Path) -> list[str]:
