@@ -9,7 +9,7 @@ from typing import Any, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-# pydantic's error type → what was expected, in a person's words; {…} come from the error's context
+# pydantic's error type → what was expected, in plain words; {…} come from the error's context
 EXPECTED = {
     "int_type": "a whole number",
     "int_from_float": "a whole number",

@@ -16,7 +16,7 @@ from croco.config.recipe import Recipe, Sampling
 from croco.config.sweep import expanded
 from croco.errors import UserError
 
-# what an arm has when nobody says otherwise
+# what an arm has by default
 ARM_DEFAULTS = {
     **{name: field.default for name, field in Arm.model_fields.items()},
     "sampling.completions": Sampling.model_fields["completions"].default,

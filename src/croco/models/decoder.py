@@ -191,7 +191,7 @@ class ContinuousBatchDecoder:
         self.layout = None
 
     def _compact(self, rows: np.ndarray) -> None:
-        """Leave only the rows still running: there is nobody to take the free slots."""
+        """Leave only the rows still running: no row waits for the free slots."""
         for name in ("row_of", "written", "count", "limit", "prompt_tokens", "seeds"):
             setattr(self, name, getattr(self, name)[rows])
         self.own.keep(torch.from_numpy(rows).to(self.device))

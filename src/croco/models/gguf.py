@@ -123,7 +123,7 @@ def convert(file: Path, folder: Path) -> None:
         raise UserError(
             f"{file} needs the package gguf, which is not here: pip install 'croco-tuning[real]'"
         ) from None
-    except Exception as error:  # whatever the reader of a stranger's file raises
+    except Exception as error:  # transformers may raise anything at a foreign file
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"{file} cannot be converted: {reason}") from error
     config = read.config

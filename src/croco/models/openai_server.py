@@ -133,7 +133,7 @@ class Connection:
         self.url, self.served = self.client.url, server.model or model
         context = served_context(self.client, self.served, f"the name it serves in {self.place}.{key}")
         self.max_context = server.max_context or context
-        # the very dict that the client counts in
+        # the same dict that the client counts in
         self.facts = self.client.counts
         self.facts |= {"engine": "server", "url": self.url, "served_model": self.served}
 

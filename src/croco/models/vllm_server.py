@@ -156,7 +156,7 @@ def _wait_until_ready(
 def ask_context(
     url: str, name: str, place: str = "vLLM", key_variable: str | None = None, retries: int = 2
 ) -> int | None:
-    """The longest context that a server says it takes; raises UserError when it is away or does not serve the name."""
+    """The longest context that a server says it takes; raises UserError when it does not answer or serve the name."""
     client = HttpClient(Server(url=url, key_variable=key_variable, timeout_seconds=60.0), place)
     try:
         return served_context(client, name, "this name", retries)

@@ -161,7 +161,7 @@ def _serve(pipe: Connection, open_worker: WorkerFactory, number: int) -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     assert parent.pid is not None
-    # nobody takes the shards of a worker whose parent is gone, and nobody else frees its GPU
+    # without its parent a worker's shards are lost, and its GPU would stay in use
     end_with(parent.pid, whole_group=True)
     try:
         worker = open_worker(number)

@@ -30,7 +30,7 @@ class Status:
 
 def status_of(node: Node, contents: bool = False) -> Status:
     """The state of a node's folder; with `contents` the bytes of what it made are read too. Raises UserError when the
-    folder is somebody else's."""
+    folder was not made by croco."""
     if not os.path.lexists(node.folder / records.RECORD):
         _check_empty(node)
         return Status("missing")

@@ -54,7 +54,7 @@ class SampleWorker:
         self.sampler, self.tokenizer = open_sampler(
             role, self.policy, task.runtime, task.engine_seed, replica, task.adapter
         )
-        self.facts = self.sampler.facts  # the very dict: a server's counts grow in it
+        self.facts = self.sampler.facts  # the same dict: a server's counts grow in it
         tuned, self.keep_ids = self.settings.get("ids_of"), True
         if tuned is not None and (tuned.model, tuned.revision) != (self.policy.model, self.policy.revision):
             self.facts["ids_kept"] = self.keep_ids = _means_the_same(self.tokenizer, tuned)

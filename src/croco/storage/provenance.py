@@ -59,6 +59,6 @@ def shown(value: Any, limit: int = 60) -> str:
 
 
 def without_folders(name: str) -> str:
-    """A model or data set as a card names it: of a path, which is nobody's business, only its last part."""
+    """A model or data set as a card names it: of a path only its last part."""
     is_path = Path(name).is_absolute() or name.startswith(("~", ".")) or Path(name).exists()
     return Path(name).name if is_path else name

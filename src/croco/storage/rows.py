@@ -169,7 +169,7 @@ def _parquet_rows(path: Path) -> Iterator[Located]:
 
 
 def kind(value: Any) -> str:
-    """What a value is, in a person's words."""
+    """What a value is, in plain words."""
     if value is None:
         return "missing"
     if value in ("", [], {}):

@@ -119,7 +119,7 @@ PAIRS = Table(
         ("rejected_ids", pa.list_(pa.int32()), True),
         ("chosen_finish_reason", pa.string()),
         ("rejected_finish_reason", pa.string(), True),
-        ("chosen_score", pa.float32(), True),  # raw; null for a gold completion that nobody scored
+        ("chosen_score", pa.float32(), True),  # raw; null for a gold completion without a score
         ("rejected_score", pa.float32(), True),
         ("chosen_calibrated", pa.float32(), True),  # what was selected on: always above rejected_calibrated
         ("rejected_calibrated", pa.float32(), True),

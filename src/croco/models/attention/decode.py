@@ -88,7 +88,7 @@ class OwnKeys:
             line = torch.arange(rows * heads, device=key.device).view(rows, heads) * self.capacity
             column_R = self.age_R.clamp_max(
                 self.capacity - 1
-            )  # the age of a free slot runs on, and matters to nobody
+            )  # the age of a free slot still grows, without effect
             self.write_at = (line + column_R[:, None]).view(-1)
         for buffer, new in ((self.keys[layer_idx], key), (self.values[layer_idx], value)):
             buffer.view(-1, buffer.shape[-1]).index_copy_(0, self.write_at, new.reshape(rows * heads, -1))

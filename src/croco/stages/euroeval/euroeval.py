@@ -60,7 +60,7 @@ def check(recipe: Recipe, say: Callable[[str], None] = print) -> None:
 
 
 def named_server(runtime: EuroEvalRuntime, arm: str) -> vllm_server.Serving:
-    """The recipe's server of an arm; raises UserError when it is away or does not serve the arm."""
+    """The recipe's server of an arm; raises UserError when it does not answer or does not serve the arm."""
     url, place = runtime.urls[arm].rstrip("/"), f"runtime.euroeval.urls.{arm}"
     context = vllm_server.ask_context(url, model_name(arm), place, runtime.key_variable)
     return vllm_server.Serving(url, context)

@@ -43,7 +43,7 @@ SECTIONS = {"prompts": "prompts", "eval-prompts": "evaluation", "arena-prompts":
 
 @dataclass(frozen=True)
 class Loaded:
-    """Prompts in the source's order, the rows left out, and how many rows of each language nobody asked for."""
+    """Prompts in the source's order, the rows left out, and how many rows of other languages there were."""
 
     prompts: pa.Table
     dropped: pa.Table

@@ -75,7 +75,7 @@ def prepared(model: nn.Module, batch: Batch, recomputed: bool = False) -> Iterat
         last = base.config.get_text_config().num_hidden_layers - 1 if known else None
         packed = batch.rows == "packed"
         inputs = {
-            # a mask that nobody reads, or transformers would make one
+            # a mask that is not read; without it transformers would make one
             "attention_mask": batch.input_ids_BT.new_ones(1, 1, 1, 1),
             "segments": PackedSegments.of(batch.lengths, batch.input_ids_BT.device)
             if packed

@@ -144,7 +144,7 @@ def check_trackers(names: tuple[str, ...]) -> None:
 def tensorboard_in(folder: Path) -> Iterator[None]:
     """Where transformers looks for a place to log to: by itself it would log into the scratch folder."""
     name = "TENSORBOARD_LOGGING_DIR"
-    if name in os.environ:  # a person's own choice
+    if name in os.environ:  # the user's choice
         yield
         return
     os.environ[name] = str(folder)
