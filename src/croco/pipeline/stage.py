@@ -11,7 +11,7 @@ import fcntl
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -145,11 +145,9 @@ class Work:
             path.mkdir(parents=True, exist_ok=True)
         return path
 
-    @contextmanager
-    def progress(self, total: int, unit: str, done: int = 0) -> Iterator[Progress]:
+    def progress(self, total: int, unit: str, done: int = 0) -> AbstractContextManager[Progress]:
         """A bar with rate and time left on a terminal, a line now and then elsewhere; `.advance(n)` moves it."""
-        with progress(self.title, total, unit, done) as bar:
-            yield bar
+        return progress(self.title, total, unit, done)
 
     def record(self, **facts: Any) -> None:
         """Put facts (device, tokens, losses) into `stage.json`."""

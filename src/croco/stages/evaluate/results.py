@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from croco.errors import UserError
 from croco.languages import RIGHT
 from croco.stages.evaluate import stats
+from croco.storage.schemas import RESULTS
 
 BASE = "base"
 TOLD = "language-told"
@@ -57,21 +58,9 @@ def summarise(
             for row in _scope_rows(per_prompt, languages, str(benchmark), seed, num_resamples):
                 rows.append({**row, "language": scope, "benchmark": benchmark, "seed": seed})
     rows += adjusted(rows, "difference-p", groups)
-    columns = [
-        "arm",
-        "language",
-        "benchmark",
-        "metric",
-        "temperature",
-        "value",
-        "ci_low",
-        "ci_high",
-        "n",
-        "seed",
-    ]
     return (
         pl.DataFrame(rows, infer_schema_length=None)
-        .select(columns)
+        .select(RESULTS.schema.names)
         .sort("arm", "benchmark", "temperature", "language", "metric")
     )
 
