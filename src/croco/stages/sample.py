@@ -62,8 +62,8 @@ class SampleWorker:
     def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[ShardResult]:
         """Several shards in one stream, so that the batch does not run empty at every shard's end."""
         sampling, wanted = self.settings["sampling"], {index: self.shard(index) for index in indices}
-        numbers = (sampling[name] for name in ("temperature", "top_p", "top_k", "max_new_tokens"))
-        decoding = Decoding(*numbers, tuple(sampling["stop"]))
+        asked = {name: sampling[name] for name in ("temperature", "top_p", "top_k", "max_new_tokens")}
+        decoding = Decoding(**asked, stop=tuple(sampling["stop"]))
         for index, table, dropped in sample_shards(
             self.sampler,
             self.tokenizer,
