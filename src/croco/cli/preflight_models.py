@@ -174,8 +174,8 @@ def _translation(
 ) -> Iterator[str]:
     """The first stretch of text of a prompt, as it is asked for in every language."""
     from croco.models.chat_template import prompt_ids
-    from croco.stages.translate.formats import FORMATS
     from croco.stages.translate.protect import pieces
+    from croco.stages.translate.translate import FORMATS
 
     section = role.section
     assert isinstance(section, Translate)

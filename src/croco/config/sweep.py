@@ -130,7 +130,6 @@ def _label(key: str, value: Any) -> str:
 
 
 def _set(arm: Values, place: Mapping[str, Any]) -> Values:
-    """A copy of an arm with values set under dotted keys."""
     result = dict(arm)
     for key, value in place.items():
         below, parts = result, key.split(".")

@@ -97,7 +97,6 @@ class HttpClient:
             job.cancel()
 
     def one(self, call: Call[T], retries: int | None = None) -> T:
-        """The answer to one call."""
         ((_, answer),) = self.ask([call], retries)
         return answer
 

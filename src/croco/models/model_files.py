@@ -50,7 +50,6 @@ def _explained(error: Exception, place: Path) -> str:
 
 
 def _fault(path: Path) -> str | None:
-    """What is wrong with a JSON file of a model, if it is no object or not whole."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError, OSError) as error:

@@ -63,7 +63,6 @@ class ServerScorer:
                 )
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[list[float]]:
-        """Raw logits in the order of the requests and their completions."""
         scores = [[0.0] * len(request.completions) for request in requests]
         most = self.connection.server.completions_per_request or SCORES_PER_REQUEST
         calls = (

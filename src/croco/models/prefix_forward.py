@@ -172,7 +172,6 @@ def _behind(
 
 
 def _finished_at(network: Any, at_B: torch.Tensor, ids_BT: torch.Tensor) -> AbstractContextManager[None]:
-    """Within it, the last layer is finished at one token of each row."""
     places = torch.arange(len(at_B), device=at_B.device) * ids_BT.shape[1] + at_B
     return finished_at(network, places, ids_BT.numel())
 

@@ -112,7 +112,6 @@ def _connected(
         with serving as server:
 
             def gone() -> str | None:
-                """Why the server is no longer there, if it is not."""
                 return None if server.alive else f"vLLM's server ended: {reason(log)} (see {log})"
 
             asked = Server(

@@ -89,7 +89,6 @@ def _stream(job: ComputeJob, runtime: Runtime, sizes: Sequence[int], advance: Ad
 
 
 def _here(job: ComputeJob, advance: Advance) -> Stream:
-    """One worker in this process."""
     worker = job.open_worker(0)
     try:
         for group in groups(job.todo, 1):

@@ -197,7 +197,6 @@ def _table(
     prompt_tokens: Mapping[int, int | None],
     policy: str,
 ) -> pa.Table:
-    """The completions table of one shard."""
     order = [
         (place, i, one)
         for place in sorted(drawn_by_place)

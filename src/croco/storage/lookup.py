@@ -73,7 +73,6 @@ class ShardRows:
         self._pool = ThreadPoolExecutor(threads)
 
     def shards_of(self, places: Places) -> list[int]:
-        """The shards that hold the rows, in order."""
         return np.unique(np.searchsorted(self.edges, places, side="right") - 1).tolist()
 
     def read_ahead(self, places: Places) -> None:

@@ -27,8 +27,7 @@ from croco.models.chat_template import prompt_ids
 from croco.models.open import open_sampler
 from croco.pipeline import run as pipeline
 from croco.pipeline.stage import Task
-from croco.stages.translate.formats import FORMATS
-from croco.stages.translate.translate import TranslateWorker
+from croco.stages.translate.translate import FORMATS, TranslateWorker
 from croco.storage import shards
 from croco.storage.files import read_json
 from croco.storage.shards import read_dropped, read_table

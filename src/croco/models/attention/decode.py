@@ -99,7 +99,6 @@ class OwnKeys:
         return 0
 
     def grow(self, capacity: int) -> None:
-        """Make room for more tokens per row."""
         for buffers in (self.keys, self.values):
             for layer, old in enumerate(buffers):
                 buffers[layer] = old.new_zeros(*old.shape[:2], capacity, old.shape[3])
@@ -107,7 +106,6 @@ class OwnKeys:
         self.capacity = capacity
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Leave only these rows, in this order."""
         self.keys = [buffer.index_select(0, rows) for buffer in self.keys]
         self.values = [buffer.index_select(0, rows) for buffer in self.values]
         self.num_rows = len(rows)

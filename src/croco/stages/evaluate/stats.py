@@ -34,7 +34,6 @@ class Interval(NamedTuple):
 
     @property
     def known(self) -> bool:
-        """Whether the interval has ends."""
         return not math.isnan(self.low)
 
 

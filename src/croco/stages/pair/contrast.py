@@ -216,7 +216,6 @@ def _prompted(pairs: pl.DataFrame, rows: pl.DataFrame, rule: Contrast, seed: int
 
 
 def _ledger(unit: str, rows: pl.DataFrame) -> pl.DataFrame:
-    """Rows of the ledger: a key and the reason."""
     names = (pl.col(name).cast(pl.String) for name in ("prompt_id", "language"))
     return rows.select(pl.lit(unit).alias("unit"), *names, "sample_id", pl.col("reason").cast(pl.String))
 

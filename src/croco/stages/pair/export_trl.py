@@ -168,5 +168,4 @@ def card(
 
 
 def _cell(text: str) -> str:
-    """A text that cannot break out of its table cell."""
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")

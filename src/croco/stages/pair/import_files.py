@@ -273,7 +273,6 @@ def import_pairs(
 
 
 def _pair(row: FileRow, chosen_only: bool) -> tuple[list[Turn], dict[str, str], dict[str, Any]]:
-    """The prompt, the sides and what else a row says of its sides."""
     if row.is_pair():
         prompt, sides = row.sides()
     elif chosen_only:

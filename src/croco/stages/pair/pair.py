@@ -176,7 +176,6 @@ def _write(work: Work, index: int, rows: pl.DataFrame, made: Contrasted) -> None
 
 
 def _per_language(languages: pl.Series) -> dict[str, int]:
-    """How many rows are in each language."""
     kind = languages.dtype
     counts = dict.fromkeys(kind.categories.to_list() if isinstance(kind, pl.Enum) else (), 0)
     return counts | dict(languages.value_counts().rows())

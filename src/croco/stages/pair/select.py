@@ -47,7 +47,6 @@ class Pools:
         return np.repeat(np.arange(len(self.starts), dtype=np.int32), self.sizes)
 
     def reduce(self, function: np.ufunc, values: NDArray[np.floating]) -> Floats:
-        """The function over each pool's values."""
         if not len(values):
             return np.empty(0, np.float64)
         return function.reduceat(values, self.starts, dtype=np.float64 if function is np.add else None)

@@ -50,7 +50,6 @@ def open_reward(reward: Reward, runtime: Runtime, replica: int = 0) -> tuple[Sco
 
 
 def _sum(reward: Reward, values: Sequence[float | str]) -> float | str:
-    """The weighted sum of a completion's scores; the reason of the first part that has none."""
     total = 0.0
     for part, value in zip(reward.parts, values, strict=True):
         if isinstance(value, str):

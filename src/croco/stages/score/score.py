@@ -69,7 +69,6 @@ class ScoreWorker:
         self.name, self.score_shard, self.facts = made
 
     def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[ShardResult]:
-        """Shard by shard, each the mirror of a shard of completions."""
         for index in indices:
             rows = read_arrow(shard_path(self.samples, index), COLUMNS)
             if self.first is not None:
@@ -97,7 +96,6 @@ class ReferenceWorker:
         self.score_shard, self.facts = open_reward(reward, task.runtime, replica)
 
     def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[ShardResult]:
-        """Shard by shard."""
         for index in indices:
             columns = ["prompt_id", "language", "messages", "reference"]
             prompts = read_arrow(shard_path(self.prompts, index), columns).to_pylist()

@@ -129,13 +129,11 @@ class ByTheClock(TrainerCallback):
         self.seconds, self.last = 60 * minutes, time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Ask for a checkpoint when it is time."""
         due = time.monotonic() - self.last > self.seconds
         if gathered(due)[0]:  # clocks differ, and all processes must save together
             control.should_save = True
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Count from here."""
         self.last = time.monotonic()
 
 

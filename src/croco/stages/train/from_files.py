@@ -106,7 +106,6 @@ def labelled(sources: Sequence[Path]) -> dict[str, Path]:
 
 
 def _recipe(model: str, overrides: Sequence[str]) -> Recipe:
-    """A recipe of one arm, which is only trained."""
     values: dict[str, Any] = {
         "run": {"name": "train", "languages": ["en"]},
         "policy": {"model": model},

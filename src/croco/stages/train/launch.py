@@ -153,7 +153,6 @@ def _launch(job: TrainJob, processes: int, advance: Advance) -> TrainResult:
 
 
 def _follow(process: subprocess.Popen[bytes], steps: Path, advance: Advance) -> None:
-    """Wait for the processes, passing on how far they are."""
     steps.unlink(missing_ok=True)
     seen = 0
     while True:

@@ -47,7 +47,6 @@ class Needs:
     per_token_checkpointed: float
 
     def of(self, tokens: int, checkpointing: bool) -> float:
-        """Bytes of a micro-batch of so many tokens, and what is needed once."""
         return self.once + tokens * (self.per_token_checkpointed if checkpointing else self.per_token)
 
 
