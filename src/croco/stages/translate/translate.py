@@ -172,8 +172,8 @@ def _turn(
 
 # How a translation model is asked -------------------------------------------------------------------------------
 #
-# The messages for one text, as each family was trained to read it; languages have their English names of CLDR, or BCP-47
-# codes where the chat template names them. Sources: the model cards of TranslateGemma, Tower+ and TowerInstruct (v0.2).
+# The messages for one text, as each family was trained to read it; languages have CLDR's English names, or BCP-47 codes
+# where the chat template names them. Sources: the model cards of TranslateGemma, Tower+ and TowerInstruct (v0.2).
 
 
 def instruct(text: str, source: str, target: str) -> Messages:
