@@ -45,7 +45,9 @@ def sample(
         "reward": {"model": "lab:reward"},  # until `score` is told another one
         "arms": {"pairs": {}},
     }
-    values["evaluation"] = {"source": values["prompts"]["source"]}  # nothing is evaluated here
+    values["evaluation"] = {
+        "source": "hf:none"
+    }  # nothing is evaluated here; the prompts' own would be refused
     run(from_dict(values, "croco.sample"), until="sample")
     return _completions(Path(to))
 
