@@ -111,6 +111,8 @@ class Evaluation(Source):
     that of [reward], and for the lab's prompts the lab's program."""
     bootstrap: Annotated[int, Field(gt=0, le=1_000_000)] = 2000
     """Resamples of an interval."""
+    kl: bool = False
+    """Measure how far every arm went from the base: KL, of its completions at temperature 1."""
 
 
 class Recipe(Section):

@@ -231,6 +231,7 @@ def evaluate_settings(recipe: Recipe, arm: str | None) -> Settings:
         if reward
         else None,
         "seed": recipe.run.seed,
+        **({"kl": True} if evaluation.kl and arm != "base" else {}),
     }
 
 

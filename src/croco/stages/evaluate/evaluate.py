@@ -23,6 +23,7 @@ from croco.pipeline.compute import compute
 from croco.pipeline.stage import Task, Work
 from croco.pipeline.workers import Advance, ShardResult
 from croco.stages.sample import sample_shards
+from croco.stages.score.policy_logprobs import open_likelihood, score_likelihood
 from croco.stages.score.reward import ScoreShard, open_reward
 from croco.storage.schemas import ledger
 from croco.storage.seeds import digest
@@ -51,6 +52,8 @@ def evaluate(work: Work) -> None:
     compute(
         work, partial(DrawWorker, work.task), sizes, "completion", drafts=partial(draft_path, work.folder)
     )
+    if work.settings.get("kl") and "kl" not in work.record_file.get("facts", {}):
+        work.record(kl=divergence(work.task))
     here = work.settings["reward"] is None
     judge = partial(JudgeWorker, work.task)
     compute(work, judge, sizes, "completion", role="score", under="judge", here=here)
@@ -123,6 +126,39 @@ class DrawWorker:
                 ]
                 draft = pl.concat(parts, how="diagonal").to_arrow()
                 yield ShardResult(index, draft, dropped, {}, {"tokens": tokens})
+
+
+def divergence(task: Task) -> dict[str, float]:
+    """KL of an arm from the base in every language, nats per completion: the mean of log(arm / base) over its own
+    completions at temperature 1, in this process."""
+    policy, adapter, batches = task.settings["policy"], task.adapter, batches_of(task)
+    drawn = pl.concat(
+        [read_parquet(draft_path(task.folder, batch.index)) for batch in batches if batch.temperature == 1]
+    )
+    drawn = drawn.filter(pl.col("reason").is_null())
+    messages = {
+        tuple(row[:2]): row[2] for b in batches for row in b.prompts.select(*PROMPT, "messages").rows()
+    }
+    groups = [
+        (messages[prompt_id, language], rows.to_dicts())
+        for (prompt_id, language), rows in drawn.group_by(PROMPT, maintain_order=True)
+    ]
+    tuned = (policy, adapter)
+    if adapter is not None and adapter.name == "model":  # all weights were tuned
+        tuned = (policy.model_copy(update={"model": str(adapter), "revision": None}), None)
+    logps = []
+    for model, weights in (tuned, (policy, None)):
+        scorer, tokenizer = open_likelihood(model, task.runtime, False, weights)
+        logps.append(score_likelihood(scorer, tokenizer, groups, policy.instruction))
+    ratios: dict[str, list[float]] = {}
+    for (_, rows), tuned, base in zip(groups, *logps, strict=True):
+        both = [
+            a - b
+            for a, b in zip(tuned, base, strict=True)
+            if not isinstance(a, str) and not isinstance(b, str)
+        ]
+        ratios.setdefault(rows[0]["language"], []).extend(both)
+    return {language: sum(of) / len(of) for language, of in ratios.items() if of}
 
 
 class JudgeWorker:

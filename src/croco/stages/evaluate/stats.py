@@ -112,31 +112,59 @@ def bootstrap_mean(
     return bootstrap_ratio(column[:, None], np.ones((len(column), 1)), counts, confidence, min_prompts)[0]
 
 
-def bootstrap_seeds(
-    values: ArrayLike, seed: int, num_resamples: int = 2000, confidence: float = CONFIDENCE
-) -> Interval:
-    """Mean over seeds and prompts, values of shape (seeds, prompts), with an interval over both; of two arms give the
-    difference, seed by seed. The pigeonhole bootstrap (Owen 2007): too wide where single cells spread most, too narrow
-    where seeds do and are few. Raises ValueError on another shape or a value that is not finite."""
-    resampled = resampled_means(values, seed, num_resamples)
-    low, high = percentiles(resampled, confidence)
-    table = np.asarray(values, dtype=np.float64)
-    return of_enough(Interval(float(table.mean()), float(low), float(high)), table.shape[1])
+class Estimate(NamedTuple):
+    """A mean over seeds and prompts, its standard error and that error's degrees of freedom."""
+
+    value: float
+    error: float  # nan where there are too few prompts
+    df: float
+
+    def interval(self, confidence: float = CONFIDENCE) -> Interval:
+        """Of Student's t."""
+        reach = float(_scipy().t.ppf(0.5 + confidence / 2, self.df)) * self.error
+        return Interval(self.value, self.value - reach, self.value + reach)
+
+    def p_above(self, border: float) -> float:
+        """One-sided p-value that what is estimated is not above `border`; ½ where nothing is known."""
+        if math.isnan(self.error):
+            return 0.5
+        if self.error == 0:
+            return 0.5 + 0.5 * float(np.sign(border - self.value))
+        return float(_scipy().t.sf((self.value - border) / self.error, self.df))
 
 
-def resampled_means(values: ArrayLike, seed: int, num_resamples: int = 2000) -> NDArray[np.float64]:
-    """Means of resamples of seeds (whole runs) and prompts, both with replacement, (num_resamples,); the prompts drawn
-    are the same for all seeds, because every seed answered the same ones."""
-    table = np.asarray(values, dtype=np.float64)
-    if table.ndim != 2 or not table.size or not np.isfinite(table).all():
+def over_seeds_and_prompts(*tables: ArrayLike) -> Estimate:
+    """The sum of the means of tables of shape (seeds, prompts): the same seeds, other prompts in each table.
+
+    For a difference of two arms give their difference, seed by seed and prompt by prompt: paired in both. Seeds and
+    prompts are crossed random effects. The variance is that of their mean squares, no component below zero, with
+    Satterthwaite's degrees of freedom (Searle, Casella and McCulloch 1992, ch. 4 and 5); simulated, "95 %" covers in 93
+    to 97 % of cases with two or three seeds, in 95 to 96 % with eight. One seed says nothing of others: then it is the
+    prompts' alone. Raises ValueError on another shape or a value that is not finite.
+    """
+    arrays = [np.asarray(table, dtype=np.float64) for table in tables]
+    if any(a.ndim != 2 or not a.size or not np.isfinite(a).all() for a in arrays):
         raise ValueError("expected finite values of shape (seeds, prompts)")
-    num_seeds, num_prompts = table.shape
-    prompts = resample_counts(num_prompts, seed, num_resamples)
-    # draws of their own: with as many seeds as prompts, the same stream would draw the same places
-    stream = int(np.random.default_rng([seed, 1]).integers(2**62))
-    seeds = resample_counts(num_seeds, stream, num_resamples)
-    means = ((seeds @ table) * prompts).sum(axis=1) / (num_seeds * num_prompts)
-    return np.asarray(means, dtype=np.float64)
+    value = float(sum(a.mean() for a in arrays))
+    if min(a.shape[1] for a in arrays) < MIN_PROMPTS:
+        return Estimate(value, math.nan, math.nan)
+    more_seeds = len(arrays[0]) - 1
+    variance = squares = cells = cell_squares = 0.0
+    for a in arrays:
+        df, cell = a.shape[1] - 1, 0.0
+        prompts = float(a.mean(axis=0).var(ddof=1)) / a.shape[1]
+        if more_seeds:
+            rest = a - a.mean(axis=1, keepdims=True) - a.mean(axis=0) + a.mean()
+            cell = float((rest**2).sum()) / (df * more_seeds * a.size)
+            cell_squares += cell**2 / (df * more_seeds)
+        variance += max(prompts, cell)
+        squares += prompts**2 / df
+        cells += cell
+    seeds = float(np.var(sum(a.mean(axis=1) for a in arrays), ddof=1)) / len(arrays[0]) if more_seeds else 0.0
+    if seeds > cells:
+        variance += seeds - cells
+        squares += seeds**2 / more_seeds + cell_squares
+    return Estimate(value, math.sqrt(variance), variance**2 / squares if squares else math.inf)
 
 
 def mcnemar(ours: ArrayLike, theirs: ArrayLike) -> float:
