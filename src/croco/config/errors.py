@@ -1,7 +1,5 @@
 """One sentence for a recipe that does not validate: the first mistake, and the nearest known key."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Sequence
 from types import UnionType

@@ -1,7 +1,5 @@
 """Reads a recipe: TOML or JSON, `--set` values over it, sweeps and rounds made into arms, then checked as a whole."""
 
-from __future__ import annotations
-
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path

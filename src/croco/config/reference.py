@@ -1,7 +1,5 @@
 """The recipe's keys from the records themselves: a JSON schema for editors, and the page docs/reference/recipe.md."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from types import UnionType

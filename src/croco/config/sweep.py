@@ -1,7 +1,5 @@
 """Ways of writing arms: `rounds` and `[sweep]` become ordinary arms before a recipe is checked."""
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections.abc import Mapping

@@ -4,8 +4,6 @@ transformers reads the file and undoes its quantisation. What quantisation has l
 quantised model's weights, not the original's. `smollm2` is a small instruct model that the package index has.
 """
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import os

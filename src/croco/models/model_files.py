@@ -1,7 +1,5 @@
 """What a model's files say without its weights: its config, and where its completions end and its scores are read."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -3,8 +3,6 @@
 A template sees what transformers' own renderer shows it, but for the date: templates that write it (Llama 3.2, SmolLM3)
 would give another prompt every day, so the day is always DAY."""
 
-from __future__ import annotations
-
 import ctypes
 import json
 import threading

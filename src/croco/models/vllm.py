@@ -5,8 +5,6 @@ the table's `seed` says where a completion came from and cannot draw it again. `
 does not make completions independent of the batch's rounding. Leaves out quantisation, and several adapters in one
 server."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import tempfile

@@ -1,8 +1,6 @@
 """Starts vLLM's OpenAI-compatible server as a process of ours on loopback, and ends it with its context and with this
 process. vLLM is never imported: it may live in another environment."""
 
-from __future__ import annotations
-
 import gc
 import json
 import os

@@ -2,8 +2,6 @@
 
 Models and files enter by their content (`hashing.py`); `[runtime]` and library versions never do."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -8,8 +8,6 @@
 what arms share. Nothing runs here: a stage's function is imported when it runs.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from dataclasses import replace

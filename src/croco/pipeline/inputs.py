@@ -1,7 +1,5 @@
 """What each stage reads from the others, and for which arms it runs; the stages themselves are in `graph.py`."""
 
-from __future__ import annotations
-
 from croco.config.recipe import Recipe
 from croco.pipeline import arms
 from croco.pipeline.node import Reference

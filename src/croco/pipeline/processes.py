@@ -4,8 +4,6 @@ A worker that is killed costs its shards in flight: they go to the next worker t
 GPUs under a new number, since no engine's seed may come twice. Shards that cost three workers end the stage, and so
 does an exception."""
 
-from __future__ import annotations
-
 import itertools
 import logging
 import multiprocessing

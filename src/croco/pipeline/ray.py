@@ -6,8 +6,6 @@ actor is computed again, Ray skips as many blocks as it has had, so a block's pl
 What is on disk by then is not computed again. Leaves out clusters that grow on demand and Ray's own checkpoints.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -1,7 +1,5 @@
 """Run a recipe, or one stage of it; plan it; keep its recipe. A node's status is read once a command."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -5,8 +5,6 @@ their fingerprint, what it read, and what it took. A complete stage whose finger
 stops and names the fields; an unfinished stage makes only the shards without a marker. Always read = written + dropped.
 """
 
-from __future__ import annotations
-
 import fcntl
 import logging
 import time

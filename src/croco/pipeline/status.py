@@ -2,8 +2,6 @@
 
 Reads `stage.json`, the markers and row counts in Parquet metadata, never a table."""
 
-from __future__ import annotations
-
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence

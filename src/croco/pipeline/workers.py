@@ -1,8 +1,6 @@
 """What computes shards: workers, the jobs they are given, and the shards that they give back. Where they run is
 `compute.py`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Files and folders on disk: written whole or not at all; removed or replaced only where name or mark is ours."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

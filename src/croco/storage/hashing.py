@@ -3,8 +3,6 @@
 A model's directory is the digest of the files that loading reads, a hub id is itself at its revision, a file is its
 SHA-256. Digests of large files are kept in the user's cache until the file changes."""
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import importlib.util

@@ -1,7 +1,5 @@
 """Rows of sharded tables by key or by number, without holding a table's texts in memory."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor

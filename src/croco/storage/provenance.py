@@ -1,7 +1,5 @@
 """Where and with what a stage was computed: recorded beside every table, never part of a fingerprint."""
 
-from __future__ import annotations
-
 import platform
 import subprocess
 from datetime import UTC, datetime

@@ -1,7 +1,5 @@
 """What a stage says of itself: its `stage.json` and the markers of its shards, read with the shape they must have."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

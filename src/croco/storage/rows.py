@@ -2,8 +2,6 @@
 
 One strict reader: whatever is wrong with a file is one sentence that names the file and the line."""
 
-from __future__ import annotations
-
 import glob
 import gzip
 import json

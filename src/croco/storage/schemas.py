@@ -3,8 +3,6 @@
 Nothing is joined on text or row order: the key is `(prompt_id, language)`, then `sample_id`, and `prompt_id` is the
 same in all languages."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ Every comparison is judged twice, each completion once in the first place, so a 
 measured and cancels. Verdicts that do not agree are a tie, and so is the same text twice, without asking. A comparison
 without a verdict in one of the orders goes to the ledger."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace

@@ -14,8 +14,6 @@ are of greedy completions, so their temperature is 0:
     right-language           share of completions in the prompt's language, of those long enough to tell; base too
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

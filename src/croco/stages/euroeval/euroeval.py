@@ -3,8 +3,6 @@
 One shard per dataset, written when EuroEval's results file has its line: a run that was killed goes on with the next
 dataset, and inside one EuroEval keeps the completions of finished iterations."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

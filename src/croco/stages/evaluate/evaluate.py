@@ -4,8 +4,6 @@ Every arm answers the same prompts with the same seeds, which are not those of t
 their weights alone and can be compared prompt by prompt. First all completions are drawn, then they are judged: policy
 and reward model need not fit in memory together."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial

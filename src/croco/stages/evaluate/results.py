@@ -8,8 +8,6 @@ right or wrong, else that of sign flips; "difference-p-holm" adjusts it for all 
 benchmark at that temperature; "prompts-to-resolve" says how many prompts would settle it. "right-language" is the share
 of completions in their prompt's language among those whose language could be told, the share "language-told"."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

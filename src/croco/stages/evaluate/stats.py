@@ -5,8 +5,6 @@ a parallel prompt. Every metric of a table shares one set of resamples (`resampl
 between arms paired and a table one matrix product. Tests are paired too: McNemar's for right and wrong, sign flips for
 scores, Holm over all that are looked at together."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from statistics import NormalDist

@@ -1,7 +1,5 @@
 """`croco.pairs`: the contrast on a table in memory, for anyone who has scores and wants pairs."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Mapping, Sequence
 from functools import partial

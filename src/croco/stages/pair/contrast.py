@@ -4,8 +4,6 @@ Pools must be whole. Texts are asked for only of completions that may be near du
 
 Shapes: R rows, P pools, K pairs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@
 for SFT. The prompt is what the policy read, a language's instruction in its last user turn. Scores, languages and keys
 have columns of their own."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """`croco pairs` and what `croco export` says of a run: files of other tools in, pairs that every trainer reads out."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path

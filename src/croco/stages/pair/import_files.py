@@ -10,8 +10,6 @@ Rows are JSON lines or Parquet, in one of four forms, told apart by their column
 A prompt is known by its id, never by its text or its row. Files may be larger than memory. A row that cannot be used
 goes to the ledger."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Only keys and scores are read, so fourteen million rows take some hundred megaby
 sorting numbers sorts names. Every completion must have a score or a row in the scorer's ledger, every score a
 completion."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path

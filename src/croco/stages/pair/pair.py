@@ -6,8 +6,6 @@ from the shards still in memory, so memory grows by some tens of bytes per compl
 whatever the order and shard size of what was read. It must balance: completions read = candidates + dropped, in every
 language; pools read = pools with a pair + dropped."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Sequence
 from functools import partial

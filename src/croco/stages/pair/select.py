@@ -6,8 +6,6 @@ Rows sorted by pool make every statistic a segmented reduction, so millions of c
 
 Shapes: R rows, P pools, K pairs."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 

@@ -6,8 +6,6 @@ it is scored on other prompts than those it was fitted on.
 
 Shapes: K pairs."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

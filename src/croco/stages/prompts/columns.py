@@ -5,8 +5,6 @@ cannot be carried (tools, pictures) raises `Unusable`, whose text is the reason 
 something else than what was read, or a value of a wrong type, raises UserError naming file, row and column. Unknown
 columns and message keys are counted."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -4,8 +4,6 @@ Every turn is kept; a last one of the assistant's is the reference. A wrong row 
 the stage, because half a data set is not the one that the recipe names; one that cannot be carried (tool calls) goes to
 the ledger. Languages that the recipe does not name are counted, not read."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress

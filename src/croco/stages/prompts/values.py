@@ -3,8 +3,6 @@
 What a prompt cannot carry (a tool call, a picture) raises `Unusable`, a value of a wrong type UserError. Unknown keys
 of messages are counted."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections import Counter

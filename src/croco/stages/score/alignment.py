@@ -6,8 +6,6 @@ language token, text, end token.
 
 Shapes: B pairs, S source tokens, T target tokens, V vocabulary."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -3,8 +3,6 @@
 A model's score is the raw logit of the whole conversation. A function takes lists of equal length, `messages`,
 `completions` and `languages`, and returns a number for each completion, or None for one that goes to the ledger."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import math

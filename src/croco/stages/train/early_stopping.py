@@ -4,8 +4,6 @@ Pure functions of the lines of the metrics file, so that a run that goes on afte
 Log-probabilities are per token and against the reference (without one, against the beginning), so one bound serves all
 lengths."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any

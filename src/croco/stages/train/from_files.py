@@ -3,8 +3,6 @@
 Two stages, `import` and `train`. Scored completions (UltraFeedback's form) are paired in between, as by `croco pairs`;
 with training.method = "sft" a row may hold a prompt and one completion."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any

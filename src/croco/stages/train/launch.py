@@ -4,8 +4,6 @@
 DeepSpeed, several machines). The job goes to them as a file and their result comes back as one; they end with this
 process. This module is also the program that they run."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import os

@@ -4,8 +4,6 @@ The bytes of a token are counted on a forward of one pair: every tensor that aut
 and AdamW's moments follow from what is trained. Left out: fragmentation (a margin allows for it), and weights that FSDP
 or DeepSpeed spread over processes."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Before the folder appears it is proven on the arm's own pairs that the adapter c
 merged weights, and the folder when it is read again, give those of base + adapter. Weights that were all tuned are
 copied."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path

@@ -3,8 +3,6 @@ details.
 
 Texts with few letters are not judged by language or length. Adequacy and fluency are left out: they need a model."""
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Collection, Sequence
 

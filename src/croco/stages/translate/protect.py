@@ -4,8 +4,6 @@ Code blocks, display maths, JSON and tool calls are cut out and put back. Inline
 placeholders, LaTeX commands and numbers stay, because a sentence with holes is translated badly; `items` counts them in
 both texts (docs/decisions/012). Leaves out names, units and quotations."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections import Counter

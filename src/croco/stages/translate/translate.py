@@ -4,8 +4,6 @@ Rows in the source's language are unchanged. Every turn is translated by itself,
 calls stay (`protect.py`). A prompt with a turn that fails a check (`checks.py`) goes to the ledger. References are not
 copied to other languages. A text that several prompts share is sent once per call of the engine."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
