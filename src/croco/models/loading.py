@@ -135,7 +135,7 @@ def load_policy(
 
 
 def load_causal(
-    section: Causal, device: str, adapter: Path | None = None, quantization: str | None = None
+    section: Causal, adapter: Path | None, device: str, quantization: str | None = None
 ) -> tuple[Any, Any]:
     """`load_policy` of a model of a recipe."""
     return load_policy(

@@ -66,7 +66,7 @@ def merge(policy: Policy, dtype: str, adapter: Path, folder: Path) -> Path:
     from croco.models.loading import load_causal, quiet_loading
 
     # the GPU's memory is the server's
-    model, tokenizer = load_causal(policy.model_copy(update={"dtype": dtype}), "cpu", adapter)
+    model, tokenizer = load_causal(policy.model_copy(update={"dtype": dtype}), adapter, "cpu")
     with quiet_loading():
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -129,7 +129,7 @@ class DrawWorker:
 def divergence(task: Task) -> dict[str, float]:
     """KL of an arm from the base in every language, nats per completion: the mean of log(arm / base) over its own
     completions at temperature 1, in this process."""
-    policy, adapter, batches = task.settings["policy"], task.adapter, batches_of(task)
+    policy, batches = task.settings["policy"], batches_of(task)
     drawn = pl.concat(
         [read_parquet(draft_path(task.folder, batch.index)) for batch in batches if batch.temperature == 1]
     )
@@ -141,12 +141,9 @@ def divergence(task: Task) -> dict[str, float]:
         (messages[prompt_id, language], rows.to_dicts())
         for (prompt_id, language), rows in drawn.group_by(PROMPT, maintain_order=True)
     ]
-    tuned = (policy, adapter)
-    if adapter is not None and adapter.name == "model":  # all weights were tuned
-        tuned = (policy.model_copy(update={"model": str(adapter), "revision": None}), None)
     logps = []
-    for model, weights in (tuned, (policy, None)):
-        scorer, tokenizer = open_likelihood(model, task.runtime, False, weights)
+    for weights in (task.adapter, None):
+        scorer, tokenizer = open_likelihood(policy, task.runtime, False, weights)
         logps.append(score_likelihood(scorer, tokenizer, groups, policy.instruction))
     ratios: dict[str, list[float]] = {}
     for (_, rows), tuned, base in zip(groups, *logps, strict=True):

@@ -16,6 +16,7 @@ from croco import languages
 from croco.config.arms import ENGLISH
 from croco.errors import Refused, UserError
 from croco.models.chat_template import completions_ids, prompt_ids, with_instruction
+from croco.models.open import with_tuned
 from croco.models.protocols import ScoreRequest
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def open_likelihood(
     from croco.models.loading import load_causal
     from croco.models.transformers import HFLikelihood
 
-    model, tokenizer = load_causal(policy, runtime.device, adapter)
+    model, tokenizer = load_causal(*with_tuned(policy, adapter), runtime.device)
     return HFLikelihood(model, tokenizer, runtime.token_budget, name=policy.model, mean=mean), tokenizer
 
 

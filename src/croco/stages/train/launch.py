@@ -79,7 +79,7 @@ def tune_here(job: TrainJob, advance: Advance) -> TrainResult:
     if policy.quantization is None or job.training.full:
         _check_memory(policy, runtime.device)
     quantization = None if job.training.full else policy.quantization
-    model, tokenizer = load_causal(policy, runtime.device, quantization=quantization)
+    model, tokenizer = load_causal(policy, None, runtime.device, quantization)
     return train_pairs(
         model,
         tokenizer,

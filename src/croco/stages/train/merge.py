@@ -52,13 +52,13 @@ def merge(recipe: Recipe, arm: str, to: Path, license: str, say: Callable[[str],
 
     partial = to.with_name(f".{to.name}.merging")
     files.begin_folder(partial)
-    model, tokenizer = load_causal(recipe.policy, recipe.runtime.device)
+    model, tokenizer = load_causal(recipe.policy, None, recipe.runtime.device)
     examples = _probes(recipe, arm, model, tokenizer)
     before = mean_logps(model, examples)
     if weights.name == "model":
         with files.writing(partial):
             shutil.copytree(weights, partial, dirs_exist_ok=True)
-        after = mean_logps(load_causal(written_policy(weights), recipe.runtime.device)[0], examples)
+        after = mean_logps(load_causal(written_policy(weights), None, recipe.runtime.device)[0], examples)
         in_memory = after
     else:
         check_adapter(weights, recipe.policy.model, recipe.policy.revision)
@@ -70,7 +70,7 @@ def merge(recipe: Recipe, arm: str, to: Path, license: str, say: Callable[[str],
             model.save_pretrained(str(partial))
             tokenizer.save_pretrained(str(partial))
     del model
-    again, _ = load_causal(written_policy(partial), recipe.runtime.device)
+    again, _ = load_causal(written_policy(partial), None, recipe.runtime.device)
     written = mean_logps(again, examples)
     change, gap, written_gap = (
         (one - other).abs().max().item()
