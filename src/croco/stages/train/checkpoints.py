@@ -74,8 +74,8 @@ def readable(checkpoint: Path | str | None) -> Iterator[None]:
         raise
     except Exception as error:  # damaged pickles raise anything
         raise UserError(
-            f"{checkpoint} cannot be read ({type(error).__name__}: {one_line(error)}), expected one as training wrote "
-            "it: remove this folder to go on from the one before"
+            f"{checkpoint} cannot be read ({type(error).__name__}: {one_line(error)}), expected a checkpoint as "
+            "training wrote it: remove this folder to go on from the one before"
         ) from error
 
 
