@@ -129,6 +129,15 @@ def test_what_does_not_fit(doctor: Doctor, tmp_path: Path) -> None:
     assert "no prompt leaves room for a completion in 10 tokens" in wrong(doctor("reward.max_tokens=10"))
 
 
+def test_completions_that_do_not_end_are_said(doctor: Doctor) -> None:
+    few = doctor("sampling.max_new_tokens=2", flags=("--measure",)).output
+    assert "had not ended after 2 tokens: raise sampling.max_new_tokens, or nothing is left to pair" in few
+    assert (
+        "raise sampling.max_new_tokens"
+        not in doctor("sampling.max_new_tokens=90", flags=("--measure",)).output
+    )
+
+
 def test_measuring_finds_broken_weights(doctor: Doctor, tmp_path: Path) -> None:
     for key, model in (("policy", tiny.make_policy("llama")), ("reward", tiny.make_reward("qwen3"))):
         with torch.no_grad():

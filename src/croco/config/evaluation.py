@@ -62,7 +62,7 @@ class Source(Section):
 
 
 class Arena(Source):
-    """Every arm's greedy completions against the base's, before a judge."""
+    """Every arm's completions against the base's, before a judge."""
 
     judge: Literal["model", "lab"] = "model"
     """The model of [judge], or the lab's program."""
@@ -74,6 +74,10 @@ class Arena(Source):
     """Of those that are evaluated; none named is all of them."""
     max_new_tokens: Positive | None = None
     """Of a completion; null is evaluation.max_new_tokens."""
+    temperature: Annotated[float, Field(ge=0, le=10)] = 0.0
+    """At which all are answered; 0 is greedy."""
+    orders: Literal["both", "one"] = "both"
+    """Each comparison judged twice, with either completion first, or once, in an order that its prompt decides."""
 
 
 # EuroEval -------------------------------------------------------------------------------------------------------------

@@ -139,3 +139,5 @@ class Judge(Causal):
     """Of its sampling; 0 is greedy."""
     max_new_tokens: Positive = 1024
     """Of a verdict."""
+    labels: Literal["words", "brackets"] = "words"
+    """How it is asked to end: "Verdict: 1", or "[[1]]", "[[2]]" or "[[T]]"; either is read."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from croco.errors import UserError
 
 if TYPE_CHECKING:
-    from croco.config.models import Causal, RewardPart
+    from croco.config.models import Causal, Policy, RewardPart
     from croco.config.recipe import Recipe
     from croco.config.runtime import Runtime
     from croco.models.protocols import Judge, Sampler, Scorer
@@ -97,6 +97,27 @@ def with_tuned(causal: Causal, weights: Path | None) -> tuple[Causal, Path | Non
     if weights is None or not _is_whole(weights):
         return causal, weights
     return causal.model_copy(update={"model": str(weights), "revision": None}), None
+
+
+def policy_of(folder: Path) -> tuple[Policy, Path | None]:
+    """The policy in a folder of a model or adapter, also as `croco train` leaves them, and the adapter; raises
+    UserError for another folder."""
+    from croco.config.models import Policy
+    from croco.storage.files import read_json
+
+    for place in (folder, folder / "adapter", folder / "model"):
+        if _is_whole(place):
+            return Policy(model=str(place)), None
+        if (place / "adapter_config.json").is_file():
+            config = read_json(place / "adapter_config.json")
+            base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+            if not isinstance(base, str) or not base:
+                raise UserError(f"{place / 'adapter_config.json'} names no base model, expected one")
+            return Policy(model=base, revision=config.get("revision")), place
+    raise UserError(
+        f"{folder} holds no recipe.json, config.json or adapter_config.json: expected the folder of a run, a model or "
+        f"an adapter"
+    )
 
 
 def _is_whole(folder: Path) -> bool:

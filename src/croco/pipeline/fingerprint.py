@@ -255,33 +255,40 @@ def local_datasets(name: str) -> str:
 
 def arena_sample_settings(recipe: Recipe, arm: str | None) -> Settings:
     assert recipe.arena is not None
-    return {
+    settings = {
         "policy": given_policy(recipe.policy, recipe.arena_languages),
         "max_new_tokens": recipe.arena.max_new_tokens or recipe.evaluation.max_new_tokens,
         "languages": sorted(recipe.arena_languages),
         "limit": recipe.arena.limit,
     }
+    return settings | ({"temperature": recipe.arena.temperature} if recipe.arena.temperature else {})
 
 
 def arena_settings(recipe: Recipe, arm: str | None) -> Settings:
     assert recipe.arena is not None
     lab = recipe.arena.judge == "lab"
-    return {
+    settings: Settings = {
         "judge": Given("lab", f"lab {WORLD}") if lab else given_judge(recipe.judge),
         "languages": sorted(recipe.arena_languages),
         "evaluated": sorted(recipe.run.evaluated),  # completions are told apart among these
         "limit": recipe.arena.limit,
     }
+    return settings | ({"orders": recipe.arena.orders} if recipe.arena.orders != "both" else {})
 
 
 def given_judge(judge: Judge | None) -> Given:
     assert judge is not None  # the recipe's checks saw to it
-    drawn = {"temperature": judge.temperature} if judge.temperature else {}
-    return given_model(judge, "judge", max_new_tokens=judge.max_new_tokens, **drawn)
+    more: Settings = {"temperature": judge.temperature} if judge.temperature else {}
+    if judge.labels != "words":
+        more["labels"] = judge.labels
+    return given_model(judge, "judge", max_new_tokens=judge.max_new_tokens, **more)
 
 
 def results_settings(recipe: Recipe, arm: str | None) -> Settings:
     groups = recipe.run.model_dump(
         mode="json", include={"languages", "low_resource_languages", "held_out_languages", "seed"}
     )
-    return groups | {"bootstrap": recipe.evaluation.bootstrap}
+    drawn = (
+        {"arena_temperature": recipe.arena.temperature} if recipe.arena and recipe.arena.temperature else {}
+    )
+    return groups | {"bootstrap": recipe.evaluation.bootstrap} | drawn

@@ -94,9 +94,10 @@ def collate(examples: Sequence[Example], *, rows: Rows, pad_id: int = 0) -> Batc
                 input_ids[row, start:stop], branch[row, start:stop] = completion[:-1], number
                 position[row, start:stop] = len(prompt) + np.arange(stop - start)
                 # The first token of a completion is predicted by the prompt's last position, the others by their own.
-                source.append(row * width + np.concatenate([[last], np.arange(start, stop)]))
-                target.append(np.asarray(completion))
-                sequence.append(np.full(len(completion), c * num_pairs + p))
+                learnt = np.flatnonzero(examples[p].learnt or np.ones(len(completion)))
+                source.append(row * width + np.concatenate([[last], np.arange(start, stop)])[learnt])
+                target.append(np.asarray(completion)[learnt])
+                sequence.append(np.full(len(learnt), c * num_pairs + p))
             start = stop
     arrays = {"input_ids_BT": input_ids, "branch_BT": branch, "position_BT": position, "pair_BT": pair}
     for name, parts in (("source_M", source), ("target_M", target), ("sequence_M", sequence)):

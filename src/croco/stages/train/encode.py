@@ -6,7 +6,7 @@ end token: the policy did not end there and must not learn to. A pair that is to
 cut and counted."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Any
 
@@ -20,13 +20,23 @@ from croco.storage.schemas import UnknownFinishReason, finish_reason, ledger
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt and its completions, chosen first; `cut_tokens` were cut from the completions' ends."""
+    """One prompt and its completions, chosen first; `cut_tokens` were cut from the completions' ends.
+
+    Where more than the completion is learnt, `prompt` is the first token alone, and `learnt` says which tokens of the
+    rest are; None is all.
+    """
 
     prompt_id: str
     language: str
     prompt: list[int]
     completions: tuple[list[int], ...]
     cut_tokens: int = 0
+    learnt: tuple[bool, ...] | None = None
+
+    @property
+    def num_learnt(self) -> int:
+        """Tokens of the chosen completion that enter the loss."""
+        return len(self.completions[0]) if self.learnt is None else sum(self.learnt)
 
     @property
     def num_tokens(self) -> int:
@@ -44,6 +54,7 @@ def encode_pairs(
     num_ids: int | None = None,
     over_length: str = "drop",
     chosen_only: bool = False,
+    sft_on: str = "completion",
     instructions: Mapping[str, str] | None = None,
 ) -> tuple[list[Example], pl.DataFrame]:
     """The pairs as examples, in their order, and the ones left out (columns of the ledger) with the reason.
@@ -51,7 +62,8 @@ def encode_pairs(
     `end` closes a completion, unless its `chosen_finish_reason` (`rejected_…`) is not "stop". `num_ids` is how many ids
     the policy has. `max_tokens` and `context` (the policy's, if known) bound the prompt with its longer completion, the
     end included: a longer pair is left out, or with `over_length` "truncate" its completions lose their ends.
-    `chosen_only` leaves the rejected completion out; `instructions` are by language. Raises `UserError` for a missing
+    `chosen_only` leaves the rejected completion out, and then `sft_on` says what is learnt; `instructions` are by
+    language. Raises `UserError` for a missing
     column, messages that the template refuses, and a template whose prompt is no prefix of the conversation (tried once
     for each order of roles)."""
     sides = ("chosen",) if chosen_only else ("chosen", "rejected")
@@ -68,6 +80,8 @@ def encode_pairs(
         key = ("pair", row["prompt_id"], row["language"], row.get("chosen_sample_id"))
         try:
             messages, prompt = _prompt(tokenizer, row, (instructions or {}).get(row["language"]), tried)
+            whole = chosen_only and sft_on != "completion"
+            earlier = _assistant_turns(tokenizer, messages, prompt, end) if whole else []
         except Refused as error:
             dropped.append((*key, str(error)))
             continue
@@ -80,7 +94,10 @@ def encode_pairs(
             dropped.append((*key, reason))
         else:
             cut_tokens = sum(map(len, closed)) - sum(map(len, completions))
-            examples.append(Example(row["prompt_id"], row["language"], prompt, completions, cut_tokens))
+            one = Example(row["prompt_id"], row["language"], prompt, completions, cut_tokens)
+            examples.append(
+                _with_earlier_turns(one, None if sft_on == "conversation" else earlier) if whole else one
+            )
     return examples, pl.DataFrame(pl.from_arrow(ledger(dropped)))
 
 
@@ -106,6 +123,35 @@ def _prompt(
     except UserError as error:
         raise UserError(f"{_named(row)}: {error}") from error
     return messages, ids
+
+
+def _assistant_turns(
+    tokenizer: PreTrainedTokenizerBase, messages: chat_template.Messages, prompt: Sequence[int], end: int
+) -> list[bool]:
+    """Which of the prompt's tokens an assistant's turn holds, its end token included."""
+    held = [False] * len(prompt)
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant" or number == 0:
+            continue
+        opened = chat_template.prompt_ids(tokenizer, messages[:number])
+        same = (a == b for a, b in zip(opened, prompt, strict=False))
+        start = next((place for place, equal in enumerate(same) if not equal), min(len(opened), len(prompt)))
+        stop = prompt.index(end, start) + 1 if end in prompt[start:] else start
+        text = message["content"].rpartition("</think>")[2].strip()  # templates leave earlier thoughts out
+        if text not in tokenizer.decode(prompt[start:stop], clean_up_tokenization_spaces=False):
+            raise Refused(
+                "the chat template does not show where an earlier turn of the assistant begins and ends"
+            )
+        held[start:stop] = [True] * (stop - start)
+    return held
+
+
+def _with_earlier_turns(example: Example, earlier: list[bool] | None) -> Example:
+    """All of the conversation behind its first token as one completion: learnt whole, or where `earlier` says."""
+    (completion,) = example.completions
+    rest = (example.prompt[1:] + completion,)
+    learnt = None if earlier is None else (*earlier[1:], *(True for _ in completion))
+    return replace(example, prompt=example.prompt[:1], completions=rest, learnt=learnt)
 
 
 def _named(row: Mapping[str, Any]) -> str:

@@ -42,9 +42,10 @@ def train_on_files(
     license: str,
     say: Callable[[str], None],
     rebuild: bool = False,
+    limit: int | None = None,
 ) -> None:
-    """Tune `model` on the pairs of the files and write the adapter (or the model) into `to`; raises UserError, and
-    StaleStage for what other files or settings have made there, unless `rebuild` makes it anew."""
+    """Tune `model` on the (first `limit`) pairs of the files and write the adapter (or the model) into `to`; raises
+    UserError, and StaleStage for what other files or settings have made there, unless `rebuild` makes it anew."""
     recipe = _recipe(model, overrides)
     mapped, method = mappings(columns), recipe.arms[ARM].training.method
     if language is not None:
@@ -53,6 +54,7 @@ def train_on_files(
     identities = {name: file_identity(str(source)) for name, source in named.items()}
     settings = train_settings(recipe, ARM)
     settings["policy"] = given_policy(recipe.policy, list(recipe.policy.instruction))
+    settings |= {"limit": limit} if limit else {}
     status_of(Node(known_stage("train"), None, to, settings, {}))  # a folder of others stays as it is
     with running_in(to, recipe.runtime, rebuild, say) as make:
         if _is_scored(named.values()):

@@ -47,6 +47,7 @@ class TrainJob(BaseModel):
     pairs: Path  # a finished table of pairs
     title: str
     seed: int
+    limit: int | None = None  # of the pairs, the first ones
     start: Path | None = None
     reference: str = "base"
     reference_folder: Path | None = None  # where the reference's values are kept; None keeps none
@@ -83,7 +84,7 @@ def tune_here(job: TrainJob, advance: Advance) -> TrainResult:
     return train_pairs(
         model,
         tokenizer,
-        shards.read_table(job.pairs),
+        shards.read_table(job.pairs)[: job.limit],
         settings=job.training,
         folder=job.folder,
         seed=job.seed,

@@ -95,6 +95,7 @@ def train_pairs(
     training, validation, dropped = setup.encode(model, tokenizer, pairs, settings, instructions)
     examples = training + validation
     steps = plan_steps(len(training), settings.batch_pairs, settings.epochs, seed, settings.updates)
+    used = sorted({i for step in steps for i in step} | set(range(len(training), len(examples))))
     scratch, metrics_file = folder / "scratch", folder / "metrics.jsonl"
     arguments = training_arguments(
         settings,
@@ -111,6 +112,8 @@ def train_pairs(
         setup.prepare_scratch(scratch, origin, settings, seed, examples)
     barrier()
     first = [examples[i] for i in steps[0][:CHECKED_PAIRS]]
+    if rank() == 0:
+        _warn_of_few(len(training), len(steps), settings)
     unfused = setup.use_fused_kernels(model)
     if unfused and model.device.type == "cuda" and rank() == 0:
         Console(stderr=True).print(f"no fused kernels: {unfused}", markup=False, soft_wrap=True)
@@ -129,7 +132,9 @@ def train_pairs(
         if on_line or settings.loss in REFERENCE_FREE:
             return no_reference(examples)
         tokens = layout.micro_batch_tokens
-        return setup.share_reference(of, examples, reference_folder or scratch / "reference", rows, tokens)
+        return setup.share_reference(
+            of, examples, used, reference_folder or scratch / "reference", rows, tokens
+        )
 
     reference_logps_CN = logps(model) if reference == "base" else None
     policy = _trainable(model, settings, start, seed)
@@ -188,6 +193,23 @@ def train_pairs(
         plain_rows=plain_rows,
         metrics=checkpoints.last_metrics(trainer.lines),
         dropped=dropped,
+    )
+
+
+def _warn_of_few(num_pairs: int, num_steps: int, settings: Training) -> None:
+    """Say on the terminal, before training, that there is little to learn from."""
+    pairs = "1 pair" if num_pairs == 1 else f"{num_pairs:,} pairs"
+    if num_pairs < settings.batch_pairs:
+        few = f"{pairs} to train on, fewer than training.batch_pairs = {settings.batch_pairs:,}"
+    elif num_steps == 1:
+        few = f"{pairs} to train on, which is one optimizer step of training.batch_pairs = {settings.batch_pairs:,}"
+    else:
+        return
+    steps = "one optimizer step" if num_steps == 1 else f"{num_steps:,} optimizer steps"
+    Console(stderr=True).print(
+        f"{few}: {steps} in all; more prompts, a smaller batch or more epochs make more of them",
+        markup=False,
+        soft_wrap=True,
     )
 
 

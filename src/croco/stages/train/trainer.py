@@ -106,10 +106,10 @@ class PairTrainer(Trainer):
             )
 
     def _divisor(self, pairs: Sequence[int]) -> int:
-        """What the sum of losses is divided by: pairs, or for supervised tuning completion tokens."""
+        """What the sum of losses is divided by: pairs, or for supervised tuning the tokens that are learnt."""
         if self.reference_logps_CN is not None:
             return len(pairs)
-        return sum(len(self.examples[i].completions[0]) for i in pairs)
+        return sum(self.examples[i].num_learnt for i in pairs)
 
     def _over(self, model: nn.Module, pairs: Sequence[int], backward: bool) -> dict[str, float]:
         """Loss and what is watched over some pairs of all processes, the loss by its divisor, the rest by pairs."""
@@ -237,7 +237,9 @@ def training_arguments(
         gradient_accumulation_steps=1,
         learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.scheduler,
-        warmup_steps=int(settings.warmup_ratio * num_steps),  # rounded down: a run of one step must learn
+        warmup_steps=(math.ceil if settings.warmup_rounding == "up" else int)(
+            settings.warmup_ratio * num_steps
+        ),
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         bf16=half == torch.bfloat16,
