@@ -51,11 +51,11 @@ def merge(recipe: Recipe, arm: str, to: Path, license: str, say: Callable[[str],
         raise UserError(f"{folder} holds no finished training: run `croco run` first")
     for read in (folder, recipe.folder / "pair" / arm):
         shards.check_contents(read)
-    found = records.read_record(folder)
+    record = records.read_record(folder)
 
     def card(checked: Rows) -> str:
-        training = found["science"]["settings"]["training"]
-        return policy_card(recipe, arm, training, found["facts"], license, checked)
+        training = record["science"]["settings"]["training"]
+        return policy_card(recipe, arm, training, record["facts"], license, checked)
 
     write(
         recipe.policy,
@@ -167,12 +167,12 @@ def _talk(model: Any, tokenizer: Any) -> list[Example]:
     """Conversations of ours, for an adapter whose pairs are not there."""
     rows = [
         {
-            "prompt_id": asked,
+            "prompt_id": question,
             "language": "und",
-            "messages": [{"role": "user", "content": asked}],
-            "chosen": said,
+            "messages": [{"role": "user", "content": question}],
+            "chosen": answer,
         }
-        for asked, said in TALK.items()
+        for question, answer in TALK.items()
     ]
     end = end_id(tokenizer, model.generation_config)
     examples, dropped = encode_pairs(
@@ -186,11 +186,11 @@ def _talk(model: Any, tokenizer: Any) -> list[Example]:
 @torch.no_grad()
 def mean_logps(model: Any, examples: Sequence[Example]) -> Tensor:
     """The mean token log-probability of every completion, each in a row of its own, float32 on the CPU."""
-    found = []
+    means = []
     for example in examples:
         batch = collate([example], rows="single").to(model.device)
-        found.append((completion_logps(model, batch) / token_counts(batch)).flatten().float().cpu())
-    return torch.cat(found)
+        means.append((completion_logps(model, batch) / token_counts(batch)).flatten().float().cpu())
+    return torch.cat(means)
 
 
 def _largest(one: Tensor, other: Tensor) -> float:

@@ -122,8 +122,8 @@ def check_pairs(folder: Path) -> None:
 
 def _advice(reasons: Iterable[str]) -> str:
     """The settings to change for the first reason that has some."""
-    found = (settings for reason in reasons for part, settings in SETTINGS_OF.items() if part in reason)
-    return next(found, "")
+    fitting = (settings for reason in reasons for part, settings in SETTINGS_OF.items() if part in reason)
+    return next(fitting, "")
 
 
 def _change(settings: str) -> str:
