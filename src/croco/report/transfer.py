@@ -77,7 +77,7 @@ def accuracy_by_form(
     """
     from croco.lab import judge
 
-    pool, found = ["folder", "prompt_id", "language"], list[pl.DataFrame]()
+    pool, tables = ["folder", "prompt_id", "language"], list[pl.DataFrame]()
     for number, folder in enumerate(folders):
         made = read_table(folder / "sample", [*KEY, "completion"]).with_columns(folder=pl.lit(number))
         forms, _ = judge.judge(*(made[name].to_list() for name in ("prompt_id", "language", "completion")))
@@ -85,8 +85,8 @@ def accuracy_by_form(
         for scorer in ("verified", *scorers):
             score = scores_of(folder, scorer).select(*KEY, pl.col("score").alias(f"by {scorer}"))
             made = made.join(score, on=KEY, validate="1:1") if f"by {scorer}" not in made.columns else made
-        found.append(made.drop("completion", "sample_id"))
-    every = pl.concat(found)
+        tables.append(made.drop("completion", "sample_id"))
+    every = pl.concat(tables)
     pairs = every.join(every, on=pool, suffix=" worse").filter(
         pl.col("by verified") > pl.col("by verified worse")
     )
