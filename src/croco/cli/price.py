@@ -61,7 +61,7 @@ def parameters(model: Model) -> tuple[float, float] | None:
         return SIZES[model.model], SIZES[model.model]
     sizes = re.findall(r"(?i)(?<![a-z0-9.])(a?)(\d+(?:\.\d+)?)(b|m)(?![a-z0-9])", model.model)
     by_kind = {bool(active): float(number) * (1e9 if unit in "bB" else 1e6) for active, number, unit in sizes}
-    return (sizes_of[False], sizes_of.get(True, sizes_of[False])) if False in sizes_of else None
+    return (by_kind[False], by_kind.get(True, by_kind[False])) if False in by_kind else None
 
 
 def _weights(path: Path) -> int:
