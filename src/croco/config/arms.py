@@ -1,6 +1,6 @@
 """`[arms.NAME]` of the recipe: where completions come from, who scores them, how pairs are chosen, how an arm is tuned.
 
-The stages take these very records: a value is said here, once, with its default.
+The stages take these very records, so every default is written once, here.
 """
 
 from __future__ import annotations

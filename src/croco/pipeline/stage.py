@@ -257,7 +257,7 @@ def _finish(node: Node, record: Record) -> Record:
 
 
 def remove_scratch(node: Node) -> None:
-    """Remove what a complete stage no longer needs: only once it is said to be complete, or a kill would leave it half
-    gone."""
+    """Remove what a complete stage no longer needs: only once its record says that it is complete, or a kill would
+    leave it half gone."""
     if (node.folder / "scratch").is_dir():
         files.remove(node.folder / "scratch")
