@@ -265,7 +265,7 @@ class Training(Section):
     def _as_ever(self, serialized: Any) -> dict[str, Any]:
         """Without the defaults of keys that the fingerprints of earlier versions did not have."""
         later = {"sft_on": "completion", "warmup_rounding": "down"}
-        return {name: value for name, value in serialized(self).items() if later.get(name) != value}
+        return {name: value for name, value in serialized(self).items() if value != later.get(name, ...)}
 
 
 class Arm(Origin, Contrast):
