@@ -35,4 +35,4 @@ def write(kind: str, to: Path) -> Iterator[str]:
             written.write(content)
     yield f"{', '.join(files)} written"
     yield f"first: {todo}"
-    yield f"then:  croco doctor {name}    croco plan {name}    croco run {name}"
+    yield from (f"then:  croco {command} {name}" for command in ("doctor", "plan", "run"))
