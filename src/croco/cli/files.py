@@ -57,9 +57,7 @@ def chat(
     arm: Annotated[
         str | None, typer.Option(help="Of a run: whose policy to talk to; 'base' is the untuned one.")
     ] = None,
-    language: Annotated[
-        str | None, typer.Option(help="Of a run: add policy.instruction of this language.")
-    ] = None,
+    language: Annotated[str | None, typer.Option(help="Add policy.instruction of this language.")] = None,
     system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
     temperature: Annotated[float, typer.Option(min=0, max=10, help="0 is greedy.")] = 0.0,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 512,
@@ -71,8 +69,6 @@ def chat(
 
     if loaded is None:
         policy, adapter = policy_of(folder)
-        if language is not None:
-            raise UserError(f"--language {language} is for a run, whose recipe has instructions")
     else:
         policy = loaded.policy
         adapter = None if arm == "base" else tuned_weights(loaded.folder / "train" / str(arm))
@@ -80,8 +76,8 @@ def chat(
             policy, adapter = policy.model_copy(update={"model": str(adapter), "revision": None}), None
         elif adapter is not None and not adapter.is_dir():
             raise UserError(f"{adapter.parent} holds no tuned policy: run `croco run` first")
-        if language is not None and language not in policy.instruction:
-            raise UserError(f"--language {language}: policy.instruction has nothing for '{language}'")
+    if language is not None and language not in policy.instruction:
+        raise UserError(f"--language {language}: policy.instruction has nothing for '{language}'")
     talk(
         policy,
         adapter,

@@ -10,8 +10,10 @@ import polars as pl
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
+import tiny
 from conftest import TinyModels
 from croco.cli.main import app
 from croco.errors import UserError
@@ -271,6 +273,12 @@ def test_a_trial_on_the_first_pairs_then_merged_and_talked_to(
         tmp_path / "whole",
     )
     given = ["train", pairs, "--model", tiny_models.policy, "--to", tuned, *SETTINGS]
+    template = "{% if brief %}Be brief.{% endif %}" + tiny.CHAT_TEMPLATE
+    (tmp_path / "brief.jinja").write_text(template)
+    given += [
+        f"--set=policy.chat_template={tmp_path}/brief.jinja",
+        "--set=policy.chat_template_kwargs={brief=true}",
+    ]
     said = croco(*given, "--limit", 7)
     assert "7 pairs" in said.splitlines()[-1]
     assert "limit" in croco(*given, code=2)  # what changed
@@ -280,6 +288,11 @@ def test_a_trial_on_the_first_pairs_then_merged_and_talked_to(
     ids = torch.tensor([[5, 6, 7, 8]])
     one, other = (model(ids).logits for model in both)
     torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
+    # what was trained on goes along: the template, and what it is told
+    turn = [{"role": "user", "content": "Hi"}]
+    assert (
+        AutoTokenizer.from_pretrained(whole).apply_chat_template(turn, tokenize=False).startswith("Be brief.")
+    )
     card = (whole / "README.md").read_text()
     assert "library_name: transformers" in card
     assert "license: mit" in card

@@ -13,7 +13,7 @@ from croco import languages
 from croco.config.load import NO_PROMPTS, apply_override, from_dict
 from croco.config.recipe import Recipe
 from croco.errors import UserError
-from croco.models.open import tuned_weights
+from croco.models.open import POLICY, tuned_weights
 from croco.pipeline.fingerprint import given_policy, train_settings
 from croco.pipeline.graph import known_stage
 from croco.pipeline.node import Given, Node, Stage
@@ -84,6 +84,8 @@ def train_on_files(
         tuned = Node(known_stage("train"), None, to, settings, {"pair": paired})
         record = make(tuned)
         codes = shards.read_table(input_tables(tuned)["pair"], ["language"])["language"].unique().sort()
+        # how the policy is read, for `croco chat` and `croco merge`; whose code may run, only a person says
+        files.write_json(to / POLICY, recipe.policy.model_dump(mode="json", exclude={"trust_remote_code"}))
         files.write_text(
             to / "README.md", _card(recipe, identities, codes.to_list(), (imported, record), license)
         )
