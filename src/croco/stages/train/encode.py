@@ -95,14 +95,14 @@ def encode_pairs(
     for row in pairs.iter_rows(named=True):
         try:
             prompt = _prompt_ids(tokenizer, row, (instructions or {}).get(row["language"]), tried)
-            whole = chosen_only and sft_on != "completion"
-            earlier = _assistant_turns(tokenizer, row["messages"], prompt, end) if whole else []
+            messages = with_instruction(row["messages"], (instructions or {}).get(row["language"]))
+            learnt = sft_on if chosen_only else "completion"
+            earlier = _assistant_turns(tokenizer, messages, prompt, end) if learnt == "assistant" else None
         except Refused as error:
             dropped.append(
                 ("pair", row["prompt_id"], row["language"], row.get("chosen_sample_id"), str(error))
             )
             continue
-        messages = with_instruction(row["messages"], (instructions or {}).get(row["language"]))
         known = num_ids or len(tokenizer)
         closed = [_completion_ids(tokenizer, row, side, messages, end, known) for side in sides]
         room = max(0, most - len(prompt)) if over_length == "truncate" else None
@@ -116,9 +116,7 @@ def encode_pairs(
         else:
             cut_tokens = sum(map(len, closed)) - sum(map(len, completions))
             one = Example(row["prompt_id"], row["language"], prompt, completions, cut_tokens)
-            examples.append(
-                _with_earlier_turns(one, None if sft_on == "conversation" else earlier) if whole else one
-            )
+            examples.append(one if learnt == "completion" else _with_earlier_turns(one, earlier))
     return examples, pl.DataFrame(dropped, schema=DROPPED_SCHEMA, orient="row")
 
 
