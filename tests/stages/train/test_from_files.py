@@ -282,6 +282,13 @@ def test_a_trial_on_the_first_pairs_then_merged_and_talked_to(
     said = croco(*given, "--limit", 7)
     assert "7 pairs" in said.splitlines()[-1]
     assert "limit" in croco(*given, code=2)  # what changed
+    whose = ["--to", tmp_path, "--model", tiny_models.policy]
+    assert f"pairs.jsonl lies in {tmp_path}, where the policy is tuned" in croco(
+        "train", pairs, *whose, code=2
+    )
+    nowhere = ["train", pairs, "--to", tmp_path / "nowhere", "--model", "nobody/nothing"]
+    assert "policy.model = 'nobody/nothing' does not load" in croco(*nowhere, code=2)
+    assert not (tmp_path / "nowhere").exists()
     said = croco("merge", tuned, "--to", whole, "--license", "mit")
     assert "are those of base + adapter within" in said
     both = [load_policy(str(tiny_models.policy), adapter=tuned / "adapter")[0], load_policy(str(whole))[0]]

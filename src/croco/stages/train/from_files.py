@@ -13,6 +13,7 @@ from croco import languages
 from croco.config.load import NO_PROMPTS, apply_override, from_dict
 from croco.config.recipe import Recipe
 from croco.errors import UserError
+from croco.models.model_files import load_config
 from croco.models.open import POLICY, tuned_weights
 from croco.pipeline.fingerprint import given_policy, train_settings
 from croco.pipeline.graph import known_stage
@@ -54,6 +55,10 @@ def train_on_files(
     if language is not None:
         languages.check(language)
     named = labelled([file for source in sources for file in files_of(source)])
+    for source in named.values():
+        if source.resolve().is_relative_to(to.resolve()):
+            raise UserError(f"{source} lies in {to}, where the policy is tuned: expected another folder")
+    load_config(recipe.policy, "policy")  # a model that is not there is said before anything is made
     identities = {name: file_identity(str(source)) for name, source in named.items()}
     settings = train_settings(recipe, ARM)
     settings["policy"] = given_policy(recipe.policy, list(recipe.policy.instruction))
