@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -282,10 +283,9 @@ def test_a_trial_on_the_first_pairs_then_merged_and_talked_to(
     said = croco(*given, "--limit", 7)
     assert "7 pairs" in said.splitlines()[-1]
     assert "limit" in croco(*given, code=2)  # what changed
-    whose = ["--to", tmp_path, "--model", tiny_models.policy]
-    assert f"pairs.jsonl lies in {tmp_path}, where the policy is tuned" in croco(
-        "train", pairs, *whose, code=2
-    )
+    inside = shutil.copy(pairs, tuned / "mine.jsonl")
+    said = croco("train", inside, *given[2:], "--rebuild", code=2)
+    assert f"mine.jsonl lies in {tuned}, where the policy is tuned: expected another folder" in said
     nowhere = ["train", pairs, "--to", tmp_path / "nowhere", "--model", "nobody/nothing"]
     assert "policy.model = 'nobody/nothing' does not load" in croco(*nowhere, code=2)
     assert not (tmp_path / "nowhere").exists()

@@ -55,15 +55,15 @@ def train_on_files(
     if language is not None:
         languages.check(language)
     named = labelled([file for source in sources for file in files_of(source)])
-    for source in named.values():
-        if source.resolve().is_relative_to(to.resolve()):
-            raise UserError(f"{source} lies in {to}, where the policy is tuned: expected another folder")
     load_config(recipe.policy, "policy")  # a model that is not there is said before anything is made
     identities = {name: file_identity(str(source)) for name, source in named.items()}
     settings = train_settings(recipe, ARM)
     settings["policy"] = given_policy(recipe.policy, list(recipe.policy.instruction))
     settings |= {"limit": limit} if limit else {}
     status_of(Node(known_stage("train"), None, to, settings, {}))  # a folder of others stays as it is
+    for source in named.values():
+        if source.resolve().is_relative_to(to.resolve()):
+            raise UserError(f"{source} lies in {to}, where the policy is tuned: expected another folder")
     with running_in(to, recipe.runtime, rebuild, say) as make:
         if _is_scored(named.values()):
             paired = scored_pairs(
