@@ -89,7 +89,7 @@ def changes(record: Record, node: Node) -> list[str]:
     # settings that its croco did not know yet are not what changed
     unknown = {name for name in node.stage.added if name not in record["science"]["settings"]}
     settings = {name: value for name, value in science["settings"].items() if name not in unknown}
-    old, new = _flat(record["science"]), _flat({**science, "settings": settings})
+    old, new = flat(record["science"]), flat({**science, "settings": settings})
     lines = []
     for key in sorted(old.keys() | new.keys(), key=lambda k: (k.startswith("inputs."), k)):
         if old.get(key) != new.get(key):
@@ -99,11 +99,11 @@ def changes(record: Record, node: Node) -> list[str]:
     return lines
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
     """Dotted keys of nested tables; an empty table is a value."""
     if not isinstance(value, Mapping) or not value:
         return {prefix.rstrip("."): value}
-    return {k: v for key, below in value.items() for k, v in _flat(below, f"{prefix}{key}.").items()}
+    return {k: v for key, below in value.items() for k, v in flat(below, f"{prefix}{key}.").items()}
 
 
 def verify(node: Node, record: Record) -> dict[str, dict[str, int]]:

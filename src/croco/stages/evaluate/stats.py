@@ -22,7 +22,7 @@ CHUNK = 2_000_000  # signs or draws held at once
 # Fewer prompts cannot resolve anything: with five, even differences of one sign have p = 2/32. Resamples of them would
 # give an interval that is too narrow, of width 0 for a single prompt.
 MIN_PROMPTS = 6
-TOO_FEW = "too few prompts for an interval"
+TOO_FEW = "too few prompts"
 
 
 class Interval(NamedTuple):
