@@ -102,7 +102,10 @@ def policy_of(folder: Path) -> tuple[Policy, Path | None]:
 
     from croco.config.models import Policy
     from croco.storage.files import read_json
+    from croco.storage.hashing import gguf_file
 
+    if gguf_file(str(folder), str(folder)) is not None:
+        return Policy(model=str(folder)), None
     for place in (folder, folder / "adapter", folder / "model"):
         if _is_whole(place):
             return Policy(model=str(place)), None
