@@ -1,4 +1,4 @@
-"""A conversation with a model: what the person writes in, what the model says out, as it comes."""
+"""A conversation with a model: the person's lines in, the model's answers out, word by word."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, TextStreamer
 
-from croco.config.models import Policy
+from croco.config.models import Causal
 from croco.errors import Refused, printable
 from croco.models.chat_template import end_ids, prompt_ids
-from croco.models.loading import load_policy, max_context
+from croco.models.loading import load_causal
+from croco.models.model_files import context_of
 
 NEW, QUIT = "/new", "/quit"
 
@@ -21,35 +22,26 @@ NEW, QUIT = "/new", "/quit"
 class _Printer(TextStreamer):
     """Prints whole words as they come, without what could steer the terminal, and keeps them."""
 
-    said = ""
+    text = ""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self.said += text
+        self.text += text
         print(printable(text), end="\n" if stream_end else "", flush=True)
 
 
 def chat(
-    policy: Policy,
+    causal: Causal,
     adapter: Path | None,
     *,
     device: str,
-    language: str | None,
+    instruction: str | None,
     system: str | None,
     temperature: float,
     max_new_tokens: int,
 ) -> None:
     """Answer each line of the standard input, every earlier turn in mind, until it ends; raises UserError for a model
-    that does not load. `language` adds the instruction that the policy was tuned with in it."""
-    model, tokenizer = load_policy(
-        policy.model,
-        policy.revision,
-        policy.dtype,
-        device,
-        adapter,
-        policy.template,
-        policy.trust_remote_code,
-    )
-    instruction = policy.instruction.get(language or "")
+    that does not load. `instruction` stands in the last turn, as the policy was tuned with it."""
+    model, tokenizer = load_causal(causal, device, adapter)
     opening = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
     for text in _lines():
@@ -62,13 +54,14 @@ def chat(
         except Refused as error:
             print(printable(str(error)), file=sys.stderr)
             continue
-        room = max_context(model) - len(ids)
+        context = context_of(model.config)
+        room = context - len(ids)
         if room <= 0:
-            full = f"the conversation fills the context of {max_context(model)} tokens; {NEW} begins another"
+            full = f"the conversation fills the context of {context} tokens; {NEW} begins another"
             print(full, file=sys.stderr)
             continue
-        said = _answer(model, tokenizer, ids, temperature, min(room, max_new_tokens))
-        messages = [*asked, {"role": "assistant", "content": said}]
+        answer = _answer(model, tokenizer, ids, temperature, min(room, max_new_tokens))
+        messages = [*asked, {"role": "assistant", "content": answer}]
 
 
 def _lines() -> Iterator[str]:
@@ -108,4 +101,4 @@ def _answer(model: Any, tokenizer: Any, ids: list[int], temperature: float, most
         )
     except KeyboardInterrupt:
         print()
-    return printer.said
+    return printer.text

@@ -1,7 +1,5 @@
 """What a model's files say without its weights: its config, and where its completions end and its scores are read."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -50,7 +48,6 @@ def _explained(error: Exception, place: Path) -> str:
 
 
 def _fault(path: Path) -> str | None:
-    """What is wrong with a JSON file of a model, if it is no object or not whole."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError, OSError) as error:

@@ -2,8 +2,6 @@
 
 Reads `stage.json`, the markers and row counts in Parquet metadata, never a table."""
 
-from __future__ import annotations
-
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +28,7 @@ class Status:
 
 def status_of(node: Node, contents: bool = False) -> Status:
     """The state of a node's folder; with `contents` the bytes of what it made are read too. Raises UserError when the
-    folder is somebody else's."""
+    folder was not made by croco."""
     if not os.path.lexists(node.folder / records.RECORD):
         _check_empty(node)
         return Status("missing")
@@ -201,7 +199,7 @@ def clear_wrong(
         wrong = node in known and known[node].kind in WRONG
         if wrong or any(before in gone for before in node.inputs.values()):
             gone.append(node)
-    # the last first: a kill in between must not leave a stage that stands on one that is gone
+    # the last first: a kill in between must not leave a stage that has read one that is gone
     for node in reversed(gone):
         if os.path.lexists(node.folder / records.RECORD):
             clear(node)

@@ -5,8 +5,6 @@ a parallel prompt. Every metric of a table shares one set of resamples (`resampl
 between arms paired and a table one matrix product. Tests are paired too: McNemar's for right and wrong, sign flips for
 scores, Holm over all that are looked at together."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from statistics import NormalDist
@@ -34,7 +32,6 @@ class Interval(NamedTuple):
 
     @property
     def known(self) -> bool:
-        """Whether the interval has ends."""
         return not math.isnan(self.low)
 
 
