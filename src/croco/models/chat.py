@@ -41,7 +41,7 @@ def chat(
 ) -> None:
     """Answer each line of the standard input, every earlier turn in mind, until it ends; raises UserError for a model
     that does not load. `instruction` stands in the last turn, as the policy was tuned with it."""
-    model, tokenizer = load_causal(causal, device, adapter)
+    model, tokenizer = load_causal(causal, adapter, device)
     opening = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
     for text in _lines():
