@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -98,6 +99,7 @@ def from_dict(values: Mapping[str, Any], file: str = "recipe") -> Recipe:
             }
     try:
         recipe = Recipe.model_validate(values)
+        json.dumps(recipe.model_dump(mode="json"), ensure_ascii=False).encode()
         check(recipe)
     except ValidationError as error:
         raise UserError(f"{file}: {sentence(error, Recipe)}") from None

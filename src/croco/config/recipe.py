@@ -116,7 +116,7 @@ class Evaluation(Source):
     reward: Reward | None = None
     """The reward model that scores the answers, best another one than [reward], which picked the pairs; if not given,
     that of [reward], and for the lab's prompts the lab's program."""
-    bootstrap: Annotated[int, Field(gt=0, le=1_000_000)] = 2000
+    bootstrap: Annotated[int, Field(gt=0, le=100_000)] = 2000
     """Resamples of an interval."""
 
 

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, model_validator
 
-Positive = Annotated[int, Field(gt=0, le=10**12)]
+Positive = Annotated[int, Field(gt=0, le=10**8)]
 Count = Annotated[int, Field(gt=0, le=4096)]  # of processes, threads, GPUs
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Seconds = Annotated[float, Field(gt=0, le=10**8)]
@@ -30,7 +30,7 @@ Replicas = Annotated[
 
 
 def _check_tokens(value: Any) -> Any:
-    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and 0 < value <= 10**9):
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and 0 < value <= 10**8):
         return value
     raise ValueError(f"found {value!r}, expected a number of tokens or 'auto'")
 
@@ -101,7 +101,7 @@ class Engines(Section):
 class VllmRole(Section):
     """What one role has otherwise than the rest of `[runtime.vllm]`; null is what stands there."""
 
-    tensor_parallel: Positive | None = None
+    tensor_parallel: Count | None = None
     """GPUs that one engine takes."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] | None = None
     """Of each GPU, weights included."""
@@ -236,7 +236,7 @@ class Runtime(Section):
     """Tokens per sampling or scoring batch."""
     micro_batch_tokens: Tokens = 4096
     """Per training forward; "auto" is what the free memory holds, of 16384 at most."""
-    shard_prompts: Positive = 64
+    shard_prompts: Annotated[int, Field(gt=0, le=10**6)] = 64
     """Prompts of a shard, the unit that is finished or redone."""
     threads: Count | None = None
     """Of torch; null leaves torch's own choice."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from croco.config.models import Model
 from croco.errors import UserError
+from croco.storage.files import read_json
 from croco.storage.hashing import local_model
 
 GENERATION_FILE = "generation_config.json"
@@ -59,8 +60,14 @@ def _fault(path: Path) -> str | None:
 
 
 def check_weights(section_model: str, place: str | Path) -> None:
-    """Raise UserError for a folder whose weights are pickles, which may run code when they are read."""
+    """Raise UserError for weights outside of their folder, and for pickles, which may run code when they are read."""
     folder = Path(place)
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        names = read_json(index)
+        names = names.get("weight_map") if isinstance(names, dict) else None
+        for name in names.values() if isinstance(names, dict) else [names]:
+            if not isinstance(name, str) or Path(name).name != name:
+                raise UserError(f"{index} names the file {name!r}, expected files of this folder")
     pickles = sorted(path.name for path in folder.glob("*.bin") if path.name.startswith("pytorch_model"))
     if pickles and not any(folder.glob("*.safetensors")):
         raise UserError(

@@ -6,12 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import RenderableType
-from rich.text import Text
 
 from croco.report import diagnostics
 from croco.report.compare import Comparison
 from croco.report.load_run import Run, read_results
-from croco.report.render import latex, markdown, terminal
+from croco.report.render import latex, markdown, terminal, words
 from croco.report.scores import (
     Board,
     arena_board,
@@ -40,7 +39,7 @@ def results_terminal(run_folder: Path) -> Iterator[RenderableType]:
     run = read_results(run_folder)
     made, arena = _boards(run)
     unit = "percent of completions that are good" if made[0].is_share else "mean score"
-    yield Text(
+    yield words(
         f"{run.recipe.run.name}: {unit}, ± half of the 95 % interval; beneath it the difference from the untuned base "
         "at the same temperature."
     )
@@ -51,9 +50,9 @@ def results_terminal(run_folder: Path) -> Iterator[RenderableType]:
         yield terminal(arms_table(arena, made[0].groups, ("value", "difference"), title))
     if (tasks := _tasks(run)) is not None:
         yield terminal(tasks)
-        yield from map(Text, diagnostics.task_notes(run))
+        yield from map(words, diagnostics.task_notes(run))
     for arm in run.recipe.evaluated_arms:
-        yield Text(f"{arm}: {_words(made[0], arm)}")
+        yield words(f"{arm}: {_words(made[0], arm)}")
 
 
 def _words(board: Board, arm: str) -> str:
@@ -63,12 +62,12 @@ def _words(board: Board, arm: str) -> str:
 def comparison_terminal(comparison: Comparison) -> Iterator[RenderableType]:
     """What differs between two runs: sentences, settings, and the second's results against the first's."""
     first, second = comparison.names
-    yield from map(Text, comparison.notes)
+    yield from map(words, comparison.notes)
     if comparison.settings:
         settings = [[setting.key, setting.first, setting.second] for setting in comparison.settings]
         yield terminal(Table(["key", first, second], settings, 3, "What differs in the recipes"))
     else:
-        yield Text("The recipes are the same.")
+        yield words("The recipes are the same.")
     for board in comparison.boards:
         scopes = board.groups or board.languages
         rows: list[list[Entry]] = []
@@ -79,7 +78,7 @@ def comparison_terminal(comparison: Comparison) -> Iterator[RenderableType]:
                 values = (Number(before.value, board.unit),) if before else ()
                 row.append((*values, *board.entry((arm, t), scope, ("value", "difference"))))
             rows.append(row)
-        yield Text(
+        yield words(
             f"{board.title}: {first}, {second}, and the second minus the first; ± half of the 95 % interval."
         )
         yield terminal(Table(["arm", "decoding", *scopes], rows, 2))

@@ -17,7 +17,7 @@ from croco.errors import UserError
 from croco.models.loading import load_policy
 from croco.pipeline.stage import lock
 from croco.stages.pair.import_files import import_pairs
-from croco.storage import files
+from croco.storage import files, shards
 from stages.train.pairs import make_pairs
 
 SETTINGS = [
@@ -177,8 +177,18 @@ def test_any_preference_file_tunes_a_policy(
     assert "is complete, skipped" in croco(*command)
     after = load_file(to / "adapter" / "adapter_model.safetensors")
     assert all(before[name].equal(after[name]) for name in before)
+    left_out = shards.read_dropped(to)
+    assert left_out.height == {"trl-messages": 0, "ultrafeedback": 20}[form]
     said = croco(*command, "--set=training.beta=0.3", code=2)
     assert "was made from other files or settings" in said
+    weights = to / "adapter" / "adapter_model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert f"{weights} is damaged: its bytes are not those that were written: remove {to}" in croco(
+        *command, code=2
+    )
+    weights.unlink()
+    assert f"{weights} cannot be read" in croco(*command, code=2)
 
 
 def test_our_own_table_is_read_with_its_ids(tmp_path: Path) -> None:

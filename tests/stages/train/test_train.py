@@ -212,6 +212,23 @@ run(Path(sys.argv[1]))
 """
 
 
+@pytest.mark.parametrize("keep", [0, 0.5, 0.95])
+def test_a_metrics_file_that_lost_lines_takes_its_checkpoints_along(undisturbed, tmp_path, keep):
+    """The best checkpoint is chosen by these lines: without them training goes back to where they end."""
+
+    def crash(step, num_steps):
+        if step == 8:
+            raise RuntimeError("the power went")
+
+    with pytest.raises(RuntimeError, match="the power went"):
+        run(tmp_path, on_step=crash)
+    lines = tmp_path / "metrics.jsonl"
+    content = lines.read_bytes()
+    lines.write_bytes(content[: int(keep * len(content))] + b"\n3\n")
+    run(tmp_path)
+    assert_same_run(tmp_path, undisturbed[0])
+
+
 @pytest.mark.slow
 def test_sigkill_inside_a_checkpoint_leaves_no_trace(undisturbed, tmp_path):
     source, tests = Path(__file__).parents[3] / "src", Path(__file__).parents[2]

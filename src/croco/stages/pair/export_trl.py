@@ -46,19 +46,18 @@ def export_pairs(
     if records.state(pairs) != "complete":
         raise UserError(f"{pairs} holds no finished pairs: run `croco run` first")
     store.check_contents(pairs)
-    files.check_new_folder(folder)
     tables = (store.read_parquet(shard.path) for shard in store.shards(pairs))
-    dropped = store.read_dropped(pairs)
-    return write_trl(
-        tables,
-        dropped,
-        folder,
-        form,
-        instructions=instructions,
-        license=license,
-        facts=facts,
-        source=str(pairs),
-    )
+    with files.new_folder(folder) as made:
+        return write_trl(
+            tables,
+            store.read_dropped(pairs),
+            made,
+            form,
+            instructions=instructions,
+            license=license,
+            facts=facts,
+            source=str(pairs),
+        )
 
 
 def export(
@@ -80,10 +79,10 @@ def export(
         raise UserError(
             f"the pairs have no column '{missing[0]}': give croco.pairs scores with a column {source}"
         )
-    files.check_new_folder(Path(folder))
     if "rejected" not in pairs.columns:
         pairs = pairs.with_columns(rejected=pl.lit(None, pl.String))
-    return write_trl([pairs], dropped, Path(folder), format, license=license, source="the table")
+    with files.new_folder(Path(folder)) as made:
+        return write_trl([pairs], dropped, made, format, license=license, source="the table")
 
 
 def write_trl(

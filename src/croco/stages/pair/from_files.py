@@ -32,7 +32,8 @@ IMPORT = Stage(
     gives=("prompts", "sample", "score"), makes=("prompts", "sample", "score"),
 )  # fmt: skip
 TABLES = rf"((prompts|sample|score|pairs)/)?({files.OURS.pattern}|stage\.json)"
-FILES = re.compile(rf"{TABLES}|\.lock|export/(README\.md|data/[^/]*)")  # that these commands write
+EXPORT = r"(export|\.export\.making)/(\.croco|\.tmp-[^/]*|README\.md|data/[^/]*)"
+FILES = re.compile(rf"{TABLES}|\.lock|{EXPORT}")  # that these commands write
 KNOWN = ("en",)
 
 

@@ -102,6 +102,11 @@ def encode_pairs(
         closed = [_completion_ids(tokenizer, row, side, messages, end, known) for side in sides]
         room = max(0, most - len(prompt)) if over_length == "truncate" else None
         completions = tuple(ids[:room] for ids in closed)
+        if (highest := max([*prompt, *(token for ids in completions for token in ids)], default=0)) >= known:
+            raise UserError(
+                f"{_named(row)} has the token {highest}, and the policy has embeddings for {known} tokens only, "
+                f"expected the tokenizer and template that it was trained with"
+            )
         if any(ids in ([], [end]) for ids in closed):
             reason: str | None = "a completion is empty"
         else:

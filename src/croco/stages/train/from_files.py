@@ -65,6 +65,7 @@ def train_on_files(
     _stands(to, digest(made_from))  # before anything is made there
     with lock(to):
         if _stands(to, digest(made_from)) == "complete":
+            _check_made(to)
             shutil.rmtree(to / "scratch", ignore_errors=True)  # a kill may have come while it went
             say(f"{to} is complete, skipped")
             return
@@ -80,7 +81,7 @@ def _train(
     license: str,
     say: Callable[[str], None],
 ) -> None:
-    record = {"state": "running", "fingerprint": digest(made_from), "science": made_from}
+    record: dict[str, Any] = {"state": "running", "fingerprint": digest(made_from), "science": made_from}
     files.write_json(to / RECORD, record)
     chosen_only = recipe.arms[ARM].training.method == "sft"
     pairs, unusable = _pairs(sources, made_from["columns"], columns, made_from["language"], chosen_only, to)
@@ -92,7 +93,10 @@ def _train(
         name: value for name, value in vars(result).items() if name not in ("dropped", "adapter", "metrics")
     }
     files.write_text(to / "README.md", _card(recipe, made_from, result, pairs, dropped.num_rows, license))
-    files.write_json(to / RECORD, {**record, "state": "complete", "facts": facts, **provenance.here()})
+    made = sorted(path.relative_to(to).as_posix() for path in result.adapter.rglob("*") if path.is_file())
+    digests = files.file_digests(to, [*made, "dropped.parquet"])
+    record |= {"state": "complete", "facts": facts, "digests": digests}
+    files.write_json(to / RECORD, record | provenance.here())
     shutil.rmtree(to / "scratch")
     left = f", {dropped.num_rows:,} left out ({to / 'dropped.parquet'})" if dropped.num_rows else ""
     say(f"{result.pairs + result.validation_pairs:,} pairs{left}, {result.steps:,} steps: {result.adapter}")
@@ -150,6 +154,18 @@ def _stands(to: Path, fingerprint: str) -> str:
     return str(found["state"])
 
 
+def _check_made(to: Path) -> None:
+    """Raise UserError where a finished training is not as it was made; those of earlier versions have no digests."""
+    digests = files.read_json(to / RECORD).get("digests", {})
+    try:
+        if not isinstance(digests, dict):
+            raise UserError(f"{to / RECORD} has digests that are none")
+        for name, content in digests.items():
+            files.check_digest(to / name, content)
+    except UserError as error:
+        raise UserError(f"{error}: remove {to} to train again") from None
+
+
 def _pairs(
     sources: Sequence[Path],
     mapped: Mapping[str, str],
@@ -163,7 +179,13 @@ def _pairs(
     if isinstance(first, Mapping) and "chosen" not in first and "completions" in first:
         made = to / "scratch" / "paired"
         pairs_of_files(sources, made, columns, language, [], "preference", "unknown")
-        return shards.read_table(made / "pairs"), []
+        drops = [
+            row
+            for table in ("sample", "pairs")
+            for row in shards.read_dropped(made / table).select(DROPPED.schema.names).rows()
+            if row[0] != "flag"  # a mark
+        ]
+        return shards.read_table(made / "pairs"), drops
     return import_pairs(sources, mapped, language, chosen_only)
 
 

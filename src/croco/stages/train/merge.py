@@ -52,15 +52,23 @@ def merge(recipe: Recipe, arm: str, to: Path, license: str, say: Callable[[str],
         raise UserError(f"{folder} holds no finished training: run `croco run` first")
     for read in (folder, recipe.folder / "pair" / arm):
         shards.check_contents(read)
+    with files.new_folder(to) as partial:
+        proof, probes = _written(recipe, arm, folder, partial, license)
+    say(
+        f"{to}: mean token log-probabilities changed by up to {proof.change:.3g} and are those of base + adapter "
+        f"within {max(proof.merged, proof.written):.1e}, on {probes} pairs of the arm"
+    )
+
+
+def _written(recipe: Recipe, arm: str, folder: Path, to: Path, license: str) -> tuple[Proof, int]:
+    """Write the policy of a finished training and its card into `to`; the proof, and on how many pairs it rests."""
     weights = tuned_weights(folder)
-    partial = to.with_name(f".{to.name}.merging")
-    files.begin_folder(partial)
     model, tokenizer = _base(recipe)
     examples = _probes(recipe, arm, model, tokenizer)
     before = mean_logps(model, examples)
     if weights.name == "model":
-        with files.writing(partial):
-            shutil.copytree(weights, partial, dirs_exist_ok=True)
+        with files.writing(to):
+            shutil.copytree(weights, to, dirs_exist_ok=True)
         after = mean_logps(
             load_policy(str(weights), dtype=recipe.policy.dtype, device=recipe.runtime.device)[0], examples
         )
@@ -71,12 +79,12 @@ def merge(recipe: Recipe, arm: str, to: Path, license: str, say: Callable[[str],
         after = mean_logps(adapted, examples)
         model = merged(adapted)
         in_memory = mean_logps(model, examples)
-        with files.writing(partial):
-            model.save_pretrained(str(partial))
-            tokenizer.save_pretrained(str(partial))
+        with files.writing(to):
+            model.save_pretrained(str(to))
+            tokenizer.save_pretrained(str(to))
     del model
     again, _ = load_policy(
-        str(partial), dtype=recipe.policy.dtype, device=recipe.runtime.device,
+        str(to), dtype=recipe.policy.dtype, device=recipe.runtime.device,
         trust_remote_code=recipe.policy.trust_remote_code,
     )  # fmt: skip
     written = mean_logps(again, examples)
@@ -91,12 +99,8 @@ def merge(recipe: Recipe, arm: str, to: Path, license: str, say: Callable[[str],
     card = policy_card(
         recipe, arm, found["science"]["settings"]["training"], found["facts"], license, checked
     )
-    files.write_text(partial / "README.md", card)
-    files.finish_folder(partial, to)
-    say(
-        f"{to}: mean token log-probabilities changed by up to {proof.change:.3g} and are those of base + adapter "
-        f"within {max(proof.merged, proof.written):.1e}, on {len(examples)} pairs of the arm"
-    )
+    files.write_text(to / "README.md", card)
+    return proof, len(examples)
 
 
 def _base(recipe: Recipe) -> tuple[Any, Any]:

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import polars as pl
-from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from croco.config.arms import Training
-from croco.errors import UserError
+from croco.errors import UserError, notice
 from croco.models.attention.rows import HALF
 from croco.models.lora import continue_lora, trainable
 from croco.stages.train import checkpoints
@@ -129,13 +128,13 @@ def train_pairs(
     first = [examples[i] for i in steps[0][:CHECKED_PAIRS]]
     unfused = use_fused_kernels(model)
     if unfused and model.device.type == "cuda" and rank() == 0:
-        Console(stderr=True).print(f"no fused kernels: {unfused}", markup=False, soft_wrap=True)
+        notice(f"no fused kernels: {unfused}")
     # what one process finds holds for all, or they would cut a step into different micro-batches
     rows, slower = gathered(choose_rows(model, first))[0]
     plain_rows = slower if rows in ("plain", "single") else None
     if slower and rank() == 0:
         way = "under a mask" if rows == "masked" else "not shared between completions"
-        Console(stderr=True).print(f"prompts are {way}: {slower}", markup=False, soft_wrap=True)
+        notice(f"prompts are {way}: {slower}")
 
     layout = plan(model, settings, examples, micro_batch_tokens, gradient_checkpointing, rows)
 
