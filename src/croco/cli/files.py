@@ -19,21 +19,13 @@ def export(
         str, typer.Option("--format", help="preference or prompt-completion (SFT).")
     ] = "preference",
     license: Annotated[str, typer.Option(help="The licence field of the dataset card.")] = "unknown",
+    rebuild: Rebuild = False,
 ) -> None:
     """Write an arm's pairs in TRL's format, with a dataset card."""
     loaded = load_run(folder, arm)
-    from croco.stages.pair.export_trl import export_pairs
-    from croco.stages.pair.from_files import facts_of
+    from croco.stages.pair.from_files import export_arm
 
-    rows = export_pairs(
-        folder / "pair" / arm,
-        to,
-        form,
-        instructions=loaded.policy.instruction,
-        license=license,
-        facts=facts_of(loaded, arm),
-    )
-    say(f"{rows:,} rows in {to}")
+    say(f"{export_arm(loaded, arm, to, form, license, rebuild):,} rows in {to}")
 
 
 def merge(
@@ -47,7 +39,7 @@ def merge(
     from croco.pipeline import run
     from croco.stages.train.merge import merge as write
 
-    run.set_threads(loaded)
+    run.set_threads(loaded.runtime)
     write(loaded, arm, to, license, say)
 
 
@@ -161,10 +153,10 @@ def train(
             raise UserError(f"{', '.join(wrong)}: for files of pairs, and {sources[0]} is a recipe")
         stage_command("train")(sources[0], overrides, arm, rebuild)
         return
-    if arm is not None or rebuild:
-        raise UserError("--arm and --rebuild are for a recipe (.toml), and these are files of pairs")
+    if arm is not None:
+        raise UserError("--arm is for a recipe (.toml), and these are files of pairs")
     if model is None or to is None:
         raise UserError(f"{sources[0]} is no recipe (.toml): pairs need --model MODEL and --to FOLDER")
     from croco.stages.train.from_files import train_on_files
 
-    train_on_files(sources, model, to, column or [], language, overrides or [], license, say)
+    train_on_files(sources, model, to, column or [], language, overrides or [], license, say, rebuild)

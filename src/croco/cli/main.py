@@ -198,7 +198,7 @@ def doctor(
         from croco.cli import preflight
         from croco.pipeline import run as pipeline
 
-        pipeline.set_threads(loaded)
+        pipeline.set_threads(loaded.runtime)
         for line in preflight.examine(loaded, measure):
             say(line)
 

@@ -91,7 +91,7 @@ def _prepared(
 ) -> Iterator[dict[Node, Status]]:
     """Hold the run's folder, check all that can be checked before it costs anything, and clear the way; yields the
     states of the nodes to run. With `rebuild`, what stands on a removed stage and is `removable` goes with it."""
-    set_threads(recipe)
+    set_threads(recipe.runtime)
     with lock(recipe.folder):
         readers = {before: node for node in todo for before in node.inputs.values() if before not in todo}
         for before, reader in readers.items():
@@ -156,6 +156,25 @@ def counted(node: Node, record: Record) -> str:
     return "".join(f"{part}, " for part in parts)
 
 
+@contextmanager
+def running_in(
+    folder: Path, runtime: Runtime, rebuild: bool = False, say: Say = lambda line: None
+) -> Iterator[Callable[[Node], Record]]:
+    """Hold a folder that a command on files fills; yields what runs a node in it, one after what it reads, and gives
+    its record. Raises StaleStage for what other files or settings have made there, unless `rebuild` makes it anew."""
+
+    def make(node: Node) -> Record:
+        known = {node: status_of(node, contents=True)}
+        known = status.clear_wrong(known, [node], say) if rebuild else known
+        status.stop_if_wrong(known)
+        run_node(node, runtime, say, known[node])
+        return records.read_record(node.folder)
+
+    set_threads(runtime)
+    with lock(folder):
+        yield make
+
+
 def rebuild_report(recipe: Recipe, say: Say = lambda line: None) -> Path:
     """Make the page of a finished run again, whether or not it is there; returns its path."""
     node = nodes(recipe)[-1]
@@ -212,10 +231,10 @@ def _made_otherwise(node: Node) -> bool:
     return False
 
 
-def set_threads(recipe: Recipe) -> None:
+def set_threads(runtime: Runtime) -> None:
     """Apply `runtime.threads`: by the environment before torch is loaded, by its own call after."""
-    if recipe.runtime.threads is None:
+    if runtime.threads is None:
         return
-    os.environ["OMP_NUM_THREADS"] = str(recipe.runtime.threads)
+    os.environ["OMP_NUM_THREADS"] = str(runtime.threads)
     if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(recipe.runtime.threads)
+        sys.modules["torch"].set_num_threads(runtime.threads)

@@ -181,7 +181,7 @@ def execute(node: Node, runtime: Runtime, now: Status | None = None) -> Record:
         folder=node.folder,
         settings=settings_values(node.settings),
         runtime=runtime.model_copy(update={"shard_prompts": record["shard_prompts"]}),
-        inputs=_tables(node),
+        inputs=input_tables(node),
         table=TABLES[node.stage.table] if node.stage.table else None,
         title=node.title,
         record_file=cast(dict[str, Any], record),
@@ -198,7 +198,7 @@ def execute(node: Node, runtime: Runtime, now: Status | None = None) -> Record:
     return _finish(node, record)
 
 
-def _tables(node: Node) -> dict[str, Path]:
+def input_tables(node: Node) -> dict[str, Path]:
     """The folders of the tables that a node reads, by name."""
     folders = {name: before.folder for name, before in node.inputs.items() if not before.stage.gives}
     given = {name: before.folder / name for before in node.inputs.values() for name in before.stage.gives}

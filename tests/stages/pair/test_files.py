@@ -12,8 +12,10 @@ import pytest
 
 from conftest import write_recipe
 from croco.config.load import load
-from croco.errors import UserError
-from croco.stages.pair.export_trl import export_pairs
+from croco.config.runtime import Runtime
+from croco.errors import StaleStage, UserError
+from croco.pipeline.run import running_in
+from croco.stages.pair.export_trl import export_node
 from croco.stages.pair.from_files import facts_of, pairs_of_files
 from croco.stages.pair.import_files import import_pairs, import_scored
 from croco.storage import records, shards
@@ -180,12 +182,19 @@ def test_a_key_that_is_there_twice_is_named(tmp_path):
 
 def test_the_export_refuses_what_it_cannot_write(tmp_path):
     out = made(tmp_path, "prompt-completion")
-    with pytest.raises(UserError, match="is not empty"):
-        export_pairs(out / "pairs", out / "export")
+
+    def export(to: Path, form: str = "preference") -> None:
+        with running_in(to, Runtime()) as make:
+            make(export_node(out / "pairs", to, form))
+
+    with pytest.raises(StaleStage, match="format: prompt-completion → preference"):
+        export(out / "export")
+    with pytest.raises(UserError, match=r"holds 'scored\.jsonl' and no stage\.json: croco has not made it"):
+        export(tmp_path)
     with pytest.raises(UserError, match="no rejected completion"):
-        export_pairs(out / "pairs", tmp_path / "new")
+        export(tmp_path / "new")
     with pytest.raises(UserError, match="'csv' is unknown"):
-        export_pairs(out / "pairs", tmp_path / "new", "csv")
+        export(tmp_path / "new", "csv")
 
 
 @pytest.mark.slow

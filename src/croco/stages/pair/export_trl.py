@@ -18,6 +18,8 @@ import pyarrow as pa
 
 from croco.errors import UserError
 from croco.models.chat_template import with_instruction
+from croco.pipeline.node import Given, Node, Stage
+from croco.pipeline.stage import Work
 from croco.storage import files, records
 from croco.storage import shards as store
 from croco.storage.schemas import MESSAGES
@@ -33,31 +35,39 @@ _SCHEMAS = {
 }  # fmt: skip
 
 
-def export_pairs(
+EXPORT = Stage(
+    "export", 1, "croco.stages.pair.export_trl:exported", "",
+    settings=lambda recipe, arm: {}, inputs=lambda recipe, arm: [], makes=("data", "README.md"),
+)  # fmt: skip
+
+
+def export_node(
     pairs: Path,
-    folder: Path,
+    to: Path,
     form: str = "preference",
-    *,
-    instructions: Mapping[str, str] | None = None,
     license: str = "unknown",
     facts: Mapping[str, str] | None = None,
-) -> int:
-    """Write a folder of finished pairs in TRL's format with a card, as `write_trl`; raises UserError."""
+    instructions: Mapping[str, str] | None = None,
+) -> Node:
+    """The node that writes a folder of finished pairs to `to` as `write_trl` does; raises UserError without any."""
+    check_format(form)
     if records.state(pairs) != "complete":
         raise UserError(f"{pairs} holds no finished pairs: run `croco run` first")
+    read = Given(str(pairs), records.read_record(pairs)["fingerprint"])
+    more = {"license": license, "facts": dict(facts or {}), "instructions": dict(instructions or {})}
+    return Node(EXPORT, None, to, {"pairs": read, "format": form, **more}, {})
+
+
+def exported(work: Work) -> None:
+    """The stage `export`: pairs as every trainer reads them, with a card."""
+    settings, pairs = work.settings, Path(work.settings["pairs"])
     store.check_contents(pairs)
     tables = (store.read_parquet(shard.path) for shard in store.shards(pairs))
-    with files.new_folder(folder) as made:
-        return write_trl(
-            tables,
-            store.read_dropped(pairs),
-            made,
-            form,
-            instructions=instructions,
-            license=license,
-            facts=facts,
-            source=str(pairs),
-        )
+    given = {name: settings[name] for name in ("license", "facts", "instructions")}
+    rows = write_trl(
+        tables, store.read_dropped(pairs), work.folder, settings["format"], source=str(pairs), **given
+    )
+    work.account({"pair": rows}, {"pair": rows})
 
 
 def export(
@@ -102,8 +112,7 @@ def write_trl(
     into the card. Raises UserError for an unknown form, and pairs without a rejected completion in the form
     "preference".
     """
-    if form not in FORMATS:
-        raise UserError(f"the format '{form}' is unknown, expected one of {', '.join(FORMATS)}")
+    check_format(form)
     languages = Counter[str]()
     for number, table in enumerate(tables):
         if form == "preference" and table["rejected"].null_count():
@@ -117,6 +126,11 @@ def write_trl(
     text = card(form, languages.total(), dict(sorted(languages.items())), left, license, facts or {})
     files.write_text(folder / "README.md", text)
     return languages.total()
+
+
+def check_format(form: str) -> None:
+    if form not in FORMATS:
+        raise UserError(f"the format '{form}' is unknown, expected one of {', '.join(FORMATS)}")
 
 
 def _rows(table: pl.DataFrame, form: str, instructions: Mapping[str, str]) -> Iterator[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from croco import languages
@@ -11,12 +11,12 @@ from croco.config.load import NO_PROMPTS, apply_override, from_dict
 from croco.config.recipe import Recipe
 from croco.config.runtime import Runtime
 from croco.errors import UserError
-from croco.pipeline import status
 from croco.pipeline.fingerprint import pair_settings
 from croco.pipeline.graph import known_stage
 from croco.pipeline.node import Given, Node, Stage
-from croco.pipeline.stage import execute, lock
-from croco.stages.pair.export_trl import FORMATS, export_pairs
+from croco.pipeline.run import running_in
+from croco.pipeline.status import status_of
+from croco.stages.pair.export_trl import check_format, export_node
 from croco.stages.pair.import_files import FILE, LINE
 from croco.stages.prompts.columns import MAPPED
 from croco.storage import files
@@ -32,8 +32,9 @@ IMPORT = Stage(
     gives=("prompts", "sample", "score"), makes=("prompts", "sample", "score"),
 )  # fmt: skip
 TABLES = rf"((prompts|sample|score|pairs)/)?({files.OURS.pattern}|stage\.json)"
-EXPORT = r"(export|\.export\.making)/(\.croco|\.tmp-[^/]*|README\.md|data/[^/]*)"
-FILES = re.compile(rf"{TABLES}|\.lock|{EXPORT}")  # that these commands write
+FILES = re.compile(
+    rf"{TABLES}|\.lock|export/(README\.md|data/[^/]*|stage\.json|dropped\.parquet|\.tmp-.*)"
+)  # that these commands write
 KNOWN = ("en",)
 
 
@@ -55,8 +56,7 @@ def pairs_of_files(
     "line": the languages are parallel by line. What the same files and rules have made there is not made again; raises
     StaleStage for what others have made, unless `rebuild` makes it anew.
     """
-    if form not in FORMATS:
-        raise UserError(f"the format '{form}' is unknown, expected one of {', '.join(FORMATS)}")
+    check_format(form)
     mapped = mappings(columns) | ({"prompt_id": ids} if ids and ids != LINE else {})
     if language is not None and language != FILE:
         languages.check(language)
@@ -66,25 +66,33 @@ def pairs_of_files(
         if source.resolve().is_relative_to(to.resolve()):
             raise UserError(f"{source} lies in {to}, where the pairs are made: expected another folder")
     files.check_own_folder(to, "stage.json", ["stage", "science"], FILES)
-    sources_read = Given(
-        [str(source) for source in sources], [file_identity(str(source)) for source in sources]
-    )
-    settings = {"sources": sources_read, "columns": mapped, "language": language, "ids": ids}
-    imported = Node(IMPORT, None, to, settings, {})
-
-    def make(node: Node) -> Record:
-        known = {node: status.status_of(node, contents=True)}
-        known = status.clear_wrong(known, [node], say) if rebuild else known
-        status.stop_if_wrong(known)
-        return execute(node, Runtime(), known[node])
-
-    with lock(to):
-        recipe = _recipe(sorted(make(imported)["facts"]["languages"]), form, overrides)
-        rules = pair_settings(recipe, ARM)
-        make(Node(known_stage("pair"), ARM, to / "pairs", rules, {"import": imported}))
-        files.remove_folder(to / "export")
+    if not (to / "export" / "stage.json").exists():
+        files.remove_folder(to / "export")  # of a version whose exports had no record
+    with running_in(to, Runtime(), rebuild, say) as make:
+        paired, recipe = scored_pairs(make, sources, to, to / "pairs", mapped, language, ids, overrides, form)
+        make(paired)
         facts = {"source": ", ".join(source.name for source in sources)} | _rule(recipe, ARM)
-        return export_pairs(to / "pairs", to / "export", form, license=license, facts=facts)
+        record = make(export_node(paired.folder, to / "export", form, license, facts))
+        return record["counts"]["written"]["pair"]
+
+
+def scored_pairs(
+    make: Callable[[Node], Record],
+    sources: Sequence[Path],
+    to: Path,
+    pairs: Path,
+    columns: Mapping[str, str],
+    language: str | None,
+    ids: str | None,
+    overrides: Sequence[str],
+    form: str,
+) -> tuple[Node, Recipe]:
+    """Import scored completions into `to`; returns the node that pairs them in the folder `pairs`, and its recipe."""
+    given = Given([str(source) for source in sources], [file_identity(str(source)) for source in sources])
+    settings = {"sources": given, "columns": columns, "language": language, "ids": ids}
+    imported = Node(IMPORT, None, to, settings, {})
+    recipe = _recipe(sorted(make(imported)["facts"]["languages"]), form, overrides)
+    return Node(known_stage("pair"), ARM, pairs, pair_settings(recipe, ARM), {"import": imported}), recipe
 
 
 def _recipe(codes: Sequence[str], form: str, overrides: Sequence[str]) -> Recipe:
@@ -111,6 +119,15 @@ def _mapping(text: str) -> tuple[str, str]:
     if not equals or not theirs or ours not in MAPPED:
         raise UserError(f"--column {text}: expected OURS=THEIRS, with one of {', '.join(MAPPED)} for OURS")
     return ours, theirs
+
+
+def export_arm(recipe: Recipe, arm: str, to: Path, form: str, license: str, rebuild: bool = False) -> int:
+    """Export the pairs of a run's arm into the folder `to`; returns the rows. Raises as `pairs_of_files`."""
+    pairs, facts = recipe.folder / "pair" / arm, facts_of(recipe, arm)
+    node = export_node(pairs, to, form, license, facts, recipe.policy.instruction)
+    status_of(node)  # a folder of others stays as it is
+    with running_in(to, Runtime(), rebuild) as make:
+        return make(node)["counts"]["written"]["pair"]
 
 
 def facts_of(recipe: Recipe, arm: str) -> dict[str, str]:

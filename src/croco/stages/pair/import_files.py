@@ -63,7 +63,7 @@ class Completion:
 
 
 def imported(work: Work) -> None:
-    """The stage `import` of commands that take files."""
+    """The stage `import` of scored completions."""
     for name in ("prompts", "sample", "score"):
         files.remove_folder(work.folder / name)  # of a start that was killed
     settings = work.settings
@@ -71,6 +71,16 @@ def imported(work: Work) -> None:
     by_line = settings["ids"] == LINE
     counts = import_scored(sources, work.folder, settings["columns"], settings["language"], by_line)
     work.record(languages=counts)
+
+
+def imported_pairs(work: Work) -> None:
+    """The stage `import` of preference pairs: a table `pair` of the columns that training reads."""
+    settings = work.settings
+    sources = [Path(source) for source in settings["sources"]]
+    pairs, drops = import_pairs(sources, settings["columns"], settings["language"], settings["chosen_only"])
+    table, count = pairs.to_arrow(), {"pair": pairs.height}
+    shards.write_shard(work.folder / "pair", 0, table, table.schema, read=count, written=count, dropped=None)
+    work.account({"pair": pairs.height + len(drops)}, count, ledger(drops))
 
 
 def import_scored(

@@ -27,7 +27,7 @@ def train(work: Work) -> None:
         seed=work.settings["seed"],
         start=work.inputs["train"] / "adapter" if "train" in work.inputs else None,
         reference=work.settings.get("reference", "base"),
-        reference_folder=work.folder.parents[1] / "reference",  # of every arm
+        reference_folder=work.folder.parents[1] / "reference" if work.arm else None,  # of every arm
     )
     with ExitStack() as stack:
         bars: list[Progress] = []
