@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from croco.errors import UserError
+from croco.storage.files import writing
 
 RECIPES = Path(__file__).parents[1] / "config" / "recipes"
 # name → the file, and what a person does before running it
@@ -31,7 +32,7 @@ def write(kind: str, to: Path) -> Iterator[str]:
     if taken := [file for file in files if (to / file).exists() or (to / file).is_symlink()]:
         raise UserError(f"{to / taken[0]} is there already: move it away, or begin in another folder")
     for file, content in files.items():
-        with (to / file).open("x", encoding="utf-8") as written:
+        with writing(to / file), (to / file).open("x", encoding="utf-8") as written:
             written.write(content)
     yield f"{', '.join(files)} written"
     yield f"first: {todo}"

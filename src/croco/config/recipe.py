@@ -22,6 +22,7 @@ from croco.config.study import Study
 from croco.errors import UserError
 
 NAME_BYTES = 255  # of a file or folder
+PATH_BYTES = 3500  # of a run's folder: the system takes 4,096 with what lies in it
 Temperature = Annotated[float, Field(ge=0, le=10)]
 # TOML has arrays, the frozen record has tuples
 Temperatures = Annotated[tuple[Temperature, ...], Field(strict=False)]
@@ -69,6 +70,8 @@ class Run(Section):
             raise ValueError(
                 f"a name in '{self.folder or self.name}' has more than {NAME_BYTES} bytes, expected a shorter one"
             )
+        if len(os.fsencode(os.path.abspath(self.folder))) > PATH_BYTES:
+            raise ValueError(f"folder has more than {PATH_BYTES} bytes, expected a shorter path")
         return self
 
 

@@ -104,7 +104,7 @@ class ServerScorer:
             raise UserError(
                 f"{self.connection.place}: '{self.connection.served}' has {labels} logits, expected one"
             )
-        if large := [one.probs[0] for one in classes if abs(one.probs[0]) > LARGEST]:
+        if large := [one.probs[0] for one in classes if not abs(one.probs[0]) <= LARGEST]:
             raise ValueError(f"a score of {large[0]:g}")
         self.connection.count(answer.usage)
         return [one.probs[0] for one in classes]
