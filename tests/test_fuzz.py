@@ -82,7 +82,7 @@ def test_a_recipe_is_refused_in_a_sentence_or_is_what_it_says(
         assert from_dict(json.loads(recipe.model_dump_json())) == recipe
         for node in nodes(recipe):
             assert node.fingerprint
-        assert plan.describe(recipe)
+        assert list(plan.describe(recipe))
 
 
 # Rows -----------------------------------------------------------------------------------------------------------------

@@ -130,6 +130,7 @@ def test_a_folder_is_filled_under_another_name_only_if_it_is_ours(tmp_path: Path
     with pytest.raises(UserError, match="was not made by croco"), files.new_folder(to):
         pass
     (partial / "thesis.tex").rename(tmp_path / "thesis.tex")
+    partial.rmdir()
     with pytest.raises(FileNotFoundError), files.new_folder(to) as made:
         (made / "no such folder" / "half").touch()
     assert not partial.exists()

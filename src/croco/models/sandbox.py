@@ -75,8 +75,9 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def call(self, context: Context, called: Any, *args: Any, **kwargs: Any) -> Any:
         _check_arguments(args, kwargs)
-        if isinstance(text := getattr(called, "__self__", None), str):
-            _check_method(called.__name__, text, args)
+        method = getattr(called, "__wrapped__", called)  # jinja wraps `format`
+        if isinstance(text := getattr(method, "__self__", None), str):
+            _check_method(method.__name__, text, (*args, *kwargs.values()))
         return super().call(context, called, *args, **kwargs)
 
 

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import FalconConfig, FalconForCausalLM, GPT2Config, GPT2LMHeadModel
 
+import zoo
 from croco.config.arms import Lora, Training
 from croco.config.load import load
 from croco.errors import UserError
@@ -330,11 +331,15 @@ def test_a_disk_that_is_full_is_one_sentence_and_the_run_goes_on(undisturbed, tm
     assert_same_run(tmp_path, undisturbed[0])
 
 
-@pytest.mark.parametrize("arch", ["llama", "gpt2", "falcon"])
-def test_the_models_own_dropout_is_off(tmp_path, arch):
-    """In layers (GPT-2), in numbers that modules keep (Llama), in what is read from the config (Falcon)."""
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "falcon", "phimoe"])
+def test_the_models_own_noise_is_off(tmp_path, arch):
+    """In layers (GPT-2), in numbers that modules keep (Llama), in what is read from the config (Falcon), and routers
+    that draw experts while they train (PhiMoE)."""
     torch.manual_seed(0)
-    if arch == "llama":
+    if arch == "phimoe":
+        model, target = zoo.make("PhiMoE"), "q_proj"
+        model.config.router_aux_loss_coef = 0.0
+    elif arch == "llama":
         model = make_policy("llama")
         for layer in model.model.layers:
             layer.self_attn.attention_dropout = 0.5

@@ -26,6 +26,7 @@ from croco.models.attention.decode import plugged_in
 from croco.models.attention.last_layer import finished_at
 from croco.models.attention.mask import PADDING, additive, prefix_mask
 from croco.models.attention.rows import PackedSegments, Segments
+from croco.models.attention.support import forget_lengths
 from croco.stages.train.batches import Batch
 from croco.stages.train.logps import head_logps, sequence_sums, token_logps
 
@@ -43,9 +44,11 @@ def completion_logps(model: nn.Module, batch: Batch, inputs: Inputs | None = Non
     `inputs` are those of `prepared`, where the caller holds it open until the gradients are there.
     """
     if batch.singles:
-        return torch.cat([completion_logps(model, single) for single in batch.singles]).view(
-            batch.num_completions, -1
-        )
+        alone = []
+        for single in batch.singles:
+            forget_lengths(unwrapped(model))  # or a row's numbers follow from those before it
+            alone.append(completion_logps(model, single))
+        return torch.cat(alone).view(batch.num_completions, -1)
     if inputs is None:
         with prepared(model, batch, recomputed=_recomputed(unwrapped(model))) as own:
             return completion_logps(model, batch, own)
@@ -157,38 +160,42 @@ def _recomputed(model: PreTrainedModel) -> bool:
     return model.training and any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
 
 
-def dropout_of(model: nn.Module) -> list[tuple[Any, str, float]]:
-    """Where a model's own code keeps a rate of dropout: (module or config, attribute, rate). LoRA's are left out.
+def noise_of(model: nn.Module) -> list[tuple[Any, str]]:
+    """Where a model's own code keeps what makes its training random: (module or config, attribute). LoRA's dropout is
+    left out.
 
-    In layers, as numbers that modules hand to functions, and in the config, which a few read at every forward.
+    Rates of dropout in layers, as numbers that modules hand to functions, and in the config, which a few read at every
+    forward; and routers with jitter, which draw experts while they train (PhiMoE).
     """
-    places: dict[tuple[int, str], tuple[Any, str, float]] = {}
+    places: dict[tuple[int, str], tuple[Any, str]] = {}
     for name, module in model.named_modules():
         if "lora_dropout" in name:
             continue
         if isinstance(module, nn.modules.dropout._DropoutNd):
-            places[id(module), "p"] = (module, "p", module.p)
+            places[id(module), "p"] = (module, "p")
+        if any("jitter" in attribute for attribute in vars(module)):
+            places[id(module), "training"] = (module, "training")
         for owner in (module, getattr(module, "config", None)):
             for attribute, value in vars(owner).items() if owner is not None else ():
                 if isinstance(value, float) and "drop" in attribute:
-                    places[id(owner), attribute] = (owner, attribute, value)
-    return [place for place in places.values() if place[2]]
+                    places[id(owner), attribute] = (owner, attribute)
+    return list(places.values())
 
 
 @contextmanager
-def switched_off(places: Iterable[tuple[Any, str, float]]) -> Iterator[None]:
-    """Without a model's own dropout, as in TRL: policy and reference must be the same function where training begins.
+def switched_off(places: Iterable[tuple[Any, str]]) -> Iterator[None]:
+    """Without a model's own noise: policy and reference must be the same function where training begins.
 
     Only for a step, so that a config that is saved says what it said.
     """
-    places = list(places)
+    before = [(owner, attribute, getattr(owner, attribute)) for owner, attribute in places]
     try:
-        for owner, attribute, _ in places:
-            setattr(owner, attribute, 0.0)
+        for owner, attribute, value in before:
+            setattr(owner, attribute, type(value)(0))
         yield
     finally:
-        for owner, attribute, rate in places:
-            setattr(owner, attribute, rate)
+        for owner, attribute, value in before:
+            setattr(owner, attribute, value)
 
 
 def token_counts(batch: Batch) -> Tensor:

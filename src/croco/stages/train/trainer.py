@@ -30,7 +30,7 @@ from croco.stages.train.encode import Example
 from croco.stages.train.forward import (
     balance_loss,
     completion_logps,
-    dropout_of,
+    noise_of,
     prepared,
     routing,
     switched_off,
@@ -80,7 +80,7 @@ class PairTrainer(Trainer):
         self.on_metrics = on_metrics
         self.lengths = [example.num_tokens for example in examples]
         self.step_metrics: dict[str, float] = {}
-        self.own_dropout = dropout_of(model)
+        self.own_noise = noise_of(model)
         super().__init__(
             model=model,
             args=arguments,
@@ -163,7 +163,7 @@ class PairTrainer(Trainer):
         pairs.
         """
         model.train()
-        with switched_off(self.own_dropout):
+        with switched_off(self.own_noise):
             found = self._over(model, inputs["pairs"], backward=True)
         loss = found.pop("loss")
         self.step_metrics = {**found, "pairs": len(inputs["pairs"])}
