@@ -34,6 +34,9 @@ from croco.errors import UserError
 from croco.pipeline import stage, status
 from croco.pipeline.graph import nodes
 from croco.pipeline.node import Node
+from croco.report.command import progress
+from croco.report.exports import results_csv, results_terminal
+from croco.report.load_run import read_run
 from croco.stages.pair.import_files import import_pairs, import_scored
 from croco.stages.prompts.load import load as load_prompts
 from croco.storage import records, shards
@@ -278,7 +281,7 @@ def read(node: Node) -> Any:
     return {path.name: path.read_bytes() for path in (node.folder / "adapter").iterdir()}
 
 
-@fuzzed(500)
+@fuzzed(400)
 @given(data=st.data())
 def test_a_spoilt_folder_is_refused_in_a_sentence_or_is_what_it_was(
     data: st.DataObject, whole: Path, made: list[Node], tmp_path_factory: pytest.TempPathFactory
@@ -307,3 +310,25 @@ def test_a_spoilt_folder_is_refused_in_a_sentence_or_is_what_it_was(
         pass  # one sentence
     finally:
         shutil.rmtree(run)
+
+
+@fuzzed(100)
+@given(data=st.data())
+def test_a_spoilt_run_has_its_tables_or_a_sentence(
+    data: st.DataObject, whole: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    run = tmp_path_factory.mktemp("run", numbered=True) / "run"
+    shutil.copytree(whole, run)
+    files = sorted(path for path in run.rglob("*") if path.is_file() and "report" not in path.parts)
+    spoil(data, data.draw(st.sampled_from(files)))
+    with a_sentence():
+        assert list(results_terminal(run))
+    with a_sentence():
+        assert results_csv(run)
+    with a_sentence():
+        assert read_run(run)
+    with a_sentence():
+        recipe = load(run / "recipe.json", [f'run.folder="{run}"'])
+        assert progress(run, recipe).rows
+        assert list(plan.describe(recipe))
+    shutil.rmtree(run)

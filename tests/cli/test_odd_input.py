@@ -310,7 +310,54 @@ def test_files_of_other_tools(folder: Path, command: str, rows: list[dict], part
     assert not list((folder / "out").rglob("export/**/*.parquet"))
 
 
-# Folders --------------------------------------------------------------------------------------------------------------
+# Words and folders ----------------------------------------------------------------------------------------------------
+
+COMMANDS = [
+    ("train x.jsonl --model policy --to /proc/x", "cannot be made or written"),
+    ("pairs x.jsonl --to /proc/x", "cannot be made or written"),
+    ("score x.jsonl --diagnose --reward reward --to /proc/x", "/proc/x cannot be written"),
+    ("train x.jsonl --model policy --to x.jsonl", "x.jsonl is a file"),
+    ("pairs x.jsonl --to x.jsonl/y", "cannot be made or written"),
+    ("train notes.txt --model policy --to out", "expected a .jsonl"),
+    ("train x.jsonl x.jsonl --model policy --to out", "is the same file as"),
+    ("train none.jsonl --model policy --to out", "none.jsonl: no such file"),
+    ("train x.jsonl --model policy --to out --column x=y", "expected OURS=THEIRS"),
+    ("train x.jsonl --model policy --to out --language zz", "no language that CLDR knows"),
+    ("train x.jsonl --model policy --to out --set sampling.top_k=1", "expected a key of training"),
+    ("train x.jsonl --to out", "pairs need --model"),
+    ("pairs x.jsonl --to out --format zip", "the format 'zip' is unknown"),
+    ("pairs x.jsonl --to out --set chosen=best", 'the rule "best" for chosen is unknown'),
+    ("export none --arm a --to out", "none holds no recipe.json"),
+    ("merge none --arm a --to out", "none holds no recipe.json"),
+    ("report none", "none is no run"),
+    ("compare none none", "none is no run"),
+    ("plan recipe.toml --set x", "expected section.key=value"),
+    ("plan recipe.toml --set a..b=1", "expected section.key=value"),
+    ("plan recipe.toml --set run=3", "run = 3, expected a table"),
+    ("plan recipe.toml --machine 0xh100", "expected such as 8xh100"),
+    ("sample recipe.toml --arm nobody", "no such arm"),
+    ("run recipe.toml --until nothing", "is no stage"),
+    ("run .", "expected a recipe in TOML"),
+    ("run x.jsonl", "not valid TOML"),
+    ("fetch none.gguf --to out", "no such file"),
+    ("fetch notes.txt --to out", "is no GGUF file"),
+]
+
+
+@pytest.mark.parametrize(("words", "part"), COMMANDS, ids=[each[0] for each in COMMANDS])
+def test_words_that_do_not_go_together(folder: Path, words: str, part: str) -> None:
+    (folder / "x.jsonl").write_text(json.dumps(PAIR) + "\n")
+    (folder / "notes.txt").write_text("mine")
+    assert part in sentence(*words.split())
+    assert (folder / "notes.txt").read_text() == "mine"
+
+
+def test_a_name_that_is_no_unicode(folder: Path) -> None:
+    name = os.fsdecode(b"x\xff.jsonl")
+    (folder / name).write_text(json.dumps(PAIR) + "\n")
+    assert "is no Unicode text" in sentence("train", name, "--model", "policy", "--to", "out")
+    for key in ("run.folder", "prompts.source"):
+        assert "surrogates not allowed" in sentence("plan", "recipe.toml", "--set", f"{key}={name}")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

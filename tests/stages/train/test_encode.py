@@ -179,7 +179,7 @@ def test_a_token_that_the_policy_has_no_embedding_for_is_named():
     tokenizer.add_tokens(["zq"])
     pairs = make_pairs(2).with_columns(rejected=pl.lit("April zq"))
     with pytest.raises(
-        UserError, match="prompt 'p0' in en has the token 320, .* embeddings for 320 tokens only"
+        UserError, match=r"prompt 'p0' in en has the token 320, .* embeddings for 320 tokens only"
     ):
         encode_pairs(pairs, tokenizer, end=2, max_tokens=200, num_ids=320)
 
