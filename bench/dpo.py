@@ -48,6 +48,7 @@ SHAPES = {"cpu": ("256/256", "256/64", "64/256", "spread"), "cuda": ("1024/1024"
 # hidden, MLP, layers, heads, key-value heads, vocabulary, tied embeddings
 MODELS = {
     "tiny": (256, 704, 6, 4, 4, 4096, True),
+    "135m": (576, 1536, 30, 9, 3, 49_152, True),  # SmolLM2's
     "1b": (2048, 5632, 16, 32, 8, 65_536, True),
     "9b": (4096, 12_288, 42, 32, 8, 128_000, False),
 }

@@ -1,21 +1,27 @@
 """Sampling against `model.generate`, and scoring against random padded batches, side by side on this machine.
 
-    OMP_NUM_THREADS=1 python bench/engines.py [--rounds 3] [--completions 64]
+    OMP_NUM_THREADS=1 python bench/engines.py [--rounds 3] [--completions 64] [--model FOLDER] [--cpu-time]
 
 Both sides take the same prompts and rows in turns, each with the batch size that is best for it on a first part.
 Printed are medians over the rounds and their ratio. The policy is the lab's when it is built, else a random one of its
 shape whose end tokens make lengths geometric with mean 20; completions to score are 0.5 to 1.5 times their mean length.
+With --model it is that model on the everyday prompts, and a classifier on its trunk scores; --cpu-time counts processor
+seconds, for a busy machine.
 """
 
 import argparse
+import gzip
+import json
 import random
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from transformers import (
+    AutoModelForSequenceClassification,
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -32,10 +38,18 @@ from croco.models.protocols import Decoding, Request, ScoreRequest
 
 VOCABULARY, MAX_NEW_TOKENS = 3000, 48
 BUDGETS = (8192, 16384, 32768)
+CLOCK = time.perf_counter
 
 
-def policy() -> tuple[Any, set[int], list[list[int]], str]:
-    """The model, its end tokens, 48 prompts, and what it is."""
+def policy(folder: Path | None) -> tuple[Any, set[int], list[list[int]], str]:
+    """The model, its end tokens, 48 prompts (of a given one 12), and what it is."""
+    if folder is not None:
+        model, tokenizer = load_policy(str(folder), device="cpu", dtype="float32")
+        everyday = Path(__file__).parents[1] / "recipes" / "everyday-dev.jsonl.gz"
+        with gzip.open(everyday, "rt", encoding="utf-8") as lines:
+            asked = [json.loads(line)["messages"] for line, _ in zip(lines, range(12), strict=False)]
+        prompts = [prompt_ids(tokenizer, messages) for messages in asked]
+        return model, end_ids(tokenizer, model.generation_config), prompts, folder.name
     try:
         from croco.lab import world
 
@@ -101,16 +115,15 @@ def padded(model: Any, rows: Sequence[list[int]], batch: int) -> list[float]:
 
 
 def rate(work: Callable[[], int]) -> float:
-    start = time.perf_counter()
-    return work() / (time.perf_counter() - start)
+    start = CLOCK()
+    return work() / (CLOCK() - start)
 
 
-def bench_sampling(rounds: int, completions: int) -> None:
-    model, ends, prompts, name = policy()
-    budget = max(BUDGETS, key=lambda b: rate(lambda: ours(model, ends, prompts[:16], completions, b)))
-    batch = max(
-        (1, 2, 4, 8, 16), key=lambda b: rate(lambda: generate(model, ends, prompts[:16], completions, b))
-    )
+def bench_sampling(rounds: int, completions: int, folder: Path | None) -> None:
+    model, ends, prompts, name = policy(folder)
+    trial = prompts[: len(prompts) // 3]
+    budget = max(BUDGETS, key=lambda b: rate(lambda: ours(model, ends, trial, completions, b)))
+    batch = max((1, 2, 4, 8, 16), key=lambda b: rate(lambda: generate(model, ends, trial, completions, b)))
     figures = [
         (
             rate(lambda: ours(model, ends, prompts, completions, budget)),
@@ -125,13 +138,24 @@ def bench_sampling(rounds: int, completions: int) -> None:
     )
 
 
-def bench_scoring(rounds: int, completions: int, prompt_tokens: int, completion_tokens: int) -> None:
+def scorer(folder: Path | None) -> Any:
+    """A classifier with one logit: on a given model's trunk, or a small one; its head is random."""
     torch.manual_seed(0)
+    if folder is not None:
+        return AutoModelForSequenceClassification.from_pretrained(
+            folder, num_labels=1, dtype=torch.float32, pad_token_id=0
+        ).eval()
     shape = Qwen3Config(
         vocab_size=VOCABULARY, hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, head_dim=32, max_position_embeddings=1024, num_labels=1, pad_token_id=0,
     )  # fmt: skip
-    model, dice = Qwen3ForSequenceClassification(shape).eval(), random.Random(0)
+    return Qwen3ForSequenceClassification(shape).eval()
+
+
+def bench_scoring(
+    model: Any, rounds: int, completions: int, prompt_tokens: int, completion_tokens: int
+) -> None:
+    dice = random.Random(0)
 
     def ids(length: int) -> list[int]:
         return [dice.randrange(3, VOCABULARY) for _ in range(length)]
@@ -175,11 +199,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--completions", type=int, default=64)
+    parser.add_argument("--model", type=Path, help="a folder of a causal model")
+    parser.add_argument("--shapes", nargs="+", default=["128/128", "256/64", "64/256"], help="of scoring")
+    parser.add_argument("--cpu-time", action="store_true", help="for a busy machine")
     asked = parser.parse_args()
+    if asked.cpu_time:
+        global CLOCK
+        CLOCK = time.process_time
     print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s)")
-    bench_sampling(asked.rounds, asked.completions)
-    for prompt_tokens, completion_tokens in ((128, 128), (256, 64), (64, 256)):
-        bench_scoring(asked.rounds, asked.completions, prompt_tokens, completion_tokens)
+    bench_sampling(asked.rounds, asked.completions, asked.model)
+    model = scorer(asked.model)
+    for shape in asked.shapes:
+        prompt_tokens, completion_tokens = map(int, shape.split("/"))
+        bench_scoring(model, asked.rounds, asked.completions, prompt_tokens, completion_tokens)
 
 
 if __name__ == "__main__":

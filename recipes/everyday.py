@@ -143,6 +143,41 @@ def _items() -> dict[tuple[str, str], Item]:
     return {(language, instruction(item, language)): item for language in LANGUAGES for item in every}
 
 
+# human text that no prompt asks for: on it a model that was tuned should not have become worse
+TEXT = {
+    "en": "In winter the little shop at the corner opens at seven. The owner sweeps the snow from the steps, "
+    "puts the bread on the shelf and makes coffee for everyone who comes in. Most people stay for a few "
+    "minutes and talk about the weather or about their children. On Sundays the shop is closed, and the "
+    "street is very quiet.",
+    "fr": "En hiver, la petite boutique du coin ouvre à sept heures. La patronne balaie la neige des marches, "
+    "met le pain sur l'étagère et prépare du café pour tous ceux qui entrent. La plupart des gens restent "
+    "quelques minutes et parlent du temps ou de leurs enfants. Le dimanche, la boutique est fermée et la "
+    "rue est très calme.",
+    "es": "En invierno, la pequeña tienda de la esquina abre a las siete. La dueña barre la nieve de los "
+    "escalones, pone el pan en el estante y prepara café para todos los que entran. La mayoría de la "
+    "gente se queda unos minutos y habla del tiempo o de sus hijos. Los domingos la tienda está cerrada y "
+    "la calle está muy tranquila.",
+    "de": "Im Winter öffnet der kleine Laden an der Ecke um sieben. Die Besitzerin fegt den Schnee von den "
+    "Stufen, legt das Brot ins Regal und kocht Kaffee für alle, die hereinkommen. Die meisten Leute "
+    "bleiben ein paar Minuten und reden über das Wetter oder über ihre Kinder. Am Sonntag ist der Laden "
+    "geschlossen, und die Straße ist sehr still.",
+    "it": "D'inverno il piccolo negozio all'angolo apre alle sette. La proprietaria spazza la neve dai gradini, "
+    "mette il pane sullo scaffale e prepara il caffè per tutti quelli che entrano. La maggior parte della "
+    "gente resta qualche minuto e parla del tempo o dei propri figli. La domenica il negozio è chiuso e "
+    "la strada è molto tranquilla.",
+    "pt": "No inverno, a pequena loja da esquina abre às sete. A dona varre a neve dos degraus, põe o pão na "
+    "prateleira e faz café para todos os que entram. A maioria das pessoas fica alguns minutos e fala do "
+    "tempo ou dos filhos. Aos domingos a loja está fechada e a rua fica muito calma.",
+    "nl": "In de winter gaat de kleine winkel op de hoek om zeven uur open. De eigenares veegt de sneeuw van de "
+    "treden, legt het brood op de plank en zet koffie voor iedereen die binnenkomt. De meeste mensen "
+    "blijven een paar minuten en praten over het weer of over hun kinderen. Op zondag is de winkel dicht "
+    "en is het heel stil op straat.",
+    "da": "Om vinteren åbner den lille butik på hjørnet klokken syv. Ejeren fejer sneen væk fra trinene, lægger "
+    "brødet på hylden og laver kaffe til alle, der kommer ind. De fleste bliver et par minutter og taler "
+    "om vejret eller om deres børn. Om søndagen er butikken lukket, og der er meget stille på gaden.",
+}
+
+
 def rows(split: str) -> Iterator[dict[str, object]]:
     """Rows of a prompts file: every item in every language."""
     for item in splits()[split]:
@@ -185,7 +220,7 @@ def checks(item: Item, language: str, completion: str) -> dict[str, bool]:
     triples, asked_triples = _triples(words), set(_triples([word.casefold() for word in WORD.findall(asked)]))
     return {
         "constraint": is_met(item, language, completion),
-        "language": identify(completion, LANGUAGES, 0.9) == language,
+        "in the language": identify(completion, LANGUAGES, 0.9) == language,
         "known words": bool(known) and sum(known) >= 0.85 * len(known),
         "no loop": len(set(triples)) >= 0.8 * len(triples),
         "no echo": 2 * sum(triple in asked_triples for triple in triples) < max(1, len(triples)),
@@ -194,6 +229,16 @@ def checks(item: Item, language: str, completion: str) -> dict[str, bool]:
 
 def _triples(words: Sequence[str]) -> list[tuple[str, ...]]:
     return [tuple(words[i : i + 3]) for i in range(len(words) - 2)]
+
+
+def parts(prompt_id: str, language: str, completion: str, finish_reason: str) -> dict[str, bool]:
+    """Each part of being of use, by itself, of a row of a run's tables: `checks`, and that it ended by itself."""
+    return checks(_by_id()[prompt_id], language, completion) | {"ended": finish_reason == "stop"}
+
+
+@cache
+def _by_id() -> dict[str, Item]:
+    return {item.prompt_id: item for items in splits().values() for item in items}
 
 
 Messages = Sequence[Mapping[str, str]]

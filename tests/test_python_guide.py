@@ -54,6 +54,14 @@ def test_pairs_of_a_run_are_those_of_its_tables(namespace, monkeypatch):
     assert own.equals(namespace["pairs"].select(columns))
 
 
+def test_prompts_of_a_file_are_sampled(tiny_models, tmp_path):
+    prompts, policy = tiny_models.prompts, tiny_models.policy
+    sampling = {"completions": 2, "max_new_tokens": 4}
+    drawn = croco.sample(prompts, policy, tmp_path / "run", languages=["en", "da"], sampling=sampling)
+    assert drawn.height == 10 * 2 * 2
+    assert drawn.filter(language="en")["messages"][0][0]["content"] == "Which month is number 0?"
+
+
 def test_bad_arguments_are_one_sentence(namespace, monkeypatch):
     monkeypatch.chdir(namespace["folder"])
     with pytest.raises(croco.UserError, match=r"none has no recipe\.json"):

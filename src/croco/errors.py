@@ -25,6 +25,11 @@ class StaleStage(UserError):
     """A finished or unfinished stage was made with other settings than the recipe now gives."""
 
 
+def one_line(error: BaseException, most: int = 200) -> str:
+    """What an exception says, on one line of at most so many characters; its kind where it says nothing."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
 def printable(text: str) -> str:
     """Text of a model, file or server for a terminal or a log: what could steer the terminal is written out."""
     return _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)

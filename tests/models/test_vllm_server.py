@@ -14,7 +14,7 @@ from croco.config.runtime import Vllm
 from croco.errors import UserError
 from croco.models import vllm_server
 from croco.models.loading import load_policy
-from croco.models.lora import apply_lora, save_adapter
+from croco.models.lora import apply_lora
 from served import Handler, listening
 from tiny import make_policy, make_tokenizer, save
 
@@ -29,7 +29,7 @@ def test_a_merged_model_is_the_policy_with_its_adapter_and_template(tmp_path: Pa
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
                 parameter.add_(0.2)
-    save_adapter(adapted, tmp_path / "adapter")
+    adapted.save_pretrained(tmp_path / "adapter")
     section = Policy(model=str(base), chat_template=str(template))
     folder = vllm_server.merge(section, "float32", tmp_path / "adapter", tmp_path / "merged")
     merged, tokenizer = load_policy(str(folder))

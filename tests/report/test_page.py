@@ -209,7 +209,7 @@ def test_a_run_that_is_not_finished_is_named(tmp_path):
 
 def test_markdown_has_every_arm_and_language(run):
     text = results_markdown(run)
-    for expected in ("### Tasks seen in tuning", "**monolingual**", "| base | greedy |", "| cy |", "T = 0.4"):
+    for expected in ("## Tasks seen in tuning", "**monolingual**", "| base | greedy |", "| cy |", "T = 0.4"):
         assert expected in text
     widths = {line.count("|") for line in text.splitlines() if line.startswith("| arm | decoding | tuned")}
     assert widths == {7}

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +23,11 @@ from croco.config.study import Comparison, Study
 from croco.errors import UserError
 from croco.lab import world as lab
 from croco.pipeline.seeds import parts
-from croco.report.claims import EQUIVALENT, FAILS, HOLDS, OPEN, UNTESTABLE, judge_all, p_wanted, run_tests
+from croco.report.claims import EQUIVALENT, FAILS, HOLDS, OPEN, UNTESTABLE, claim_part, judge_all
+from croco.report.contrasts import Runs, curve_at, frontier, p_wanted, run_tests
 from croco.report.multi_seed import Pooled, pool
-from croco.report.transfer import good_over_forms, heuristic, ranking
-from croco.stages.evaluate.stats import Interval
+from croco.report.transfer import accuracy_by_form, heuristic, ranking
+from croco.stages.evaluate.stats import Estimate
 from croco.storage import files, shards
 from croco.storage.schemas import COMPLETIONS, SCORES, VERDICTS
 
@@ -45,22 +47,20 @@ from croco.storage.schemas import COMPLETIONS, SCORES, VERDICTS
     ],
 )
 def test_p_value_of_a_comparison(value: float, want: str, margin: float, p: float) -> None:
-    assert p_wanted(value, 0.1, want, margin) == pytest.approx(p, abs=1e-4)
+    assert p_wanted(Estimate(value, 0.1, float("inf")), want, margin) == pytest.approx(p, abs=1e-4)
 
 
-def test_a_difference_without_spread_is_certain() -> None:
-    assert [p_wanted(value, 0.0, "higher", 0.0) for value in (0.1, 0.0, -0.1)] == [0.0, 0.5, 1.0]
-
-
-def pooled_of(gains: dict[str, tuple[float, float]]) -> Pooled:
-    """Arms whose difference from the base is normal over 4 seeds × 100 prompts: gain, spread."""
-    generator = np.random.default_rng(0)
-    values = np.full((4, 1 + len(gains), 100, 1, 1), 0.5)
+def pooled_of(
+    gains: dict[str, tuple[float, float]], shape: tuple[int, int] = (4, 100), seed: int = 0
+) -> Pooled:
+    """Arms whose difference from the base over seeds × prompts is normal, with exactly this mean: gain, spread."""
+    generator = np.random.default_rng(seed)
+    values = np.full((shape[0], 1 + len(gains), shape[1], 1, 1), 0.5)
     for place, (gain, spread) in enumerate(gains.values(), start=1):
-        noise = generator.normal(0, spread, size=(4, 100))
+        noise = generator.normal(0, spread, size=shape)
         values[:, place, :, 0, 0] += gain + noise - noise.mean()
     settings = [("base", 1.0), *((arm, 1.0) for arm in gains)]
-    return Pooled("lab", values, settings, ["en"], ["good"], {"tuned": ["en"], "all": ["en"]}, 500)
+    return Pooled("lab", values, settings, ["en"], ["good"], {"tuned": ["en"], "all": ["en"]})
 
 
 def study_of(**claims: list[tuple[str, str]]) -> dict[str, object]:
@@ -71,7 +71,7 @@ def study_of(**claims: list[tuple[str, str]]) -> dict[str, object]:
 
 
 def verdicts_of(pooled: Pooled, claims: dict[str, object], **study: object) -> dict[str, str]:
-    judged = judge_all(Study.model_validate({"claims": claims, **study}), {"lab": pooled})
+    judged = judge_all(Study.model_validate({"claims": claims, **study}), {"one": Runs({"lab": pooled})})
     return {name: one.verdict for name, one in judged.items()}
 
 
@@ -104,7 +104,7 @@ def test_one_rule_in_both_directions() -> None:
 
 
 def test_claims_are_corrected_for_their_number_within_a_family() -> None:
-    pooled = pooled_of({"weak": (0.08, 0.4), "same": (0.0, 2.0)})
+    pooled = pooled_of({"weak": (0.045, 0.4), "same": (0.0, 2.0)})
     weak, alike = study_of(weak=[("weak", "higher")])["weak"], study_of(x=[("same", "higher")])["x"]
     assert verdicts_of(pooled, {"weak": weak})["weak"] == HOLDS
     others = {f"other-{n}": alike for n in range(9)}
@@ -124,10 +124,121 @@ def test_the_base_is_compared_at_its_best_temperature() -> None:
     values[:, :, :, 0, 1] = 0.1
     settings = [("base", 1.0), ("base", 0.5), ("tuned", 1.0)]
     metrics = ["good", "mode:malformed"]
-    pooled = Pooled("lab", values, settings, ["en"], metrics, {"tuned": ["en"], "all": ["en"]}, 50)
+    pooled = Pooled("lab", values, settings, ["en"], metrics, {"tuned": ["en"], "all": ["en"]})
     headline, mode = Comparison(arm="tuned"), Comparison(arm="tuned", metric="mode:malformed")
-    assert [test.rival for test in run_tests(headline, pooled, 0.02)] == [("base", 0.5)]
-    assert [test.rival for test in run_tests(mode, pooled, 0.02)] == [("base", 1.0)]
+    runs = Runs({"lab": pooled})
+    assert [test.words for test in run_tests(headline, runs, 0.02)] == ["tuned − base (T = 0.5)"]
+    assert [test.words for test in run_tests(mode, runs, 0.02)] == ["tuned − base"]
+
+
+def values_of(heights: dict[str, float], benchmark: str = "lab", prompts: int = 40) -> Pooled:
+    """Arms of exactly these means, each prompt of its own level that all arms share."""
+    level = np.random.default_rng(1).normal(0, 0.1, size=(3, 1, prompts, 1, 1))
+    values = level - level.mean() + np.array(list(heights.values()))[None, :, None, None, None]
+    settings = [(arm, 1.0) for arm in heights]
+    return Pooled(benchmark, values, settings, ["en"], ["good"], {"tuned": ["en"], "all": ["en"]})
+
+
+def test_an_interaction_is_a_difference_of_differences() -> None:
+    arms = {"base": 0.3, "rule": 0.7, "min": 0.5, "rule-filtered": 0.8, "min-filtered": 0.75}
+    runs = Runs({"lab": values_of(arms)})
+    comparison = Comparison(arm="rule", than="min", beyond=("rule-filtered", "min-filtered"))
+    (test,) = run_tests(comparison, runs, 0.02)
+    assert test.estimate.value == pytest.approx(0.2 - 0.05)
+    assert test.words == "(rule − min) − (rule-filtered − min-filtered)"
+    assert test.p_wanted < 1e-9
+    assert not test.equivalent
+
+
+def test_a_share_of_a_gain() -> None:
+    runs = Runs({"lab": values_of({"base": 0.3, "english": 0.65, "in-language": 0.7})})
+    for share, left in ((0.8, 0.03), (0.9, -0.01)):  # 0.35 of a gain of 0.40
+        (test,) = run_tests(Comparison(arm="english", than="in-language", share=share), runs, 0.02)
+        assert test.estimate.value == pytest.approx(left)
+        assert (test.p_wanted < 0.05) == (left > 0)
+        assert test.equivalent == (left < 0)
+    assert test.words == "gain of english over base (T = 1) − 90 % of that of in-language"
+
+
+def test_a_frontier_leaves_out_what_another_point_beats() -> None:
+    points = [(0.0, 0.5), (2.0, 0.8), (1.0, 0.7), (3.0, 0.6), (2.0, 0.8)]  # (KL, quality)
+    assert frontier(points, less=True) == [0, 2, 1]
+    assert frontier([(0.5, 1.0), (0.8, 0.6), (0.7, 0.9), (0.6, 0.8)], less=False) == [0, 2, 1]  # (gain, kept)
+
+
+def test_a_curve_between_and_beyond_its_points() -> None:
+    points = [(0.0, 0.5), (1.0, 0.7), (3.0, 0.8)]
+    assert curve_at(points, 0.5) == (pytest.approx(0.6), {0: 0.5, 1: 0.5}, pytest.approx(0.2))
+    assert curve_at(points, 2.0) == (pytest.approx(0.75), {1: 0.5, 2: 0.5}, pytest.approx(0.05))
+    assert (curve_at(points, -1.0), curve_at(points, 9.0)) == ((0.5, {0: 1.0}, 0.0), (0.8, {2: 1.0}, 0.0))
+
+
+def test_two_sweeps_at_equal_kl() -> None:
+    """DPO reaches 0.9 at KL 4 and Max-R 0.7 at KL 2, where DPO's curve stands at 0.8."""
+    heights = {"base": 0.5, "dpo-a": 0.7, "dpo-b": 0.9, "sft-a": 0.6, "sft-b": 0.7, "sft-c": 0.55}
+    kl = {arm: {"en": x} for arm, x in {"dpo-a": 1, "dpo-b": 3, "sft-a": 1, "sft-b": 2, "sft-c": 9}.items()}
+    sweeps = {"dpo": ["dpo-a", "dpo-b"], "sft": ["sft-a", "sft-b", "sft-c"]}
+    comparison = Comparison(arm="dpo", than="sft", at_equal="kl")
+    (test,) = run_tests(comparison, Runs({"lab": values_of(heights)}, sweeps, kl), 0.02)
+    assert test.estimate.value == pytest.approx(0.8 - 0.7)
+    assert test.words == "dpo − sft at equal kl (2.00)"
+    assert test.by_seed == pytest.approx([0.1] * 3)
+    assert [x for x, _ in test.curves["sft"]] == [0, 1, 2, 9]
+
+
+def test_what_is_lost_at_equal_gain_has_an_error_that_covers() -> None:
+    """Simulated sweeps of a known law: DPO keeps 1 − gain, SFT 1 − 2·gain; both are read where SFT ends, at 0.3."""
+    rates, level = (0.1, 0.2, 0.3), 0.5
+    sweeps = {"dpo": [f"dpo-{r}" for r in rates], "sft": [f"sft-{r}" for r in rates]}
+    gains = {"base": 0.0} | {
+        f"{m}-{r}": r * (4 / 3 if m == "dpo" else 1) for m in ("dpo", "sft") for r in rates
+    }
+    kept = {arm: 1 - gain * (2 if arm.startswith("sft") else 1) for arm, gain in gains.items()}
+    generator, covered, times = np.random.default_rng(4), 0, 200
+    comparison = Comparison(arm="dpo", than="sft", at_equal="lab", benchmark="kept")
+    for _ in range(times):
+        pooled = {}
+        for name, means, add, prompts in (("lab", gains, level, 60), ("kept", kept, 0.0, 40)):
+            one = values_of(means, name, prompts)
+            noise = generator.normal(0, 0.05, size=one.values.shape) + generator.normal(
+                0, 0.004, (3, len(means), 1, 1, 1)
+            )
+            pooled[name] = replace(
+                one, values=one.values + add + noise, metrics=["good" if name == "lab" else "score"]
+            )
+        (test,) = run_tests(comparison, Runs(pooled, sweeps), 0.02)
+        covered += test.estimate.interval().low <= 0.3 <= test.estimate.interval().high
+    assert 0.9 <= covered / times <= 0.995
+
+
+def test_a_claim_holds_only_where_every_study_agrees() -> None:
+    up, down, noisy = ({"arm": (gain, spread)} for gain, spread in ((0.2, 0.3), (-0.2, 0.3), (0.1, 2.0)))
+    study = Study.model_validate({"claims": study_of(better=[("arm", "higher")])})
+    for second, together, alone in ((up, HOLDS, HOLDS), (noisy, OPEN, OPEN), (down, OPEN, FAILS)):
+        studies = {"one": Runs({"lab": pooled_of(up)}), "two": Runs({"lab": pooled_of(second)})}
+        judged = judge_all(study, studies)["better"]
+        assert (judged.verdict, judged.alone) == (together, {"one": HOLDS, "two": alone})
+        part = claim_part("better", judged, studies, 0.02)
+        assert f"(one: holds, two: {alone})" in part.text[0]
+        assert [row[1] for row in part.tables[0].rows] == ["one", "two"]
+
+
+def test_without_a_difference_a_family_of_seven_rarely_speaks() -> None:
+    """Holm's promise, simulated: at most 5 % of families have a false verdict; and true differences are seen."""
+    claims = {f"p{n}": study_of(p=[(f"arm-{n}", "higher")])["p"] for n in range(7)}
+    study, generator, wrong, right = Study.model_validate({"claims": claims}), np.random.default_rng(5), 0, 0
+    for gain in (0.0, 0.03):
+        for _ in range(200):
+            pooled = pooled_of({f"arm-{n}": (0.0, 0.0) for n in range(7)}, (8, 150))
+            pooled.values[:, 1:] += gain + generator.normal(0, 0.1, (8, 7, 150, 1, 1))
+            pooled.values[:, 1:] += generator.normal(0, 0.05, (1, 7, 150, 1, 1)) + generator.normal(
+                0, 0.005, (8, 7, 1, 1, 1)
+            )
+            verdicts = [one.verdict for one in judge_all(study, {"one": Runs({"lab": pooled})}).values()]
+            wrong += gain == 0 and bool({HOLDS, FAILS} & set(verdicts))
+            right += verdicts.count(HOLDS) if gain else 0
+    assert wrong / 200 <= 0.08
+    assert right / (7 * 200) > 0.8
 
 
 def test_ranking_by_hand_and_against_scipy() -> None:
@@ -157,7 +268,9 @@ def test_accuracy_per_pair_of_forms_by_hand(tmp_path: Path) -> None:
         for n, text in enumerate(texts)
     ]  # fmt: skip
     scores = [{**key, "sample_id": n, "score": s, "scorer": "r"} for n, s in enumerate([2.0, 0.0, 1.0, 0.0])]
-    for stage, table, made in (("sample", COMPLETIONS, rows), ("score", SCORES, scores)):
+    verified = [{**row, "score": float(row["sample_id"] < 2)} for row in scores]
+    stages = (("sample", COMPLETIONS, rows), ("score", SCORES, scores), ("score/verified", SCORES, verified))
+    for stage, table, made in stages:
         (tmp_path / stage).mkdir()
         counts = {"completion": 4}
         arrow = pa.Table.from_pylist(made, schema=table.schema)
@@ -165,8 +278,10 @@ def test_accuracy_per_pair_of_forms_by_hand(tmp_path: Path) -> None:
             tmp_path / stage, 0, arrow, table.schema, read=counts, written=counts, dropped=None
         )
     # of four pairs of a good and a malformed one: 2 > 1, 2 > 0, 0 < 1, 0 = 0
-    shares = good_over_forms([tmp_path], ["reward"])
-    assert {case: interval.value for case, interval in shares.items()} == {("reward", "malformed"): 2.5 / 4}
+    found = accuracy_by_form([tmp_path], ["reward"])
+    assert {case: (interval.value, pairs) for case, (interval, pairs) in found.items()} == {
+        ("reward", "good", "malformed"): (2.5 / 4, 4)
+    }
 
 
 def test_the_heuristic_likes_rare_texts_of_usual_length_in_the_letters_of_their_language() -> None:
@@ -224,20 +339,20 @@ def test_differences_are_paired_over_seeds_and_prompts(tmp_path: Path) -> None:
     for seed, gain in ((0, 1.0), (1, 0.5)):
         verdicts(tmp_path / str(seed), "base", base)
         verdicts(tmp_path / str(seed), "tuned", {key: value + gain for key, value in base.items()})
-    found = pool([tmp_path / "0", tmp_path / "1"], ["tuned"], GROUPS, 200)["lab"]
+    found = pool([tmp_path / "0", tmp_path / "1"], ["tuned"], GROUPS)["lab"]
     assert found.of(("base", 1.0), "tuned").tolist() == [[0.5, *[0.0] * 5]] * 2
-    assert found.by_seed(("tuned", 1.0), ("base", 1.0), "tuned") == [1.0, 0.5]
-    # the same in every prompt: the interval is that of two seeds
-    difference, error = found.difference(("tuned", 1.0), ("base", 1.0), "da")
-    assert difference == Interval(0.75, 0.5, 1.0)
-    assert error == pytest.approx(0.25 / 2**0.5, abs=0.02)  # 200 resamples
+    assert run_tests(Comparison(arm="tuned"), Runs({"lab": found}), 0.02)[0].by_seed == [1.0, 0.5]
+    # the same in every prompt: the interval is that of two seeds, Student's t with one degree of freedom
+    difference = found.difference(("tuned", 1.0), ("base", 1.0), "da")
+    assert difference.value == 0.75
+    assert difference.high - 0.75 == pytest.approx(12.706 * 0.25, abs=1e-3)
     assert found.best("base", "en") == ("base", 1.0)
 
 
 def test_a_claim_on_too_few_prompts_is_not_resolved() -> None:
     few = pooled_of({"up": (0.5, 0.1)})
-    few = Pooled("lab", few.values[:, :, :5], few.settings, few.languages, few.metrics, few.groups, 50)
-    assert not few.difference(("up", 1.0), ("base", 1.0), "tuned")[0].known
+    few = replace(few, values=few.values[:, :, :5])
+    assert not few.difference(("up", 1.0), ("base", 1.0), "tuned").known
     assert verdicts_of(few, study_of(up=[("up", "higher")])) == {"up": OPEN}
 
 
@@ -245,7 +360,7 @@ def test_seeds_without_a_common_prompt_are_not_averaged(tmp_path: Path) -> None:
     for seed, prompt in ((0, "p"), (1, "q")):
         verdicts(tmp_path / str(seed), "base", {(prompt, "en"): 1.0})
     with pytest.raises(UserError, match="no prompt of 'lab' was evaluated in every arm under every seed"):
-        pool([tmp_path / "0", tmp_path / "1"], [], GROUPS, 50)
+        pool([tmp_path / "0", tmp_path / "1"], [], GROUPS)
 
 
 RECIPE = """

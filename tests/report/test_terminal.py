@@ -13,6 +13,7 @@ from croco.cli.main import app
 from croco.errors import notice
 from croco.report.compare import compare
 from croco.report.exports import comparison_terminal, results_terminal
+from croco.report.page import build_page
 from croco.report.render import terminal
 from croco.report.table import Table
 from croco.stages.evaluate.stats import Interval
@@ -83,6 +84,23 @@ def test_it_ends_with_a_sentence_per_arm_that_says_what_got_worse(run: Path) -> 
         "multilingual: " in text
     )
     assert text.endswith("The share in the right language rises: tuned 75 → 90 % greedy.")
+
+
+def test_it_says_what_was_lost_on_other_benchmarks(run: Path) -> None:
+    """An arm that is better on the tasks it was tuned on, worse on the one kept out, and worse before the judge."""
+    add_arena(run, num_prompts=4)
+    rows = shards.read_table(run / "results").to_dicts()
+    for row in rows:
+        if (row["arm"], row["language"], row["temperature"]) == ("multilingual", "tuned", 0.0):
+            low = {("lab-held-out-task", "difference"): -0.3, ("arena", "win-rate"): 0.3}
+            if value := low.get((row["benchmark"], row["metric"])):
+                row |= {"value": value, "ci_low": value - 0.1, "ci_high": value + 0.1}
+    write(run / "results", RESULTS, rows)
+    text = " ".join(printed(results_terminal(run)).split())
+    lost = "Task kept out of tuning: worse on tuned −30 greedy. Judged against the base: worse on tuned −20 greedy."
+    assert lost in text[text.index(" multilingual: ") :]
+    assert lost not in text[text.index(" monolingual: ") : text.index(" multilingual: ")]
+    assert f'<p class="alert">{lost}</p>' in " ".join(build_page(run).split())
 
 
 def test_long_names_fold_and_numbers_do_not(run: Path) -> None:

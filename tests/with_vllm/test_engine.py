@@ -20,7 +20,7 @@ from croco.config.runtime import Vllm
 from croco.errors import UserError
 from croco.models.chat_template import prompt_ids
 from croco.models.loading import load_policy, load_reward
-from croco.models.lora import apply_lora, save_adapter
+from croco.models.lora import apply_lora
 from croco.models.openai_server import ServerSampler
 from croco.models.protocols import Decoding, Request, ScoreRequest
 from croco.models.transformers import HFSampler, HFScorer
@@ -41,7 +41,7 @@ def make_adapter(folder: Path, size: float, hidden: int = WIDTH) -> Path:
         for name, weight in model.named_parameters():
             if "lora_B" in name:
                 weight.normal_(0, size)
-    save_adapter(model, folder)
+    model.save_pretrained(folder)
     return folder
 
 

@@ -18,7 +18,7 @@ from conftest import TinyModels, write_prompts, write_recipe
 from croco.config.arms import Lora
 from croco.config.load import load
 from croco.models.loading import load_policy
-from croco.models.lora import apply_lora, save_adapter
+from croco.models.lora import apply_lora
 from croco.models.open import open_sampler
 from croco.models.protocols import Decoding, Request
 from models.test_openai_server import (
@@ -63,7 +63,7 @@ def adapter(tiny_models: TinyModels) -> Path:
             torch.nn.init.normal_(parameter.data, std=0.3)
     folder = tiny_models.policy.parent / "train" / "monolingual" / "adapter"
     folder.parent.mkdir(parents=True)
-    save_adapter(model, folder)
+    model.save_pretrained(folder)
     return folder
 
 

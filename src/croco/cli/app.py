@@ -7,6 +7,7 @@ traceback.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -87,6 +88,9 @@ def one_sentence() -> Iterator[None]:
     except UserError as error:
         print(printable(f"croco: {error}"), file=sys.stderr)
         raise SystemExit(2) from None
+    except BrokenPipeError:  # whoever read this has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
     except KeyboardInterrupt:
         print("croco: interrupted; run the same command again to go on", file=sys.stderr)
         raise SystemExit(130) from None
@@ -118,23 +122,41 @@ def load_recipe(path: Path, overrides: list[str] | None, limit: int | None = Non
     return load(path, [*(overrides or []), *trial])
 
 
-def load_run(folder: Path, arm: str) -> Recipe:
+def load_run(folder: Path, arm: str, base: bool = False) -> Recipe:
     """The recipe of a run's folder, which has this arm."""
     if not (folder / "recipe.json").exists():
         raise UserError(f"{folder} holds no recipe.json, expected the folder of a run")
     loaded = load_recipe(folder / "recipe.json", [f'run.folder="{folder}"'])
     if loaded.study:
         raise UserError(f"{folder} is a study, expected one run: those of its seeds lie in folders of it")
-    if arm not in loaded.arms:
-        raise UserError(f"--arm {arm}: no such arm, expected one of {', '.join(loaded.arms)}")
+    arms = [*loaded.arms, *(["base"] if base else [])]
+    if arm not in arms:
+        raise UserError(f"--arm {arm}: no such arm, expected one of {', '.join(arms)}")
     return loaded
+
+
+def run_of(folder: Path, arm: str | None, base: bool = False) -> Recipe | None:
+    """The recipe of a run's folder with this arm (or the "base"); None for a folder that is no run."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    if (folder / "recipe.json").exists():
+        if arm is None:
+            raise UserError(f"{folder} is a run: expected --arm with one of its arms")
+        return load_run(folder, arm, base)
+    if arm is not None:
+        raise UserError(f"--arm {arm} is for a run, and {folder} holds no recipe.json")
+    return None
 
 
 def stage_command(name: str) -> Callable[..., None]:
     def command(
-        recipe: RecipePath, overrides: Overrides = None, arm: ArmName = None, rebuild: Rebuild = False
+        recipe: RecipePath,
+        overrides: Overrides = None,
+        arm: ArmName = None,
+        rebuild: Rebuild = False,
+        limit: Limit = None,
     ) -> None:
-        loaded = load_recipe(recipe, overrides)
+        loaded = load_recipe(recipe, overrides, limit)
         from croco.pipeline import run
 
         run.run_stage(loaded, name, arm=arm, rebuild=rebuild, say=say)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from croco.cli.app import ArmName, Overrides, Rebuild, load_run, say, stage_command
+from croco.cli.app import ArmName, Limit, Overrides, Rebuild, load_run, run_of, say, stage_command
 from croco.errors import UserError
 
 
@@ -29,18 +29,91 @@ def export(
 
 
 def merge(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
-    arm: Annotated[str, typer.Option(help="The arm whose policy to write.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(metavar="RUN|FOLDER", help="A run's folder, or that of an adapter (`croco train`)."),
+    ],
     to: Annotated[Path, typer.Option(help="A new folder.")],
+    arm: Annotated[str | None, typer.Option(help="Of a run: the arm whose policy to write.")] = None,
     license: Annotated[str, typer.Option(help="The licence field of the model card.")] = "unknown",
 ) -> None:
-    """Merge an arm's adapter into its base: a model folder with a card, proven to be base + adapter."""
-    loaded = load_run(folder, arm)
+    """Merge an adapter into its base: a model folder with a card, proven to be base + adapter."""
+    loaded = run_of(folder, arm)
     from croco.pipeline import run
     from croco.stages.train.merge import merge as write
+    from croco.stages.train.merge import merge_adapter
 
+    if loaded is None:
+        merge_adapter(folder, to, license, say)
+        return
     run.set_threads(loaded.runtime)
-    write(loaded, arm, to, license, say)
+    write(loaded, str(arm), to, license, say)
+
+
+def chat(
+    folder: Annotated[
+        Path, typer.Argument(metavar="RUN|FOLDER", help="A run's folder, or that of a model or an adapter.")
+    ],
+    arm: Annotated[
+        str | None, typer.Option(help="Of a run: whose policy to talk to; 'base' is the untuned one.")
+    ] = None,
+    language: Annotated[
+        str | None, typer.Option(help="Of a run: add policy.instruction of this language.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
+    temperature: Annotated[float, typer.Option(min=0, max=10, help="0 is greedy.")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 512,
+) -> None:
+    """Talk to a policy: a line in, its completion out; a pipe gets one completion a line."""
+    loaded = run_of(folder, arm, base=True)
+    from croco.models.chat import chat as talk
+    from croco.models.open import policy_of, tuned_weights
+
+    if loaded is None:
+        policy, adapter = policy_of(folder)
+        if language is not None:
+            raise UserError(f"--language {language} is for a run, whose recipe has instructions")
+    else:
+        policy = loaded.policy
+        adapter = None if arm == "base" else tuned_weights(loaded.folder / "train" / str(arm))
+        if adapter is not None and (adapter / "config.json").is_file():
+            policy, adapter = policy.model_copy(update={"model": str(adapter), "revision": None}), None
+        elif adapter is not None and not adapter.is_dir():
+            raise UserError(f"{adapter.parent} holds no tuned policy: run `croco run` first")
+        if language is not None and language not in policy.instruction:
+            raise UserError(f"--language {language}: policy.instruction has nothing for '{language}'")
+    talk(
+        policy,
+        adapter,
+        device=loaded.runtime.device if loaded else "auto",
+        language=language,
+        system=system,
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+    )
+
+
+def push(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FOLDER", help="Of an adapter, of a model (`croco merge`), or of pairs (`croco export`)."
+        ),
+    ],
+    to: Annotated[
+        str, typer.Option(metavar="OWNER/NAME", help="The repository; it is made if it is not there.")
+    ],
+    public: Annotated[bool, typer.Option("--public", help="For all to see; private else.")] = False,
+    update: Annotated[bool, typer.Option("--update", help="Replace the files that it has.")] = False,
+    base: Annotated[
+        str | None,
+        typer.Option(help="Of an adapter whose base is a folder here: the base's name on the hub."),
+    ] = None,
+) -> None:
+    """Put an adapter, a model or pairs on the hub, with the card; the key is HF_TOKEN of the environment."""
+    from croco.cli.push import push as write
+
+    write(folder, to, public, update, base, say)
 
 
 def fetch(
@@ -97,6 +170,7 @@ def score(
     overrides: Overrides = None,
     arm: ArmName = None,
     rebuild: Rebuild = False,
+    limit: Limit = None,
     diagnose: Annotated[
         bool, typer.Option("--diagnose", help="Measure how reward models rank the pairs of files.")
     ] = False,
@@ -115,10 +189,12 @@ def score(
             raise UserError(
                 "croco score takes one recipe; FILE..., --reward, --to and --language go with --diagnose"
             )
-        stage_command("score")(paths[0], overrides, arm, rebuild)
+        stage_command("score")(paths[0], overrides, arm, rebuild, limit)
         return
-    if arm or rebuild:
-        raise UserError("croco score --diagnose reads files of pairs: --arm and --rebuild go with a recipe")
+    if arm or rebuild or limit:
+        raise UserError(
+            "croco score --diagnose reads files of pairs: --arm, --rebuild and --limit go with a recipe"
+        )
     if to is None:
         raise UserError("croco score --diagnose: expected --to FOLDER")
     from croco.stages.diagnose import diagnose as ranking
@@ -145,13 +221,22 @@ def train(
     ] = None,
     language: Annotated[str | None, typer.Option(help="With pairs: where no column says it.")] = None,
     license: Annotated[str, typer.Option(help="With pairs: the licence field of the card.")] = "unknown",
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            "--limit",
+            min=1,
+            metavar="N",
+            help="A trial: the first N pairs, or the first N prompts of a recipe.",
+        ),
+    ] = None,
 ) -> None:
     """Tune an arm of a recipe, or (with --model and --to) a model on any preference pairs."""
     if len(sources) == 1 and (sources[0].suffix == ".toml" or sources[0].name == "recipe.json"):
         given = {"--model": model, "--to": to, "--column": column, "--language": language}
         if wrong := [name for name, value in given.items() if value]:
             raise UserError(f"{', '.join(wrong)}: for files of pairs, and {sources[0]} is a recipe")
-        stage_command("train")(sources[0], overrides, arm, rebuild)
+        stage_command("train")(sources[0], overrides, arm, rebuild, limit)
         return
     if arm is not None:
         raise UserError("--arm is for a recipe (.toml), and these are files of pairs")
@@ -159,4 +244,4 @@ def train(
         raise UserError(f"{sources[0]} is no recipe (.toml): pairs need --model MODEL and --to FOLDER")
     from croco.stages.train.from_files import train_on_files
 
-    train_on_files(sources, model, to, column or [], language, overrides or [], license, say, rebuild)
+    train_on_files(sources, model, to, column or [], language, overrides or [], license, say, rebuild, limit)

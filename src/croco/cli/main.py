@@ -24,7 +24,7 @@ from croco.cli.app import (  # fmt: skip
     say,
     stage_command,
 )
-from croco.cli.files import export, fetch, merge, pairs, score, train
+from croco.cli.files import chat, export, fetch, merge, pairs, push, score, train
 from croco.errors import UserError
 
 # one command per stage; a test holds these against pipeline.STAGES, which is not imported to show a help page
@@ -42,7 +42,7 @@ STAGE_COMMANDS = {
     "euroeval": "Let EuroEval evaluate an arm's policy, if the recipe says so.",
     "arena-prompts": "Read and check the arena's own prompts, if the recipe has them.",
     "arena-sample": "Let an arm's policy answer the arena's prompts, where `evaluate` has not done so already.",
-    "arena": "Let a judge compare an arm's completions with the base's, in both orders.",
+    "arena": "Let a judge compare an arm's completions with the base's.",
     "results": "Aggregate verdicts, with intervals.",
 }
 
@@ -171,7 +171,7 @@ def compare(
     command.show_comparison(first, second)
 
 
-for _command in (export, fetch, merge, pairs):
+for _command in (chat, export, fetch, merge, pairs, push):
     app.command()(_command)
 
 

@@ -180,7 +180,8 @@ def _evaluated(recipe: Recipe, totals: Totals, test: int | None) -> Iterator[str
             limit = totals.draw("arena-sample", recipe.policy, engine, drawn, most)
             yield f"arena-sample: {drawn:,} completions, at most {limit:,} tokens"
         if recipe.judge and recipe.arena.judge == "model":
-            verdicts = 2 * (asked or 0) * num_arms * recipe.judge.max_new_tokens
+            orders = 2 if recipe.arena.orders == "both" else 1
+            verdicts = orders * (asked or 0) * num_arms * recipe.judge.max_new_tokens
             totals.loads.append(
                 Load("arena", "generate", recipe.judge, verdicts, recipe.runtime.engines.judge)
             )
@@ -270,11 +271,12 @@ def _comparisons(recipe: Recipe, arena: Arena, prompts: int | None) -> str:
     model = recipe.judge if arena.judge == "model" else None
     judge = model.model if model else "the lab"
     count = "prompts" if prompts is None else f"{prompts:,} prompts"
-    judgements = 2 * (prompts or 0) * num_arms
+    orders, shown = (2, "both orders") if arena.orders == "both" else (1, "one order")
+    judgements = orders * (prompts or 0) * num_arms
     asked = "" if prompts is None else f": at most {judgements:,} judgements"
     if model and judgements:
         asked += f" of at most {judgements * model.max_new_tokens:,} tokens"
-    return f"arena: {count} in {len(languages)} languages, {num_arms} arms, both orders, by {judge}{asked}"
+    return f"arena: {count} in {len(languages)} languages, {num_arms} arms, {shown}, by {judge}{asked}"
 
 
 def _num_prompts(

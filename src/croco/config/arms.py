@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_serializer, field_validator, model_validator
+from pydantic import Field, field_serializer, field_validator, model_serializer, model_validator
 
 from croco.config.models import Causal, Model
 from croco.config.rules import CALIBRATIONS, PROMPTS, parse_chosen, parse_rejected
@@ -214,6 +214,8 @@ class Training(Section):
 
     method: Literal["dpo", "sft"] = "dpo"
     """Preference tuning, or the likelihood of the chosen completions."""
+    sft_on: Literal["completion", "assistant", "conversation"] = "completion"
+    """The tokens that method "sft" learns: the completion's, those of every turn of the assistant, or all."""
     loss: Literal["sigmoid", "ipo", "hinge", "robust", "apo_zero", "simpo", "sigmoid_norm"] = "sigmoid"
     """Of method "dpo"."""
     beta: AboveZero = 0.1
@@ -238,6 +240,8 @@ class Training(Section):
     """A longer pair goes to the ledger, or its completions lose their ends (counted)."""
     warmup_ratio: Share = 0.05
     """Of the steps, over which the learning rate rises."""
+    warmup_rounding: Literal["down", "up"] = "down"
+    """To whole steps; rounded up, as transformers does it, a run of one step learns nothing."""
     weight_decay: NotNegative = 0.01
     """Of AdamW."""
     scheduler: Literal["cosine", "linear", "constant"] = "cosine"
@@ -252,6 +256,12 @@ class Training(Section):
     """When tuning stops by itself."""
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.02
     """Of the prompts, held out: the sentinel watches them, and the best checkpoint is chosen on them."""
+
+    @model_serializer(mode="wrap")
+    def _as_ever(self, serialized: Any) -> dict[str, Any]:
+        """Without the defaults of keys that the fingerprints of earlier versions did not have."""
+        later = {"sft_on": "completion", "warmup_rounding": "down"}
+        return {name: value for name, value in serialized(self).items() if later.get(name) != value}
 
 
 class Arm(Origin, Contrast):

@@ -153,12 +153,19 @@ def _check_study(recipe: Recipe) -> None:
     arms, run = (BASE, *recipe.evaluated_arms), recipe.run
     if recipe.study.transfer and recipe.prompts.source != "lab":
         raise ValueError("study.transfer needs verified completions: expected prompts.source = 'lab'")
+    for name in recipe.study.settings:
+        if name not in (*recipe.arms, *recipe.sweep):
+            raise ValueError(f"study.settings.{name}: no such arm and no such sweep")
     for name, claim in recipe.study.claims.items():
         for number, test in enumerate(claim.tests, start=1):
             where = f"study.claims.{name}, test {number}"
-            for arm in (test.arm, test.than):
-                if arm not in arms:
-                    raise ValueError(f"{where}: '{arm}' is not evaluated, expected one of {', '.join(arms)}")
+            known = tuple(recipe.sweep) if test.at_equal else arms
+            for arm in (test.arm, test.than, *(test.beyond or ())):
+                if arm not in known:
+                    what = "is no sweep" if test.at_equal else "is not evaluated"
+                    raise ValueError(f"{where}: '{arm}' {what}, expected one of {', '.join(known) or 'none'}")
+            if test.at_equal == "kl" and not recipe.evaluation.kl:
+                raise ValueError(f"{where}: at_equal = 'kl' needs evaluation.kl = true")
             for scope in test.on:
                 if scope not in (*GROUPS, *run.evaluated):
                     raise ValueError(
@@ -211,6 +218,10 @@ def _check_lab_languages(recipe: Recipe) -> None:
 
 def _check_test_prompts(recipe: Recipe) -> None:
     tuning, test = recipe.prompts, recipe.evaluation
+    if test.kl and 1.0 not in test.temperatures:
+        raise ValueError(
+            "evaluation.kl is of completions at temperature 1, which evaluation.temperatures lacks"
+        )
     if _same_rows(tuning, test):
         raise ValueError(f"evaluation.source is '{test.source}', the prompts tuned on: expected others")
     for key, section in (("prompts", tuning), ("evaluation", test)):

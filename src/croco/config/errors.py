@@ -1,7 +1,4 @@
-"""One sentence for a recipe that does not validate: the key, what was found, what was expected.
-
-Pydantic's own messages list every branch of every type; a person wants the first mistake and the nearest known key.
-"""
+"""One sentence for a recipe that does not validate: the first mistake, and the nearest known key."""
 
 from __future__ import annotations
 
@@ -58,8 +55,7 @@ def sentence(error: ValidationError, root: type[BaseModel]) -> str:
 
 def shown(value: Any) -> str:
     """A value as the recipe would write it, cut to 60 characters."""
-    text = {True: "true", False: "false"}.get(value) if isinstance(value, bool) else repr(value)
-    assert text is not None
+    text = str(value).lower() if isinstance(value, bool) else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 

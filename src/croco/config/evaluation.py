@@ -6,9 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from croco import languages
-from croco.config.runtime import Positive, Section
-from croco.errors import UserError
+from croco.config.runtime import Language, Positive, Section
 
 LANGUAGE = "{language}"
 Strings = Annotated[tuple[str, ...], Field(strict=False)]
@@ -36,7 +34,7 @@ class Source(Section):
     """The column that names a prompt, the same in all languages."""
     language_column: str = "language"
     """The column with the language's code."""
-    language: str | None = None
+    language: Language | None = None
     """Of all rows that say none."""
     system: str | None = None
     """A system prompt for conversations that have none."""
@@ -46,14 +44,6 @@ class Source(Section):
         default_factory=dict
     )
     """Our names for columns, and those of the file where they differ."""
-
-    @field_validator("language")
-    @classmethod
-    def _check_code(cls, value: str | None) -> str | None:
-        try:
-            return None if value is None else languages.check(value)
-        except UserError as error:
-            raise ValueError(str(error)) from None
 
     @property
     def by_language(self) -> bool:
@@ -74,7 +64,7 @@ class Source(Section):
 
 
 class Arena(Source):
-    """Every arm's greedy completions against the base's, before a judge."""
+    """Every arm's completions against the base's, before a judge."""
 
     judge: Literal["model", "lab"] = "model"
     """The model of [judge], or the lab's program."""
@@ -86,6 +76,10 @@ class Arena(Source):
     """Of those that are evaluated; none named is all of them."""
     max_new_tokens: Positive | None = None
     """Of a completion; null is evaluation.max_new_tokens."""
+    temperature: Annotated[float, Field(ge=0, le=10)] = 0.0
+    """At which all are answered; 0 is greedy."""
+    orders: Literal["both", "one"] = "both"
+    """Each comparison judged twice, with either completion first, or once, in an order that its prompt decides."""
 
 
 # EuroEval -------------------------------------------------------------------------------------------------------------

@@ -8,9 +8,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field, field_validator
 
-from croco import languages
-from croco.config.runtime import Positive, Section
-from croco.errors import UserError
+from croco.config.runtime import Language, Positive, Section
 
 VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -62,24 +60,14 @@ class Policy(Causal):
     """The model that is tuned."""
     quantization: Literal["nf4"] | None = None
     """Adapters are tuned on weights in four bits (QLoRA, the extra `gpu`); sampling and merging take the whole ones."""
-    instruction: dict[str, str] = Field(default_factory=dict)
+    instruction: dict[Language, str] = Field(default_factory=dict)
     """Per language, appended to the last user turn after a blank line."""
-
-    @field_validator("instruction")
-    @classmethod
-    def _check_codes(cls, value: dict[str, str]) -> dict[str, str]:
-        for code in value:
-            try:
-                languages.check(code)
-            except UserError as error:
-                raise ValueError(str(error)) from None
-        return value
 
 
 class Translate(Causal):
     """Prompts are read in one language and translated into the others; without this section they are there already."""
 
-    source: str = "en"
+    source: Language = "en"
     """The language that [prompts] is read in."""
     evaluation: bool = False
     """The prompts of [evaluation] are translated likewise."""
@@ -93,14 +81,6 @@ class Translate(Causal):
     """Translated characters per character, at least; for Chinese or Japanese another value is right."""
     max_length_ratio: Annotated[float, Field(gt=0)] = 2.5
     """At most."""
-
-    @field_validator("source")
-    @classmethod
-    def _check_code(cls, value: str) -> str:
-        try:
-            return languages.check(value)
-        except UserError as error:
-            raise ValueError(str(error)) from None
 
 
 class RewardPart(Model):
@@ -161,3 +141,5 @@ class Judge(Causal):
     """Of its sampling; 0 is greedy."""
     max_new_tokens: Positive = 1024
     """Of a verdict."""
+    labels: Literal["words", "brackets"] = "words"
+    """How it is asked to end: "Verdict: 1", or "[[1]]", "[[2]]" or "[[T]]"; either is read."""

@@ -1,9 +1,7 @@
 """The recipe: one experiment, as frozen and strict records; `load.py` reads it, `checks.py` compares its sections.
 
-Strict, because a misspelt key that is ignored costs a GPU week: an unknown key is an error that names the nearest known
-one, a wrong type or value an error that names file and key. The text under a key is its line in the recipe reference
-and what an editor shows. Functions below a stage take plain arguments, never the recipe.
-"""
+Strict, because a misspelt key that is ignored costs a GPU week. The text under a key is its line in the recipe
+reference and what an editor shows."""
 
 from __future__ import annotations
 
@@ -13,16 +11,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from croco import languages
-from croco.config.arms import Alignment, Arm, Completions, Guards, Name, Strings, Sweep, Training
+from croco.config.arms import Alignment, Arm, Completions, Guards, Name, Sweep, Training
 from croco.config.evaluation import Arena, EuroEval, Source
 from croco.config.models import Judge, Policy, Reward, Translate
-from croco.config.runtime import Positive, Runtime, Section, Seed
+from croco.config.runtime import Language, Positive, Runtime, Section, Seed
 from croco.config.study import Study
-from croco.errors import UserError
 
 NAME_BYTES = 255  # of a file or folder
 PATH_BYTES = 3500  # of a run's folder: the system takes 4,096 with what lies in it
+Languages = Annotated[tuple[Language, ...], Field(strict=False)]
 Temperature = Annotated[float, Field(ge=0, le=10)]
 # TOML has arrays, the frozen record has tuples
 Temperatures = Annotated[tuple[Temperature, ...], Field(strict=False)]
@@ -37,11 +34,11 @@ class Run(Section):
     """Where everything is written; "" is runs/NAME."""
     seed: Seed = 0
     """Every seed of the run derives from it."""
-    languages: Strings = Field(min_length=1)
+    languages: Languages = Field(min_length=1)
     """Tuned, and evaluated."""
-    low_resource_languages: Strings = ()
+    low_resource_languages: Languages = ()
     """Evaluated only; a group of their own in the tables."""
-    held_out_languages: Strings = ()
+    held_out_languages: Languages = ()
     """Evaluated only, likewise."""
 
     @property
@@ -52,10 +49,6 @@ class Run(Section):
     @model_validator(mode="after")
     def _check_languages(self) -> Run:
         for code in self.evaluated:
-            try:
-                languages.check(code)
-            except UserError as error:
-                raise ValueError(str(error)) from None
             if self.evaluated.count(code) > 1:
                 raise ValueError(
                     f"'{code}' appears twice in languages, low_resource_languages and held_out_languages"
@@ -121,6 +114,8 @@ class Evaluation(Source):
     that of [reward], and for the lab's prompts the lab's program."""
     bootstrap: Annotated[int, Field(gt=0, le=100_000)] = 2000
     """Resamples of an interval."""
+    kl: bool = False
+    """Measure how far every arm went from the base: KL, of its completions at temperature 1."""
 
 
 class Recipe(Section):

@@ -1,9 +1,6 @@
 """The words in which a recipe says how a pair is chosen: selection rules, pools, calibrations.
 
-A rule names a target score; the completion nearest to it is picked. It is plain text so that a table's metadata, a
-command line and a recipe say it alike. A new rule is a new line in FORMS. The recipe reads this file, so it imports
-nothing heavy.
-"""
+A rule names a target score; the completion nearest to it is picked. A new rule is a new line in FORMS."""
 
 from __future__ import annotations
 
@@ -37,8 +34,7 @@ class Form:
     """One kind of rule: how it is written, for which sides, and the score it aims at in every pool.
 
     `target` takes the pools, the amount and the chosen scores (P,); a rule without one picks no completion of the pool.
-    A rule written without a number has the `default` amount.
-    """
+    `default` is the amount of a rule written without a number."""
 
     written: str
     pattern: str
@@ -105,8 +101,7 @@ def _parse(text: str, side: str) -> Rule:
 
 def check_groups(pool: str | Mapping[str, Sequence[str]], languages: Sequence[str]) -> dict[str, str]:
     """The group of each language that is in one; raises UserError for an unknown pool, an empty group, a language in
-    two groups, and a group named like a language that is in none.
-    """
+    two groups, and a group named like a language that is in none."""
     if isinstance(pool, str):
         if pool not in ("all", "language"):
             raise UserError(

@@ -8,6 +8,9 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, model_validator
 
+from croco import languages
+from croco.errors import UserError
+
 Positive = Annotated[int, Field(gt=0, le=10**8)]
 Count = Annotated[int, Field(gt=0, le=4096)]  # of processes, threads, GPUs
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -17,36 +20,31 @@ EngineName = Literal[
 ]  # "auto": vLLM on a GPU where it is, else transformers
 
 
-def _check_replicas(value: Any) -> Any:
-    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and 0 < value <= 4096):
-        return value
-    raise ValueError(f"found {value!r}, expected a number of workers (at most 4096) or 'auto'")
+def _or_auto(kind: type[int], most: int, expected: str) -> PlainValidator:
+    """A number from 1 to `most` (or a truth value), or "auto"; one message for all that it is not."""
+
+    def check(value: Any) -> Any:
+        number = isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most
+        if value == "auto" or (isinstance(value, bool) if kind is bool else number):
+            return value
+        raise ValueError(f"found {value!r}, expected {expected} or 'auto'")
+
+    return PlainValidator(check, json_schema_input_type=kind | Literal["auto"])
 
 
-Replicas = Annotated[
-    int | Literal["auto"],
-    PlainValidator(_check_replicas, json_schema_input_type=int | Literal["auto"]),
-]
+Replicas = Annotated[int | Literal["auto"], _or_auto(int, 4096, "a number of workers (at most 4096)")]
+Tokens = Annotated[int | Literal["auto"], _or_auto(int, 10**8, "a number of tokens")]
+Switch = Annotated[bool | Literal["auto"], _or_auto(bool, 1, "true, false")]
 
 
-def _check_tokens(value: Any) -> Any:
-    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and 0 < value <= 10**8):
-        return value
-    raise ValueError(f"found {value!r}, expected a number of tokens or 'auto'")
+def _check_language(code: str) -> str:
+    try:
+        return languages.check(code)
+    except UserError as error:
+        raise ValueError(str(error)) from None
 
 
-def _check_switch(value: Any) -> Any:
-    if value == "auto" or isinstance(value, bool):
-        return value
-    raise ValueError(f"found {value!r}, expected true, false or 'auto'")
-
-
-Tokens = Annotated[
-    int | Literal["auto"], PlainValidator(_check_tokens, json_schema_input_type=int | Literal["auto"])
-]
-Switch = Annotated[
-    bool | Literal["auto"], PlainValidator(_check_switch, json_schema_input_type=bool | Literal["auto"])
-]
+Language = Annotated[str, AfterValidator(_check_language)]
 
 
 def _check_address(url: str) -> str:

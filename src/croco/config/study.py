@@ -17,11 +17,17 @@ class Comparison(Section):
     """One arm beside another, on some languages: the difference that a claim speaks of."""
 
     arm: Name
-    """The arm that is looked at."""
+    """The arm that is looked at; with `at_equal` a sweep."""
     than: Name = BASE
-    """What it is compared with."""
+    """What it is compared with; with `at_equal` a sweep."""
     at_best: bool = False
     """`than` at its best temperature, on these very prompts; the base's headline is."""
+    at_equal: Name | None = None
+    """"kl" or a benchmark: both sweeps, each with the base, as curves over it, at the highest that both reach."""
+    beyond: Annotated[tuple[Name, ...], Field(strict=False, min_length=2, max_length=2)] | None = None
+    """Two more arms, whose difference is subtracted: does the first difference go beyond it (an interaction)?"""
+    share: Annotated[float, Field(gt=0)] = 1.0
+    """Of the gain of `than` over the base, that `arm` is to reach."""
     on: Annotated[tuple[str, ...], Field(strict=False)] = ("tuned",)
     """Groups or languages, each a test of its own."""
     temperatures: Annotated[tuple[float, ...], Field(strict=False)] = ()
@@ -34,6 +40,12 @@ class Comparison(Section):
     """What the claim says of the difference."""
     margin: Annotated[float, Field(ge=0)] = 0.0
     """In the metric's own units."""
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Comparison:
+        if sum((self.at_best, self.at_equal is not None, self.beyond is not None, self.share != 1)) > 1:
+            raise ValueError("expected only one of at_best, at_equal, beyond and share in a comparison")
+        return self
 
 
 class Claim(Section):
@@ -75,6 +87,8 @@ class Study(Section):
     """Differences within ± this are of no interest."""
     claims: dict[Name, Claim] = Field(default_factory=dict)
     """By name, in the page's order."""
+    settings: dict[Name, str] = Field(default_factory=dict)
+    """Of an arm or a sweep: when its settings were chosen, and on what."""
     introduction: str = ""
     """The page's first paragraph."""
     remarks: dict[str, str] = Field(default_factory=dict)

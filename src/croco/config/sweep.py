@@ -1,7 +1,4 @@
-"""Ways of writing arms: `rounds` and `[sweep]` become ordinary arms before a recipe is checked; no stage knows of them.
-
-Nested values of a recipe in, nested values out; what is wrong with an arm, its own checks say.
-"""
+"""Ways of writing arms: `rounds` and `[sweep]` become ordinary arms before a recipe is checked."""
 
 from __future__ import annotations
 

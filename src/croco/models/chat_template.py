@@ -1,15 +1,9 @@
 """The one place where a chat template is applied, so that the ids sampled are the ids scored and trained on.
 
-Two views of a conversation. The policy sees its own template, the language's instruction (if the recipe has one)
-appended to the last user turn, and the opening of the assistant's turn; training reads exactly that prompt again. The
-reward model sees the conversation as the user wrote it, without the instruction, through *its* template: it judges the
-completion, not how it was asked for.
-
-Special tokens come from the template only. A token's name that stands in a message or completion is text that somebody
-wrote, and is tokenised as text: it opens no turn and ends none.
-
-Leaves out tools and documents: the tables keep messages as text.
-"""
+The policy sees its own template, the language's instruction in the last user turn, and the opening of the assistant's
+turn; training reads exactly that prompt again. The reward model sees the conversation as the user wrote it, through
+*its* template. Special tokens come from the template only: a token's name in a message is text, and is tokenised as
+text. Leaves out tools and documents."""
 
 import json
 import re
@@ -19,7 +13,7 @@ from typing import Any
 
 from jinja2.exceptions import TemplateError
 
-from croco.errors import Refused, UserError, printable
+from croco.errors import Refused, UserError, one_line, printable
 from croco.models.protocols import Request
 from croco.models.sandbox import render
 
@@ -46,8 +40,8 @@ def with_instruction(messages: Messages, instruction: str | None) -> list[dict[s
 
 
 def prompt_ids(tokenizer: Any, messages: Messages, instruction: str | None = None) -> list[int]:
-    """Token ids of a policy's prompt, the assistant's turn opened; special tokens come from the template only (no
-    double BOS). Raises UserError when the template is missing or refuses the messages."""
+    """Token ids of a policy's prompt, the assistant's turn opened. Raises UserError when the template is missing or
+    refuses the messages."""
     turns = with_instruction(messages, instruction)
     return _encoded(tokenizer, _render(tokenizer, [turns], opened=True))[0]
 
@@ -60,10 +54,9 @@ def text_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
 def completions_ids(tokenizer: Any, messages: Messages, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of completions that are known as text, without the end of the turn.
 
-    They are what the template makes of them as assistant's turns, behind the prompt: an empty block of thoughts may be
-    added (Qwen3), a space (Mistral) or white space stripped (Gemma, Llama 3). A text that the template leaves as it
-    is, refuses, or writes behind another prompt is tokenised alone.
-    """
+    They are what the template makes of them behind the prompt: an empty block of thoughts may be added (Qwen3), a space
+    (Mistral) or white space stripped (Gemma, Llama 3). A text that the template leaves as it is, refuses, or writes
+    behind another prompt is tokenised alone."""
     closing = _closing(
         tokenizer, tuple(message["role"] for message in messages), str(tokenizer.chat_template)
     )
@@ -151,10 +144,8 @@ def end_ids(tokenizer: Any, generation_config: Any) -> set[int]:
 
 
 def end_id(tokenizer: Any, generation_config: Any) -> int:
-    """The one end token that closes an assistant turn in training: the template's own, else the tokenizer's.
-
-    Sampling stops at any of `end_ids`; a model may list several (Qwen3 lists <|im_end|> and <|endoftext|>), and the
-    tables do not say which one was drawn, so training and likelihood agree on this one.
+    """The end token that closes an assistant turn in training: the template's own, else the tokenizer's. Sampling stops
+    at any of `end_ids` (Qwen3 has two), and the tables do not say which, so training and likelihood agree on this one.
     """
     ends = end_ids(tokenizer, generation_config)
     rendered = conversation_ids(tokenizer, [{"role": "user", "content": "x"}], "x")
@@ -165,8 +156,8 @@ def end_id(tokenizer: Any, generation_config: Any) -> int:
 
 
 def check_markup(tokenizer: Any, conversations: Sequence[Messages]) -> None:
-    """Raise UserError when most conversations have a turn that begins with a special token: another tool has put the
-    chat template around their texts already."""
+    """Raise UserError when most conversations have a turn that begins with a special token: another tool has put a chat
+    template around their texts already."""
     names = _special_names(tokenizer, str(tokenizer.chat_template))
     marked = [
         message["content"]
@@ -195,8 +186,8 @@ def check_prefix(tokenizer: Any, prompt: Sequence[int], conversation: Sequence[i
 
 
 def _render(tokenizer: Any, conversations: Sequence[list[dict[str, str]]], opened: bool) -> list[str]:
-    """Each conversation as the template writes it, special tokens in its texts broken; with the assistant's turn
-    `opened`."""
+    """Each conversation as the template writes it, special tokens in its texts broken, the assistant's turn `opened` or
+    not."""
     if not all(conversations):
         raise UserError(f"{_name(tokenizer)}: found a conversation without messages, expected at least one")
     if not getattr(tokenizer, "chat_template", None):
@@ -210,12 +201,12 @@ def _render(tokenizer: Any, conversations: Sequence[list[dict[str, str]]], opene
     try:
         return _apply(tokenizer, turns, opened)
     except Exception as error:  # a template is a program: it may raise anything
-        reason = printable(str(error).splitlines()[0] if str(error) else type(error).__name__)
+        reason = printable(one_line(error, 300))
         if type(error) is TemplateError:  # raise_exception; everything else is a fault of the template
             roles = _roles(conversations[0])
-            raise Refused(f"refused by the chat template: {reason[:300]} (roles {roles})") from error
+            raise Refused(f"refused by the chat template: {reason} (roles {roles})") from error
         raise UserError(
-            f"{_name(tokenizer)}: the chat template refuses the conversation ({reason[:300]}); "
+            f"{_name(tokenizer)}: the chat template refuses the conversation ({reason}); "
             f"roles {_roles(conversations[0])}"
         ) from error
 
@@ -240,8 +231,8 @@ def _broken(tokenizer: Any, text: Any) -> Any:
 
 @lru_cache(maxsize=16)
 def _special_names(tokenizer: Any, template: str) -> re.Pattern[str] | None:
-    """What matches the names of special tokens, and of the other added tokens that open and close a user's turn; but
-    for those that the template itself looks for in a message, as Qwen's does for </think>."""
+    """What matches the names of special tokens, and of other added tokens around a user's turn; but for those that the
+    template itself looks for in a message, as Qwen's does for </think>."""
     try:
         (turn,) = _apply(tokenizer, [[{"role": "user", "content": "x"}]], False)
     except Exception:  # noqa: BLE001 (it is said when a prompt meets it)

@@ -1,19 +1,13 @@
-"""Sampling N continuations of many prompts in one batch, each prompt computed once.
+"""Sampling N continuations of many prompts in one batch, each prompt computed and stored once.
 
-`model.generate` computes the prompt once per continuation, copies its keys N times, and goes on until the longest row
-of the batch ends. Here a prompt is prefilled once and its keys are stored once; its continuations decode as rows of one
-batch together with those of other prompts; a row that ends gives its slot to a waiting one. The number of rows follows
-from a token budget; on running out of memory the budget is halved and what was not finished starts again, with the
-same seeds, so nothing is dropped or changed.
-
-Exact for decoder-only models with full or sliding-window attention over rotary or no positions. `support` says for
-which, `proofs` tries it on the model at hand; others are sampled by `plain_decoder`, which is slow and obvious.
-
-Leaves out preemption: a row's whole length is reserved when it enters. (vLLM pages memory; on a GPU, use it.)
+Continuations decode as rows of one batch together with those of other prompts; a row that ends gives its slot to a
+waiting one. The number of rows follows from a token budget; on running out of memory it is halved and what was not
+finished starts again with the same seeds. Exact for decoder-only models with full or sliding-window attention over
+rotary or no positions (`support`, tried by `proofs`); others are sampled by `plain_decoder`. Leaves out preemption: a
+row's whole length is reserved when it enters.
 
 Shapes: R rows (slots), G prompts in the store, N most rows of one prompt, H key-value heads, P prompt tokens, C own
-tokens, D head dimension, V vocabulary.
-"""
+tokens, D head dimension, V vocabulary."""
 
 from collections import deque
 from collections.abc import Iterator, Sequence

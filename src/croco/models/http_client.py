@@ -1,14 +1,9 @@
 """The one HTTP client: many requests at once, each repeated until it gets a proper answer, each counted.
 
-A long run meets every fault a network has: dropped connections, servers that restart, limits, answers cut in half. What
-may pass by itself is asked again after a growing, jittered wait (or what the server asked for); what may not (a bad
-request, a key that is refused) stops everything at once. Nothing is remembered between calls: an answer is used once.
-
-A server is not trusted. No redirect is followed, so the key goes to the recipe's address only; a loopback address is
-never reached through a proxy; an answer has a greatest size; a key that an answer repeats is taken out of it.
-
-Leaves out streaming and what the answers mean. The only file that imports httpx2.
-"""
+What may pass by itself (dropped connections, restarts, limits, half an answer) is asked again after a growing, jittered
+wait, or the one the server asked for; what may not (a bad request, a refused key) stops everything. A server is not
+trusted: no redirect is followed, so the key goes to the recipe's address only; a loopback address is never reached
+through a proxy; an answer has a greatest size; a key that an answer repeats is taken out of it."""
 
 from __future__ import annotations
 
@@ -47,11 +42,7 @@ REDACTED = "[the key]"
 @dataclass(frozen=True)
 class Call(Generic[T]):
     """One request: its body (None for a GET), and what reads the decoded answer; a ValueError of `read` means: ask
-    again.
-
-    `refused` makes an answer of what the server says when it refuses a request that it would always refuse, or None
-    where that ends everything.
-    """
+    again. `refused` makes an answer of a refusal that would always come, or None where that ends everything."""
 
     key: Any
     url: str
@@ -74,10 +65,8 @@ class HttpClient:
     """Calls to one server. `counts` has requests, retries and seconds, and whatever tokens its user adds."""
 
     def __init__(self, server: Server, place: str, gone: Callable[[], str | None] = lambda: None) -> None:
-        """`place` is the recipe's key, for errors; `gone` says why the server will not come back, if that is known.
-
-        Raises UserError when the key's variable is not set.
-        """
+        """`place` is the recipe's key, for errors; `gone` says why the server will not come back, if it knows. Raises
+        UserError when the key's variable is not set."""
         self.gone = gone
         self.server, self.place, self.url = server, place, server.url.rstrip("/")
         self.key = _key(server.key_variable, place)
@@ -90,10 +79,8 @@ class HttpClient:
     def ask(
         self, calls: Iterable[Call[T]], retries: int | None = None, at_once: int | None = None
     ) -> Iterator[tuple[Any, T]]:
-        """Yield (key, what was read) as answers come, `at_once` requests (else `concurrency`) being open.
-
-        Raises UserError, after those that came, when a call is refused or gets no proper answer in `retries` + 1
-        attempts.
+        """Yield (key, what was read) as answers come, `at_once` requests (else `concurrency`) being open. Raises
+        UserError, after those that came, for a call that is refused or gets no proper answer in `retries` + 1 attempts.
         """
         answers: SimpleQueue[tuple[Any, T] | None] = SimpleQueue()
         retries = self.server.retries if retries is None else retries

@@ -1,7 +1,5 @@
-"""A judge: any model that can be sampled. What to ask and how to read the verdict is the caller's.
-
-A conversation that does not fit, or that a server refuses, gets the reason in place of a verdict.
-"""
+"""A judge: any model that can be sampled. A conversation that does not fit, or is refused, gets the reason for a
+verdict."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any

@@ -1,9 +1,7 @@
 """Loading models and tokenizers of transformers, strictly.
 
 A directory that is no model, weights that do not fit the architecture or the memory, an adapter of another base, or a
-reward model with another number of logits than one is a UserError before anything runs. Leaves out several devices and
-quantisation.
-"""
+reward model of several logits is a UserError before anything runs. Leaves out several devices."""
 
 import json
 import logging
@@ -16,8 +14,8 @@ from typing import Any
 
 import torch
 
-from croco.config.models import Model, Template
-from croco.errors import UserError
+from croco.config.models import Causal, Model, Template
+from croco.errors import UserError, one_line
 from croco.models.memory import out_of_memory
 from croco.models.model_files import check_weights, context_of, load_config, read_generation_config, refusing
 from croco.storage.hashing import check_adapter, local_model
@@ -34,16 +32,14 @@ KINDS = {  # what is wanted, by the class that loads it
 
 
 def resolve_model(name: str, key: str = "model") -> str | Path:
-    """The place a model's name stands for: a directory (of the package for "lab:policy" and "lab:reward"), or the hub
-    id itself. Raises UserError naming the key for a path that is no model directory."""
+    """The directory that a model's name stands for, or the hub id itself. Raises UserError naming the key for a path
+    that is no model directory."""
     return local_model(name, key) or name
 
 
 def pick_device(device: str = "auto") -> torch.device:
-    """The device named, or for "auto" a CUDA device when there is one, else the CPU.
-
-    Raises UserError for one that torch does not find here.
-    """
+    """The device named, or for "auto" a CUDA device when there is one, else the CPU. Raises UserError for one that is
+    not here."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     wanted = torch.device(device)
@@ -94,7 +90,7 @@ def load_tokenizer(
                 tokenizer.chat_template = Path(chat_template.file).read_text(encoding="utf-8")
             except (OSError, ValueError) as error:
                 raise UserError(
-                    f"chat template {chat_template.file!r}: cannot be read: {_first_line(error)}"
+                    f"chat template {chat_template.file!r}: cannot be read: {one_line(error)}"
                 ) from error
         if chat_template.values:
             set_values(tokenizer, chat_template.values)
@@ -136,6 +132,16 @@ def load_policy(
 
         policy = load_adapter(policy, adapter)
     return policy.eval(), tokenizer
+
+
+def load_causal(
+    section: Causal, device: str, adapter: Path | None = None, quantization: str | None = None
+) -> tuple[Any, Any]:
+    """`load_policy` of a model of a recipe."""
+    return load_policy(
+        section.model, section.revision, section.dtype, device, adapter, section.template,
+        section.trust_remote_code, quantization,
+    )  # fmt: skip
 
 
 def load_reward(
@@ -238,10 +244,8 @@ def _quantized(quantization: str | None, dtype: str, device: torch.device) -> di
 
 
 def left_over(names: Iterable[str], network: Any) -> list[str]:
-    """Weights in a model's files that are another network's: layers beyond its own, or the head of another kind.
-
-    Tables that are computed anew count for nothing, nor does a language model's head beside a classifier's.
-    """
+    """Weights in a model's files that are another network's: layers beyond its own, or the head of another kind. Tables
+    that are computed anew count for nothing, nor does a language model's head beside a classifier's."""
     own = {name for name, _ in network.named_children()}
     kept = [name for name in names if not COMPUTED.search(name)]
     heads = [name for name in kept if HEAD.search(name) and not name.startswith(("lm_head", "mtp"))]
@@ -283,8 +287,3 @@ def quiet_loading() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bar:
             logging.enable_progress_bar()
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -1,11 +1,8 @@
 """The policy's own log-probability of a completion: the control that a reward model has to beat.
 
-If picking by the policy's mean token log-probability does as well as the reward model, tuning only sharpens what the
-policy already prefers. Computed on the ids that were sampled, the end token included where the completion ended by
-itself.
+Computed on the ids that were sampled, the end token included where the completion ended by itself.
 
-Shapes: B rows, T tokens, V vocabulary.
-"""
+Shapes: B rows, T tokens, V vocabulary."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -28,10 +25,8 @@ def completion_logps(
     token_budget: int = 16384,
     share: bool = True,
 ) -> list[list[float]]:
-    """log p(completion | prompt) summed over its tokens, each completion closed by the end token.
-
-    `ended[k][i]` False leaves the end token out: the completion was cut. Prompts must not be empty.
-    """
+    """log p(completion | prompt) summed over its tokens, each completion closed by the end token unless `ended[k][i]`
+    is False. Prompts must not be empty."""
     end = end_id(tokenizer, model.generation_config)
     targets = [
         [ids + [end] * (ended is None or ended[k][i]) for i, ids in enumerate(request.completions)]

@@ -1,10 +1,6 @@
-"""Low-rank adapters: the one room that knows PEFT.
+"""Low-rank adapters: put on, taken up again, and merged into the weights they were trained on. Only this file knows
+PEFT."""
 
-An adapter is put on, taken up again, saved, and merged into the weights it was trained on. Left out: any other kind of
-adapter.
-"""
-
-import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,9 +19,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from croco.config.arms import Lora, Training
-from croco.errors import UserError
+from croco.errors import UserError, one_line
 from croco.models.lora_layer import lora_linear
-from croco.storage.files import sync_files, sync_folder, writing
 from croco.storage.hashing import check_adapter
 
 # linear layers that "auto" leaves as they are: routers, and what reads its weight without calling the layer
@@ -60,26 +55,25 @@ def trainable(model: PreTrainedModel, settings: Training, seed: int) -> Any:
 def apply_lora(model: PreTrainedModel, settings: Lora, seed: int) -> PeftModel:
     """The model with trainable adapters on the layers named by `settings.targets`, everything else frozen.
 
-    The adapters start as the identity; their random half depends on the seed alone. It works on a weightless model too.
-    Raises `UserError` as `lora_config`, and when PEFT refuses a layer.
-    """
+    The adapters start as the identity; their random half depends on the seed alone. The model may be weightless. Raises
+    `UserError` as `lora_config`, and when PEFT refuses a layer."""
     config = lora_config(model, settings)
     with torch.random.fork_rng(), _quiet():
         torch.manual_seed(seed)
         try:
             return _in_one_step(get_peft_model(model, config))
         except ValueError as error:
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(f"training.lora cannot be put on {type(model).__name__}: {reason}") from error
+            raise UserError(
+                f"training.lora cannot be put on {type(model).__name__}: {one_line(error, 300)}"
+            ) from error
 
 
 def lora_config(model: PreTrainedModel, settings: Lora) -> LoraConfig:
     """PEFT's configuration for the layers that `settings.targets` means on this model.
 
-    "auto" is every linear layer of the language model but its head and its routers. Fused experts are parameters and
-    not layers: they are adapted where their names are listed, and left as they are by "auto". Raises `UserError` for a
-    name that the model does not have, and for fused experts with dropout, which PEFT does not do.
-    """
+    "auto" is every linear layer of the language model but its head and its routers. Fused experts are parameters, not
+    layers: they are adapted where their names are listed. Raises `UserError` for a name that the model does not have,
+    and for fused experts with dropout, which PEFT does not do."""
     layers = _linear_layers(model)
     automatic = settings.targets == "auto"
     targets = [name for name in layers if _adapts_well(model, name)] if automatic else list(settings.targets)
@@ -135,8 +129,8 @@ def _linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def _adapts_well(model: PreTrainedModel, name: str) -> bool:
-    """Whether "auto" means this linear layer: not the head, not a router, and not the output of a state space, whose
-    kernels read its weight past any adapter."""
+    """Whether "auto" means this linear layer: not the head, a router, or the output of a state space, whose kernels
+    read its weight past any adapter."""
     module, parent = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
     if module is model.get_output_embeddings() or leaf(name) in ROUTERS:
         return False
@@ -198,10 +192,8 @@ def _in_one_step(model: PeftModel) -> PeftModel:
 
 
 def continue_lora(model: PreTrainedModel, folder: Path, settings: Lora) -> PeftModel:
-    """The model with the adapter in `folder` on it, trainable from where it stands; dropout is that of the settings.
-
-    Raises `UserError` for an adapter of another base, size or form than the settings say.
-    """
+    """The model with the adapter in `folder` on it, trainable from there; dropout is that of the settings. Raises
+    `UserError` for an adapter of another base, size or form than the settings say."""
     config = _adapter_config(folder)
     if model.name_or_path:
         check_adapter(folder, model.name_or_path, None)
@@ -238,7 +230,7 @@ def _adapter_config(folder: Path) -> Any:
     try:
         config = PeftConfig.from_pretrained(str(folder))
     except (TypeError, ValueError, KeyError) as error:
-        raise UserError(f"{folder / 'adapter_config.json'}: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"{folder / 'adapter_config.json'}: {one_line(error, 300)}") from error
     if not isinstance(config, LoraConfig):
         raise UserError(f"{folder} holds an adapter of type {config.peft_type}, expected LoRA")
     return config
@@ -255,37 +247,20 @@ def _put_on(model: PreTrainedModel, folder: Path, config: Any, trainable: bool =
         if not tensor.isfinite().all():
             raise UserError(f"{path}: {name} holds numbers that are not finite, expected a sound adapter")
     try:
-        with _quiet(), warnings.catch_warnings(record=True) as said:
+        with _quiet(), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             adapted = PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=trainable)
+        for warning in caught:
+            if "missing adapter keys" in str(warning.message):
+                raise ValueError(warning.message)
+        places = sum(".lora_" in name for name, _ in adapted.named_parameters())
+        if len(weights) > places:
+            raise ValueError(f"it has {len(weights)} tensors, of which the model has a place for {places}")
     except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"the adapter in {folder} does not fit this {type(model).__name__}: {reason}"
+            f"the adapter in {folder} does not fit this {type(model).__name__}: {one_line(error, 300)}"
         ) from error
-    for warning in said:
-        if "missing adapter keys" in str(warning.message):
-            reason = " ".join(str(warning.message).split())[:300]
-            raise UserError(f"the adapter in {folder} does not fit this {type(model).__name__}: {reason}")
-    layers = sum(".lora_" in name for name, _ in adapted.named_parameters())
-    if len(weights) > layers:
-        raise UserError(
-            f"the adapter in {folder} does not fit this {type(model).__name__}: it has {len(weights)} tensors, "
-            f"of which the model has a place for {layers}"
-        )
     return adapted
-
-
-def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Write the adapter (safetensors and its configuration) to `folder`, whole or not at all; replaces an older one."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    with writing(partial):
-        model.save_pretrained(str(partial), save_embedding_layers=False)
-    sync_files(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-    sync_folder(folder.parent)
 
 
 def without_adapter(adapted: PeftModel) -> PreTrainedModel:
@@ -297,11 +272,8 @@ def without_adapter(adapted: PeftModel) -> PreTrainedModel:
 
 
 def put_adapter_on(model: PreTrainedModel, folder: Path) -> PeftModel:
-    """The model with the adapter in `folder` beside its weights.
-
-    Raises `UserError` when the folder holds no adapter, or one of another architecture or size, or numbers that are not
-    finite.
-    """
+    """The model with the adapter in `folder` beside its weights. Raises `UserError` when the folder holds no adapter,
+    one of another architecture or size, or numbers that are not finite."""
     return _put_on(model, folder, _adapter_config(folder))
 
 

@@ -1,15 +1,12 @@
 """A linear layer with a low-rank adapter as one operation: x Wᵀ + scale · dropout(x) Aᵀ Bᵀ, with W frozen.
 
-Layer by layer, autograd keeps of every adapter the input after dropout and its mask; here it keeps the input, which the
-layers beside it share, and what was dropped. The low-rank product is added in place, forward and backward. The adapter
-is kept in float32 and computes, on a GPU, in the type of the layer's input, as autocast would have it; there dropout is
-torch's own. On a CPU it computes in float32, and dropout is drawn by throwing: as many throws as a Poisson variable
-says, each at a place that is uniform. How often a place is hit is then Poisson too, and independent of other places:
-"hit at all" is a Bernoulli variable, exactly. At the usual 5 % that is a twentieth of the random numbers of a mask.
-Left out: adapters with a bias, and a W that is trained.
+Autograd keeps the input, which the layers beside it share, and what was dropped, instead of a copy after dropout. The
+adapter is kept in float32 and computes, on a GPU, in the type of the layer's input; there dropout is torch's own. On a
+CPU it computes in float32, and dropout draws a Poisson number of uniform places: "hit at all" is then a Bernoulli
+variable, exactly, with a twentieth of a mask's random numbers at the usual 5 %. Left out: adapters with a bias, and a W
+that is trained.
 
-Shapes: N tokens, I inputs, O outputs, R rank, K throws.
-"""
+Shapes: N tokens, I inputs, O outputs, R rank, K places."""
 
 import math
 from typing import Any
@@ -35,10 +32,8 @@ def lora_linear(
     share: float,
     on_gpu: bool | None = None,
 ) -> Tensor:
-    """The layer's output for inputs (..., I): (..., O), in the input's type.
-
-    A `share` of what the adapter sees is dropped. `on_gpu` is as the input's device says, unless a test says otherwise.
-    """
+    """The layer's output for inputs (..., I): (..., O), in the input's type; a `share` of what the adapter sees is
+    dropped. `on_gpu` is as the input's device says, unless a test says otherwise."""
     gpu = input.is_cuda if on_gpu is None else on_gpu
     input_NI = input.reshape(-1, input.shape[-1])
     dropped = None

@@ -1,8 +1,6 @@
 """Memory of models in process: what is free, what a model is going to need, and going on with less when it runs out.
 
-The needs are estimates from the architecture's numbers, made before any weight is loaded: weights, keys and values of a
-token budget, and the largest intermediate tensors. They leave out fragmentation and what the libraries keep.
-"""
+The needs are estimates from the architecture's numbers, without fragmentation and what the libraries keep."""
 
 import logging
 from collections.abc import Callable

@@ -133,9 +133,7 @@ def read_generation_config(place: str | Path, revision: str | None) -> Any:
 
 def context_of(config: Any) -> int:
     """The longest sequence in tokens that a model was made for, UNKNOWN_CONTEXT where its config does not say.
-
-    Positions of the type "dynamic" stretch what the config says by their factor.
-    """
+    Positions of the type "dynamic" stretch it by their factor."""
     text = config.get_text_config()
     names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
     lengths = {name: getattr(text, name, None) for name in names}

@@ -1,8 +1,4 @@
-"""Engines that sample, score and judge. `protocols` is what they promise.
-
-Which engine a stage runs on is `[runtime.engines]` of the recipe: how, never what, so no fingerprint knows of it.
-Opening one imports its library, here and nowhere else.
-"""
+"""Engines that sample, score and judge; `protocols` is what they promise. Opening one imports its library."""
 
 from __future__ import annotations
 
@@ -15,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from croco.errors import UserError
 
 if TYPE_CHECKING:
-    from croco.config.models import Causal, RewardPart
+    from croco.config.models import Causal, Policy, RewardPart
     from croco.config.recipe import Recipe
     from croco.config.runtime import Runtime
     from croco.models.protocols import Judge, Sampler, Scorer
@@ -71,15 +67,11 @@ def release() -> None:
 def open_sampler(
     role: str, causal: Causal, runtime: Runtime, seed: int, replica: int = 0, adapter: Path | None = None
 ) -> tuple[Sampler, Any]:
-    """A causal model (with an adapter, if given) on the engine of a role, and its tokenizer.
-
-    The tokenizer is None where the sampler takes messages.
-    `seed` and `replica` make the engine's own seed where completions have none of their own.
-    """
+    """A causal model (with an adapter, if given) on the engine of a role, and its tokenizer, None where the sampler
+    takes messages. `seed` and `replica` make the engine's own seed where completions have none."""
     engine, _ = engine_of(runtime, role)
     if adapter is not None and engine != "server" and _is_whole(adapter):
         causal, adapter = causal.model_copy(update={"model": str(adapter), "revision": None}), None
-    template = causal.template
     if engine == "vllm":
         from croco.models.vllm import open_policy
 
@@ -87,25 +79,38 @@ def open_sampler(
     if engine == "server":
         from croco.models import openai_server
 
-        return openai_server.sampler(getattr(runtime.servers, role), role, causal, template, adapter)
-    from croco.models.loading import load_policy
+        return openai_server.sampler(getattr(runtime.servers, role), role, causal, adapter)
+    from croco.models.loading import load_causal
     from croco.models.transformers import HFSampler
 
-    model, tokenizer = load_policy(
-        causal.model,
-        causal.revision,
-        causal.dtype,
-        runtime.device,
-        adapter=adapter,
-        chat_template=template,
-        trust_remote_code=causal.trust_remote_code,
-    )
+    model, tokenizer = load_causal(causal, runtime.device, adapter)
     return HFSampler(model, tokenizer, runtime.token_budget, name=causal.model), tokenizer
 
 
 def tuned_weights(folder: Path) -> Path:
     """What a finished stage `train` made: its adapter, or its model where all weights were tuned."""
     return folder / "model" if _is_whole(folder / "model") else folder / "adapter"
+
+
+def policy_of(folder: Path) -> tuple[Policy, Path | None]:
+    """The policy in a folder of a model or adapter, also as `croco train` leaves them, and the adapter; raises
+    UserError for another folder."""
+    from croco.config.models import Policy
+    from croco.storage.files import read_json
+
+    for place in (folder, folder / "adapter", folder / "model"):
+        if _is_whole(place):
+            return Policy(model=str(place)), None
+        if (place / "adapter_config.json").is_file():
+            config = read_json(place / "adapter_config.json")
+            base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+            if not isinstance(base, str) or not base:
+                raise UserError(f"{place / 'adapter_config.json'} names no base model, expected one")
+            return Policy(model=base, revision=config.get("revision")), place
+    raise UserError(
+        f"{folder} holds no recipe.json, config.json or adapter_config.json: expected the folder of a run, a model or "
+        f"an adapter"
+    )
 
 
 def _is_whole(folder: Path) -> bool:

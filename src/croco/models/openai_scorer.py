@@ -1,7 +1,4 @@
-"""Scores from a reward model behind vLLM's `/classify`: raw logits, which its answers are not unless asked for.
-
-Opening asks for one score with and without activation, so that a server which ignores the difference is found out.
-"""
+"""Scores from a reward model behind vLLM's `/classify`."""
 
 from __future__ import annotations
 
@@ -47,8 +44,7 @@ def scorer(server: Server, reward: RewardPart) -> tuple[ServerScorer, Any]:
 class ServerScorer:
     """Scores with a reward model behind vLLM's /classify: raw logits, which its answers are not unless asked for.
 
-    vLLM reads a score at the last token, transformers at the last one that is not `pad`: so what comes after that is
-    not sent, which no causal model can tell.
+    vLLM reads a score at the last token, transformers at the last that is not `pad`: what comes after that is not sent.
     """
 
     def __init__(self, connection: Connection, name: str, probe: list[int], pad: int | None) -> None:

@@ -1,13 +1,9 @@
 """Any OpenAI-compatible server: vLLM's, a hosted one, or what stands in front of several.
 
-Two ways in. "completions" sends the very token ids that every other engine would see, and gets ids back where the
-server has them to give (vLLM). "chat" sends messages, lets the server apply its template, and gets text: no tokenizer
-here. Sampling parameters are always sent, all of them: a vLLM server puts the model's `generation_config.json` in the
-place of what a request leaves out. What can be known before is checked when an engine opens: address, key, model name,
-context.
-
-Leaves out starting servers, how requests survive faults (`http_client.py`), and scores (`openai_scorer.py`).
-"""
+"completions" sends the token ids that every other engine would see, and gets ids back where the server has them (vLLM).
+"chat" sends messages and gets text: no tokenizer here. All sampling parameters are always sent: a vLLM server puts the
+model's `generation_config.json` in the place of what a request leaves out. Address, key, model name and context are
+checked when an engine opens."""
 
 from __future__ import annotations
 
@@ -20,7 +16,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
 
-from croco.config.models import Model, Template
+from croco.config.models import Causal, Model
 from croco.config.runtime import Server
 from croco.errors import UserError
 from croco.models.chat_template import end_ids
@@ -72,9 +68,7 @@ class _Completions(BaseModel):
     usage: Usage
 
 
-def sampler(
-    server: Server, role: str, model: Model, template: Template | None, adapter: Path | None
-) -> tuple[ServerSampler, Any]:
+def sampler(server: Server, role: str, model: Causal, adapter: Path | None) -> tuple[ServerSampler, Any]:
     """A role's sampler, and the tokenizer of its model: None where the server applies the chat template."""
     key, served = "model", server
     if adapter is not None:  # .../train/ARM/adapter
@@ -87,7 +81,7 @@ def sampler(
             )
         served = server.model_copy(update={"model": name})
     if server.api == "chat":
-        if template is not None:
+        if model.template is not None:
             raise UserError(
                 f"chat_template or chat_template_kwargs is set, which runtime.servers.{role}.api = 'chat' leaves to "
                 f"the server; expected api = 'completions', or the template at the server"
@@ -96,7 +90,7 @@ def sampler(
     connection = Connection(served, role, model.model, key)
     from croco.models.loading import load_tokenizer
 
-    tokenizer = load_tokenizer(model.model, model.revision, template, model.trust_remote_code)
+    tokenizer = load_tokenizer(model.model, model.revision, model.template, model.trust_remote_code)
     return token_sampler(connection, model, tokenizer), tokenizer
 
 
@@ -157,7 +151,7 @@ class Connection:
 
 
 class ServerSampler:
-    """Samples from a server: with a tokenizer, and the end tokens to leave out of ids, by "completions"; without by
+    """Samples from a server: with a tokenizer, and the end tokens to leave out of ids, by "completions"; else by
     "chat"."""
 
     def __init__(

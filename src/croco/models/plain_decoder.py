@@ -1,9 +1,7 @@
 """Sampling one prompt at a time with transformers' own `generate`, which is given the tokens that we draw.
 
 For architectures that the shared-prefix decoder does not handle exactly, and its slow twin in tests: same seeds, same
-draws, no padding, no joining of prompts. Caches, masks and positions are `generate`'s, so whatever model it can run is
-sampled as it would be there.
-"""
+draws, no padding, no joining of prompts."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

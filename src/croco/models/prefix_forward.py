@@ -1,16 +1,13 @@
 """One forward over many sequences that share prefixes: each prefix is computed once, the rest in batches by length.
 
-Completions of one prompt begin with the same tokens. Their keys and values are computed and stored once, and the rows
-that follow look at them there (`attention/prefill`). Where a group spares too few tokens to be worth that, and where an
-architecture is not known to allow it, whole sequences are computed: the same numbers. Either way rows are batched by
-what is left to compute, across prompts, so that little is padding; padding stands on the right, where causal attention
-never looks.
+Keys and values of a prefix are stored once, and the rows behind it look at them there (`attention/prefill`). Where a
+group saves too few tokens, or an architecture does not allow it, whole sequences are computed: the same numbers.
+Padding is on the right, where causal attention never looks.
 
-Shapes: B rows, P prefix tokens, T tokens after it.
-"""
+Shapes: B rows, P prefix tokens, T tokens after it."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +16,7 @@ import torch.nn.functional as F
 from transformers import DynamicCache
 
 from croco.models.attention.decode import plugged_in
+from croco.models.attention.last_layer import finished_at
 from croco.models.attention.prefill import NAME, Batch, Prefix
 from croco.models.attention.support import depends_on_batch, forget_lengths, unsupported
 from croco.models.batching import buckets
@@ -47,10 +45,9 @@ def forward(
 ) -> Iterator[tuple[list[Row], Any]]:
     """Yield (rows, the network's output over their rests, right-padded to (B, T, …)) until every rest is done.
 
-    `token_budget` bounds the tokens of a batch, and those of the prefixes stored at a time (a longer single row, or
-    prefix, stands alone). With `read_at`, the one place in each rest that is wanted, the others' output is arbitrary:
-    the last layer is not finished there. Without `share` whole sequences go the way of transformers.
-    """
+    `token_budget` bounds the tokens of a batch, and those of the prefixes stored at a time. With `read_at`, the one
+    place in each rest that is wanted, the others' output is arbitrary. Without `share` whole sequences go the way of
+    transformers."""
     read_at = read_at if share else None
     ours = [
         g for g, group in enumerate(groups) if share and can_share(network) and not _slides(network, group)
@@ -141,7 +138,7 @@ def _rests(
             at_B = torch.tensor([skips[g] + read_at[g][i] for g, i in places], device=network.device)
         if alone:
             forget_lengths(network)
-        with _last_layer_at(network, at_B):
+        with nullcontext() if at_B is None else _finished_at(network, at_B, ids_BT):
             if stored is None:
                 output = network(input_ids=ids_BT, use_cache=False)
             else:
@@ -174,26 +171,10 @@ def _behind(
         )
 
 
-@contextmanager
-def _last_layer_at(network: Any, at_B: torch.Tensor | None) -> Iterator[None]:
-    """Within it, the last layer projects and feeds forward one token per row; what is added to all of the row's
-    tokens is right at that one."""
-    layers = getattr(network, "layers", [])
-    inside = layers[-1].named_modules() if len(layers) else []
-    parts = [module for name, module in inside if name in ("self_attn.o_proj", "mlp")]
-    if at_B is None or len(parts) < 2:
-        yield
-        return
-    line_B = torch.arange(len(at_B), device=at_B.device)
-    hooks = [
-        part.register_forward_pre_hook(lambda module, args: (args[0][line_B, at_B][:, None],))
-        for part in parts
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+def _finished_at(network: Any, at_B: torch.Tensor, ids_BT: torch.Tensor) -> AbstractContextManager[None]:
+    """Within it, the last layer is finished at one token of each row."""
+    places = torch.arange(len(at_B), device=at_B.device) * ids_BT.shape[1] + at_B
+    return finished_at(network, places, ids_BT.numel())
 
 
 def _at_once(network: Any, token_budget: int) -> int:

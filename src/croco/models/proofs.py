@@ -1,13 +1,13 @@
 """Trials on the loaded model: our own ways of sampling and scoring must give what transformers' forward gives.
 
 A trial reaches past every length at which, by its config, the model changes what it computes (a sliding window, another
-scaling of positions), as far as it is used. Whatever a trial raises is a reason for the slower way, never an error.
-"""
+scaling of positions). Whatever a trial raises is a reason for the slower way, never an error."""
 
 from typing import Any
 
 import torch
 
+from croco.errors import one_line
 from croco.models.attention.support import boundaries, unsupported
 from croco.models.decoder import ContinuousBatchDecoder
 from croco.models.prefix_forward import Group, forward
@@ -26,10 +26,8 @@ def trial_lengths(config: Any, reach: int) -> list[int]:
 
 def decoder_disagrees(model: Any, reach: int = TRIAL_TOKENS) -> str | None:
     """None when prompts decoded together give the distributions of plain forwards on this very model, else why not.
-
-    Compared is the expected difference of log-probabilities: rounding makes it 1e-6 in float32, and in bfloat16 what
-    transformers' own cache makes it; a prompt that is not seen makes it large.
-    """
+    Compared is the expected difference of log-probabilities: 1e-6 by rounding in float32, in bfloat16 what
+    transformers' cache makes."""
     vocabulary = model.config.get_text_config().vocab_size
     prompts = [
         [(7 * i + 3) % vocabulary for i in range(length)] for length in trial_lengths(model.config, reach)
@@ -38,7 +36,7 @@ def decoder_disagrees(model: Any, reach: int = TRIAL_TOKENS) -> str | None:
         with torch.inference_mode():
             fast, slow, noise = _three_ways(model, prompts)
     except Exception as error:  # noqa: BLE001 (a trial runs the code of any architecture)
-        return f"a trial of shared prompts fails ({_first_line(error)})"
+        return f"a trial of shared prompts fails ({type(error).__name__} {one_line(error)})"
     gap = (slow.exp() * (fast - slow).abs()).sum(-1).max().item()
     if gap < allowed_gap(model.dtype, noise):
         return None
@@ -87,11 +85,8 @@ def unshared_because(network: Any, reach: int = TRIAL_TOKENS) -> str | None:
 
 @torch.inference_mode()
 def prefixes_disagree(network: Any, reach: int = TRIAL_TOKENS) -> str | None:
-    """None when shared prefixes give on a trial what whole sequences give on this very network, else why not.
-
-    Compared is the relative difference of what is put out at the last token: rounding makes it 1e-6 in float32 and a
-    hundredth in bfloat16, a prefix that is not seen or a layer that is not finished makes it large.
-    """
+    """None when shared prefixes give on a trial what whole sequences give on this very network, else why not. Compared
+    is the relative difference at the last token: 1e-6 by rounding in float32, a hundredth in bfloat16."""
     vocabulary = network.config.get_text_config().vocab_size
     groups = [
         Group([(7 * i + length) % vocabulary for i in range(length)], [[5, 6, 7], [8], [9, 4]])
@@ -110,12 +105,8 @@ def prefixes_disagree(network: Any, reach: int = TRIAL_TOKENS) -> str | None:
     try:
         fast, slow = outputs(True), outputs(False)
     except Exception as error:  # noqa: BLE001 (a trial runs the code of any architecture)
-        return f"a trial of shared prefixes fails ({_first_line(error)})"
+        return f"a trial of shared prefixes fails ({type(error).__name__} {one_line(error)})"
     gap = ((fast - slow).norm() / slow.norm()).item()
     if gap > (1e-3 if network.dtype == torch.float32 else 0.1):
         return f"with shared prefixes a trial differs by {gap:.2g} from whole sequences"
     return None  # broken weights give NaN either way: that is for the reader of the scores to name
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__} {(str(error).strip().splitlines() or [''])[0][:200]}".strip()

@@ -1,8 +1,7 @@
 """What an engine promises: requests in, completions or scores out, in tokens. Imports no engine and no torch.
 
-An engine may batch, reorder and interleave as it likes: a request is known by its key, a completion by its seed.
-What an engine cannot take (a prompt that fills the context) the caller keeps out by `max_context`, and counts.
-"""
+An engine may batch and reorder: a request is known by its key, a completion by its seed. A prompt that fills the
+context the caller keeps out by `max_context`, and counts."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,11 +24,8 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt in tokens and one continuation wanted per seed (each in [0, 2**63)).
-
-    `messages` are the same prompt before the chat template, for engines that apply it themselves (a server's chat API);
-    they then get no ids. `name` is what an error calls the prompt.
-    """
+    """One prompt in tokens and one continuation wanted per seed (each in [0, 2**63)). Engines that apply the chat
+    template themselves get `messages` and no ids. `name` is what an error calls the prompt."""
 
     key: int
     prompt_ids: list[int]
@@ -40,12 +36,9 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """One completion: its ids without end token or stop string, why it ended ("stop" or "length"), and the seed it came
-    from: its own, or the engine's where completions have none.
-
-    `num_tokens` were drawn, where that is not the ids and an end token (a stop string takes several). An engine that
-    answers in text gives `text`, the numbers of tokens it counted, and no ids.
-    """
+    """One completion: its ids without end token or stop string, why it ended ("stop" or "length"), and its seed, or the
+    engine's. `num_tokens` were drawn, where that is not the ids and an end token. An engine that answers in text gives
+    `text`, the numbers of tokens it counted, and no ids."""
 
     ids: list[int]
     finish_reason: str
@@ -80,11 +73,8 @@ class Sampler(Protocol):
         self, requests: Sequence[Request], decoding: Decoding
     ) -> Iterator[tuple[int, Sequence[Completion | str]]]:
         """Yield (key, completions in the order of the seeds) once per request, as requests finish; in place of a
-        completion that there cannot be, the reason why.
-
-        A completion ends with "length" at `max_new_tokens` or at the end of the context. Raises UserError on a prompt
-        that leaves no room for a single token: the caller keeps those out, by `max_context`, and counts them.
-        """
+        completion that there cannot be, the reason why. A completion ends with "length" at `max_new_tokens` or at the
+        end of the context. Raises UserError on a prompt that leaves no room for a single token."""
         ...
 
 

@@ -1,9 +1,7 @@
 """Scores of a sequence classifier with one logit: the raw logit at the last token of the conversation.
 
-"Last token" is what transformers' own classifiers and the trainers of reward models take: the rightmost one that is not
-the padding token. (Where a model pads with its end token and its template ends with it, that is the token before.)
-Leaves out classifiers whose head is not `score` on the last hidden state: those are computed one by one, as they are.
-"""
+"Last token" is what transformers' classifiers take: the rightmost one that is not the padding token. Classifiers whose
+head is not `score` on the last hidden state are computed one by one."""
 
 from collections.abc import Sequence
 from typing import Any

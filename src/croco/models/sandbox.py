@@ -1,8 +1,7 @@
 """Runs chat templates, which are programs of strangers: in jinja's sandbox, within a time and a size, on a fixed day.
 
-A template sees what transformers' own renderer shows it, but for the date: templates that write today's date (Llama
-3.2, SmolLM3) would give another prompt on every day that a run takes, so the day is always DAY.
-"""
+A template sees what transformers' own renderer shows it, but for the date: templates that write it (Llama 3.2, SmolLM3)
+would give another prompt every day, so the day is always DAY."""
 
 from __future__ import annotations
 
@@ -40,9 +39,7 @@ def render(
     template: str, conversations: Sequence[list[dict[str, str]]], opened: bool, names: Mapping[str, Any]
 ) -> list[str]:
     """The text of each conversation, with the assistant's turn `opened` behind it; `names` are the special tokens.
-
-    Raises whatever the template raises, SecurityError where it makes too much and TookTooLong.
-    """
+    Raises whatever the template raises, SecurityError where it makes too much, and TookTooLong."""
     program = _compiled(template)
     texts = []
     with _time_limit():

@@ -1,13 +1,8 @@
 """Stop strings: where a completion ends because its text does.
 
-A completion ends with the first token after which its text (special tokens left out, as in the table) contains a stop
-string. Kept are the tokens whose text lies wholly before the string: when it begins inside a token, that token goes
-too, so the ids are whole tokens that were sampled, and the text is their text. What is kept follows from the drawn ids
-alone, never from when somebody looked.
-
-Leaves out stop strings across the prompt's end, and tokenizers whose text changes when tokens follow, but for
-characters that take several tokens.
-"""
+A completion ends with the first token after which its text contains a stop string. Kept are the tokens whose text lies
+wholly before the string, so the ids are whole tokens that were sampled. What is kept follows from the drawn ids alone.
+Leaves out stop strings across the prompt's end."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,10 +21,8 @@ class Stops:
     strings: tuple[str, ...]
 
     def near_end(self, ids: Sequence[int]) -> bool:
-        """Whether a stop string stands in the latest tokens: only for ending early, a miss costs tokens, no more.
-
-        Text from the middle may begin with half a character or lack a space, so a find is looked at again in all.
-        """
+        """Whether a stop string is in the latest tokens, only for ending early. Text from the middle may begin with
+        half a character or lack a space, so a find is looked at again in all."""
         reach = LOOK_EVERY + 4 * max(map(len, self.strings))  # a character is at most four tokens
         return self._ended(self._text(ids[-reach:])) and self._ended(self._text(ids))
 

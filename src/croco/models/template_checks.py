@@ -1,7 +1,6 @@
 """Whether a chat template and a tokenizer keep the promise that the ids sampled are the ids scored and trained on.
 
-Tried on real prompts with completions that templates and tokenizers stumble over. What breaks the promise is an error
-that names the prompt and shows both sides; what is only worth knowing is a line. Loads no weights.
+Tried on real prompts with completions that templates and tokenizers stumble over; what breaks the promise is an error.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

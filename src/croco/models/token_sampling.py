@@ -1,13 +1,10 @@
 """Drawing tokens from logits: a counter-based stream of uniforms per sample, and the inverse of the distribution.
 
-The uniform of a sample's step is a hash of (seed, step), so a draw needs no generator state and does not know which
-batch it sits in. Numerical caveat: the *logits* of a row can differ in their last bits with the shape of its batch, so
-two batchings agree on a completion unless a uniform falls within that rounding of a boundary between two tokens.
+The uniform of a sample's step is a hash of (seed, step), so a draw does not know which batch it is in. Logits may
+differ in their last bits with the shape of a batch: two batchings agree unless a uniform falls within that rounding of
+a boundary. Leaves out repetition penalties, min-p and beams.
 
-Leaves out repetition penalties, min-p and beams.
-
-Shapes: R rows, V vocabulary, K tokens left after truncation.
-"""
+Shapes: R rows, V vocabulary, K tokens left after truncation."""
 
 from typing import Any
 
@@ -37,10 +34,8 @@ def uniforms(seeds_R: torch.Tensor, steps_R: torch.Tensor) -> torch.Tensor:
 def draw(
     logits_RV: torch.Tensor, seeds_R: torch.Tensor, steps_R: torch.Tensor, decoding: Decoding
 ) -> torch.Tensor:
-    """One token id per row, int64 (R,): argmax at temperature 0, else inverse CDF after temperature, top-k, top-p.
-
-    A row with a NaN, an infinity or no possible token gets −1, on which `tokens_drawn` raises.
-    """
+    """One token id per row, int64 (R,): argmax at temperature 0, else inverse CDF after temperature, top-k, top-p. A
+    row with a NaN, an infinity or no possible token gets −1, on which `tokens_drawn` raises."""
     if decoding.temperature == 0:
         top_R, token_R = logits_RV.max(-1)
         return torch.where(top_R.isfinite(), token_R, -1)
@@ -65,10 +60,8 @@ def tokens_drawn(model: Any, token_R: torch.Tensor) -> np.ndarray:
 
 
 def _invert(scaled_RV: torch.Tensor, u_R: torch.Tensor) -> torch.Tensor:
-    """Inverse CDF over the whole vocabulary in two levels, blocks and then tokens: no cumulative sum over V.
-
-    The position within a block is passed on as a fraction of the block's mass, strictly below 1, so the token found
-    always has a positive probability and rounding cannot step past the end.
+    """Inverse CDF over the whole vocabulary in two levels, blocks and then tokens: no cumulative sum over V. The
+    position within a block is a fraction of its mass strictly below 1, so the token always has a positive probability.
     """
     vocabulary = scaled_RV.shape[1]
     padded_RV = F.pad(scaled_RV, (0, -vocabulary % _BLOCK), value=float("-inf"))

@@ -36,9 +36,7 @@ def check_ids(model: Any, ids: Sequence[int], what: str) -> None:
 
 class HFSampler:
     """Samples with a loaded causal model: shared prompts where the architecture allows it, else prompt by prompt.
-
-    `path` says which way it goes ("shared-prefix" or "plain") and `reason` why, when it is not the fast one.
-    """
+    `path` is "shared-prefix" or "plain", and `reason` why, when it is not the fast one."""
 
     def __init__(self, model: Any, tokenizer: Any, token_budget: int = 32768, name: str = "") -> None:
         self.model, self.tokenizer, self.token_budget = model, tokenizer, token_budget
@@ -149,8 +147,8 @@ class HFScorer(_Scoring):
 
 
 class HFLikelihood(_Scoring):
-    """Scores with the policy itself: the log-probability of a completion, its end token included, as the mean over its
-    tokens or summed."""
+    """Scores with the policy itself: the log-probability of a completion, its end token included, mean or sum over
+    tokens."""
 
     def __init__(
         self, model: Any, tokenizer: Any, token_budget: int = 16384, name: str = "", mean: bool = True

@@ -1,14 +1,9 @@
-"""The engine "vllm": a sampler or scorer on a vLLM server of ours, which is asked like any OpenAI-compatible one.
+"""The engine "vllm": a sampler or scorer on a vLLM server of ours, which ends with it.
 
-The server ends with the sampler or scorer that it belongs to, so that the next model finds the memory free.
-
-Seeds: vLLM draws all completions from one stream, which starts from the engine's own seed (another for every stage,
-start and replica). What comes out then depends on the batch too, so the table's `seed` is the engine's: it says where a
-completion came from and cannot draw it again. `per_request_seeds` gives each completion a seed of its own, which is
-slower and still does not make it independent of the batch's rounding.
-
-Leaves out quantisation, and several adapters in one server.
-"""
+vLLM draws all completions from one stream, from the engine's own seed (another for every stage, start and replica), so
+the table's `seed` says where a completion came from and cannot draw it again. `per_request_seeds` is slower and still
+does not make completions independent of the batch's rounding. Leaves out quantisation, and several adapters in one
+server."""
 
 from __future__ import annotations
 
@@ -50,10 +45,8 @@ def release() -> None:
 def open_policy(
     policy: Causal, settings: Vllm, seed: int, replica: int = 0, adapter: Path | None = None
 ) -> tuple[ServerSampler, Any]:
-    """A causal model in a server of its own, with an adapter if one is given, and its tokenizer.
-
-    `seed` and `replica` make the engine's seed. Raises UserError for a model, adapter or context that vLLM refuses.
-    """
+    """A causal model in a server of its own, with an adapter if one is given, and its tokenizer. `seed` and `replica`
+    make the engine's seed. Raises UserError for a model, adapter or context that vLLM refuses."""
     from croco.models.loading import load_tokenizer, pick_device
 
     template = policy.template
@@ -83,11 +76,8 @@ def open_policy(
 
 
 def open_reward(reward: RewardPart, settings: Vllm) -> tuple[ServerScorer, Any]:
-    """A sequence classifier of one logit in a server of its own, and its tokenizer.
-
-    The server's context is `reward.max_tokens`, or the model's own where that is shorter. Raises UserError for a model
-    that vLLM refuses or that has another number of logits.
-    """
+    """A sequence classifier of one logit in a server of its own, and its tokenizer; the context is `reward.max_tokens`,
+    or the model's. Raises UserError for a model that vLLM refuses or that has another number of logits."""
     from croco.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer(reward.model, reward.revision, None, reward.trust_remote_code)

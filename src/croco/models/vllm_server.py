@@ -1,8 +1,5 @@
-"""Starts vLLM's OpenAI-compatible server as a process of ours on loopback, and ends it.
-
-vLLM is started, never imported: it may live in another environment. The server ends with the context it was opened in,
-and with this process, however this one ends.
-"""
+"""Starts vLLM's OpenAI-compatible server as a process of ours on loopback, and ends it with its context and with this
+process. vLLM is never imported: it may live in another environment."""
 
 from __future__ import annotations
 
@@ -68,18 +65,10 @@ def merge(policy: Policy, dtype: str, adapter: Path, folder: Path) -> Path:
     done = folder / "merged.done"
     if done.exists():
         return folder
-    from croco.models.loading import load_policy, quiet_loading
+    from croco.models.loading import load_causal, quiet_loading
 
-    template = policy.template
-    model, tokenizer = load_policy(
-        policy.model,
-        policy.revision,
-        dtype,
-        "cpu",  # the GPU's memory is the server's
-        adapter,
-        template,
-        policy.trust_remote_code,
-    )
+    # the GPU's memory is the server's
+    model, tokenizer = load_causal(policy.model_copy(update={"dtype": dtype}), "cpu", adapter)
     with quiet_loading():
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -1,8 +1,7 @@
 """What arms share: whose completions an arm reads, whose scores, and which stages run for which arm.
 
-Completions of one policy on the same prompts are sampled once, scores of one scorer on them computed once; what two
-arms need lives in the folder of the first of them, what only the base and the reward model make, in no arm's.
-"""
+Completions of one policy on the same prompts are sampled once, scores of one scorer computed once; what two arms need
+lives in the folder of the first of them, what only the base and the reward model make in no arm's."""
 
 from __future__ import annotations
 

@@ -1,10 +1,8 @@
-"""Where shards are computed, and that each is written once: in this process, in several, or on a Ray cluster.
+"""Where shards are computed: in this process, in several (`processes.py`), or on a Ray cluster (`ray.py`).
 
 A worker is opened where it runs (it loads its model there) and turns shard numbers into tables; the process that holds
-the run's lock writes them, so a shard is written once whoever computed it. What a shard holds follows from its number
-and the data alone, never from the worker, which is why a lost worker costs its shards in flight and nothing else.
-Which way is `[runtime]`: several processes are `pipeline/processes.py`, Ray is `pipeline/ray.py`.
-"""
+the run's lock writes them. What a shard holds follows from its number and the data alone, so a lost worker costs its
+shards in flight and nothing else."""
 
 from __future__ import annotations
 
@@ -41,8 +39,7 @@ def compute(
 
     `role` is the workers' key in `[runtime.engines]`, if it is not the stage's name; `under`, where their facts are
     recorded. `drafts` (picklable) names a file per shard, for tables that are a step on the way to the stage's own.
-    `here` is for work that is done sooner than other processes have started.
-    """
+    `here` is for work that is done sooner than other processes have started."""
     file = drafts or partial(store.marker_path, work.folder)
     todo = [index for index in work.todo(len(sizes)) if not file(index).exists()]
     if not todo:
@@ -123,10 +120,8 @@ def gpus_per_worker(runtime: Runtime, role: str) -> int:
 
 
 def gpu_shares(runtime: Runtime, gpus: int) -> list[list[str]]:
-    """The GPUs of each worker of this machine, by the names CUDA knows them by; empty lists where there are none.
-
-    Raises UserError when there are GPUs, but too few for the workers asked for.
-    """
+    """The GPUs of each worker of this machine, by CUDA's names; empty lists where there are none. Raises UserError when
+    there are too few for the workers asked for."""
     if runtime.replicas == 1:
         return [[]]
     if ":" in runtime.device:

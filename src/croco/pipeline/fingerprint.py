@@ -1,8 +1,6 @@
-"""What enters each stage's fingerprint: the resolved values of the recipe that change its science, and only those.
+"""What enters each stage's fingerprint: the resolved values of the recipe that change its tables, and only those.
 
-Models and files enter by their content (`hashing.py`). How fast, where and in which batches is `[runtime]` and never
-enters; neither do library versions.
-"""
+Models and files enter by their content (`hashing.py`); `[runtime]` and library versions never do."""
 
 from __future__ import annotations
 
@@ -256,6 +254,7 @@ def evaluate_settings(recipe: Recipe, arm: str | None) -> Settings:
         if reward
         else None,
         "seed": recipe.run.seed,
+        **({"kl": True} if evaluation.kl and arm != "base" else {}),
     }
 
 
@@ -286,36 +285,43 @@ def arena_prompts_settings(recipe: Recipe, arm: str | None) -> Settings:
 
 def arena_sample_settings(recipe: Recipe, arm: str | None) -> Settings:
     assert recipe.arena is not None
-    return {
+    settings = {
         "policy": given_policy(recipe.policy, recipe.arena_languages),
         "max_new_tokens": recipe.arena.max_new_tokens or recipe.evaluation.max_new_tokens,
         "languages": sorted(recipe.arena_languages),
         "limit": recipe.arena.limit,
     }
+    return settings | ({"temperature": recipe.arena.temperature} if recipe.arena.temperature else {})
 
 
 def arena_settings(recipe: Recipe, arm: str | None) -> Settings:
     assert recipe.arena is not None
     lab = recipe.arena.judge == "lab"
-    return {
+    settings: Settings = {
         "judge": Given("lab", f"lab {WORLD}") if lab else given_judge(recipe.judge),
         "languages": sorted(recipe.arena_languages),
         "evaluated": sorted(recipe.run.evaluated),  # completions are told apart among these
         "limit": recipe.arena.limit,
     }
+    return settings | ({"orders": recipe.arena.orders} if recipe.arena.orders != "both" else {})
 
 
 def given_judge(judge: Judge | None) -> Given:
     assert judge is not None  # the recipe's checks saw to it
-    drawn = {"temperature": judge.temperature} if judge.temperature else {}
-    return given_model(judge, "judge", max_new_tokens=judge.max_new_tokens, **drawn)
+    more: Settings = {"temperature": judge.temperature} if judge.temperature else {}
+    if judge.labels != "words":
+        more["labels"] = judge.labels
+    return given_model(judge, "judge", max_new_tokens=judge.max_new_tokens, **more)
 
 
 def results_settings(recipe: Recipe, arm: str | None) -> Settings:
     groups = recipe.run.model_dump(
         mode="json", include={"languages", "low_resource_languages", "held_out_languages", "seed"}
     )
-    return groups | {"bootstrap": recipe.evaluation.bootstrap}
+    drawn = (
+        {"arena_temperature": recipe.arena.temperature} if recipe.arena and recipe.arena.temperature else {}
+    )
+    return groups | {"bootstrap": recipe.evaluation.bootstrap} | drawn
 
 
 def report_settings(recipe: Recipe, arm: str | None) -> Settings:

@@ -97,8 +97,8 @@ def nodes(recipe: Recipe) -> list[Node]:
 
 
 def _as_recorded(node: Node) -> Node:
-    """The node with the fingerprint that its record has, where that differs only by settings which the croco that wrote
-    it did not know yet: what an earlier version made stays complete."""
+    """The node with its record's fingerprint, where that differs only by settings which the croco that wrote it did not
+    know: what an earlier version made stays complete."""
     if not node.stage.added or not os.path.lexists(node.folder / records.RECORD):
         return node
     try:

@@ -32,7 +32,8 @@ def arena_sampled(recipe: Recipe) -> list[str | None]:
     if recipe.arena is None:
         return []
     evaluation, limit = recipe.evaluation, recipe.arena.max_new_tokens
-    same = 0.0 in evaluation.temperatures and limit in (None, evaluation.max_new_tokens)
+    greedy = 0.0 in evaluation.temperatures and recipe.arena.temperature == 0
+    same = greedy and limit in (None, evaluation.max_new_tokens)
     return [] if same and not recipe.arena.source else arms.evaluated_arms(recipe)
 
 

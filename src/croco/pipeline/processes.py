@@ -1,10 +1,8 @@
 """Worker processes on this machine: each with its own GPUs, its share of the cores, and a number of its own.
 
-A worker that is killed (by a signal, by a system out of memory) costs its shards in flight: they go to the next worker
-that asks, and another process takes its place and its GPUs, under a new number, for no engine's seed may come twice.
-Shards that take their third worker with them end the stage. An exception is not tried again: it ends the stage here as
-it would in one process. Leaves out other machines, which are `pipeline/ray.py`.
-"""
+A worker that is killed costs its shards in flight: they go to the next worker that asks, and another process takes its
+GPUs under a new number, since no engine's seed may come twice. Shards that cost three workers end the stage, and so
+does an exception."""
 
 from __future__ import annotations
 

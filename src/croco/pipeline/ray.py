@@ -22,7 +22,7 @@ import pyarrow as pa
 
 import croco
 from croco.config.runtime import Runtime
-from croco.errors import UserError
+from croco.errors import UserError, one_line
 from croco.pipeline.workers import (
     MAX_WORKER_DEATHS,
     ComputeJob,
@@ -71,7 +71,7 @@ def actors(job: ComputeJob, runtime: Runtime) -> Stream:
     except (RayActorError, WorkerCrashedError, NodeDiedError, OutOfMemoryError) as error:
         raise UserError(
             f"{job.title}: {MAX_WORKER_DEATHS} Ray workers were lost at the same shards, the last so: "
-            f"{_first_line(error)}; what is finished is kept"
+            f"{one_line(error)}; what is finished is kept"
         ) from None
 
 
@@ -138,7 +138,7 @@ class ShardWorker:
             yield pa.Table.from_pylist([{"error": str(error)}], schema=SHARD)
 
     def check_place(self) -> None:
-        """Stand where the driver stands, and make sure that the run's folder here is the run's folder there."""
+        """Work where the driver works, and make sure that the run's folder here is the run's folder there."""
         record = self.folder / "stage.json"
         try:
             os.chdir(self.place)
@@ -210,7 +210,7 @@ def join(runtime: Runtime) -> None:
         if address is None:
             raise
         raise UserError(
-            f"runtime.ray.address = '{address}': cannot join a Ray cluster there: {_first_line(error)} "
+            f"runtime.ray.address = '{address}': cannot join a Ray cluster there: {one_line(error)} "
             f"(one with a token wants RAY_AUTH_MODE=token here, too)"
         ) from None
 
@@ -267,8 +267,3 @@ def _bytes(table: pa.Table) -> bytes:
 
 def _table(data: bytes) -> pa.Table:
     return pa.ipc.open_stream(data).read_all()
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

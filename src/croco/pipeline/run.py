@@ -1,7 +1,4 @@
-"""Run a recipe, or one stage of it; plan it; keep its recipe beside its tables.
-
-A node's status is read once for each command. Which stages there are is `graph.py`.
-"""
+"""Run a recipe, or one stage of it; plan it; keep its recipe. A node's status is read once a command."""
 
 from __future__ import annotations
 
@@ -43,10 +40,8 @@ def plan(recipe: Recipe, until: str | None = None) -> list[tuple[Node, Status]]:
 def run(
     recipe: Recipe, *, rebuild: bool = False, until: str | None = None, say: Say = lambda line: None
 ) -> list[str]:
-    """Run what is not complete, in order; returns the names of the stages that are complete now.
-
-    Raises StaleStage naming what changed, unless `rebuild` removes it.
-    """
+    """Run what is not complete, in order; returns the names of the stages that are complete now. Raises StaleStage
+    naming what changed, unless `rebuild` removes it."""
     open.check(recipe)
     every = nodes(recipe)
     todo = _until(every, until)
@@ -90,7 +85,7 @@ def _prepared(
     say: Say,
 ) -> Iterator[dict[Node, Status]]:
     """Hold the run's folder, check all that can be checked before it costs anything, and clear the way; yields the
-    states of the nodes to run. With `rebuild`, what stands on a removed stage and is `removable` goes with it."""
+    states of the nodes to run. With `rebuild`, what reads a removed stage and is `removable` goes with it."""
     set_threads(recipe.runtime)
     with lock(recipe.folder):
         readers = {before: node for node in todo for before in node.inputs.values() if before not in todo}
@@ -160,8 +155,8 @@ def counted(node: Node, record: Record) -> str:
 def running_in(
     folder: Path, runtime: Runtime, rebuild: bool = False, say: Say = lambda line: None
 ) -> Iterator[Callable[[Node], Record]]:
-    """Hold a folder that a command on files fills; yields what runs a node in it, one after what it reads, and gives
-    its record. Raises StaleStage for what other files or settings have made there, unless `rebuild` makes it anew."""
+    """Hold a folder that a command on files fills; yields what runs a node in it and returns its record. Raises
+    StaleStage for what other files or settings have made there, unless `rebuild` makes it anew."""
 
     def make(node: Node) -> Record:
         known = {node: status_of(node, contents=True)}
@@ -193,11 +188,8 @@ def keep_recipe(
     say: Say = lambda line: None,
     known: Mapping[Node, Status] = {},
 ) -> None:
-    """Write the resolved recipe into the run's folder, which explains itself and is all that `croco report` needs.
-
-    One that is there stays where another setting made a stage that is there too: it describes what lies in the folder.
-    Raises UserError for a recipe.json that is a person's own.
-    """
+    """Write the resolved recipe into the run's folder, where `croco report` reads it. One that is there stays where
+    another setting made a stage that is there too. Raises UserError for a recipe.json that is a person's own."""
     path, resolved = recipe.folder / "recipe.json", recipe.model_dump(mode="json")
     if os.path.lexists(path):
         there = files.read_json(path)
@@ -216,8 +208,8 @@ def keep_recipe(
 
 
 def _made_otherwise(node: Node) -> bool:
-    """Whether a stage has other settings, or has read a table that is not there any more; that more tables are to be
-    read (of an arm that was added) is no contradiction."""
+    """Whether a stage has other settings, or has read a table that is gone; that it is to read more tables (of an arm
+    that was added) is no contradiction."""
     made = records.read_record(node.folder)["science"]
     if canonical(made["settings"]) != canonical(node.science["settings"]):
         return True

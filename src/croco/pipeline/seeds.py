@@ -1,8 +1,6 @@
-"""`croco run` of a recipe with `[study]`: one run per seed in RUN/seed-N, some at once.
+"""`croco run` of a recipe with `[study]`: one ordinary run per seed in RUN/seed-N, some at once.
 
-A seed's run is an ordinary run: its recipe is in its folder, it can be looked at, reported and gone on with alone.
-Seeds that run beside each other are processes of their own, which end with this one.
-"""
+Seeds that run at once are processes of their own, which end with this one."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
 """Runs a stage: a function that turns tables into the next table, and a record that says when it is finished.
 
-The contract: a stage's folder holds shards with markers, a ledger of what was left out, and `stage.json` with the
-resolved settings, their fingerprint, what it read, and what it took. A complete stage whose fingerprint matches is
-skipped; a mismatch stops and names the fields; an unfinished stage redoes only the shards without a marker. Always
-read = written + dropped. Which stages there are is `graph.py`.
+A stage's folder holds shards with markers, a ledger of what was left out, and `stage.json` with the resolved settings,
+their fingerprint, what it read, and what it took. A complete stage whose fingerprint matches is skipped; a mismatch
+stops and names the fields; an unfinished stage makes only the shards without a marker. Always read = written + dropped.
 """
 
 from __future__ import annotations
@@ -53,8 +52,8 @@ class Work:
 
     @property
     def engine_seed(self) -> int:
-        """For an engine that draws from one stream: another for each stage, arm and start, so that a stage that goes on
-        does not repeat the noise it began with."""
+        """For an engine that draws from one stream: another for each stage, arm and start, so that going on repeats no
+        noise."""
         return seeds.digest(self.settings.get("seed", 0), "engine", self.title, self.record_file["starts"])
 
     def todo(self, num_shards: int) -> list[int]:
@@ -78,11 +77,9 @@ class Work:
     ) -> None:
         """One finished shard: ledger, shard, marker.
 
-        `read` maps a unit to how many of them the shard had to account for; each must equal written + dropped
-        of that unit. Written is what `written` says of it, else the table's rows, or for the unit "prompt" the
-        distinct (prompt_id, language) in it. Without `read` the table's own unit is counted. Raises ValueError
-        on an imbalance or a duplicate key.
-        """
+        `read` maps a unit to how many of them the shard had to account for, each equal to written + dropped of that
+        unit; without it the table's own unit is counted. Written is what `written` says, else the table's rows, or for
+        "prompt" the distinct (prompt_id, language). Raises ValueError on an imbalance or a duplicate key."""
         if self.table is None:
             raise ValueError(f"{self.title} writes no table")
         drops = shards.count_units(dropped) if dropped is not None else {}
@@ -160,10 +157,8 @@ def lock(run: Path) -> Iterator[None]:
 
 
 def execute(node: Node, runtime: Runtime, now: Status | None = None) -> Record:
-    """Run one node to completion, or finish what an earlier process began; returns its `stage.json`.
-
-    `now` is the node's state, if it is known.
-    """
+    """Run one node to completion, or finish what an earlier process began; returns its `stage.json`. `now` is its
+    state."""
     now = now or status_of(node)
     if now.kind == "complete":
         return records.read_record(node.folder)
@@ -248,7 +243,7 @@ def _finish(node: Node, record: Record) -> Record:
 
 
 def remove_scratch(node: Node) -> None:
-    """Remove what a complete stage no longer needs: after it is said to be complete, or a kill in between would leave
-    an unfinished stage with half of its checkpoints."""
+    """Remove what a complete stage no longer needs: only once it is said to be complete, or a kill would leave it half
+    gone."""
     if (node.folder / "scratch").is_dir():
         files.remove(node.folder / "scratch")

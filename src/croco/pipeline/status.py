@@ -1,7 +1,6 @@
 """Compares a stage's folder with the recipe: missing, unfinished, complete, stale with what changed, or damaged.
 
-Reads `stage.json`, the markers and row counts in Parquet metadata, never a table; running a stage is `stage.py`.
-"""
+Reads `stage.json`, the markers and row counts in Parquet metadata, never a table."""
 
 from __future__ import annotations
 
@@ -30,10 +29,8 @@ class Status:
 
 
 def status_of(node: Node, contents: bool = False) -> Status:
-    """The state of a node's folder; reads `stage.json`, and row counts when it is complete.
-
-    With `contents` the bytes of what it made are read too. Raises UserError when the folder is somebody else's.
-    """
+    """The state of a node's folder; with `contents` the bytes of what it made are read too. Raises UserError when the
+    folder is somebody else's."""
     if not os.path.lexists(node.folder / records.RECORD):
         _check_empty(node)
         return Status("missing")
@@ -165,8 +162,8 @@ def files_made(node: Node) -> dict[str, int]:
 
 
 def clear(node: Node) -> None:
-    """Remove what a stage made. Its record says so first and goes last; sub-folders that are other stages, and files
-    that no stage makes, stay. A folder without a record is left alone."""
+    """Remove what a stage made; its record says so first and goes last. Sub-folders that are other stages, files that
+    no stage makes, and a folder without a record stay."""
     if not os.path.lexists(node.folder / records.RECORD):
         return
     records.write_record(node.folder, new_record(node, state="removed"))

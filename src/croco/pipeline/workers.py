@@ -1,7 +1,5 @@
-"""What computes shards: workers, the jobs they are given, and the shards that they give back.
-
-Nothing runs here. Where workers run is `compute.py` (this process), `processes.py` (several) and `ray.py`.
-"""
+"""What computes shards: workers, the jobs they are given, and the shards that they give back. Where they run is
+`compute.py`."""
 
 from __future__ import annotations
 

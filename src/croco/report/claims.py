@@ -4,85 +4,94 @@ A comparison has a two-sided test of its difference against the border that its 
 holds when enough of its comparisons are significant as wanted, does not hold when as many are significant to the
 contrary (intersection-union; for "most" the partial conjunction of Benjamini and Heller 2008), both after Holm's
 correction over the claims of its family. Else it is equivalent where as many comparisons lie within the study's
-equivalence margin (two one-sided tests at 5 %: the 90 % interval), else not resolved.
+equivalence margin (two one-sided tests at 5 %: the 90 % interval), else not resolved. With the studies of several
+policies every one of them must agree.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
-from croco.config.study import BASE, Claim, Comparison, Study
-from croco.report.multi_seed import Pooled
+from croco.config.study import Claim, Study
+from croco.report.contrasts import KL, Runs, Test, run_tests
+from croco.report.curves import value_panel
 from croco.report.table import (
     PERCENT,
     POINTS,
+    SCORE,
     SCORE_CHANGE,
     Entry,
     Number,
     Part,
     Table,
+    Unit,
     count_of,
+    enumerate_words,
     temperature_name,
 )
-from croco.stages.evaluate.stats import ALPHA, Interval, holm
+from croco.stages.evaluate.stats import ALPHA, holm
 
 HOLDS, FAILS, EQUIVALENT, OPEN = "holds", "does not hold", "equivalent", "not resolved"
 UNTESTABLE = "not testable here"
 
 
 @dataclass(frozen=True)
-class Test:
-    """A comparison on one scope at one temperature."""
-
-    comparison: Comparison
-    scope: str
-    temperature: float
-    rival: tuple[str, float]
-    difference: Interval  # 95 % over seeds and prompts
-    by_seed: list[float]
-    p_wanted: float  # one-sided, that the difference is not beyond the border in the wanted direction
-    equivalent: bool  # whether the 90 % interval lies within the equivalence margin
-
-
-@dataclass(frozen=True)
 class Judged:
-    """A claim with its tests, its p-value after Holm's correction and its verdict."""
+    """A claim with its tests in every study, its p-value after Holm's correction and its verdict."""
 
     claim: Claim
-    tests: list[Test]
+    tests: Mapping[str, list[Test]]  # by study
     p_value: float | None  # None: not testable
     verdict: str
+    alone: Mapping[str, str]  # the verdict of each study by itself
+
+    def deciding(self, study: str) -> Test:
+        """The comparison on which the claim hangs: the weakest that is needed."""
+        tests = self.tests[study]
+        return sorted(tests, key=lambda test: test.p_wanted)[needed(self.claim, tests) - 1]
 
 
-def judge_all(study: Study, pooled: Mapping[str, Pooled]) -> dict[str, Judged]:
-    """Every claim of the study; primary and secondary claims are corrected apart, untestable ones not counted."""
+def judge_all(study: Study, studies: Mapping[str, Runs]) -> dict[str, Judged]:
+    """Every claim; primary and secondary claims are corrected apart, untestable ones not counted."""
     tests = {
-        name: [
-            test
-            for comparison in claim.tests
-            for test in run_tests(comparison, pooled[comparison.benchmark], study.equivalence)
-        ]
+        name: {
+            label: [test for c in claim.tests for test in run_tests(c, runs, study.equivalence)]
+            for label, runs in studies.items()
+        }
         for name, claim in study.claims.items()
     }
-    judged = {}
+    together = _decided(study, {name: list(of.values()) for name, of in tests.items()})
+    alone = {label: _decided(study, {name: [of[label]] for name, of in tests.items()}) for label in studies}
+    return {
+        name: Judged(claim, tests[name], *together[name], {label: alone[label][name][1] for label in studies})
+        for name, claim in study.claims.items()
+    }
+
+
+def _decided(
+    study: Study, tests: Mapping[str, Sequence[Sequence[Test]]]
+) -> dict[str, tuple[float | None, str]]:
+    """p-value and verdict of every claim, from its tests in the studies that must agree."""
+    decided: dict[str, tuple[float | None, str]] = dict.fromkeys(study.claims, (None, UNTESTABLE))
     for secondary in (False, True):
         names = [n for n, c in study.claims.items() if c.secondary == secondary and not c.not_testable]
-        directions = [claim_p_values(study.claims[name], tests[name]) for name in names]
+        directions = []
+        for name in names:
+            of_studies = [claim_p_values(study.claims[name], one) for one in tests[name]]
+            directions.append([max(p_values) for p_values in zip(*of_studies, strict=True)])
         adjusted = holm([min(1.0, 2 * min(both)) for both in directions])
         for name, both, p_value in zip(names, directions, adjusted, strict=True):
-            claim = study.claims[name]
             verdict = OPEN
             if p_value <= ALPHA:
                 verdict = HOLDS if both[0] < both[1] else FAILS
-            elif sum(test.equivalent for test in tests[name]) >= needed(claim, tests[name]):
+            elif all(
+                sum(t.equivalent for t in one) >= needed(study.claims[name], one) for one in tests[name]
+            ):
                 verdict = EQUIVALENT
-            judged[name] = Judged(claim, tests[name], p_value, verdict)
-    return {
-        name: judged.get(name, Judged(claim, tests[name], None, UNTESTABLE))
-        for name, claim in study.claims.items()
-    }
+            decided[name] = p_value, verdict
+    return decided
 
 
 def needed(claim: Claim, tests: Sequence[Test]) -> int:
@@ -101,42 +110,11 @@ def claim_p_values(claim: Claim, tests: Sequence[Test]) -> tuple[float, float]:
     return min(1.0, (n - u + 1) * wanted[u - 1]), min(1.0, (n - u + 1) * contrary[u - 1])
 
 
-def run_tests(comparison: Comparison, pooled: Pooled, equivalence: float) -> list[Test]:
-    """One test per scope and temperature; `at_best` rivals, and the base's headline, at their best temperature.
-
-    A mode's share ("mode:malformed") is compared at the same temperature: it shows what tuning moved, not decoding.
-    """
-    tests = []
-    for scope in comparison.on:
-        for temperature in comparison.temperatures or pooled.temperatures(comparison.arm):
-            setting, rival = (comparison.arm, temperature), (comparison.than, temperature)
-            if comparison.at_best or (comparison.than == BASE and comparison.metric is None):
-                rival = pooled.best(comparison.than, scope)
-            metric = comparison.metric
-            difference, error = pooled.difference(setting, rival, scope, metric)
-            p_value = p_wanted(difference.value, error, comparison.want, comparison.margin)
-            within = abs(difference.value) + NormalDist().inv_cdf(1 - ALPHA) * error <= equivalence
-            if not difference.known:  # too few prompts say nothing, in either direction
-                p_value, within = 0.5, False
-            by_seed = pooled.by_seed(setting, rival, scope, metric)
-            tests.append(Test(comparison, scope, temperature, rival, difference, by_seed, p_value, within))
-    return tests
+# On the page ----------------------------------------------------------------------------------------------------------
 
 
-def p_wanted(value: float, error: float, want: str, margin: float) -> float:
-    """One-sided p-value that a difference is not as wanted beyond its border, by the normal approximation.
-
-    The border is `margin` for "higher" and "lower", −`margin` for "not lower" and "not higher".
-    """
-    distance = value if want in ("higher", "not lower") else -value
-    distance -= margin if want in ("higher", "lower") else -margin
-    if error == 0:
-        return 0.0 if distance > 0 else 1.0 if distance < 0 else 0.5
-    return NormalDist().cdf(-distance / error)
-
-
-def claims_parts(judged: Mapping[str, Judged], equivalence: float) -> list[Part]:
-    """The verdicts, primary claims apart from secondary ones."""
+def claims_parts(judged: Mapping[str, Judged], equivalence: float, studies: Mapping[str, Runs]) -> list[Part]:
+    """The verdicts, primary claims apart from secondary ones: what a reader takes away."""
     parts = []
     for secondary, name, title in (
         (False, "claims", "Claim by claim"),
@@ -144,18 +122,36 @@ def claims_parts(judged: Mapping[str, Judged], equivalence: float) -> list[Part]
     ):
         family = [one for one in judged.values() if one.claim.secondary == secondary]
         counted = sum(one.p_value is not None for one in family)
-        rows = [
-            [one.claim.says, one.verdict, "" if one.p_value is None else p_text(one.p_value)]
+        counts = Counter(one.verdict for one in family)
+        verdicts = [f"{counts[v]} {v}" for v in (HOLDS, FAILS, EQUIVALENT, OPEN, UNTESTABLE) if counts[v]]
+        rows: list[list[Entry]] = [
+            [one.claim.says, one.verdict, *(difference_of(one.deciding(s), studies[s]) for s in studies),
+             "" if one.p_value is None else p_text(one.p_value)]
             for one in family
-        ]
+        ]  # fmt: skip
+        every = f" and in each of the {len(studies)} studies" if len(studies) > 1 else ""
         text = (
-            f"A claim holds, or does not, where all comparisons that it needs are significant that way, at 5 % after "
-            f"Holm's correction over {count_of(counted, 'claim')} (p in the table). It is equivalent where the "
-            f"90 % intervals lie within ± {equivalence:g}. The base is at its best temperature."
+            f"Of {count_of(len(family), 'claim')}: {', '.join(verdicts)}. A claim holds, or does not, where all "
+            f"comparisons that it needs are significant that way{every}, at 5 % after Holm's correction over "
+            f"{count_of(counted, 'claim')} (p in the table). It is equivalent where the 90 % intervals lie within "
+            f"± {equivalence:g}. The difference shown is that of the weakest comparison; the base is at its best "
+            "temperature."
         )
         if rows:
-            parts.append(Part(name, title, [text], [Table(["claim", "in this study", "p"], rows, 2)]))
+            head = ["claim", "verdict", *(studies if len(studies) > 1 else ["difference"]), "p"]
+            parts.append(Part(name, title, [text], [Table(head, rows, 2)]))
     return parts
+
+
+def unit_of(test: Test, runs: Runs) -> Unit:
+    """How a comparison's difference is written."""
+    share = runs.pooled[test.comparison.benchmark].is_share
+    return POINTS if share or (test.comparison.metric or "").startswith("mode:") else SCORE_CHANGE
+
+
+def difference_of(test: Test, runs: Runs) -> Number:
+    """A comparison's difference with its interval."""
+    return Number(test.estimate.interval(), unit_of(test, runs))
 
 
 def p_text(p_value: float) -> str:
@@ -163,35 +159,34 @@ def p_text(p_value: float) -> str:
     return "< 0.001" if p_value < 0.001 else f"{p_value:.2g}"
 
 
-def claim_part(name: str, judged: Judged, pooled: Mapping[str, Pooled]) -> Part:
-    """One claim: its comparisons, and why it came out so."""
-    claim, rows = judged.claim, list[list[Entry]]()
-    for test in judged.tests:
-        one, benchmark = test.comparison, pooled[test.comparison.benchmark]
-        share = benchmark.is_share or (one.metric or "").startswith("mode:")
-        unit = POINTS if share else SCORE_CHANGE
-        measure = (one.metric or benchmark.headline) + (
-            f", {one.benchmark}" if one.benchmark != "lab" else ""
-        )
-        rows.append([
-            one.arm, f"{test.rival[0]} ({temperature_name(test.rival[1])})", measure, test.scope,
-            temperature_name(test.temperature), Number(test.difference, unit), ", ".join(map(unit.text, test.by_seed)),
-            one.want + (f" by {PERCENT.text(one.margin)}" if one.margin and share else ""),
-            p_text(min(1.0, 2 * min(test.p_wanted, 1 - test.p_wanted))), "yes" if test.equivalent else "",
-        ])  # fmt: skip
-    head = [
-        "arm",
-        "than",
-        "measure",
-        "on",
-        "decoding",
-        "difference",
-        "each seed",
-        "claimed",
-        "p",
-        "equivalent",
-    ]
-    verdict = f"**{judged.verdict[0].upper()}{judged.verdict[1:]}**"
-    rule = f" ({claim.need} of {len(rows)} comparisons are needed; p of a row is not corrected)."
-    text = [verdict + (f": {claim.not_testable}" if claim.not_testable else rule)]
-    return Part(f"claim-{name}", claim.says, [*text, *filter(None, [claim.why])], [Table(head, rows, 5)])
+def claim_part(name: str, judged: Judged, studies: Mapping[str, Runs], equivalence: float) -> Part:
+    """One claim: its verdict, what was measured, its comparisons, and why it came out so."""
+    claim, several = judged.claim, len(studies) > 1
+    rows, panels, measures = list[list[Entry]](), [], list[str]()
+    for label, runs in studies.items():
+        for test in judged.tests[label]:
+            one, unit = test.comparison, unit_of(test, runs)
+            border = f" by {unit.text(one.margin).lstrip('+')}" if one.margin else ""
+            measures.append(f"{one.metric or runs.pooled[one.benchmark].headline} ({one.benchmark})")
+            rows.append([
+                test.words, *([label] if several else []), f"{test.scope}, {temperature_name(test.temperature)}",
+                one.want + border, difference_of(test, runs), ", ".join(map(unit.text, test.by_seed)),
+                p_text(min(1.0, 2 * min(test.p_wanted, 1 - test.p_wanted))), p_text(test.p_equivalent),
+            ])  # fmt: skip
+            if test.curves:
+                over = KL if one.at_equal == KL else f"{one.at_equal} in percent"
+                scale = 1 if one.at_equal == KL else 100
+                series = {sweep: [(scale * x, y) for x, y in curve] for sweep, curve in test.curves.items()}
+                title = f"{one.benchmark} over {over}" + (f", {label}" if several else "")
+                panels.append(value_panel(title, series, PERCENT if unit is POINTS else SCORE))
+    alone = ", ".join(f"{label}: {verdict}" for label, verdict in judged.alone.items())
+    verdict = f"**{judged.verdict[0].upper()}{judged.verdict[1:]}**" + (f" ({alone})" if several else "")
+    verdict += f": {claim.not_testable}" if claim.not_testable else "."
+    measure = (
+        f"Measured: {enumerate_words(list(dict.fromkeys(measures)))}; {claim.need} of "
+        f"{count_of(len(rows) // len(studies), 'comparison')} must be as claimed{' in every study' if several else ''}."
+    )
+    text = [verdict, measure, *filter(None, [claim.why])]
+    head = ["difference of", *(["study"] if several else []), "on", "claimed", "difference", "each seed", "p",
+            f"p within ± {equivalence:g}"]  # fmt: skip
+    return Part(f"claim-{name}", claim.says, text, [Table(head, rows, 3 + several)], panels)

@@ -70,12 +70,17 @@ def _placed(folder: Path) -> Recipe:
 
 
 def beside(first: Path, second: Path, to: Path | None) -> Path:
-    """Write one page of two runs; in the first's folder, named after the second's, if not said otherwise."""
+    """Write one page of two runs, or of two studies; in the first's folder, named after the second's, by default."""
+    path = to or first / f"beside-{second.resolve().name}.html"
+    if read_recipe(first).study and read_recipe(second).study:
+        from croco.report.study import together
+
+        write_for_user(path, together([_placed(first), _placed(second)], path.suffix == ".md"))
+        return path
     from croco.report.two_runs import build_page
 
     _single(first)
     _single(second)
-    path = to or first / f"beside-{second.resolve().name}.html"
     write_for_user(path, build_page(first, second))
     return path
 

@@ -66,7 +66,10 @@ def compare(first: Path, second: Path) -> Comparison:
     notes = _only(names, "arm", [recipe.evaluated_arms for recipe in recipes])
     for folder, recipe in zip(folders, recipes, strict=True):
         require(folder, [eval_prompts_of(recipe)[0], "evaluate/base", *(f"evaluate/{arm}" for arm in arms)])
-    frames = [_values(folder, [BASE, *arms]) for folder in folders]
+    frames = [
+        _values(folder, [BASE, *arms], recipe.arena.temperature if recipe.arena else 0.0)
+        for folder, recipe in zip(folders, recipes, strict=True)
+    ]
     texts = [_texts(folder, recipe) for folder, recipe in zip(folders, recipes, strict=True)]
     frames, left_out = _shared(names, frames, texts)
     groups, unlike = _groups(recipes)
@@ -140,14 +143,15 @@ def _only(names: Sequence[str], word: str, sets: Sequence[Sequence[Any]]) -> lis
     return sentences
 
 
-def _values(folder: Path, arms: Sequence[str]) -> pl.DataFrame:
+def _values(folder: Path, arms: Sequence[str], arena_temperature: float) -> pl.DataFrame:
     """The verdicts of all arms, those of the arena as a benchmark of its own."""
     columns = ["arm", *_PROMPT, "temperature", "benchmark", "value"]
     parts = [read_table(folder / "evaluate" / arm, columns) for arm in arms]
     for arm in arms:
         if (folder / "arena" / arm / "stage.json").is_file():
             rows = read_table(folder / "arena" / arm, ["arm", *_PROMPT, "value"])
-            parts.append(rows.with_columns(temperature=pl.lit(0.0), benchmark=pl.lit(ARENA)).select(columns))
+            given = {"temperature": pl.lit(arena_temperature), "benchmark": pl.lit(ARENA)}
+            parts.append(rows.with_columns(**given).select(columns))
     return pl.concat(parts).with_columns(mode=pl.lit(""))
 
 

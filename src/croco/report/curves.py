@@ -110,7 +110,7 @@ class Panel:
 def value_panel(title: str, series: Mapping[str, Sequence[tuple[float, Interval]]], unit: Unit) -> Panel:
     """Values with intervals over a number; on a scale of doublings where the numbers span a factor of 8."""
     numbers = sorted({x for points in series.values() for x, _ in points})
-    doublings = len(numbers) > 2 and numbers[0] > 0 and numbers[-1] / numbers[0] >= 8
+    doublings = 2 < len(numbers) <= 8 and numbers[0] > 0 and numbers[-1] / numbers[0] >= 8
     places = {x: math.log2(x) if doublings else x for x in numbers}
     across = axis(list(places.values()), with_zero=False)
     ends = [
@@ -126,9 +126,10 @@ def value_panel(title: str, series: Mapping[str, Sequence[tuple[float, Interval]
             if i.known
         )
         curves.append(Curve(place, name, _line(dots), dots, unit.text(points[-1][1].value), bars))
+    ticks = places if len(numbers) <= 8 else {tick: tick for tick in across.ticks}
     return Panel(
         title, curves, [(100 - up.place(tick), unit.text(tick)) for tick in up.ticks],
-        [(across.place(place), f"{x:g}") for x, place in places.items()], over=title,
+        [(across.place(place), f"{x:g}") for x, place in ticks.items()], over=title,
     )  # fmt: skip
 
 

@@ -88,7 +88,7 @@ def modes_table(board: Board) -> Table:
         for arm, t in board.settings
         for scope in board.main_groups
     ]
-    return Table(["arm", "decoding", "group", *modes], rows, 3)
+    return Table(["arm", "decoding", "group", *modes], rows, 3, "Percent of completions in each mode")
 
 
 def fidelity_table(board: Board) -> Table | None:

@@ -136,7 +136,7 @@ def _comparisons(run: Run, rows: pl.DataFrame) -> Iterator[Row]:
         texts = gather(run.folder / "arena" / arm, block, _PROMPT, columns)
         prompts = block.select(*_PROMPT).iter_rows()
         for (prompt_id, language), row in zip(prompts, texts.iter_rows(named=True), strict=True):
-            verdicts = {shown: row[f"verdict_{order}"] for shown, order in orders.items()}
+            verdicts = {s: verdict for s, order in orders.items() if (verdict := row[f"verdict_{order}"])}
             outcome = {1.0: f"{arm} wins", 0.0: "base wins"}.get(row["value"], "tie")
             if len(set(verdicts.values())) > 1:
                 outcome = "tie: the two orders disagree"

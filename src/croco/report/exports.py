@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import RenderableType
@@ -10,24 +11,24 @@ from rich.console import RenderableType
 from croco.report import diagnostics
 from croco.report.compare import Comparison
 from croco.report.load_run import Run, read_results
-from croco.report.render import latex, markdown, terminal, words
+from croco.report.render import latex, parts_markdown, terminal, words
 from croco.report.scores import (
+    ARENA,
     Board,
-    arena_board,
     arms_table,
     boards,
     language_sentence,
+    losses,
     mark_best,
     scorer_of,
     sentence,
 )
-from croco.report.table import Entry, Number, Table, temperature_name
+from croco.report.table import Entry, Number, Part, Table, temperature_name
 from croco.stages.evaluate.results import language_groups
 
 
-def _boards(run: Run) -> tuple[list[Board], Board | None]:
-    arms, codes = run.recipe.evaluated_arms, run.recipe.run.evaluated
-    return boards(run.results, arms, codes, scorer_of(run.recipe)), arena_board(run.results, arms, codes)
+def _boards(run: Run) -> list[Board]:
+    return boards(run.results, run.recipe.evaluated_arms, run.recipe.run.evaluated, scorer_of(run.recipe))
 
 
 def _tasks(run: Run) -> Table | None:
@@ -37,26 +38,24 @@ def _tasks(run: Run) -> Table | None:
 def results_terminal(run_folder: Path) -> Iterator[RenderableType]:
     """What `croco run` ends with: arms by groups, the structured tasks, and what became of each arm."""
     run = read_results(run_folder)
-    made, arena = _boards(run)
+    made = _boards(run)
     unit = "percent of completions that are good" if made[0].is_share else "mean score"
     yield words(
         f"{run.recipe.run.name}: {unit}, ± half of the 95 % interval; beneath it the difference from the untuned base "
         "at the same temperature."
     )
     for board in made:
-        yield terminal(arms_table(board, made[0].groups, ("value", "difference"), board.title))
-    if arena:
-        title = f"{arena.title}: win rate in percent; beneath it the difference from 50"
-        yield terminal(arms_table(arena, made[0].groups, ("value", "difference"), title))
+        more = ": win rate in percent; beneath it the difference from 50" if board.benchmark == ARENA else ""
+        yield terminal(arms_table(board, made[0].groups, ("value", "difference"), board.title + more))
     if (tasks := _tasks(run)) is not None:
         yield terminal(tasks)
         yield from map(words, diagnostics.task_notes(run))
     for arm in run.recipe.evaluated_arms:
-        yield words(f"{arm}: {_words(made[0], arm)}")
+        yield words(f"{arm}: {_words(made[0], arm, made[1:])}")
 
 
-def _words(board: Board, arm: str) -> str:
-    return " ".join(filter(None, [sentence(board, arm), language_sentence(board, arm)]))
+def _words(board: Board, arm: str, others: Sequence[Board] = ()) -> str:
+    return " ".join(filter(None, [sentence(board, arm), losses(others, arm), language_sentence(board, arm)]))
 
 
 def comparison_terminal(comparison: Comparison) -> Iterator[RenderableType]:
@@ -84,43 +83,38 @@ def comparison_terminal(comparison: Comparison) -> Iterator[RenderableType]:
         yield terminal(Table(["arm", "decoding", *scopes], rows, 2))
 
 
+def board_part(board: Board, sentences: Sequence[str] = ()) -> Part:
+    """A benchmark: arms by group, their gains over the base, arms by language, and where the mass went."""
+    unit = "Percent of completions that are good" if board.is_share else "Mean score"
+    unit = "Win rate in percent, ties a half" if board.benchmark == ARENA else unit
+    tables = [arms_table(board, board.groups), arms_table(board, board.languages, title="By language")]
+    best = [f"{s}: {temperature_name(board.best_base[s])}" for s in board.groups if s in board.best_base]
+    if best:
+        title = f"Gain over the base at the same temperature / over the base at its best ({', '.join(best)})"
+        tables.insert(1, arms_table(board, board.groups, ("difference", "to_best"), title, base=False))
+    if diagnostics.mode_shares(board):
+        tables.append(diagnostics.modes_table(board))
+    text = [f"{unit}; {board.num_prompts} prompts a language, 95 % intervals.", *sentences]
+    return Part(f"arms-{board.benchmark}", board.title, text, tables)
+
+
 def results_markdown(run_folder: Path) -> str:
     """A sentence per arm, arms by groups and by language, modes, arena and tasks, all with 95 % intervals."""
     run = read_results(run_folder)
     stage = run.stages["results"]
     versions = ", ".join(f"{name} {version}" for name, version in stage["libraries"].items())
-    parts = [
-        f"# {run.recipe.run.name}\n\nMade by `croco run` and `croco report {run.recipe.folder} --markdown FILE`, never "
-        f"by hand. {stage['machine']}; {versions}.\n"
-    ]
-    made, arena = _boards(run)
-    for board in made:
-        unit = "percent of completions that are good" if board.is_share else "mean score"
-        best = [f"{s}: {temperature_name(board.best_base[s])}" for s in board.groups if s in board.best_base]
-        parts += [
-            f"### {board.title}\n\nIn {unit}; {board.num_prompts} prompts, 95 % intervals over prompts.\n",
-            _sentences(run, board),
-            markdown(arms_table(board, board.groups)),
-            "Differences from the base at the same temperature, and from the base at its best temperature "
-            f"({', '.join(best)}):\n",
-            markdown(arms_table(board, board.groups, ("difference", "to_best"), base=False)),
-            markdown(arms_table(board, board.languages)),
-            f"Percent of completions in each mode:\n\n{markdown(diagnostics.modes_table(board))}",
-        ]
-    if arena:
-        parts += [
-            f"### {arena.title}\n\nWin rate in percent, ties a half; 95 % intervals over prompts.\n",
-            _sentences(run, arena),
-            markdown(arms_table(arena, [*arena.groups, *arena.languages])),
-        ]
+    parts = [board_part(board, _sentences(run, board)) for board in _boards(run)]
     if (tasks := _tasks(run)) is not None:
-        notes = "".join(f"- {line}\n" for line in diagnostics.task_notes(run))
-        parts += [f"### {tasks.title}\n", notes, markdown(tasks)]
-    return "\n".join(filter(None, parts))
+        parts.append(Part("tasks", tasks.title, diagnostics.task_notes(run), [replace(tasks, title="")]))
+    head = (
+        f"# {run.recipe.run.name}\n\nMade by `croco run` and `croco report {run.recipe.folder} --markdown FILE`, never "
+        f"by hand. {stage['machine']}; {versions}.\n\n"
+    )
+    return head + parts_markdown(parts)
 
 
-def _sentences(run: Run, board: Board) -> str:
-    return "".join(f"- **{arm}**: {_words(board, arm)}\n" for arm in run.recipe.evaluated_arms)
+def _sentences(run: Run, board: Board) -> list[str]:
+    return ["\n".join(f"- **{arm}**: {_words(board, arm)}" for arm in run.recipe.evaluated_arms)]
 
 
 def results_csv(run_folder: Path) -> str:
@@ -133,10 +127,9 @@ def results_latex(run_folder: Path, intervals: bool = False) -> str:
     run = read_results(run_folder)
     name, groups = run.recipe.run.name, run.recipe.run
     members = language_groups(groups.languages, groups.low_resource_languages, groups.held_out_languages)
-    made, arena = _boards(run)
     tables = [
         _latex_table(name, board, temperature, members, intervals)
-        for board in [*made, *([arena] if arena else [])]
+        for board in _boards(run)
         for temperature in sorted({t for _, t in board.settings})
     ]
     if (tasks := _tasks(run)) is not None:

@@ -1,4 +1,4 @@
-"""The verdicts of all seeds as one array per benchmark, and intervals over seeds and prompts from it.
+"""The verdicts of all seeds as one array per benchmark, and estimates over seeds and prompts from it.
 
 Every seed answered the same test prompts, so that differences of two arms are paired in both. A language's value of a
 prompt is the mean over samples, a group's the mean over its languages.
@@ -17,8 +17,9 @@ import polars as pl
 from numpy.typing import NDArray
 
 from croco.errors import UserError
+from croco.report.scores import Board, Cell, Key, board_of
 from croco.stages.evaluate.results import BASE, headline
-from croco.stages.evaluate.stats import Interval, bootstrap_seeds, of_enough, percentiles, resampled_means
+from croco.stages.evaluate.stats import Interval, over_seeds_and_prompts
 from croco.storage.shards import read_table
 
 COLUMNS = ["arm", "prompt_id", "language", "temperature", "benchmark", "mode", "value"]
@@ -37,7 +38,6 @@ class Pooled:
     languages: list[str]
     metrics: list[str]
     groups: Mapping[str, Sequence[str]]
-    resamples: int
 
     @property
     def headline(self) -> str:
@@ -64,6 +64,9 @@ class Pooled:
         """The arms' settings, in the order of the arms."""
         return [(arm, temperature) for arm in arms for temperature in self.temperatures(arm)]
 
+    def temperatures(self, arm: str) -> list[float]:
+        return sorted(temperature for name, temperature in self.settings if name == arm)
+
     def of(self, setting: Setting, scope: str, metric: str | None = None) -> Array:
         """One value per seed and prompt, (S, P'): the mean over the scope's languages; prompts without any are out."""
         members = [code for code in self.groups.get(scope, [scope]) if code in self.languages]
@@ -73,35 +76,44 @@ class Pooled:
         answered = ~np.isnan(values).all(axis=(0, 2))
         return np.asarray(np.nanmean(values[:, answered], axis=2))
 
-    def mean(self, setting: Setting, scope: str, metric: str | None = None) -> Interval:
-        """A setting's mean with its interval over seeds and prompts."""
-        return bootstrap_seeds(self.of(setting, scope, metric), 0, self.resamples)
+    def mean(self, setting: Setting, scope: str) -> Interval:
+        """A setting's mean of the headline with its interval over seeds and prompts."""
+        return over_seeds_and_prompts(self.of(setting, scope)).interval()
 
-    def difference(
-        self, one: Setting, other: Setting, scope: str, metric: str | None = None
-    ) -> tuple[Interval, float]:
-        """How far one setting is above another, paired by seed and prompt, and the standard error of that."""
-        values = self.of(one, scope, metric) - self.of(other, scope, metric)
-        resampled = resampled_means(values, 0, self.resamples)
-        low, high = percentiles(resampled)
-        interval = Interval(float(values.mean()), float(low), float(high))
-        return of_enough(interval, values.shape[1]), float(resampled.std())
+    def difference(self, one: Setting, other: Setting, scope: str) -> Interval:
+        """How far one setting is above another, paired by seed and prompt."""
+        return over_seeds_and_prompts(self.of(one, scope) - self.of(other, scope)).interval()
 
-    def by_seed(self, one: Setting, other: Setting, scope: str, metric: str | None = None) -> list[float]:
-        """The difference in every seed alone, (S,)."""
-        return list((self.of(one, scope, metric) - self.of(other, scope, metric)).mean(axis=1))
+    def board(self, arms: Sequence[str]) -> Board:
+        """The arms as the report of one run has them, with intervals over seeds and prompts."""
+        cells, metrics = dict[Key, Cell](), dict[Key, dict[str, tuple[Interval, int]]]()
+        groups = [name for name, codes in self.groups.items() if set(codes) & set(self.languages)]
+        scopes = [*groups, *self.languages]
+        best = {scope: self.best(BASE, scope) for scope in scopes}
+        modes = [metric for metric in self.metrics if metric != self.headline]
+        for setting in self.settings_of([BASE, *arms]):
+            for scope in scopes:
+                same, difference = (BASE, setting[1]), None
+                if setting[0] != BASE and same in self.settings:
+                    difference = self.difference(setting, same, scope)
+                to_best = None if setting[0] == BASE else self.difference(setting, best[scope], scope)
+                num_prompts = self.of(setting, scope).shape[1]
+                cells[*setting, scope] = Cell(self.mean(setting, scope), difference, to_best, num_prompts)
+                shares = {mode: float(self.of(setting, scope, mode).mean()) for mode in modes}
+                metrics[*setting, scope] = {
+                    mode: (Interval(*[s] * 3), num_prompts) for mode, s in shares.items()
+                }
+        temperatures = {scope: setting[1] for scope, setting in best.items()}
+        return board_of(self.benchmark, cells, arms, self.languages, temperatures, metrics)
 
     def best(self, arm: str, scope: str) -> Setting:
         """The arm at the temperature with the highest mean of the headline; the lowest of equals."""
         of_arm = [setting for setting in self.settings if setting[0] == arm]
         return max(of_arm, key=lambda setting: (self.of(setting, scope).mean(), -setting[1]))
 
-    def temperatures(self, arm: str) -> list[float]:
-        return sorted(temperature for name, temperature in self.settings if name == arm)
-
 
 def pool(
-    seeds: Sequence[Path], arms: Sequence[str], groups: Mapping[str, Sequence[str]], resamples: int
+    seeds: Sequence[Path], arms: Sequence[str], groups: Mapping[str, Sequence[str]]
 ) -> dict[str, Pooled]:
     """Every benchmark of the runs of several seeds, on the prompts that all of them answered in every arm.
 
@@ -113,17 +125,13 @@ def pool(
         frames.append(verdicts.with_columns(seed=pl.lit(number)))
     every = pl.concat(frames)
     return {
-        str(benchmark): _pooled(str(benchmark), part, len(seeds), groups, resamples)
+        str(benchmark): _pooled(str(benchmark), part, len(seeds), groups)
         for (benchmark,), part in every.group_by("benchmark", maintain_order=True)
     }
 
 
 def _pooled(
-    benchmark: str,
-    verdicts: pl.DataFrame,
-    num_seeds: int,
-    groups: Mapping[str, Sequence[str]],
-    resamples: int,
+    benchmark: str, verdicts: pl.DataFrame, num_seeds: int, groups: Mapping[str, Sequence[str]]
 ) -> Pooled:
     modes = verdicts["mode"].unique().sort().to_list()
     metrics = [headline(benchmark), *(f"mode:{mode}" for mode in modes)]
@@ -147,7 +155,7 @@ def _pooled(
         _places(cells["language"].to_list(), languages),
     ]
     values[tuple(places)] = cells.select(metrics).to_numpy()
-    return Pooled(benchmark, values, settings, languages, metrics, groups, resamples)
+    return Pooled(benchmark, values, settings, languages, metrics, groups)
 
 
 def _places(values: Sequence[object], order: Sequence[object]) -> NDArray[np.int64]:

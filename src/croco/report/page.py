@@ -18,7 +18,7 @@ from croco.pipeline.stage import Work
 from croco.report import sections
 from croco.report.browser import browse, packed
 from croco.report.load_run import Run, read_run
-from croco.report.scores import boards, scorer_of
+from croco.report.scores import ARENA, boards, scorer_of
 from croco.report.table import count_of, numbers, scope_name
 from croco.storage.files import write_text
 
@@ -37,12 +37,13 @@ def build_page(run_folder: Path) -> str:
 
 def _context(run: Run) -> dict[str, Any]:
     made = boards(run.results, run.recipe.evaluated_arms, run.recipe.run.evaluated, scorer_of(run.recipe))
-    others = sections.other_results(run)
+    arena = made.pop() if made[-1].benchmark == ARENA else None
+    others = sections.other_results(run, arena)
     return {
         "name": run.recipe.run.name,
         "headings": {name: title for name, title in sections.HEADINGS.items() if others.get(name, True)},
         "facts": sections.facts(run, made),
-        **sections.verdicts(run, made[0]),
+        **sections.verdicts(run, [*made, *([arena] if arena else [])]),
         **sections.results(run, made),
         **others,
         "modes": sections.modes(run, made[0]),

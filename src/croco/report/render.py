@@ -10,7 +10,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from croco.errors import printable
-from croco.report.table import Entry, Number, Table, numbers
+from croco.report.table import Entry, Number, Part, Table, numbers
 
 COLOURS = {"better": "green", "worse": "red"}
 _SPECIAL = {
@@ -27,6 +27,16 @@ def markdown(table: Table) -> str:
     ]
     lines = [table.head, rule, *rows]
     return "\n".join("| " + " | ".join(_one_line(cell) for cell in line) + " |" for line in lines) + "\n"
+
+
+def parts_markdown(parts: Sequence[Part]) -> str:
+    """Parts of a page: heading, paragraphs, tables with their titles above them; without curves."""
+    lines = []
+    for part in parts:
+        lines += [f"## {part.title}", *part.text]
+        for table in part.tables:
+            lines += [*([f"{table.title}:"] if table.title else []), markdown(table).rstrip()]
+    return "\n\n".join(lines) + "\n"
 
 
 def _words(entry: Entry, write: Callable[[Number], str], between: str) -> str:

@@ -183,26 +183,16 @@ def scorer_of(recipe: Recipe) -> str:
 
 
 def boards(results: pl.DataFrame, arms: Sequence[str], codes: Sequence[str], scorer: str = "") -> list[Board]:
-    """One board per benchmark, those seen in tuning first; arms in the given order, languages as in `codes`.
+    """One board per benchmark, those seen in tuning first, the arena last; arms in the given order, languages as in
+    `codes`.
 
-    `scorer` is who gave the scores, as `scorer_of` says it. What has no share of good completions and no mean score is
-    shown by `diagnostics.py`.
+    `scorer` is who gave the scores, as `scorer_of` says it. What has no share of good completions, no mean score and no
+    win rate is shown by `diagnostics.py`.
     """
     made = []
-    for benchmark, metrics in sorted(metrics_of(results).items(), key=lambda item: (len(item[0]), item[0])):
-        decisive = headline(benchmark)
-        cells = {
-            key: Cell(
-                of[decisive][0],
-                of["difference"][0] if "difference" in of else None,
-                of["difference-to-best-base"][0] if "difference-to-best-base" in of else None,
-                of[decisive][1],
-                _value(of, "difference-p-holm"),
-                _value(of, "prompts-to-resolve"),
-            )
-            for key, of in metrics.items()
-            if decisive in of
-        }
+    order = sorted(metrics_of(results).items(), key=lambda item: (item[0] == ARENA, len(item[0]), item[0]))
+    for benchmark, metrics in order:
+        cells = {key: cell for key, of in metrics.items() if (cell := _cell(benchmark, of)) is not None}
         if cells:
             best = {key[2]: key[1] for key, of in metrics.items() if "best-temperature" in of}
             board = board_of(benchmark, cells, arms, codes, best, metrics)
@@ -210,16 +200,19 @@ def boards(results: pl.DataFrame, arms: Sequence[str], codes: Sequence[str], sco
     return made
 
 
-def arena_board(results: pl.DataFrame, arms: Sequence[str], codes: Sequence[str]) -> Board | None:
-    """The win rates against the base as a board: their difference is that from a half."""
-    metrics, cells = metrics_of(results).get(ARENA, {}), {}
-    for key, of in metrics.items():
-        if "win-rate" in of:
-            value, num_prompts = of["win-rate"]
-            over = Interval(*(end - 0.5 for end in value))
-            tests = (_value(of, "win-rate-p-holm"), _value(of, "prompts-to-resolve"))
-            cells[key] = Cell(value, over, None, num_prompts, *tests)
-    return board_of(ARENA, cells, arms, codes, {}, metrics) if cells else None
+def _cell(benchmark: str, of: Mapping[str, tuple[Interval, int]]) -> Cell | None:
+    """Of the metrics of an arm in a language or group; a win rate's difference is that from a half."""
+    judged = benchmark == ARENA and "win-rate" in of
+    decisive, tested = ("win-rate", "win-rate") if judged else (headline(benchmark), "difference")
+    if decisive not in of:
+        return None
+    value, num_prompts = of[decisive]
+    difference = of["difference"][0] if "difference" in of else None
+    if judged:
+        difference = Interval(*(end - 0.5 for end in value))
+    to_best = of["difference-to-best-base"][0] if "difference-to-best-base" in of else None
+    tests = (_value(of, f"{tested}-p-holm"), _value(of, "prompts-to-resolve"))
+    return Cell(value, difference, to_best, num_prompts, *tests)
 
 
 def board_of(
@@ -263,6 +256,21 @@ def language_sentence(board: Board, arm: str) -> str:
                 changes["rises"].append(words)
     parts = [f"{verb}: {enumerate_words(where)}" for verb, where in changes.items() if where]
     return f"The share in the right language {'; it '.join(parts)}." if parts else ""
+
+
+def losses(boards: Sequence[Board], arm: str) -> str:
+    """What an arm lost on other benchmarks than the one that its sentence is of; "" where nothing is worse."""
+    parts = []
+    for board in boards:
+        worse = [
+            f"{scope} {board.change.text(cell.difference.value)} {_at(t)}"
+            for scope in board.main_groups
+            for t in sorted(board.temperatures(arm), reverse=True)
+            if (cell := board.cell(arm, t, scope)) and cell.difference and verdict(cell.difference) == "worse"
+        ]
+        if worse:
+            parts.append(f"{board.title}: worse on {enumerate_words(worse)}.")
+    return " ".join(parts)
 
 
 def sentence(board: Board, arm: str, to_best: bool = False) -> str:

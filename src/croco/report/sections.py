@@ -10,7 +10,7 @@ from typing import Any
 from croco.config.arms import Arm
 from croco.report import charts, curves, diagnostics
 from croco.report.load_run import Run, pair_scores, scores_of
-from croco.report.scores import Board, arena_board, arms_table, language_sentence, scorer_of, sentence
+from croco.report.scores import ARENA, Board, arms_table, language_sentence, losses, scorer_of, sentence
 from croco.report.table import Entry, Table, count_of, duration, scope_name, temperature_name
 from croco.stages.evaluate.results import BASE, language_groups
 
@@ -48,7 +48,7 @@ def facts(run: Run, boards: Sequence[Board]) -> dict[str, str]:
         "prompts to tune on": f"{prompts:,}",
         "completions": f"{sampled:,} ({recipe.sampling.completions} a prompt)",
         # no prompt is in two benchmarks
-        "test prompts": f"{sum(board.num_prompts for board in boards):,} per language",
+        "test prompts": f"{sum(b.num_prompts for b in boards if b.benchmark != ARENA):,} per language",
         "time of all stages": duration(sum(float(made.get("seconds") or 0) for made in run.stages.values())),
     }
 
@@ -76,8 +76,9 @@ def evaluated(run: Run) -> list[tuple[int, str]]:
     return [(place, arm) for place, arm in enumerate(run.recipe.arms) if run.recipe.arms[arm].evaluated]
 
 
-def verdicts(run: Run, board: Board) -> dict[str, Any]:
-    """One card per arm: its sentence, and the interval of every group at every temperature."""
+def verdicts(run: Run, boards: Sequence[Board]) -> dict[str, Any]:
+    """One card per arm: its sentence, what it lost, and the interval of every group at every temperature."""
+    board = boards[0]
     best = [f"{s} {temperature_name(board.best_base[s])}" for s in board.groups if s in board.best_base]
     cards = cards_of(board, dict(evaluated(run)), list(run.recipe.arms))
     for card in cards["arms"]:
@@ -85,7 +86,10 @@ def verdicts(run: Run, board: Board) -> dict[str, Any]:
         to_best = sentence(board, name, to_best=True) if board.best_base else ""
         card |= {
             "about": about(run.recipe.arms[name]),
-            "language": language_sentence(board, name),
+            "alerts": [
+                losses(boards[1:], name),
+                language_sentence(board, name),
+            ],
             "to_best": to_best[:1].lower() + to_best[1:],
             "stopped": run.stages[f"train/{name}"].get("facts", {}).get("stopped"),
         }
@@ -147,10 +151,9 @@ def languages_table(board: Board) -> Table:
     return Table(head, rows, 1, f"{board.title}: languages")
 
 
-def other_results(run: Run) -> dict[str, Any]:
-    """The arena and the structured tasks; null in a run without them."""
-    arms, codes = run.recipe.evaluated_arms, run.recipe.run.evaluated
-    board, arena = arena_board(run.results, arms, codes), None
+def other_results(run: Run, board: Board | None) -> dict[str, Any]:
+    """The arena, whose board is given, and the structured tasks; null in a run without them."""
+    arms, codes, arena = run.recipe.evaluated_arms, run.recipe.run.evaluated, None
     if board is not None:
         members = {name: codes for name, codes in groups_of(run).items() if name != "all"}
         tables = (

@@ -6,6 +6,7 @@ Percentages are of completions; an interval is of 95 % over seeds and prompts.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,40 +15,44 @@ from markdown_it import MarkdownIt
 from markupsafe import Markup
 
 from croco import languages
+from croco.config.checks import check
 from croco.config.recipe import Recipe
 from croco.config.study import Study
 from croco.errors import UserError
 from croco.pipeline.seeds import SCORERS, complete, of_seed, transfer_of
 from croco.report.claims import claim_part, claims_parts, judge_all
+from croco.report.contrasts import Runs
 from croco.report.curves import value_panel
+from croco.report.exports import board_part
 from croco.report.multi_seed import Pooled, pool
 from croco.report.page import render
-from croco.report.render import markdown as table_markdown
+from croco.report.render import parts_markdown
 from croco.report.table import (
     PERCENT,
-    POINTS,
     SCORE,
-    SCORE_CHANGE,
     Entry,
     Number,
     Part,
     Table,
+    Unit,
+    enumerate_words,
     temperature_name,
 )
-from croco.report.transfer import FIGURES, good_over_forms, transfer
+from croco.report.transfer import FIGURES, accuracy_by_form, transfer
 from croco.stages.evaluate.results import BASE, language_groups
 from croco.stages.evaluate.stats import Interval
 from croco.storage import files, provenance, records
 from croco.storage.hashing import digest
 
-VERSION = 6
+VERSION = 7
+HEADINGS = {"claims": "Claims", "secondary": "Secondary", "about": "How it was made", "kl": "KL",
+            "transfer": "Transfer", "pairs": "Pairs"}  # fmt: skip
 SHOWN = (SCORERS[0], "heuristic", *SCORERS[1:])  # held against each other in the transfer
 
 
 def write(recipe: Recipe, say: Callable[[str], None] = lambda line: None) -> Path:
     """Write RUN/study.md and RUN/study.html; returns the latter. Raises UserError naming a part that is missing."""
-    study = _study(recipe)
-    made_of = digest([VERSION, complete(recipe), study.model_dump(mode="json"), recipe.evaluation.bootstrap])
+    made_of = digest([VERSION, complete(recipe), _study(recipe).model_dump(mode="json")])
     page, stamp = recipe.folder / "study.html", recipe.folder / "study.json"
     written = files.read_json(stamp) if stamp.exists() else None
     ours = written.get("made_of") if isinstance(written, dict) else None
@@ -57,11 +62,23 @@ def write(recipe: Recipe, say: Callable[[str], None] = lambda line: None) -> Pat
     if page.exists() and ours == made_of:
         say("study: complete, skipped")
         return page
-    parts = build(recipe)
-    files.write_text(recipe.folder / "study.md", markdown(recipe, parts))
-    files.write_text(page, html(recipe, parts))
+    parts = build([recipe])
+    files.write_text(recipe.folder / "study.md", markdown([recipe], parts))
+    files.write_text(page, html([recipe], parts))
     files.write_json(stamp, {"made_of": made_of, **provenance.here()})
     return page
+
+
+def together(recipes: Sequence[Recipe], as_markdown: bool) -> str:
+    """One page of several studies, such as of two policies: a claim, of the first, holds only where it does in all."""
+    claims = _study(recipes[0]).claims
+    for recipe in recipes:
+        complete(recipe)
+        try:
+            check(recipe.model_copy(update={"study": _study(recipe).model_copy(update={"claims": claims})}))
+        except ValueError as error:
+            raise UserError(f"{recipe.folder} has not what {recipes[0].folder} claims: {error}") from None
+    return (markdown if as_markdown else html)(recipes, build(recipes))
 
 
 def _study(recipe: Recipe) -> Study:
@@ -69,133 +86,118 @@ def _study(recipe: Recipe) -> Study:
     return recipe.study
 
 
-def build(recipe: Recipe) -> list[Part]:
-    """Every part of the page, in order, each with its remark of the recipe."""
-    run, study = recipe.run, _study(recipe)
+def _seeds(recipe: Recipe) -> list[Path]:
+    return [of_seed(recipe, seed).folder for seed in _study(recipe).seeds]
+
+
+def _name(recipes: Sequence[Recipe]) -> str:
+    return enumerate_words([recipe.run.name for recipe in recipes])
+
+
+def read_runs(recipe: Recipe) -> Runs:
+    """The verdicts of a study's seeds, its sweeps, and how far its arms went from the base."""
+    run, folders, arms = recipe.run, _seeds(recipe), recipe.evaluated_arms
     groups = language_groups(run.languages, run.low_resource_languages, run.held_out_languages)
-    seeds, arms = [of_seed(recipe, seed).folder for seed in study.seeds], recipe.evaluated_arms
-    pooled = pool(seeds, arms, groups, recipe.evaluation.bootstrap)
-    benchmarks = [pooled[name] for name in sorted(pooled, key=len)]
-    judged = judge_all(study, pooled)
-    parts = claims_parts(judged, study.equivalence)
-    parts += [claim_part(name, claim, pooled) for name, claim in judged.items()]
-    parts += [arms_part(one, arms) for one in benchmarks]
-    parts += sweep_parts(recipe, benchmarks[0])
-    if study.transfer:
-        folders = [transfer_of(recipe, seed).folder for seed in study.seeds]
-        parts.append(transfer_part(transfer(folders, SHOWN, run.evaluated), good_over_forms(folders, SHOWN)))
-    parts += [modes_part(benchmarks[0], arms), pairs_part(recipe)]
-    parts += [languages_part(one, arms) for one in benchmarks]
+    pooled = pool(folders, arms, groups)
+    kl: dict[str, dict[str, float]] = {}
+    for arm in arms if recipe.evaluation.kl else ():
+        of_seeds = [records.read_record(folder / "evaluate" / arm)["facts"]["kl"] for folder in folders]
+        kl[arm] = {code: float(np.mean([of[code] for of in of_seeds])) for code in of_seeds[0]}
+    ordered = {name: pooled[name] for name in sorted(pooled, key=len)}
+    return Runs(ordered, {name: list(sweep.arms) for name, sweep in recipe.sweep.items()}, kl)
+
+
+def build(recipes: Sequence[Recipe]) -> list[Part]:
+    """Every part of the page, in order, each with its remark of the recipe; claims are the first study's."""
+    study = _study(recipes[0])
+    names = [recipe.run.name for recipe in recipes]
+    if len(set(names)) < len(names):
+        raise UserError(f"the studies are both called '{names[0]}', expected different values of run.name")
+    studies = dict(zip(names, map(read_runs, recipes), strict=True))
+    judged = judge_all(study, studies)
+    parts = claims_parts(judged, study.equivalence, studies)
+    parts.append(_about(recipes))
+    parts += [claim_part(name, claim, studies, study.equivalence) for name, claim in judged.items()]
     for part in parts:
-        if remark := study.remarks.get(part.name):
-            part.text.append(remark)
+        part.text.extend(filter(None, [study.remarks.get(part.name)]))
+    for recipe, (name, runs) in zip(recipes, studies.items(), strict=True):
+        for part in _parts_of(recipe, runs):
+            part.text.extend(filter(None, [_study(recipe).remarks.get(part.name)]))
+            if len(recipes) > 1:
+                part = replace(part, name=f"{part.name}-{name}", title=f"{part.title}, {name}")
+            parts.append(part)
     return parts
 
 
-def _made(recipe: Recipe) -> str:
-    seeds = ", ".join(map(str, _study(recipe).seeds))
-    return (
-        f"Seeds {seeds}; values with 95 % intervals over seeds and prompts (pigeonhole bootstrap: with few samples a "
-        "prompt it covers more often than 95 %)."
-    )
+def _parts_of(recipe: Recipe, runs: Runs) -> Iterator[Part]:
+    """What one study shows beside its claims."""
+    study, benchmarks = _study(recipe), list(runs.pooled.values())
+    if runs.kl and runs.sweeps:
+        yield kl_part(runs)
+    yield from sweep_parts(recipe, benchmarks[0])
+    if study.transfer:
+        folders = [transfer_of(recipe, seed).folder for seed in study.seeds]
+        yield transfer_part(transfer(folders, SHOWN, recipe.run.evaluated), accuracy_by_form(folders, SHOWN))
+    yield pairs_part(recipe)
+    yield from (board_part(one.board(recipe.evaluated_arms)) for one in benchmarks)
 
 
-def _versions() -> str:
+def _about(recipes: Sequence[Recipe]) -> Part:
+    """How the page was made."""
+    made = ["Tables made by `croco run`, paragraphs written by hand."]
+    for recipe in recipes:
+        seeds = _study(recipe).seeds
+        over = "seeds and prompts" if len(seeds) > 1 else "prompts, not over seeds, of which there is one"
+        made.append(f"{recipe.run.name}: seed {', '.join(map(str, seeds))}; 95 % intervals over {over}.")
     here = provenance.here()
-    return (
-        f"{here['machine']}; {', '.join(f'{name} {version}' for name, version in here['libraries'].items())}."
+    made.append(
+        f"{here['machine']}; {', '.join(f'{n} {version}' for n, version in here['libraries'].items())}."
+    )
+    return Part(
+        "about", "How it was made", [*filter(None, [_study(recipes[0]).introduction]), " ".join(made)]
     )
 
 
-def markdown(recipe: Recipe, parts: Sequence[Part]) -> str:
+def markdown(recipes: Sequence[Recipe], parts: Sequence[Part]) -> str:
     """The page as Markdown, tables without curves."""
-    made = f"Tables made by `croco run`, paragraphs written by hand. {_made(recipe)} {_versions()}"
-    lines = [f"# {recipe.run.name}", _study(recipe).introduction, made]
-    for part in parts:
-        lines += [f"## {part.title}", *part.text, *(table_markdown(table).rstrip() for table in part.tables)]
-    return "\n\n".join(filter(None, lines)) + "\n"
+    return f"# {_name(recipes)}\n\n{parts_markdown(parts)}"
 
 
-def html(recipe: Recipe, parts: Sequence[Part]) -> str:
+def html(recipes: Sequence[Recipe], parts: Sequence[Part]) -> str:
     """The same page for a browser, in one file, with curves; text of the recipe is Markdown, everything is escaped."""
     text = MarkdownIt("commonmark", {"html": False}).render
     shown = [(part, Markup("".join(map(text, part.text)))) for part in parts]
-    named = {"claims": "Claims", "transfer": "Transfer", "modes": "Modes", "pairs": "Pairs"}
     headings = {
-        part.name: named.get(part.name, part.title)
-        for part in parts
-        if part.name in named or part.name.startswith(("arms-", "languages-"))
+        part.name: HEADINGS[start] for part in parts if (start := part.name.split("-")[0]) in HEADINGS
     }
-    return render(
-        "study.html", name=recipe.run.name, headings=headings, made=_made(recipe), versions=_versions(),
-        introduction=Markup(text(_study(recipe).introduction)), parts=shown,
-    )  # fmt: skip
+    headings |= {part.name: part.title for part in parts if part.name.startswith("arms-")}
+    return render("study.html", name=_name(recipes), headings=headings, parts=shown)
 
 
-def arms_part(pooled: Pooled, arms: Sequence[str]) -> Part:
-    """Every arm on every group, and what it gained over the base, at the same and at the base's best temperature."""
-    values, gains = list[list[Entry]](), list[list[Entry]]()
-    unit, change = (PERCENT, POINTS) if pooled.is_share else (SCORE, SCORE_CHANGE)
-    for setting in pooled.settings_of([BASE, *arms]):
-        arm, temperature = setting
-        named: list[Entry] = [arm, temperature_name(temperature)]
-        values.append([*named, *(Number(pooled.mean(setting, scope), unit) for scope in pooled.main_groups)])
-        if arm != BASE and (BASE, temperature) in pooled.settings:
-            rivals = [((BASE, temperature), pooled.best(BASE, scope)) for scope in pooled.main_groups]
-            gains.append(named + [
-                tuple(Number(pooled.difference(setting, rival, scope)[0], change) for rival in both)
-                for scope, both in zip(pooled.main_groups, rivals, strict=True)
-            ])  # fmt: skip
-    best = ", ".join(
-        f"{scope}: {temperature_name(pooled.best(BASE, scope)[1])}" for scope in pooled.main_groups
-    )
-    text = [
-        f"{'Percent of completions that are good' if pooled.is_share else 'Mean score'}; {pooled.num_seeds} seeds, "
-        f"{pooled.num_prompts} test prompts a language.",
-        f"Second table: gain over the base at the same temperature / at the base's best temperature ({best}).",
+def kl_part(runs: Runs) -> Part:
+    """Quality against distance from the base: every sweep as a curve, at temperature 1."""
+    pooled = next(iter(runs.pooled.values()))
+    scope = pooled.main_groups[0]
+    series = {
+        sweep: sorted((runs.kl_of(arm, scope), pooled.mean((arm, 1.0), scope)) for arm in (BASE, *arms))
+        for sweep, arms in runs.sweeps.items()
+    }
+    rows: list[list[Entry]] = [
+        [arm, SCORE.text(runs.kl_of(arm, scope)), Number(pooled.mean((arm, 1.0), scope), _unit(pooled))]
+        for arm in (BASE, *runs.kl)
     ]
-    head = ["arm", "decoding", *pooled.main_groups]
-    tables = [Table(head, values, 2), Table(head, gains, 2)]
-    return Part(f"arms-{pooled.benchmark}", f"All arms: {pooled.benchmark}", text, tables)
+    text = f"KL of an arm from the base: nats per completion, of its own completions at T = 1; {scope} languages."
+    table, panel = Table(["arm", "KL", pooled.benchmark], rows), value_panel("KL", series, _unit(pooled))
+    return Part("kl", "Quality against distance from the base", [text], [table], [panel])
 
 
-def languages_part(pooled: Pooled, arms: Sequence[str]) -> Part:
-    """Every arm in every language, without intervals: where to look."""
-    unit = PERCENT if pooled.is_share else SCORE
-    rows = [
-        [
-            arm,
-            temperature_name(t),
-            *(unit.text(pooled.of((arm, t), code).mean()) for code in pooled.languages),
-        ]
-        for arm, t in pooled.settings_of([BASE, *arms])
-    ]
-    table = Table(["arm", "decoding", *pooled.languages], rows, 2)
-    return Part(f"languages-{pooled.benchmark}", f"By language: {pooled.benchmark}", [], [table])
-
-
-def modes_part(pooled: Pooled, arms: Sequence[str]) -> Part:
-    """Where the mass went: the share of each mode, per group of languages."""
-    modes = [metric for metric in pooled.metrics if metric.startswith("mode:")]
-    rows = [
-        [
-            arm,
-            temperature_name(t),
-            scope,
-            *(PERCENT.text(pooled.of((arm, t), scope, mode).mean()) for mode in modes),
-        ]
-        for arm, t in pooled.settings_of([BASE, *arms])
-        for scope in pooled.main_groups
-    ]
-    head = ["arm", "decoding", "languages", *(mode.removeprefix("mode:") for mode in modes)]
-    return Part(
-        "modes", "Where the mass went", ["Percent of completions in each mode."], [Table(head, rows, 3)]
-    )
+def _unit(pooled: Pooled) -> Unit:
+    return PERCENT if pooled.is_share else SCORE
 
 
 def sweep_parts(recipe: Recipe, pooled: Pooled) -> Iterator[Part]:
     """Each grid as a table; one over a number also as a curve."""
-    unit = PERCENT if pooled.is_share else SCORE
+    unit = _unit(pooled)
     for name, sweep in recipe.sweep.items():
         keys, rows = list(sweep.grid), list[list[Entry]]()
         series: dict[str, list[tuple[float, Interval]]] = {}
@@ -213,7 +215,18 @@ def sweep_parts(recipe: Recipe, pooled: Pooled) -> Iterator[Part]:
                         series.setdefault(f"{scope}, {temperature_name(t)}", []).append((float(first), cell))
         table = Table([*keys, "decoding", *pooled.main_groups], rows, len(keys) + 1)
         panels = [value_panel(f"{keys[0]} of {sweep.of}", series, unit)] if series else []
-        yield Part(f"sweep-{name}", f"Sweep: {', '.join(keys)} of {sweep.of}", [], [table], panels)
+        text = [f"{_best_places(series)} The best is picked on these test prompts."] if series else []
+        yield Part(f"sweep-{name}", f"Sweep: {', '.join(keys)} of {sweep.of}", text, [table], panels)
+
+
+def _best_places(series: Mapping[str, Sequence[tuple[float, Interval]]]) -> str:
+    """Where each curve of a grid is highest, and whether that is inside the grid or at its edge."""
+    words = []
+    for name, points in series.items():
+        best = max(points, key=lambda point: point[1].value)[0]
+        edge = best in (points[0][0], points[-1][0])
+        words.append(f"{name} {best:g}" + (" (at the edge of the grid)" if edge else ""))
+    return f"Best at: {'; '.join(words)}."
 
 
 def pairs_part(recipe: Recipe) -> Part:
@@ -246,7 +259,10 @@ def pairs_part(recipe: Recipe) -> Part:
         text.append(
             "Stopped by the sentinel, and so with fewer updates than the others:\n\n" + "\n".join(stops)
         )
-    return Part("pairs", "What the arms were tuned on", text, [Table(head, rows, 3)])
+    tables = [Table(head, rows, 3)]
+    if chosen := _study(recipe).settings:
+        tables.append(Table(["arm or sweep", "its settings were chosen"], list(chosen.items()), 2))
+    return Part("pairs", "What the arms were tuned on", text, tables)
 
 
 def _mix(pairs: Sequence[Mapping[str, Any]], side: str) -> str:
@@ -264,21 +280,24 @@ def _mix(pairs: Sequence[Mapping[str, Any]], side: str) -> str:
 
 
 def transfer_part(
-    figures: Mapping[tuple[str, str, str], Interval], forms: Mapping[tuple[str, str], Interval]
+    figures: Mapping[tuple[str, str, str], Interval],
+    forms: Mapping[tuple[str, str, str], tuple[Interval, int]],
 ) -> Part:
     """Reward model, likelihood and chance against the verified truth, in every language and per pair of forms."""
     codes = list(dict.fromkeys(code for _, code, _ in figures))
     titles = {
         "ranking": "percent of unequal pairs ranked right",
-        "best": "percent of prompts whose best-scored completion is good",
+        "best": "percent of prompts whose best-scored completion is of the highest quality",
         "tau": "Kendall's τ-b with verified quality",
     }
     own = [scorer for scorer in SHOWN if scorer != "verified"]  # the truth ranks itself right
     by_form: list[list[Entry]] = [
-        [form, *(Number(forms[scorer, form], PERCENT) for scorer in own)]
-        for form in sorted({f for _, f in forms})
-    ]
-    tables = [Table(["percent of pairs with the good one above: good and", *own], by_form)]
+        [better, worse, *(Number(forms[scorer, better, worse][0], PERCENT) for scorer in own),
+         f"{forms[own[0], better, worse][1]:,}"]
+        for better, worse in sorted({case[1:] for case in forms}, key=lambda case: (case[0] != case[1], case))
+    ]  # fmt: skip
+    head = ["form of the better", "of the worse: percent ranked right", *own, "pairs"]
+    tables = [Table(head, by_form, 2)]
     for figure in FIGURES:
         columns, unit = SHOWN if figure == "best" else own, SCORE if figure == "tau" else PERCENT
         rows: list[list[Entry]] = [
@@ -290,7 +309,7 @@ def transfer_part(
         tables.append(Table([titles[figure], *columns], rows))
     text = [
         "Within one prompt in one language, on dev prompts; the completions of all seeds together.",
-        "The first table tells quality from form: most unequal pairs are of different form. The heuristic needs no "
-        "label: letters of the language, a rare text, a usual length.",
+        "The first table tells quality from form: pairs of one form first, if there are any of unequal quality. The "
+        "heuristic needs no label: letters of the language, a rare text, a usual length.",
     ]
     return Part("transfer", "Does the reward model transfer?", text, tables)

@@ -3,8 +3,8 @@
 Three figures per language and scorer, each with an interval over prompts (completions of all seeds pooled): the share
 of pairs of one prompt's completions, verified of unequal quality, that the scorer ranks right; the share of prompts
 whose best-scored completion is of the highest quality there is; and Kendall's τ-b between scores and verified quality.
-And for all languages together the share of pairs of a good completion and one of another form in which the good one
-has the higher score, since a scorer that tells forms apart and nothing else ranks most unequal pairs right.
+And for all languages together the share per pair of forms, of one form too, since a scorer that tells forms apart and
+nothing else ranks most unequal pairs right.
 
 "heuristic" is a control that needs no label: letters of the language, a rare text, a usual length.
 """
@@ -67,33 +67,41 @@ def transfer(folders: Sequence[Path], scorers: Sequence[str], languages: Sequenc
     }
 
 
-def good_over_forms(folders: Sequence[Path], scorers: Sequence[str]) -> dict[tuple[str, str], Interval]:
-    """(scorer, form) -> how often a good completion scores above one of that form of the same prompt and language.
+def accuracy_by_form(
+    folders: Sequence[Path], scorers: Sequence[str]
+) -> dict[tuple[str, str, str], tuple[Interval, int]]:
+    """(scorer, form of the better, of the worse) -> share of such pairs ranked right, and how many pairs there are.
 
-    Equal scores count half; the interval is over prompts, each the mean over its pools.
+    Pairs are of one prompt in one language, of unequal verified quality; equal scores count half; the interval is over
+    prompts, each the mean over its pools.
     """
-    from croco.lab.world import verify
+    from croco.lab import judge
 
-    key = ["prompt_id", "language"]
-    by_prompt: dict[tuple[str, str], dict[str, list[float]]] = {}
-    for folder in folders:
-        completions = read_table(folder / "sample", [*KEY, "completion"])
-        forms = [verify(row[0], row[1], row[3]).mode for row in completions.iter_rows()]
-        completions = completions.select(KEY).with_columns(form=pl.Series(forms, dtype=pl.String))
-        for scorer in scorers:
-            scored = completions.join(scores_of(folder, scorer), on=KEY, validate="1:1")
-            good = scored.filter(pl.col("form") == "good").select(*key, good="score")
-            pairs = scored.filter(pl.col("form") != "good").join(good, on=key)
-            above = (pl.col("good") > pl.col("score")) + 0.5 * (pl.col("good") == pl.col("score"))
-            pools = pairs.group_by("form", *key).agg(share=above.mean())
-            for form, prompt, share in (
-                pools.sort("form", *key).select("form", "prompt_id", "share").iter_rows()
-            ):
-                by_prompt.setdefault((scorer, form), {}).setdefault(prompt, []).append(share)
-    return {
-        case: bootstrap_mean([float(np.mean(shares)) for shares in prompts.values()], seed=0)
-        for case, prompts in by_prompt.items()
-    }
+    pool, found = ["folder", "prompt_id", "language"], list[pl.DataFrame]()
+    for number, folder in enumerate(folders):
+        made = read_table(folder / "sample", [*KEY, "completion"]).with_columns(folder=pl.lit(number))
+        forms, _ = judge.judge(*(made[name].to_list() for name in ("prompt_id", "language", "completion")))
+        made = made.with_columns(form=pl.Series(forms, dtype=pl.String))
+        for scorer in ("verified", *scorers):
+            score = scores_of(folder, scorer).select(*KEY, pl.col("score").alias(f"by {scorer}"))
+            made = made.join(score, on=KEY, validate="1:1") if f"by {scorer}" not in made.columns else made
+        found.append(made.drop("completion", "sample_id"))
+    every = pl.concat(found)
+    pairs = every.join(every, on=pool, suffix=" worse").filter(
+        pl.col("by verified") > pl.col("by verified worse")
+    )
+    if pairs.is_empty():
+        return {}
+    kinds, results = ["form", "form worse"], dict[tuple[str, str, str], tuple[Interval, int]]()
+    for scorer in scorers:
+        better, worse = pl.col(f"by {scorer}"), pl.col(f"by {scorer} worse")
+        right = (better > worse) + 0.5 * (better == worse)
+        pools = pairs.group_by(*kinds, *pool).agg(share=right.mean(), pairs=pl.len())
+        prompts = pools.group_by(*kinds, "prompt_id").agg(pl.col("share").mean(), pl.col("pairs").sum())
+        for kind, of in prompts.sort(*kinds, "prompt_id").group_by(kinds, maintain_order=True):
+            interval = bootstrap_mean(of["share"].to_numpy(), seed=0)
+            results[scorer, str(kind[0]), str(kind[1])] = interval, int(of["pairs"].sum())
+    return results
 
 
 def scores_of(folder: Path, scorer: str) -> pl.DataFrame:

@@ -42,10 +42,8 @@ def build_page(first: Path, second: Path) -> str:
 
 def _side(name: str, run: Run) -> dict[str, Any]:
     """One run on its own: its facts, and a sentence per arm against its own base."""
-    made, arms = (
-        boards(run.results, run.recipe.evaluated_arms, run.recipe.run.evaluated, scorer_of(run.recipe)),
-        run.recipe.arms,
-    )
+    arms = run.recipe.arms
+    made = boards(run.results, run.recipe.evaluated_arms, run.recipe.run.evaluated, scorer_of(run.recipe))
     words = [(arm, sections.about(arms[arm]), sentence(made[0], arm)) for arm in run.recipe.evaluated_arms]
     return {"name": name, "facts": sections.facts(run, made), "arms": words}
 

@@ -1,8 +1,7 @@
 """Stages called from Python with plain arguments: `croco.sample`, `croco.score`, `croco.train`.
 
-Each runs one stage, and what it needs before it, in a folder as `croco run` does: what is complete there is not made
-again, and what was killed goes on. The names of the settings are those of the recipe's sections.
-"""
+Each runs one stage, and those before it, in a folder as `croco run` does: what is complete there is not made again.
+Settings are named as in the recipe."""
 
 from __future__ import annotations
 
@@ -35,10 +34,8 @@ def sample(
 ) -> pl.DataFrame:
     """Completions of a policy: prompt_id, language, sample_id, messages, completion, finish_reason and token counts.
 
-    `prompts` and `policy` are a source and a model as in a recipe ("prompts.jsonl", "hf:NAME", "lab"; a folder or a
-    name of the hub), or the whole section as a dict. The tables stay in the folder `to`. Raises UserError as
-    `croco run` does, and StaleStage when `to` was made with other settings.
-    """
+    `prompts` and `policy` are a source and a model as in a recipe, or the whole section as a dict. The tables stay in
+    `to`. Raises UserError as `croco run` does, and StaleStage when `to` was made with other settings."""
     values: dict[str, Any] = {
         "run": {"name": "sample", "folder": str(to), "languages": list(languages), "seed": seed},
         "prompts": _section(prompts, "source"),
@@ -48,7 +45,9 @@ def sample(
         "reward": {"model": "lab:reward"},  # until `score` is told another one
         "arms": {"pairs": {}},
     }
-    values["evaluation"] = {"source": values["prompts"]["source"]}  # nothing is evaluated here
+    values["evaluation"] = {
+        "source": "hf:none"
+    }  # nothing is evaluated here; the prompts' own would be refused
     run(from_dict(values, "croco.sample"), until="sample")
     return _completions(Path(to))
 
@@ -56,10 +55,8 @@ def sample(
 def score(
     folder: str | Path, reward: str | Path | Section, *, runtime: Section | None = None
 ) -> pl.DataFrame:
-    """What `sample` made in a folder with a column `score` of a reward model, ready for `croco.pairs`.
-
-    A completion that the model could not score is left out; the ledger `FOLDER/score/dropped.parquet` has the reason.
-    """
+    """What `sample` made in a folder, with a reward model's column `score`, ready for `croco.pairs`. A completion
+    without a score is left out; the ledger `FOLDER/score/dropped.parquet` has the reason."""
     recipe = Path(folder) / "recipe.json"
     if not recipe.is_file():
         raise UserError(
@@ -85,10 +82,8 @@ def train(
     language: str | None = None,
     license: str = "unknown",
 ) -> Path:
-    """Tune a policy on files or folders of pairs (such as `croco.export` writes) and return the adapter's folder.
-
-    With training = {"full": True} it is the folder of the model. `columns` maps our names of columns to the file's.
-    """
+    """Tune a policy on files or folders of pairs (such as `croco.export` writes); returns the folder of the adapter, or
+    with training = {"full": True} of the model. `columns` maps our names of columns to the file's."""
     sources = [pairs] if isinstance(pairs, (str, Path)) else list(pairs)
     overrides = [*_overrides("training", training or {}), *_overrides("runtime", runtime or {})]
     mapped = [f"{ours}={theirs}" for ours, theirs in (columns or {}).items()]

@@ -35,6 +35,7 @@ def results(work: Work) -> None:
             compared = pl.concat([read_table(work.inputs[f"arena/{arm}"]) for arm in arms[1:]])
             compared, num_left_out = compared_in_all_arms(compared, arms[1:])
             work.record(comparisons_left_out=num_left_out)
-            rows = arena_rows(compared, groups, settings["seed"], settings["bootstrap"])
+            temperature = settings.get("arena_temperature", 0.0)
+            rows = arena_rows(compared, groups, settings["seed"], settings["bootstrap"], temperature)
             table = pl.concat([table, rows.select(table.columns)], how="vertical_relaxed")
         work.write(0, table.to_arrow().select(RESULTS.schema.names))

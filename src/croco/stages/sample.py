@@ -1,12 +1,8 @@
 """The stage `sample`: N completions of every prompt in every language, by the policy.
 
-An arm may have completions of its own: by the policy that another arm tuned, or by another model (off-policy), in its
-languages and for its part of the prompts.
-
-A shard is a fixed number of (prompt, language) rows in the order of their keys, and a sample's seed follows from its
-key: neither device nor batch nor resumption changes a row. Several shards are sampled in one stream, so that the batch
-stays full at the end of a shard; each is written when its last row is there.
-"""
+An arm may have completions of its own: by the policy that another arm tuned, or by another model (off-policy). A shard
+is a fixed number of (prompt, language) rows in the order of their keys, and a sample's seed follows from its key, so
+neither device nor batch nor resumption changes a row. Several shards are one stream, so the batch stays full."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -52,11 +48,8 @@ def sample(work: Work) -> None:
 
 
 class SampleWorker:
-    """Samples shards of `runtime.shard_prompts` prompts, in the order of their keys.
-
-    `adapter` is of the arm whose policy samples. Where another model samples than the policy that will be tuned on the
-    completions, token ids are kept only if they mean the same to both.
-    """
+    """Samples shards of `runtime.shard_prompts` prompts, in the order of their keys. `adapter` is of the arm whose
+    policy samples. Token ids of another model are kept only if they mean the same to the policy that is tuned."""
 
     def __init__(
         self,
@@ -66,14 +59,13 @@ class SampleWorker:
         engine_seed: int,
         adapter: Path | None,
         replica: int,
+        role: str = "sample",
     ) -> None:
         self.settings, self.policy = settings, settings["policy"]
         rows, size = prompts(), runtime.shard_prompts
         self.every = lambda: rows.iter_rows(named=True)
         self.shard = lambda index: rows.slice(index * size, size).to_dicts()
-        self.sampler, self.tokenizer = open_sampler(
-            "sample", self.policy, runtime, engine_seed, replica, adapter
-        )
+        self.sampler, self.tokenizer = open_sampler(role, self.policy, runtime, engine_seed, replica, adapter)
         self.facts = self.sampler.facts  # the very dict: a server's counts grow in it
         tuned, self.keep_ids = settings.get("ids_of"), True
         if tuned is not None and (tuned.model, tuned.revision) != (self.policy.model, self.policy.revision):
@@ -132,11 +124,10 @@ def sample_shards(
 ) -> Iterator[tuple[int, pa.Table, pa.Table]]:
     """Yield (shard, completions, ledger) as shards finish, rows in the order of the prompts and their samples.
 
-    `shards` maps a shard's index to rows with prompt_id, language and messages; `instructions` a language to the
-    sentence appended to the last user turn; `tokenizer` is None where the sampler takes messages. A prompt that is too
-    long or that the chat template refuses goes to the ledger. Raises UserError for a template that refuses all prompts
-    of the stage, which are `every`.
-    """
+    `shards` maps a shard's index to rows with prompt_id, language and messages, `instructions` a language to the
+    sentence after the last user turn; `tokenizer` is None where the sampler takes messages. A prompt that is too long
+    or refused by the chat template goes to the ledger. Raises UserError for a template that refuses `every` prompt of
+    the stage."""
     requests: list[Request] = []
     owner: list[tuple[int, int]] = []  # of a request: its shard and its place there
     drawn_by_place: dict[int, dict[int, Sequence[Completion | str]]] = {index: {} for index in shards}

@@ -1,7 +1,4 @@
-"""Files and folders on disk: written whole or not at all, and nothing of a person's removed.
-
-Nothing is removed or replaced here but what has a name of ours in a folder with our mark, or what a person named.
-"""
+"""Files and folders on disk: written whole or not at all; removed or replaced only where name or mark is ours."""
 
 from __future__ import annotations
 
@@ -140,10 +137,8 @@ def check_new_folder(folder: Path) -> None:
 
 
 def check_own_folder(folder: Path, record: str, keys: Sequence[str], made: re.Pattern[str] = OURS) -> None:
-    """Raise UserError unless a folder that a person named is new, or one that a command of ours made before.
-
-    That one holds the JSON file `record` with these keys, and else only files whose path in it `made` matches.
-    """
+    """Raise UserError unless a folder that a person named is new, or one that a command of ours made before: with the
+    JSON file `record` that has these keys, and else only files whose path in it `made` matches."""
     if not folder.is_dir() or not any(folder.iterdir()):
         return check_new_folder(folder)
     if not (folder / record).is_file():

@@ -1,17 +1,17 @@
 """What a model or file is, by its content, for fingerprints: the same weights in another place are the same model.
 
 A model's directory is the digest of the files that loading reads, a hub id is itself at its revision, a file is its
-SHA-256. Every byte counts; digests of large files are kept in the user's cache until the file changes. Library versions
-are recorded by `storage/provenance.py` but are no part of an identity. Loads no torch.
-"""
+SHA-256. Digests of large files are kept in the user's cache until the file changes."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.util
 import json
 import os
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Iterable
@@ -54,11 +54,8 @@ def digest(value: Any) -> str:
 
 
 def local_model(name: str, key: str = "model") -> Path | None:
-    """The directory that a model's name stands for, or None for a hub id.
-
-    Those of LAB_NAMES are package data, as in `lab:policy`. Raises UserError naming the key for a directory that is not
-    there or holds no model.
-    """
+    """The directory that a model's name stands for (package data for `lab:policy` and the other LAB_NAMES), or None for
+    a hub id. Raises UserError naming the key for a directory that is not there or holds no model."""
     if name.startswith("lab:"):
         folder = LAB_MODELS / name.removeprefix("lab:")
         if name.removeprefix("lab:") not in LAB_NAMES:
@@ -68,6 +65,8 @@ def local_model(name: str, key: str = "model") -> Path | None:
             raise UserError(f"{key} = '{name}', but the lab's models are not built: run `make lab-build`")
         return folder
     folder = Path(os.path.expanduser(name))
+    if (gguf := gguf_file(name, key)) is not None:
+        return _converted(gguf, key)
     if os.path.isdir(folder):
         if not (folder / "config.json").exists():
             raise UserError(
@@ -75,8 +74,6 @@ def local_model(name: str, key: str = "model") -> Path | None:
             )
         return folder
     if os.path.exists(folder):
-        if name.endswith(".gguf"):
-            raise UserError(f"{key} = '{name}': make a folder of it with `croco fetch {name} --to FOLDER`")
         raise UserError(f"{key} = '{name}' is a file, expected a directory with a Hugging Face model")
     if not HUB_ID.fullmatch(name) or len(name) > 96:
         raise UserError(
@@ -93,12 +90,43 @@ def model_identity(name: str, revision: str | None, key: str = "model") -> str:
     return model_folder_identity(folder.resolve())
 
 
-def check_adapter(folder: Path, model: str, revision: str | None) -> None:
-    """Raise UserError when an adapter says that it was trained on another model than this one.
+def gguf_file(name: str, key: str = "model") -> Path | None:
+    """The GGUF file that a model's name stands for: the file itself, or the one in a folder without config.json."""
+    path = Path(os.path.expanduser(name))
+    if path.suffix == ".gguf" and path.is_file():
+        return path
+    if not path.is_dir() or (path / "config.json").exists():
+        return None
+    files = sorted(path.glob("*.gguf"))
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise UserError(f"{key} = '{name}' holds {len(files)} GGUF files ({names}), expected the name of one")
+    return files[0] if files else None
 
-    A base of the same shape would take it without a word. Bases that cannot be compared pass: one that is gone, or a
-    directory against a hub id.
-    """
+
+def _converted(file: Path, key: str) -> Path:
+    """The ordinary folder of a GGUF file, in the user's cache under the file's digest; made once, by `croco fetch` in a
+    process of its own, for which others wait."""
+    digest = _digests([file.resolve()])[0]
+    folder = _cache() / "gguf" / f"{file.stem}-{digest[:16]}"
+    if folder.exists():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            print(f"converting {file}, once, into {folder}", file=sys.stderr, flush=True)
+            words = [sys.executable, "-m", "croco", "fetch", str(file), "--to", str(folder)]
+            done = subprocess.run(words, capture_output=True, text=True)
+            if done.returncode:
+                reason = (done.stderr.strip().splitlines() or ["it ended without a word"])[-1]
+                raise UserError(f"{key} = '{file}': {reason.removeprefix('croco: ')}")
+    return folder
+
+
+def check_adapter(folder: Path, model: str, revision: str | None) -> None:
+    """Raise UserError when an adapter says that it was trained on another model: a base of the same shape would take it
+    without a word. Bases that cannot be compared pass: one that is gone, or a directory against a hub id."""
     path = folder / "adapter_config.json"
     if not path.is_file():
         raise UserError(f"{folder} holds no adapter: found no adapter_config.json")
@@ -204,8 +232,12 @@ def _hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "croco"
+
+
 def _cache_file() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "croco" / "digests.json"
+    return _cache() / "digests.json"
 
 
 def _kept() -> dict[str, list[Any]]:
@@ -236,10 +268,8 @@ def _keep() -> None:
 
 
 def function_file(name: str) -> Path:
-    """The file of "module:name" or "file.py:name", which is not loaded; modules of the current folder are seen.
-
-    Raises UserError when there is no such file.
-    """
+    """The file of "module:name" or "file.py:name", which is not loaded; modules of the current folder are seen. Raises
+    UserError when there is no such file."""
     module = name.rpartition(":")[0]
     if module.endswith(".py"):
         path = Path(os.path.expanduser(module))

@@ -1,8 +1,4 @@
-"""Rows of sharded tables by key or by number, without holding a table's texts in memory.
-
-`locate` notes for every row which shard holds it, and may reduce each shard to what is needed; `gather` opens only the
-shards it must; `ShardRows` reads ahead in threads. Which rows are wanted is decided elsewhere, on numbers.
-"""
+"""Rows of sharded tables by key or by number, without holding a table's texts in memory."""
 
 from __future__ import annotations
 
@@ -28,10 +24,8 @@ def locate(
     columns: Sequence[str] = (),
     reduce: Callable[[pl.DataFrame], pl.DataFrame] | None = None,
 ) -> pl.DataFrame:
-    """The key columns of all finished shards and the number of the shard that holds each row.
-
-    With `reduce`, what it makes of every shard's key and `columns`; it must keep the key. Raises UserError
-    for a folder without shards or a file that is no Parquet.
+    """The key columns of all finished shards and the number of the shard that holds each row; with `reduce`, what it
+    makes of every shard's key and `columns`. Raises UserError for a folder without shards or a file that is no Parquet.
     """
     parts = []
     for shard in shards.shards(folder):
@@ -43,10 +37,8 @@ def locate(
 
 
 def gather(folder: Path, wanted: pl.DataFrame, key: Sequence[str], columns: Sequence[str]) -> pl.DataFrame:
-    """The columns of the wanted rows (key and `shard`), in their order; a row may be wanted more than once.
-
-    Raises UserError when a shard no longer holds a row that it held.
-    """
+    """The columns of the wanted rows (key and `shard`), in their order; a row may be wanted more than once. Raises
+    UserError when a shard no longer holds a row that it held."""
     order = wanted.select(*key, "shard").with_row_index("place")
     parts = []
     for (index,), rows in order.group_by("shard", maintain_order=True):
@@ -61,11 +53,10 @@ def gather(folder: Path, wanted: pl.DataFrame, key: Sequence[str], columns: Sequ
 
 
 class ShardRows:
-    """Rows of a table by their place: their number in all of its finished shards, one after the other.
+    """Rows of a table by their number in all of its finished shards.
 
-    A shard is read whole (its `columns`, and those that `prepare` makes of them) and stays in memory until `held`
-    others were asked for. Reading ahead runs in threads: decompression leaves the interpreter alone.
-    """
+    A shard is read whole (its `columns`, and those that `prepare` makes of them), in threads, and stays in memory until
+    `held` others were asked for."""
 
     def __init__(
         self,
@@ -137,11 +128,9 @@ def _take(table: pa.Table, rows: Places) -> pa.Table:
 
 
 def ids_in_part(prompts: Path, part: Sequence[int] | None) -> pl.Series | None:
-    """The prompt_ids of part [number, of how many] of a prompts table, sorted; None stands for all.
-
-    Dealt out in the order of prompt_id: parts differ by at most one prompt, prompts that belong together by name are
-    spread over all of them, and every stage finds the same ones.
-    """
+    """The prompt_ids of part [number, of how many] of a prompts table, sorted; None stands for all. Dealt out in the
+    order of prompt_id, so prompts that belong together by name are spread over all parts, and every stage finds the
+    same ones."""
     if part is None:
         return None
     number, count = part

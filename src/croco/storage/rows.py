@@ -1,9 +1,6 @@
 """Rows of data that other tools wrote: JSON lines, JSON lists, Parquet, folders of them, and datasets of the hub.
 
-One strict reader for all of them. Whatever is wrong with a file is one sentence that names the file and the line: JSON
-that is broken, nested too deep or holds a number of thousands of digits, text that is not Unicode (half a surrogate
-pair, broken UTF-8), damaged pages.
-"""
+One strict reader: whatever is wrong with a file is one sentence that names the file and the line."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from croco.errors import UserError
+from croco.errors import UserError, one_line
 from croco.storage import shards
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
@@ -33,11 +30,9 @@ Located = tuple[str, Any]  # where a row is, as in "FILE, line 3", and the row
 
 
 def files_of(source: str | Path, data_files: Sequence[str] = (), key: str = "") -> list[Path]:
-    """The files that a name stands for: a file, those of a folder (of its `data_files`), or those of a pattern.
-
-    In a folder it is the finished shards of a stage, else the files themselves, else those in `data`, `export` or
-    `pairs`, where `croco export` and `croco pairs` write. Raises UserError, beginning with `key`, where there are none.
-    """
+    """The files that a name stands for: a file, those of a folder (of its `data_files`), or those of a pattern. In a
+    folder those are the finished shards of a stage, else its files, else those in `data`, `export` or `pairs`. Raises
+    UserError, beginning with `key`, where there are none."""
     path = Path(os.path.expanduser(source))
     name = f"{key} = '{source!s:.200}'" if key else f"{path!s:.200}"
     if os.path.isfile(path):
@@ -96,9 +91,8 @@ def dataset_rows(
             rows = datasets.load_from_disk(os.path.expanduser(source))
             rows = rows[split] if isinstance(rows, datasets.DatasetDict) else rows
     except Exception as error:  # the library raises many kinds for one thing: not there
-        reason = " ".join(str(error).split())[:200]
         of = f"config '{config}', split '{split}'" if config else f"split '{split}'"
-        raise UserError(f"{key}.source = '{source}' ({of}) cannot be loaded: {reason}") from error
+        raise UserError(f"{key}.source = '{source}' ({of}) cannot be loaded: {one_line(error)}") from error
     for number, row in enumerate(rows, start=1):
         yield f"{source}{f', {config}' if config else ''}, row {number}", row
 
@@ -175,8 +169,9 @@ def _parquet_rows(path: Path) -> Iterator[Located]:
                 number += 1
                 yield f"{path}, row {number}", row
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: expected a Parquet file, found after row {number}: {reason}") from None
+        raise UserError(
+            f"{path}: expected a Parquet file, found after row {number}: {one_line(error)}"
+        ) from None
 
 
 def kind(value: Any) -> str:

@@ -1,9 +1,7 @@
 """The columns of every table: names, types, keys.
 
-One place, because tables are the contract between stages. Nothing is joined on text or row order: the key is
-`(prompt_id, language)`, then `sample_id`, and `prompt_id` is the same in all languages. Meaning and invariants of the
-columns are in the comments; how tables reach the disk is `storage/shards.py`.
-"""
+Nothing is joined on text or row order: the key is `(prompt_id, language)`, then `sample_id`, and `prompt_id` is the
+same in all languages."""
 
 from __future__ import annotations
 
@@ -164,7 +162,7 @@ VERDICTS = Table(
     "completion",
 )
 
-# an arm's greedy completion against the base's, judged in both orders; what has no two verdicts is in the ledger
+# an arm's completion against the base's, judged in both orders or one; what lacks a verdict is in the ledger
 COMPARISONS = Table(
     "comparisons",
     _schema(
@@ -176,13 +174,14 @@ COMPARISONS = Table(
         ("base_completion", pa.string()),
         ("found_language", pa.string(), True),
         ("base_found_language", pa.string(), True),
-        ("verdict_arm_first", pa.string()),  # "arm", "base" or "tie", when the arm's was shown first
-        ("verdict_base_first", pa.string()),
-        ("value", pa.float64()),  # 1 the arm's in both orders, 0 the base's, else ½
+        # "arm", "base" or "tie", when the arm's was shown first; null for an order that was not asked about
+        ("verdict_arm_first", pa.string(), True),
+        ("verdict_base_first", pa.string(), True),
+        ("value", pa.float64()),  # 1 the arm's in every order asked about, 0 the base's, else ½
         ("judgement_arm_first", pa.string(), True),  # what the judge wrote; null for the same text twice
         ("judgement_base_first", pa.string(), True),
         ("judge", pa.string()),
-        ("judge_prompt_tokens", pa.int64()),  # of both orders
+        ("judge_prompt_tokens", pa.int64()),  # of all orders
         ("judge_completion_tokens", pa.int64()),
     ),
     ("arm", "prompt_id", "language"),

@@ -1,8 +1,5 @@
-"""Seeds that name a sample, not a position in a batch.
-
-Every seed is a digest of (run seed, prompt, language, sample), so a resumed, resharded or re-batched run draws the same
-completions. Leaves out the stream of uniforms within a completion: `draw.uniforms` counts from the seed.
-"""
+"""Seeds that name a sample, not a position in a batch, so a resumed, resharded or re-batched run draws the same
+completions."""
 
 import hashlib
 

@@ -1,10 +1,8 @@
-"""Tables on disk: sharded Parquet, atomic writes, done markers, the drop ledger.
+"""Tables on disk: sharded Parquet, atomic writes, markers, the ledger.
 
 A finished shard is three files, written in this order: its ledger (`part-00007.dropped.parquet`, when rows were left
 out), the shard (`part-00007.parquet`), the marker (`part-00007.done`, JSON with counts and digests). A shard without
-its marker does not exist for any reader, so SIGKILL and power loss leave nothing that looks whole. Which shards a stage
-has to write, and when a stage is complete, is `pipeline/stage.py`.
-"""
+its marker does not exist for any reader, so SIGKILL and power loss leave nothing that looks whole."""
 
 from __future__ import annotations
 
@@ -18,7 +16,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from croco.errors import UserError
+from croco.errors import UserError, one_line
 from croco.storage.files import TEMPORARY, check_digest, remove, write_atomically, write_json
 from croco.storage.records import read_marker, read_record
 from croco.storage.schemas import DROPPED
@@ -59,11 +57,8 @@ def marker_path(folder: Path, index: int) -> Path:
 
 
 def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """The table with exactly the schema's columns, order and types.
-
-    Raises ValueError for a missing or unknown column, a value that does not fit its type, or a null in a required
-    column: a stage that writes such a table has a bug.
-    """
+    """The table with exactly the schema's columns, order and types. Raises ValueError for a missing or unknown column,
+    a value that does not fit its type, or a null in a required column: the stage that writes it has a bug."""
     if set(table.column_names) != set(schema.names):
         raise ValueError(f"columns are {sorted(table.column_names)}, expected {sorted(schema.names)}")
     table = table.select(schema.names).cast(pa.schema([pa.field(f.name, f.type) for f in schema]), safe=True)
@@ -90,7 +85,7 @@ def read_arrow(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
     except (OSError, ValueError) as error:  # ArrowInvalid, and text that is no UTF-8, are ValueErrors
         if isinstance(error, FileNotFoundError):
             raise UserError(f"{path} is missing") from None
-        raise UserError(f"{path} is damaged: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path} is damaged: {one_line(error)}") from None
 
 
 def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pl.DataFrame:
@@ -174,8 +169,8 @@ def count_units(dropped: pa.Table) -> dict[str, int]:
 
 
 def remove_unfinished(folder: Path) -> list[str]:
-    """Remove what a killed process left: temporary files, shards without a marker, and shards that are damaged, which
-    are made again; returns a sentence for each of those."""
+    """Remove temporary files, shards without a marker, and damaged shards, which are made again; returns a sentence for
+    each of those."""
     finished, damage = set(), []
     for marker in folder.glob("part-*.done"):
         if MARKER.fullmatch(marker.name):

@@ -193,6 +193,28 @@ def test_a_real_judge_that_always_takes_the_first(evaluated: dict[str, Path], tm
     assert (found["position-bias"], found["self-consistency"], found["win-rate"]) == (1.0, 0.0, 0.5)
 
 
+def test_one_order_asks_once_and_half_of_them_in_either(evaluated: dict[str, Path], tmp_path: Path) -> None:
+    both, once = made_recipe(), made_recipe(arena={"judge": "lab", "orders": "one"})
+    assert arena_settings(both, "croco")["languages"] == ["da", "en"]
+    assert "orders" not in arena_settings(both, "croco")
+    work = work_of(once, tmp_path / "arena", evaluated)
+    arena.arena(work)
+    table = shards.read_table(work.folder)
+    asked = table.filter(pl.any_horizontal(pl.col("^judgement_.*$").is_not_null()))
+    assert work.record_file["facts"]["judgements"] == asked.height == 20
+    assert work.record_file["facts"]["inconsistent"] == 0
+    first = asked.filter(pl.col("judgement_arm_first").is_not_null())
+    assert 4 < first.height < 16
+    assert (
+        first["verdict_base_first"].null_count() == first["judgement_base_first"].null_count() == first.height
+    )
+    assert first["judgement_arm_first"].to_list()[0].endswith("Verdict: 1")
+    assert set(asked["value"]) == {1.0}
+    (work.folder / "part-00001.done").unlink()
+    arena.arena(work_of(once, work.folder, evaluated))
+    assert shards.read_table(work.folder).equals(table)
+
+
 def test_a_conversation_that_does_not_fit_the_judge_is_in_the_ledger(
     evaluated: dict[str, Path], tiny_models: TinyModels, tmp_path: Path
 ) -> None:
@@ -215,7 +237,8 @@ def test_a_hopeless_judge_is_not_asked_for_ever(evaluated: dict[str, Path], tiny
     for _ in range(HOPELESS - 1):
         worker._listen("refused", True)
     with pytest.raises(
-        UserError, match="gave no verdict in its first 64 judgements, expected a last line 'Verdict"
+        UserError,
+        match="gave no verdict in its first 64 judgements, expected a last line such as 'Verdict: 1'",
     ):
         worker._listen("refused", True)
 
@@ -256,6 +279,11 @@ def test_the_judge_enters_the_fingerprint(tiny_models: TinyModels, tmp_path: Pat
     assert changed == {"arena/monolingual", "arena/likelihood", "results", "report"}
     assert prints("runtime.engines.judge=server", "runtime.servers.judge.url=http://localhost:9/v1") == before
     assert prints("arena.limit=2") != before
+    assert prints("arena.orders=both", "judge.labels=words", "arena.temperature=0") == before
+    for key in ("arena.orders=one", "judge.labels=brackets"):
+        assert {title for title, value in prints(key).items() if value != before[title]} == changed
+    drawn = {title for title in prints("arena.temperature=0.1") if title.startswith("arena-sample")}
+    assert drawn == {"arena-sample/base", "arena-sample/monolingual", "arena-sample/likelihood"}
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,19 @@ def test_no_verdict_has_a_reason():
      ("arm", "tie", 0.5), ("tie", "base", 0.5)],
 )  # fmt: skip
 def test_what_two_orders_are_worth(arm_first, base_first, value):
-    assert value_of(arm_first, base_first) == value
+    assert value_of([arm_first, base_first]) == value
+
+
+def test_what_one_order_is_worth():
+    assert [value_of([verdict]) for verdict in ("arm", "base", "tie")] == [1.0, 0.0, 0.5]
+
+
+def test_either_way_of_asking_is_read():
+    for labels, ends in {"words": ("Verdict: 1", "Verdict: tie"), "brackets": ("[[1]]", "[[T]]")}.items():
+        text = question([{"role": "user", "content": "x"}], "da", "A", "B", labels)
+        for end, verdict in zip(ends, ("1", "tie"), strict=True):
+            assert f"\n{end}\n" in text
+            assert verdict_of(f"It is shorter.\n{end}") == verdict
 
 
 def test_the_question_holds_every_turn_and_both_completions_in_order():

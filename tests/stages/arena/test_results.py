@@ -22,7 +22,7 @@ def comparison(
     return row | {
         "arm": arm, "prompt_id": prompt, "language": language, "domain": "sum", "completion": "xx",
         "base_completion": "xx", "verdict_arm_first": first, "verdict_base_first": second,
-        "value": value_of(first, second), "judgement_arm_first": "…" if asked else None,
+        "value": value_of([first, second]), "judgement_arm_first": "…" if asked else None,
         "judgement_base_first": "…" if asked else None, "judge": "j", "judge_prompt_tokens": 0,
         "judge_completion_tokens": 0,
     } | more  # fmt: skip
@@ -46,6 +46,25 @@ FOUR = (
     comparison("p3", "da", "base", "base", domain="list"),
     comparison("p4", "da", "tie", "tie", asked=False),
 )
+
+
+def test_comparisons_judged_in_one_order():
+    """Two with the arm's first, two with the base's: what the first place is worth shows, agreement cannot."""
+    one = [
+        comparison(
+            p, "da", first, second, value=value,
+            judgement_arm_first=first and "…", judgement_base_first=second and "…",
+        )
+        for p, first, second, value in (
+            ("p1", "arm", None, 1.0), ("p2", "base", None, 0.0), ("p3", None, "base", 0.0), ("p4", None, "tie", 0.5),
+        )
+    ]  # fmt: skip
+    rows = arena_rows(table(*one), GROUPS, seed=1, num_resamples=200, temperature=0.1)
+    assert found(rows, "win-rate") == 0.375
+    assert found(rows, "position-bias") == pytest.approx((1 - 1 + 1 + 0) / 4)
+    assert found(rows, "same-text") == 0.0
+    assert "self-consistency" not in rows["metric"]
+    assert rows["temperature"].unique().to_list() == [0.1]
 
 
 def test_a_win_a_loss_an_inconsistent_one_and_the_same_text():

@@ -9,9 +9,9 @@ from croco.config.load import from_dict
 from croco.config.recipe import Recipe
 from croco.errors import UserError
 from croco.lab import world
-from croco.models.chat_template import conversation_ids
-from croco.models.loading import load_reward
-from croco.models.lora import apply_lora, save_adapter
+from croco.models.chat_template import conversation_ids, prompt_ids, with_instruction
+from croco.models.loading import load_policy, load_reward
+from croco.models.lora import apply_lora
 from croco.pipeline.fingerprint import evaluate_settings, results_settings
 from croco.pipeline.node import settings_values
 from croco.pipeline.stage import Work
@@ -38,7 +38,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Recipe]:
             if "lora_B" in name:
                 parameter.add_(0.2)
     (folder / "train" / "arm").mkdir(parents=True)
-    save_adapter(adapted, folder / "train" / "arm" / "adapter")
+    adapted.save_pretrained(folder / "train" / "arm" / "adapter")
     table = world.prompts("dev", ["da", "en", "sv"], 8)
     counts = {"prompt": table.num_rows}
     shards.write_shard(
@@ -100,6 +100,38 @@ def test_arms_share_seeds_and_differ_by_weights(run):
     assert not greedy[0].equals(greedy[1])
     assert seeds[0][0] != sample_seed(3, *base.select("prompt_id", "language").row(0), 0)
     assert evaluation_seed(3) != 3
+
+
+def test_kl_is_the_mean_log_ratio_of_an_arms_own_samples(run):
+    """Against one plain forward pass per completion, with the arm's weights and with the base's."""
+    folder, recipe = run
+    evaluated(run, "arm")
+    asked = recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update={"kl": True})})
+    inputs = {"eval-prompts": folder / "eval-prompts", "train": folder / "train" / "arm"}
+    work = work_of((folder, asked), "evaluate", "arm", inputs, "verdicts")
+    evaluate(work)
+    prompts = {tuple(row[:2]): row[2] for row in
+               shards.read_table(folder / "eval-prompts", ["prompt_id", "language", "messages"]).rows()}  # fmt: skip
+    drafts = [work.folder / "scratch" / f"drawn-{index:05d}.parquet" for index in (2, 3)]  # at temperature 1
+    models = [load_policy(recipe.policy.model, device="cpu", adapter=adapter)
+              for adapter in (folder / "train" / "arm" / "adapter", None)]  # fmt: skip
+    ratios: dict[str, list[float]] = {}
+    for row in pl.concat(pl.read_parquet(path) for path in drafts).iter_rows(named=True):
+        messages = with_instruction(
+            prompts[row["prompt_id"], row["language"]], recipe.policy.instruction.get(row["language"])
+        )
+        logps = []
+        for model, tokenizer in models:
+            prompt = prompt_ids(tokenizer, messages)
+            ids = [*row["completion_ids"], *([tokenizer.eos_token_id] * (row["finish_reason"] == "stop"))]
+            with torch.no_grad():
+                logits = model(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1].float()
+            logps.append(float(logits.log_softmax(-1)[torch.arange(len(ids)), torch.tensor(ids)].sum()))
+        ratios.setdefault(row["language"], []).append(logps[0] - logps[1])
+    assert work.record_file["facts"]["kl"] == {
+        language: pytest.approx(sum(of) / len(of), abs=1e-3) for language, of in ratios.items()
+    }
+    assert all(value > 0.01 for value in work.record_file["facts"]["kl"].values())
 
 
 def test_a_lost_shard_comes_back_the_same(run):

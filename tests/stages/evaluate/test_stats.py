@@ -1,18 +1,22 @@
 import numpy as np
+import polars as pl
 import pytest
 from scipy import stats as scipy_stats
+from statsmodels.formula.api import ols
+from statsmodels.stats.anova import anova_lm
 from statsmodels.stats.contingency_tables import mcnemar as their_mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import NormalIndPower
+from statsmodels.stats.weightstats import ttost_paired
 
 from croco.stages.evaluate.stats import (
     Interval,
     bootstrap_mean,
     bootstrap_ratio,
-    bootstrap_seeds,
     holm,
     kendall,
     mcnemar,
+    over_seeds_and_prompts,
     prompts_to_resolve,
     resample_counts,
     sign_flip,
@@ -38,7 +42,7 @@ def test_fewer_than_six_prompts_have_a_mean_and_no_interval():
     for num_prompts in (1, 2, 5):
         found = bootstrap_mean([1.0] * num_prompts, seed=0)
         assert (found.value, found.known, verdict(found)) == (1.0, False, "not resolved")
-        assert not bootstrap_seeds(np.ones((3, num_prompts)), seed=0).known
+        assert not over_seeds_and_prompts(np.ones((3, num_prompts))).interval().known
         assert sign_flip([1.0] * num_prompts, seed=0) > 0.05  # what the limit comes from
     assert verdict(bootstrap_mean([1.0] * 6, seed=0)) == "better"
     assert sign_flip([1.0] * 6, seed=0) < 0.05
@@ -106,38 +110,76 @@ def test_verdicts():
     assert verdict(Interval(0.1, 0.0, 0.2)) == "not resolved"
 
 
-def test_seeds_and_prompts_by_hand():
-    # one seed: prompts alone
-    assert bootstrap_seeds([[0.0, 1.0, 0.5]], seed=4) == bootstrap_mean([0.0, 1.0, 0.5], seed=4)
-    # seeds that agree on every prompt add nothing: what varies is the prompts
-    rows = np.tile(np.arange(20) % 2, (3, 1)).astype(float)
-    assert bootstrap_seeds(rows, seed=1) == bootstrap_mean(rows[0], seed=1)
-    # prompts that agree within a seed: of two seeds, a quarter of the resamples is all 0, a quarter all 1
-    assert bootstrap_seeds([[0.0] * 50, [1.0] * 50], seed=2) == (0.5, 0.0, 1.0)
-    assert bootstrap_seeds([[0.0] * 50, [1.0] * 50], seed=2, confidence=0.4) == (0.5, 0.5, 0.5)
+def test_one_seed_is_students_t_over_prompts():
+    values = np.random.default_rng(0).normal(0.02, 0.1, size=40)
+    found = over_seeds_and_prompts(values[None])
+    theirs = scipy_stats.ttest_1samp(values, 0.0)
+    assert found.interval()[1:] == pytest.approx(tuple(theirs.confidence_interval(0.95)))
+    assert found.p_above(0.0) == pytest.approx(
+        scipy_stats.ttest_1samp(values, 0.0, alternative="greater").pvalue
+    )
+    # both one-sided tests of an equivalence
+    low, high = -0.05, 0.05
+    p_value = max(found.p_above(low), 1 - found.p_above(high))
+    assert p_value == pytest.approx(ttost_paired(values, np.zeros(40), low, high)[0])
 
 
-def test_seeds_and_prompts_agree_with_drawing_them_one_by_one():
-    generator = np.random.default_rng(0)
-    values = generator.normal(size=(6, 1)) + generator.normal(size=(1, 40)) + generator.normal(size=(6, 40))
-    slow = []
-    for _ in range(4000):
-        seeds, prompts = generator.integers(6, size=6), generator.integers(40, size=40)
-        slow.append(values[np.ix_(seeds, prompts)].mean())
-    ours = bootstrap_seeds(values, seed=3, num_resamples=4000)
-    low, high = np.percentile(slow, [2.5, 97.5])
-    assert ours.value == pytest.approx(values.mean())
-    assert ours.low == pytest.approx(low, abs=0.04)
-    assert ours.high == pytest.approx(high, abs=0.04)
-    # the prompts alone would claim to know more
-    alone = bootstrap_mean(values.mean(axis=0), seed=3)
-    assert alone.high - alone.low < 0.8 * (ours.high - ours.low)
+def crossed(generator, shape, of_seeds, of_prompts, of_cells):
+    """Values with mean zero: effects of seeds, of prompts, and of each seed on each prompt."""
+    seeds = generator.normal(0, of_seeds, size=(*shape[:-1], 1))
+    prompts = generator.normal(0, of_prompts, size=(*shape[:-2], 1, shape[-1]))
+    return seeds + prompts + generator.normal(0, of_cells, size=shape)
+
+
+def test_seeds_and_prompts_are_mean_squares_as_statsmodels_has_them():
+    values = crossed(np.random.default_rng(1), (5, 30), 0.3, 0.5, 1.0)
+    seeds, prompts = np.indices(values.shape)
+    rows = pl.DataFrame({"seed": seeds.ravel(), "prompt": prompts.ravel(), "value": values.ravel()})
+    table = anova_lm(ols("value ~ C(seed) + C(prompt)", rows.to_pandas()).fit())
+    of_seeds, of_prompts, of_cells = table["mean_sq"]
+    found = over_seeds_and_prompts(values)
+    assert of_seeds > of_cells < of_prompts
+    assert found.error**2 == pytest.approx((of_seeds + of_prompts - of_cells) / 150)
+    assert found.value == pytest.approx(values.mean())
+    # Satterthwaite's degrees of freedom, by hand
+    parts = [(of_seeds, 4), (of_prompts, 29), (of_cells, 4 * 29)]
+    expected = (of_seeds + of_prompts - of_cells) ** 2 / sum(square**2 / df for square, df in parts)
+    assert found.df == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("num_seeds", "num_prompts"), [(2, 60), (3, 63), (8, 150)])
+@pytest.mark.parametrize("of_seeds", [0.0, 0.01, 0.05])
+def test_intervals_cover_what_they_say(num_seeds, num_prompts, of_seeds):
+    """Truth 0, with the spreads that an audit of the lab's study measured, and a larger one between seeds."""
+    generator, times = np.random.default_rng(2), 1000
+    worlds = crossed(generator, (times, num_seeds, num_prompts), of_seeds, 0.2, 0.3)
+    covered = sum(low <= 0 <= high for _, low, high in (over_seeds_and_prompts(w).interval() for w in worlds))
+    assert 0.92 <= covered / times <= 0.98
+
+
+def test_two_sets_of_prompts_share_their_seeds():
+    generator, times = np.random.default_rng(3), 600
+    covered, alone = 0, 0
+    for _ in range(times):
+        seeds = generator.normal(0, 0.1, size=(6, 1))
+        one, other = (crossed(generator, (6, n), 0.0, 0.2, 0.2) for n in (50, 80))
+        found = over_seeds_and_prompts(one + seeds, -(other + seeds))  # the seeds' part cancels
+        covered += found.interval().low <= 0 <= found.interval().high
+        alone += found.error < over_seeds_and_prompts(one + seeds).error
+    assert 0.925 <= covered / times <= 0.985
+    assert alone > 0.75 * times
+
+
+def test_a_difference_without_spread_is_certain():
+    up, same = over_seeds_and_prompts(np.full((3, 8), 0.1)), over_seeds_and_prompts(np.zeros((3, 8)))
+    assert up.interval() == (pytest.approx(0.1),) * 3
+    assert [up.p_above(0.0), up.p_above(0.2), same.p_above(0.0)] == pytest.approx([0.0, 1.0, 0.5])
 
 
 @pytest.mark.parametrize("values", [[1.0, 2.0], [[]], [[1.0, float("nan")]], [[[1.0]]]])
 def test_seeds_of_another_shape_are_errors(values):
     with pytest.raises(ValueError, match="shape"):
-        bootstrap_seeds(values, seed=0)
+        over_seeds_and_prompts(values)
 
 
 def test_mcnemar_by_hand():

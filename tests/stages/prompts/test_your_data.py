@@ -1,4 +1,4 @@
-"""The page about your data: its recipes load, its reward function scores, its commands exist."""
+"""The page about your data: its recipes load, its reward function scores."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from croco.cli.main import app
 from croco.config.load import from_dict, merged
 from croco.config.models import Reward
 from croco.config.runtime import Runtime
@@ -41,13 +40,3 @@ def test_its_reward_function_scores(tmp_path: Path) -> None:
     score, _ = open_reward(Reward(function=f"{tmp_path}/rewards.py:brevity"), Runtime())
     row = {"prompt_id": "p", "language": "da", "sample_id": 0, "completion": "x" * 500}
     assert score([([{"role": "user", "content": "Q"}], [row])]) == [[-0.5]]
-
-
-def test_its_commands_exist() -> None:
-    names = {str(command.name) for command in app.registered_commands if command.name}
-    names |= {str(command.callback.__name__) for command in app.registered_commands if command.callback}
-    used = {
-        line.split()[1] for block in blocks("sh") for line in block.splitlines() if line.startswith("croco ")
-    }
-    assert used
-    assert used <= names

@@ -11,7 +11,7 @@ from croco.config.arms import Lora
 from croco.errors import UserError
 from croco.models.chat_template import prompt_ids
 from croco.models.loading import load_policy
-from croco.models.lora import apply_lora, save_adapter
+from croco.models.lora import apply_lora
 from croco.models.transformers import HFLikelihood
 from croco.stages.score.implicit import NO_ENGLISH, english_prompt, score_implicit
 from tiny import make_policy, make_tokenizer, save
@@ -31,7 +31,7 @@ def adapter_of(model, folder: Path) -> Path:
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.3)
-    save_adapter(adapted, folder)
+    adapted.save_pretrained(folder)
     return folder
 
 

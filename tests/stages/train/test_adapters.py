@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from croco.config.arms import USUAL_TARGETS, Lora, Training
 from croco.errors import UserError
-from croco.models.lora import apply_lora, put_adapter_on, save_adapter, without_adapter
+from croco.models.lora import apply_lora, put_adapter_on, without_adapter
 from croco.stages.train.batches import collate
 from croco.stages.train.encode import encode_pairs
 from croco.stages.train.forward import balance_loss, completion_logps, routing
@@ -129,7 +129,7 @@ def test_auto_is_every_linear_layer_of_the_language_model(name: str, tmp_path: P
         if "lora_B" in parameter_name:  # none is out of reach, or several processes wait for it forever
             assert parameter.grad is not None, parameter_name
             assert parameter.grad.abs().sum() > 0, parameter_name
-    save_adapter(policy, tmp_path / "adapter")
+    policy.save_pretrained(tmp_path / "adapter")
     again = put_adapter_on(without_adapter(policy), tmp_path / "adapter")
     assert adapted(again) == layers
 

@@ -67,6 +67,61 @@ def test_supervised_tuning_reads_the_chosen_only():
     assert len(example.completions) == 1
 
 
+TURNS = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Which month?"},
+    {"role": "assistant", "content": "March."},
+    {"role": "user", "content": "And after it?"},
+]
+
+
+def learnt(example) -> list[str]:
+    """The stretches of text that are learnt."""
+    (ids,) = example.completions
+    mask = example.learnt or (True,) * len(ids)
+    stretches = [[]]
+    for token, kept in zip(ids, mask, strict=True):
+        if kept:
+            stretches[-1].append(token)
+        elif stretches[-1]:
+            stretches.append([])
+    return [TOKENIZER.decode(stretch) for stretch in stretches if stretch]
+
+
+def test_supervised_tuning_learns_the_completion_every_turn_or_all():
+    pairs = pl.DataFrame([{"prompt_id": "p", "language": "en", "messages": TURNS, "chosen": "April."}])
+    whole = TOKENIZER.apply_chat_template(
+        [*TURNS, {"role": "assistant", "content": "April."}], tokenize=False
+    )
+    (completion,), _ = encode(pairs, chosen_only=True)
+    assert learnt(completion) == ["April.<|end|>"]
+    (turns,), _ = encode(pairs, chosen_only=True, sft_on="assistant")
+    assert learnt(turns) == ["March.<|end|>", "April.<|end|>"]
+    (everything,), _ = encode(pairs, chosen_only=True, sft_on="conversation")
+    assert learnt(everything) == [whole.removeprefix("<|bos|>")]
+    for one in (turns, everything):
+        assert [*one.prompt, *one.completions[0]] == [*completion.prompt, *completion.completions[0]]
+    assert [one.num_learnt for one in (completion, turns)] == [
+        len(completion.completions[0]),
+        sum(turns.learnt),
+    ]
+
+
+def test_a_template_that_hides_an_earlier_turn_puts_it_into_the_ledger():
+    hiding = make_tokenizer(
+        chat_template="{% for m in messages %}{% if m.role != 'assistant' or loop.last %}<|{{ m.role }}|>"
+        "{{ m.content }}<|end|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    pairs = pl.DataFrame([{"prompt_id": "p", "language": "en", "messages": TURNS, "chosen": "April."}])
+    examples, dropped = encode_pairs(
+        pairs, hiding, end=END, max_tokens=200, chosen_only=True, sft_on="assistant"
+    )
+    assert not examples
+    assert dropped["reason"].to_list() == [
+        "the chat template does not show where an earlier turn of the assistant begins and ends"
+    ]
+
+
 def test_what_does_not_fit_goes_to_the_ledger_with_its_reason():
     pairs = make_pairs(4).with_columns(
         chosen=pl.Series(["fine", "", "long " * 300, "same x"]),

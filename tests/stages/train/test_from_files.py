@@ -8,6 +8,7 @@ from typing import Any
 
 import polars as pl
 import pytest
+import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -258,3 +259,33 @@ def test_words_that_do_not_go_together_are_named(tiny_models: TinyModels, tmp_pa
     ):
         assert wanted in croco("train", *words, code=2)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_trial_on_the_first_pairs_then_merged_and_talked_to(
+    tmp_path: Path, tiny_models: TinyModels
+) -> None:
+    """The folder that `croco train FILE` leaves is enough for `croco merge` and `croco chat`."""
+    pairs, tuned, whole = (
+        write(tmp_path / "pairs.jsonl", rows("ours")),
+        tmp_path / "tuned",
+        tmp_path / "whole",
+    )
+    given = ["train", pairs, "--model", tiny_models.policy, "--to", tuned, *SETTINGS]
+    said = croco(*given, "--limit", 7)
+    assert "7 pairs" in said.splitlines()[-1]
+    assert "limit" in croco(*given, code=2)  # what changed
+    said = croco("merge", tuned, "--to", whole, "--license", "mit")
+    assert "are those of base + adapter within" in said
+    both = [load_policy(str(tiny_models.policy), adapter=tuned / "adapter")[0], load_policy(str(whole))[0]]
+    ids = torch.tensor([[5, 6, 7, 8]])
+    one, other = (model(ids).logits for model in both)
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
+    card = (whole / "README.md").read_text()
+    assert "library_name: transformers" in card
+    assert "license: mit" in card
+    assert "# Tuned on pairs.jsonl" in card
+    assert "merged against base + adapter, at most" in card
+    assert str(tmp_path) not in card
+    for folder in (tuned, whole):
+        found = CliRunner().invoke(app, ["chat", str(folder), "--max-new-tokens=4"], input="Which month?\n")
+        assert (found.exit_code, found.stdout.count("\n") >= 1) == (0, True), found.output

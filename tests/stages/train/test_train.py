@@ -26,12 +26,17 @@ from croco.models.lora import apply_lora, load_adapter
 from croco.pipeline.fingerprint import train_settings
 from croco.pipeline.node import settings_values
 from croco.pipeline.stage import Work
+from croco.stages.train.batches import collate
 from croco.stages.train.encode import encode_pairs
+from croco.stages.train.forward import completion_logps, token_counts
 from croco.stages.train.reference import reference_logps
+from croco.stages.train.setup import check_pairs
 from croco.stages.train.stage import train
 from croco.stages.train.train import train_pairs
 from croco.stages.train.trainer import PairTrainer, training_arguments
 from croco.storage.files import write_json
+from croco.storage.schemas import TABLES, ledger
+from croco.storage.shards import merge_ledgers, write_shard
 from models.attention.varlen_twin import varlen_twin
 from pipeline.test_full_disk import files_no_larger_than
 from stages.train.pairs import make_pairs, replace, write_pairs
@@ -479,6 +484,96 @@ def test_reference_values_are_computed_once_per_base(tmp_path):
     assert done == [4, 2]
     assert not values(1, examples).allclose(again)
     assert done == [4, 2, 6]
+
+
+@pytest.mark.parametrize("sft_on", ["assistant", "conversation"])
+def test_learning_more_than_the_completion_is_the_models_own_loss(sft_on):
+    """Against transformers' loss with labels of our own making, in every layout of rows."""
+    turns = [("user", "Which month?"), ("assistant", "March."), ("user", "And after it?")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    said = [{**messages[0], "content": "Hi"}]
+    rows = [
+        {"prompt_id": "a", "language": "en", "messages": messages, "chosen": "April comes after March."},
+        {"prompt_id": "b", "language": "en", "messages": said, "chosen": "maj"},
+    ]
+    model, end = make_policy("llama"), TOKENIZER.eos_token_id
+    examples, _ = encode_pairs(
+        pl.DataFrame(rows), TOKENIZER, end=end, max_tokens=200, chosen_only=True, sft_on=sft_on
+    )
+    totals = []
+    for row, example in zip(rows, examples, strict=True):
+        whole = [*row["messages"], {"role": "assistant", "content": row["chosen"]}]
+        ids = TOKENIZER.apply_chat_template(whole, tokenize=True, return_dict=False)
+        labels, inside, user = list(ids), False, TOKENIZER.convert_tokens_to_ids("<|assistant|>")
+        for place, token in enumerate(ids):
+            if sft_on == "assistant" and not inside:
+                labels[place] = -100
+            inside = token == user or (inside and token != end)
+        count = sum(label >= 0 for label in labels[1:])
+        assert example.num_learnt == count
+        loss = model(torch.tensor([ids]), labels=torch.tensor([labels])).loss.item()
+        totals.append(-loss * count)
+    for layout in ("segments", "masked", "plain", "single"):
+        batch = collate(examples, rows=layout)
+        torch.testing.assert_close(
+            completion_logps(model, batch)[0], torch.tensor(totals), rtol=1e-4, atol=1e-3
+        )
+        assert token_counts(batch)[0].tolist() == [example.num_learnt for example in examples]
+
+
+def test_warm_up_is_rounded_as_asked(tmp_path):
+    def warm_up(**settings):
+        made = training_arguments(
+            Training(warmup_ratio=0.05, **settings), tmp_path, num_steps=30, seed=0, cpu=True, evaluate=False
+        )
+        return made.warmup_steps
+
+    assert (warm_up(), warm_up(warmup_rounding="up")) == (1, 2)
+    assert not {"sft_on", "warmup_rounding"} & Training().model_dump().keys()  # in no fingerprint by default
+    assert Training.model_validate(Training(warmup_rounding="up").model_dump()).warmup_rounding == "up"
+
+
+def test_the_reference_is_computed_for_the_pairs_that_are_used_only(tmp_path, capsys):
+    settings = replace(SETTINGS, updates=2, batch_pairs=4, validation_fraction=0.0)
+    run(tmp_path / "few", settings)
+    known = pl.read_parquet(sorted((tmp_path / "few" / "scratch" / "reference").rglob("*.parquet")))
+    assert 0 < known.height <= 2 * 4 * 2  # two steps of four pairs of two completions
+    run(tmp_path / "all", replace(settings, updates=None, epochs=1))
+    every = pl.read_parquet(sorted((tmp_path / "all" / "scratch" / "reference").rglob("*.parquet")))
+    assert every.height > known.height
+    assert "to train on" not in capsys.readouterr().err
+
+
+def test_little_to_learn_from_is_said_before_training(tmp_path, capsys):
+    run(tmp_path / "few", replace(SETTINGS, batch_pairs=64, epochs=1, validation_fraction=0.0))
+    said = capsys.readouterr().err
+    assert "36 pairs to train on, fewer than training.batch_pairs = 64: one optimizer step in all" in said
+
+
+def test_no_pair_at_all_names_the_main_reasons_and_the_setting(tmp_path):
+    dropped = [("completion", f"p{i}", "en", i, "cut at the token limit") for i in range(7)]
+    dropped += [
+        ("completion", "p8", "da", 0, "wrong language"),
+        ("pool", "p0", "en", None, "no candidate left in the pool"),
+    ]
+    read = {"completion": 8, "pool": 1}
+    schema = TABLES["pairs"].schema
+    write_shard(
+        tmp_path,
+        0,
+        schema.empty_table(),
+        schema,
+        read=read,
+        written={"completion": 0, "pool": 0},
+        dropped=ledger(dropped),
+    )
+    merge_ledgers(tmp_path)
+    with pytest.raises(
+        UserError,
+        match=r"no pair to train on \(7 of 8 completions: cut at the token limit; 1 of 8 completions: wrong language; "
+        r"1 of 1 pools: no candidate left in the pool\): expected another sampling.max_new_tokens, or guards.cut",
+    ):
+        check_pairs(tmp_path)
 
 
 def test_no_pair_left_is_one_sentence(tmp_path):

@@ -1,14 +1,11 @@
 """Attention of one new token per row over a prompt's keys, stored once, and the row's own keys.
 
-Rows of one prompt read the prompt's keys in one matrix product; the scores over prompt and own tokens meet in one
-softmax, so the result is ordinary attention, not an approximation. It is plugged into transformers as an attention
-function of its own name, with a cache of its own; queries, keys and rotations are computed by the model's code as ever.
-
+Rows of one prompt read its keys in one matrix product; the scores over prompt and own tokens meet in one softmax, so
+the result is ordinary attention. It is plugged into transformers as an attention function with a cache of its own.
 Leaves out what such a function cannot see: soft-capping, attention sinks, biases (`support.unsupported` says so).
 
 Shapes: R rows, G prompts, N most rows of one prompt, H key-value heads, Q query heads per key-value head, P prompt
-tokens (padded), C own tokens (capacity), D head dimension.
-"""
+tokens (padded), C own tokens (capacity), D head dimension."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,8 +25,7 @@ _HARMLESS = {
 
 
 def refuse_unknown(options: Mapping[str, Any]) -> None:
-    """Raise NotImplementedError for an option of an attention function that we would not obey: attention sinks, caps,
-    biases."""
+    """Raise NotImplementedError for an option that we would not obey: attention sinks, caps, biases."""
     for name, value in options.items():
         if value is not None and name not in _HARMLESS:
             raise NotImplementedError(f"attention with {name}")
@@ -168,8 +164,7 @@ AttentionInterface.register(NAME, attend)
 
 @contextmanager
 def plugged_in(model: Any, name: str = NAME) -> Iterator[None]:
-    """Within it, the model's attention is the one registered under the name. Transformers makes no mask for an
-    attention it does not know."""
+    """Within it, the model's attention is the one registered under the name, for which transformers makes no mask."""
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
     before = [(config, config._attn_implementation) for config in configs]
     for config in configs:

@@ -1,12 +1,9 @@
-"""The last layer, finished only at the tokens that predict a completion.
+"""The last layer, finished only at the tokens that are read.
 
-Nothing after it looks at the prompt's other tokens, so its queries, its output projection and its MLP need not see
-them: hooks give them the places that are read, and what they return is put back there. What the model returns elsewhere
-is arbitrary. Prompts are long beside their completions, so this spares most of one layer in L. Left out: experts, whose
-routing counts every token.
+Hooks give its queries, output projection and MLP the places that are read and put what they return back there;
+elsewhere what the model returns is arbitrary. Left out: experts, whose routing counts every token.
 
-Shapes: B rows, T tokens, D width, N places.
-"""
+Shapes: B rows, T tokens, D width, N places."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,16 +1,12 @@
 """Who attends to whom when one row holds a prompt and several completions of it.
 
-A row is the prompt followed by its completions: [prompt | completion 1 | completion 2 | padding]. Every
-completion attends to the prompt and to itself, never to another completion; positions restart after the
-prompt, so each completion sees exactly what it would see in a row of its own. The mask is explicit because
-transformers reads restarting positions without a mask as packed sequences, which silently cuts the
-completions off from their prompt.
-
-Several such rows packed into one are told apart by `pair_BT`.
+A row is [prompt | completion 1 | completion 2 | padding]. Every completion attends to the prompt and to itself, and
+positions restart after the prompt, so it sees what it would see in a row of its own. The mask is explicit because
+transformers reads restarting positions without a mask as packed sequences, which cuts completions off from their
+prompt.
 
 Shapes: B rows, T tokens. `branch_BT` is 0 in the prompt, 1, 2, … in the completions and -1 in padding; `pair_BT` is the
-pair that a token belongs to, -1 in padding.
-"""
+pair that a token belongs to, -1 in padding."""
 
 import torch
 from torch import Tensor
@@ -24,11 +20,8 @@ def prefix_mask(
 ) -> Tensor:
     """Boolean mask (B, 1, T, T), true where the query (third axis) attends to the key (last axis).
 
-    With a sliding `window` a query sees the `window` latest positions of its own sequence, itself included;
-    distance is in positions, not in columns, since the columns of another completion may lie between. Padding
-    attends to itself only, so that no row of the softmax is empty (an empty one is NaN, and NaN reaches every
-    gradient).
-    """
+    With a sliding `window` a query sees the `window` latest positions of its own sequence, itself included. Padding
+    attends to itself only: an empty row of the softmax is NaN, which reaches every gradient."""
     num_tokens = branch_BT.shape[1]
     query_branch, key_branch = branch_BT[:, :, None], branch_BT[:, None, :]
     order = torch.arange(num_tokens, device=branch_BT.device)
@@ -44,6 +37,5 @@ def prefix_mask(
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """The mask as numbers to add to attention scores, 0 where allowed and the type's minimum elsewhere (eager
-    attention).
-    """
+    attention)."""
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)

@@ -1,14 +1,10 @@
 """Attention of many rows over a prefix that they share, stored once, and over their own tokens.
 
-The rows of one prefix look at it in one call, as if they were one long row; what they see there and what they see in
-their own tokens are two softmaxes, joined by their log-sum-exps into the one over both. That is ordinary attention,
-not an approximation, and needs no mask and no copy of a prefix (Juravsky et al. 2024, arXiv 2402.05099). It is plugged
-into transformers as an attention function of its own name.
+The rows of one prefix look at it in one call; this and their own tokens are two softmaxes, joined by their log-sum-exps
+into the one over both: ordinary attention without a mask or a copy of a prefix (Juravsky et al. 2024, arXiv
+2402.05099). Leaves out what such a function cannot see (`support.unsupported`) and windows shorter than a sequence.
 
-Leaves out what such a function cannot see (`support.unsupported` says so) and windows shorter than a sequence.
-
-Shapes: B rows, T own tokens, P prefix tokens, H query heads, D head dimension.
-"""
+Shapes: B rows, T own tokens, P prefix tokens, H query heads, D head dimension."""
 
 from dataclasses import dataclass
 from typing import Any

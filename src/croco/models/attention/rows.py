@@ -1,14 +1,10 @@
-"""Attention over shared rows without a mask: the prompt among itself, then each completion over the prompt and itself.
+"""Attention over shared rows without a mask: the prompt over itself, then each completion over the prompt and itself.
 
-The same numbers as SDPA under `mask.py`, less work: a completion never meets another one, and no padding is computed.
-It is plugged into transformers as an attention function of its own name, in two forms of one bookkeeping. On a GPU all
-rows of a batch are one sequence of tokens, and torch's flash attention of variable lengths
-(`torch.nn.attention.varlen`) computes every segment in one call, its causality aligned at the end of the keys. On a
-CPU, whose kernel computes whatever a mask forbids, each segment is a call of its own. Left out: attention that adds to
-or caps its scores (`support.py` says which models those are).
+The same numbers as SDPA under `mask.py`, with less work. On a GPU all rows of a batch are one sequence for torch's
+flash attention of variable lengths (`torch.nn.attention.varlen`); on a CPU, whose kernel computes what a mask forbids,
+each segment is a call of its own. Left out: attention that adds to or caps its scores (`support.py`).
 
-Shapes: B rows, H query heads, T tokens, D head dimension, K keys of all segments.
-"""
+Shapes: B rows, H query heads, T tokens, D head dimension, K keys of all segments."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -95,9 +91,7 @@ class PackedSegments:
 @dataclass
 class Segments:
     """Rows in groups of the same lengths (prompt, completions…), in their order, and the masks made for them so far.
-
-    `last` is the number of a layer after which of a prompt its last position is read only, if any.
-    """
+    `last` is the layer after which only the last position of a prompt is read, if any."""
 
     groups: list[tuple[int, tuple[int, ...]]]  # (rows, lengths)
     last: int | None = None
@@ -173,8 +167,7 @@ def attend(
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of shared rows, (B, T, H, D) as transformers expects it. A model's own dropout is off
-    (`forward.py`)."""
+    """Attention of shared rows, (B, T, H, D) as transformers expects it, without a model's own dropout."""
     if isinstance(segments, PackedSegments):
         return segments.attend(query, key, value, scaling, sliding_window), None
     at_last = segments.last is not None and getattr(module, "layer_idx", None) == segments.last

@@ -39,7 +39,7 @@ def depends_on_batch(config: Any) -> bool:
 
 def forget_lengths(network: Any) -> None:
     """Give positions of the type "dynamic" the angles that they begin with: transformers keeps those of the longest
-    sequence so far, so that a row's numbers would depend on what was computed before it."""
+    sequence so far, so a row's numbers would depend on earlier ones."""
     for module in network.modules():
         for name, angles in list(module.named_buffers(recurse=False)):
             first = getattr(module, name.replace("inv_freq", "original_inv_freq"), None)

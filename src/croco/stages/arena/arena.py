@@ -1,9 +1,8 @@
-"""The stages `arena-sample` and `arena`: an arm's greedy completions against the base's, before a judge.
+"""The stages `arena-sample` and `arena`: an arm's completions against the base's, before a judge.
 
-Every comparison is judged twice, with each completion once in the first place, so that a judge's preference for a place
-is measured and cancels. Two verdicts that do not agree are a tie, and so is the same text twice, without asking. A
-comparison without a verdict in one of the orders goes to the ledger with the reason. `results.py` computes win rates.
-"""
+Every comparison is judged twice, each completion once in the first place, so a judge's preference for a place is
+measured and cancels; or once, in an order that a digest of its prompt decides. Verdicts that do not agree are a tie,
+and so is the same text twice, without asking. A comparison without a verdict in an order goes to the ledger."""
 
 from __future__ import annotations
 
@@ -15,14 +14,13 @@ from typing import Any, Literal
 
 import polars as pl
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from croco.config.models import Judge
 from croco.config.runtime import Runtime
 from croco.errors import UserError
 from croco.languages import identify_completions
-from croco.models.open import open_judge, open_sampler, tuned_weights
-from croco.models.protocols import Decoding, Judged, JudgeRequest
+from croco.models.open import open_judge, tuned_weights
+from croco.models.protocols import Judged, JudgeRequest
 from croco.pipeline.compute import compute
 from croco.pipeline.node import Settings
 from croco.pipeline.stage import Work
@@ -30,8 +28,9 @@ from croco.pipeline.workers import Advance, ShardResult
 from croco.stages.arena import judge_prompt
 from croco.stages.evaluate.evaluate import evaluation_seed
 from croco.stages.evaluate.results import BASE
-from croco.stages.sample import sample_shards
+from croco.stages.sample import SampleWorker
 from croco.storage.schemas import COMPARISONS, ledger
+from croco.storage.seeds import digest
 from croco.storage.shards import merge_ledgers, read_dropped, read_table
 
 KEY = ["prompt_id", "language"]
@@ -48,11 +47,20 @@ Ask = Callable[[Sequence[Question]], Iterator[tuple[int, Judged | str]]]
 
 
 def sample(work: Work) -> None:
-    """Write greedy completions of `work.arm` to the arena's prompts."""
+    """Write completions of `work.arm` to the arena's prompts, with the same seeds in every arm."""
     size, rows = work.runtime.shard_prompts, read_prompts(work.settings, work.inputs).height
     sizes = [min(size, rows - start) for start in range(0, rows, size)]
     adapter = None if work.arm == BASE else tuned_weights(work.inputs["train"])
-    worker = partial(GreedyWorker, work.settings, work.runtime, work.inputs, adapter, work.engine_seed)
+    drawn = {"temperature": work.settings.get("temperature", 0.0), "top_p": 1.0, "top_k": 0, "stop": ()}
+    settings = {
+        "policy": work.settings["policy"],
+        "sampling": drawn | {"completions": 1, "max_new_tokens": work.settings["max_new_tokens"]},
+        "seed": evaluation_seed(0),
+    }
+    prompts = partial(read_prompts, work.settings, work.inputs)
+    worker = partial(
+        SampleWorker, settings, work.runtime, prompts, work.engine_seed, adapter, role="evaluate"
+    )
     compute(work, worker, sizes, "completion", role="evaluate")
 
 
@@ -62,46 +70,6 @@ def read_prompts(settings: Settings, inputs: Mapping[str, Path]) -> pl.DataFrame
     prompts = prompts.filter(pl.col("language").is_in(list(settings["languages"])))
     first = prompts["prompt_id"].unique(maintain_order=True)[: settings["limit"]]
     return prompts.filter(pl.col("prompt_id").is_in(first.implode())).sort(KEY)
-
-
-class GreedyWorker:
-    """Answers shards of the arena's prompts with the most likely tokens."""
-
-    def __init__(
-        self,
-        settings: Settings,
-        runtime: Runtime,
-        inputs: Mapping[str, Path],
-        adapter: Path | None,
-        engine_seed: int,
-        replica: int,
-    ) -> None:
-        self.settings, self.size, self.prompts = (
-            settings,
-            runtime.shard_prompts,
-            read_prompts(settings, inputs),
-        )
-        self.sampler, self.tokenizer = open_sampler(
-            "evaluate", settings["policy"], runtime, engine_seed, replica, adapter
-        )
-        self.facts = self.sampler.facts
-
-    def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[ShardResult]:
-        """Several shards in one stream."""
-        asked = {index: self.prompts.slice(index * self.size, self.size).to_dicts() for index in indices}
-        for index, table, dropped in sample_shards(
-            self.sampler,
-            self.tokenizer,
-            asked,
-            Decoding(0.0, top_p=1.0, top_k=0, max_new_tokens=self.settings["max_new_tokens"]),
-            num_completions=1,
-            run_seed=evaluation_seed(0),  # no seed makes another completion
-            instructions=self.settings["policy"].instruction,
-            every=lambda: self.prompts.iter_rows(named=True),
-            on_prompt=partial(advance, 1),
-        ):
-            drawn = pc.sum(table["completion_tokens"]).as_py() or 0
-            yield ShardResult(index, table, dropped, {"completion": len(asked[index])}, {"tokens": drawn})
 
 
 # Comparisons -----------------------------------------------------------------------------------------------------
@@ -127,7 +95,7 @@ def account(folder: Path) -> dict[str, Any]:
     """How the comparisons of a stage came out, and what became of the others."""
     merge_ledgers(folder)
     table, reasons = read_table(folder), read_dropped(folder)["reason"].str.split(": ").list.first()
-    asked = table.filter(pl.col("judgement_arm_first").is_not_null())
+    asked = table.filter(pl.any_horizontal(pl.col("^judgement_.*$").is_not_null()))
     return {
         "comparisons": table.height,
         "same_text": table.height - asked.height,
@@ -160,7 +128,7 @@ class ArenaWorker:
     def __init__(
         self, settings: Settings, runtime: Runtime, arm: str, inputs: Mapping[str, Path], replica: int
     ) -> None:
-        self.languages = settings["evaluated"]
+        self.languages, self.orders = settings["evaluated"], settings.get("orders", "both")
         self.arm, self.size, self.matches = arm, runtime.shard_prompts, matches(settings, inputs)
         self.name, self.ask, self.facts = open_asker(settings["judge"], runtime, replica)
         self.heard = self.understood = 0
@@ -174,7 +142,7 @@ class ArenaWorker:
         left = Counter[int]()
         for index, part in rows.items():
             for place, match in enumerate(part):
-                for arm_first in (True, False) if is_asked(match) else ():
+                for arm_first in orders_of(match, self.orders) if is_asked(match) else ():
                     questions.append((len(questions), match, arm_first))
                     owners.append((index, place, arm_first))
                     left[index] += 1
@@ -195,11 +163,11 @@ class ArenaWorker:
         if self.heard == HOPELESS and not self.understood:
             raise UserError(
                 f"the judge {self.name} gave no verdict in its first {HOPELESS} judgements, expected a last line "
-                f"'Verdict: 1', 'Verdict: 2' or 'Verdict: tie' ({reading.reason})"
+                f"such as 'Verdict: 1' or '[[1]]' ({reading.reason})"
             )
 
     def _finish(self, index: int, rows: list[Match], judgements: Judgements, advance: Advance) -> ShardResult:
-        table, dropped = tabulate(self.arm, self.name, rows, judgements, self.languages)
+        table, dropped = tabulate(self.arm, self.name, rows, judgements, self.languages, self.orders)
         judged = [one for one in judgements.values() if not isinstance(one, str)]
         sums = {
             "judgements": len(judged),
@@ -216,6 +184,12 @@ def is_asked(match: Match) -> bool:
     return tuned is not None and base is not None and tuned != base
 
 
+def orders_of(match: Match, orders: str) -> tuple[bool, ...]:
+    """Whether the arm's completion is shown first, for each time that a comparison is judged."""
+    both = (True, False)
+    return both if orders == "both" else both[:1] if digest("order", *map(match.get, KEY)) % 2 else both[1:]
+
+
 def open_asker(
     judge: Judge | Literal["lab"], runtime: Runtime, replica: int
 ) -> tuple[str, Ask, dict[str, Any]]:
@@ -227,7 +201,8 @@ def open_asker(
     def ask(questions: Sequence[Question]) -> Iterator[tuple[int, Judged | str]]:
         requests = []
         for key, match, arm_first in questions:
-            text = judge_prompt.question(match["messages"], match["language"], *shown(match, arm_first))
+            both = shown(match, arm_first)
+            text = judge_prompt.question(match["messages"], match["language"], *both, judge.labels)
             requests.append(JudgeRequest(key, ({"role": "user", "content": text},)))
         yield from opened.judge(requests, judge.max_new_tokens)
 
@@ -255,6 +230,7 @@ def tabulate(
     rows: Sequence[Match],
     judgements: Judgements,
     evaluated: Sequence[str],
+    orders: str = "both",
 ) -> tuple[pa.Table, pa.Table]:
     """One shard of comparisons and its ledger; `judgements` are by place and order."""
     kept: list[dict[str, Any]] = []
@@ -265,31 +241,34 @@ def tabulate(
             for name, text in ((arm, match["completion"]), (BASE, match["base_completion"]))
             if text is None
         ]
-        both = [judgements.get((place, arm_first)) for arm_first in (True, False)]
-        reads = [
-            judge_prompt.Reading(judge_prompt.TIE) if one is None else judge_prompt.read(one, arm_first)
-            for one, arm_first in zip(both, (True, False), strict=True)
-        ]
-        reason = next((reading.reason for reading in reads if reading.verdict is None), None)
+        given = {arm_first: judgements.get((place, arm_first)) for arm_first in orders_of(match, orders)}
+        reads = {
+            arm_first: judge_prompt.Reading(judge_prompt.TIE)
+            if one is None
+            else judge_prompt.read(one, arm_first)
+            for arm_first, one in given.items()
+        }
+        reason = next((reading.reason for reading in reads.values() if reading.verdict is None), None)
         if missing:
             reason = f"{ABSENT}: of {' and '.join(missing)}"
         if reason is not None:
             drops.append(("comparison", match["prompt_id"], match["language"], None, reason))
             continue
-        first, second = (str(reading.verdict) for reading in reads)
-        judged = [one for one in both if isinstance(one, Judged)]
+        verdicts = {arm_first: str(reading.verdict) for arm_first, reading in reads.items()}
+        judged = {arm_first: one for arm_first, one in given.items() if isinstance(one, Judged)}
+        texts = {arm_first: one.text for arm_first, one in judged.items()}
         kept.append(
             {name: match[name] for name in (*KEY, "domain", "completion", "base_completion")}
             | {
                 "arm": arm,
-                "verdict_arm_first": first,
-                "verdict_base_first": second,
-                "value": judge_prompt.value_of(first, second),
-                "judgement_arm_first": judged[0].text if judged else None,
-                "judgement_base_first": judged[1].text if judged else None,
+                "verdict_arm_first": verdicts.get(True),
+                "verdict_base_first": verdicts.get(False),
+                "value": judge_prompt.value_of([*verdicts.values()]),
+                "judgement_arm_first": texts.get(True),
+                "judgement_base_first": texts.get(False),
                 "judge": judge,
-                "judge_prompt_tokens": sum(one.prompt_tokens for one in judged),
-                "judge_completion_tokens": sum(one.completion_tokens for one in judged),
+                "judge_prompt_tokens": sum(one.prompt_tokens for one in judged.values()),
+                "judge_completion_tokens": sum(one.completion_tokens for one in judged.values()),
             }
         )
     for column, text in (("found_language", "completion"), ("base_found_language", "base_completion")):

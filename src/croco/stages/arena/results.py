@@ -1,14 +1,14 @@
 """From comparisons to results: win rates with intervals, plain and length-controlled, and what to think of the judge.
 
 A pure function of tables. Prompts are resampled, jointly over the languages of a group, as in `results`. All metrics
-are of greedy completions and so stand at temperature 0:
+stand at the temperature of the completions:
 
     win-rate, lc-win-rate    the arm against the base, ties ½; the second with lengths taken out (`winrate`)
     win-rate:DOMAIN          of the prompts of one domain
     win-rate-p, -p-holm      sign flips of the preferences about ½; Holm over languages (or groups) and arms
     prompts-to-resolve       how many prompts would tell the win rate from ½
     tie, same-text           shares of comparisons
-    self-consistency         share of judged comparisons whose two orders agree; the others count as ties
+    self-consistency         share of comparisons judged in both orders that agree; the others count as ties
     position-bias            share of judgements for the first shown minus for the second; 0 is none
     length-difference        mean number of characters that the arm's completions are longer
     right-language           share of completions in the prompt's language, of those long enough to tell; base too
@@ -30,10 +30,8 @@ BENCHMARK = "arena"
 
 
 def compared_in_all_arms(comparisons: pl.DataFrame, arms: Sequence[str]) -> tuple[pl.DataFrame, int]:
-    """The comparisons on those (prompt, language) that every arm has, and how many others there were.
-
-    Raises UserError naming an arm without any, or the arm with the fewest when nothing is left.
-    """
+    """The comparisons on those (prompt, language) that every arm has, and how many others there were. Raises UserError
+    naming an arm without any, or the arm with the fewest when nothing is left."""
     key = ["prompt_id", "language"]
     if missing := [arm for arm in arms if arm not in comparisons["arm"]]:
         raise UserError(f"arm {missing[0]!r} has no comparisons, expected some of every arm")
@@ -48,7 +46,11 @@ def compared_in_all_arms(comparisons: pl.DataFrame, arms: Sequence[str]) -> tupl
 
 
 def arena_rows(
-    comparisons: pl.DataFrame, groups: Mapping[str, Sequence[str]], seed: int, num_resamples: int = 2000
+    comparisons: pl.DataFrame,
+    groups: Mapping[str, Sequence[str]],
+    seed: int,
+    num_resamples: int = 2000,
+    temperature: float = 0.0,
 ) -> pl.DataFrame:
     """The rows of the results table for the comparisons of all arms, which must be on the same prompts."""
     numbers = numbered(comparisons)
@@ -77,16 +79,23 @@ def arena_rows(
                 of_scope += _fidelity(BASE, places, counts, "base_identified")
             rows += [{**row, "language": scope, "benchmark": BENCHMARK, "seed": seed} for row in of_scope]
     rows += adjusted(rows, "win-rate-p", groups)
+    rows = [{**row, "temperature": temperature} for row in rows]
     return pl.DataFrame(rows, infer_schema_length=None).sort("arm", "language", "metric")
 
 
 def numbered(comparisons: pl.DataFrame) -> pl.DataFrame:
     """What the metrics need of each comparison, as numbers."""
-    first = [
-        pl.when(pl.col(column) == winner).then(1.0).when(pl.col(column) == "tie").then(0.0).otherwise(-1.0)
+    for_first = [  # 1 for the completion shown first, −1 for the other; null for an order that was not asked about
+        pl.when(pl.col(column) == winner)
+        .then(1.0)
+        .when(pl.col(column) == "tie")
+        .then(0.0)
+        .when(pl.col(column).is_not_null())
+        .then(-1.0)
         for column, winner in (("verdict_arm_first", "arm"), ("verdict_base_first", "base"))
     ]
-    asked = pl.col("judgement_arm_first").is_not_null()
+    orders = [pl.col(f"judgement_{order}_first").is_not_null() for order in ("arm", "base")]
+    asked, twice = orders[0] | orders[1], orders[0] & orders[1]
     length = pl.col("completion").str.len_chars().cast(pl.Float64)
     return comparisons.sort("arm", "prompt_id", "language").select(
         "arm",
@@ -97,8 +106,9 @@ def numbered(comparisons: pl.DataFrame) -> pl.DataFrame:
         asked=asked.cast(pl.Float64),
         same=(~asked).cast(pl.Float64),
         tie=(pl.col("value") == 0.5).cast(pl.Float64),
-        agree=(asked & (pl.col("verdict_arm_first") == pl.col("verdict_base_first"))).cast(pl.Float64),
-        bias=pl.when(asked).then((first[0] + first[1]) / 2).otherwise(0.0),
+        twice=twice.cast(pl.Float64),
+        agree=(twice & (pl.col("verdict_arm_first") == pl.col("verdict_base_first"))).cast(pl.Float64),
+        bias=pl.when(asked).then(pl.mean_horizontal(for_first)).otherwise(0.0),
         delta=length - pl.col("base_completion").str.len_chars().cast(pl.Float64),
         identified=(pl.col("found_language") == pl.col("language")).cast(pl.Float64),
         base_identified=(pl.col("base_found_language") == pl.col("language")).cast(pl.Float64),
@@ -112,7 +122,7 @@ def _scope_rows(arm: str, part: pl.DataFrame, counts: Any, seed: int) -> list[Ro
         "win-rate": (pl.col("value"), one),
         "tie": (pl.col("tie"), one),
         "same-text": (pl.col("same"), one),
-        "self-consistency": (pl.col("agree"), pl.col("asked")),
+        "self-consistency": (pl.col("agree"), pl.col("twice")),
         "position-bias": (pl.col("bias"), pl.col("asked")),
         "length-difference": (pl.col("delta"), one),
     }

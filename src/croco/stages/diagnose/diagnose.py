@@ -1,9 +1,7 @@
 """`croco score --diagnose`: how well reward models rank the pairs of a preference set, language by language.
 
-Any file of pairs: M-RewardBench's columns (prompt, chosen, rejected, language, subset), ours, or TRL's preference
-format. Every completion is scored once by every model. The models are compared on the pairs that all of them
-could score; the others are in the ledger. The measures are in `diagnose_metrics.py`.
-"""
+Any file of pairs: M-RewardBench's columns (prompt, chosen, rejected, language, subset), ours, or TRL's. The models are
+compared on the pairs that all of them could score; the others are in the ledger. The measures are in `metrics.py`."""
 
 from __future__ import annotations
 
@@ -68,11 +66,11 @@ def diagnose(
     language: str | None = None,
     overrides: Sequence[str] = (),
 ) -> pl.DataFrame:
-    """Score every pair of the sources with every model and write tables, ledger and a page of Markdown under `to`.
+    """Score every pair with every model and write tables, ledger and a page of Markdown under `to`; returns the
+    ranking.
 
     `language` is that of all rows, where no column says it; `overrides` are of the recipe's [reward] and [runtime].
-    Returns the ranking table. Raises UserError naming file and row for what is missing.
-    """
+    Raises UserError naming file and row for what is missing."""
     if not rewards or len(set(rewards)) != len(rewards):
         raise UserError("--diagnose: expected --reward MODEL, once or for several models")
     files.check_own_folder(

@@ -91,9 +91,8 @@ def distribution(part: pl.DataFrame, chosen: str, rejected: str) -> dict[str, fl
 
 
 def language_share(table: pl.DataFrame, chosen: str, rejected: str) -> tuple[float, int] | None:
-    """η²: the variance between the languages' mean scores over the variance of all scores, and the pairs it is of; on
-    prompts that every language has, since others would differ by their prompts. None where there are none.
-    """
+    """η²: the variance between the languages' mean scores over that of all scores, on prompts that every language has,
+    and the number of pairs; None without any."""
     num = table["language"].n_unique()
     shared = table.group_by("prompt_id").agg(pl.col("language").n_unique()).filter(pl.col("language") == num)
     part = table.join(shared.select("prompt_id"), on="prompt_id", how="semi")

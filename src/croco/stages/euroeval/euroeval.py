@@ -1,10 +1,7 @@
 """The stage `euroeval`: structured tasks, by EuroEval as a program of its own, against a server of an arm's policy.
 
-One shard per dataset. EuroEval appends to its results file when a dataset is done, and the shard is written from that
-line; so a run that was killed goes on with the next dataset, and inside a dataset EuroEval keeps the completions of
-finished iterations. What is in the file is checked by `results_file.py`, EuroEval's environment is made by
-`install.py`.
-"""
+One shard per dataset, written when EuroEval's results file has its line: a run that was killed goes on with the next
+dataset, and inside one EuroEval keeps the completions of finished iterations."""
 
 from __future__ import annotations
 

@@ -1,7 +1,5 @@
-"""EuroEval's environment: it wants a Python of 3.12 or later, and pins libraries that are not ours.
-
-Made by `venv` from a Python of this machine, or by uv where there is none; versions are in `euroeval-constraints.txt`.
-"""
+"""EuroEval's environment: it wants a Python of 3.12 or later, and pins libraries that are not ours. Made by `venv` from
+a Python of this machine, or by uv where there is none; versions are in `euroeval-constraints.txt`."""
 
 from __future__ import annotations
 

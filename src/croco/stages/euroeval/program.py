@@ -1,10 +1,8 @@
 """The program that EuroEval's own Python runs: some datasets, one after the other, against one server.
 
-Not a part of the package: it imports nothing of it, because it runs in EuroEval's environment. It reads what to do as
-JSON from its standard input, and writes one line of JSON for every dataset it could not do; results are in EuroEval's
-own file, in the working directory. EuroEval is left as it is, but for one thing: where HF_HUB_OFFLINE is set, nobody
-asks a public address whether there is a network.
-"""
+It imports nothing of the package. It reads what to do as JSON from its standard input, and writes a line of JSON for
+every dataset; results are in EuroEval's own file, in the working directory. EuroEval is left as it is, but for one
+thing: where HF_HUB_OFFLINE is set, no public address is asked whether there is a network."""
 
 import json
 import os
@@ -63,11 +61,8 @@ def main() -> None:
 
 
 def stay_offline() -> None:
-    """Have EuroEval ask nobody whether there is a network: a public address would see it.
-
-    It is told that there is one, since without one it takes any model for an encoder of the hub; what then asks the
-    hub fails at once, by HF_HUB_OFFLINE, and the model is known for one behind a server.
-    """
+    """Have EuroEval ask nobody whether there is a network. It is told that there is one, since without one it takes any
+    model for an encoder of the hub; what then asks the hub fails at once, by HF_HUB_OFFLINE."""
     for name in (
         "utils",
         "benchmarker",

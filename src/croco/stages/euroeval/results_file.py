@@ -1,9 +1,8 @@
 """EuroEval's results file, read strictly: one line per dataset, in the format of its version 18.
 
-A metric keeps EuroEval's own name. What another version wrote, a dataset that is there twice, a metric that is an
-average over fewer iterations than were asked for: each is an error, because each would put numbers side by side that
-do not belong together. The interval is EuroEval's: 1.96 standard errors over its iterations.
-"""
+What another version wrote, a dataset that is there twice, and an average over fewer iterations than were asked for are
+errors: they would put numbers side by side that do not belong together. The interval is EuroEval's, 1.96 standard
+errors over iterations."""
 
 from __future__ import annotations
 
@@ -15,78 +14,47 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import AliasPath, BaseModel, Field, Json, ValidationError
 
 from croco.config.evaluation import STANDS_FOR, VERSION
 from croco.errors import UserError
 
 SEED = 4242  # EuroEval's own, the same for every model: all arms see the same draws of a dataset
 GREEDY = 0.0  # so it asks
+# where the file has what
+INTERVAL = ("score_details", "uncertainty", "confidence_interval")
+DETAILS = ("eval_library", "additional_details")
 
 
-class _Interval(BaseModel):
-    lower: float
-    upper: float
+class Metric(BaseModel):
+    """A metric of one dataset, with EuroEval's interval where it has one."""
 
-
-class _Uncertainty(BaseModel):
-    confidence_interval: _Interval | None = None
-
-
-class _Score(BaseModel):
-    score: float
-    uncertainty: _Uncertainty = _Uncertainty()
-    details: dict[str, Any] = {}
-
-
-class _Source(BaseModel):
-    dataset_name: str
-
-
-class _Metric(BaseModel):
-    evaluation_name: str
-    source_data: _Source
-    score_details: _Score
-
-
-class _Details(BaseModel):
-    languages: str
-    few_shot: str | None = None
-    validation_split: str | None = None
-    raw_results: str
-
-
-class _Library(BaseModel):
-    additional_details: _Details
-
-
-class _Model(BaseModel):
-    name: str
+    name: str = Field(validation_alias="evaluation_name")
+    dataset: str = Field(validation_alias=AliasPath("source_data", "dataset_name"))
+    value: float = Field(validation_alias=AliasPath("score_details", "score"))
+    low: float | None = Field(None, validation_alias=AliasPath(*INTERVAL, "lower"))
+    high: float | None = Field(None, validation_alias=AliasPath(*INTERVAL, "upper"))
+    details: dict[str, Any] = Field({}, validation_alias=AliasPath("score_details", "details"))
 
 
 class Record(BaseModel):
     """One line of the file: one model on one dataset."""
 
-    model_info: _Model
-    eval_library: _Library
-    evaluation_results: list[_Metric] = Field(min_length=1)
+    model: str = Field(validation_alias=AliasPath("model_info", "name"))
+    languages: Json[list[str]] = Field(validation_alias=AliasPath(*DETAILS, "languages"))
+    few_shot: str | None = Field(None, validation_alias=AliasPath(*DETAILS, "few_shot"))
+    validation_split: str | None = Field(None, validation_alias=AliasPath(*DETAILS, "validation_split"))
+    iterations: Json[list[dict[str, Any]]] = Field(validation_alias=AliasPath(*DETAILS, "raw_results"))
+    metrics: list[Metric] = Field(min_length=1, validation_alias="evaluation_results")
 
     @property
     def dataset(self) -> str:
-        return self.evaluation_results[0].source_data.dataset_name
-
-    @property
-    def languages(self) -> list[str]:
-        return list(json.loads(self.eval_library.additional_details.languages))
-
-    @property
-    def iterations(self) -> list[dict[str, Any]]:
-        return list(json.loads(self.eval_library.additional_details.raw_results))
+        return self.metrics[0].dataset
 
     @property
     def failed_instances(self) -> int:
         """Prompts, over all iterations, that the model's answer to could not be had."""
-        return round(float(self.evaluation_results[0].score_details.details.get("num_failed_instances", 0)))
+        return round(float(self.metrics[0].details.get("num_failed_instances", 0)))
 
 
 def read_records(path: Path, model: str) -> dict[str, Record]:
@@ -96,11 +64,9 @@ def read_records(path: Path, model: str) -> dict[str, Record]:
     for number, line in enumerate(lines, 1):
         if line.strip():
             record = _read(line, f"{path}, line {number}")
-            if record.model_info.name != model:
-                raise UserError(
-                    f"{path}, line {number}: results of '{record.model_info.name}', expected '{model}'"
-                )
-            if len({metric.source_data.dataset_name for metric in record.evaluation_results}) > 1:
+            if record.model != model:
+                raise UserError(f"{path}, line {number}: results of '{record.model}', expected '{model}'")
+            if len({metric.dataset for metric in record.metrics}) > 1:
                 raise UserError(f"{path}, line {number}: metrics of several datasets, expected those of one")
             if record.dataset in records:
                 raise UserError(f"{path}, line {number}: '{record.dataset}' a second time, expected it once")
@@ -128,45 +94,32 @@ def _read(line: str, place: str) -> Record:
 
 
 def rows_of(record: Record, arm: str, language: str, asked: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A record's rows of the results table, one per metric; raises UserError when it is not what was asked for.
-
-    `asked` has iterations, split and few_shot. `n` is the number of iterations, the unit of EuroEval's interval.
-    """
-    name, details = record.dataset, record.eval_library.additional_details
+    """A record's rows of the results table, one per metric; raises UserError when it is not what was asked for
+    (iterations, split and few_shot). `n` is the number of iterations, the unit of EuroEval's interval."""
+    name = record.dataset
     primary = language.split("-")[0]
     if not {primary, STANDS_FOR.get(primary, primary)} & set(record.languages):
         raise UserError(f"EuroEval's '{name}' is in {', '.join(record.languages)}, expected {language}")
     # a task that allows no examples, and a dataset with one split alone, say nothing
-    if details.few_shot not in (None, str(asked["few_shot"]).lower()):
-        raise UserError(f"'{name}' was asked with few_shot = {details.few_shot}, expected the recipe's")
-    if details.validation_split not in (None, str(asked["split"] == "val").lower()):
+    if record.few_shot not in (None, str(asked["few_shot"]).lower()):
+        raise UserError(f"'{name}' was asked with few_shot = {record.few_shot}, expected the recipe's")
+    if record.validation_split not in (None, str(asked["split"] == "val").lower()):
         raise UserError(f"'{name}' has results of the other split, expected those of '{asked['split']}'")
     if len(record.iterations) != asked["iterations"]:
         raise UserError(f"'{name}' has {len(record.iterations)} iterations, expected {asked['iterations']}")
-    names = Counter(metric.evaluation_name for metric in record.evaluation_results)
+    names = Counter(metric.name for metric in record.metrics)
     for metric_name, times in names.items():
         if times > 1:
             raise UserError(f"'{name}' has '{metric_name}' {times} times, expected each metric once")
+    common = {"arm": arm, "language": language, "benchmark": name, "temperature": GREEDY, "seed": SEED}
+    common["n"] = len(record.iterations)
     rows = []
-    for metric in record.evaluation_results:
-        _check_whole(name, metric.evaluation_name, record.iterations)
-        value, interval = metric.score_details.score, metric.score_details.uncertainty.confidence_interval
-        if interval is None or not all(map(math.isfinite, (value, interval.lower, interval.upper))):
-            raise UserError(f"'{name}': '{metric.evaluation_name}' is {value} without an interval")
-        rows.append(
-            {
-                "arm": arm,
-                "language": language,
-                "benchmark": name,
-                "metric": metric.evaluation_name,
-                "temperature": GREEDY,
-                "value": value,
-                "ci_low": interval.lower,
-                "ci_high": interval.upper,
-                "n": len(record.iterations),
-                "seed": SEED,
-            }
-        )
+    for metric in record.metrics:
+        _check_whole(name, metric.name, record.iterations)
+        numbers = {"value": metric.value, "ci_low": metric.low, "ci_high": metric.high}
+        if not all(number is not None and math.isfinite(number) for number in numbers.values()):
+            raise UserError(f"'{name}': '{metric.name}' is {metric.value} without an interval")
+        rows.append(common | {"metric": metric.name} | numbers)
     return rows
 
 

@@ -1,10 +1,8 @@
 """The stage `evaluate`: what an arm's policy answers to test prompts, and how each answer is judged.
 
-Every arm answers the same prompts with the same seeds (common random numbers), which are not the seeds of the
-tuning samples; so arms differ by their weights alone and can be compared prompt by prompt. First all
-completions are drawn, then they are judged: policy and reward model need not fit in memory together. What
-counts as good is `lab`'s or the reward model's business, statistics are `results`'.
-"""
+Every arm answers the same prompts with the same seeds, which are not those of the tuning samples, so arms differ by
+their weights alone and can be compared prompt by prompt. First all completions are drawn, then they are judged: policy
+and reward model need not fit in memory together."""
 
 from __future__ import annotations
 
@@ -18,7 +16,7 @@ from typing import Any
 import polars as pl
 import pyarrow as pa
 
-from croco.config.models import Reward
+from croco.config.models import Policy, Reward
 from croco.config.runtime import Runtime
 from croco.languages import identify_completions, language_mode
 from croco.models.open import open_sampler, tuned_weights
@@ -29,6 +27,7 @@ from croco.pipeline.stage import Work
 from croco.pipeline.workers import Advance, ShardResult
 from croco.stages.evaluate.results import BASE
 from croco.stages.sample import sample_shards
+from croco.stages.score.policy_logprobs import open_likelihood, score_likelihood
 from croco.stages.score.reward import ScoreShard, open_reward
 from croco.storage.schemas import ledger
 from croco.storage.seeds import digest
@@ -65,6 +64,8 @@ def evaluate(work: Work) -> None:
         "completion",
         drafts=draft,
     )
+    if settings.get("kl") and "kl" not in work.record_file.get("facts", {}):
+        work.record(kl=divergence(settings["policy"], work.runtime, adapter, batches(), draft))
     judge = partial(JudgeWorker, settings["reward"], work.runtime, str(work.arm), batches, draft)
     here = settings["reward"] is None
     compute(work, judge, sizes, "completion", role="score", under="judge", here=here)
@@ -84,9 +85,8 @@ def read_batches(
 def plan_batches(
     prompts: pl.DataFrame, temperatures: Sequence[float], samples: int, shard_prompts: int
 ) -> list[Batch]:
-    """Shards of `shard_prompts` parallel prompts in all their languages, temperature by temperature; greedy
-    needs one sample.
-    """
+    """Shards of `shard_prompts` parallel prompts in all their languages, temperature by temperature; greedy needs one
+    sample."""
     names = prompts["prompt_id"].unique(maintain_order=True)
     blocks = [
         prompts.filter(pl.col("prompt_id").is_in(names[start : start + shard_prompts].implode()))
@@ -97,9 +97,8 @@ def plan_batches(
 
 
 def evaluation_seed(run_seed: int) -> int:
-    """The run seed that evaluated completions are drawn with: the same for every arm and temperature, and not
-    the tuning samples'.
-    """
+    """The run seed of evaluated completions: the same for every arm and temperature, and not that of the tuning
+    samples."""
     return digest("evaluation", run_seed)
 
 
@@ -149,11 +148,46 @@ def with_reasons(table: pa.Table, dropped: pa.Table) -> pa.Table:
     return pl.concat(parts, how="diagonal").to_arrow()
 
 
-class JudgeWorker:
-    """Judges drafts: by the reward model, or without one by the lab's program.
-
-    A verdict of the reward model has its score as the value, and as the mode whether the language is the prompt's.
+def divergence(
+    policy: Policy,
+    runtime: Runtime,
+    adapter: Path | None,
+    batches: Sequence[Batch],
+    draft: Callable[[int], Path],
+) -> dict[str, float]:
+    """KL of an arm from the base in every language, nats per completion: the mean of log(arm / base) over its own
+    completions at temperature 1, in this process.
     """
+    drawn = pl.concat([read_parquet(draft(batch.index)) for batch in batches if batch.temperature == 1])
+    drawn = drawn.filter(pl.col("reason").is_null())
+    messages = {
+        tuple(row[:2]): row[2] for b in batches for row in b.prompts.select(*PROMPT, "messages").rows()
+    }
+    groups = [
+        (messages[prompt_id, language], rows.to_dicts())
+        for (prompt_id, language), rows in drawn.group_by(PROMPT, maintain_order=True)
+    ]
+    tuned = (policy, adapter)
+    if adapter is not None and adapter.name == "model":  # all weights were tuned
+        tuned = (policy.model_copy(update={"model": str(adapter), "revision": None}), None)
+    logps = []
+    for model, weights in (tuned, (policy, None)):
+        scorer, tokenizer = open_likelihood(model, runtime, False, weights)
+        logps.append(score_likelihood(scorer, tokenizer, groups, policy.instruction))
+    ratios: dict[str, list[float]] = {}
+    for (_, rows), tuned, base in zip(groups, *logps, strict=True):
+        both = [
+            a - b
+            for a, b in zip(tuned, base, strict=True)
+            if not isinstance(a, str) and not isinstance(b, str)
+        ]
+        ratios.setdefault(rows[0]["language"], []).extend(both)
+    return {language: sum(of) / len(of) for language, of in ratios.items() if of}
+
+
+class JudgeWorker:
+    """Judges drafts: by the reward model (its score is the value; the mode says whether the language is the prompt's),
+    or without one by the lab's program."""
 
     def __init__(
         self,

@@ -1,21 +1,12 @@
 """From verdicts to results: what every arm reaches per language and group, and how it differs from the base.
 
-A pure function of tables, so that it can be tested by hand and run again on an old run's verdicts. Prompts
-are resampled; a group resamples prompts jointly over its languages, because prompts are parallel and their
-languages rise and fall together. All arms of a scope share one set of resamples. What counts as good is
-decided elsewhere (`lab.judge`, the reward model, `languages`).
-
-Two differences are reported, at every temperature of the arm: "difference", against the base at the same
-temperature, and "difference-to-best-base", against the base at whichever of its temperatures scored best on
-these very prompts. The latter picks the rival on the test prompts, which can only flatter the base, so it is
-the conservative one.
-
-Of the first, "difference-p" is McNemar's exact p-value where a prompt is right or wrong, else that of sign
-flips; "difference-p-holm" adjusts it for all languages and arms of the benchmark at that temperature (groups of
-languages among themselves); "prompts-to-resolve" says how many prompts would settle it. "right-language" is
-the share of completions in their prompt's language among those whose language could be told, which is the
-share "language-told".
-"""
+A pure function of tables. Prompts are resampled; a group resamples them jointly over its languages, because prompts are
+parallel. All arms of a scope share one set of resamples. Differences, at every temperature of the arm: "difference",
+from the base at the same temperature, and "difference-to-best-base", from the base at its best temperature on these
+very prompts, which can only flatter the base. Of the first, "difference-p" is McNemar's exact p-value where a prompt is
+right or wrong, else that of sign flips; "difference-p-holm" adjusts it for all languages (or groups) and arms of the
+benchmark at that temperature; "prompts-to-resolve" says how many prompts would settle it. "right-language" is the share
+of completions in their prompt's language among those whose language could be told, the share "language-told"."""
 
 from __future__ import annotations
 
@@ -48,21 +39,16 @@ def language_groups(
 
 
 def headline(benchmark: str) -> str:
-    """The metric that decides a benchmark: the share of good completions in the lab, the mean score
-    elsewhere.
-    """
+    """The metric that decides a benchmark: the share of good completions in the lab, the mean score elsewhere."""
     return "good" if benchmark.startswith("lab") else "score"
 
 
 def summarise(
     verdicts: pl.DataFrame, groups: Mapping[str, Sequence[str]], seed: int, num_resamples: int = 2000
 ) -> pl.DataFrame:
-    """The rows of the results table for the verdicts of all arms, sorted by arm, benchmark, temperature,
-    language, metric.
-
-    `groups` maps a group's name to its languages; every language also gets rows of its own. Raises UserError
-    when two arms were not evaluated on the same prompts and languages: nothing is averaged over unequal sets.
-    """
+    """The results table of the verdicts of all arms, sorted by arm, benchmark, temperature, language, metric. `groups`
+    maps a group's name to its languages. Raises UserError when arms were not evaluated on the same prompts and
+    languages."""
     rows: list[Row] = []
     for (benchmark,), part in verdicts.group_by("benchmark", maintain_order=True):
         per_prompt = _per_prompt(part)
@@ -100,11 +86,8 @@ def scopes_of(present: Sequence[str], groups: Mapping[str, Sequence[str]]) -> di
 
 
 def on_common_prompts(verdicts: pl.DataFrame) -> tuple[pl.DataFrame, int]:
-    """The verdicts on those (prompt, language) that every arm has at every temperature, and how many others
-    there were.
-
-    A completion that was too long to score is missing in one arm only; what is compared must be the same for
-    all. Raises UserError naming the arm with the fewest when nothing is left.
+    """The verdicts on those (prompt, language) that every arm has at every temperature, and how many others there were:
+    a completion may be missing in one arm only. Raises UserError naming the arm with the fewest when nothing is left.
     """
     prompt = ["benchmark", "prompt_id", "language"]
     num_settings = verdicts.select("arm", "temperature").n_unique()
@@ -120,9 +103,7 @@ def on_common_prompts(verdicts: pl.DataFrame) -> tuple[pl.DataFrame, int]:
 
 
 def _per_prompt(verdicts: pl.DataFrame) -> pl.DataFrame:
-    """Means over the samples of every (arm, temperature, prompt, language): the headline metric and a share
-    per mode.
-    """
+    """Means over the samples of every (arm, temperature, prompt, language): the headline metric, a share per mode."""
     benchmark = verdicts["benchmark"][0]
     identified, language = pl.col("found_language"), pl.col("language")
     fidelity = {
@@ -156,9 +137,7 @@ def _check_same_prompts(per_prompt: pl.DataFrame, benchmark: str) -> None:
 def _scope_rows(
     per_prompt: pl.DataFrame, languages: Sequence[str], benchmark: str, seed: int, num_resamples: int
 ) -> list[dict[str, Any]]:
-    """Rows of one language or group: every metric of every arm and temperature, then the differences from the
-    base.
-    """
+    """Rows of one language or group: every metric of every arm and temperature, then the differences from the base."""
     scope = per_prompt.filter(pl.col("language").is_in(list(languages)))
     metrics = [
         column
@@ -207,9 +186,7 @@ def _scope_rows(
 def _differences(
     settings: Mapping[tuple[str, float], Shares], arm: str, temperature: float, metric: str
 ) -> Shares:
-    """Per-prompt differences of one arm from the base; none for the base itself or where the base was not
-    evaluated.
-    """
+    """Per-prompt differences of one arm from the base; none for the base, or where the base was not evaluated."""
     if arm == BASE:
         return {}
     tuned, differences = settings[arm, temperature][metric], {}
@@ -250,9 +227,8 @@ def tests_of(
 
 
 def adjusted(rows: Sequence[Row], metric: str, groups: Mapping[str, Sequence[str]]) -> list[Row]:
-    """Holm's adjusted p-values as rows of their own: of one benchmark and temperature, all arms in all languages
-    together, and all arms in all groups of languages together.
-    """
+    """Holm's adjusted p-values as rows: of a benchmark and temperature, all arms in all languages, and all arms in all
+    groups."""
     families: dict[tuple[str, float, bool], list[Row]] = {}
     for row in rows:
         if row["metric"] == metric:

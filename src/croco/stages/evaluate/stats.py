@@ -1,11 +1,9 @@
 """Means and their uncertainty, and whether two arms differ.
 
-The prompt is the unit that is resampled, never the completion: completions of one prompt resemble each other,
-and so do the languages of one parallel prompt, so a group of languages is resampled jointly. Every metric of
-a table shares one set of resamples (`resample_counts`), which makes differences between arms paired and a
-whole table one matrix product. Tests are paired too: McNemar's for right and wrong, sign flips for scores,
-Holm over all that are looked at together. Engines, tables and files stay out.
-"""
+The prompt is resampled, never the completion: completions of one prompt resemble each other, and so do the languages of
+a parallel prompt. Every metric of a table shares one set of resamples (`resample_counts`), which makes differences
+between arms paired and a table one matrix product. Tests are paired too: McNemar's for right and wrong, sign flips for
+scores, Holm over all that are looked at together."""
 
 from __future__ import annotations
 
@@ -51,9 +49,7 @@ def of_enough(interval: Interval, num_prompts: int, min_prompts: int = MIN_PROMP
 
 
 def resample_counts(num_prompts: int, seed: int, num_resamples: int = 2000) -> NDArray[np.float64]:
-    """How often each prompt is drawn in each resample: (num_resamples, num_prompts), every row sums to
-    num_prompts.
-    """
+    """How often each prompt is drawn in each resample: (num_resamples, num_prompts), every row sums to num_prompts."""
     if num_prompts < 1 or num_resamples < 1:
         raise ValueError(
             f"expected at least one prompt and one resample, found {num_prompts} and {num_resamples}"
@@ -72,13 +68,12 @@ def bootstrap_ratio(
     confidence: float = CONFIDENCE,
     min_prompts: int = MIN_PROMPTS,
 ) -> list[Interval]:
-    """Intervals of M weighted means, sums.sum(0) / weights.sum(0), over the resamples in `counts`.
+    """Intervals of M weighted means, sums.sum(0) / weights.sum(0), over the resamples in `counts`; percentile method
+    (Efron and Tibshirani 1993, ch. 13).
 
-    sums, weights: (n, M), per prompt the sum of its values and how many they were; counts: (R, n). A prompt
-    without values has weight 0. Resamples in which no weight is left are ignored. Percentile method (Efron
-    and Tibshirani 1993, ch. 13). Fewer than `min_prompts` prompts with a weight give no ends. Raises ValueError
-    when a column has no weight at all.
-    """
+    sums, weights: (n, M), per prompt the sum of its values and how many they were; counts: (R, n). Resamples in which
+    no weight is left are ignored. Fewer than `min_prompts` prompts with a weight give no ends. Raises ValueError when a
+    column has no weight."""
     totals = weights.sum(axis=0)
     if not (totals > 0).all():
         raise ValueError("a metric without any value has no mean")
@@ -109,9 +104,8 @@ def bootstrap_mean(
     confidence: float = CONFIDENCE,
     min_prompts: int = MIN_PROMPTS,
 ) -> Interval:
-    """Mean of one value per prompt, shape (n,), with its bootstrap interval. Raises ValueError when n is 0 or
-    a value is not finite.
-    """
+    """Mean of one value per prompt, (n,), with its bootstrap interval. Raises ValueError when n is 0 or a value not
+    finite."""
     column = np.asarray(values, dtype=np.float64)
     if column.ndim != 1 or not np.isfinite(column).all():
         raise ValueError("expected one finite value per prompt")
@@ -119,45 +113,64 @@ def bootstrap_mean(
     return bootstrap_ratio(column[:, None], np.ones((len(column), 1)), counts, confidence, min_prompts)[0]
 
 
-def bootstrap_seeds(
-    values: ArrayLike, seed: int, num_resamples: int = 2000, confidence: float = CONFIDENCE
-) -> Interval:
-    """Mean over seeds and prompts, values of shape (seeds, prompts), with an interval over both.
+class Estimate(NamedTuple):
+    """A mean over seeds and prompts, its standard error and that error's degrees of freedom."""
 
-    For the difference of two arms give it their difference, seed by seed: paired in both. With one seed it is
-    `bootstrap_mean`. This is the pigeonhole bootstrap (Owen 2007): too wide where single cells spread most (few
-    samples a prompt), too narrow where seeds do and are few. Raises ValueError on another shape or a value that is
-    not finite.
+    value: float
+    error: float  # nan where there are too few prompts
+    df: float
+
+    def interval(self, confidence: float = CONFIDENCE) -> Interval:
+        """Of Student's t."""
+        reach = float(_scipy().t.ppf(0.5 + confidence / 2, self.df)) * self.error
+        return Interval(self.value, self.value - reach, self.value + reach)
+
+    def p_above(self, border: float) -> float:
+        """One-sided p-value that what is estimated is not above `border`; ½ where nothing is known."""
+        if math.isnan(self.error):
+            return 0.5
+        if self.error == 0:
+            return 0.5 + 0.5 * float(np.sign(border - self.value))
+        return float(_scipy().t.sf((self.value - border) / self.error, self.df))
+
+
+def over_seeds_and_prompts(*tables: ArrayLike) -> Estimate:
+    """The sum of the means of tables of shape (seeds, prompts): the same seeds, other prompts in each table.
+
+    For a difference of two arms give their difference, seed by seed and prompt by prompt: paired in both. Seeds and
+    prompts are crossed random effects. The variance is that of their mean squares, no component below zero, with
+    Satterthwaite's degrees of freedom (Searle, Casella and McCulloch 1992, ch. 4 and 5); simulated, "95 %" covers in 93
+    to 97 % of cases with two or three seeds, in 95 to 96 % with eight. One seed says nothing of others: then it is the
+    prompts' alone. Raises ValueError on another shape or a value that is not finite.
     """
-    resampled = resampled_means(values, seed, num_resamples)
-    low, high = percentiles(resampled, confidence)
-    table = np.asarray(values, dtype=np.float64)
-    return of_enough(Interval(float(table.mean()), float(low), float(high)), table.shape[1])
-
-
-def resampled_means(values: ArrayLike, seed: int, num_resamples: int = 2000) -> NDArray[np.float64]:
-    """Means of resamples of seeds (whole training runs) and prompts, both with replacement: (num_resamples,).
-
-    The prompts drawn are the same for all seeds, because every seed answered the same ones.
-    """
-    table = np.asarray(values, dtype=np.float64)
-    if table.ndim != 2 or not table.size or not np.isfinite(table).all():
+    arrays = [np.asarray(table, dtype=np.float64) for table in tables]
+    if any(a.ndim != 2 or not a.size or not np.isfinite(a).all() for a in arrays):
         raise ValueError("expected finite values of shape (seeds, prompts)")
-    num_seeds, num_prompts = table.shape
-    prompts = resample_counts(num_prompts, seed, num_resamples)
-    # draws of their own: with as many seeds as prompts, the same stream would draw the same places
-    stream = int(np.random.default_rng([seed, 1]).integers(2**62))
-    seeds = resample_counts(num_seeds, stream, num_resamples)
-    means = ((seeds @ table) * prompts).sum(axis=1) / (num_seeds * num_prompts)
-    return np.asarray(means, dtype=np.float64)
+    value = float(sum(a.mean() for a in arrays))
+    if min(a.shape[1] for a in arrays) < MIN_PROMPTS:
+        return Estimate(value, math.nan, math.nan)
+    more_seeds = len(arrays[0]) - 1
+    variance = squares = cells = cell_squares = 0.0
+    for a in arrays:
+        df, cell = a.shape[1] - 1, 0.0
+        prompts = float(a.mean(axis=0).var(ddof=1)) / a.shape[1]
+        if more_seeds:
+            rest = a - a.mean(axis=1, keepdims=True) - a.mean(axis=0) + a.mean()
+            cell = float((rest**2).sum()) / (df * more_seeds * a.size)
+            cell_squares += cell**2 / (df * more_seeds)
+        variance += max(prompts, cell)
+        squares += prompts**2 / df
+        cells += cell
+    seeds = float(np.var(sum(a.mean(axis=1) for a in arrays), ddof=1)) / len(arrays[0]) if more_seeds else 0.0
+    if seeds > cells:
+        variance += seeds - cells
+        squares += seeds**2 / more_seeds + cell_squares
+    return Estimate(value, math.sqrt(variance), variance**2 / squares if squares else math.inf)
 
 
 def mcnemar(ours: ArrayLike, theirs: ArrayLike) -> float:
-    """Two-sided exact p-value that two arms are right equally often on the same prompts (1 right, 0 wrong).
-
-    Only the prompts on which they differ count: under the hypothesis each falls to either arm like a coin (McNemar
-    1947, with the exact binomial). Raises ValueError for unequal lengths or values other than 0 and 1.
-    """
+    """Two-sided exact p-value that two arms are right equally often on the same prompts (1 right, 0 wrong), by the
+    prompts on which they differ (McNemar 1947). Raises ValueError for unequal lengths or other values."""
     a, b = np.asarray(ours), np.asarray(theirs)
     if a.shape != b.shape or a.ndim != 1 or not np.isin(a, (0, 1)).all() or not np.isin(b, (0, 1)).all():
         raise ValueError("expected 0 or 1 per prompt, of the same prompts for both")
@@ -166,11 +179,9 @@ def mcnemar(ours: ArrayLike, theirs: ArrayLike) -> float:
 
 
 def sign_flip(differences: ArrayLike, seed: int, num_flips: int = FLIPS) -> float:
-    """Two-sided p-value that paired differences, one per prompt, have mean zero, by flipping their signs.
-
-    All 2ⁿ patterns where they are no more than `num_flips`, else as many random ones, the observed one among them
-    (Phipson and Smyth 2010). Raises ValueError without a prompt or with a value that is not finite.
-    """
+    """Two-sided p-value that paired differences, one per prompt, have mean zero, by flipping their signs: all 2ⁿ
+    patterns, or `num_flips` random ones and the observed (Phipson and Smyth 2010). Raises ValueError without a prompt
+    or with a value that is not finite."""
     column = np.asarray(differences, dtype=np.float64)
     if column.ndim != 1 or not column.size or not np.isfinite(column).all():
         raise ValueError("expected one finite difference per prompt")
@@ -201,10 +212,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def prompts_to_resolve(differences: ArrayLike, alpha: float = ALPHA, power: float = POWER) -> int | None:
-    """How many prompts would tell a difference like the observed one from zero, with this level and power.
-
-    Normal approximation, n = ((z(1−α/2) + z(power)) · std / mean)², std with ddof 1, before any correction for
-    several comparisons. None where the mean is 0 (no number would do) or one prompt says nothing of the spread.
+    """How many prompts would tell a difference like this one from zero, with this level and power: n = ((z(1−α/2) +
+    z(power)) · std / mean)², std with ddof 1. None where the mean is 0 or a single prompt says nothing of the spread.
     """
     column = np.asarray(differences, dtype=np.float64)
     if column.size < 2 or column.mean() == 0:

@@ -1,8 +1,4 @@
-"""Win rates against a reference: plain, and with the lengths of the completions taken out; in plain numpy.
-
-A preference is 1 for the model, 0 for its reference, ½ for a tie. What was compared, and how a judge's words became a
-preference, is `arena`.
-"""
+"""Win rates against a reference, plain and with the lengths of the completions taken out (1, 0, or ½ each)."""
 
 from __future__ import annotations
 
@@ -20,13 +16,12 @@ Array = NDArray[np.float64]
 
 
 def length_controlled(preferences: ArrayLike, length_differences: ArrayLike) -> float:
-    """The win rate at equal length: σ(θ) of logit p = θ + φ·x, x = tanh(Δ / std(Δ)) (after Dubois et al. 2024,
-    without their term for how hard a prompt is).
+    """The win rate at equal length: σ(θ) of logit p = θ + φ·x, x = tanh(Δ / std(Δ)) (after Dubois et al. 2024, without
+    their term for how hard a prompt is).
 
-    preferences: (n,) in [0, 1]; length_differences: (n,), Δ in characters, model minus reference; std with ddof 0.
-    θ and φ maximise the log-likelihood, summed over comparisons, minus 1·φ². Where all lengths differ by the same, or
-    all preferences are 0 or all are 1, it is the mean. Raises ValueError for no or unequal numbers of values.
-    """
+    preferences: (n,) in [0, 1]; length_differences: (n,), Δ in characters, model minus reference; std with ddof 0. θ
+    and φ maximise the log-likelihood, summed over comparisons, minus 1·φ². Where all lengths differ by the same, or all
+    preferences are 0 or 1, it is the mean. Raises ValueError for no or unequal numbers of values."""
     y, x = np.asarray(preferences, dtype=np.float64), scaled(length_differences)
     if y.shape != x.shape or y.ndim != 1 or not y.size:
         raise ValueError("expected one preference and one length difference per comparison")
@@ -51,10 +46,8 @@ class Fit:
 
 
 def fit(preferences: ArrayLike, length_differences: ArrayLike, drawn: Array) -> Fit:
-    """One language: (n,) preferences and length differences, and how often each comparison is drawn, (R, n).
-
-    x is scaled once, on all comparisons, and not again in every resample.
-    """
+    """One language: (n,) preferences and length differences, and how often each comparison is drawn, (R, n). x is
+    scaled once, not in every resample."""
     y, x = np.asarray(preferences, dtype=np.float64), scaled(length_differences)
     value = length_controlled(y, length_differences)
     return Fit(value, y.size, _win_rates(y, x, drawn), drawn.sum(axis=1))
@@ -62,9 +55,7 @@ def fit(preferences: ArrayLike, length_differences: ArrayLike, drawn: Array) -> 
 
 def pooled(fits: Sequence[Fit]) -> Interval:
     """Several languages together, with the bootstrap interval: the mean of their length-controlled win rates, weighted
-    by their comparisons, so that without an effect of length it is the plain win rate. Each language has a fit of its
-    own, since lengths differ between languages.
-    """
+    by their comparisons, since lengths differ between languages."""
     total = sum(one.size for one in fits)
     sizes = np.sum([one.sizes for one in fits], axis=0)
     sums = np.sum([np.where(one.sizes > 0, one.resampled, 0.0) * one.sizes for one in fits], axis=0)

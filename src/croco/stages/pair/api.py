@@ -42,17 +42,13 @@ def pairs(
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Preference pairs from scored completions, and the ledger of every completion and pool that gave none.
 
-    `scores` is a table of Polars (lazy too), pandas, Arrow or `datasets`. It has a row per completion with prompt_id,
-    language and score; without sample_id the completions of a prompt are numbered in their order, and -1 is a gold
-    completion (for chosen = "reference"). With a column `completion` the guards judge the texts and the pairs hold
-    them; with `messages` or `prompt` (text) the pairs hold their prompts, and `croco.export` writes them for trainers.
-    finish_reason, prompt_tokens and completion_tokens are judged where they are given.
-
-    `guards` are values of a recipe's `[guards]`, the other arguments those of an arm. The pairs have the columns of the
-    pairs table but arm and token ids; the ledger those of every ledger. Selection is CroCo's (arXiv 2605.26293) by
-    default. Raises UserError for a missing column, a column of another type, a null in a key, a key that is there
-    twice, and a rule that is unknown.
-    """
+    `scores` is a table of Polars (lazy too), pandas, Arrow or `datasets` with a row per completion: prompt_id, language
+    and score; without sample_id completions are numbered in their order, and -1 is a gold completion (for chosen =
+    "reference"). With `completion` the guards judge the texts and the pairs hold them; with `messages` or `prompt`
+    (text) the pairs hold their prompts, for `croco.export`. finish_reason, prompt_tokens and completion_tokens are
+    judged where they are given. `guards` are values of a recipe's `[guards]`, the other arguments those of an arm.
+    Selection is CroCo's (arXiv 2605.26293) by default. Raises UserError for a column that is missing or of another
+    type, a null in a key, a key that is there twice, and an unknown rule."""
     given = dict(guards or {})
     max_tokens = given.pop("max_tokens", None)
     groups = pool if isinstance(pool, str) else {name: tuple(codes) for name, codes in pool.items()}

@@ -7,12 +7,10 @@
     length    minus alpha times the completion's tokens, alpha such that best and worst are equally long on average
               (ICR, arXiv 2503.04647)
 
-Statistics are over all finite scores of the policy's completions, before guards: they describe the reward model, not
-the selection. Gold completions are calibrated by them and do not enter them. Within a language "zscore" and "centred"
-select as raw scores do (but for rounding); "quantile" does not: it bends the scale.
+Statistics are over all finite scores of the policy's completions, before guards; gold completions do not enter them.
+Within a language only "quantile" selects otherwise than raw scores do: it bends the scale.
 
-Shapes: R rows, L languages.
-"""
+Shapes: R rows, L languages."""
 
 from __future__ import annotations
 
@@ -28,12 +26,9 @@ Scores = NDArray[np.float32]
 
 
 def calibrate(kind: str, rows: pl.DataFrame) -> Scores:
-    """Calibrated scores, float32 (R,), of rows that come sorted by `pool`, with the columns of a key and `score`; for
-    "length" also completion_tokens.
-
-    A language or prompt whose scores are all equal keeps a std of 1. Raises UserError for an unknown kind, and for
-    "length" without lengths.
-    """
+    """Calibrated scores, float32 (R,), of rows sorted by `pool` with the columns of a key and `score` (and
+    completion_tokens for "length"). Scores that are all equal keep a std of 1. Raises UserError for an unknown kind,
+    and "length" without lengths."""
     if kind not in CALIBRATIONS:
         known = ", ".join(f'"{name}"' for name in CALIBRATIONS)
         raise UserError(f'the calibration "{kind}" is unknown, expected one of {known}')
@@ -72,11 +67,8 @@ def _quantiles(score: Scores, language: NDArray[np.integer], counted: NDArray[np
 
 
 def without_length(score: Scores, num_tokens: Scores, pool: NDArray[np.integer]) -> Scores:
-    """Scores minus alpha times length, float32 (R,), of rows sorted by `pool`.
-
-    The best of a pool gets shorter and the worst longer as alpha rises, so their mean difference in length falls in
-    steps; alpha is where it crosses zero.
-    """
+    """Scores minus alpha times length, float32 (R,), of rows sorted by `pool`; alpha is where the mean difference in
+    length of best and worst, which falls in steps as alpha rises, crosses zero."""
     if not len(score):
         return score
     rows = np.flatnonzero(np.isfinite(score))

@@ -1,10 +1,8 @@
 """The contrast: from scored completions, sorted by pool, to pairs and to the ledger of what was left out.
 
-The stage calls it block by block, `croco.pairs` part by part; pools must be whole. Texts are asked for only where they
-are needed: of completions that may be near duplicates, and of those that are picked.
+Pools must be whole. Texts are asked for only of completions that may be near duplicates, and of those that are picked.
 
-Shapes: R rows, P pools, K pairs.
-"""
+Shapes: R rows, P pools, K pairs."""
 
 from __future__ import annotations
 
@@ -45,9 +43,8 @@ Texts = Callable[[Rows, Sequence[str]], pl.DataFrame]  # some columns of TEXTS o
 
 @dataclass(frozen=True)
 class Contrasted:
-    """The pairs in columns of the pairs table (without `arm` and messages), the ledger, and the languages of all
-    candidates.
-    """
+    """The pairs in columns of the pairs table (without `arm` and messages), the ledger, the languages of all
+    candidates."""
 
     pairs: pl.DataFrame
     dropped: pl.DataFrame
@@ -57,11 +54,8 @@ class Contrasted:
 def contrast(
     rows: pl.DataFrame, rule: Contrast, known: Sequence[str] = (), texts: Texts | None = None, seed: int = 0
 ) -> Contrasted:
-    """Guard, pool and select in whole pools.
-
-    `rows` are as `load_scores.by_pool` gives them, with the columns `guards.TRAITS` where there are `texts`; without
-    texts only scores are judged. A wrong language is one of the `known`.
-    """
+    """Guard, pool and select in whole pools. `rows` are as of `load_scores.by_pool`, with the columns `guards.TRAITS`
+    where there are `texts`; without texts only scores are judged. A wrong language is one of the `known`."""
     completions = None if texts is None else lambda at: texts(at, ["completion"])["completion"]
     reason, flags = judge(rows, rule.guards, completions)
     gold = (rows["sample_id"] == REFERENCE).to_numpy()
@@ -205,9 +199,8 @@ def _left(
 
 
 def _prompted(pairs: pl.DataFrame, rows: pl.DataFrame, rule: Contrast, seed: int) -> pl.DataFrame:
-    """The pairs with the language of their prompt: that of the chosen, of the rejected, of either by a seeded digest,
-    or one row for each language of the pool.
-    """
+    """The pairs with the language of their prompt: of the chosen, the rejected, either by a seeded digest, or a row for
+    each."""
     pairs = pairs.with_columns(calibration=pl.lit(rule.calibration))
     if rule.prompt in SIDES:
         return pairs.with_columns(language=f"{rule.prompt}_language")

@@ -1,9 +1,8 @@
-"""Pairs for every trainer: TRL's conversational formats as Parquet, with a dataset card that says what they are.
+"""Pairs for every trainer: TRL's conversational formats as Parquet, with a dataset card.
 
-"preference" has prompt, chosen and rejected, each a list of messages; "prompt-completion" has prompt and
-completion, for SFT. The prompt is what the policy read: a language's instruction stands in its last user turn. Scores,
-languages and the keys go along in columns of their own. Rows pass through shard by shard.
-"""
+"preference" has prompt, chosen and rejected, each a list of messages; "prompt-completion" has prompt and completion,
+for SFT. The prompt is what the policy read, a language's instruction in its last user turn. Scores, languages and keys
+have columns of their own."""
 
 from __future__ import annotations
 
@@ -78,11 +77,9 @@ def export(
     dropped: pl.DataFrame | None = None,
     license: str = "unknown",
 ) -> int:
-    """Write what `croco.pairs` made as `folder/data/*.parquet` with a dataset card, and say how many rows there are.
-
-    `format` is "preference" or "prompt-completion" (TRL's names). The pairs need their prompts: `croco.pairs` has them
-    where the scores have a column `messages` or `prompt`. Raises UserError for a folder that is not new or empty.
-    """
+    """Write what `croco.pairs` made as `folder/data/*.parquet` with a dataset card; returns the number of rows.
+    `format` is "preference" or "prompt-completion" (TRL's names); the scores given to `croco.pairs` need a column
+    `messages` or `prompt`. Raises UserError for a folder that is not new or empty."""
     missing = [name for name in ("messages", "chosen") if name not in pairs.columns]
     if missing:
         source = {"messages": "`messages` or `prompt`", "chosen": "`completion`"}[missing[0]]
@@ -106,12 +103,9 @@ def write_trl(
     facts: Mapping[str, str] | None = None,
     source: str = "",
 ) -> int:
-    """Write tables of pairs as `folder/data/*.parquet` with a card, and say how many rows there are.
-
-    `instructions` maps a language to the sentence that stood in its prompts; `facts` (policy, reward model, rule, …) go
-    into the card. Raises UserError for an unknown form, and pairs without a rejected completion in the form
-    "preference".
-    """
+    """Write tables of pairs as `folder/data/*.parquet` with a card; returns the number of rows. `instructions` maps a
+    language to the sentence in its prompts; `facts` go into the card. Raises UserError for an unknown form, and for
+    "preference" without a rejected completion."""
     check_format(form)
     languages = Counter[str]()
     for number, table in enumerate(tables):

@@ -53,9 +53,8 @@ def pairs_of_files(
     """Import, pair and export; `to` then holds the tables, the ledger and `export/`. Returns the rows exported.
 
     `language` is that of all rows, or "file": the name of each file. `ids` is the column of the prompts' ids, or
-    "line": the languages are parallel by line. What the same files and rules have made there is not made again; raises
-    StaleStage for what others have made, unless `rebuild` makes it anew.
-    """
+    "line": languages are parallel by line. Raises StaleStage for what other files or rules have made there, unless
+    `rebuild`."""
     check_format(form)
     mapped = mappings(columns) | ({"prompt_id": ids} if ids and ids != LINE else {})
     if language is not None and language != FILE:

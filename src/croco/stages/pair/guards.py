@@ -1,17 +1,12 @@
-"""Guards: which completions may not become candidates, which pairs may not stand, and what is marked.
+"""Guards: which completions may not become candidates, which pairs are dropped, and what is marked.
 
-Each guard drops, flags or is off. What is dropped enters no pool's mean or std and is in the ledger with its reason.
-What is flagged stays: a pair that holds such a completion says so in its `flags`, and the ledger counts it. A score
-that is no number is always dropped, because it would poison every mean it enters.
+Each guard drops, flags or is off. What is dropped enters no pool's mean or std and is in the ledger; what is flagged is
+named in its pair's `flags`. A score that is not finite is always dropped. A near duplicate is the same text in lower
+case with its white space made one and without invisible characters. A language is judged by the offline identifier on
+the first 1,000 characters, with a confidence of 0.9, and never of a text with few letters; as a flag only for the
+completions that are picked, because it takes a third of a millisecond.
 
-A completion cut at the token limit has no end to learn from; an empty one teaches nothing; a repeated one would weigh
-twice. Repetition is judged on the text, and on the text in lower case with its white space made one and without
-characters that nobody sees ("near duplicate"). A language is judged by the offline identifier on the first 1,000
-characters, with a confidence of 0.9, and never for a text with few letters; as a flag only on the completions that are
-picked, because it takes a third of a millisecond.
-
-Shapes: R rows.
-"""
+Shapes: R rows."""
 
 from __future__ import annotations
 
@@ -55,11 +50,9 @@ TRAITS = ("empty", "cut", "too_long", "wrong_language", "outline")
 def traits(
     texts: pl.DataFrame, guards: Guards, known: Sequence[str], max_tokens: int | None = None
 ) -> pl.DataFrame:
-    """The columns TRAITS of completions (columns completion, finish_reason, prompt_tokens, completion_tokens and
-    language): a flag per guard of a single text, and an `outline` (uint64) that near duplicates share, 0 where it is
-    not known. Languages are identified among the `known` ones, and only where a wrong one is dropped; `max_tokens` is
-    of prompt and completion.
-    """
+    """The columns TRAITS of completions (completion, finish_reason, prompt_tokens, completion_tokens, language): a flag
+    per guard of a single text, and an `outline` (uint64) that near duplicates share, 0 where unknown. Languages are
+    told apart among `known`, where a wrong one is dropped; `max_tokens` is of prompt and completion."""
     tokens = pl.col("prompt_tokens") + pl.col("completion_tokens")
     outline = pl.Series("outline", outlines(texts["completion"]))
     wrong = pl.Series([False], dtype=pl.Boolean).new_from_index(0, texts.height)
@@ -107,10 +100,8 @@ _LEFT_OUT = bytes(b for b in range(256) if not _FOLDED[b])
 
 
 def outlines(texts: pl.Series, end: bool = True) -> NDArray[np.uint64]:
-    """A number per text that is the same for near duplicates: its last letters (or its first); 0 for too few letters.
-
-    Cheap on purpose: only texts of one prompt with the same outlines, and those without, need be compared.
-    """
+    """A number per text that near duplicates share: its last letters (or its first), 0 for too few. Cheap on purpose:
+    only texts of one prompt with the same outline, and those without, need be compared."""
     content = texts.cast(pl.Binary)
     outline = np.zeros(len(texts), np.uint64)
     for window in _WINDOWS:  # most texts have enough letters in the first one
@@ -147,10 +138,9 @@ def judge(
 ) -> tuple[pl.Series, dict[str, Mask]]:
     """Why completions are no candidates (REASON, null where they are), and per guard those that it flags, (R,) each.
 
-    `rows` come sorted by prompt, language and sample, with the columns score and TRAITS; `texts` gives the texts of
-    some of them. Without texts only scores are judged. A completion that no guard dropped makes a later one a
-    duplicate; gold completions are not judged.
-    """
+    `rows` are sorted by prompt, language and sample, with the columns score and TRAITS; `texts` gives some texts,
+    without it only scores are judged. A completion that no guard dropped makes a later one a duplicate; gold ones are
+    not judged."""
     reason = np.full(rows.height, -1, np.int8)
     flags: dict[str, Mask] = {}
 

@@ -7,10 +7,8 @@ Rows are JSON lines or Parquet, in one of four forms, told apart by their column
     prompt or instruction, completions [{completion, score}]      all completions of a prompt a row (UltraFeedback)
     prompt?, chosen, rejected, score_chosen, score_rejected       a pair a row (TRL's preference format)
 
-A prompt is known by its id, never by its text and never by its row: the id is a column, under its own name or one that
-the caller maps. Rows are read in batches and written as shards, so a file may be larger than memory. A row that cannot
-be used goes to the ledger.
-"""
+A prompt is known by its id, never by its text or its row. Files may be larger than memory. A row that cannot be used
+goes to the ledger."""
 
 from __future__ import annotations
 
@@ -90,14 +88,12 @@ def import_scored(
     language: str | None = None,
     by_line: bool = False,
 ) -> dict[str, int]:
-    """Write the tables `prompts`, `sample` and `score` under `folder` and say how many completions each language has.
+    """Write the tables `prompts`, `sample` and `score` under `folder`; returns how many completions each language has.
 
-    `columns` maps our names (the keys of `columns.NAMES`) to the file's; `language` is that of all rows, where no
-    column says it, or "file": the name of each file up to its first dot. Without a sample_id completions are numbered
-    as they come. With `by_line` the first rows of all languages are one prompt, and so on, whatever ids they have.
-    Raises UserError naming file and row for what is missing, for two prompts under one id, and where the languages have
-    not equally many lines.
-    """
+    `columns` maps our names (the keys of `columns.NAMES`) to the file's; `language` is that of rows without one, or
+    "file": each file's name up to its first dot. With `by_line` the first rows of all languages are one prompt, and so
+    on. Raises UserError naming file and row for what is missing, two prompts under one id, and languages of unequally
+    many lines."""
     known: dict[Key, str] = {}
     numbers: dict[Key, int] = {}
     languages, unread, reasons = Counter[str](), Counter[str](), Counter[str]()
@@ -246,15 +242,12 @@ def import_pairs(
     language: str | None = None,
     chosen_only: bool = False,
 ) -> tuple[pl.DataFrame, list[Drop]]:
-    """Preference pairs of any tool, chosen and rejected in a row, as a table that training reads, and a ledger.
+    """Preference pairs of any tool as a table that training reads, and a ledger. With `chosen_only` a row may hold a
+    single completion instead (TRL's forms for supervised tuning).
 
-    With `chosen_only` a row may hold a single completion instead (TRL's forms for supervised tuning), which is chosen.
-
-    Columns: where (file and row), prompt_id, language, messages, chosen, rejected, and where a file has them
-    chosen_ids, rejected_ids, and language and finish reason of each side. Without an id a prompt is known by a digest
-    of its messages, since nothing is joined here; without a language it is "und". Raises UserError naming file and
-    row for what is missing.
-    """
+    Columns: where (file and row), prompt_id (else a digest of the messages), language (else "und"), messages, chosen,
+    rejected, and where a file has them ids, language and finish reason of each side. Raises UserError naming file and
+    row."""
     rows: list[dict[str, Any]] = []
     drops: list[Drop] = []
     unread = Counter[str]()

@@ -1,9 +1,8 @@
 """Completions and their scores as one table of numbers: read, joined by key, calibrated, sorted by pool.
 
-Only key and score columns are read, so fourteen million rows take some hundred megabytes. Names are kept as an Enum in
-sorted order, so a sort by number is a sort by name. Every completion must have a score or a row in the scorer's ledger,
-every score a completion, and every key be there once.
-"""
+Only keys and scores are read, so fourteen million rows take some hundred megabytes. Names are Enums in sorted order, so
+sorting numbers sorts names. Every completion must have a score or a row in the scorer's ledger, every score a
+completion."""
 
 from __future__ import annotations
 
@@ -34,12 +33,9 @@ def read_scored(
     first: int | None = None,
     prompts: pl.Series | None = None,
 ) -> pl.DataFrame:
-    """The scored completions in these languages (None: all) as `by_pool` gives them; with `references`, a folder of
-    gold completions' scores, those too. `first` completions of each prompt take part, and `prompts`; None is all.
-
-    Raises UserError for a completion without a score that the scorer's ledger does not explain, a score without its
-    completion, and a key that occurs twice.
-    """
+    """The scored completions in these languages (None: all) as of `by_pool`, with gold completions of the folder
+    `references`; `first` completions of each prompt take part, and `prompts`. Raises UserError for a completion without
+    a score that the ledger does not explain, a score without its completion, and a key that occurs twice."""
     names = pl.Categorical(pl.Categories.random())  # until all names are known
     completions = _read(samples, names, ["completion_tokens"] if calibration == "length" else [])
     tables = [completions, _read(scores, names, ["score"])]
@@ -103,13 +99,11 @@ def by_pool(
     gold: pl.DataFrame | None = None,
     name: str = "scores",
 ) -> pl.DataFrame:
-    """Completions sorted by pool, then language and sample; those in other languages, if any are given, are left out.
+    """Completions sorted by pool, then language and sample, in these languages.
 
-    `table` has KEY, score and, for the calibration "length", completion_tokens; `gold` KEY and score. Columns: `pool`
-    (numbered from 0), `group` (the languages of the pool, by name), KEY, `score`, `calibrated`, `place` (the row of
-    `table`; null for a gold completion, whose sample_id is REFERENCE). A gold completion whose pool has no other takes
-    no part. Raises UserError for a key that occurs twice.
-    """
+    `table` has KEY, score and, for "length", completion_tokens; `gold` KEY and score. Columns: `pool` (from 0), `group`
+    (its languages, by name), KEY, `score`, `calibrated`, `place` (the row of `table`; null for a gold completion). A
+    gold completion whose pool has no other takes no part. Raises UserError for a key that occurs twice."""
     if "place" not in table.columns:
         table = table.with_row_index("place")
     groups = _groups(pool, table["language"].dtype.categories.to_list())  # type: ignore[attr-defined]

@@ -1,14 +1,10 @@
 """The stage `pair`: one arm's preference pairs (or its data for SFT) from completions and their scores.
 
 Keys and scores are read whole, as numbers. Texts pass through: each shard of completions is read once, its traits are
-taken (`guards.traits`), the pools of a block are decided on traits and scores, and the few completions that were picked
-are gathered from the shards that are still in memory. So memory grows by some tens of bytes per completion and never
-with their text. Pairs are written in key order, whatever the order and the shard size of what was read; where a table's
-rows are not in key order its shards are read more than once.
-
-Accounts that must balance: completions read = candidates + dropped, in every language; pools read = pools with
-a pair + dropped. A completion that the scorer left out stands in the scorer's ledger and is not read here.
-"""
+taken (`guards.traits`), the pools of a block are decided on traits and scores, and the picked completions are gathered
+from the shards still in memory, so memory grows by some tens of bytes per completion. Pairs are written in key order,
+whatever the order and shard size of what was read. It must balance: completions read = candidates + dropped, in every
+language; pools read = pools with a pair + dropped."""
 
 from __future__ import annotations
 
@@ -120,9 +116,8 @@ def _decide(
 
 
 def _blocks(rows: pl.DataFrame, texts: ShardRows) -> list[tuple[int, int]]:
-    """Where blocks of about BLOCK_ROWS rows begin and end, whole pools in each; all rows are one block where a
-    block lies in many shards. Sets how many shards `texts` holds: those of a block and of the next one.
-    """
+    """Where blocks of about BLOCK_ROWS rows begin and end, whole pools in each, or one block where those lie in many
+    shards. Sets how many shards `texts` holds: those of a block and of the next one."""
     pool = rows["pool"].to_numpy()
     begins = np.flatnonzero(np.diff(pool, prepend=np.uint32(2**32 - 1)))
     at = np.searchsorted(begins, np.arange(BLOCK_ROWS, rows.height, BLOCK_ROWS))

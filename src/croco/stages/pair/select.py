@@ -1,12 +1,10 @@
 """Which completion of a pool becomes the chosen one and which the rejected one.
 
-A pool is the completions that compete with each other: one prompt in one language, in all languages, or in those of a
-group. A rule (`croco.config.rules`) names a target score; the completion nearest to it is picked, and the rejected
-one lies strictly below the chosen one. Rows sorted by pool make every statistic a segmented reduction, so millions of
-completions need no loop. Only numbers come here.
+A pool is the completions that compete: one prompt in one language, in all, or in a group. A rule (`croco.config.rules`)
+names a target score; the completion nearest to it is picked, and the rejected one scores strictly below the chosen one.
+Rows sorted by pool make every statistic a segmented reduction, so millions of completions need no loop.
 
-Shapes: R rows, P pools, K pairs.
-"""
+Shapes: R rows, P pools, K pairs."""
 
 from __future__ import annotations
 
@@ -28,9 +26,8 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Pools:
-    """P pools over R rows that come sorted by pool: `number` of the pool (any rising numbers), finite `score`, and
-    `order`, who comes first of equally near rows, each (R,). Statistics are float64 (P,).
-    """
+    """P pools over R rows sorted by pool: `number` of the pool (any rising numbers), finite `score`, and `order`, which
+    comes first of equally near rows, each (R,). Statistics are float64 (P,)."""
 
     number: Ints
     score: Scores
@@ -82,11 +79,8 @@ class Pools:
         return np.asarray(low + (position - below) * (rising[self.starts + above] - low))
 
     def nearest(self, target: Floats, allowed: NDArray[np.bool_] | None = None) -> Ints:
-        """The row of each pool whose score is nearest to the pool's target, (P,).
-
-        Of equally near rows the first by `order` wins, so the order of the input cannot matter. With `allowed` (R,)
-        the others are out; NO_ROW where no row is allowed.
-        """
+        """The row of each pool whose score is nearest to the pool's target, (P,), the first by `order` of equally near
+        ones. With `allowed` (R,) the others are out; NO_ROW where none is allowed."""
         distance = np.abs(self.score - target[self.pool])
         if allowed is not None:
             distance[~allowed] = np.inf
@@ -109,14 +103,11 @@ def select(
 ) -> pl.DataFrame:
     """Up to `pairs_per_pool` pairs in every pool; no completion is used twice, except a reference.
 
-    The rejected completion scores strictly below the chosen one, or there is no pair. Targets belong to the whole pool
-    and stay as they are from pair to pair. CroCo (arXiv 2605.26293): chosen = highest score, rejected = nearest to
-    mean - 2 std (population std).
-
-    `reference` (P,) are scores of gold completions, NaN where there is none: under the rule "reference" they are the
-    chosen ones. Columns: `pool` (its place), `pair_id`, and the rows `chosen` (NO_ROW: the reference) and `rejected`
-    (NO_ROW under the rule "none"), sorted by pool.
-    """
+    The rejected completion scores strictly below the chosen one, or there is no pair; targets stay from pair to pair.
+    CroCo (arXiv 2605.26293): chosen = highest score, rejected = nearest to mean - 2 std (population std). `reference`
+    (P,) are scores of gold completions (NaN: none), the chosen ones under the rule "reference". Columns, sorted by
+    pool: `pool` (its place), `pair_id`, and the rows `chosen` (NO_ROW: the reference) and `rejected` (NO_ROW under
+    "none")."""
     free = np.ones(len(pools.score), np.bool_)
     rounds = [_pairs(np.empty(0, np.int64), 0, np.empty(0, np.int64), np.empty(0, np.int64))]
     aim = chosen.target(pools) if len(pools.score) else None
@@ -156,11 +147,8 @@ def share_above_minimum(rejected_score: NDArray[np.floating], pool_minimum: NDAr
 
 def expected_share(chosen: Rule, rejected: Rule, size: int, simulated_pools: int = 4000) -> float:
     """The share of pools of this size in which a rule picks another completion than the minimum, if scores are
-    Gaussian.
-
-    Simulated with a fixed seed (±1 % at one standard error). With population std no score lies below mean - std
-    * sqrt(N - 1), and few lie below mean - 2 std: in small pools the rule is the minimum by another name.
-    """
+    Gaussian; simulated with a fixed seed (±1 %). No score lies below mean - std * sqrt(N - 1), so in small pools the
+    rule is the minimum."""
     if size < 2 or rejected.kind in ("min", "none"):
         return 0.0
     simulated_pools = min(simulated_pools, max(20, 20_000_000 // size))  # what memory holds

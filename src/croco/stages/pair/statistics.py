@@ -1,12 +1,10 @@
-"""What an arm's pairs are made of, for `stage.json`, the report and the warnings: read back from what was written.
+"""What an arm's pairs are made of, for `stage.json`, the report and the warnings, read back from what was written.
 
-The composition asks what a pair teaches besides quality. If the chosen completion can be told from the rejected
-one by its language, its length or its finish reason alone, DPO may learn just that; the AUC of such a guess is
-the share of pairs in which it is right, ties half. The guess by language or finish reason is scored on other
-prompts than those it was fitted on.
+If the chosen completion can be told from the rejected one by its language, length or finish reason alone, DPO may learn
+just that. The AUC of such a guess is the share of pairs in which it is right, ties half; by language or finish reason
+it is scored on other prompts than those it was fitted on.
 
-Shapes: K pairs.
-"""
+Shapes: K pairs."""
 
 from __future__ import annotations
 
@@ -117,9 +115,7 @@ def _guessed(chosen: list[str], rejected: list[str], half: NDArray[np.integer]) 
 
 
 def warn(title: str, rule: Contrast, facts: Mapping[str, Any], folder: Path) -> None:
-    """Say on the terminal why there are no pairs, that the rule is the minimum in disguise, or that a label has a
-    shortcut.
-    """
+    """Say on the terminal why there are no pairs, that the rule is the minimum, or that a label can be guessed."""
 
     def say(line: str) -> None:
         notice(f"{title}: {line}")

@@ -1,11 +1,9 @@
 """Which columns of a row are the prompt, the completions and the rest, in the forms that other tools write.
 
-Read are the forms of TRL, UltraFeedback, axolotl, ms-swift, LLaMA-Factory, Alpaca and ShareGPT, told apart by their
-columns. Everything of a row that belongs to its prompt is read: a system prompt, Alpaca's `input`, a `history`. What
-cannot be carried (tools, pictures, a tool call) raises `Unusable`, whose text is the reason in a ledger; a column that
-says something else than what was read, or a value of a wrong type, raises UserError naming file, row and column.
-Columns and message keys that are not known are not read, and counted.
-"""
+Those of TRL, UltraFeedback, axolotl, ms-swift, LLaMA-Factory, Alpaca and ShareGPT are told apart by their columns. What
+cannot be carried (tools, pictures) raises `Unusable`, whose text is the reason in a ledger; a column that says
+something else than what was read, or a value of a wrong type, raises UserError naming file, row and column. Unknown
+columns and message keys are counted."""
 
 from __future__ import annotations
 

@@ -1,10 +1,8 @@
-"""The stages `prompts` and `eval-prompts`: parallel prompts from the lab, from files, or from a dataset of the hub.
+"""The stages `prompts`, `eval-prompts` and `arena-prompts`: prompts from the lab, from files, or from the hub.
 
-Every turn of a conversation is kept; where the last is the assistant's it is the reference. A row that is wrong (no
-JSON, no id, an unknown role, nothing to answer) stops the stage with the file and the row, because half a data set is
-not the data set the recipe names; a row that is right but cannot be carried (a message with tool calls) goes to the
-ledger. Languages that nobody asked for are counted, not read.
-"""
+Every turn is kept; a last one of the assistant's is the reference. A wrong row (no JSON, no id, an unknown role) stops
+the stage, because half a data set is not the one that the recipe names; one that cannot be carried (tool calls) goes to
+the ledger. Languages that the recipe does not name are counted, not read."""
 
 from __future__ import annotations
 
@@ -136,11 +134,8 @@ def first_of_shuffled(loaded: Loaded, limit: int | None, seed: int) -> Loaded:
 
 
 def load(section: Source, key: str, languages: Sequence[str], limit: int | None) -> Loaded:
-    """Read and check prompts; `limit` counts prompt ids, in order of first appearance.
-
-    Raises UserError naming the file and row (or `key.source`) for a malformed row, a duplicate (prompt_id, language),
-    and a language of `languages` that has no prompt.
-    """
+    """Read and check prompts; `limit` counts prompt ids, in order of first appearance. Raises UserError naming the file
+    and row (or `key.source`) for a malformed row, a duplicate key, and a language without prompts."""
     if section.source == "lab":
         from croco.lab import world
 

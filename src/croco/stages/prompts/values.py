@@ -1,9 +1,7 @@
 """Values of rows that other tools wrote: messages as {role, content}, scores, finish reasons, token ids.
 
-Messages may be in ShareGPT's form, their content in parts, their roles under other names. What a prompt cannot carry (a
-tool call, a picture) raises `Unusable`; a value of a wrong type raises UserError. Keys of messages that are not known
-are not read, and counted.
-"""
+What a prompt cannot carry (a tool call, a picture) raises `Unusable`, a value of a wrong type UserError. Unknown keys
+of messages are counted."""
 
 from __future__ import annotations
 

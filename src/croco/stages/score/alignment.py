@@ -1,12 +1,10 @@
 """The agreement of a completion with the English completions of its prompt (MAPO, arXiv 2401.06838).
 
-A translation model measures it: a completion's score is 1 / (mean token loss of translating it into an English
-completion), averaged over the English completions of the same prompt. English completions have no score: the others are
-compared with them. Source and target are laid out as M2M100 and NLLB do, language token, text, end token; the loss
-is over all of the target.
+The score is 1 / (a translation model's mean token loss of an English completion, given this one), averaged over the
+English completions of the prompt; those have no score themselves. Source and target are laid out as M2M100 and NLLB do:
+language token, text, end token.
 
-Shapes: B pairs, S source tokens, T target tokens, V vocabulary.
-"""
+Shapes: B pairs, S source tokens, T target tokens, V vocabulary."""
 
 from __future__ import annotations
 
@@ -114,10 +112,8 @@ class Translator:
 def score_alignment(
     translator: Translator, groups: Groups, english: Mapping[str, Sequence[str]], max_tokens: int
 ) -> list[Scored]:
-    """The mean of 1 / loss over a prompt's English completions; a reason where there is no score.
-
-    `english` are the texts by prompt_id; one longer than `max_tokens` is no target.
-    """
+    """The mean of 1 / loss over a prompt's English completions, or a reason where there is no score. `english` are the
+    texts by prompt_id; one longer than `max_tokens` is no target."""
     limit = min(max_tokens, translator.max_context)
     targets = {
         prompt_id: [ids for ids in translator.encode(texts, ENGLISH) if len(ids) <= limit]

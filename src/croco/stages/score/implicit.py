@@ -1,11 +1,8 @@
 """The implicit reward of a DPO arm, read across languages (ICR, arXiv 2503.04647).
 
-A policy tuned by DPO on English is a reward model, compared with the policy it was tuned from, and it judges other
-languages too when it is asked in English. The score of a completion y is log p_dpo(y | x) - log p_reference(y | x),
-where x is the English prompt after an instruction to complete it in y's language. Both are sums over y's tokens, the
-end token included where y ended by itself. Length is taken out when pairs are chosen (`calibration = "length"`), since
-its weight follows from all scores.
-"""
+A policy tuned by DPO on English judges other languages too, when it is asked in English: the score of y is log p_dpo(y
+| x) - log p_reference(y | x), summed over y's tokens, where x is the English prompt with an instruction to answer in
+y's language. Length is taken out when pairs are chosen (`calibration = "length"`)."""
 
 from __future__ import annotations
 
@@ -39,10 +36,8 @@ def score_implicit(
     prompts: Mapping[tuple[str, str], Messages],
     instruction: str,
 ) -> list[Scored]:
-    """log p_dpo - log p_reference of every completion under its English prompt; a reason where there is none.
-
-    `dpo` and `reference` score summed log-probabilities, `prompts` are the conversations by prompt_id and language.
-    """
+    """log p_dpo - log p_reference of every completion under its English prompt, or a reason where there is none. `dpo`
+    and `reference` score summed log-probabilities; `prompts` are conversations by prompt_id and language."""
     asked: list[tuple[Messages, list[Completion]]] = []
     places: list[int] = []
     scored: list[Scored] = [[NO_ENGLISH] * len(rows) for _, rows in groups]

@@ -1,8 +1,5 @@
-"""Scores from the policy itself: log-probabilities of completions under the prompt that was sampled from.
-
-"likelihood" is the mean over a completion's tokens, "likelihood-sum" their sum; `implicit.py` compares two policies.
-How a log-probability is computed is in `models/logprobs.py`.
-"""
+"""Scores from the policy itself: log-probabilities of completions under the prompt that was sampled from ("likelihood"
+is their mean over tokens, "likelihood-sum" their sum). `models/logprobs.py` computes them."""
 
 from __future__ import annotations
 
@@ -30,18 +27,10 @@ def open_likelihood(
     policy: Policy, runtime: Runtime, mean: bool, adapter: Path | None = None
 ) -> tuple[HFLikelihood, Any]:
     """The policy, with an adapter if given, as a scorer of log-probabilities, and its tokenizer."""
-    from croco.models.loading import load_policy
+    from croco.models.loading import load_causal
     from croco.models.transformers import HFLikelihood
 
-    model, tokenizer = load_policy(
-        policy.model,
-        policy.revision,
-        policy.dtype,
-        runtime.device,
-        adapter=adapter,
-        chat_template=policy.template,
-        trust_remote_code=policy.trust_remote_code,
-    )
+    model, tokenizer = load_causal(policy, runtime.device, adapter)
     return HFLikelihood(model, tokenizer, runtime.token_budget, name=policy.model, mean=mean), tokenizer
 
 

@@ -1,9 +1,7 @@
 """The scorer "reward": a reward model, a function of the user's, or a weighted sum of several of them.
 
-A model's score is the raw logit of a sequence classifier on the whole conversation. A function takes lists of equal
-length, `messages`, `completions` and `languages`, and returns a number for each completion, or None for one that it
-cannot judge, which goes to the ledger.
-"""
+A model's score is the raw logit of the whole conversation. A function takes lists of equal length, `messages`,
+`completions` and `languages`, and returns a number for each completion, or None for one that goes to the ledger."""
 
 from __future__ import annotations
 
@@ -17,7 +15,7 @@ from typing import Any
 
 from croco.config.models import Reward, RewardPart
 from croco.config.runtime import Runtime
-from croco.errors import Refused, UserError
+from croco.errors import Refused, UserError, one_line
 from croco.models.chat_template import conversations_ids
 from croco.models.open import open_scorer
 from croco.models.protocols import Scorer, ScoreRequest
@@ -74,10 +72,8 @@ def _open_part(part: RewardPart, runtime: Runtime, replica: int) -> tuple[ScoreS
 
 
 def score_conversations(scorer: Scorer, tokenizer: Any, groups: Groups, max_tokens: int) -> list[Scored]:
-    """Scores of whole conversations; one that is too long, or that the chat template refuses, gets the reason instead.
-
-    Equal conversations get the same score: in a batch of another shape the last bits of a logit differ.
-    """
+    """Scores of whole conversations, or the reason where one is too long or the chat template refuses it. Equal
+    conversations get the same score: in another batch the last bits of a logit differ."""
     limit = min(max_tokens, scorer.max_context)
     requests, places = [], []
     scored: list[Scored] = []
@@ -121,7 +117,9 @@ def load_function(name: str) -> Callable[..., Any]:
         else:
             loaded = importlib.import_module(module)
     except Exception as error:
-        raise UserError(f"reward.function = '{name}': {path} cannot be loaded: {_shown(error)}") from error
+        raise UserError(
+            f"reward.function = '{name}': {path} cannot be loaded: {type(error).__name__}: {one_line(error)}"
+        ) from error
     function = getattr(loaded, attribute, None)
     if not callable(function):
         raise UserError(f"reward.function = '{name}': {path} has no function '{attribute}'")
@@ -153,7 +151,9 @@ def _called(
     except Exception as error:
         if len(rows) > 1:  # which row it is
             return [value for row in rows for value in _called(function, name, [row])]
-        raise UserError(f"{place} raised {_shown(error)} for {_named(rows[0][1])}") from error
+        raise UserError(
+            f"{place} raised {type(error).__name__}: {one_line(error)} for {_named(rows[0][1])}"
+        ) from error
     values = values.tolist() if hasattr(values, "tolist") else values
     if not isinstance(values, list | tuple) or len(values) != len(rows):
         number = f"{len(values)} scores" if isinstance(values, list | tuple) else type(values).__name__
@@ -177,7 +177,3 @@ def _number(place: str, value: Any, row: Completion) -> float | str:
 
 def _named(row: Completion) -> str:
     return f"completion {row.get('sample_id', 0)} of prompt {row['prompt_id']!r} in {row['language']}"
-
-
-def _shown(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -1,15 +1,10 @@
 """The stage `score`: a number for every completion, by the reward or by one of the controls.
 
-"reward" is a reward model or a function of the user's (`reward.py`); it sees the conversation as the user wrote it,
-without the instruction that a recipe may add for the policy. Controls: "likelihood" and "likelihood-sum" are the
-policy's own log-probability, mean and sum over the tokens (`policy_logprobs.py`); "random" is a standard normal number
-that follows from the run's seed and the completion's key; "verified" is the judgement of the lab's program. Methods to
-compare with: "implicit" (`implicit.py`) and "alignment" (`alignment.py`).
-
-A shard of scores has the rows of a shard of completions; where the arms of a scorer use only some completions of each
-prompt, those. A completion that does not fit the model goes to the ledger. A score that is no finite number stops the
-stage, because it would change the mean of its whole pool.
-"""
+"reward" is in `reward.py`. Controls: "likelihood" and "likelihood-sum" (`policy_logprobs.py`), "random" (a normal
+number from the run's seed and the completion's key), "verified" (the lab's program). Methods to compare with:
+"implicit" (`implicit.py`) and "alignment" (`alignment.py`). A shard of scores has the rows of a shard of completions,
+or the first ones of each prompt. A completion that does not fit the model goes to the ledger; a score that is not
+finite stops the stage, because it would change the mean of its pool."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -134,10 +129,8 @@ class ReferenceWorker:
 def tabulate(
     groups: Sequence[Sequence[Completion]], scored: Sequence[Scored], scorer: str
 ) -> tuple[pa.Table, pa.Table]:
-    """The scores table and the ledger of completions in groups, each with its score or the reason why it has none.
-
-    Raises UserError naming the first completion whose score is not finite.
-    """
+    """The scores table and the ledger of completions, each with its score or the reason why it has none. Raises
+    UserError naming the first completion whose score is not finite."""
     kept, drops = [], []
     for group, values in zip(groups, scored, strict=True):
         for row, value in zip(group, values, strict=True):

@@ -1,14 +1,10 @@
-"""Examples laid out as tensors: which pairs make a step, which rows make a micro-batch, which columns hold
-what.
+"""Which pairs make a step, which of them a micro-batch, and how a micro-batch is laid out as tensors.
 
-A step (one optimizer update) is a fixed set of pairs, decided by the seed alone. How a step is cut into
-micro-batches depends on the token budget of the machine, and changes no gradient (dropout apart, which draws
-its masks per micro-batch): losses are summed over pairs and divided by the pairs of the step, never averaged
-per micro-batch. Left out: masks and the model (`stages/train/forward.py`).
+The pairs of a step (one optimizer update) follow from the seed alone. How a step is cut into micro-batches depends on
+the machine's token budget and changes no gradient (dropout apart): losses are summed over pairs and divided by the
+pairs of the step.
 
-Shapes: B rows, T tokens of a row (padded), M completion tokens of the batch, P pairs, C completions of a
-pair.
-"""
+Shapes: B rows, T tokens of a row (padded), M completion tokens of the batch, P pairs, C completions of a pair."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -35,12 +31,11 @@ Rows = Literal["packed", "segments", "masked", "plain", "single"]
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch of P pairs with C completions each; completion c of pair p is sequence c * P + p.
+    """P pairs with C completions each; completion c of pair p is sequence c * P + p.
 
-    `branch_BT` is as in `models/attention/mask.py`, `pair_BT` the pair, −1 in padding. Target m is predicted from
+    `branch_BT` is as in `models/attention/mask.py`; `pair_BT` is the pair, −1 in padding. Target m is predicted from
     column `source_M[m]` of the flattened (B * T) grid and belongs to sequence `sequence_M[m]`. `lengths` are those of
-    the prompt and the completions: of every row, in a packed row of every pair. `singles` are batches of one row each.
-    """
+    prompt and completions, per row (packed: per pair). `singles` are batches of one row each."""
 
     rows: Rows
     num_pairs: int
@@ -69,10 +64,8 @@ class Batch:
 
 
 def collate(examples: Sequence[Example], *, rows: Rows, pad_id: int = 0) -> Batch:
-    """Lay examples out, in right-padded rows where there are several; rows of single completions with the chosen first.
-
-    Segments of few tokens go by a mask after all.
-    """
+    """Lay examples out in right-padded rows, the chosen completions first. Segments of few tokens go by a mask after
+    all."""
     num_pairs, num_completions = len(examples), len(examples[0].completions)
     every = list(range(num_completions))
     if rows == "packed":
@@ -102,9 +95,10 @@ def collate(examples: Sequence[Example], *, rows: Rows, pad_id: int = 0) -> Batc
                 input_ids[row, start:stop], branch[row, start:stop] = completion[:-1], number
                 position[row, start:stop] = len(prompt) + np.arange(stop - start)
                 # The first token of a completion is predicted by the prompt's last position, the others by their own.
-                source.append(row * width + np.concatenate([[last], np.arange(start, stop)]))
-                target.append(np.asarray(completion))
-                sequence.append(np.full(len(completion), c * num_pairs + p))
+                learnt = np.flatnonzero(examples[p].learnt or np.ones(len(completion)))
+                source.append(row * width + np.concatenate([[last], np.arange(start, stop)])[learnt])
+                target.append(np.asarray(completion)[learnt])
+                sequence.append(np.full(len(learnt), c * num_pairs + p))
             start = stop
     arrays = {"input_ids_BT": input_ids, "branch_BT": branch, "position_BT": position, "pair_BT": pair}
     for name, parts in (("source_M", source), ("target_M", target), ("sequence_M", sequence)):
@@ -131,12 +125,9 @@ def _tokens(example: Example, branches: Sequence[int]) -> int:
 def plan_steps(
     num_pairs: int, batch_pairs: int, epochs: int, seed: int, updates: int | None = None
 ) -> list[list[int]]:
-    """The pairs of every optimizer step: each epoch is a permutation of all pairs, cut into steps as equal as
-    can be. With `updates` there are that many steps, in as many epochs as it takes.
-
-    Equal, because a step's loss is the mean over its pairs: a last step of 3 pairs would give each of them
-    ten times the weight of the others. The order depends on the seed and the epoch only.
-    """
+    """The pairs of every step: each epoch is a permutation of all pairs, by seed and epoch alone, cut as equally as can
+    be, because a step's loss is a mean and pairs of a short step would weigh more. `updates` is the number of steps, if
+    given."""
     steps: list[list[int]] = []
     per_epoch = -(-num_pairs // batch_pairs)
     for epoch in range(epochs if updates is None else -(-updates // per_epoch)):
@@ -146,13 +137,11 @@ def plan_steps(
 
 
 def cut(indices: Sequence[int], lengths: Sequence[int], budget: int, packed: bool = False) -> list[list[int]]:
-    """Micro-batches of a step: sorted by length, cut where padding and the cost of a micro-batch add up to
-    the least.
+    """Micro-batches of a step, sorted by length and cut where padding and overhead are least; the longest first, since
+    what does not fit into memory should show at once.
 
-    `lengths[i]` is the number of tokens of example i's row. A micro-batch holds at most `budget` tokens,
-    padding included, and at least one row. Returns the longest first: what does not fit into memory shows at
-    once. `packed` rows have no padding, so they are only filled up, in the same order.
-    """
+    `lengths[i]` are the tokens of example i's row. A micro-batch holds at most `budget` tokens, padding included, or
+    one row. `packed` rows have no padding and are only filled up."""
     order = sorted(indices, key=lambda i: (-lengths[i], i))
     if packed:
         return _fill(order, lengths, budget)

@@ -1,10 +1,8 @@
-"""Checkpoints that count once all of them is on the disk, the metrics file beside them, and which ones stay.
+"""Checkpoints of a training, the metrics file beside them, and the folder that the best one becomes.
 
-A checkpoint is transformers' folder with a seal, written last, that lists its files and their sizes, and how long the
-metrics file was: a checkpoint that lost some of them since, say to a kill while it was removed, is none. The metrics
-file holds one JSON line per step, evaluation and stop; a run that goes on from a checkpoint writes the lines after it
-again.
-"""
+A checkpoint is transformers' folder with a seal, written last, that lists its files and sizes, and that of the metrics
+file: without all of them it does not count. The metrics file has a JSON line per step, evaluation and stop; going on
+rewrites the lines after the checkpoint."""
 
 import json
 import os
@@ -21,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import TrainerCallback
 
-from croco.errors import UserError
+from croco.errors import UserError, one_line
 from croco.stages.train.distributed import gathered
 from croco.stages.train.early_stopping import best_step
 from croco.storage.files import sync_files, sync_folder, write_json, write_text, writing
@@ -81,9 +79,8 @@ def readable(checkpoint: Path | str | None) -> Iterator[None]:
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # damaged pickles raise anything
-        reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{checkpoint} cannot be read ({type(error).__name__}: {reason}), expected a checkpoint as training wrote "
+            f"{checkpoint} cannot be read ({type(error).__name__}: {one_line(error)}), expected one as training wrote "
             "it: remove this folder to go on from the one before"
         ) from error
 
@@ -107,9 +104,7 @@ def best_checkpoint(folder: Path, metrics_file: Path) -> Path | None:
 
 
 def rewind_metrics(path: Path, step: int) -> None:
-    """Keep the lines of a metrics file up to a step; later ones will be written again. A torn last line goes
-    too.
-    """
+    """Keep the lines of a metrics file up to a step, which will be written again, and not a torn last line."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     kept = []
     for line in lines:
@@ -165,10 +160,8 @@ def _digest(tensor: Tensor) -> bytes:
 
 
 def adopt(checkpoint: Path, folder: Path, before: Set[bytes], tokenizer: Any = None) -> None:
-    """Copy the weights of a checkpoint to `folder`, which they replace; with the tokenizer for a whole model.
-
-    `before` are samples of the weights as training found them. Raises `UserError` when none has changed.
-    """
+    """Copy the weights of a checkpoint to `folder`, with the tokenizer for a whole model. Raises `UserError` when
+    training has changed none of them; `before` are samples of what it began with."""
     names = ADAPTER if tokenizer is None else MODEL
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -1,9 +1,6 @@
-"""The quickest way to lay pairs out in rows that is exact on this model: tried on real pairs, against plain rows.
+"""The quickest way to lay pairs out in rows that is exact on this model, tried on real pairs against plain rows.
 
-Anything that a model's code or a kernel raises there is an answer too, and leads to a slower way.
-
-Shapes: P pairs, C completions of a pair.
-"""
+Shapes: P pairs, C completions of a pair."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from croco.errors import one_line
 from croco.models.attention.rows import no_varlen
 from croco.models.attention.support import depends_on_batch, unsupported
 from croco.stages.train.batches import Batch, Rows, collate
@@ -26,10 +24,8 @@ TOLERANCE_HALF = 3e-2
 
 
 def choose_rows(model: PreTrainedModel, examples: Sequence[Example]) -> tuple[Rows, str | None]:
-    """The quickest way to lay out rows that is exact on these pairs, and why not a quicker one.
-
-    On a GPU packed rows, on a CPU segments; then a mask; then plain rows. The model is as before afterwards.
-    """
+    """The quickest exact way for these pairs, and why not a quicker one: packed rows on a GPU or segments on a CPU,
+    then a mask, then plain rows. The model is as before afterwards."""
     if depends_on_batch(model.config):
         return "single", "its numbers follow from the longest row beside a row"
     reasons: list[str] = []
@@ -57,12 +53,10 @@ def why_not(model: nn.Module, rows: Rows) -> str | None:
 
 
 def rows_differ(model: nn.Module, examples: Sequence[Example], rows: Rows) -> str | None:
-    """Run real pairs in these rows and in plain ones; what differs in one sentence, or None when they are exact.
+    """How real pairs in these rows differ from plain ones, in one sentence, or None when they are exact.
 
-    Three proofs: the log-probabilities equal those of plain rows within rounding, exchanging the tokens of the first
-    completion leaves the others' where they were, and the gradient is finite (padding that sees nothing may make it
-    NaN). Runs with dropout off, and leaves the model's mode as it was.
-    """
+    The log-probabilities must be equal within rounding, and must not change when another completion's tokens do. The
+    gradient must be finite: padding that sees nothing may make it NaN."""
     base = unwrapped(model)
     was_training = model.training
     model.eval()
@@ -80,7 +74,7 @@ def rows_differ(model: nn.Module, examples: Sequence[Example], rows: Rows) -> st
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # noqa: BLE001 - code at a mask it does not expect, kernels
-        return f"{type(base).__name__} does not run them: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return f"{type(base).__name__} does not run them: {type(error).__name__}: {one_line(error)}"
     finally:
         model.train(was_training)
 

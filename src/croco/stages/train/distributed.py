@@ -1,9 +1,7 @@
-"""Several processes that tune one policy: who I am among them, what we tell each other, which pairs are mine.
+"""Several processes that tune one policy: their ranks, what they exchange, and how a step's pairs are shared.
 
-A step is the same pairs however many processes there are. They are dealt out by length, so that every process has
-about as many tokens, and gradients are summed over all of them. Without processes beside this one everything here is
-the identity. Starting them is `stages/train/launch.py`.
-"""
+A step has the same pairs however many processes there are: they are dealt out by length, and gradients are summed. In a
+single process everything here is the identity. `stages/train/launch.py` starts them."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,12 +1,8 @@
-"""The sentinel: what is watched while a policy is tuned, and when tuning is stopped before it ruins the policy.
+"""The sentinel: what is watched while a policy is tuned, and when tuning stops before it ruins the policy.
 
-Pure functions of what the metrics file holds, one line per step and evaluation, so that a run that goes on after a
-kill decides as it would have. `Stopped` carries the reason in one sentence; what becomes of a stopped run (its best
-checkpoint is taken) is `stages/train/train.py`'s business. Left out: choosing bounds from data.
-
-Log-probabilities are watched per token and against the reference (without one, against the beginning), so one bound
-serves short and long completions.
-"""
+Pure functions of the lines of the metrics file, so that a run that goes on after a kill decides as before.
+Log-probabilities are per token and against the reference (without one, against the beginning), so one bound serves all
+lengths."""
 
 from __future__ import annotations
 
@@ -37,10 +33,7 @@ def alarm(
     shortcut_aucs: Mapping[str, float],
     learning_rate: float,
 ) -> str | None:
-    """Why tuning must stop after the last of the lines, in one sentence, or None.
-
-    Numbers that are not finite stop it whether or not the sentinel is enabled.
-    """
+    """Why tuning must stop after the last line, in one sentence, or None. Numbers that are not finite stop it too."""
     line = lines[-1]
     for name, value in line.items():
         if isinstance(value, float) and not math.isfinite(value):
@@ -118,10 +111,8 @@ def _shown(name: str) -> str:
 
 
 def shortcuts_of(pairs: pl.DataFrame) -> dict[str, float]:
-    """How well language, length and finish reason alone tell chosen from rejected (AUC, 0.5 to 1), of any pairs.
-
-    What a file does not say (whose language, how a completion ended) is the same on both sides.
-    """
+    """How well language, length and finish reason alone tell chosen from rejected (AUC, 0.5 to 1), of any pairs; a
+    column that a file lacks is the same on both sides."""
     if "rejected" not in pairs.columns or pairs.is_empty():
         return {}
     both = pairs.drop_nulls("rejected")

@@ -1,15 +1,12 @@
-"""Pairs as token ids: one prompt, and its completions, closed by the end-of-sequence token where they ended.
+"""Pairs as token ids: a prompt, and its completions, each with the end token where it ended by itself.
 
-The ids that were sampled are the ids trained on; text goes through the chat template where a pair brings no
-ids, or such as do not spell it in this tokenizer. Prompts go through
-the same chat template as in sampling, every turn of them. A completion that was stopped at its token limit gets no end
-token: the policy did not end there, and must not learn to. Nothing is cut silently: a pair that is too long is left
-out, with its reason, or cut as asked for, and counted. Left out: choosing pairs (`pairing/`) and laying them out in
-rows (`stages/train/batches.py`).
-"""
+The ids that were sampled are trained on; text goes through the chat template where a pair has no ids, or ids that do
+not spell it in this tokenizer. Prompts go through the template as in sampling. A completion cut at its limit gets no
+end token: the policy did not end there and must not learn to. A pair that is too long is left out with its reason, or
+cut and counted."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Any
 
@@ -39,19 +36,27 @@ DROPPED_SCHEMA = {
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt and its completions, chosen first; `cut_tokens` were cut from the completions' ends."""
+    """One prompt and its completions, chosen first; `cut_tokens` were cut from the completions' ends.
+
+    Where more than the completion is learnt, `prompt` is the first token alone, and `learnt` says which tokens of the
+    rest are; None is all.
+    """
 
     prompt_id: str
     language: str
     prompt: list[int]
     completions: tuple[list[int], ...]
     cut_tokens: int = 0
+    learnt: tuple[bool, ...] | None = None
+
+    @property
+    def num_learnt(self) -> int:
+        """Tokens of the chosen completion that enter the loss."""
+        return len(self.completions[0]) if self.learnt is None else sum(self.learnt)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens a shared row holds: the prompt once, and each completion but its last token, which is only
-        predicted.
-        """
+        """Tokens of a shared row: the prompt once, and each completion but its last token, which is only predicted."""
         return len(self.prompt) + sum(len(completion) - 1 for completion in self.completions)
 
 
@@ -65,20 +70,18 @@ def encode_pairs(
     num_ids: int | None = None,
     over_length: str = "drop",
     chosen_only: bool = False,
+    sft_on: str = "completion",
     instructions: Mapping[str, str] | None = None,
 ) -> tuple[list[Example], pl.DataFrame]:
     """The pairs as examples, in their order, and the ones left out (columns of the ledger) with the reason.
 
-    `end` is the id that closes a completion, unless its `chosen_finish_reason` (`rejected_…`) says that it did not
-    "stop" by itself; without that column all did. `num_ids` is how many ids the
-    policy has. `max_tokens` bounds the prompt with its longer completion, the end
-    included, and so does `context`, the positions that the policy was made for, if known; a longer pair is left out
-    when `over_length` is "drop", and with "truncate" its completions lose their ends, the end token with them, as
-    long as the whole prompt leaves room for a token. `chosen_only` leaves the
-    rejected completion out (supervised tuning). `instructions` maps a language to the sentence appended to the last
-    user turn, as in sampling. Raises `UserError` for a column that is missing, messages that the chat template refuses,
-    or a template whose prompt is no prefix of the conversation (tried once for each order of roles).
-    """
+    `end` closes a completion, unless its `chosen_finish_reason` (`rejected_…`) is not "stop". `num_ids` is how many ids
+    the policy has. `max_tokens` and `context` (the policy's, if known) bound the prompt with its longer completion, the
+    end included: a longer pair is left out, or with `over_length` "truncate" its completions lose their ends.
+    `chosen_only` leaves the rejected completion out, and then `sft_on` says what is learnt; `instructions` are by
+    language. Raises `UserError` for a missing
+    column, messages that the template refuses, and a template whose prompt is no prefix of the conversation (tried once
+    for each order of roles)."""
     sides = ("chosen",) if chosen_only else ("chosen", "rejected")
     for column in ("prompt_id", "language", "messages", *sides):
         if column not in pairs.columns:
@@ -92,6 +95,8 @@ def encode_pairs(
     for row in pairs.iter_rows(named=True):
         try:
             prompt = _prompt_ids(tokenizer, row, (instructions or {}).get(row["language"]), tried)
+            whole = chosen_only and sft_on != "completion"
+            earlier = _assistant_turns(tokenizer, row["messages"], prompt, end) if whole else []
         except Refused as error:
             dropped.append(
                 ("pair", row["prompt_id"], row["language"], row.get("chosen_sample_id"), str(error))
@@ -115,7 +120,10 @@ def encode_pairs(
             dropped.append(("pair", row["prompt_id"], row["language"], row.get("chosen_sample_id"), reason))
         else:
             cut_tokens = sum(map(len, closed)) - sum(map(len, completions))
-            examples.append(Example(row["prompt_id"], row["language"], prompt, completions, cut_tokens))
+            one = Example(row["prompt_id"], row["language"], prompt, completions, cut_tokens)
+            examples.append(
+                _with_earlier_turns(one, None if sft_on == "conversation" else earlier) if whole else one
+            )
     return examples, pl.DataFrame(dropped, schema=DROPPED_SCHEMA, orient="row")
 
 
@@ -140,6 +148,35 @@ def _prompt_ids(
     except UserError as error:
         raise UserError(f"{_named(row)}: {error}") from error
     return ids
+
+
+def _assistant_turns(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, prompt: Sequence[int], end: int
+) -> list[bool]:
+    """Which of the prompt's tokens an assistant's turn holds, its end token included."""
+    held = [False] * len(prompt)
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant" or number == 0:
+            continue
+        opened = prompt_ids(tokenizer, messages[:number])
+        same = (a == b for a, b in zip(opened, prompt, strict=False))
+        start = next((place for place, equal in enumerate(same) if not equal), min(len(opened), len(prompt)))
+        stop = prompt.index(end, start) + 1 if end in prompt[start:] else start
+        said = message["content"].rpartition("</think>")[2].strip()  # templates leave earlier thoughts out
+        if said not in tokenizer.decode(prompt[start:stop], clean_up_tokenization_spaces=False):
+            raise Refused(
+                "the chat template does not show where an earlier turn of the assistant begins and ends"
+            )
+        held[start:stop] = [True] * (stop - start)
+    return held
+
+
+def _with_earlier_turns(example: Example, earlier: list[bool] | None) -> Example:
+    """All of the conversation behind its first token as one completion: learnt whole, or where `earlier` says."""
+    (completion,) = example.completions
+    rest = (example.prompt[1:] + completion,)
+    learnt = None if earlier is None else (*earlier[1:], *(True for _ in completion))
+    return replace(example, prompt=example.prompt[:1], completions=rest, learnt=learnt)
 
 
 def _named(row: Mapping[str, Any]) -> str:
@@ -188,8 +225,6 @@ def _unfit(prompt: Sequence[int], completions: Sequence[list[int]], most: int, l
 
 
 def held_out(prompt_id: str, fraction: float) -> bool:
-    """Whether a prompt belongs to the validation part: by a digest of its id, so the same in every arm and
-    language.
-    """
+    """Whether a prompt is in the validation part: by a digest of its id, so the same in every arm and language."""
     digest = int.from_bytes(blake2b(prompt_id.encode(), digest_size=8, person=b"croco-valid").digest(), "big")
     return digest < fraction * 2**64

@@ -1,15 +1,11 @@
-"""From a batch to the log-probability of every completion, through the model's own code, and the proof that it is
-exact.
+"""From a batch to the log-probability of every completion, through the model's own forward.
 
-The model runs its own forward. A hook gathers the hidden states that predict completion tokens just before the output
-layer, so the vocabulary meets only those; where it is known what an architecture makes of its logits (Cohere scales
-them, Gemma caps them) the output layer is `logps.head_logps`, which never holds all of them. There are several ways to
-lay a batch out in rows (`batches.Rows`). `choose_rows` takes the quickest that is exact on real pairs, against the
-model's own head on plain rows; anything that a model's code raises there is an answer too. The last layer of
-architectures whose code has been read is finished where it is read only (`models/attention/last_layer.py`).
+A hook gathers the hidden states that predict completion tokens before the output layer, so the vocabulary meets only
+those. Where it is known what an architecture makes of its logits (Cohere scales them, Gemma caps them),
+`logps.head_logps` stands for the output layer and never holds all logits, and the last layer is finished only where it
+is read.
 
-Shapes: B rows, T tokens, M completion tokens, V vocabulary, D width, P pairs, C completions of a pair.
-"""
+Shapes: B rows, T tokens, M completion tokens, V vocabulary, D width, P pairs, C completions of a pair."""
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -39,10 +35,8 @@ Inputs = dict[str, Any]  # of a model's forward, beside ids and positions
 
 
 def completion_logps(model: nn.Module, batch: Batch, inputs: Inputs | None = None) -> Tensor:
-    """log p(completion | prompt) of every completion, (C, P) float32; row 0 are the chosen ones.
-
-    `inputs` are those of `prepared`, where the caller holds it open until the gradients are there.
-    """
+    """log p(completion | prompt) of every completion, (C, P) float32, the chosen ones in row 0. `inputs` are those of
+    `prepared`, where the caller holds it open until the gradients are computed."""
     if batch.singles:
         alone = []
         for single in batch.singles:
@@ -65,8 +59,8 @@ def completion_logps(model: nn.Module, batch: Batch, inputs: Inputs | None = Non
 
 @contextmanager
 def prepared(model: nn.Module, batch: Batch, recomputed: bool = False) -> Iterator[Inputs]:
-    """Within it the model's attention goes by the batch's rows. `recomputed`: its layers run again after it is left,
-    when what is plugged in is gone; then shared rows go by a mask."""
+    """Within it, the model's attention goes by the batch's rows. `recomputed`: its layers run again later, without what
+    is plugged in, so shared rows go by a mask."""
     base = unwrapped(model)
     if not batch.shared:
         yield {"attention_mask": (batch.branch_BT != PADDING).long()}
@@ -92,8 +86,8 @@ def prepared(model: nn.Module, batch: Batch, recomputed: bool = False) -> Iterat
 
 @contextmanager
 def routing(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Within it, the logits of every router are put into the list that is yielded, (B * T, experts) each; none are for
-    a model without experts whose load its config wants even."""
+    """Within it, the list that is yielded gets the logits of every router, (B * T, experts) each, where the config
+    weighs them."""
     base: Any = unwrapped(model)
     logits: list[Tensor] = []
     recorder: Any = (
@@ -124,7 +118,7 @@ def balance_weight(model: PreTrainedModel) -> float:
 
 def balance_loss(model: nn.Module, logits: Sequence[Tensor], batch: Batch) -> Tensor:
     """How unevenly tokens go to experts, by the model's own function (Switch Transformer, arXiv 2101.03961, equations 4
-    to 6), of a batch's tokens without padding; weighed by the config."""
+    to 6), times the config's weight; padding does not count."""
     base: Any = unwrapped(model)
     own = sys.modules[type(base).__module__].load_balancing_loss_func
     mask = (batch.branch_BT != PADDING).long()
@@ -133,10 +127,8 @@ def balance_loss(model: nn.Module, logits: Sequence[Tensor], batch: Batch) -> Te
 
 
 def _known_head(model: PreTrainedModel) -> tuple[nn.Linear, float, float | None] | None:
-    """The output layer, the scale of its logits and their cap, for architectures whose code has been read; else None.
-
-    None too for a layer that is no plain one: adapted, or spread over processes.
-    """
+    """The output layer, the scale of its logits and their cap; None for architectures whose code has not been read, and
+    for a layer that is adapted or spread over processes."""
     config, layer = model.config.get_text_config(), model.get_output_embeddings()
     if config.model_type not in HEADS or type(layer) is not nn.Linear:
         return None
@@ -161,11 +153,8 @@ def _recomputed(model: PreTrainedModel) -> bool:
 
 
 def noise_of(model: nn.Module) -> list[tuple[Any, str]]:
-    """Where a model's own code keeps what makes its training random: (module or config, attribute). LoRA's dropout is
-    left out.
-
-    Rates of dropout in layers, as numbers that modules hand to functions, and in the config, which a few read at every
-    forward; and routers with jitter, which draw experts while they train (PhiMoE).
+    """Where a model keeps what makes its training random, as (module or config, attribute): rates of dropout but
+    LoRA's, in layers, in numbers that modules hand on, and in the config; and routers with jitter, which draw experts.
     """
     places: dict[tuple[int, str], tuple[Any, str]] = {}
     for name, module in model.named_modules():
@@ -184,10 +173,8 @@ def noise_of(model: nn.Module) -> list[tuple[Any, str]]:
 
 @contextmanager
 def switched_off(places: Iterable[tuple[Any, str]]) -> Iterator[None]:
-    """Without a model's own noise: policy and reference must be the same function where training begins.
-
-    Only for a step, so that a config that is saved says what it said.
-    """
+    """Without a model's own noise: policy and reference must be the same function where training begins. For a step
+    only, so that a saved config is unchanged."""
     before = [(owner, attribute, getattr(owner, attribute)) for owner, attribute in places]
     try:
         for owner, attribute, value in before:
@@ -214,10 +201,8 @@ def unwrapped(model: Any) -> PreTrainedModel:
 
 @contextmanager
 def _head_at(model: PreTrainedModel, source_M: Tensor, whole: bool) -> Iterator[list[Tensor]]:
-    """Gather the hidden states at the given columns of the flattened (B * T) grid before the output layer, (M, D).
-
-    They are in the list that is yielded, and if `whole` what the output layer sees; else it sees one token.
-    """
+    """Gather the hidden states at some columns of the flattened (B * T) grid, (M, D), into the list that is yielded;
+    the output layer sees them if `whole`, else one token."""
     gathered: list[Tensor] = []
 
     def gather(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -1,9 +1,7 @@
 """`croco train FILE...`: any file of preference pairs in, a tuned policy out, without a recipe.
 
-A pipeline of two stages, `import` and `train`. A file in which a prompt has scored completions instead (UltraFeedback's
-form) is paired in between, as `croco pairs` does it; with training.method = "sft" a row may hold a prompt and one
-completion.
-"""
+Two stages, `import` and `train`. Scored completions (UltraFeedback's form) are paired in between, as by `croco pairs`;
+with training.method = "sft" a row may hold a prompt and one completion."""
 
 from __future__ import annotations
 
@@ -47,12 +45,10 @@ def train_on_files(
     license: str,
     say: Callable[[str], None],
     rebuild: bool = False,
+    limit: int | None = None,
 ) -> None:
-    """Tune `model` on the pairs of the files and write the adapter (or the model) into `to`; raises UserError.
-
-    What is there already is not made again; raises StaleStage for what other files or settings have made, unless
-    `rebuild` makes it anew.
-    """
+    """Tune `model` on the (first `limit`) pairs of the files and write the adapter (or the model) into `to`; raises
+    UserError, and StaleStage for what other files or settings have made there, unless `rebuild` makes it anew."""
     recipe = _recipe(model, overrides)
     mapped, method = mappings(columns), recipe.arms[ARM].training.method
     if language is not None:
@@ -61,6 +57,7 @@ def train_on_files(
     identities = {name: file_identity(str(source)) for name, source in named.items()}
     settings = train_settings(recipe, ARM)
     settings["policy"] = given_policy(recipe.policy, list(recipe.policy.instruction))
+    settings |= {"limit": limit} if limit else {}
     status_of(Node(known_stage("train"), None, to, settings, {}))  # a folder of others stays as it is
     with running_in(to, recipe.runtime, rebuild, say) as make:
         if _is_scored(named.values()):

@@ -1,10 +1,8 @@
-"""A tuning job in this process, or in several that tune one policy together.
+"""A tuning job in this process, or in several that tune one policy together and make what one process makes.
 
-`runtime.train_processes` above 1 starts that many with torchrun, `runtime.accelerate_config` with `accelerate launch`
-(FSDP, DeepSpeed, several machines); they share each step's pairs, and what comes out is what one process makes, but
-for rounding. The job goes to them as a file, what they did comes back as one, and they end with the process that
-started them. This module is also the program that they run.
-"""
+`runtime.train_processes` starts them with torchrun, `runtime.accelerate_config` with `accelerate launch` (FSDP,
+DeepSpeed, several machines). The job goes to them as a file and their result comes back as one; they end with this
+process. This module is also the program that they run."""
 
 from __future__ import annotations
 
@@ -26,7 +24,7 @@ from croco.config.models import Policy
 from croco.config.runtime import Runtime
 from croco.errors import UserError
 from croco.models.children import end_with
-from croco.models.loading import load_policy, pick_device, pick_dtype
+from croco.models.loading import load_causal, pick_device, pick_dtype
 from croco.stages.train.distributed import rank
 from croco.stages.train.memory_plan import check_weights
 from croco.stages.train.train import TrainResult, train_pairs
@@ -51,6 +49,7 @@ class TrainJob(BaseModel):
     pairs: Path  # a finished table of pairs
     title: str
     seed: int
+    limit: int | None = None  # of the pairs, the first ones
     start: Path | None = None
     reference: str = "base"
     reference_folder: Path | None = None  # where the reference's values are kept; None keeps none
@@ -82,19 +81,12 @@ def tune_here(job: TrainJob, advance: Advance) -> TrainResult:
     policy, runtime = job.policy, job.runtime
     if policy.quantization is None or job.training.full:
         _check_memory(policy, runtime.device)
-    model, tokenizer = load_policy(
-        policy.model,
-        policy.revision,
-        dtype=policy.dtype,
-        device=runtime.device,
-        chat_template=policy.template,
-        trust_remote_code=policy.trust_remote_code,
-        quantization=None if job.training.full else policy.quantization,
-    )
+    quantization = None if job.training.full else policy.quantization
+    model, tokenizer = load_causal(policy, runtime.device, quantization=quantization)
     return train_pairs(
         model,
         tokenizer,
-        shards.read_table(job.pairs),
+        shards.read_table(job.pairs)[: job.limit],
         settings=job.training,
         folder=job.folder,
         seed=job.seed,

@@ -1,10 +1,9 @@
 """Log-probabilities of completions from the hidden states, or the logits, that predict their tokens.
 
-Only the M positions that predict a completion token ever meet the vocabulary, and with `head_logps` never all of them
-at once: neither a (B, T, V) nor an (M, V) tensor exists. What is left out: masks and models (`forward.py`).
+Only the M positions that predict a completion token meet the vocabulary, and in `head_logps` a few at a time: no (B, T,
+V) or (M, V) tensor exists.
 
-Shapes: M completion tokens of a batch, V vocabulary, D width, S sequences (completions) of a batch.
-"""
+Shapes: M completion tokens of a batch, V vocabulary, D width, S sequences (completions) of a batch."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -20,18 +19,14 @@ _LEAST_ROWS = 32
 
 
 def token_logps(logits_MV: Tensor, target_M: Tensor) -> Tensor:
-    """Log-probability of each target token under its row of logits, (M,) float32, in (-inf, 0].
-
-    The softmax is taken in float32 whatever the logits' type: in bfloat16 the sum over V loses the tail.
-    """
+    """Log-probability of each target token under its row of logits, (M,), in (-inf, 0]; in float32, because in bfloat16
+    the sum over V loses the tail."""
     return -F.cross_entropy(logits_MV.float(), target_M, reduction="none")
 
 
 def sequence_sums(values_M: Tensor, sequence_M: Tensor, num_sequences: int) -> Tensor:
-    """Sum of the values of each sequence, (S,): with token log-probabilities, log p(completion | prompt).
-
-    `sequence_M` says which sequence, 0 to S - 1, each token belongs to; a sequence without tokens sums to 0.
-    """
+    """Sums of the values of each sequence, (S,); `sequence_M` is the sequence, 0 to S - 1, of each token. One without
+    tokens has 0."""
     return values_M.new_zeros(num_sequences).index_add(0, sequence_M, values_M)
 
 
@@ -46,10 +41,8 @@ def head_logps(
 ) -> Tensor:
     """`token_logps` of the logits cap * tanh(scale * (hidden weightᵀ + bias) / cap), (M,); without a cap no tanh.
 
-    Computed a few rows at a time. Where the head is frozen, each row's gradient with respect to its hidden state is
-    computed at once, and only that, (M, D), is kept for the backward pass; where the head is trained, its logits are
-    computed again there.
-    """
+    A few rows at a time. With a frozen head each row's gradient for its hidden state is computed at once and kept, (M,
+    D); with a trained head the logits are computed again in the backward pass."""
     trained = weight_VD.requires_grad or (bias_V is not None and bias_V.requires_grad)
     if trained and torch.is_grad_enabled():
         parts = [

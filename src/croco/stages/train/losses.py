@@ -1,11 +1,7 @@
-"""Preference losses as pure functions of log-probabilities: one number per pair, averaged by whoever calls.
+"""Preference losses as pure functions of log-probabilities (sums over a completion's tokens): one number per pair.
 
-The log-probabilities are sums over the tokens of a completion, given its prompt. Left out: how they are
-computed (`stages/train/logps.py`), and weighting or averaging over pairs (`stages/train/trainer.py`).
-
-Shapes: P pairs. A *reward* is DPO's implicit one, beta * (policy_logp - reference_logp); a *margin* is the
-chosen's reward minus the rejected's.
-"""
+Shapes: P pairs. A *reward* is DPO's implicit one, beta * (policy_logp - reference_logp); a *margin* is the chosen's
+reward minus the rejected's."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,9 +14,7 @@ from croco.config.arms import Training
 
 @dataclass(frozen=True)
 class PairLogps:
-    """Log-probabilities (P,) of P pairs under the policy and the reference, each in (-inf, 0], and token
-    counts (P,).
-    """
+    """Log-probabilities (P,) under the policy and the reference, each in (-inf, 0], and token counts (P,)."""
 
     policy_chosen_logps: Tensor
     policy_rejected_logps: Tensor
@@ -41,85 +35,61 @@ class PairLogps:
 
 
 def sigmoid(pairs: PairLogps, beta: float) -> Tensor:
-    """DPO: -log sigmoid(beta * (chosen log-ratio - rejected log-ratio)), (P,), in (0, inf); log 2 at the
-    reference.
-
-    Rafailov et al. 2023, *Direct Preference Optimization* (arXiv 2305.18290), equation 7.
-    """
+    """DPO: -log sigmoid(beta * (chosen log-ratio - rejected log-ratio)), (P,), in (0, inf); log 2 at the reference.
+    Rafailov et al. 2023 (arXiv 2305.18290), equation 7."""
     return -F.logsigmoid(beta * (pairs.chosen_logratios - pairs.rejected_logratios))
 
 
 def ipo(pairs: PairLogps, beta: float) -> Tensor:
-    """IPO: (mean chosen log-ratio - mean rejected log-ratio - 1 / (2 beta))², (P,), in [0, inf); beta is the
-    paper's tau.
-
-    Azar et al. 2023 (arXiv 2310.12036), equation 17, on log-ratios averaged over the completion's tokens: on
-    sums the square grows with length (the form its authors confirmed, and TRL's).
-    """
+    """IPO: (mean chosen log-ratio - mean rejected log-ratio - 1 / (2 beta))², (P,), in [0, inf); beta is the paper's
+    tau. Azar et al. 2023 (arXiv 2310.12036), equation 17, on means over tokens: on sums the square grows with length
+    (the form its authors confirmed, and TRL's)."""
     chosen = pairs.chosen_logratios / pairs.chosen_tokens
     rejected = pairs.rejected_logratios / pairs.rejected_tokens
     return (chosen - rejected - 1 / (2 * beta)).square()
 
 
 def hinge(pairs: PairLogps, beta: float) -> Tensor:
-    """Hinge: max(0, 1 - beta * (chosen log-ratio - rejected log-ratio)), (P,), in [0, inf); no gradient past a
-    margin of 1.
-
-    SLiC's loss (Zhao et al. 2023, arXiv 2305.10425) on log-ratios, the "hinge-norm" of Liu et al. 2023 (RSO,
-    arXiv 2309.06657).
-    """
+    """Hinge: max(0, 1 - beta * (chosen log-ratio - rejected log-ratio)), (P,), in [0, inf); no gradient past a margin
+    of 1. SLiC's loss (Zhao et al. 2023, arXiv 2305.10425) on log-ratios, the "hinge-norm" of RSO (Liu et al. 2023,
+    arXiv 2309.06657)."""
     return F.relu(1 - beta * (pairs.chosen_logratios - pairs.rejected_logratios))
 
 
 def robust(pairs: PairLogps, beta: float, label_smoothing: float) -> Tensor:
-    """Robust DPO: ((1 - e) * DPO(pair) - e * DPO(pair with its sides exchanged)) / (1 - 2e), (P,), in (-inf, inf);
-    e is `label_smoothing`, the share of pairs whose label is wrong, in [0, 0.5).
-
-    Its mean over such flips is the loss of the clean pair; at 0 it is `sigmoid`. Chowdhury et al. 2024, *Provably
-    Robust DPO* (arXiv 2403.00409), the unbiased loss of its section on robust DPO.
-    """
+    """Robust DPO: ((1 - e) * DPO(pair) - e * DPO(pair with its sides exchanged)) / (1 - 2e), (P,), in (-inf, inf); e is
+    `label_smoothing`, the share of wrong labels, in [0, 0.5). Its mean over such flips is the clean pair's loss.
+    Chowdhury et al. 2024, *Provably Robust DPO* (arXiv 2403.00409), the unbiased loss of its section on robust DPO."""
     margins = beta * (pairs.chosen_logratios - pairs.rejected_logratios)
     clean, flipped = -F.logsigmoid(margins), -F.logsigmoid(-margins)
     return ((1 - label_smoothing) * clean - label_smoothing * flipped) / (1 - 2 * label_smoothing)
 
 
 def apo_zero(pairs: PairLogps, beta: float) -> Tensor:
-    """APO-zero: 1 - sigmoid(chosen reward) + sigmoid(rejected reward), (P,), in (0, 2): the chosen is raised and the
-    rejected lowered, each against the reference, not against the other; 1 at the reference.
-
-    D'Oosterlinck et al. 2024, *Anchored Preference Optimization* (arXiv 2408.06266), equation 7.
-    """
+    """APO-zero: 1 - sigmoid(chosen reward) + sigmoid(rejected reward), (P,), in (0, 2), 1 at the reference: each side
+    moves against the reference, not the other. D'Oosterlinck et al. 2024 (arXiv 2408.06266), equation 7."""
     return 1 - (beta * pairs.chosen_logratios).sigmoid() + (beta * pairs.rejected_logratios).sigmoid()
 
 
 def simpo(pairs: PairLogps, beta: float, gamma: float) -> Tensor:
-    """SimPO: -log sigmoid(beta * (mean chosen logp - mean rejected logp) - gamma), (P,), in (0, inf); without a
-    reference.
-
-    `gamma` is the margin aimed at. Meng et al. 2024, *SimPO* (arXiv 2405.14734), equation 6.
-    """
+    """SimPO: -log sigmoid(beta * (mean chosen logp - mean rejected logp) - gamma), (P,), in (0, inf), without a
+    reference; `gamma` is the margin aimed at. Meng et al. 2024 (arXiv 2405.14734), equation 6."""
     chosen = pairs.policy_chosen_logps / pairs.chosen_tokens
     rejected = pairs.policy_rejected_logps / pairs.rejected_tokens
     return -F.logsigmoid(beta * (chosen - rejected) - gamma)
 
 
 def sigmoid_norm(pairs: PairLogps, beta: float) -> Tensor:
-    """Length-normalised DPO: `sigmoid` on log-ratios averaged over the completion's tokens, (P,), in (0, inf).
-
-    Lambert et al. 2024, *Tülu 3* (arXiv 2411.15124), its length-normalised DPO. Averages are smaller than sums, so
-    beta is larger (5 there).
-    """
+    """`sigmoid` on log-ratios averaged over the completion's tokens, (P,), in (0, inf): beta is larger (5 in the
+    paper). Length-normalised DPO of Lambert et al. 2024, *Tülu 3* (arXiv 2411.15124)."""
     chosen = pairs.chosen_logratios / pairs.chosen_tokens
     rejected = pairs.rejected_logratios / pairs.rejected_tokens
     return -F.logsigmoid(beta * (chosen - rejected))
 
 
 def nll(policy_logps: Tensor, num_tokens: Tensor) -> Tensor:
-    """Negative log-likelihood per token of each completion, (P,), in [0, inf).
-
-    The term that RPO (Pang et al. 2024, arXiv 2404.19733, equation 1) and ICR add to DPO, on the chosen
-    completion.
-    """
+    """Negative log-likelihood per token of each completion, (P,), in [0, inf): what RPO (Pang et al. 2024, arXiv
+    2404.19733, equation 1) and ICR add to DPO, on the chosen completion."""
     return -policy_logps / num_tokens
 
 
@@ -147,11 +117,10 @@ def preference_losses(
 def pair_losses(
     settings: Training, policy_logps_CP: Tensor, reference_logps_CP: Tensor | None, tokens_CP: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of every pair, (P,), and what is worth watching of it, each (P,) and detached.
+    """The loss of every pair, (P,), and what is watched of it, each (P,) and detached.
 
-    Method "sft" (no reference): the negative log-likelihood of the chosen completion, summed over its tokens.
-    Method "dpo": the preference loss, plus `nll_weight` times the chosen's mean negative log-likelihood.
-    """
+    Method "sft": the chosen's negative log-likelihood, summed over tokens (no reference). Method "dpo": the preference
+    loss, plus `nll_weight` times the chosen's mean negative log-likelihood."""
     if reference_logps_CP is None:
         chosen_logps = policy_logps_CP[0].detach()
         return -policy_logps_CP[0], {"logps/chosen": chosen_logps, "nll": nll(chosen_logps, tokens_CP[0])}

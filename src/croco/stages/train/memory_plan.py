@@ -1,10 +1,8 @@
 """Whether tuning fits in memory, said before the first step, and with how many tokens at once.
 
-What a forward keeps for its backward is not guessed from the architecture but counted on one pair of the data: every
-tensor that autograd saves, parameters apart. From it follow the bytes of a token, with and without gradient
-checkpointing; gradients and AdamW's two moments follow from what is trained. Left out: fragmentation (a margin stands
-for it), and weights that FSDP or DeepSpeed spread over processes, which are taken as they are told.
-"""
+The bytes of a token are counted on a forward of one pair: every tensor that autograd saves, parameters apart. Gradients
+and AdamW's moments follow from what is trained. Left out: fragmentation (a margin stands for it), and weights that FSDP
+or DeepSpeed spread over processes."""
 
 from __future__ import annotations
 
@@ -167,10 +165,8 @@ def _saved_bytes(policy: Any, probe: Example, rows: Rows) -> tuple[int, int, int
 
 
 def trained_parameters(model: PreTrainedModel, settings: Training) -> int:
-    """How many numbers are trained; the model may be weightless, and is as before afterwards.
-
-    Raises `UserError` when the adapters cannot be put on it.
-    """
+    """How many numbers are trained; the model may be weightless, and is as before afterwards. Raises `UserError` when
+    the adapters cannot be put on it."""
     policy: Any = trainable(model, settings, 0)
     trained = sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
     if not settings.full:

@@ -1,38 +1,40 @@
-"""`croco merge`: an arm's adapter merged into its base, as a model folder that any library loads.
+"""`croco merge`: an adapter merged into its base, as a model folder with a card that any library loads.
 
-It is proven on conversations of the arm's own pairs before the folder appears: the adapter changes log-probabilities,
-the merged weights give what base + adapter give, and so does the folder when it is read again. Chat template,
-tokenizer and generation config come along, and a card that says what it was made from. An arm whose weights were all
-tuned is copied and held against its base.
-"""
+Before the folder appears it is proven, on the arm's own pairs (on conversations of ours for an adapter without a run),
+that the adapter changes log-probabilities, and that the merged weights, and the folder when it is read again, give
+those of base + adapter. Weights that were all tuned are copied."""
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import torch
 from torch import Tensor
 
+from croco.config.models import Policy
 from croco.config.recipe import Recipe
 from croco.errors import UserError
 from croco.models.chat_template import end_id
-from croco.models.loading import load_policy
+from croco.models.loading import load_causal
 from croco.models.lora import merged, put_adapter_on
-from croco.models.open import tuned_weights
+from croco.models.open import policy_of, tuned_weights
 from croco.stages.train.batches import collate
 from croco.stages.train.choose_rows import TOLERANCE, TOLERANCE_HALF
 from croco.stages.train.encode import Example, encode_pairs
 from croco.stages.train.forward import completion_logps, token_counts
-from croco.stages.train.model_card import policy_card
+from croco.stages.train.model_card import Rows, base_name, cell, model_card, policy_card
 from croco.storage import files, records, shards
 from croco.storage.hashing import check_adapter
 
 PROBES = 8  # pairs on which the merged model is proven
 LEAST_CHANGE = 1e-6  # of a completion's mean token log-probability, that an adapter must make on any of them
+TALK = {"What is the capital of Denmark?": "Copenhagen.", "Hvad er klokken?": "Klokken er tolv."}
 
 
 @dataclass(frozen=True)
@@ -46,35 +48,93 @@ class Proof:
 
 def merge(recipe: Recipe, arm: str, to: Path, license: str, say: Callable[[str], None]) -> None:
     """Write an arm's policy to the new folder `to`; raises UserError when it cannot be made or is not proven."""
-    files.check_new_folder(to)
     folder = recipe.folder / "train" / arm
     if records.state(folder) != "complete":
         raise UserError(f"{folder} holds no finished training: run `croco run` first")
     for read in (folder, recipe.folder / "pair" / arm):
         shards.check_contents(read)
-    with files.new_folder(to) as partial:
-        proof, probes = _written(recipe, arm, folder, partial, license)
-    say(
-        f"{to}: mean token log-probabilities changed by up to {proof.change:.3g} and are those of base + adapter "
-        f"within {max(proof.merged, proof.written):.1e}, on {probes} pairs of the arm"
+    found = records.read_record(folder)
+
+    def card(checked: Rows) -> str:
+        training = found["science"]["settings"]["training"]
+        return policy_card(recipe, arm, training, found["facts"], license, checked)
+
+    write(
+        recipe.policy,
+        tuned_weights(folder),
+        lambda model, tokenizer: _probes(recipe, arm, model, tokenizer),
+        card,
+        to,
+        say,
+        recipe.runtime.device,
     )
 
 
-def _written(recipe: Recipe, arm: str, folder: Path, to: Path, license: str) -> tuple[Proof, int]:
-    """Write the policy of a finished training and its card into `to`; the proof, and on how many pairs it rests."""
-    weights = tuned_weights(folder)
-    model, tokenizer = _base(recipe)
-    examples = _probes(recipe, arm, model, tokenizer)
+def merge_adapter(folder: Path, to: Path, license: str, say: Callable[[str], None]) -> None:
+    """Write the policy of an adapter's folder, such as `croco train FILE` makes, to the new folder `to`."""
+    policy, adapter = policy_of(folder)
+    if adapter is None:
+        raise UserError(f"{folder} holds a whole model, expected an adapter")
+    cards = [path for path in (folder / "README.md", adapter / "README.md") if path.is_file()]
+
+    def card(checked: Rows) -> str:
+        if not cards:
+            hub, base = base_name(policy.model, policy.revision)
+            made = {"What it was made from": [("policy", base)], "What was checked": checked}
+            return model_card(title="A merged adapter", base=hub, languages=(), license=license, tables=made)
+        text = (
+            cards[0]
+            .read_text(encoding="utf-8")
+            .replace("library_name: peft", "library_name: transformers", 1)
+        )
+        if license != "unknown":
+            text = re.sub(r"(?m)^license: .*$", lambda _: f"license: {license}", text, count=1)
+        rows = "".join(f"| {cell(name)} | {cell(value)} |\n" for name, value in checked)
+        return f"{text.rstrip()}\n\n## What was checked\n\n| | |\n|---|---|\n{rows}"
+
+    write(policy, adapter, _talk, card, to, say, "auto")
+
+
+def write(
+    policy: Policy,
+    weights: Path,
+    probes: Callable[[Any, Any], list[Example]],
+    card: Callable[[Rows], str],
+    to: Path,
+    say: Callable[[str], None],
+    device: str,
+) -> None:
+    """Write a policy with its `weights` (an adapter, or a whole model) to the new folder `to`; raises UserError unless
+    it is proven on the `probes` that are made with model and tokenizer."""
+    with files.new_folder(to) as partial:
+        proof, count = _written(policy, weights, probes, card, partial, device)
+    say(
+        f"{to}: mean token log-probabilities changed by up to {proof.change:.3g} and are those of base + adapter "
+        f"within {max(proof.merged, proof.written):.1e}, on {count} conversations"
+    )
+
+
+def _written(
+    policy: Policy,
+    weights: Path,
+    probes: Callable[[Any, Any], list[Example]],
+    card: Callable[[Rows], str],
+    to: Path,
+    device: str,
+) -> tuple[Proof, int]:
+    """What `write` writes; the proof, and on how many conversations it rests."""
+    own: dict[str, object] = {"revision": None, "chat_template": None, "chat_template_kwargs": {}}
+    model, tokenizer = load_causal(policy, device)
+    examples = probes(model, tokenizer)
     before = mean_logps(model, examples)
-    if weights.name == "model":
+    if (weights / "config.json").is_file():
         with files.writing(to):
             shutil.copytree(weights, to, dirs_exist_ok=True)
-        after = mean_logps(
-            load_policy(str(weights), dtype=recipe.policy.dtype, device=recipe.runtime.device)[0], examples
-        )
+        whole = policy.model_copy(update={"model": str(weights), **own})
+        after = mean_logps(load_causal(whole, device)[0], examples)
         in_memory = after
     else:
-        check_adapter(weights, recipe.policy.model, recipe.policy.revision)
+        check_adapter(weights, policy.model, policy.revision)
         adapted = put_adapter_on(model, weights)
         after = mean_logps(adapted, examples)
         model = merged(adapted)
@@ -83,36 +143,17 @@ def _written(recipe: Recipe, arm: str, folder: Path, to: Path, license: str) -> 
             model.save_pretrained(str(to))
             tokenizer.save_pretrained(str(to))
     del model
-    again, _ = load_policy(
-        str(to), dtype=recipe.policy.dtype, device=recipe.runtime.device,
-        trust_remote_code=recipe.policy.trust_remote_code,
-    )  # fmt: skip
+    again, _ = load_causal(policy.model_copy(update={"model": str(to), **own}), device)
     written = mean_logps(again, examples)
     proof = Proof(*(_largest(a, b) for a, b in ((after, before), (in_memory, after), (written, after))))
     _check(proof, again.dtype, weights)
-    found = records.read_record(folder)
     checked = [
         ("change of mean token log-probabilities, at most", f"{proof.change:.4g}"),
         ("merged against base + adapter, at most", f"{proof.merged:.1e}"),
         ("this folder against base + adapter, at most", f"{proof.written:.1e}"),
     ]
-    card = policy_card(
-        recipe, arm, found["science"]["settings"]["training"], found["facts"], license, checked
-    )
-    files.write_text(to / "README.md", card)
+    files.write_text(to / "README.md", card(checked))
     return proof, len(examples)
-
-
-def _base(recipe: Recipe) -> tuple[Any, Any]:
-    policy = recipe.policy
-    return load_policy(
-        policy.model,
-        policy.revision,
-        dtype=policy.dtype,
-        device=recipe.runtime.device,
-        chat_template=policy.template,
-        trust_remote_code=policy.trust_remote_code,
-    )
 
 
 def _probes(recipe: Recipe, arm: str, model: Any, tokenizer: Any) -> list[Example]:
@@ -132,6 +173,26 @@ def _probes(recipe: Recipe, arm: str, model: Any, tokenizer: Any) -> list[Exampl
             f"{recipe.folder / 'pair' / arm} has no pair that fits training.max_tokens, expected one"
         )
     return examples[:: max(1, len(examples) // PROBES)][:PROBES]
+
+
+def _talk(model: Any, tokenizer: Any) -> list[Example]:
+    """Conversations of ours, for an adapter whose pairs are not there."""
+    rows = [
+        {
+            "prompt_id": asked,
+            "language": "und",
+            "messages": [{"role": "user", "content": asked}],
+            "chosen": said,
+        }
+        for asked, said in TALK.items()
+    ]
+    end = end_id(tokenizer, model.generation_config)
+    examples, dropped = encode_pairs(
+        pl.DataFrame(rows), tokenizer, end=end, max_tokens=1024, chosen_only=True
+    )
+    if not examples:
+        raise UserError(f"the chat template takes no plain question: {dropped['reason'][0]}")
+    return examples
 
 
 @torch.no_grad()

@@ -1,7 +1,6 @@
 """The model card of a tuned policy: what it was made from and how, what it reached, and what was checked.
 
-Markdown with front matter that the Hub reads. Whatever comes from files is escaped; a base that is a directory is not
-named by its path.
+Markdown with front matter for the Hub. Text from files is escaped; a base that is a directory is not named by its path.
 """
 
 from __future__ import annotations

@@ -1,12 +1,8 @@
 """Log-probabilities of every completion under the reference: computed once, before any adapter exists, and kept.
 
-They never change during training, so a second model in memory or a second forward per step buys nothing. The table is
-keyed by what the reference computes (configuration, weights and their type) and by token ids, those of a cut completion
-being others than those of the whole one; so every epoch, restart and arm that is given the same folder reads what is
-there. Writers may be killed, and may run beside each other: a file appears whole, and is named after what is in it.
-`on_line` is for those who would rather compute the reference at every step. Left out: a reference that moves (online
-tuning).
-"""
+The table is keyed by what the reference computes (configuration, weights and their type) and by token ids, so every
+epoch, restart and arm that is given the same folder reads it. Writers may be killed and may run at the same time: a
+file appears whole, and is named after its content. `on_line` computes the reference at every step instead."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -49,10 +45,9 @@ def reference_logps(
 ) -> Tensor:
     """log p(completion | prompt) under `model` of every completion, (C, N examples) float32, on the CPU.
 
-    Values in `folder` are reused; the rest is computed and added to it. `extra` stands for whatever else the reference
-    depends on, such as the digest of an adapter that is not among the model's parameters. Raises `UserError` when a
-    value is not a finite number (broken weights). `on_examples` is told how many examples are done.
-    """
+    Values in `folder` are used again; the others are computed and added. `extra` is whatever else the reference depends
+    on, such as an adapter's digest. `on_examples` is told how many are done. Raises `UserError` for a value that is not
+    finite."""
     folder = folder / blake2b(f"{weights_digest(model)} {extra}".encode(), digest_size=16).hexdigest()
     known = _read(folder)
     keys = [[_completion_key(example.prompt, ids) for ids in example.completions] for example in examples]
@@ -76,11 +71,8 @@ def no_reference(examples: Sequence[Example]) -> Tensor:
 
 @torch.no_grad()
 def on_line(model: nn.Module, batch: Batch) -> Tensor:
-    """The reference's log-probabilities of a batch, (C, P), computed now: the policy with its adapter switched off.
-
-    The mode and the adapter are left as they were. Raises `UserError` when there is no adapter to switch off (all
-    weights are tuned: only `reference_logps`, before training, knows the reference then).
-    """
+    """The reference's log-probabilities of a batch, (C, P): the policy with its adapter switched off, mode and adapter
+    left as they were. Raises `UserError` when there is no adapter."""
     adapted: Any = model
     while hasattr(adapted, "module"):
         adapted = adapted.module
@@ -145,11 +137,8 @@ def _completion_key(prompt: Sequence[int], completion: Sequence[int]) -> str:
 
 
 def weights_digest(model: PreTrainedModel) -> str:
-    """A digest of what the model computes: its configuration, and the shape, type, a sample and the bits of every
-    tensor.
-
-    The bits enter by their sum, which any one change moves and a GPU computes at the speed of its memory.
-    """
+    """A digest of what the model computes: configuration, and shape, type, a sample and the sum of the bits of every
+    tensor (which any one change moves)."""
     config = {
         key: value
         for key, value in model.config.to_dict().items()

@@ -3,7 +3,8 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import blake2b
 from importlib.util import find_spec
@@ -16,35 +17,49 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 
 from croco.config.arms import Training
-from croco.errors import UserError
+from croco.errors import UserError, one_line
 from croco.models.chat_template import end_id
 from croco.stages.train import checkpoints
 from croco.stages.train.batches import Rows
 from croco.stages.train.distributed import barrier, gathered, rank, world
 from croco.stages.train.encode import Example, encode_pairs, held_out
 from croco.stages.train.reference import reference_logps
+from croco.storage import shards
 from croco.storage.files import write_text, writing
 from croco.storage.hashing import file_identity
 
+# part of a reason in the ledger, and the settings that decide it
+SETTINGS_OF = {
+    "cut at the token limit": "sampling.max_new_tokens, or guards.cut",
+    "too long to train on": "training.max_tokens, or guards.too_long",
+    "more than max_tokens": "training.max_tokens",
+    "wrong language": "policy.instruction, or guards.wrong_language",
+    "duplicate": "sampling.temperature, or guards.duplicate and guards.near_duplicate",
+    "no candidate scores below": "sampling.completions",
+    "only one candidate": "sampling.completions",
+    "gold completion": "prompts.columns.reference, or chosen",
+    "score gap": "guards.min_score_gap",
+}
 LIGER = {"cross_entropy": False, "fused_linear_cross_entropy": False}  # kernels that stay off
 
 
 def share_reference(
-    model: Any, examples: list[Example], folder: Path, rows: Rows, micro_batch_tokens: int
+    model: Any, examples: list[Example], used: list[int], folder: Path, rows: Rows, micro_batch_tokens: int
 ) -> Tensor:
-    """The reference's log-probabilities of all examples, (C, N); every process computes its share."""
-    mine = examples[rank() :: world()]
+    """The reference's log-probabilities of the examples that are `used`, the others 0, (C, N); every process computes
+    its share."""
+    mine = [examples[i] for i in used[rank() :: world()]]
     found = reference_logps(
         model,
-        mine or examples[:1],
+        mine or [examples[used[0]]],
         folder=folder,
         rows=rows,
         micro_batch_tokens=micro_batch_tokens,
     )
     whole = found.new_zeros(len(examples[0].completions), len(examples))
     for number, part in enumerate(gathered(found)):
-        places = whole[:, number :: world()]
-        places.copy_(part[:, : places.shape[1]])
+        places = used[number :: world()]
+        whole[:, places] = part[:, : len(places)]
     return whole
 
 
@@ -75,6 +90,7 @@ def encode(
         num_ids=model.get_input_embeddings().weight.shape[0],
         over_length=settings.over_length,
         chosen_only=settings.method == "sft",
+        sft_on=settings.sft_on,
         instructions=instructions,
     )
     parts: tuple[list[Example], list[Example]] = ([], [])
@@ -82,11 +98,37 @@ def encode(
         parts[held_out(example.prompt_id, settings.validation_fraction)].append(example)
     training, validation = parts
     if not training:
+        advice = _advice(dropped["reason"]) or ("training.validation_fraction" if validation else "")
         raise UserError(
             f"no pair to train on: of {len(pairs)} pairs {len(dropped)} were left out"
-            f"{_first(dropped)} and {len(validation)} are held out for validation"
+            f"{_first(dropped)} and {len(validation)} are held out for validation" + _change(advice)
         )
     return training, validation, dropped
+
+
+def check_pairs(folder: Path) -> None:
+    """Raise UserError for a stage that made no pair: its most frequent reasons, and the setting to change."""
+    made = shards.shards(folder)
+    if any(shard.rows for shard in made):
+        return
+    dropped = shards.read_dropped(folder).filter(pl.col("unit") != "flag")
+    read = sum((Counter(shard.read) for shard in made), Counter[str]())
+    reasons = dropped.group_by("unit", "reason").len().sort("len", "unit", descending=[True, False]).rows()
+    why = "; ".join(
+        f"{count:,} of {read.get(unit, count):,} {unit}s: {reason}" for unit, reason, count in reasons[:3]
+    )
+    advice = _advice(reason for _, reason, _ in reasons)
+    raise UserError(f"no pair to train on ({why or 'nothing was read'})" + _change(advice))
+
+
+def _advice(reasons: Iterable[str]) -> str:
+    """The settings to change for the first reason that has some."""
+    found = (settings for reason in reasons for part, settings in SETTINGS_OF.items() if part in reason)
+    return next(found, "")
+
+
+def _change(settings: str) -> str:
+    return f": expected another {settings}" if settings else ""
 
 
 def _first(dropped: pl.DataFrame) -> str:
@@ -111,7 +153,8 @@ def prepare_scratch(
         scratch.mkdir(parents=True, exist_ok=True)
     run = blake2b(json.dumps([origin, settings.model_dump(mode="json"), seed]).encode(), digest_size=16)
     for example in examples:
-        run.update(repr((example.prompt, example.completions)).encode())
+        learnt = () if example.learnt is None else (example.learnt,)
+        run.update(repr((example.prompt, example.completions, *learnt)).encode())
     key = scratch / "run.txt"
     if not key.is_file() or key.read_bytes() != run.hexdigest().encode():
         shutil.rmtree(scratch / "checkpoints", ignore_errors=True)
@@ -119,9 +162,8 @@ def prepare_scratch(
 
 
 def use_fused_kernels(model: PreTrainedModel) -> str | None:
-    """Norms, rotary positions and gated activations as single kernels of liger-kernel (extra `gpu`), where the model
-    lies on a GPU and the package is there; else why not. Its fused cross-entropy stays off: `logps.py` computes what is
-    wanted of the logits. The proof of rows comes after this, with the kernels on."""
+    """Norms, rotary positions and gated activations as kernels of liger-kernel (extra `gpu`) for a model on a GPU; else
+    why not. Its fused cross-entropy stays off, since `logps.py` computes what is wanted of the logits."""
     if model.device.type != "cuda":
         return "the model is not on a GPU"
     if find_spec("liger_kernel") is None:
@@ -131,7 +173,7 @@ def use_fused_kernels(model: PreTrainedModel) -> str | None:
     try:
         apply_liger_kernel(model, LIGER)
     except (ImportError, TypeError, AttributeError, RuntimeError) as error:  # a version that does not fit
-        return f"liger-kernel does not fit: {' '.join(str(error).split())[:200]}"
+        return f"liger-kernel does not fit: {one_line(error)}"
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import ExitStack
 
 from croco.config.arms import Training
@@ -11,12 +12,14 @@ from croco.pipeline.progress import Progress
 from croco.pipeline.stage import Work
 from croco.stages.train.launch import TrainJob, tune
 from croco.stages.train.model_card import policy_card
+from croco.stages.train.setup import check_pairs
 from croco.storage import files, shards
 from croco.storage.schemas import DROPPED
 
 
 def train(work: Work) -> None:
     """The stage: an arm's pairs into weights and `metrics.jsonl`; pairs left out go to the ledger."""
+    check_pairs(work.inputs["pair"])
     job = TrainJob(
         policy=work.settings["policy"],
         runtime=work.runtime,
@@ -25,6 +28,7 @@ def train(work: Work) -> None:
         pairs=work.inputs["pair"],
         title=work.title,
         seed=work.settings["seed"],
+        limit=work.settings.get("limit"),
         start=work.inputs["train"] / "adapter" if "train" in work.inputs else None,
         reference=work.settings.get("reference", "base"),
         reference_folder=work.folder.parents[1] / "reference" if work.arm else None,  # of every arm
@@ -39,7 +43,7 @@ def train(work: Work) -> None:
 
         result = tune(job, advance)
     work.account(
-        read={"pair": sum(shard.rows for shard in shards.shards(work.inputs["pair"]))},
+        read={"pair": min(sum(shard.rows for shard in shards.shards(job.pairs)), job.limit or sys.maxsize)},
         written={"pair": result.pairs + result.validation_pairs},
         dropped=result.dropped.to_arrow().cast(DROPPED.schema),
     )

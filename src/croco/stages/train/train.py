@@ -1,9 +1,8 @@
-"""The stage `train`: pairs in, an adapter of the policy out (or a model, where all weights are tuned).
+"""Pairs in, an adapter of the policy out (or a model, where all weights are tuned), for anyone who has a model and
+pairs.
 
-`train_pairs` is the same thing with plain arguments, for anyone who has a model and pairs. It can be killed
-at any moment and called again: it goes on from its last checkpoint, and the loss curve is that of an
-undisturbed run. What comes out is the checkpoint with the lowest held-out loss; when the sentinel stops it, the
-best before. Every process of a `torchrun` may call it: they share each step's pairs.
+It can be killed at any moment and called again: it goes on from its last checkpoint, with the loss curve of an
+undisturbed run. The result is the checkpoint with the lowest held-out loss. Every process of a `torchrun` may call it.
 """
 
 import time
@@ -47,10 +46,8 @@ CHECKED_PAIRS = 4  # pairs of the first step on which shared rows are proven
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run did. `adapter` is its folder (of the whole model, where all weights were tuned) and `adapter_step` the
-    step it is from; `stopped` says why the sentinel stopped it, `plain_rows` why prompts were not shared, each or None;
-    `metrics` are the last ones per split.
-    """
+    """`adapter` is its folder (or the model's) and `adapter_step` its step; `stopped` says why the sentinel stopped it,
+    `plain_rows` why prompts were not shared, each or None; `metrics` are the last ones per split."""
 
     adapter: Path
     adapter_step: int
@@ -88,16 +85,13 @@ def train_pairs(
 ) -> TrainResult:
     """Tune `model` in place on preference pairs, with LoRA into `folder/adapter`, or whole into `folder/model`.
 
-    `pairs` has the columns prompt_id, language, messages, chosen, rejected (with chosen_ids and rejected_ids
-    where the sampled ids are known); method "sft" needs no rejected. `start` is the adapter that tuning goes on
-    from, and `reference` what the policy is held against: the base, or the policy as it starts. Also written:
-    `folder/metrics.jsonl`, one line per step and evaluation, and `folder/scratch` (checkpoints, and the reference's
-    log-probabilities unless `reference_folder` keeps them), which the caller may remove afterwards. Without
-    `reference_table` they are computed at every step instead, by the policy without its adapter. A second call
-    with the same arguments goes on where the first was killed. `on_step(step, num_steps)` follows it. "auto" is
-    what fits in memory. Raises `UserError` for settings out of range, when no pair is left, when it cannot fit,
-    and (as `Stopped`) when training was stopped before any good checkpoint.
-    """
+    `pairs` has the columns prompt_id, language, messages, chosen, rejected (not for method "sft"), and chosen_ids and
+    rejected_ids where they are known. `start` is the adapter to go on from; `reference` is the base, or the policy as
+    it starts. `folder` also gets `metrics.jsonl`, a line per step and evaluation, and `scratch` (checkpoints, and the
+    reference's log-probabilities unless `reference_folder` keeps them or `reference_table` is off), which the caller
+    may remove. A second call goes on where the first was killed. "auto" is what fits in memory. Raises `UserError` for
+    settings out of range, when no pair is left or it cannot fit, and (as `Stopped`) when it stopped before any good
+    checkpoint."""
     began = time.monotonic()
     _check(settings, start)
     on_line = not reference_table and settings.method == "dpo" and settings.loss not in REFERENCE_FREE
@@ -110,6 +104,7 @@ def train_pairs(
     training, validation, dropped = encode(model, tokenizer, pairs, settings, instructions)
     examples = training + validation
     steps = plan_steps(len(training), settings.batch_pairs, settings.epochs, seed, settings.updates)
+    used = sorted({i for step in steps for i in step} | set(range(len(training), len(examples))))
     scratch, metrics_file = folder / "scratch", folder / "metrics.jsonl"
     arguments = training_arguments(
         settings,
@@ -126,6 +121,8 @@ def train_pairs(
         prepare_scratch(scratch, origin, settings, seed, examples)
     barrier()
     first = [examples[i] for i in steps[0][:CHECKED_PAIRS]]
+    if rank() == 0:
+        _warn_of_few(len(training), len(steps), settings)
     unfused = use_fused_kernels(model)
     if unfused and model.device.type == "cuda" and rank() == 0:
         notice(f"no fused kernels: {unfused}")
@@ -144,7 +141,7 @@ def train_pairs(
         if on_line or settings.loss in REFERENCE_FREE:
             return no_reference(examples)
         tokens = layout.micro_batch_tokens
-        return share_reference(of, examples, reference_folder or scratch / "reference", rows, tokens)
+        return share_reference(of, examples, used, reference_folder or scratch / "reference", rows, tokens)
 
     reference_logps_CN = logps(model) if reference == "base" else None
     policy = _trainable(model, settings, start, seed)
@@ -204,6 +201,19 @@ def train_pairs(
         metrics=checkpoints.last_metrics(trainer.lines),
         dropped=dropped,
     )
+
+
+def _warn_of_few(num_pairs: int, num_steps: int, settings: Training) -> None:
+    """Say on the terminal, before training, that there is little to learn from."""
+    pairs = "1 pair" if num_pairs == 1 else f"{num_pairs:,} pairs"
+    if num_pairs < settings.batch_pairs:
+        few = f"{pairs} to train on, fewer than training.batch_pairs = {settings.batch_pairs:,}"
+    elif num_steps == 1:
+        few = f"{pairs} to train on, which is one optimizer step of training.batch_pairs = {settings.batch_pairs:,}"
+    else:
+        return
+    steps = "one optimizer step" if num_steps == 1 else f"{num_steps:,} optimizer steps"
+    notice(f"{few}: {steps} in all; more prompts, a smaller batch or more epochs make more of them")
 
 
 def _run(trainer: PairTrainer, checkpoint: Path | None) -> str | None:

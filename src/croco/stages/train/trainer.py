@@ -1,12 +1,10 @@
 """The Trainer: transformers' loop, optimizer, schedule and checkpoints around our batches and losses.
 
-One item of the data loader is one optimizer step: the pairs of an effective batch. `training_step` cuts it
-into micro-batches by the token budget and divides every loss by what the whole step holds, so the gradient
-does not depend on the cut, nor on how many processes share the step. All epochs are one pass over a fixed plan
-of steps, so that resuming means skipping items. Every line of metrics passes by the sentinel.
+An item of the data loader is an optimizer step. `training_step` cuts it into micro-batches and divides every loss by
+what the whole step holds, so the gradient depends neither on the cut nor on the number of processes. All epochs are one
+pass over a fixed plan of steps, so resuming means skipping items. Every line of metrics passes by the sentinel.
 
-Shapes: P pairs of a micro-batch, C completions of a pair, N examples.
-"""
+Shapes: P pairs of a micro-batch, C completions of a pair, N examples."""
 
 import json
 import math
@@ -96,11 +94,9 @@ class PairTrainer(Trainer):
         return DataLoader(self.train_dataset, batch_size=1, shuffle=False, collate_fn=lambda items: items[0])
 
     def _micro_batches(self, pairs: Sequence[int]) -> Iterator[tuple[Batch, Tensor | None, float, bool]]:
-        """This process's share of the pairs: batches, reference values, weight, and whether it is the last.
-
-        Processes wait for each other at every micro-batch (sharded weights are gathered there), so all have
-        equally many: one that has none left takes a pair again, at weight 0.
-        """
+        """This process's share of the pairs: batches, reference values, weight, and whether it is the last. Processes
+        wait for each other at every micro-batch, so all have equally many: one with none left takes a pair again at
+        weight 0."""
         cuts = [
             cut(share, self.lengths, self.micro_batch_tokens, packed=self.rows == "packed")
             for share in shares(pairs, self.lengths, self.args.world_size)
@@ -118,10 +114,10 @@ class PairTrainer(Trainer):
             )
 
     def _divisor(self, pairs: Sequence[int]) -> int:
-        """What the sum of losses is divided by: pairs, or for supervised tuning completion tokens."""
+        """What the sum of losses is divided by: pairs, or for supervised tuning the tokens that are learnt."""
         if self.reference_logps_CN is not None:
             return len(pairs)
-        return sum(len(self.examples[i].completions[0]) for i in pairs)
+        return sum(self.examples[i].num_learnt for i in pairs)
 
     def _over(self, model: nn.Module, pairs: Sequence[int], backward: bool) -> dict[str, float]:
         """Loss and what is watched over some pairs of all processes, the loss by its divisor, the rest by pairs."""
@@ -159,9 +155,7 @@ class PairTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:
-        """Forward and backward over all micro-batches of a step; returns the step's loss, the mean over its
-        pairs.
-        """
+        """Forward and backward over all micro-batches of a step; returns the step's loss, the mean over its pairs."""
         model.train()
         with switched_off(self.own_noise):
             found = self._over(model, inputs["pairs"], backward=True)
@@ -173,9 +167,7 @@ class PairTrainer(Trainer):
 
     @torch.no_grad()
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Loss and metrics on the held-out pairs, dropout off; names carry `eval_`. Also written to the
-        metrics file.
-        """
+        """Loss and metrics on the held-out pairs, dropout off, for callbacks (as `eval_…`) and the metrics file."""
         self.model.eval()
         metrics = self._over(self.model, self.validation, backward=False)
         self._watch({"step": self.state.global_step, "split": "validation", **metrics})
@@ -241,9 +233,8 @@ def training_arguments(
     trackers: Sequence[str] = (),
     half: torch.dtype | None = None,
 ) -> TrainingArguments:
-    """transformers' arguments of a run: one item of the loader per step, and a checkpoint at each of its
-    evaluations, equally far apart. `half`: what float32 weights compute in.
-    """
+    """transformers' arguments: a loader item per step, a checkpoint at each evaluation. `half`: what float32 weights
+    compute in."""
     every = max(1, math.ceil(num_steps / settings.sentinel.evaluations))
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -252,7 +243,9 @@ def training_arguments(
         gradient_accumulation_steps=1,
         learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.scheduler,
-        warmup_steps=int(settings.warmup_ratio * num_steps),  # rounded down: a run of one step must learn
+        warmup_steps=(math.ceil if settings.warmup_rounding == "up" else int)(
+            settings.warmup_ratio * num_steps
+        ),
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         bf16=half == torch.bfloat16,

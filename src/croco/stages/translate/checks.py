@@ -1,8 +1,7 @@
-"""What is wrong with a translation, as far as a program can tell, as a reason for the ledger.
+"""What is wrong with a translation, as far as a program can tell, as a reason for the ledger: its kind, a colon,
+details.
 
-A reason begins with its kind and a colon, so that a report can count kinds. Texts with few letters are not judged by
-their language or length: a name or a greeting says little. Adequacy and fluency are left out: they need a model.
-"""
+Texts with few letters are not judged by language or length. Adequacy and fluency are left out: they need a model."""
 
 from __future__ import annotations
 
@@ -27,11 +26,9 @@ def fault(
     checks: Collection[str],
     length_ratios: tuple[float, float],
 ) -> str | None:
-    """The first thing wrong with the translation of one turn into `language`, or None.
-
-    `candidates` are the languages it may be mistaken for, `checks` the names of those that apply, and `length_ratios`
-    the least and the greatest length in characters of the source's.
-    """
+    """The first thing wrong with the translation of one turn into `language`, or None. `candidates` are the languages
+    it may be mistaken for, `checks` those that apply, `length_ratios` the least and greatest length relative to the
+    source."""
     if source.strip() and not translation.strip():
         return "empty translation"
     if "items" in checks and (reason := changed_items(source, translation)):
@@ -67,10 +64,7 @@ def changed_items(source: str, translation: str) -> str | None:
 
 
 def lost_numbers(source: str, translation: str) -> str | None:
-    """A number not in `SPELLED` that stands in the source more often than in the translation.
-
-    Numbers may be added (words become digits) and small ones may become words.
-    """
+    """A number that stands in the source more often than in the translation; those in `SPELLED` may become words."""
     before, after = items(source), items(translation)
     for (kind, item), count in before.items():
         if kind == "number" and item not in SPELLED and after[kind, item] < count:

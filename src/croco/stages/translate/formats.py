@@ -1,11 +1,7 @@
 """How a translation model is asked: the messages for one text, as each family was trained to read it.
 
-The text stands in its own user turn, without the conversation around it. A language is named as CLDR names it in
-English, or by its BCP-47 code where the model's own chat template does the naming.
-
-Sources: the model cards of TranslateGemma (a list with one entry, language codes beside the text), Tower+ and
-TowerInstruct (v0.2).
-"""
+The text stands in its own user turn. Languages have their English names of CLDR, or BCP-47 codes where the chat
+template names them. Sources: the model cards of TranslateGemma, Tower+ and TowerInstruct (v0.2)."""
 
 from __future__ import annotations
 

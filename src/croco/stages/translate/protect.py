@@ -1,10 +1,8 @@
 """What a translation must not touch: whole stretches that are never sent, and items in prose that are checked after.
 
-Code blocks, display maths, JSON and tool calls are cut out and put back, so they cannot change. Inline code, URLs,
-e-mail addresses, placeholders, LaTeX commands and numbers stay in the sentence, because a sentence with holes is
-translated badly; `items` counts them in source and translation. Why so is docs/decisions/012. Leaves out names, units
-and quotations: whether those are translated is a matter of taste.
-"""
+Code blocks, display maths, JSON and tool calls are cut out and put back. Inline code, URLs, e-mail addresses,
+placeholders, LaTeX commands and numbers stay, because a sentence with holes is translated badly; `items` counts them in
+both texts (docs/decisions/012). Leaves out names, units and quotations."""
 
 from __future__ import annotations
 
@@ -48,10 +46,8 @@ KINDS = {
 
 
 def pieces(text: str) -> list[Piece]:
-    """The text in stretches to translate and stretches to leave; their texts joined are the text again.
-
-    Whitespace around a stretch to translate is left out of it; a stretch without words outside its items is not sent.
-    """
+    """The text in stretches to translate and stretches to leave, which joined are the text again. Whitespace around a
+    stretch to translate is left out of it; one without words outside its items is not sent."""
     stretches: list[Piece] = []
     start = at = 0
     while opening := _OPENING.search(text, at):
@@ -110,11 +106,8 @@ def prose(text: str) -> str:
 
 
 def items(text: str) -> Counter[tuple[str, str]]:
-    """How often each (kind, item) stands in a text; kinds are the keys of `KINDS`.
-
-    Numbers are compared without their separators: 1,234.5 and 1.234,5 are both 1234 and 5, and so is 31.12.2024 the
-    same as 12/31/2024.
-    """
+    """How often each (kind, item) stands in a text; kinds are the keys of `KINDS`. Numbers are compared without
+    separators, so 1,234.5 is 1.234,5 and 31.12.2024 is 12/31/2024."""
     counts: Counter[tuple[str, str]] = Counter()
     for match in _ITEM.finditer(text):
         kind, item = str(match.lastgroup), match[0]

@@ -1,12 +1,8 @@
 """The stages `translate` and `eval-translate`: prompts of one language in all the others, by a translation model.
 
-They write a prompts table in every language under the same prompt_id; the rows in the source's language are unchanged.
-Every turn of a conversation is translated on its own, greedily; roles, order, code, JSON and tool calls stay as they
-are (`protect.py`). A prompt with a turn that fails a check (`checks.py`) goes to the ledger with the turn and the
-reason. A reference is a completion in the source's language and is not copied to the others.
-
-A text that several prompts share (a system turn, say) is sent once per call of the engine.
-"""
+Rows in the source's language are unchanged. Every turn is translated by itself, greedily; roles, code, JSON and tool
+calls stay (`protect.py`). A prompt with a turn that fails a check (`checks.py`) goes to the ledger. References are not
+copied to other languages. A text that several prompts share is sent once per call of the engine."""
 
 from __future__ import annotations
 

@@ -1,0 +1,401 @@
+"""What smollm2.toml and smollm2-cpu.toml need beside the stages: a reward model of English pairs, controls, a page.
+
+    python recipes/smollm2.py reward RECIPE      # the folder that reward.model names, and its accuracy on dev
+    croco run RECIPE
+    python recipes/smollm2.py page RECIPE --to docs/results/smollm2.md
+
+All of it is made of the product's own stages and goes on where it was killed. The reward model is a one-logit
+classifier on the policy's trunk. It learns from English pairs of the policy's own samples, labelled by program: a
+completion that does what was asked, ended by itself, is in the language, has no loop and no echo, against one that
+fails in any of these; and against a completion in another language. Beside it stands one that learns from as many
+pairs, labelled in every tuned language.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import everyday
+import numpy as np
+import polars as pl
+
+import croco
+from croco.config.load import load
+from croco.config.models import Reward
+from croco.config.recipe import Recipe
+from croco.models.open import tuned_weights
+from croco.pipeline.run import run_stage
+from croco.stages.evaluate import stats
+from croco.stages.evaluate.results import language_groups, summarise
+from croco.stages.score.policy_logprobs import open_likelihood, score_likelihood
+from croco.stages.score.reward import open_reward
+from croco.storage.shards import read_table
+
+# what the labels ask for; the measure asks for more
+LABELS = ("constraint", "ended", "in the language", "no loop", "no echo")
+PARTS = ("constraint", "in the language", "known words", "no loop", "no echo", "ended")
+ROW = ("prompt_id", "language")
+# prompts and completions that reward models learn from, the last ones of the train split, and those of accuracy on dev
+ENGLISH, OTHERS, DEV = (48, 8), (24, 3), (20, 6)
+LAYERS = 8  # the last ones are trained, those below are the policy's
+LEARNING_RATE, BATCH_PAIRS = 1e-4, 8
+BEST_OF = 4
+INSTRUCTIONS = {
+    "en": "Answer in English.", "fr": "Réponds en français.", "es": "Responde en español.",
+    "de": "Antworte auf Deutsch.", "it": "Rispondi in italiano.", "pt": "Responda em português.",
+    "nl": "Antwoord in het Nederlands.", "da": "Svar på dansk.",
+}  # fmt: skip
+
+
+# The reward model -----------------------------------------------------------------------------------------------------
+
+
+def make_reward(recipe: Recipe) -> None:
+    """Sample, label, train two classifiers, and write what they are worth on dev beside them."""
+    english, ceiling = Path(recipe.reward.model), Path(f"{recipe.reward.model}-in-language")
+    learnt = sampled(recipe, "english", "train", *ENGLISH, ("en",))
+    foreign = sampled(recipe, "others", "train", *OTHERS, recipe.run.languages[1:])
+    rows = labelled(pl.concat([learnt, foreign]))
+    pairs = english_pairs(rows)
+    for folder, examples in ((english, pairs), (ceiling, own_language_pairs(rows, len(pairs)))):
+        if not folder.exists():
+            train(recipe, examples, folder)
+    dev = labelled(sampled(recipe, "dev", "dev", *DEV, recipe.run.languages))
+    table = accuracies(recipe, dev, {"English pairs": english, "pairs in every language": ceiling})
+    table.insert_column(0, pl.Series("pairs", [len(pairs), len(pairs), None][: table.height]))
+    table.write_json(english / "accuracy.json")
+    print(table)
+
+
+def sampled(
+    recipe: Recipe, name: str, split: str, count: int, completions: int, languages: Sequence[str]
+) -> pl.DataFrame:
+    """Completions of a split's last prompts, by the policy; in a folder of their own beside the run's."""
+    folder = Path(f"{recipe.folder}-reward") / name
+    items = [item.prompt_id for item in everyday.splits()[split][-count:]]
+    rows = [row for row in everyday.rows(split) if row["prompt_id"] in items and row["language"] in languages]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    file = folder.with_suffix(".jsonl")
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return croco.sample(
+        file,
+        recipe.policy.model_dump(mode="json"),
+        folder,
+        languages=languages,
+        sampling=recipe.sampling.model_dump(mode="json") | {"completions": completions},
+        runtime=recipe.runtime.model_dump(mode="json"),
+        seed=recipe.run.seed + 1,
+    )
+
+
+def labelled(rows: pl.DataFrame) -> pl.DataFrame:
+    """Completions with each part of being usable as a column, `good` (what labels ask for) and `usable` (all parts)."""
+    columns = ["prompt_id", "language", "completion", "finish_reason"]
+    found = pl.DataFrame([everyday.parts(*row) for row in rows.select(columns).iter_rows()])
+    return pl.concat([rows, found], how="horizontal").with_columns(
+        good=pl.all_horizontal(LABELS), usable=pl.all_horizontal(PARTS)
+    )
+
+
+def contrasts(rows: pl.DataFrame, rng: Random, per_prompt: int = 4) -> list[dict[str, Any]]:
+    """Up to so many pairs of each prompt: a good completion and one that is not."""
+    pairs = []
+    for _, pool in rows.group_by(ROW, maintain_order=True):
+        good, bad = (
+            pool.filter("good")["completion"].to_list(),
+            pool.filter(~pl.col("good"))["completion"].to_list(),
+        )
+        both = [(a, b) for a in dict.fromkeys(good) for b in dict.fromkeys(bad) if a != b]
+        asked = pool["messages"][0].to_list()
+        pairs += [example(asked, *pair) for pair in rng.sample(both, min(per_prompt, len(both)))]
+    return pairs
+
+
+def example(messages: list[dict[str, str]], chosen: str, rejected: str) -> dict[str, Any]:
+    """A pair in TRL's form."""
+    turns = {"chosen": chosen, "rejected": rejected}
+    return {"prompt": messages} | {k: [{"role": "assistant", "content": text}] for k, text in turns.items()}
+
+
+def english_pairs(rows: pl.DataFrame) -> list[dict[str, Any]]:
+    """Pairs of English completions, and of a good English one against the same prompt's in another language."""
+    rng = Random("english pairs")
+    english = rows.filter(language="en")
+    pairs = contrasts(english, rng)
+    foreign = rows.filter(pl.col("language") != "en").filter("in the language", "no loop")
+    for (prompt_id,), pool in english.filter("good").group_by("prompt_id", maintain_order=True):
+        others = foreign.filter(prompt_id=prompt_id)["completion"].to_list()
+        picked = zip(
+            pool["completion"].unique(maintain_order=True),
+            rng.sample(others, min(2, len(others))),
+            strict=False,
+        )
+        pairs += [example(pool["messages"][0].to_list(), *pair) for pair in picked]
+    rng.shuffle(pairs)
+    return pairs
+
+
+def own_language_pairs(rows: pl.DataFrame, count: int) -> list[dict[str, Any]]:
+    """As many pairs, labelled in each language."""
+    rng = Random("pairs in every language")
+    return rng.sample(pairs := contrasts(rows, rng, 8), min(count, len(pairs)))
+
+
+def train(recipe: Recipe, pairs: Sequence[dict[str, Any]], to: Path) -> None:
+    """A classifier of one logit that begins at the policy's weights, trained by TRL on the pairs, once through."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from trl import RewardConfig, RewardTrainer
+
+    from croco.models.loading import resolve_model
+
+    torch.manual_seed(recipe.run.seed)
+    policy = resolve_model(recipe.policy.model)
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        policy, num_labels=1, dtype=torch.float32, pad_token_id=tokenizer.pad_token_id
+    )
+    torch.nn.init.zeros_(model.score.weight)
+    model.model.embed_tokens.requires_grad_(False)
+    model.model.layers[:-LAYERS].requires_grad_(False)
+    draft = to.with_name(f".{to.name}.partial")
+    settings = RewardConfig(
+        output_dir=str(draft), num_train_epochs=1, per_device_train_batch_size=BATCH_PAIRS, learning_rate=LEARNING_RATE,
+        warmup_steps=5, lr_scheduler_type="cosine", logging_steps=5, save_strategy="no", report_to="none",
+        gradient_checkpointing=False, max_length=512, seed=recipe.run.seed,
+        bf16=False,
+    )  # fmt: skip
+    trainer = RewardTrainer(
+        model=model, args=settings, train_dataset=Dataset.from_list(list(pairs)), processing_class=tokenizer
+    )
+    trainer.train()
+    shutil.rmtree(draft, ignore_errors=True)
+    model.save_pretrained(draft)
+    tokenizer.save_pretrained(draft)
+    draft.rename(to)
+
+
+def accuracies(recipe: Recipe, dev: pl.DataFrame, models: dict[str, Path]) -> pl.DataFrame:
+    """How often each reward ranks a good completion above one that is not, within each language, with intervals over
+    prompts; the likelihood is the policy's own, mean over tokens."""
+    groups = [
+        (pool["messages"][0].to_list(), pool.to_dicts()) for _, pool in dev.group_by(ROW, maintain_order=True)
+    ]
+    scores = {}
+    for name, folder in models.items():
+        score, _ = open_reward(Reward(model=str(folder), dtype=recipe.reward.dtype), recipe.runtime)
+        scores[name] = score(groups)
+    for _, pool in groups:
+        for row in pool:
+            row["completion_ids"] = None
+    scores["likelihood"] = score_likelihood(*open_likelihood(recipe.policy, recipe.runtime, True), groups, {})
+    table = []
+    for name, scored in scores.items():
+        shares: dict[str, list[float]] = {}
+        for (_, pool), values in zip(groups, scored, strict=True):
+            told = [(row["good"], float(value)) for row, value in zip(pool, values, strict=True)]
+            good, bad = ([value for label, value in told if label == wanted] for wanted in (True, False))
+            won = [(a > b) + 0.5 * (a == b) for a in good for b in bad]
+            if won:
+                shares.setdefault(pool[0]["language"], []).append(float(np.mean(won)))
+        table.append(
+            {"reward": name} | {code: stats.bootstrap_mean(each, 0) for code, each in shares.items()}
+        )
+    return pl.DataFrame(table)
+
+
+# The controls ---------------------------------------------------------------------------------------------------------
+
+
+def controls(path: Path, recipe: Recipe) -> dict[str, pl.DataFrame]:
+    """Verdicts of the base in ways that need no tuning: asked to answer in the language, and the best of several."""
+    asked = [f'policy.instruction.{code}="{INSTRUCTIONS[code]}"' for code in recipe.run.evaluated]
+    asked += ["evaluation.temperatures=[0.0, 0.5]", "evaluation.base_temperatures=[]"]
+    best = [
+        f"evaluation.samples={BEST_OF}",
+        "evaluation.temperatures=[1.0]",
+        "evaluation.base_temperatures=[]",
+    ]
+    best += [
+        f'evaluation.reward.model="{recipe.reward.model}"',
+        f'evaluation.reward.dtype="{recipe.reward.dtype}"',
+    ]
+    best += [] if not recipe.evaluation.reward else ["evaluation.reward.function=null"]
+    found = {}
+    for name, overrides in (("instruction", asked), ("best-of", best)):
+        folder = Path(f"{recipe.folder}-controls") / name
+        other = load(path, [f'run.folder="{folder}"', *overrides])
+        for stage in ("eval-prompts", "evaluate"):
+            run_stage(other, stage, arm="base" if stage == "evaluate" else None, say=print)
+        found[name] = read_table(folder / "evaluate" / "base")
+    return found
+
+
+# The page -------------------------------------------------------------------------------------------------------------
+
+
+def page(path: Path, recipe: Recipe, to: Path) -> None:
+    """Write the tables below the line MARK of the page, whose text above it is kept; beside it the run's own page."""
+    verdicts = judged(path, recipe)
+    groups = language_groups(recipe.run.languages, (), recipe.run.held_out_languages)
+    groups = {"tuned but English": list(recipe.run.languages[1:]), **groups}
+    results = summarise(verdicts, groups, recipe.run.seed)
+    accuracy = pl.read_json(Path(recipe.reward.model) / "accuracy.json")
+    text = to.read_text(encoding="utf-8").partition(MARK)[0] if to.exists() else "# A real model\n\n"
+    parts = [text.rstrip(), MARK, *tables(recipe, results, accuracy), *drift(recipe, verdicts)]
+    to.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    shutil.copyfile(recipe.folder / "report" / "report.html", to.with_suffix(".html"))
+    results.write_parquet(Path(f"{recipe.folder}-controls") / "results.parquet")
+
+
+def judged(path: Path, recipe: Recipe) -> pl.DataFrame:
+    """The verdicts of the run and of the controls, each part of being usable as a benchmark of its own."""
+    arms = [read_table(recipe.folder / "evaluate" / arm) for arm in ("base", *recipe.evaluated_arms)]
+    others = controls(path, recipe)
+    asked = others["instruction"].with_columns(arm=pl.lit("base, told the language"))
+    best = (
+        others["best-of"]
+        .sort(*ROW, "value", descending=[False, False, True])
+        .unique(ROW, keep="first", maintain_order=True)
+    )
+    best = best.with_columns(arm=pl.lit(f"base, best of {BEST_OF}"))
+    rows = labelled(pl.concat([*arms, asked, best], how="diagonal"))
+    keys = ["arm", "temperature", *ROW, "sample_id", "found_language", "completion", "finish_reason"]
+    long = rows.unpivot(["usable", *PARTS], index=keys, variable_name="benchmark")
+    return long.with_columns(pl.col("value").cast(pl.Float64), mode=pl.lit(""))
+
+
+def shown(row: dict[str, Any], sign: str = "") -> str:
+    """A share in percent with its interval."""
+    value, *ends = (100 * row[name] for name in ("value", "ci_low", "ci_high") if row[name] is not None)
+    return f"{value:{sign}.0f}" + (f" [{ends[0]:{sign}.0f}, {ends[1]:{sign}.0f}]" if ends else "")
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def tables(recipe: Recipe, results: pl.DataFrame, accuracy: pl.DataFrame) -> Iterator[str]:
+    """The reward models, usable completions, and their parts."""
+    codes = [code for code in recipe.run.languages if code in accuracy.columns]
+    yield "## The reward model on dev"
+    yield (
+        "Share of pairs of completions to one prompt, one good and one not, that are ranked right, in percent with 95 "
+        "% intervals over prompts; chance is 50."
+    )
+    each = [[row["reward"], *(shown(row[code]) for code in codes)] for row in accuracy.to_dicts()]
+    yield table(["ranked by", *codes], each)
+    found = {
+        tuple(row[name] for name in ("arm", "temperature", "language", "benchmark", "metric")): row
+        for row in results.to_dicts()
+    }
+    settings = sorted({key[:2] for key in found}, key=lambda one: (one[1], one[0]))
+
+    def cell(setting: tuple[Any, ...], scope: str, part: str = "usable", metric: str = "score") -> str:
+        row = found.get((*setting, scope, part, metric))
+        return shown(row, "+" if metric != "score" else "") if row else ""
+
+    def lines(*columns: tuple[str, ...]) -> list[list[str]]:
+        return [[one[0], f"{one[1]:g}", *(cell(one, *column) for column in columns)] for one in settings]
+
+    yield "## Usable completions"
+    yield "In percent, with 95 % intervals over prompts; differences in points, paired by prompt."
+    for scope in ("tuned", "tuned but English", "held-out"):
+        yield f"### Languages: {scope}"
+        against = [(scope, "usable", metric) for metric in ("difference", "difference-to-best-base")]
+        head = [
+            "arm",
+            "temperature",
+            "usable",
+            "against the base at the same",
+            "against the base at its best",
+        ]
+        yield table(head, lines((scope,), *against))
+    every = recipe.run.evaluated
+    yield "### Language by language"
+    yield table(["arm", "temperature", *every], lines(*((code,) for code in every)))
+    yield "### Each part by itself, tuned languages"
+    yield table(["arm", "temperature", *PARTS], lines(*(("tuned", part) for part in PARTS)))
+
+
+def drift(recipe: Recipe, verdicts: pl.DataFrame) -> Iterator[str]:
+    """How far each arm went from the base: likelihood of a text that nobody asked for, and KL on its own samples."""
+    lines = []
+    for arm in ("base", *recipe.evaluated_arms):
+        adapter = None if arm == "base" else tuned_weights(recipe.folder / "train" / arm)
+        lines.append(
+            [arm, *text_nlls(recipe, adapter), divergence(recipe, verdicts.filter(arm=arm), adapter)]
+        )
+    yield "## Distance from the base"
+    yield (
+        "Negative log-likelihood in nats per token of a short human text in each language (`everyday.TEXT`), and the "
+        "KL divergence from the base in nats per token, estimated on the arm's own samples (T = 1) of the tuned "
+        "languages' test prompts."
+    )
+    yield table(["arm", *recipe.run.evaluated, "KL"], lines)
+
+
+def text_nlls(recipe: Recipe, adapter: Path | None) -> list[str]:
+    import torch
+
+    from croco.models.loading import load_policy
+
+    policy = recipe.policy
+    model, tokenizer = load_policy(
+        policy.model, dtype=policy.dtype, device=recipe.runtime.device, adapter=adapter
+    )
+    nlls = []
+    for code in recipe.run.evaluated:
+        ids = tokenizer(everyday.TEXT[code], return_tensors="pt")["input_ids"].to(model.device)
+        with torch.inference_mode():
+            nlls.append(f"{model(input_ids=ids, labels=ids).loss.item():.3f}")
+    return nlls
+
+
+def divergence(recipe: Recipe, verdicts: pl.DataFrame, adapter: Path | None) -> str:
+    if adapter is None:
+        return ""
+    prompts = read_table(recipe.folder / "eval-prompts", [*ROW, "messages"])
+    rows = verdicts.filter(
+        pl.col("language").is_in(recipe.run.languages), temperature=1.0, benchmark="usable"
+    )
+    rows = rows.filter(pl.col("completion") != "").join(prompts, on=ROW).with_columns(completion_ids=None)
+    groups = [
+        (pool["messages"][0].to_list(), pool.to_dicts())
+        for _, pool in rows.group_by(ROW, maintain_order=True)
+    ]
+    own, base = (
+        score_likelihood(*open_likelihood(recipe.policy, recipe.runtime, True, weights), groups, {})
+        for weights in (adapter, None)
+    )
+    gaps = [float(np.mean(np.subtract(a, b))) for a, b in zip(own, base, strict=True)]
+    found = stats.bootstrap_mean(gaps, 0)
+    return f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]"
+
+
+MARK = "<!-- the tables below are written by recipes/smollm2.py -->"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("what", choices=("reward", "page"))
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--to", type=Path, default=Path("docs/results/smollm2.md"))
+    asked = parser.parse_args()
+    recipe = load(asked.recipe)
+    if asked.what == "reward":
+        make_reward(recipe)
+    else:
+        page(asked.recipe, recipe, asked.to)
+
+
+if __name__ == "__main__":
+    main()

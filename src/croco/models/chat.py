@@ -1,0 +1,111 @@
+"""A conversation with a model: what the person writes in, what the model says out, as it comes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, TextStreamer
+
+from croco.config.models import Policy
+from croco.errors import Refused, printable
+from croco.models.chat_template import end_ids, prompt_ids
+from croco.models.loading import load_policy, max_context
+
+NEW, QUIT = "/new", "/quit"
+
+
+class _Printer(TextStreamer):
+    """Prints whole words as they come, without what could steer the terminal, and keeps them."""
+
+    said = ""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.said += text
+        print(printable(text), end="\n" if stream_end else "", flush=True)
+
+
+def chat(
+    policy: Policy,
+    adapter: Path | None,
+    *,
+    device: str,
+    language: str | None,
+    system: str | None,
+    temperature: float,
+    max_new_tokens: int,
+) -> None:
+    """Answer each line of the standard input, every earlier turn in mind, until it ends; raises UserError for a model
+    that does not load. `language` adds the instruction that the policy was tuned with in it."""
+    model, tokenizer = load_policy(
+        policy.model,
+        policy.revision,
+        policy.dtype,
+        device,
+        adapter,
+        policy.template,
+        policy.trust_remote_code,
+    )
+    instruction = policy.instruction.get(language or "")
+    opening = [{"role": "system", "content": system}] if system else []
+    messages = list(opening)
+    for text in _lines():
+        if text == NEW:
+            messages = list(opening)
+            continue
+        asked = [*messages, {"role": "user", "content": text}]
+        try:
+            ids = prompt_ids(tokenizer, asked, instruction)
+        except Refused as error:
+            print(printable(str(error)), file=sys.stderr)
+            continue
+        room = max_context(model) - len(ids)
+        if room <= 0:
+            full = f"the conversation fills the context of {max_context(model)} tokens; {NEW} begins another"
+            print(full, file=sys.stderr)
+            continue
+        said = _answer(model, tokenizer, ids, temperature, min(room, max_new_tokens))
+        messages = [*asked, {"role": "assistant", "content": said}]
+
+
+def _lines() -> Iterator[str]:
+    """What the person writes, line by line, until the input ends or says so; a pipe gets no prompts."""
+    person = sys.stdin.isatty()
+    if person:
+        print(f"{NEW} begins anew, {QUIT} or Ctrl-D ends; Ctrl-C stops an answer", file=sys.stderr)
+    while True:
+        try:
+            line = input("> ") if person else sys.stdin.readline()
+        except (EOFError, KeyboardInterrupt):
+            print(file=sys.stderr)
+            return
+        if (not person and not line) or line.strip() == QUIT:
+            return
+        if line.strip():
+            yield line.strip()
+
+
+@torch.inference_mode()
+def _answer(model: Any, tokenizer: Any, ids: list[int], temperature: float, most: int) -> str:
+    printer = _Printer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    ends = sorted(end_ids(tokenizer, model.generation_config))
+    sampled: dict[str, Any] = {"temperature": temperature, "top_p": 1.0, "top_k": 0} if temperature else {}
+    config = GenerationConfig(
+        max_new_tokens=most,
+        do_sample=temperature > 0,
+        repetition_penalty=1.0,
+        eos_token_id=ends,
+        pad_token_id=ends[0],
+        **sampled,
+    )
+    prompt = torch.tensor([ids], device=model.device)
+    try:
+        model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), generation_config=config, streamer=printer
+        )
+    except KeyboardInterrupt:
+        print()
+    return printer.said

@@ -1,0 +1,67 @@
+"""The script beside the recipes of SmolLM2: labels, pairs and tables, on completions written by hand."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import polars as pl
+import pytest
+
+from croco.config.load import load
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+pytest.importorskip("wordfreq")
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    sys.path.insert(0, str(RECIPES))
+    try:
+        return importlib.import_module("smollm2")
+    finally:
+        sys.path.remove(str(RECIPES))
+
+
+def rows_of(script: ModuleType, texts: dict[str, list[tuple[str, str]]]) -> pl.DataFrame:
+    """Completions to one short prompt in some languages, each with how it ended."""
+    item = next(item for item in script.everyday.splits()["train"] if item.kind == "short")
+    asked = {code: [{"role": "user", "content": script.everyday.instruction(item, code)}] for code in texts}
+    return pl.DataFrame([
+        {"prompt_id": item.prompt_id, "language": code, "sample_id": i, "messages": asked[code],
+         "completion": text, "finish_reason": reason}
+        for code, drawn in texts.items() for i, (text, reason) in enumerate(drawn)
+    ])  # fmt: skip
+
+
+GOOD = "Many people like this place in the summer."
+GERMAN = "Viele Menschen mögen diesen Ort im Sommer sehr."
+LOOP = "the sea the sea the sea the sea"
+
+
+def test_labels_and_pairs(script: ModuleType) -> None:
+    rows = script.labelled(rows_of(script, {
+        "en": [(GOOD, "stop"), (GOOD, "length"), (LOOP, "stop"), (GERMAN, "stop")],
+        "de": [(GERMAN, "stop"), (GOOD, "stop")],
+    }))  # fmt: skip
+    assert rows["good"].to_list() == [True, False, False, False, True, False]
+    assert rows["usable"].to_list() == rows["good"].to_list()
+    said = lambda pairs: sorted((p["chosen"][0]["content"], p["rejected"][0]["content"]) for p in pairs)  # noqa: E731
+    pairs = script.english_pairs(rows)
+    # of English samples, and against what was said to the German prompt in German
+    assert said(pairs) == sorted([(GOOD, LOOP), (GOOD, GERMAN), (GOOD, GERMAN)])
+    assert {p["prompt"][0]["content"] for p in pairs} == {rows["messages"][0][0]["content"]}
+    own = script.own_language_pairs(rows, 10)
+    assert said(own) == sorted([(GERMAN, GOOD), (GOOD, GERMAN), (GOOD, LOOP)])
+    assert len(script.own_language_pairs(rows, 2)) == 2
+
+
+@pytest.mark.parametrize("name", ["smollm2", "smollm2-cpu"])
+def test_the_recipes_are_two_sizes_of_one(name: str) -> None:
+    recipe = load(RECIPES / f"{name}.toml")
+    assert list(recipe.arms) == ["monolingual", "multilingual", "max-r", "minimum", "random"]
+    assert len({*recipe.evaluation.temperatures, *recipe.evaluation.base_temperatures}) == 5
+    assert recipe.evaluation.reward is not None
+    assert recipe.evaluation.reward.model != recipe.reward.model
