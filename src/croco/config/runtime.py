@@ -230,7 +230,7 @@ class Runtime(Section):
     """Of a study, each in a process of its own."""
     device: Annotated[str, AfterValidator(_check_device)] = "auto"
     """"auto", "cpu", "cuda", "cuda:1" or "mps"."""
-    token_budget: Positive = 16384
+    token_budget: Annotated[int, Field(gt=0, lt=10**9)] = 16384
     """Tokens per sampling or scoring batch."""
     micro_batch_tokens: Tokens = 4096
     """Per training forward; "auto" is what the free memory holds, of 16384 at most."""
