@@ -1,10 +1,12 @@
-"""Sampling against `model.generate`, and scoring against random padded batches, side by side on this machine.
+"""Sampling against `model.generate`, and scoring against padded batches, side by side on this machine.
 
     OMP_NUM_THREADS=1 python bench/engines.py [--rounds 3] [--completions 64] [--model FOLDER] [--cpu-time]
+    python bench/engines.py --device cuda         # scoring with a classifier of 0.6 B in bfloat16
 
 Both sides take the same prompts and rows in turns, each with the batch size that is best for it on a first part.
 Printed are medians over the rounds and their ratio. The policy is the lab's when it is built, else a random one of its
 shape whose end tokens make lengths geometric with mean 20; completions to score are 0.5 to 1.5 times their mean length.
+Padded batches are of rows in random order, as they come, and of rows sorted by length, which is the best one can do.
 With --model it is that model on the everyday prompts, and a classifier on its trunk scores; --cpu-time counts processor
 seconds, for a busy machine.
 """
@@ -30,14 +32,15 @@ from transformers import (
 )
 
 from croco.errors import UserError
-from croco.models import reward_logits
 from croco.models.chat_template import end_ids, prompt_ids
 from croco.models.decoder import ContinuousBatchDecoder
 from croco.models.loading import load_policy
 from croco.models.protocols import Decoding, Request, ScoreRequest
+from croco.models.transformers import HFScorer
 
 VOCABULARY, MAX_NEW_TOKENS = 3000, 48
 BUDGETS = (8192, 16384, 32768)
+SHAPES = {"cpu": ["128/128", "256/64", "64/256"], "cuda": ["512/256", "128/512", "2048/256"]}
 CLOCK = time.perf_counter
 
 
@@ -108,8 +111,10 @@ def padded(model: Any, rows: Sequence[list[int]], batch: int) -> list[float]:
         for start in range(0, len(rows), batch):
             part = rows[start : start + batch]
             width = max(map(len, part))
-            ids = torch.tensor([row + [0] * (width - len(row)) for row in part])
-            mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in part])
+            ids = torch.tensor([row + [0] * (width - len(row)) for row in part], device=model.device)
+            mask = torch.tensor(
+                [[1] * len(row) + [0] * (width - len(row)) for row in part], device=model.device
+            )
             scores += model(input_ids=ids, attention_mask=mask).logits[:, 0].tolist()
     return scores
 
@@ -138,18 +143,23 @@ def bench_sampling(rounds: int, completions: int, folder: Path | None) -> None:
     )
 
 
-def scorer(folder: Path | None) -> Any:
-    """A classifier with one logit: on a given model's trunk, or a small one; its head is random."""
+def classifier(folder: Path | None, device: str) -> Any:
+    """A classifier with one logit and a random head: on a given model's trunk, else of random weights, with four small
+    layers on a CPU and the shape of Qwen3-0.6B on a GPU."""
     torch.manual_seed(0)
     if folder is not None:
         return AutoModelForSequenceClassification.from_pretrained(
             folder, num_labels=1, dtype=torch.float32, pad_token_id=0
         ).eval()
-    shape = Qwen3Config(
-        vocab_size=VOCABULARY, hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, max_position_embeddings=1024, num_labels=1, pad_token_id=0,
-    )  # fmt: skip
-    return Qwen3ForSequenceClassification(shape).eval()
+    shape = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 4096}
+    if device == "cuda":
+        shape |= {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28}
+        shape |= {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128}
+    config = Qwen3Config(vocab_size=VOCABULARY, num_labels=1, pad_token_id=0, **shape)
+    with torch.device(device):
+        model = Qwen3ForSequenceClassification(config)
+    return model.to(torch.bfloat16 if device == "cuda" else torch.float32).eval()
 
 
 def bench_scoring(
@@ -165,33 +175,37 @@ def bench_scoring(
         ScoreRequest(k, ids(prompt_tokens), [ids(dice.randint(*spread)) for _ in range(completions)])
         for k in range(4)
     ]
-    rows = [
-        (request.prompt_ids + c, (k, i))
-        for k, request in enumerate(requests)
-        for i, c in enumerate(request.completions)
-    ]
-    dice.shuffle(rows)
-    sequences = [row for row, _ in rows]
+    whole = [request.prompt_ids + c for request in requests for c in request.completions]
+    by_length = sorted(whole, key=len)
+    shuffled = dice.sample(whole, len(whole))
+    scorer = HFScorer(model, None, BUDGETS[1], "random weights")
 
-    def fast(budget: int, asked: Sequence[ScoreRequest]) -> int:
-        reward_logits.logits(model, asked, budget)
-        return sum(len(request.completions) for request in asked)
+    def best_size(rows: list[list[int]]) -> int:
+        part = rows[:: max(1, len(rows) // 64)]
+        return max((4, 8, 16, 32), key=lambda size: rate(lambda: len(padded(model, part, size))))
 
-    budget = BUDGETS[1]  # on a CPU a smaller one is taken, whatever it is
-    batch = max((4, 8, 16, 32), key=lambda b: rate(lambda: len(padded(model, sequences[:64], b))))
+    best = [best_size(rows) for rows in (shuffled, by_length)]
+
+    def ours_once() -> int:
+        return sum(map(len, scorer.score(requests)))
+
+    ours_once()
     figures = [
-        (rate(lambda: fast(budget, requests)), rate(lambda: len(padded(model, sequences, batch))))
+        (
+            rate(ours_once),
+            rate(lambda: len(padded(model, shuffled, best[0]))),
+            rate(lambda: len(padded(model, by_length, best[1]))),
+        )
         for _ in range(rounds)
     ]
-    found = reward_logits.logits(model, requests, budget)
-    gap = max(
-        abs(found[k][i] - score)
-        for (_, (k, i)), score in zip(rows, padded(model, sequences, batch), strict=True)
-    )
-    mine, theirs = (median(side) for side in zip(*figures, strict=True))
+    scores = [score for row in scorer.score(requests) for score in row]
+    gap = max(abs(mine - theirs) for mine, theirs in zip(scores, padded(model, whole, best[0]), strict=True))
+    mine, random_order, sorted_order = (median(side) for side in zip(*figures, strict=True))
     print(
-        f"scoring ({prompt_tokens}/{completion_tokens} tokens, N = {completions}): {mine:,.1f} rows/s "
-        f"against {theirs:,.1f} of random padded batches of {batch}: {mine / theirs:.2f} ×, scores within {gap:.1e}"
+        f"scoring ({prompt_tokens}/{completion_tokens} tokens, N = {completions}, {scorer.facts['scorer']}): "
+        f"{mine:,.1f} rows/s against {random_order:,.1f} of padded batches of {best[0]} in random order: "
+        f"{mine / random_order:.2f} ×; {sorted_order:,.1f} of batches of {best[1]} sorted by length: "
+        f"{mine / sorted_order:.2f} ×; scores within {gap:.1e}"
     )
 
 
@@ -199,17 +213,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--completions", type=int, default=64)
+    parser.add_argument("--device", choices=sorted(SHAPES), default="cpu")
     parser.add_argument("--model", type=Path, help="a folder of a causal model")
-    parser.add_argument("--shapes", nargs="+", default=["128/128", "256/64", "64/256"], help="of scoring")
+    parser.add_argument("--shapes", nargs="+", help=f"of scoring, default {SHAPES}")
     parser.add_argument("--cpu-time", action="store_true", help="for a busy machine")
     asked = parser.parse_args()
     if asked.cpu_time:
         global CLOCK
         CLOCK = time.process_time
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s)")
-    bench_sampling(asked.rounds, asked.completions, asked.model)
-    model = scorer(asked.model)
-    for shape in asked.shapes:
+    print(f"torch {torch.__version__}, {asked.device}, {torch.get_num_threads()} thread(s)")
+    if asked.device == "cpu":
+        bench_sampling(asked.rounds, asked.completions, asked.model)
+    model = classifier(asked.model, asked.device)
+    for shape in asked.shapes or SHAPES[asked.device]:
         prompt_tokens, completion_tokens = map(int, shape.split("/"))
         bench_scoring(model, asked.rounds, asked.completions, prompt_tokens, completion_tokens)
 

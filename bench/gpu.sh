@@ -46,7 +46,7 @@ if [[ $DEVICE == cuda ]]; then
   part dpo-short 120 "$PYTHON" bench/dpo.py --device cuda --rounds 2 --steps 4 --shapes 1024/1024 spread
   part dpo-long 100 "$PYTHON" bench/dpo.py --device cuda --rounds 2 --steps 3 --shapes 4096/1024
   part dpo-9b 120 "$PYTHON" bench/dpo.py --device cuda --model 9b --rounds 1 --steps 3 --checkpointing --shapes 1024/1024
-  part scoring 60 "$PYTHON" bench/engines.py --rounds 2
+  part scoring 60 "$PYTHON" bench/engines.py --device cuda --rounds 2
 else
   part exact 5 "$PYTHON" -m pytest -q -p no:cacheprovider tests/models/attention tests/stages/train/test_batches.py
   part dpo-short 5 "$PYTHON" bench/dpo.py --rounds 1 --steps 2 --dtype float32 --shapes 32/32

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from croco.models import prefix_forward, reward_logits
+from croco.models import prefix_forward, proofs, reward_logits
 from croco.models.protocols import ScoreRequest
-from croco.models.transformers import HFScorer
+from croco.models.transformers import HFLikelihood, HFScorer
+from models.attention.varlen_twin import varlen_twin
 from tiny import make_policy, make_reward, make_tokenizer
 
 
@@ -137,3 +138,47 @@ def test_a_model_that_computes_something_else_is_scored_whole_and_says_so(caplog
     assert "scores without sharing prompts" in caplog.text
     assert "differs by" in str(scorer.facts["reason"])
     assert (torch.tensor(scorer.score(asked)) - one_by_one(model, asked)).abs().max() < 1e-4
+
+
+@pytest.fixture
+def _varlen_on_a_cpu(monkeypatch):
+    """As on a GPU in half precision, with the obvious twin of flash attention's kernel."""
+    monkeypatch.setattr("croco.models.attention.rows.varlen_attn", varlen_twin)
+    monkeypatch.setattr(proofs, "no_varlen", lambda device, dtype: None)
+
+
+@pytest.mark.usefixtures("_varlen_on_a_cpu")
+@pytest.mark.parametrize("token_budget", [50, 400, 10_000])
+@pytest.mark.parametrize("declared", [True, False])
+def test_packed_rows_equal_one_by_one(token_budget, declared):
+    model, asked = make_reward("qwen3", layers=3), requests(prompt_in_completions=not declared)
+    scorer = HFScorer(model, make_tokenizer(), token_budget)
+    assert scorer.facts["scorer"] == "packed rows"
+    assert (torch.tensor(scorer.score(asked)) - one_by_one(model, asked)).abs().max() < 1e-5
+
+
+@pytest.mark.usefixtures("_varlen_on_a_cpu")
+@pytest.mark.parametrize("arch", ["llama", "cohere2", "qwen3", "gemma3", "mistral"])
+def test_log_probabilities_of_packed_rows_equal_those_of_whole_sequences(arch):
+    """A window that ends within a sequence too."""
+    model, asked = make_policy(arch, layers=4, spread=0.3), requests()
+    packed, whole = (
+        HFLikelihood(model, make_tokenizer(), 200),
+        HFLikelihood(model, make_tokenizer(), 200),
+    )
+    assert packed.way == "packed"
+    whole.way = "whole"
+    assert (torch.tensor(packed.score(asked)) - torch.tensor(whole.score(asked))).abs().max() < 1e-5
+
+
+@pytest.mark.usefixtures("_varlen_on_a_cpu")
+def test_where_packed_rows_fail_a_trial_prefixes_are_stored(monkeypatch):
+    def refuses(*_args, **_options):
+        raise RuntimeError("head dimension 8 is not supported")
+
+    monkeypatch.setattr("croco.models.attention.rows.varlen_attn", refuses)
+    model, asked = make_reward("qwen3"), requests()
+    scorer = HFScorer(model, make_tokenizer())
+    assert scorer.facts["scorer"] == "shared-prefix"
+    assert "head dimension" in scorer.facts["reason"]
+    assert (torch.tensor(scorer.score(asked)) - one_by_one(model, asked)).abs().max() < 1e-5

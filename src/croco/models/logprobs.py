@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from croco.models.chat_template import end_id
-from croco.models.prefix_forward import Group, forward
+from croco.models.prefix_forward import Group, Way, forward
 from croco.models.protocols import ScoreRequest
 
 _LOGITS_AT_ONCE = 2**27  # elements: half a GiB in float32
@@ -23,7 +23,7 @@ def completion_logps(
     requests: Sequence[ScoreRequest],
     ended: Sequence[Sequence[bool]] | None = None,
     token_budget: int = 16384,
-    share: bool = True,
+    way: Way = "stored",
 ) -> list[list[float]]:
     """log p(completion | prompt) summed over its tokens, each completion closed by the end token unless `ended[k][i]`
     is False. Prompts must not be empty."""
@@ -39,7 +39,7 @@ def completion_logps(
     ]
     logps = [[0.0] * len(request.completions) for request in requests]
     budget = min(token_budget, max(1, _LOGITS_AT_ONCE // model.config.get_text_config().vocab_size))
-    for rows, output in forward(model, groups, budget, share):
+    for rows, output in forward(model, groups, budget, way):
         logits_BTV = output.logits
         longest = max(len(targets[k][i]) for k, i in rows)
         wanted_BT = torch.zeros(len(rows), longest, dtype=torch.long)

@@ -2,14 +2,15 @@
 
 Keys and values of a prefix are stored once, and the rows behind it look at them there (`attention/prefill`). Where a
 group saves too few tokens, or an architecture does not allow it, whole sequences are computed: the same numbers.
-Padding is on the right, where causal attention never looks.
+Padding is on the right, where causal attention never looks. On a GPU in half precision groups stand in one row instead,
+for flash attention of variable lengths, without padding (`attention/rows`).
 
 Shapes: B rows, P prefix tokens, T tokens after it."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +19,15 @@ from transformers import DynamicCache
 from croco.models.attention.decode import plugged_in
 from croco.models.attention.last_layer import finished_at
 from croco.models.attention.prefill import NAME, Batch, Prefix
+from croco.models.attention.rows import NAME as ROWS
+from croco.models.attention.rows import PackedSegments
 from croco.models.attention.support import depends_on_batch, forget_lengths, unsupported
 from croco.models.batching import buckets
 
 CPU_TOKENS = 2048  # computed at once: larger batches leave a CPU's caches and are up to a third slower
+Way = Literal[
+    "packed", "stored", "whole"
+]  # of a prefix's keys and values: in the same row, kept, computed again
 Row = tuple[int, int]  # (group, sequence within it)
 KeysValues = tuple[
     list[torch.Tensor], list[torch.Tensor]
@@ -40,18 +46,19 @@ def forward(
     network: Any,
     groups: Sequence[Group],
     token_budget: int,
-    share: bool = True,
+    way: Way = "stored",
     read_at: Sequence[Sequence[int]] | None = None,
 ) -> Iterator[tuple[list[Row], Any]]:
     """Yield (rows, the network's output over their rests, right-padded to (B, T, …)) until every rest is done.
 
     `token_budget` bounds the tokens of a batch, and those of the prefixes stored at a time. With `read_at`, the one
-    place in each rest that is wanted, the others' output is arbitrary. Without `share` whole sequences go the way of
-    transformers."""
-    read_at = read_at if share else None
-    ours = [
-        g for g, group in enumerate(groups) if share and can_share(network) and not _slides(network, group)
-    ]
+    place in each rest that is wanted, the others' output is arbitrary. The way "whole" is that of transformers."""
+    share = way != "whole" and can_share(network)
+    if share and way == "packed":
+        yield from _packed(network, groups, token_budget, read_at)
+        return
+    read_at = read_at if way != "whole" else None
+    ours = [g for g, group in enumerate(groups) if share and not _slides(network, group)]
     shared = sorted((g for g in ours if _saves(groups[g])), key=lambda g: len(groups[g].prefix))
     for number, pool in enumerate(_pools([len(groups[g].prefix) for g in shared], token_budget)):
         stored = _store(network, groups, shared[pool], token_budget)
@@ -90,6 +97,70 @@ def _pools(lengths: Sequence[int], token_budget: int) -> Iterator[slice]:
             start, total = place, 0
         total += length
     yield slice(start, len(lengths))
+
+
+def _packed(
+    network: Any, groups: Sequence[Group], token_budget: int, read_at: Sequence[Sequence[int]] | None
+) -> Iterator[tuple[list[Row], Any]]:
+    """Prefixes and rests one after the other in rows of at most `token_budget` tokens, a longer sequence alone; a group
+    that is larger stands in several rows, its prefix in each."""
+    pieces = [
+        (g, range(part.start, part.stop), len(group.prefix) + sum(map(len, group.rests[part])))
+        for g, group in enumerate(groups)
+        for part in _pools([*map(len, group.rests)], max(1, token_budget - len(group.prefix)))
+        if part.start < part.stop
+    ]
+    for row in _pools([tokens for _, _, tokens in pieces], token_budget):
+        ids: list[int] = []
+        positions: list[int] = []
+        lengths: list[tuple[int, ...]] = []
+        places: list[tuple[Row, int, int]] = []  # with where its rest begins and how long it is
+        for g, members, _ in pieces[row]:
+            prefix, rests = groups[g].prefix, groups[g].rests
+            ids += prefix
+            positions += range(len(prefix))
+            own = [len(rests[i]) for i in members]
+            lengths += [(len(prefix), *own)] if prefix else [(length,) for length in own]
+            for i in members:
+                places.append(((g, i), len(ids), len(rests[i])))
+                ids += rests[i]
+                positions += range(len(prefix), len(prefix) + len(rests[i]))
+        if places:
+            yield from _one_row(network, ids, positions, lengths, places, read_at)
+
+
+def _one_row(
+    network: Any,
+    ids: list[int],
+    positions: list[int],
+    lengths: list[tuple[int, ...]],
+    places: list[tuple[Row, int, int]],
+    read_at: Sequence[Sequence[int]] | None,
+) -> Iterator[tuple[list[Row], Any]]:
+    ids_1T = torch.tensor([ids], device=network.device)
+    finished: AbstractContextManager[None] = nullcontext()
+    if read_at is not None:
+        at = [start + read_at[g][i] for (g, i), start, _ in places]
+        finished = finished_at(network, torch.tensor(at, device=network.device), ids_1T.numel())
+    with plugged_in(network, ROWS), finished:
+        output = network(
+            input_ids=ids_1T,
+            position_ids=torch.tensor([positions], device=network.device),
+            attention_mask=ids_1T.new_ones(1, 1, 1, 1),  # which nobody reads, or transformers would make one
+            use_cache=False,
+            segments=PackedSegments.of(lengths, network.device),
+        )
+    for g in sorted({g for (g, _), _, _ in places}):  # the rests of one prefix at a time, padded
+        its = [(row, start, length) for row, start, length in places if row[0] == g]
+        starts = torch.tensor([start for _, start, _ in its], device=network.device)
+        longest = max(length for _, _, length in its)
+        where = (starts[:, None] + torch.arange(longest, device=network.device)).clamp_max(len(ids) - 1)
+        yield (
+            [row for row, _, _ in its],
+            type(output)(
+                **{name: value[0][where] for name, value in output.items() if torch.is_tensor(value)}
+            ),
+        )
 
 
 def _store(

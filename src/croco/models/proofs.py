@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from croco.errors import one_line
+from croco.models.attention.rows import no_varlen
 from croco.models.attention.support import boundaries, unsupported
 from croco.models.decoder import ContinuousBatchDecoder
-from croco.models.prefix_forward import Group, forward
+from croco.models.prefix_forward import Group, Way, forward
 from croco.models.protocols import Decoding, Request
 
 TRIAL_TOKENS = 512  # boundaries up to here are tried when a model is opened, longer ones once they are met
@@ -74,19 +75,25 @@ def _three_ways(model: Any, prompts: list[list[int]]) -> tuple[torch.Tensor, tor
     return torch.cat(fast_rows), torch.cat(slow_rows), noise
 
 
-def unshared_because(network: Any, reach: int = TRIAL_TOKENS) -> str | None:
-    """None when a network may score with shared prefixes, else why not."""
+def scoring_way(network: Any, reach: int = TRIAL_TOKENS) -> tuple[Way, str | None]:
+    """The fastest way to score that is exact on this very network, and why it is not a faster one that this machine
+    has."""
     if (reason := unsupported(network)) is not None:
-        return reason
+        return "whole", reason
     if network.config._attn_implementation != "sdpa":
-        return f"its attention is {network.config._attn_implementation}, not SDPA"
-    return prefixes_disagree(network, reach)
+        return "whole", f"its attention is {network.config._attn_implementation}, not SDPA"
+    possible = no_varlen(network.device, network.dtype) is None
+    reason = prefixes_disagree(network, reach, "packed") if possible else None
+    if possible and reason is None:
+        return "packed", None
+    whole = prefixes_disagree(network, reach, "stored")
+    return ("whole", whole) if whole else ("stored", reason)
 
 
 @torch.inference_mode()
-def prefixes_disagree(network: Any, reach: int = TRIAL_TOKENS) -> str | None:
-    """None when shared prefixes give on a trial what whole sequences give on this very network, else why not. Compared
-    is the relative difference at the last token: 1e-6 by rounding in float32, a hundredth in bfloat16."""
+def prefixes_disagree(network: Any, reach: int = TRIAL_TOKENS, way: Way = "stored") -> str | None:
+    """None when prefixes shared in this way give on a trial what whole sequences give on this very network, else why
+    not. Compared is the relative difference at the last token: 1e-6 by rounding in float32, a hundredth in bfloat16."""
     vocabulary = network.config.get_text_config().vocab_size
     groups = [
         Group([(7 * i + length) % vocabulary for i in range(length)], [[5, 6, 7], [8], [9, 4]])
@@ -94,16 +101,16 @@ def prefixes_disagree(network: Any, reach: int = TRIAL_TOKENS) -> str | None:
     ]
     last = [[2, 0, 1]] * len(groups)
 
-    def outputs(share: bool) -> torch.Tensor:
+    def outputs(way: Way) -> torch.Tensor:
         rows = {
             (g, i): output[0][line, last[g][i]].double()
-            for batch, output in forward(network, groups, 64, share, last)
+            for batch, output in forward(network, groups, 64, way, last)
             for line, (g, i) in enumerate(batch)
         }
         return torch.stack([rows[row] for row in sorted(rows)])
 
     try:
-        fast, slow = outputs(True), outputs(False)
+        fast, slow = outputs(way), outputs("whole")
     except Exception as error:  # noqa: BLE001 (a trial runs the code of any architecture)
         return f"a trial of shared prefixes fails ({type(error).__name__} {one_line(error)})"
     gap = ((fast - slow).norm() / slow.norm()).item()

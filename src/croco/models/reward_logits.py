@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
-from croco.models.prefix_forward import Group, forward
+from croco.models.prefix_forward import Group, Way, forward
 from croco.models.protocols import ScoreRequest
 
 
 @torch.inference_mode()
 def logits(
-    model: Any, requests: Sequence[ScoreRequest], token_budget: int, share: bool = True
+    model: Any, requests: Sequence[ScoreRequest], token_budget: int, way: Way = "stored"
 ) -> list[list[float]]:
-    """Raw logits, float32, in the order of the requests and their completions; without `share` whole conversations."""
+    """Raw logits, float32, in the order of the requests and their completions; `way` as in `prefix_forward`."""
     scores = [[0.0] * len(request.completions) for request in requests]
     network = getattr(model, model.base_model_prefix, None)
     if network is None or not isinstance(getattr(model, "score", None), torch.nn.Linear):
@@ -30,7 +30,7 @@ def logits(
         shared = min(_common(whole), *last) if len(whole) > 1 else 0
         groups.append(Group(whole[0][:shared] if whole else [], [ids[shared:] for ids in whole]))
         lasts.append([at - shared for at in last])
-    for rows, output in forward(network, groups, token_budget, share, lasts):
+    for rows, output in forward(network, groups, token_budget, way, lasts):
         at = torch.tensor([lasts[g][i] for g, i in rows], device=model.device)
         hidden = output.last_hidden_state[torch.arange(len(rows), device=model.device), at]
         for (g, i), score in zip(rows, model.score(hidden)[:, 0].float().tolist(), strict=True):

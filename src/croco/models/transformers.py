@@ -13,7 +13,8 @@ from croco.models.chat_template import end_ids
 from croco.models.decoder import ContinuousBatchDecoder
 from croco.models.loading import max_context
 from croco.models.memory import halve_budget, with_less_memory
-from croco.models.proofs import TRIAL_TOKENS, decoder_disagrees, unshared_because
+from croco.models.prefix_forward import Way
+from croco.models.proofs import TRIAL_TOKENS, decoder_disagrees, scoring_way
 from croco.models.protocols import Completion, Decoding, Request, ScoreRequest
 from croco.models.stop_strings import Stops
 
@@ -105,14 +106,15 @@ class _Scoring:
         self.model, self.network, self.name, self.token_budget = model, network, name, token_budget
         self.max_context = max_context(model)
         self.facts, self.proven_tokens = _facts(network), TRIAL_TOKENS
-        self._choose(unshared_because(network))
+        self._choose(*scoring_way(network))
 
-    def _choose(self, reason: str | None) -> None:
-        self.share, self.reason = reason is None, reason
+    def _choose(self, way: Way, reason: str | None) -> None:
+        self.way, self.reason = way, reason
         alone = depends_on_batch(self.network.config)
-        ways = "shared-prefix" if self.share else "one by one" if alone else "whole sequences"
-        self.facts |= {"scorer": ways, "reason": reason}
-        if reason:
+        whole = "one by one" if alone else "whole sequences"
+        names = {"packed": "packed rows", "stored": "shared-prefix", "whole": whole}
+        self.facts |= {"scorer": names[way], "reason": reason}
+        if way == "whole":
             logger.warning(
                 "%s scores without sharing prompts, which is slower, because %s", self.name, reason
             )
@@ -127,8 +129,8 @@ class _Scoring:
                 check_ids(self.network, ids, "a conversation")
         if any(self.proven_tokens < length <= longest for length in boundaries(self.network.config)):
             self.proven_tokens = longest
-            if self.share:
-                self._choose(unshared_because(self.network, longest))
+            if self.way != "whole":
+                self._choose(*scoring_way(self.network, longest))
 
 
 class HFScorer(_Scoring):
@@ -142,7 +144,7 @@ class HFScorer(_Scoring):
         """Raw logits in the order of the requests; what they share is found here, `prompt_ids` may be empty."""
         self._prove(requests)
         return with_less_memory(
-            self, lambda budget: reward_logits.logits(self.model, requests, budget, self.share)
+            self, lambda budget: reward_logits.logits(self.model, requests, budget, self.way)
         )
 
 
@@ -164,7 +166,7 @@ class HFLikelihood(_Scoring):
         sums = with_less_memory(
             self,
             lambda budget: logprobs.completion_logps(
-                self.model, self.tokenizer, requests, ended, budget, self.share
+                self.model, self.tokenizer, requests, ended, budget, self.way
             ),
         )
         if not self.mean:
