@@ -15,7 +15,7 @@ import zoo
 from croco.config.arms import Lora, Training
 from croco.models.attention.support import depends_on_batch, forget_lengths
 from croco.models.loading import load_policy
-from croco.models.lora import apply_lora, leaf, lora_config, merged, put_adapter_on, save_adapter
+from croco.models.lora import apply_lora, leaf, lora_config, merged, put_adapter_on
 from croco.stages.train.batches import collate
 from croco.stages.train.choose_rows import choose_rows
 from croco.stages.train.encode import Example
@@ -124,7 +124,7 @@ def plain_loss(adapted: Any, reference: Tensor) -> Tensor:
 
 def merged_exactly(adapted: Any, name: str, folder: Path) -> None:
     """The adapter changes the model; saved, put on again, merged and read again it is the same one."""
-    save_adapter(adapted, folder / "adapter")
+    adapted.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
     model = zoo.make(name)
     before = mean_logps(model, EXAMPLES)
     put = put_adapter_on(model, folder / "adapter").eval()
