@@ -98,6 +98,7 @@ RUNS = [
     (["prompts.source=~no-such-person/x.jsonl"], "no such file"),
     ([f"prompts.source={'a' * 5000}"], "no such file"),
     (["reward.max_tokens=1"], "no pair to train on"),
+    (["reward.max_tokens=5"], "no pair to train on"),
     (["runtime.device=cuda:99"], "CUDA devices"),
 ]
 
