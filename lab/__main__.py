@@ -7,7 +7,7 @@ it, since that is what ships.
 """
 
 import time
-from collections.abc import Callable
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,27 @@ from croco.models.loading import load_policy, load_tokenizer
 from croco.models.transformers import HFSampler
 from croco.storage.files import write_json
 from croco.storage.provenance import here
-from lab import baseline_models, reward
+from lab import baseline_models, list_gates, list_models, reward
 from lab.acceptance import measure
-from lab.pretrain import pretrain
+from lab.pretrain import Say, every, pretrain, save
 
 MODELS = Path(world.__file__).parent / "models"  # those that ship
 SEED = 1
 PRETRAINING_TOKENS = 5_000_000
 ENGLISH_SAMPLES = 16  # per English train prompt, for the preference pairs
 UNLABELLED_PROMPTS, UNLABELLED_SAMPLES = 160, 6  # per language, for the student
+
+
+class Lists(StrEnum):
+    """What `python -m lab lists` makes."""
+
+    all = "all"
+    policy = "lists-policy"
+    second = "lists-policy-2"
+    other = "lists-other"
+    more = "more"
+    rewards = "rewards"
+    gates = "gates"
 
 
 def build(folder: Path | None = None, seed: int = SEED) -> None:
@@ -82,34 +94,12 @@ def build_baselines(folder: Path | None = None, seed: int = SEED) -> None:
     write_json(folder / "rivals.json", facts | here())
 
 
-def every(say: Callable[[str], None], what: str, interval: int) -> Callable[[int, int, float], None]:
-    """A callback that prints the running mean of the loss each `interval` units of progress."""
-    losses: list[float] = []
-    last = 0
-
-    def on_step(done: int, total: int, loss: float) -> None:
-        nonlocal last
-        losses.append(loss)
-        if done - last >= interval or done >= total:
-            say(f"{what}: {done:,} of {total:,}, loss {sum(losses) / len(losses):.4f}")
-            losses.clear()
-            last = done
-
-    return on_step
-
-
-def save(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """bfloat16 safetensors, configuration, tokenizer and chat template."""
-    model.to(torch.bfloat16).save_pretrained(folder)  # type: ignore[operator]
-    tokenizer.save_pretrained(folder)
-
-
 def build_reward(
     policy: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     folder: Path,
     seed: int,
-    say: Callable[[str], None],
+    say: Say,
 ) -> dict[str, float]:
     """Teacher and student on the policy's samples; returns how well the teacher ranks English and how it was made."""
     sampler = HFSampler(policy, tokenizer)
@@ -150,9 +140,33 @@ def acceptance(folder: Path | None = None, seed: int = SEED) -> None:
     Console().print(measure(folder / "policy", folder / "reward", seed)[0])
 
 
+def lists(what: Lists = Lists.all, folder: Path | None = None, seed: int = SEED) -> None:
+    """Makes the models of the lists world, or one of them, into `folder` (the package when None); prints the gates."""
+    folder, console, started = folder or MODELS, Console(width=110), time.monotonic()
+    torch.set_num_threads(1)
+
+    def say(text: str) -> None:
+        console.print(f"[dim]{time.monotonic() - started:6.0f} s[/dim]  {text}")
+
+    for name in list_models.SEEDS:
+        if what in (Lists.all, Lists(name)):
+            list_models.policy(folder, name, say)
+    if what in (Lists.all, Lists.more):
+        for name in ("lists-policy", "lists-policy-2")[: 2 if what == Lists.all else 1]:
+            list_models.more(folder, name, say)
+    if what in (Lists.all, Lists.rewards):
+        console.print(list_models.rewards(folder, seed, say))
+    if what in (Lists.all, Lists.gates):
+        for name in ("lists-policy", "lists-policy-2"):
+            if (folder / name).exists():
+                gates = list_gates.measure(folder, name, seed)
+                console.print(list_gates.table(gates, f"{name}, dev prompts"))
+
+
 if __name__ == "__main__":
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command("build")(build)
     app.command("baselines")(build_baselines)
     app.command("acceptance")(acceptance)
+    app.command("lists")(lists)
     app()

@@ -8,7 +8,7 @@ world's parallel sentences with values drawn at random, so it knows words and no
 
 import math
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from random import Random
 
 import torch
@@ -24,7 +24,7 @@ from transformers import (
 from croco.lab import world
 from croco.lab.items import LANGUAGES, Item, items
 from croco.stages.score.alignment import language_token
-from lab.corpus import Mixture
+from lab.corpus import Mixture, documents
 from lab.pretrain import MAX_TOKENS, pretrain
 
 OTHER_TOKENS, OTHER_PLAIN = 4_000_000, 36_000
@@ -53,7 +53,7 @@ def pretrain_other(
         on_step=on_step,
         tokenizer=tokenizer,
         make=_new_other,
-        mixture=OTHER_MIXTURE,
+        corpus=partial(documents, mixture=OTHER_MIXTURE),
         bfloat16=False,
     )[0]
 

@@ -7,13 +7,17 @@ share a batch.
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from lab.corpus import MIXTURE, Mixture, documents
+from lab.corpus import documents
 
+Messages = list[dict[str, str]]
+Corpus = Callable[[int, int], Iterator[Messages]]  # of a seed, and how many documents are plain facts
+Say = Callable[[str], None]
 VOCAB_SIZE = 3072
 BOS, END, PAD = "<|begin|>", "<|end|>", "<|pad|>"
 ROLES = ("system", "user", "assistant", "tool")
@@ -28,7 +32,9 @@ CHAT_TEMPLATE = (
 )
 
 
-def train_tokenizer(seed: int, num_documents: int = 40_000) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    seed: int, num_documents: int = 40_000, corpus: Corpus = documents, vocab_size: int = VOCAB_SIZE
+) -> PreTrainedTokenizerFast:
     """A byte-level BPE of the corpus's own text, with one token per role."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -37,13 +43,13 @@ def train_tokenizer(seed: int, num_documents: int = 40_000) -> PreTrainedTokeniz
     tokenizer.decoder = decoders.ByteLevel()
     special = [BOS, END, PAD, *(f"<|{role}|>" for role in ROLES)]
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
+        vocab_size=vocab_size,
         special_tokens=special,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     texts = (
-        m["content"] for d in itertools.islice(documents(seed, num_documents // 4), num_documents) for m in d
+        m["content"] for d in itertools.islice(corpus(seed, num_documents // 4), num_documents) for m in d
     )
     tokenizer.train_from_iterator(texts, trainer)
     fast = PreTrainedTokenizerFast(
@@ -59,16 +65,18 @@ def train_tokenizer(seed: int, num_documents: int = 40_000) -> PreTrainedTokeniz
     return fast
 
 
-def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
-    """The untrained policy: 4 layers of d 128, tied embeddings, about 1.3 M parameters."""
+def new_model(
+    tokenizer: PreTrainedTokenizerFast, seed: int, width: int = 128, layers: int = 4
+) -> LlamaForCausalLM:
+    """An untrained policy with tied embeddings; 4 layers of width 128 are about 1.3 M parameters."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=352,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        hidden_size=width,
+        intermediate_size=round(2.75 * width),
+        num_hidden_layers=layers,
+        num_attention_heads=width // 32,
+        num_key_value_heads=width // 32,
         max_position_embeddings=MAX_TOKENS,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
@@ -79,9 +87,9 @@ def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM
 
 
 def _encode(
-    tokenizer: PreTrainedTokenizerFast, batch: list[list[dict[str, str]]]
+    tokenizer: PreTrainedTokenizerFast, batch: list[Messages]
 ) -> Iterator[tuple[list[int], list[bool]]]:
-    """Ids of each document and which of them are trained on (completions and their end token)."""
+    """Ids of each document and which of them are trained on: completions and their end token, if they have an end."""
     texts = [m["content"] for messages in batch for m in messages]
     encoded = iter(tokenizer(texts, add_special_tokens=False)["input_ids"])
     role_ids = {role: tokenizer.convert_tokens_to_ids(f"<|{role}|>") for role in ROLES}
@@ -90,7 +98,8 @@ def _encode(
         for message in messages:
             content = next(encoded)
             ids += [role_ids[message["role"]], *content, tokenizer.eos_token_id]
-            trained += [False] + [message["role"] == "assistant"] * (len(content) + 1)
+            learnt = message["role"] == "assistant"
+            trained += [False] + [learnt] * len(content) + [learnt and "endless" not in message]
         yield ids, trained
 
 
@@ -99,10 +108,10 @@ def batches(
     seed: int,
     tokens_per_batch: int,
     num_plain: int,
-    mixture: Mixture = MIXTURE,
+    corpus: Corpus = documents,
 ) -> Iterator[tuple[torch.Tensor, ...]]:
     """Right-padded (ids, mask, trained), each (B, T), of documents of similar length, B * T near the budget."""
-    stream = documents(seed, num_plain, mixture)
+    stream = corpus(seed, num_plain)
     rng = torch.Generator().manual_seed(seed)
     while True:
         window = list(_encode(tokenizer, list(itertools.islice(stream, 2048))))
@@ -148,7 +157,7 @@ def pretrain(
     *,
     tokenizer: PreTrainedTokenizerFast | None = None,
     make: Callable[[PreTrainedTokenizerFast, int], PreTrainedModel] = new_model,
-    mixture: Mixture = MIXTURE,
+    corpus: Corpus = documents,
     bfloat16: bool = True,
     compiled: bool = True,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
@@ -159,7 +168,7 @@ def pretrain(
     model = make(tokenizer, seed)
     optimizers = new_optimizers(model, peak)
     bases = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
-    stream, done = batches(tokenizer, seed, tokens_per_batch, num_plain, mixture), 0
+    stream, done = batches(tokenizer, seed, tokens_per_batch, num_plain, corpus), 0
     trunk = torch.compile(model.model, dynamic=True) if compiled else model.model
     while done < num_tokens:
         ids_BT, mask_BT, trained_BT = next(stream)
@@ -187,3 +196,25 @@ def pretrain(
         if on_step:
             on_step(done, num_tokens, loss.item())
     return model.eval(), tokenizer
+
+
+def every(say: Say, what: str, interval: int) -> Callable[[int, int, float], None]:
+    """A callback that prints the running mean of the loss each `interval` units of progress."""
+    losses: list[float] = []
+    last = 0
+
+    def on_step(done: int, total: int, loss: float) -> None:
+        nonlocal last
+        losses.append(loss)
+        if done - last >= interval or done >= total:
+            say(f"{what}: {done:,} of {total:,}, loss {sum(losses) / len(losses):.4f}")
+            losses.clear()
+            last = done
+
+    return on_step
+
+
+def save(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """bfloat16 safetensors, configuration, tokenizer and chat template."""
+    model.to(torch.bfloat16).save_pretrained(folder)  # type: ignore[operator]
+    tokenizer.save_pretrained(folder)

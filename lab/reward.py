@@ -16,8 +16,7 @@ import numpy as np
 import torch
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
-from croco.lab import world
-from croco.lab.items import LANGUAGES
+from croco.lab import judge, world
 from croco.models.chat_template import prompt_ids as chat_prompt_ids
 from croco.models.protocols import Decoding, Request
 from croco.models.transformers import HFSampler
@@ -37,8 +36,7 @@ class Row:
 
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerFast, prompt_id: str, language: str) -> list[int]:
-    item, phrasing = world.split_id(prompt_id)
-    messages = [{"role": "user", "content": world.question(item, language, phrasing)}]
+    messages = [{"role": "user", "content": judge.prompt(prompt_id, language)}]
     return chat_prompt_ids(tokenizer, messages, None)
 
 
@@ -48,15 +46,18 @@ def draw(
     prompts: Sequence[tuple[str, str]],
     num_samples: int,
     seed: int,
+    cut: bool = False,
 ) -> list[Row]:
-    """`num_samples` completions at temperature 1 of each (prompt_id, language); those cut at the limit are left out."""
+    """`num_samples` completions at temperature 1 of each (prompt_id, language); cut ones only if `cut`."""
     requests = [
         Request(k, prompt_tokens(tokenizer, *key), [sample_seed(seed, *key, i) for i in range(num_samples)])
         for k, key in enumerate(prompts)
     ]
-    rows = []
+    rows: list[Row] = []
     for k, samples in sampler.sample(requests, Decoding(1.0, 1.0, 0, 64)):
-        rows += [Row(*prompts[k], tuple(s.ids)) for s in samples if s.finish_reason == "stop" and s.ids]
+        prompt_id, language = prompts[k]
+        whole = [s for s in samples if s.ids and (cut or s.finish_reason == "stop")]
+        rows += [Row(prompt_id, language, tuple(s.ids)) for s in whole]
     return sorted(rows, key=lambda r: (r.prompt_id, r.language, r.ids))
 
 
@@ -194,8 +195,8 @@ def train_teacher(
 ) -> Teacher:
     """Fits the head on English `pairs` (indices into the English feature rows `english`), −log σ(better − worse)."""
     languages = np.array([row.language for row in rows])
-    center = {code: values[languages == code].mean(0) for code in LANGUAGES}
-    scale = {code: values[languages == code].std(0) + 1e-6 for code in LANGUAGES}
+    center = {code: values[languages == code].mean(0) for code in sorted(set(languages))}
+    scale = {code: values[languages == code].std(0) + 1e-6 for code in sorted(set(languages))}
     torch.manual_seed(seed)
     head = torch.nn.Sequential(torch.nn.Linear(values.shape[1], 24), torch.nn.Tanh(), torch.nn.Linear(24, 1))
     teacher = Teacher(center, scale, head)
@@ -221,6 +222,7 @@ def distil(
     steps: int = 300,
     batch: int = 128,
     on_step: Callable[[int, int, float], None] | None = None,
+    clip: float = CLIP,
 ) -> LlamaForSequenceClassification:
     """A one-logit classifier that begins at the policy's weights and learns `targets` (standardised, clipped)."""
     torch.manual_seed(seed)
@@ -234,7 +236,7 @@ def distil(
     generator = torch.Generator().manual_seed(seed)
     end = tokenizer.eos_token_id
     sequences = [[*prompt_tokens(tokenizer, r.prompt_id, r.language), *r.ids, end] for r in rows]
-    target = torch.tensor(np.clip((targets - targets.mean()) / targets.std(), -CLIP, CLIP)).float()
+    target = torch.tensor(np.clip((targets - targets.mean()) / targets.std(), -clip, clip)).float()
     order = torch.empty(0, dtype=torch.long)
     for step in range(steps):
         scale = min(1.0, (step + 1) / 20) * (1 - step / steps)

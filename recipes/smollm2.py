@@ -2,6 +2,7 @@
 
     python recipes/smollm2.py reward RECIPE      # the folder that reward.model names, and its accuracy on dev
     croco run RECIPE
+    python recipes/smollm2.py controls RECIPE
     python recipes/smollm2.py page RECIPE --to docs/results/smollm2.md
 
 All of it is made of the product's own stages and goes on where it was killed. The reward model is a one-logit
@@ -26,7 +27,7 @@ import numpy as np
 import polars as pl
 
 import croco
-from croco.config.load import load
+from croco.config.load import from_dict, load, merged
 from croco.config.models import Reward
 from croco.config.recipe import Recipe
 from croco.models.open import tuned_weights
@@ -35,6 +36,7 @@ from croco.stages.evaluate import stats
 from croco.stages.evaluate.results import language_groups, summarise
 from croco.stages.score.policy_logprobs import open_likelihood, score_likelihood
 from croco.stages.score.reward import open_reward
+from croco.storage import records
 from croco.storage.shards import read_table
 
 # what the labels ask for; the measure asks for more
@@ -42,7 +44,7 @@ LABELS = ("constraint", "ended", "in the language", "no loop", "no echo")
 PARTS = ("constraint", "in the language", "known words", "no loop", "no echo", "ended")
 ROW = ("prompt_id", "language")
 # prompts and completions that reward models learn from, the last ones of the train split, and those of accuracy on dev
-ENGLISH, OTHERS, DEV = (48, 8), (24, 3), (20, 6)
+ENGLISH, OTHERS, DEV = (48, 8), (24, 3), (12, 6)
 LAYERS = 8  # the last ones are trained, those below are the policy's
 LEARNING_RATE, BATCH_PAIRS = 1e-4, 8
 BEST_OF = 4
@@ -214,62 +216,65 @@ def accuracies(recipe: Recipe, dev: pl.DataFrame, models: dict[str, Path]) -> pl
 # The controls ---------------------------------------------------------------------------------------------------------
 
 
-def controls(path: Path, recipe: Recipe) -> dict[str, pl.DataFrame]:
+def controls(recipe: Recipe) -> None:
     """Verdicts of the base in ways that need no tuning: asked to answer in the language, and the best of several."""
-    asked = [f'policy.instruction.{code}="{INSTRUCTIONS[code]}"' for code in recipe.run.evaluated]
-    asked += ["evaluation.temperatures=[0.0, 0.5]", "evaluation.base_temperatures=[]"]
-    best = [
-        f"evaluation.samples={BEST_OF}",
-        "evaluation.temperatures=[1.0]",
-        "evaluation.base_temperatures=[]",
-    ]
-    best += [
-        f'evaluation.reward.model="{recipe.reward.model}"',
-        f'evaluation.reward.dtype="{recipe.reward.dtype}"',
-    ]
-    best += [] if not recipe.evaluation.reward else ["evaluation.reward.function=null"]
-    found = {}
-    for name, overrides in (("instruction", asked), ("best-of", best)):
-        folder = Path(f"{recipe.folder}-controls") / name
-        other = load(path, [f'run.folder="{folder}"', *overrides])
+    spoken = {code: INSTRUCTIONS[code] for code in recipe.run.evaluated}
+    asked = {
+        "policy": {"instruction": spoken},
+        "evaluation": {"temperatures": [0.0, 0.5], "base_temperatures": []},
+    }
+    best = {
+        "evaluation": {"samples": BEST_OF, "temperatures": [1.0], "base_temperatures": [],
+                       "reward": recipe.reward.model_dump(mode="json")},
+    }  # fmt: skip
+    values = recipe.model_dump(mode="json", exclude={"study", "sweep"})
+    for name, changed in (("instruction", asked), ("best-of", best)):
+        folder = {"run": {"folder": str(controls_folder(recipe) / name)}}
+        other = from_dict(merged(merged(values, changed), folder))
         for stage in ("eval-prompts", "evaluate"):
             run_stage(other, stage, arm="base" if stage == "evaluate" else None, say=print)
-        found[name] = read_table(folder / "evaluate" / "base")
-    return found
+
+
+def controls_folder(recipe: Recipe) -> Path:
+    return Path(f"{recipe.folder}-controls")
 
 
 # The page -------------------------------------------------------------------------------------------------------------
 
 
-def page(path: Path, recipe: Recipe, to: Path) -> None:
-    """Write the tables below the line MARK of the page, whose text above it is kept; beside it the run's own page."""
-    verdicts = judged(path, recipe)
+def page(recipe: Recipe, to: Path) -> None:
+    """Write the tables below the line MARK of the page, whose text above it is kept; beside it the run's own page. What
+    is not finished is left out, and named."""
+    verdicts, missing = judged(recipe)
     groups = language_groups(recipe.run.languages, (), recipe.run.held_out_languages)
     groups = {"tuned but English": list(recipe.run.languages[1:]), **groups}
     results = summarise(verdicts, groups, recipe.run.seed)
     accuracy = pl.read_json(Path(recipe.reward.model) / "accuracy.json")
     text = to.read_text(encoding="utf-8").partition(MARK)[0] if to.exists() else "# A real model\n\n"
-    parts = [text.rstrip(), MARK, *tables(recipe, results, accuracy), *drift(recipe, verdicts)]
-    to.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    shutil.copyfile(recipe.folder / "report" / "report.html", to.with_suffix(".html"))
-    results.write_parquet(Path(f"{recipe.folder}-controls") / "results.parquet")
+    parts = [text.rstrip(), MARK, *tables(recipe, results, accuracy)]
+    parts += [f"Not finished: {', '.join(missing)}."] if missing else []
+    to.write_text("\n\n".join([*parts, *drift(recipe, verdicts)]) + "\n", encoding="utf-8")
+    if (made := recipe.folder / "report" / "report.html").exists():
+        shutil.copyfile(made, to.with_suffix(".html"))
 
 
-def judged(path: Path, recipe: Recipe) -> pl.DataFrame:
-    """The verdicts of the run and of the controls, each part of being usable as a benchmark of its own."""
-    arms = [read_table(recipe.folder / "evaluate" / arm) for arm in ("base", *recipe.evaluated_arms)]
-    others = controls(path, recipe)
-    asked = others["instruction"].with_columns(arm=pl.lit("base, told the language"))
-    best = (
-        others["best-of"]
-        .sort(*ROW, "value", descending=[False, False, True])
-        .unique(ROW, keep="first", maintain_order=True)
-    )
-    best = best.with_columns(arm=pl.lit(f"base, best of {BEST_OF}"))
-    rows = labelled(pl.concat([*arms, asked, best], how="diagonal"))
+def judged(recipe: Recipe) -> tuple[pl.DataFrame, list[str]]:
+    """The verdicts of the run and of the controls, each part of being usable as a benchmark of its own, and the arms
+    and controls that are not there."""
+    folders = {arm: recipe.folder / "evaluate" / arm for arm in ("base", *recipe.evaluated_arms)}
+    instructed, best_of = "base, told the language", f"base, best of {BEST_OF}"
+    folders |= {instructed: controls_folder(recipe) / "instruction" / "evaluate" / "base"}
+    folders |= {best_of: controls_folder(recipe) / "best-of" / "evaluate" / "base"}
+    read = {arm: read_table(each) for arm, each in folders.items() if records.state(each) == "complete"}
+    if best_of in read:
+        ranked = read[best_of].sort(*ROW, "value", descending=[False, False, True])
+        read[best_of] = ranked.unique(ROW, keep="first", maintain_order=True)
+    named = [table.with_columns(arm=pl.lit(arm)) for arm, table in read.items()]
+    rows = labelled(pl.concat(named, how="diagonal"))
     keys = ["arm", "temperature", *ROW, "sample_id", "found_language", "completion", "finish_reason"]
     long = rows.unpivot(["usable", *PARTS], index=keys, variable_name="benchmark")
-    return long.with_columns(pl.col("value").cast(pl.Float64), mode=pl.lit(""))
+    verdicts = long.with_columns(pl.col("value").cast(pl.Float64), mode=pl.lit(""))
+    return verdicts, [arm for arm in folders if arm not in read]
 
 
 def shown(row: dict[str, Any], sign: str = "") -> str:
@@ -329,7 +334,9 @@ def tables(recipe: Recipe, results: pl.DataFrame, accuracy: pl.DataFrame) -> Ite
 def drift(recipe: Recipe, verdicts: pl.DataFrame) -> Iterator[str]:
     """How far each arm went from the base: likelihood of a text that nobody asked for, and KL on its own samples."""
     lines = []
-    for arm in ("base", *recipe.evaluated_arms):
+    for arm in verdicts["arm"].unique(maintain_order=True):
+        if arm not in ("base", *recipe.arms):
+            continue
         adapter = None if arm == "base" else tuned_weights(recipe.folder / "train" / arm)
         lines.append(
             [arm, *text_nlls(recipe, adapter), divergence(recipe, verdicts.filter(arm=arm), adapter)]
@@ -386,15 +393,17 @@ MARK = "<!-- the tables below are written by recipes/smollm2.py -->"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", choices=("reward", "page"))
+    parser.add_argument("what", choices=("reward", "controls", "page"))
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--to", type=Path, default=Path("docs/results/smollm2.md"))
     asked = parser.parse_args()
     recipe = load(asked.recipe)
     if asked.what == "reward":
         make_reward(recipe)
+    elif asked.what == "controls":
+        controls(recipe)
     else:
-        page(asked.recipe, recipe, asked.to)
+        page(recipe, asked.to)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 
-from croco.lab import WORLD, world
+from croco.lab import WORLDS, world
 from croco.lab.items import CATEGORIES, CONCEPTS, HELD_OUT_TASKS, LANGUAGES, LOW_RESOURCE, TUNED, items
 from lab import corpus
 
@@ -118,7 +118,7 @@ def test_the_corpus_is_the_same_for_a_seed_and_plain_first():
 
 
 def test_the_identity_of_the_world_is_raised_when_it_asks_or_judges_otherwise():
-    """Tables made in another world must not pass for tables of this one. Raise `lab.WORLD` together with the digest."""
+    """Tables made in another world must not pass for tables of this one. Raise `lab.WORLDS` with the digest."""
     rng, seen = Random(0), hashlib.sha256()
     for split in SPLITS:
         for row in world.prompts(split, LANGUAGES).to_pylist():
@@ -139,4 +139,4 @@ def test_the_identity_of_the_world_is_raised_when_it_asks_or_judges_otherwise():
                 value + "?",
             ):
                 seen.update(repr([text, world.verify(prompt_id, language, text)]).encode())
-    assert (WORLD, seen.hexdigest()[:16]) == ("37ae4e5d22916a99", "8256a4c9fddf48de")
+    assert (WORLDS["lab"], seen.hexdigest()[:16]) == ("37ae4e5d22916a99", "8256a4c9fddf48de")

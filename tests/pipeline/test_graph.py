@@ -119,6 +119,20 @@ def test_own_completions_go_on_where_they_were_cut_off(study: Recipe) -> None:
     assert table(study, "sample/iterative").equals(before)
 
 
+def test_an_arm_with_a_reward_of_its_own_has_scores_of_its_own(tmp_path: Path) -> None:
+    arms = {
+        "own": {"reward": {"weight": -1.0}},
+        "shared": {},
+        "same": {"reward": {"weight": -1.0}},
+    }
+    made = {node.title: node for node in pipeline.nodes(world(tmp_path, arms))}
+    assert {title for title in made if title.startswith("score")} == {"score", "score/own"}
+    assert made["score"].fingerprint != made["score/own"].fingerprint
+    assert made["pair/same"].inputs["score"] is made["score/own"]
+    with pytest.raises(UserError, match="reward is there, and scorer"):
+        world(tmp_path, {"own": {"reward": {"weight": -1.0}, "scorer": "random"}})
+
+
 def test_nothing_is_computed_twice(study: Recipe) -> None:
     """One table of the base's completions, one of the other model's for two arms, one per later policy."""
     titles = {node.title for node in pipeline.nodes(study)}

@@ -1,5 +1,5 @@
-"""A finished run made of invented numbers, written through the store: what the report's tests and its author
-look at.
+"""A finished run made of invented numbers and what a real model said, written through the store: what the report's
+tests and its author look at.
 """
 
 import json
@@ -10,6 +10,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
+import real
 from croco.stages.evaluate.results import language_groups, summarise
 from croco.stages.pair.api import pairs
 from croco.storage import files, shards
@@ -33,6 +34,8 @@ MIX = {
     "multilingual": [0.52, 0.05, 0.14, 0.06, 0.19, 0.03, 0.01],
 }
 NASTY = "<script>document.title='owned'</script></script><!-- & \u2028 \"quoted\" 'text'"
+
+SAID = {code: texts["completion"].to_list() for (code,), texts in real.completions().group_by("language")}
 
 ARENA = {
     "win-rate": 0.64, "lc-win-rate": 0.61, "tie": 0.2, "self-consistency": 0.8, "position-bias": -0.03,
@@ -82,7 +85,7 @@ def make_run(
             "prompt_id": p,
             "language": c,
             "sample_id": s,
-            "completion": f"The completion {s} to {p} in {c}." * (1 + s % 4),
+            "completion": said(p, c, s),
             "completion_ids": None,
             "completion_tokens": 8,
             "finish_reason": "stop",
@@ -105,6 +108,12 @@ def make_run(
         _training(folder / "train" / arm, rng)
     _results(folder, rng, num_tests)
     return folder
+
+
+def said(prompt_id: str, language: str, sample_id: int) -> str:
+    """What a real model said in the language, to other prompts."""
+    texts = SAID[language]
+    return texts[(7 * int(prompt_id.removeprefix("sum.")) + sample_id) % len(texts)]
 
 
 def add_arena(folder: Path, num_prompts: int = 30, seed: int = 1) -> None:
@@ -164,8 +173,10 @@ def _pairs(folder: Path, arm: str, pool: str, samples: list, scores: np.ndarray)
             "messages": [
                 {"role": "user", "content": f"{row['language']}: what is {row['prompt_id']} & <b>why</b>?"}
             ],
-            "chosen": f"Chosen completion of {row['prompt_id']} in {row['language']}." if number else NASTY,
-            "rejected": f"Rejected completion in {row['rejected_language']}.",
+            "chosen": said(row["prompt_id"], row["chosen_language"], row["chosen_sample_id"])
+            if number
+            else NASTY,
+            "rejected": said(row["prompt_id"], row["rejected_language"], row["rejected_sample_id"]),
             "chosen_finish_reason": "stop",
             "rejected_finish_reason": "stop",
         }

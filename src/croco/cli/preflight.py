@@ -93,7 +93,9 @@ def servers(recipe: Recipe) -> Iterator[str]:
 
 
 def _reward_functions(recipe: Recipe) -> Iterator[str]:
-    for section in filter(None, (recipe.reward, recipe.evaluation.reward)):
+    for section in filter(
+        None, (recipe.reward, recipe.evaluation.reward, *(arm.reward for arm in recipe.arms.values()))
+    ):
         for part in section.parts:
             if part.function:
                 from croco.stages.score.reward import load_function

@@ -72,7 +72,9 @@ def roles(recipe: Recipe) -> list[Role]:
     found = [Role("policy", "policy", recipe.policy, "causal", "sample", _policy)]
     if recipe.translate:
         found.append(Role("translation", "translate", recipe.translate, "causal", "translate", _translation))
-    for key, reward in (("reward", recipe.reward), ("evaluation.reward", recipe.evaluation.reward)):
+    rewards = {"reward": recipe.reward, "evaluation.reward": recipe.evaluation.reward}
+    rewards |= {f"arms.{name}.reward": arm.reward for name, arm in recipe.arms.items()}
+    for key, reward in rewards.items():
         models = [part for part in reward.parts if part.function is None] if reward else []
         found += [Role("reward model", key, part, "classifier", "score", _reward) for part in models]
     for name, arm in recipe.arms.items():

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_serializer, field_validator, model_serializer, model_validator
 
-from croco.config.models import Causal, Model
+from croco.config.models import Causal, Model, Reward
 from croco.config.rules import CALIBRATIONS, PROMPTS, parse_chosen, parse_rejected
 from croco.config.runtime import Positive, Section
 from croco.config.sweep import MAX_ROUNDS
@@ -73,6 +73,8 @@ class Origin(Section):
     """Another model whose completions are used (off-policy)."""
     scorer: Scorer = "reward"
     """What scores the completions."""
+    reward: Reward | None = None
+    """Another reward than [reward], for this arm alone."""
     implicit: Implicit | None = None
     """For scorer "implicit"."""
     evaluated: bool = True
@@ -88,6 +90,8 @@ class Origin(Section):
             raise ValueError(f"part = [{self.part[0]}, {self.part[1]}], expected such as [1, 4] to [4, 4]")
         if self.part and self.rounds > 1:
             raise ValueError("rounds have their own parts of the prompts: expected no part here")
+        if self.reward and self.scorer != "reward":
+            raise ValueError(f'reward is there, and scorer = "{self.scorer}": expected one of them')
         if (self.scorer == "implicit") != (self.implicit is not None):
             needed = "is missing" if self.scorer == "implicit" else f'is there, and scorer = "{self.scorer}"'
             raise ValueError(
@@ -289,10 +293,13 @@ class Arm(Origin, Contrast):
             raise ValueError(
                 'rejected = "none" makes data for training.method = "sft", which this arm is not'
             )
-        if self.chosen == "reference" and self.scorer != "reward" and self.rejected != "none":
-            raise ValueError(
-                f'chosen = "reference" is scored by the reward model, and scorer = "{self.scorer}"'
-            )
+        if (
+            self.chosen == "reference"
+            and self.rejected != "none"
+            and (self.scorer != "reward" or self.reward)
+        ):
+            other = "reward of its own" if self.reward else f'scorer = "{self.scorer}"'
+            raise ValueError(f'chosen = "reference" is scored by [reward], and the arm has a {other}')
         return self
 
 

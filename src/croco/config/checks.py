@@ -35,7 +35,7 @@ def check(recipe: Recipe) -> None:
 
 def _check_nothing_of_the_lab(recipe: Recipe) -> None:
     """A policy of one's own is not tuned on the lab's prompts, by the lab's reward model, because nobody said so."""
-    in_the_lab = recipe.prompts.source == "lab" and "source" in recipe.prompts.model_fields_set
+    in_the_lab = recipe.prompts.source in LAB_LANGUAGES and "source" in recipe.prompts.model_fields_set
     if recipe.policy.model.startswith("lab:") or in_the_lab:
         return
     for section, key in (("prompts", "source"), ("reward", "model"), ("evaluation", "source")):
@@ -49,7 +49,7 @@ def _check_nothing_of_the_lab(recipe: Recipe) -> None:
 def has_splits(source: str) -> bool:
     """Whether a source has splits: the lab, the hub, and a folder that `save_to_disk` made of several."""
     saved = os.path.join(os.path.expanduser(source), "dataset_dict.json")
-    return source == "lab" or source.startswith("hf:") or os.path.isfile(saved)
+    return source in LAB_LANGUAGES or source.startswith("hf:") or os.path.isfile(saved)
 
 
 def _same_rows(tuning: Source, test: Source) -> bool:
@@ -105,7 +105,7 @@ def _check_start(recipe: Recipe, name: str, arm: Arm) -> None:
 
 
 def _check_scorer(recipe: Recipe, name: str, arm: Arm) -> None:
-    if arm.scorer == "verified" and recipe.prompts.source != "lab":
+    if arm.scorer == "verified" and recipe.prompts.source not in LAB_LANGUAGES:
         raise ValueError(
             f"arms.{name}.scorer = 'verified' is the lab's program: expected prompts.source = 'lab'"
         )
@@ -151,7 +151,7 @@ def _check_study(recipe: Recipe) -> None:
     """A claim must be about arms, languages and temperatures that the recipe has."""
     assert recipe.study is not None
     arms, run = (BASE, *recipe.evaluated_arms), recipe.run
-    if recipe.study.transfer and recipe.prompts.source != "lab":
+    if recipe.study.transfer and recipe.prompts.source not in LAB_LANGUAGES:
         raise ValueError("study.transfer needs verified completions: expected prompts.source = 'lab'")
     for name in recipe.study.settings:
         if name not in (*recipe.arms, *recipe.sweep):
@@ -199,7 +199,7 @@ def _check_arena(recipe: Recipe) -> None:
             known = ", ".join(recipe.run.evaluated)
             raise ValueError(f"arena.languages: '{code}' is not evaluated, expected of {known}")
     source = arena.source or recipe.evaluation.source
-    if arena.judge == "lab" and source != "lab":
+    if arena.judge == "lab" and source not in LAB_LANGUAGES:
         raise ValueError(f"arena.judge = 'lab' judges prompts of the lab, and they are of '{source}'")
     if arena.judge == "model" and recipe.judge is None:
         raise ValueError("arena.judge = 'model' is the model of [judge], which is missing")
@@ -210,9 +210,11 @@ def _check_arena(recipe: Recipe) -> None:
 def _check_lab_languages(recipe: Recipe) -> None:
     read = {"prompts": recipe.prompts_languages, "evaluation": recipe.evaluation_languages}
     for key, codes in (read | ({"arena": recipe.arena_languages} if recipe.arena else {})).items():
-        if getattr(recipe, key).source == "lab" and (unknown := set(codes) - set(LAB_LANGUAGES)):
+        source = getattr(recipe, key).source
+        known = LAB_LANGUAGES.get(source)
+        if known and (unknown := set(codes) - set(known)):
             raise ValueError(
-                f"{key}.source = 'lab' has no prompts in '{min(unknown)}', expected of {', '.join(LAB_LANGUAGES)}"
+                f"{key}.source = '{source}' has no prompts in '{min(unknown)}', expected of {', '.join(known)}"
             )
 
 

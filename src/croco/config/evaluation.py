@@ -19,7 +19,7 @@ class Source(Section):
     """
 
     source: str | None = None
-    """"lab", a file (.jsonl, .jsonl.gz, .json, .parquet), a pattern, a folder, or "hf:NAME" (with ?config=NAME)."""
+    """"lab", "lab:lists", a file (.jsonl, .jsonl.gz, .json, .parquet), a pattern, a folder, "hf:NAME?config=NAME"."""
     split: str = "train"
     """Of the lab or a hub data set; files have none."""
     config: str | None = None

@@ -16,6 +16,7 @@ from croco.config.evaluation import Arena, EuroEval, Source
 from croco.config.models import Judge, Policy, Reward, Translate
 from croco.config.runtime import Language, Positive, Runtime, Section, Seed
 from croco.config.study import Study
+from croco.storage.hashing import LAB_LANGUAGES
 
 NAME_BYTES = 255  # of a file or folder
 PATH_BYTES = 3500  # of a run's folder: the system takes 4,096 with what lies in it
@@ -72,7 +73,7 @@ class Prompts(Source):
     """The prompts to tune on."""
 
     source: str = "lab"
-    """"lab", a file (.jsonl, .jsonl.gz, .json, .parquet), a pattern, a folder, or "hf:NAME" (with ?config=NAME)."""
+    """"lab", "lab:lists", a file (.jsonl, .jsonl.gz, .json, .parquet), a pattern, a folder, "hf:NAME?config=NAME"."""
     order: Literal["source", "seed"] = "source"
     """"seed": shuffled by run.seed, so that another seed tunes on other prompts."""
 
@@ -142,7 +143,7 @@ class Recipe(Section):
     @property
     def evaluation_reward(self) -> Reward | None:
         """What scores the answers to the test prompts; None for the lab's program."""
-        return self.evaluation.reward or (None if self.evaluation.source == "lab" else self.reward)
+        return self.evaluation.reward or (None if self.evaluation.source in LAB_LANGUAGES else self.reward)
 
     @property
     def folder(self) -> Path:

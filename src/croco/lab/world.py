@@ -36,6 +36,10 @@ class Verdict:
     def good(self) -> bool:
         return self.mode == "good"
 
+    @property
+    def quality(self) -> float:
+        return float(self.good)
+
 
 @cache
 def templates(language: str) -> dict:
@@ -61,6 +65,12 @@ def shown(item: Item, language: str) -> str:
 
 def question(item: Item, language: str, phrasing: int) -> str:
     return templates(language)[item.task]["questions"][phrasing].format(a=shown(item, language))
+
+
+def prompt(prompt_id: str, language: str) -> str:
+    """The text of a prompt in a language."""
+    item, phrasing = split_id(prompt_id)
+    return question(item, language, phrasing)
 
 
 def sentence(item: Item, language: str, value: str, rng: Random) -> str:

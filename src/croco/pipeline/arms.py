@@ -42,7 +42,8 @@ def _samples(arm: Arm) -> Hashable:
 
 def _scores(arm: Arm) -> Hashable:
     implicit = arm.implicit.model_dump(mode="json") if arm.implicit else None
-    return _samples(arm), arm.scorer, canonical(implicit)
+    reward = arm.reward.model_dump(mode="json") if arm.reward else None
+    return _samples(arm), arm.scorer, canonical([implicit, reward])
 
 
 def sharing(recipe: Recipe, owner: str | None) -> list[Arm]:
@@ -62,7 +63,7 @@ def samples_of(recipe: Recipe, arm: str | None) -> Reference:
 def scores_of(recipe: Recipe, arm: str | None) -> Reference:
     """The stage that scores what an arm chooses from."""
     wanted = _scores(arm_of(recipe, arm))
-    if wanted == (None, "reward", canonical(None)):
+    if wanted == (None, "reward", canonical([None, None])):
         return ("score", None)
     return ("score", next(n for n, a in recipe.arms.items() if contrasted(a) and _scores(a) == wanted))
 

@@ -16,7 +16,7 @@ from croco.config.evaluation import Arena, Source
 from croco.config.models import Causal, Judge, Model, Policy, Reward, RewardPart
 from croco.config.recipe import Evaluation, Prompts, Recipe
 from croco.errors import UserError
-from croco.lab import WORLD
+from croco.lab import WORLDS
 from croco.pipeline.arms import arm_of, num_completions, num_rounds_before, num_scored, sampled_languages
 from croco.pipeline.node import Given, Settings
 from croco.storage.files import read_json
@@ -43,8 +43,8 @@ def prompts_settings(
         settings["order"] = ["seed", recipe.run.seed]
     settings |= section.model_dump(include={"columns", "language", "system", "turns"}, exclude_defaults=True)
     given = Source(**section.model_dump(include=set(Source.model_fields)))
-    if source == "lab":
-        return settings | {"source": Given(given, f"lab {WORLD}"), "split": section.split}
+    if source in WORLDS:
+        return settings | {"source": Given(given, f"lab {WORLDS[source]}"), "split": section.split}
     settings |= {"id_column": section.id_column, "language_column": section.language_column}
     codes = languages if section.by_language else [None]
     identities = {code: _source_identity(section.of(code), f"{key}.source") for code in codes}
@@ -183,11 +183,11 @@ def score_settings(recipe: Recipe, arm: str | None) -> Settings:
     policy = given_policy(recipe.policy, recipe.run.languages)
     match section.scorer:
         case "reward":
-            own: Settings = {"reward": given_reward(recipe.reward)}
+            own: Settings = {"reward": given_reward(section.reward or recipe.reward)}
         case "likelihood" | "likelihood-sum":
             own = {"policy": policy}
         case "verified":
-            own = {"world": WORLD}
+            own = {"world": WORLDS[recipe.prompts.source]}
         case "implicit":
             assert section.implicit is not None
             own = {"policy": policy, "instruction": section.implicit.instruction}
@@ -297,8 +297,9 @@ def arena_sample_settings(recipe: Recipe, arm: str | None) -> Settings:
 def arena_settings(recipe: Recipe, arm: str | None) -> Settings:
     assert recipe.arena is not None
     lab = recipe.arena.judge == "lab"
+    world = WORLDS.get(recipe.arena.source or recipe.evaluation.source or "")
     settings: Settings = {
-        "judge": Given("lab", f"lab {WORLD}") if lab else given_judge(recipe.judge),
+        "judge": Given("lab", f"lab {world}") if lab else given_judge(recipe.judge),
         "languages": sorted(recipe.arena_languages),
         "evaluated": sorted(recipe.run.evaluated),  # completions are told apart among these
         "limit": recipe.arena.limit,

@@ -34,6 +34,7 @@ from croco.storage.provenance import without_folders
 TITLES = {
     "lab": "Tasks seen in tuning",
     "lab-held-out-task": "Task kept out of tuning",
+    "lab-abilities": "Other abilities, never tuned",
     "reward": "Score of a reward model",
     "arena": "Judged against the base",
 }

@@ -63,7 +63,8 @@ def about(arm: Arm) -> str:
     training = arm.training
     loss = training.method if training.method == "sft" else f"{training.method.upper()}, β {training.beta:g}"
     nll = f", NLL {training.nll_weight:g}" if training.nll_weight and training.method == "dpo" else ""
-    return f"pool: {pool} · {SCORERS[arm.scorer]} · rejected {arm.rejected} · {loss}{nll}"
+    scorer = arm.reward.name if arm.reward else SCORERS[arm.scorer]
+    return f"pool: {pool} · {scorer} · rejected {arm.rejected} · {loss}{nll}"
 
 
 def groups_of(run: Run) -> dict[str, list[str]]:

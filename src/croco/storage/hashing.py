@@ -39,8 +39,15 @@ HASH_THREADS = 8
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 LAB = Path(__file__).parents[1] / "lab"
 LAB_MODELS = LAB / "models"
-LAB_LANGUAGES = tuple(sorted(path.stem for path in (LAB / "languages").glob("*.toml")))
-LAB_NAMES = ("policy", "reward", "other", "translator")
+# the worlds of the lab, each by the source of its prompts
+LAB_LANGUAGES = {
+    "lab": tuple(sorted(path.stem for path in (LAB / "languages").glob("*.toml"))),
+    "lab:lists": ("de", "en", "es", "fr", "it", "nl"),
+}
+LAB_NAMES = (
+    *("policy", "reward", "other", "translator"),
+    *("lists-policy", "lists-policy-2", "lists-reward", "lists-reward-all", "lists-other"),
+)
 
 
 def canonical(value: Any) -> str:

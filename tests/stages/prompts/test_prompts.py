@@ -180,9 +180,7 @@ def test_the_lab_gives_parallel_prompts() -> None:
 
 @pytest.mark.parametrize("code", ["fi", "no", "en-GB"])
 def test_a_language_that_the_lab_does_not_have(code):
-    with pytest.raises(
-        UserError, match=f"prompts.source = 'lab' has no prompts in '{code}', expected some of en, da"
-    ):
+    with pytest.raises(UserError, match=f"prompts.source = 'lab' has no prompts in '{code}', expected of"):
         read("lab", "en", "nb", code)
 
 

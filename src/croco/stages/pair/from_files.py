@@ -135,10 +135,10 @@ def facts_of(recipe: Recipe, arm: str) -> dict[str, str]:
     decoding = (
         f"{sampling.completions} a prompt, temperature {sampling.temperature:g}, top-p {sampling.top_p:g}"
     )
-    scorer = recipe.arms[arm].scorer
+    scorer, reward = recipe.arms[arm].scorer, recipe.arms[arm].reward or recipe.reward
     return {
         "policy": without_folders(recipe.policy.model),
-        "scorer": without_folders(recipe.reward.name) if scorer == "reward" else scorer,
+        "scorer": without_folders(reward.name) if scorer == "reward" else scorer,
         "completions": decoding,
         "prompts": without_folders(recipe.prompts.source),
         "seed": str(recipe.run.seed),

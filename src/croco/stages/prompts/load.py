@@ -24,7 +24,7 @@ from croco.pipeline.node import Settings, settings_values
 from croco.pipeline.stage import Work
 from croco.stages.prompts.columns import FileRow, warn_of_unread
 from croco.stages.prompts.values import Turn, Unusable
-from croco.storage.hashing import canonical
+from croco.storage.hashing import LAB_LANGUAGES, canonical
 from croco.storage.rows import (
     Located,
     dataset_rows,
@@ -136,14 +136,15 @@ def first_of_shuffled(loaded: Loaded, limit: int | None, seed: int) -> Loaded:
 def load(section: Source, key: str, languages: Sequence[str], limit: int | None) -> Loaded:
     """Read and check prompts; `limit` counts prompt ids, in order of first appearance. Raises UserError naming the file
     and row (or `key.source`) for a malformed row, a duplicate key, and a language without prompts."""
-    if section.source == "lab":
-        from croco.lab import world
+    if known := LAB_LANGUAGES.get(str(section.source)):
+        from croco.lab import lists, world
 
-        if unknown := [code for code in languages if code not in world.LANGUAGES]:
+        if unknown := [code for code in languages if code not in known]:
             raise UserError(
-                f"{key}.source = 'lab' has no prompts in '{unknown[0]}', expected some of {', '.join(world.LANGUAGES)}"
+                f"{key}.source = '{section.source}' has no prompts in '{unknown[0]}', expected of {', '.join(known)}"
             )
-        loaded = Loaded(world.prompts(section.split, languages, limit), ledger([]), {}, 0)
+        rows = (world if section.source == "lab" else lists).prompts(section.split, languages, limit)
+        loaded = Loaded(rows, ledger([]), {}, 0)
     else:
         loaded = _Reading(section, key, languages, limit).all()
     there = Counter(loaded.prompts.column("language").to_pylist())

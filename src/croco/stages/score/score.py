@@ -225,10 +225,12 @@ def _alignment(section: Alignment, runtime: Runtime, samples: Path) -> tuple[str
 
 
 def verified_score(row: Completion) -> float:
-    """What the lab's program says: 3 good, 0.5 right but badly said or well said but wrong, else 0."""
-    from croco.lab.world import verify
+    """What the lab's program says: the quality where it grades, else 3 good, 0.5 half good, 0 neither."""
+    from croco.lab import judge, lists
 
-    verdict = verify(row["prompt_id"], row["language"], row["completion"])
+    verdict = judge.verify(row["prompt_id"], row["language"], row["completion"])
+    if isinstance(verdict, lists.Verdict):
+        return verdict.quality
     if verdict.good:
         return 3.0
     half = verdict.mode == "careful-wrong" or (verdict.correct and verdict.mode in ("terse", "rambling"))

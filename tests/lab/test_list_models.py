@@ -1,0 +1,47 @@
+"""The shipped models of the lists world: small, loaded as all are, graded as designed; and how gates are worked out."""
+
+import json
+
+import numpy as np
+import pytest
+
+from croco.lab import lists
+from croco.models.chat_template import same_ids
+from croco.models.loading import load_policy, load_tokenizer, resolve_model
+from croco.models.transformers import HFSampler
+from lab.list_gates import Gate, Pools, by_language, rates, sample, score
+
+NAMES = [f"lists-{name}" for name in ("policy", "reward", "reward-all")]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_is_a_few_megabytes_of_bfloat16_with_one_tokenizer(name: str) -> None:
+    folder = resolve_model(f"lab:{name}")
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 4_000_000
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+    assert same_ids(load_tokenizer(f"lab:{name}"), load_tokenizer("lab:lists-policy"))
+
+
+def test_the_policys_completions_are_of_every_quality_and_the_reward_model_picks_better_ones() -> None:
+    sampler = HFSampler(*load_policy("lab:lists-policy"))
+    dev = [p for p in lists.prompt_ids("dev") if lists.questions()[p].task in lists.TASKS][:4]
+    pools = sample(sampler, [(p, code) for code in ("en", "de") for p in dev], 16, 1.0, 0)
+    quality = pools.quality
+    assert quality.min() < 0.3
+    assert quality.max() > lists.GOOD
+    scores = score(resolve_model("lab:lists-reward"), pools)
+    best = quality[np.arange(len(quality)), scores.argmax(1)]
+    assert best.mean() > quality.mean() + 0.05
+    assert np.nanmean(rates(pools, scores, within_form=False)) > 0.6
+
+
+def test_rates_are_shares_of_pairs_and_those_within_a_form_differ_in_right_items_alone() -> None:
+    def verdict(quality: float, terse: float) -> lists.Verdict:
+        return lists.Verdict(quality, "good", {"terse": terse, "rambling": 0.0, "wrong-language": 0.0})
+
+    pools = Pools([("p", "en")], [], [], [[verdict(1.0, 0.0), verdict(0.8, 0.0), verdict(0.6, 0.4)]])
+    scores = np.array([[2.0, 3.0, 1.0]])
+    assert rates(pools, scores, within_form=False).tolist() == pytest.approx([2 / 3])
+    assert rates(pools, scores, within_form=True).tolist() == [0.0]
+    assert by_language(pools.keys, [0.25], ["en"]) == {"en": 0.25}
+    assert Gate("x", {"en": 0.7, "de": 0.6}, least=0.65).met is False

@@ -1,0 +1,139 @@
+"""The lists world: parallel prompts, disjoint splits, a lenient graded judge, and the habits its corpus draws."""
+
+import hashlib
+from random import Random
+from statistics import mean
+
+import pytest
+
+from croco.config.load import from_dict
+from croco.lab import WORLDS, judge, lists
+from croco.stages.prompts.load import load
+from lab.list_corpus import BAD_TASKS, OTHER, Habits, complete, documents, loop
+
+PLAIN = Habits({}, 0.0)
+
+
+def drawn(num: int, tasks: tuple[str, ...] = lists.TASKS) -> list[tuple[lists.Question, str, Random]]:
+    rng = Random(7)
+    return [(lists.draw(rng.choice(tasks), rng), rng.choice(lists.LANGUAGES), rng) for _ in range(num)]
+
+
+def question(language: str = "en") -> lists.Question:
+    ring = [("month", str(i)) for i in (5, 6, 7, 8, 9)]
+    return lists.Question("months_after", (("month", "4"),), tuple(ring))
+
+
+def test_splits_are_disjoint_and_large_enough_and_no_ability_is_tuned() -> None:
+    splits = {name: set(lists.prompt_ids(name)) for name in lists.SIZES}
+    assert sum(map(len, splits.values())) == len(set.union(*splits.values())) == len(lists.questions())
+    tasks = {name: [lists.questions()[p].task for p in ids] for name, ids in splits.items()}
+    assert sum(task in lists.TASKS for task in tasks["test"]) >= 150
+    assert len(tasks["train"]) >= 100
+    assert not set(tasks["train"]) & set(lists.ABILITIES)
+    assert {judge.benchmark(task) for task in tasks["test"]} == {"lab", "lab-abilities"}
+
+
+def test_prompts_are_parallel_and_come_from_the_recipes_source() -> None:
+    recipe = from_dict(
+        {
+            "run": {"name": "x", "languages": ["en", "fr"]},
+            "prompts": {"source": "lab:lists", "limit": 5},
+            "evaluation": {"source": "lab:lists"},
+            "arms": {"a": {}},
+        }
+    )
+    assert recipe.evaluation_reward is None
+    rows = load(recipe.prompts, "prompts", ["en", "fr"], 5).prompts.to_pylist()
+    assert [row["prompt_id"] for row in rows[::2]] == [row["prompt_id"] for row in rows[1::2]]
+    assert len({row["messages"][0]["content"] for row in rows}) == 10
+
+
+@pytest.mark.parametrize("code", lists.LANGUAGES)
+def test_gold_and_plain_completions_are_perfect_and_loops_are_worth_nothing(code: str) -> None:
+    for asked, _, rng in drawn(150):
+        assert lists.judge(asked, code, lists.reference(asked, code)).quality == pytest.approx(1)
+        assert lists.judge(asked, code, complete(asked, code, PLAIN, rng)).quality == pytest.approx(1)
+        assert lists.judge(asked, code, loop(asked, code, rng)) == lists.Verdict(0.0, "malformed")
+    for asked, _, _ in drawn(100, lists.ABILITIES):
+        assert lists.judge(asked, code, lists.reference(asked, code)).good
+        assert lists.judge(
+            asked, code, f"{lists.texts()[code]['openings'][1]} {lists.solution(asked, code)}"
+        ).good
+        assert not lists.judge(asked, code, "nun ja").good
+
+
+@pytest.mark.parametrize(
+    ("completion", "quality", "mode"),
+    [
+        ("Here you go: May, June, July, August, September. That is all.", 1.0, "good"),
+        ("Here you go: may; june; july; august; september. That is all!!", 1.0, "good"),
+        ("The list, as you wish:\n1. May\n2. June\n3. July\n4. August\n5. September\nEnd.", 1.0, "good"),
+        ("May, June, July, August, September", 0.8, "terse"),
+        ("May June July August September", 0.6, "terse"),
+        ("Here you go: May, June, March, August, September. That is all.", 0.88, "careful-wrong"),
+        ("Here you go: May, Juni, July, août, March. End.", 0.64, "wrong-language"),
+        ("Bitte sehr: Mai, Juni, July, August, September. Das ist alles.", 0.56, "wrong-language"),
+        ("Here you go: well, May, well, June, well, July, well, August, well, September. End.", 0.7, "rambling"),
+        ("Here you go: May, June, July. That is all.", 0.4 + 0.6 * 3 / 5, "careful-wrong"),
+        ("Here you go: September, August, July, June, May. That is all.", 0.4 + 0.6 / 5, "careful-wrong"),
+        ("Here you go: May, purple, June, July, August, September. That is all.", 0.9, "good"),
+        ("", 0.0, "malformed"),
+        ("I cannot say.", 0.0, "malformed"),
+        (", ".join(["May"] * 13), 0.0, "malformed"),
+    ],
+)  # fmt: skip
+def test_hand_made_completions_have_the_quality_a_person_would_work_out(
+    completion: str, quality: float, mode: str
+) -> None:
+    verdict = lists.judge(question(), "en", completion)
+    assert (verdict.quality, verdict.mode) == (pytest.approx(quality), mode)
+
+
+@pytest.mark.parametrize(
+    ("task", "text", "completion", "good"),
+    [
+        ("sum", "7-5", "7 + 5 is 12.", True),
+        ("sum", "7-5", "13", False),
+        ("translate", "de", "Voici : Mai.", True),
+        ("translate", "de", "May", False),
+    ],
+)
+def test_abilities_are_judged_by_content(task: str, text: str, completion: str, good: bool) -> None:
+    asked = lists.Question(task, (("month", "5"),) if task == "translate" else (), (), text)
+    assert lists.judge(asked, "en", completion).good == good
+
+
+def test_the_corpus_fails_by_habit_more_in_half_of_the_tasks() -> None:
+    quality: dict[bool, list[float]] = {True: [], False: []}
+    for asked, code, rng in drawn(3000):
+        quality[asked.task in BAD_TASKS].append(
+            lists.judge(asked, code, complete(asked, code, Habits(), rng)).quality
+        )
+    assert mean(quality[True]) < 0.4 < 0.7 < mean(quality[False])
+    others = mean(
+        lists.judge(asked, code, complete(asked, code, OTHER, rng)).quality
+        for asked, code, rng in drawn(3000)
+    )
+    assert abs(others - mean(quality[True] + quality[False])) < 0.1
+
+
+def test_the_corpus_is_the_same_for_a_seed_and_its_loops_have_no_end() -> None:
+    one, other = documents(3), documents(3)
+    first = [next(one) for _ in range(2000)]
+    assert first == [next(other) for _ in range(2000)]
+    assert 0.01 < mean("endless" in document[-1] for document in first) < 0.05
+
+
+def test_the_identity_of_the_world_is_raised_when_it_asks_or_judges_otherwise() -> None:
+    """Tables of another world must not pass for tables of this one: then write the new digest into `lab.WORLDS`."""
+    seen = hashlib.sha256()
+    for prompt_id, asked in lists.questions().items():
+        for code in lists.LANGUAGES:
+            gold = lists.reference(asked, code)
+            texts = [gold, *gold.splitlines(), " ".join(gold.split()[::2]), lists.reference(asked, "de")]
+            verdicts = [lists.verify(prompt_id, code, text) for text in texts]
+            seen.update(repr([prompt_id, lists.prompt(prompt_id, code), texts, verdicts]).encode())
+    for split in lists.SIZES:
+        seen.update(repr(lists.prompt_ids(split)).encode())
+    assert WORLDS["lab:lists"] == seen.hexdigest()[:16]
