@@ -329,7 +329,7 @@ COMMANDS = [
     ("pairs x.jsonl --to out --format zip", "the format 'zip' is unknown"),
     ("pairs x.jsonl --to out --set chosen=best", 'the rule "best" for chosen is unknown'),
     ("export none --arm a --to out", "none holds no recipe.json"),
-    ("merge none --arm a --to out", "none holds no recipe.json"),
+    ("merge none --arm a --to out", "none: no such folder"),
     ("report none", "none is no run"),
     ("compare none none", "none is no run"),
     ("plan recipe.toml --set x", "expected section.key=value"),

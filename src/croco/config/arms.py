@@ -265,7 +265,8 @@ class Training(Section):
     def _as_ever(self, serialized: Any) -> dict[str, Any]:
         """Without the defaults of keys that the fingerprints of earlier versions did not have."""
         later = {"sft_on": "completion", "warmup_rounding": "down"}
-        return {name: value for name, value in serialized(self).items() if later.get(name) != value}
+        values = serialized(self)
+        return {name: value for name, value in values.items() if name not in later or later[name] != value}
 
 
 class Arm(Origin, Contrast):

@@ -100,9 +100,9 @@ def model_identity(name: str, revision: str | None, key: str = "model") -> str:
 def gguf_file(name: str, key: str = "model") -> Path | None:
     """The GGUF file that a model's name stands for: the file itself, or the one in a folder without config.json."""
     path = Path(os.path.expanduser(name))
-    if path.suffix == ".gguf" and path.is_file():
+    if path.suffix == ".gguf" and os.path.isfile(path):
         return path
-    if not path.is_dir() or (path / "config.json").exists():
+    if not os.path.isdir(path) or (path / "config.json").exists():
         return None
     files = sorted(path.glob("*.gguf"))
     if len(files) > 1:
