@@ -207,10 +207,14 @@ def accuracies(recipe: Recipe, dev: pl.DataFrame, models: dict[str, Path]) -> pl
             won = [(a > b) + 0.5 * (a == b) for a in good for b in bad]
             if won:
                 shares.setdefault(pool[0]["language"], []).append(float(np.mean(won)))
-        table.append(
-            {"reward": name} | {code: stats.bootstrap_mean(each, 0) for code, each in shares.items()}
-        )
+        table.append({"reward": name} | {code: accuracy_cell(each) for code, each in shares.items()})
     return pl.DataFrame(table)
+
+
+def accuracy_cell(shares: Sequence[float]) -> dict[str, Any]:
+    """The mean over prompts that have a good completion and another one."""
+    value, low, high = (None if end != end else end for end in stats.bootstrap_mean(shares, 0))
+    return {"value": value, "ci_low": low, "ci_high": high, "prompts": len(shares)}
 
 
 # The controls ---------------------------------------------------------------------------------------------------------
@@ -270,11 +274,15 @@ def judged(recipe: Recipe) -> tuple[pl.DataFrame, list[str]]:
         ranked = read[best_of].sort(*ROW, "value", descending=[False, False, True])
         read[best_of] = ranked.unique(ROW, keep="first", maintain_order=True)
     named = [table.with_columns(arm=pl.lit(arm)) for arm, table in read.items()]
-    rows = labelled(pl.concat(named, how="diagonal"))
+    return by_part(pl.concat(named, how="diagonal")), [arm for arm in folders if arm not in read]
+
+
+def by_part(rows: pl.DataFrame) -> pl.DataFrame:
+    """Verdicts of completions, with "usable" and each part of it as a benchmark of its own."""
     keys = ["arm", "temperature", *ROW, "sample_id", "found_language", "completion", "finish_reason"]
-    long = rows.unpivot(["usable", *PARTS], index=keys, variable_name="benchmark")
-    verdicts = long.with_columns(pl.col("value").cast(pl.Float64), mode=pl.lit(""))
-    return verdicts, [arm for arm in folders if arm not in read]
+    wide = labelled(rows).select(*keys, "usable", *PARTS)
+    long = wide.unpivot(["usable", *PARTS], index=keys, variable_name="benchmark")
+    return long.with_columns(pl.col("value").cast(pl.Float64), mode=pl.lit(""))
 
 
 def shown(row: dict[str, Any], sign: str = "") -> str:
@@ -293,11 +301,14 @@ def tables(recipe: Recipe, results: pl.DataFrame, accuracy: pl.DataFrame) -> Ite
     codes = [code for code in recipe.run.languages if code in accuracy.columns]
     yield "## The reward model on dev"
     yield (
-        "Share of pairs of completions to one prompt, one good and one not, that are ranked right, in percent with 95 "
-        "% intervals over prompts; chance is 50."
+        "Share of pairs of completions to one prompt, one good and one not, that are ranked right, in percent with "
+        "95 % intervals over prompts (none where they are fewer than six); chance is 50."
     )
-    each = [[row["reward"], *(shown(row[code]) for code in codes)] for row in accuracy.to_dicts()]
-    yield table(["ranked by", *codes], each)
+    rows = accuracy.to_dicts()
+    head = [f"{code} ({rows[0][code]['prompts']} prompts)" for code in codes]
+    yield table(
+        ["ranked by", *head], [[row["reward"], *(shown(row[code]) for code in codes)] for row in rows]
+    )
     found = {
         tuple(row[name] for name in ("arm", "temperature", "language", "benchmark", "metric")): row
         for row in results.to_dicts()

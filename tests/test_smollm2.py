@@ -10,7 +10,9 @@ from types import ModuleType
 import polars as pl
 import pytest
 
+import real
 from croco.config.load import load
+from croco.stages.evaluate.results import language_groups, summarise
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 pytest.importorskip("wordfreq")
@@ -56,6 +58,26 @@ def test_labels_and_pairs(script: ModuleType) -> None:
     own = script.own_language_pairs(rows, 10)
     assert said(own) == sorted([(GERMAN, GOOD), (GOOD, GERMAN), (GOOD, LOOP)])
     assert len(script.own_language_pairs(rows, 2)) == 2
+
+
+def test_the_page_shows_what_was_said(script: ModuleType) -> None:
+    """Real completions as those of two arms: the shares in the tables are those counted here."""
+    said = real.completions().with_columns(found_language=pl.col("language"), temperature=pl.lit(1.0))
+    tuned = said.with_columns(completion=pl.lit("Yes."))
+    rows = pl.concat([said.with_columns(arm=pl.lit("base")), tuned.with_columns(arm=pl.lit("monolingual"))])
+    recipe = load(RECIPES / "smollm2.toml")
+    groups = language_groups(recipe.run.languages, (), recipe.run.held_out_languages)
+    results = summarise(script.by_part(rows), groups, 0, 200)
+    cell = {"value": 0.75, "ci_low": None, "ci_high": None, "prompts": 3}
+    accuracy = pl.DataFrame([{"reward": "English pairs", "en": cell}])
+    page = "\n".join(script.tables(recipe, results, accuracy))
+    judged = script.labelled(said.filter(pl.col("language").is_in(recipe.run.languages)))
+    share = 100 * judged["usable"].mean()
+    assert f"| base | 1 | {share:.0f} [" in page
+    assert f"| monolingual | 1 | 0 [0, 0] | {-share:+.0f} [" in page
+    assert f"| base | 1 | {100 * judged['constraint'].mean():.0f} [" in page
+    assert "| English pairs | 75 |" in page
+    assert "| ranked by | en (3 prompts) |" in page
 
 
 @pytest.mark.parametrize("name", ["smollm2", "smollm2-cpu"])

@@ -86,9 +86,9 @@ def count_letters(text: str) -> int:
 def identify(text: str, among: Sequence[str], confidence: float = 0.5, min_letters: int = 1) -> str | None:
     """Which of the languages a text is in; None when it has too few letters or none reaches the confidence (0 to 1).
 
-    A language that the identifier does not know (`identifiable`) is never the one; neither are two varieties of one
-    language told apart: the first of them stands for both. Among a single language nothing can be told: None. A text in
-    a language that is not among them counts as whichever of them it resembles most.
+    A language that the identifier does not know (`identifiable`) is never the answer, and two varieties of one language
+    count as the first of them. With a single language given the answer is None. A text in a language that is not given
+    counts as the one that it resembles most.
     """
     by_code: dict[str, str] = {}
     for code in filter(identifiable, among):

@@ -51,7 +51,7 @@ def test_every_turn_is_kept_and_the_instruction_stands_in_the_last_user_turn(tok
 
 
 def test_an_instruction_without_a_user_turn_is_an_error():
-    with pytest.raises(UserError, match=r"needs a user turn.*found system"):
+    with pytest.raises(UserError, match=r"is for a user turn.*found system"):
         with_instruction([{"role": "system", "content": "x"}], "Svar på dansk.")
 
 

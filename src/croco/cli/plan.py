@@ -57,8 +57,8 @@ def describe(recipe: Recipe, until: str | None = None, machine: str | None = Non
 
 def _standing(node: Node, status: Status) -> str:
     if status.kind == "complete":
-        found = records.read_record(node.folder)
-        return f"complete: {run.counted(node, found)}{found['seconds']:.1f} s"
+        record = records.read_record(node.folder)
+        return f"complete: {run.counted(node, record)}{record['seconds']:.1f} s"
     if status.kind == "unfinished":
         return f"unfinished ({len(shards.shards(node.folder))} shards there): would go on"
     return {"missing": "would run", "stale": "stale, would need --rebuild:"}.get(
@@ -68,18 +68,18 @@ def _standing(node: Node, status: Status) -> str:
 
 def rates(recipe: Recipe) -> dict[str, float]:
     """What stages of this run have recorded: tokens a second of "sample", completions a second of "score"."""
-    found = {}
+    rates = {}
     for stage, fact in (("sample", "tokens_per_second"), ("score", "completions_per_second")):
         folder = recipe.folder / stage
         rate = records.read_record(folder)["facts"].get(fact) if records.state(folder) != "missing" else None
         if isinstance(rate, int | float) and rate > 0:
-            found[stage] = float(rate)
-    return found
+            rates[stage] = float(rate)
+    return rates
 
 
 @dataclass
 class Totals:
-    """What the stages come to at most, added up while their lines are said."""
+    """What the stages come to at most, added up as their lines are printed."""
 
     loads: list[Load] = field(default_factory=list)
     tokens: int = 0
@@ -203,13 +203,13 @@ def _disk(recipe: Recipe, needed: int) -> Iterator[str]:
 
 def _sampled(recipe: Recipe, tuning: int) -> dict[str | None, tuple[int, int]]:
     """Of each sampling stage: how many of the `tuning` prompts × languages it asks, and the completions it draws."""
-    found = {}
+    sampled = {}
     for owner in arms.sampling_arms(recipe):
         prompts = tuning * len(arms.sampled_languages(recipe, owner)) // len(recipe.run.languages)
         part = recipe.arms[owner].part if owner and recipe.arms[owner].start else None
         prompts = -(-prompts // part[1]) if part else prompts
-        found[owner] = prompts, prompts * arms.num_completions(recipe, owner)
-    return found
+        sampled[owner] = prompts, prompts * arms.num_completions(recipe, owner)
+    return sampled
 
 
 def _trained(recipe: Recipe, totals: Totals, tuning: int, length: float) -> str:

@@ -87,9 +87,9 @@ def servers(recipe: Recipe) -> Iterator[str]:
             continue
         from croco.models.openai_server import Connection
 
-        found = Connection(getattr(recipe.runtime.servers, role), role, section.model)
-        context = f", context {found.max_context} tokens" if found.max_context else ""
-        yield f"server        {role}: {found.url} serves {found.served}{context}"
+        server = Connection(getattr(recipe.runtime.servers, role), role, section.model)
+        context = f", context {server.max_context} tokens" if server.max_context else ""
+        yield f"server        {role}: {server.url} serves {server.served}{context}"
 
 
 def _reward_functions(recipe: Recipe) -> Iterator[str]:
@@ -111,8 +111,8 @@ def _euroeval(recipe: Recipe) -> Iterator[str]:
     euroeval.check(recipe)
     yield f"euroeval      {recipe.runtime.euroeval.python}"
     for arm in recipe.runtime.euroeval.urls:
-        found = euroeval.named_server(recipe.runtime.euroeval, arm)
-        yield f"  {found.url} serves '{euroeval.model_name(arm)}', {found.max_context or 'unknown'} tokens at most"
+        server = euroeval.named_server(recipe.runtime.euroeval, arm)
+        yield f"  {server.url} serves '{euroeval.model_name(arm)}', {server.max_context or 'unknown'} tokens at most"
 
 
 def _tuning(recipe: Recipe) -> Iterator[str]:

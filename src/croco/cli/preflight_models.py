@@ -69,23 +69,23 @@ class Role:
 
 def roles(recipe: Recipe) -> list[Role]:
     """Every model that the recipe names and uses."""
-    found = [Role("policy", "policy", recipe.policy, "causal", "sample", _policy)]
+    roles = [Role("policy", "policy", recipe.policy, "causal", "sample", _policy)]
     if recipe.translate:
-        found.append(Role("translation", "translate", recipe.translate, "causal", "translate", _translation))
+        roles.append(Role("translation", "translate", recipe.translate, "causal", "translate", _translation))
     rewards = {"reward": recipe.reward, "evaluation.reward": recipe.evaluation.reward}
     rewards |= {f"arms.{name}.reward": arm.reward for name, arm in recipe.arms.items()}
     for key, reward in rewards.items():
         models = [part for part in reward.parts if part.function is None] if reward else []
-        found += [Role("reward model", key, part, "classifier", "score", _reward) for part in models]
+        roles += [Role("reward model", key, part, "classifier", "score", _reward) for part in models]
     for name, arm in recipe.arms.items():
         if arm.sampler:
             key = f"arms.{name}.sampler"
-            found.append(Role(f"sampler       {name}:", key, arm.sampler, "causal", "sample", _sampler))
+            roles.append(Role(f"sampler       {name}:", key, arm.sampler, "causal", "sample", _sampler))
     if recipe.alignment and any(arm.scorer == "alignment" for arm in recipe.arms.values()):
-        found.append(Role("alignment", "alignment", recipe.alignment, "translator", None, _alignment))
+        roles.append(Role("alignment", "alignment", recipe.alignment, "translator", None, _alignment))
     if recipe.judge and recipe.arena and recipe.arena.judge == "model":
-        found.append(Role("judge", "judge", recipe.judge, "causal", "judge", _judge))
-    return found
+        roles.append(Role("judge", "judge", recipe.judge, "causal", "judge", _judge))
+    return roles
 
 
 def examine_role(recipe: Recipe, role: Role, rows: Sequence[Prompt]) -> Iterator[str]:
@@ -176,8 +176,8 @@ def _translation(
 ) -> Iterator[str]:
     """The first stretch of text of a prompt, as it is asked for in every language."""
     from croco.models.chat_template import prompt_ids
-    from croco.stages.translate.formats import FORMATS
     from croco.stages.translate.protect import pieces
+    from croco.stages.translate.translate import FORMATS
 
     section = role.section
     assert isinstance(section, Translate)

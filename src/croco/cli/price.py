@@ -61,8 +61,8 @@ def parameters(model: Model) -> tuple[float, float] | None:
     if model.model in SIZES:
         return SIZES[model.model], SIZES[model.model]
     sizes = re.findall(r"(?i)(?<![a-z0-9.])(a?)(\d+(?:\.\d+)?)(b|m)(?![a-z0-9])", model.model)
-    found = {bool(active): float(number) * (1e9 if unit in "bB" else 1e6) for active, number, unit in sizes}
-    return (found[False], found.get(True, found[False])) if False in found else None
+    by_kind = {bool(active): float(number) * (1e9 if unit in "bB" else 1e6) for active, number, unit in sizes}
+    return (by_kind[False], by_kind.get(True, by_kind[False])) if False in by_kind else None
 
 
 def _weights(path: Path) -> int:

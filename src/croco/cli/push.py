@@ -63,7 +63,7 @@ def push(
     `update` replaces the files of a repository that has some. `base` is the hub's name of an adapter's base that is a
     folder here, which nobody else has.
     """
-    found = contents(folder)
+    local = contents(folder)
     key = os.environ.get("HF_TOKEN")
     if not key:
         raise UserError(
@@ -71,13 +71,13 @@ def push(
         )
     if not HUB_ID.fullmatch(name) or "/" not in name:
         raise UserError(f"--to {name}: expected the name of a repository, such as my-organisation/my-model")
-    replaced = {CONFIG: _with_base(found.files[CONFIG], base)} if CONFIG in found.files else {}
+    replaced = {CONFIG: _with_base(local.files[CONFIG], base)} if CONFIG in local.files else {}
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=key)
     with _one_sentence(name, key):
-        url = api.create_repo(name, repo_type=found.kind, private=not public, exist_ok=True)
-        there = set(api.list_repo_files(name, repo_type=found.kind)) - {".gitattributes"}
+        url = api.create_repo(name, repo_type=local.kind, private=not public, exist_ok=True)
+        there = set(api.list_repo_files(name, repo_type=local.kind)) - {".gitattributes"}
         if there and not update:
             raise UserError(
                 f"{url} holds {len(there)} files already: expected --update to replace them, or another name"
@@ -85,17 +85,17 @@ def push(
         commit = api.create_commit(
             name,
             [
-                *(CommitOperationDelete(path) for path in sorted(there - found.files.keys())),
+                *(CommitOperationDelete(path) for path in sorted(there - local.files.keys())),
                 *(
                     CommitOperationAdd(path, replaced.get(path, str(file)))
-                    for path, file in found.files.items()
+                    for path, file in local.files.items()
                 ),
             ],
-            commit_message=f"{found.kind} made by croco",
-            repo_type=found.kind,
+            commit_message=f"{local.kind} made by croco",
+            repo_type=local.kind,
         )
-    size = sum(file.stat().st_size for file in found.files.values())
-    say(f"{len(found.files)} files, {size / 1e6:,.1f} MB: {commit.commit_url}")
+    size = sum(file.stat().st_size for file in local.files.values())
+    say(f"{len(local.files)} files, {size / 1e6:,.1f} MB: {commit.commit_url}")
 
 
 def _with_base(path: Path, base: str | None) -> bytes:

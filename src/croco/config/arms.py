@@ -1,6 +1,6 @@
 """`[arms.NAME]` of the recipe: where completions come from, who scores them, how pairs are chosen, how an arm is tuned.
 
-The stages take these very records: a value is said here, once, with its default.
+The stages take these very records, so every default is written once, here.
 """
 
 from __future__ import annotations
@@ -265,8 +265,7 @@ class Training(Section):
     def _as_ever(self, serialized: Any) -> dict[str, Any]:
         """Without the defaults of keys that the fingerprints of earlier versions did not have."""
         later = {"sft_on": "completion", "warmup_rounding": "down"}
-        values = serialized(self)
-        return {name: value for name, value in values.items() if name not in later or later[name] != value}
+        return {name: value for name, value in serialized(self).items() if value != later.get(name, ...)}
 
 
 class Arm(Origin, Contrast):

@@ -34,7 +34,7 @@ def check(recipe: Recipe) -> None:
 
 
 def _check_nothing_of_the_lab(recipe: Recipe) -> None:
-    """A policy of one's own is not tuned on the lab's prompts, by the lab's reward model, because nobody said so."""
+    """A policy of one's own is not tuned on the lab's prompts, by the lab's reward model, unless the recipe says so."""
     in_the_lab = recipe.prompts.source in LAB_LANGUAGES and "source" in recipe.prompts.model_fields_set
     if recipe.policy.model.startswith("lab:") or in_the_lab:
         return

@@ -1,7 +1,5 @@
 """One sentence for a recipe that does not validate: the first mistake, and the nearest known key."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Sequence
 from types import UnionType
@@ -9,7 +7,7 @@ from typing import Any, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-# pydantic's error type → what was expected, in a person's words; {…} come from the error's context
+# pydantic's error type → what was expected, in plain words; {…} come from the error's context
 EXPECTED = {
     "int_type": "a whole number",
     "int_from_float": "a whole number",
@@ -81,7 +79,7 @@ def unknown_key(location: Sequence[str], root: type[BaseModel]) -> str:
 
 
 def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """Every dotted key of a recipe, sections included; `arms.*` stands for any arm, and so for all tables of them."""
+    """Every dotted key of a recipe, sections included; `arms.*` is any arm, and so for all such tables."""
     keys = []
     for name, field in model.model_fields.items():
         key = prefix + name

@@ -1,7 +1,5 @@
 """Where prompts come from, and `[arena]` and `[euroeval]`: completions before a judge, and structured tasks."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator

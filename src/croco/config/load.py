@@ -1,7 +1,5 @@
 """Reads a recipe: TOML or JSON, `--set` values over it, sweeps and rounds made into arms, then checked as a whole."""
 
-from __future__ import annotations
-
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -17,7 +15,7 @@ from croco.config.recipe import Recipe, Sampling
 from croco.config.sweep import expanded
 from croco.errors import UserError
 
-# what an arm has when nobody says otherwise
+# what an arm has by default
 ARM_DEFAULTS = {
     **{name: field.default for name, field in Arm.model_fields.items()},
     "sampling.completions": Sampling.model_fields["completions"].default,

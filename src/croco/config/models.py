@@ -1,7 +1,5 @@
 """The models of a recipe: policy, translator, reward model and judge; which weights, and how they are read."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args

@@ -157,7 +157,6 @@ class Recipe(Section):
 
     @property
     def evaluation_languages(self) -> tuple[str, ...]:
-        """The languages that `[evaluation]` is read in."""
         translated = self.translate and self.translate.evaluation
         return (self.translate.source,) if self.translate and translated else self.run.evaluated
 
@@ -168,7 +167,6 @@ class Recipe(Section):
 
     @property
     def arena_languages(self) -> tuple[str, ...]:
-        """The languages that [arena] compares in."""
         return (self.arena.languages if self.arena else ()) or self.run.evaluated
 
     def languages_of(self, arm: Arm) -> tuple[str, ...]:

@@ -1,7 +1,5 @@
 """The recipe's keys from the records themselves: a JSON schema for editors, and the page docs/reference/recipe.md."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from types import UnionType
@@ -118,8 +116,8 @@ def _type(annotation: Any, field: FieldInfo | None = None) -> str:
 def _bounds(field: FieldInfo | None) -> str:
     signs = {"gt": "> ", "ge": "≥ ", "lt": "< ", "le": "≤ "}
     metadata = field.metadata if field else []
-    found = [(sign, getattr(one, name, None)) for one in metadata for name, sign in signs.items()]
-    shown = [f"{sign}{bound:,}" for sign, bound in found if bound is not None and abs(bound) < 10**8]
+    bounds = [(sign, getattr(one, name, None)) for one in metadata for name, sign in signs.items()]
+    shown = [f"{sign}{bound:,}" for sign, bound in bounds if bound is not None and abs(bound) < 10**8]
     return f" {', '.join(shown)}" if shown else ""
 
 

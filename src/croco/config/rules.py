@@ -2,8 +2,6 @@
 
 A rule names a target score; the completion nearest to it is picked. A new rule is a new line in FORMS."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -97,7 +97,7 @@ class Engines(Section):
 
 
 class VllmRole(Section):
-    """What one role has otherwise than the rest of `[runtime.vllm]`; null is what stands there."""
+    """What one role has otherwise; null is the value of `[runtime.vllm]`."""
 
     tensor_parallel: Count | None = None
     """GPUs that one engine takes."""
@@ -126,7 +126,6 @@ class Vllm(Section):
     """What a role has otherwise: a large judge takes more GPUs than the policy."""
 
     def of(self, role: str) -> Vllm:
-        """The settings of one role."""
         own = next((settings for name, settings in self.roles.items() if name == role), VllmRole())
         return self.model_copy(update=own.model_dump(exclude_none=True))
 

@@ -1,7 +1,5 @@
 """Ways of writing arms: `rounds` and `[sweep]` become ordinary arms before a recipe is checked."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import re
@@ -14,7 +12,7 @@ MAX_POINTS = 1000  # of a grid
 
 
 def expanded(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> Values:
-    """The recipe's values with the arms that `[sweep]` and `rounds` stand for; `defaults` are an arm's."""
+    """The recipe's values with the arms that `[sweep]` and `rounds` make; `defaults` are an arm's."""
     values = dict(values)
     if isinstance(values.get("arms"), dict):
         _expand_sweeps(values, defaults)
@@ -39,19 +37,19 @@ def _expand_rounds(arms: Mapping[str, Any]) -> Values:
         before, reference = arm.get("start"), arm.get("reference", "base")
         for number in range(1, rounds + 1):
             last = number == rounds
-            mine = name if last else f"{name}-{number}"
-            if not last and mine in arms:
-                raise ValueError(f"arms.{mine} is a round of arms.{name}: expected another name")
+            round_name = name if last else f"{name}-{number}"
+            if not last and round_name in arms:
+                raise ValueError(f"arms.{round_name} is a round of arms.{name}: expected another name")
             made = {
                 **arm,
                 "rounds": 1,
                 "part": [number, rounds],
                 "reference": reference if before else "base",
             }
-            result[mine] = (
+            result[round_name] = (
                 made | ({"start": before} if before else {}) | ({} if last else {"evaluated": False})
             )
-            before = mine
+            before = round_name
     return result
 
 
@@ -111,11 +109,11 @@ def _value(values: Values, of: str, key: str, defaults: Mapping[str, Any]) -> An
             key, defaults["sampling.completions"]
         )
     for source in (values["arms"][of], values, defaults):
-        found: Any = source
+        value: Any = source
         for part in key.split("."):
-            found = found.get(part) if isinstance(found, Mapping) else getattr(found, part, None)
-        if found is not None:
-            return found
+            value = value.get(part) if isinstance(value, Mapping) else getattr(value, part, None)
+        if value is not None:
+            return value
     return None
 
 
@@ -134,7 +132,6 @@ def _label(key: str, value: Any) -> str:
 
 
 def _set(arm: Values, place: Mapping[str, Any]) -> Values:
-    """A copy of an arm with values set under dotted keys."""
     result = dict(arm)
     for key, value in place.items():
         below, parts = result, key.split(".")

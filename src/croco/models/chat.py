@@ -1,4 +1,4 @@
-"""A conversation with a model: what the person writes in, what the model says out, as it comes."""
+"""A conversation with a model: the person's lines in, the model's answers out, word by word."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from transformers import GenerationConfig, TextStreamer
 from croco.config.models import Policy
 from croco.errors import Refused, printable
 from croco.models.chat_template import end_ids, prompt_ids
-from croco.models.loading import load_policy, max_context
+from croco.models.loading import load_policy
+from croco.models.model_files import context_of
 
 NEW, QUIT = "/new", "/quit"
 
@@ -21,10 +22,10 @@ NEW, QUIT = "/new", "/quit"
 class _Printer(TextStreamer):
     """Prints whole words as they come, without what could steer the terminal, and keeps them."""
 
-    said = ""
+    text = ""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self.said += text
+        self.text += text
         print(printable(text), end="\n" if stream_end else "", flush=True)
 
 
@@ -62,13 +63,14 @@ def chat(
         except Refused as error:
             print(printable(str(error)), file=sys.stderr)
             continue
-        room = max_context(model) - len(ids)
+        context = context_of(model.config)
+        room = context - len(ids)
         if room <= 0:
-            full = f"the conversation fills the context of {max_context(model)} tokens; {NEW} begins another"
+            full = f"the conversation fills the context of {context} tokens; {NEW} begins another"
             print(full, file=sys.stderr)
             continue
-        said = _answer(model, tokenizer, ids, temperature, min(room, max_new_tokens))
-        messages = [*asked, {"role": "assistant", "content": said}]
+        answer = _answer(model, tokenizer, ids, temperature, min(room, max_new_tokens))
+        messages = [*asked, {"role": "assistant", "content": answer}]
 
 
 def _lines() -> Iterator[str]:
@@ -108,4 +110,4 @@ def _answer(model: Any, tokenizer: Any, ids: list[int], temperature: float, most
         )
     except KeyboardInterrupt:
         print()
-    return printer.said
+    return printer.text

@@ -35,7 +35,7 @@ def with_instruction(messages: Messages, instruction: str | None) -> list[dict[s
             message["content"] = f"{message['content']}\n\n{instruction}"
             return copied
     raise UserError(
-        f"the instruction {instruction!r} needs a user turn to stand in, found {_roles(messages)}"
+        f"the instruction {instruction!r} is for a user turn, expected one, found {_roles(messages)}"
     )
 
 
@@ -245,7 +245,7 @@ def _special_names(tokenizer: Any, template: str) -> re.Pattern[str] | None:
 
 
 def _encoded(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of texts; what stands on either side of a mark is tokenised by itself."""
+    """Token ids of texts; what is on either side of a mark is tokenised by itself."""
     plain = [text.split(MARK)[0] for text in texts]
     encoded: list[list[int]] = tokenizer(plain, add_special_tokens=False)["input_ids"] if texts else []
     for ids, text in zip(encoded, texts, strict=True):

@@ -1,7 +1,5 @@
 """Programs and processes that end with the one that started them, however it ends: they hold no GPU, port or lock."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import signal

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from transformers import DynamicCache
 
 from croco.models.attention.decode import Layout, OwnKeys, plugged_in
-from croco.models.batching import buckets
+from croco.models.memory import buckets
 from croco.models.protocols import Completion, Decoding, Request
 from croco.models.stop_strings import LOOK_EVERY, Stops, finished
 from croco.models.token_sampling import draw, tokens_drawn
@@ -191,7 +191,7 @@ class ContinuousBatchDecoder:
         self.layout = None
 
     def _compact(self, rows: np.ndarray) -> None:
-        """Leave only the rows still running: there is nobody to take the free slots."""
+        """Leave only the rows still running: no row waits for the free slots."""
         for name in ("row_of", "written", "count", "limit", "prompt_tokens", "seeds"):
             setattr(self, name, getattr(self, name)[rows])
         self.own.keep(torch.from_numpy(rows).to(self.device))
@@ -199,7 +199,7 @@ class ContinuousBatchDecoder:
         self.layout = None
 
     def _place(self) -> Layout:
-        """Say where each row stands among the rows of its prompt, and send the slots' state to the device."""
+        """The place of each row among the rows of its prompt; the slots' state goes to the device."""
         number = {i: g for g, i in enumerate(self.store)}
         active = self.row_of[:, 0] >= 0
         prompt = np.array([number.get(i, 0) if i >= 0 else 0 for i in self.row_of[:, 0].tolist()])

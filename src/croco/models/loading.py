@@ -17,7 +17,7 @@ import torch
 from croco.config.models import Causal, Model, Template
 from croco.errors import UserError, one_line
 from croco.models.memory import out_of_memory
-from croco.models.model_files import check_weights, context_of, load_config, read_generation_config, refusing
+from croco.models.model_files import check_weights, load_config, read_generation_config, refusing
 from croco.storage.hashing import check_adapter, local_model
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ KINDS = {  # what is wanted, by the class that loads it
 
 
 def resolve_model(name: str, key: str = "model") -> str | Path:
-    """The directory that a model's name stands for, or the hub id itself. Raises UserError naming the key for a path
+    """The directory of a model's name, or the hub id itself. Raises UserError naming the key for a path
     that is no model directory."""
     return local_model(name, key) or name
 
@@ -135,7 +135,7 @@ def load_policy(
 
 
 def load_causal(
-    section: Causal, device: str, adapter: Path | None = None, quantization: str | None = None
+    section: Causal, adapter: Path | None, device: str, quantization: str | None = None
 ) -> tuple[Any, Any]:
     """`load_policy` of a model of a recipe."""
     return load_policy(
@@ -174,11 +174,6 @@ def load_translator(
     tokenizer = load_tokenizer(model, revision, None, trust_remote_code)
     translator = _load(AutoModelForSeq2SeqLM, model, revision, dtype, device, trust_remote_code)
     return translator.eval(), tokenizer
-
-
-def max_context(model: Any) -> int:
-    """The number of tokens that the model was made for."""
-    return context_of(model.config)
 
 
 def _load(
@@ -266,9 +261,9 @@ def weightless(section: Model, key: str, kind: str) -> Any:
         network = kinds[kind].from_config(config, trust_remote_code=section.trust_remote_code)
     if kind == "classifier" and config.num_labels != 1:
         causal = any(name.endswith("ForCausalLM") for name in config.architectures or ())
-        found = "is a causal language model" if causal else f"has {config.num_labels} logits"
+        fault = "is a causal language model" if causal else f"has {config.num_labels} logits"
         raise UserError(
-            f"{key}.model = '{section.model}' {found}, expected a sequence classifier with one logit"
+            f"{key}.model = '{section.model}' {fault}, expected a sequence classifier with one logit"
         )
     return network
 

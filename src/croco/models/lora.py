@@ -147,7 +147,6 @@ class OneStepLinear(lora.Linear):
     """PEFT's layer, computed as in `ops/lora.py` wherever that is the same: one plain adapter beside a plain layer."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The layer's output, (..., outputs)."""
         if args or kwargs or not self._plain(x):
             whole: Tensor = super().forward(x, *args, **kwargs)
             return whole

@@ -42,15 +42,9 @@ def lora_linear(
         dropped = kept.bernoulli_(1 - share)
     elif share:
         dropped = dropped_places(input_NI.numel(), share, input.device)
+    dtype = input.dtype if gpu else a_RI.dtype
     output_NO: Tensor = _LoraLinear.apply(
-        input_NI,
-        weight_OI,
-        bias_O,
-        a_RI,
-        b_OR,
-        scale / (1 - share),
-        dropped,
-        input.dtype if gpu else a_RI.dtype,
+        input_NI, weight_OI, bias_O, a_RI, b_OR, scale / (1 - share), dropped, dtype
     )
     return output_NO.view(*input.shape[:-1], -1)
 

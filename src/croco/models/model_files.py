@@ -1,7 +1,5 @@
 """What a model's files say without its weights: its config, and where its completions end and its scores are read."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -54,7 +52,6 @@ def _explained(error: Exception, place: Path) -> str:
 
 
 def _fault(path: Path) -> str | None:
-    """What is wrong with a JSON file of a model, if it is no object or not whole."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError, OSError) as error:

@@ -70,8 +70,8 @@ def open_sampler(
     """A causal model (with an adapter, if given) on the engine of a role, and its tokenizer, None where the sampler
     takes messages. `seed` and `replica` make the engine's own seed where completions have none."""
     engine, _ = engine_of(runtime, role)
-    if adapter is not None and engine != "server" and _is_whole(adapter):
-        causal, adapter = causal.model_copy(update={"model": str(adapter), "revision": None}), None
+    if engine != "server":
+        causal, adapter = with_tuned(causal, adapter)
     if engine == "vllm":
         from croco.models.vllm import open_policy
 
@@ -83,13 +83,20 @@ def open_sampler(
     from croco.models.loading import load_causal
     from croco.models.transformers import HFSampler
 
-    model, tokenizer = load_causal(causal, runtime.device, adapter)
+    model, tokenizer = load_causal(causal, adapter, runtime.device)
     return HFSampler(model, tokenizer, runtime.token_budget, name=causal.model), tokenizer
 
 
 def tuned_weights(folder: Path) -> Path:
     """What a finished stage `train` made: its adapter, or its model where all weights were tuned."""
     return folder / "model" if _is_whole(folder / "model") else folder / "adapter"
+
+
+def with_tuned(causal: Causal, weights: Path | None) -> tuple[Causal, Path | None]:
+    """The model and the adapter to open: weights that were all tuned are a model of their own."""
+    if weights is None or not _is_whole(weights):
+        return causal, weights
+    return causal.model_copy(update={"model": str(weights), "revision": None}), None
 
 
 def policy_of(folder: Path) -> tuple[Policy, Path | None]:

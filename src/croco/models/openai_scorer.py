@@ -54,7 +54,8 @@ class ServerScorer:
         self.max_context = connection.known_context()
         self.url = f"{connection.url.removesuffix('/v1')}/classify"
         if not connection.server.trust_scores:
-            raw, activated = (self._probe(probe, activation) for activation in (False, True))
+            calls = [self._call(None, [probe], activation) for activation in (False, True)]
+            raw, activated = (connection.client.one(call, OPENING_RETRIES)[0] for call in calls)
             if raw == activated:
                 raise UserError(
                     f"{connection.place}: {self.url} gives {raw} with and without activation, expected raw logits; "
@@ -62,7 +63,6 @@ class ServerScorer:
                 )
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[list[float]]:
-        """Raw logits in the order of the requests and their completions."""
         scores = [[0.0] * len(request.completions) for request in requests]
         most = self.connection.server.completions_per_request or SCORES_PER_REQUEST
         calls = (
@@ -76,9 +76,6 @@ class ServerScorer:
         for (number, start), answer in self.connection.client.ask(calls):
             scores[number][start : start + len(answer)] = answer
         return scores
-
-    def _probe(self, ids: list[int], activation: bool) -> float:
-        return self.connection.client.one(self._call(None, [ids], activation), OPENING_RETRIES)[0]
 
     def _call(self, key: Any, sequences: list[list[int]], activation: bool = False) -> Call[list[float]]:
         body = {

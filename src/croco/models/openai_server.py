@@ -1,4 +1,4 @@
-"""Any OpenAI-compatible server: vLLM's, a hosted one, or what stands in front of several.
+"""Any OpenAI-compatible server: vLLM's, a hosted one, or a router before several.
 
 "completions" sends the token ids that every other engine would see, and gets ids back where the server has them (vLLM).
 "chat" sends messages and gets text: no tokenizer here. All sampling parameters are always sent: a vLLM server puts the
@@ -133,7 +133,7 @@ class Connection:
         self.url, self.served = self.client.url, server.model or model
         context = served_context(self.client, self.served, f"the name it serves in {self.place}.{key}")
         self.max_context = server.max_context or context
-        # the very dict that the client counts in
+        # the same dict that the client counts in
         self.facts = self.client.counts
         self.facts |= {"engine": "server", "url": self.url, "served_model": self.served}
 

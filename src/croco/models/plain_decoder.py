@@ -8,13 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+import transformers
 
 from croco.models.attention.support import depends_on_batch, forget_lengths
 from croco.models.protocols import Completion, Decoding, Request
@@ -41,7 +35,7 @@ def sample(
         yield index, samples
 
 
-class _Draw(LogitsProcessor):
+class _Draw(transformers.LogitsProcessor):
     """Leaves one token per row: the one drawn. (`generate` then takes the largest logit.)"""
 
     def __init__(self, model: Any, seeds_R: torch.Tensor, prompt_tokens: int, decoding: Decoding) -> None:
@@ -54,7 +48,7 @@ class _Draw(LogitsProcessor):
         return torch.full_like(scores, float("-inf")).scatter(1, token_R[:, None], 0.0)
 
 
-class _StopStrings(StoppingCriteria):
+class _StopStrings(transformers.StoppingCriteria):
     """Rows whose latest tokens hold a stop string have ended."""
 
     def __init__(self, stops: Stops, prompt_tokens: int) -> None:
@@ -82,7 +76,7 @@ def _continue(
     criteria = [_StopStrings(stops, prompt.shape[1])] if stops is not None else []
     limit = min(decoding.max_new_tokens, max_context - len(request.prompt_ids))
     ends = sorted(end_tokens)
-    config = GenerationConfig(
+    config = transformers.GenerationConfig(
         max_new_tokens=limit, do_sample=False, eos_token_id=ends or None, pad_token_id=0
     )
     if depends_on_batch(model.config):
@@ -92,8 +86,8 @@ def _continue(
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
             generation_config=config,
-            logits_processor=LogitsProcessorList([processor]),
-            stopping_criteria=StoppingCriteriaList(criteria),
+            logits_processor=transformers.LogitsProcessorList([processor]),
+            stopping_criteria=transformers.StoppingCriteriaList(criteria),
         )
     samples = []
     for ids, seed in zip(whole[:, prompt.shape[1] :].tolist(), seeds, strict=True):
@@ -106,7 +100,7 @@ def _continue(
 def _own_defaults_off(model: Any) -> Iterator[None]:
     """Within it, `generate` adds nothing of the model's generation config, such as a repetition penalty."""
     before = model.generation_config
-    model.generation_config = GenerationConfig()
+    model.generation_config = transformers.GenerationConfig()
     try:
         yield
     finally:

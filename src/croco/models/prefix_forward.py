@@ -22,7 +22,7 @@ from croco.models.attention.prefill import NAME, Batch, Prefix
 from croco.models.attention.rows import NAME as ROWS
 from croco.models.attention.rows import PackedSegments
 from croco.models.attention.support import depends_on_batch, forget_lengths, unsupported
-from croco.models.batching import buckets
+from croco.models.memory import buckets
 
 CPU_TOKENS = 2048  # computed at once: larger batches leave a CPU's caches and are up to a third slower
 Way = Literal[
@@ -201,7 +201,7 @@ def _rests(
     ]
     rows.sort(key=lambda row: len(row[1]))
     for batch in buckets([len(ids) for _, ids in rows], 1 if alone else _at_once(network, token_budget)):
-        part = sorted(rows[batch], key=lambda row: row[0])  # rows of one prefix stand together
+        part = sorted(rows[batch], key=lambda row: row[0])  # rows of one prefix are neighbours
         places = [place for place, _ in part]
         ids_BT = _padded([ids for _, ids in part], network.device)
         at_B = None
@@ -225,7 +225,7 @@ def _behind(
     stored: dict[int, KeysValues],
     at_B: torch.Tensor | None,
 ) -> Any:
-    """The network over rows of which number b stands behind the stored prefix of group `owners[b]`, if there is one."""
+    """The network over rows, of which row b follows the stored prefix of group `owners[b]`, if there is one."""
     start_B = torch.tensor(
         [len(groups[g].prefix) if g in stored else 0 for g in owners], device=network.device
     )
@@ -243,7 +243,6 @@ def _behind(
 
 
 def _finished_at(network: Any, at_B: torch.Tensor, ids_BT: torch.Tensor) -> AbstractContextManager[None]:
-    """Within it, the last layer is finished at one token of each row."""
     places = torch.arange(len(at_B), device=at_B.device) * ids_BT.shape[1] + at_B
     return finished_at(network, places, ids_BT.numel())
 
@@ -253,7 +252,7 @@ def _at_once(network: Any, token_budget: int) -> int:
 
 
 def _without_prefix(rows: list[Row], skips: list[int], output: Any) -> Iterator[tuple[list[Row], Any]]:
-    """Where whole sequences were computed: hand out what stands after each prefix, rows of like prefixes together."""
+    """Where whole sequences were computed: give out what comes after each prefix, rows of like prefixes together."""
     for skip in sorted(set(skips)):
         lines = [line for line, its in enumerate(skips) if its == skip]
         yield (

@@ -39,14 +39,9 @@ def decoder_disagrees(model: Any, reach: int = TRIAL_TOKENS) -> str | None:
     except Exception as error:  # noqa: BLE001 (a trial runs the code of any architecture)
         return f"a trial of shared prompts fails ({type(error).__name__} {one_line(error)})"
     gap = (slow.exp() * (fast - slow).abs()).sum(-1).max().item()
-    if gap < allowed_gap(model.dtype, noise):
+    if gap < (1e-3 if model.dtype == torch.float32 else max(0.02, 4 * noise)):
         return None
     return f"its log-probabilities differ by {gap:.2g} from a plain forward's on a trial prompt"
-
-
-def allowed_gap(dtype: torch.dtype, noise: float) -> float:
-    """The difference that passes for rounding, where two ways of transformers differ by `noise`."""
-    return 1e-3 if dtype == torch.float32 else max(0.02, 4 * noise)
 
 
 def _three_ways(model: Any, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor, float]:

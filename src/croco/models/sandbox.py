@@ -1,9 +1,7 @@
-"""Runs chat templates, which are programs of strangers: in jinja's sandbox, within a time and a size, on a fixed day.
+"""Runs chat templates, which are untrusted programs: in jinja's sandbox, within a time and a size, on a fixed day.
 
 A template sees what transformers' own renderer shows it, but for the date: templates that write it (Llama 3.2, SmolLM3)
 would give another prompt every day, so the day is always DAY."""
-
-from __future__ import annotations
 
 import ctypes
 import json

@@ -8,13 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from croco.errors import UserError
-from croco.models.chat_template import (
-    check_markup,
-    check_prefix,
-    conversations_ids,
-    prompt_ids,
-    with_instruction,
-)
+from croco.models import chat_template
 
 # plain, with white space that templates strip and tokenizers merge, and empty
 COMPLETIONS = ("Ja.", " a space first", "\na line break first", "line breaks last\n\n", "", "7 × 8 = 56")
@@ -26,19 +20,19 @@ def examine_policy(
     tokenizer: Any, ends: set[int], prompts: Sequence[Prompt], instructions: Mapping[str, str]
 ) -> Iterator[str]:
     """Lines about a policy's template; raises UserError at a prompt that is no prefix or begins with two BOS."""
-    check_markup(tokenizer, [row["messages"] for row in prompts])
+    chat_template.check_markup(tokenizer, [row["messages"] for row in prompts])
     longest = merged = unclosed = 0
     for row in prompts:
         with _named(row):
-            # the instruction is part of what the policy reads, so it stands in the conversation too
-            turns = with_instruction(row["messages"], instructions.get(row["language"]))
-            ids = prompt_ids(tokenizer, turns)
+            # the instruction is part of what the policy reads, so it is in the conversation too
+            turns = chat_template.with_instruction(row["messages"], instructions.get(row["language"]))
+            ids = chat_template.prompt_ids(tokenizer, turns)
             _one_bos(tokenizer, ids)
-            conversations = conversations_ids(tokenizer, turns, COMPLETIONS)
+            conversations = chat_template.conversations_ids(tokenizer, turns, COMPLETIONS)
             for whole in conversations:
                 if whole[: len(ids)] != ids:
                     if not tokenizer.decode(whole).startswith(tokenizer.decode(ids)):
-                        check_prefix(tokenizer, ids, whole)
+                        chat_template.check_prefix(tokenizer, ids, whole)
                     merged += 1
             longest = max(longest, len(ids))
             unclosed += not ends & set(conversations[0][len(ids) :])
@@ -63,7 +57,7 @@ def examine_reward(tokenizer: Any, prompts: Sequence[Prompt], max_tokens: int) -
     longest = 0
     for row in prompts:
         with _named(row):
-            conversations = conversations_ids(tokenizer, row["messages"], COMPLETIONS)
+            conversations = chat_template.conversations_ids(tokenizer, row["messages"], COMPLETIONS)
             _one_bos(tokenizer, conversations[0])
             if conversations[0] == conversations[-1]:
                 raise UserError(

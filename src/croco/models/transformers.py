@@ -11,8 +11,8 @@ from croco.models import logprobs, plain_decoder, reward_logits
 from croco.models.attention.support import boundaries, depends_on_batch, unsupported
 from croco.models.chat_template import end_ids
 from croco.models.decoder import ContinuousBatchDecoder
-from croco.models.loading import max_context
 from croco.models.memory import halve_budget, with_less_memory
+from croco.models.model_files import context_of
 from croco.models.prefix_forward import Way
 from croco.models.proofs import TRIAL_TOKENS, decoder_disagrees, scoring_way
 from croco.models.protocols import Completion, Decoding, Request, ScoreRequest
@@ -42,7 +42,7 @@ class HFSampler:
     def __init__(self, model: Any, tokenizer: Any, token_budget: int = 32768, name: str = "") -> None:
         self.model, self.tokenizer, self.token_budget = model, tokenizer, token_budget
         self.name = name or str(tokenizer.name_or_path)
-        self.max_context = max_context(model)
+        self.max_context = context_of(model.config)
         self.end_tokens = end_ids(tokenizer, model.generation_config)
         self.facts = _facts(model)
         self.proven_tokens = TRIAL_TOKENS
@@ -104,7 +104,7 @@ class _Scoring:
 
     def __init__(self, model: Any, network: Any, name: str, token_budget: int) -> None:
         self.model, self.network, self.name, self.token_budget = model, network, name, token_budget
-        self.max_context = max_context(model)
+        self.max_context = context_of(model.config)
         self.facts, self.proven_tokens = _facts(network), TRIAL_TOKENS
         self._choose(*scoring_way(network))
 

@@ -5,8 +5,6 @@ the table's `seed` says where a completion came from and cannot draw it again. `
 does not make completions independent of the batch's rounding. Leaves out quantisation, and several adapters in one
 server."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import tempfile
@@ -14,7 +12,6 @@ import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +22,7 @@ from croco.models.http_client import Call
 from croco.models.model_files import context_of, load_config
 from croco.models.openai_scorer import ServerScorer
 from croco.models.openai_server import Connection, ServerSampler, token_sampler
-from croco.models.vllm_server import Serving, model_words, reason, serve
+from croco.models.vllm_server import model_words, reason, serve
 from croco.storage.seeds import digest
 
 START_SECONDS = 3600.0  # that it has to load a model
@@ -111,12 +108,14 @@ def _connected(
     )  # fmt: skip
     try:
         with serving as server:
+
+            def gone() -> str | None:
+                return None if server.alive else f"vLLM's server ended: {reason(log)} (see {log})"
+
             asked = Server(
                 url=server.url, seeds=seeds, retries=3, concurrency=ROWS_AHEAD, timeout_seconds=1e6
             )
-            connection = Connection(
-                asked, "vllm", model.model, place="vLLM", gone=partial(_gone, server, log)
-            )
+            connection = Connection(asked, "vllm", model.model, place="vLLM", gone=gone)
             connection.facts |= {
                 "engine": "vllm",
                 "device": device.type,
@@ -128,13 +127,6 @@ def _connected(
     except UserError as error:
         raise UserError(f"model {model.model!r}: {error} (see {log})") from None
     shutil.rmtree(log.parent, ignore_errors=True)
-
-
-def _gone(server: Serving, log: Path) -> str | None:
-    """Why the server is no longer there, if it is not."""
-    if server.alive:
-        return None
-    return f"vLLM's server ended: {reason(log)} (see {log})"
 
 
 def _room_for(adapter: Path, policy: Causal) -> int:

@@ -1,8 +1,6 @@
 """Starts vLLM's OpenAI-compatible server as a process of ours on loopback, and ends it with its context and with this
 process. vLLM is never imported: it may live in another environment."""
 
-from __future__ import annotations
-
 import gc
 import json
 import os
@@ -68,7 +66,7 @@ def merge(policy: Policy, dtype: str, adapter: Path, folder: Path) -> Path:
     from croco.models.loading import load_causal, quiet_loading
 
     # the GPU's memory is the server's
-    model, tokenizer = load_causal(policy.model_copy(update={"dtype": dtype}), "cpu", adapter)
+    model, tokenizer = load_causal(policy.model_copy(update={"dtype": dtype}), adapter, "cpu")
     with quiet_loading():
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -156,7 +154,7 @@ def _wait_until_ready(
 def ask_context(
     url: str, name: str, place: str = "vLLM", key_variable: str | None = None, retries: int = 2
 ) -> int | None:
-    """The longest context that a server says it takes; raises UserError when it is away or does not serve the name."""
+    """The longest context that a server says it takes; raises UserError when it does not answer or serve the name."""
     client = HttpClient(Server(url=url, key_variable=key_variable, timeout_seconds=60.0), place)
     try:
         return served_context(client, name, "this name", retries)
@@ -170,5 +168,5 @@ def reason(log: Path) -> str:
     prefix, error = r"^\(\S+ pid=\d+\) |ERROR [\d-]+ [\d:]+ \[\S+\] ", r"(Error|Exception): (?!.*root cause)"
     lines = [re.sub(prefix, "", line).strip() for line in text.splitlines()]
     errors = [at for at, line in enumerate(lines) if re.search(error, line)]
-    told = lines[errors[-1] : errors[-1] + 3] if errors else [line for line in lines if line][-1:]
-    return " ".join(told)[:500] or "it said nothing"
+    shown = lines[errors[-1] : errors[-1] + 3] if errors else [line for line in lines if line][-1:]
+    return " ".join(shown)[:500] or "it said nothing"

@@ -3,8 +3,6 @@
 Completions of one policy on the same prompts are sampled once, scores of one scorer computed once; what two arms need
 lives in the folder of the first of them, what only the base and the reward model make in no arm's."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable
 
 from croco.config.arms import ENGLISH, Arm

@@ -4,8 +4,6 @@ A worker is opened where it runs (it loads its model there) and turns shard numb
 the run's lock writes them. What a shard holds follows from its number and the data alone, so a lost worker costs its
 shards in flight and nothing else."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections import Counter
@@ -89,7 +87,6 @@ def _stream(job: ComputeJob, runtime: Runtime, sizes: Sequence[int], advance: Ad
 
 
 def _here(job: ComputeJob, advance: Advance) -> Stream:
-    """One worker in this process."""
     worker = job.open_worker(0)
     try:
         for group in groups(job.todo, 1):

@@ -2,8 +2,6 @@
 
 Models and files enter by their content (`hashing.py`); `[runtime]` and library versions never do."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,9 +10,9 @@ from typing import Any
 from croco.config.arms import Alignment, Origin
 from croco.config.checks import has_splits
 from croco.config.evaluation import VERSION as EUROEVAL_VERSION
-from croco.config.evaluation import Arena, Source
+from croco.config.evaluation import Source
 from croco.config.models import Causal, Judge, Model, Policy, Reward, RewardPart
-from croco.config.recipe import Evaluation, Prompts, Recipe
+from croco.config.recipe import Prompts, Recipe
 from croco.errors import UserError
 from croco.lab import WORLDS
 from croco.pipeline.arms import arm_of, num_completions, num_rounds_before, num_scored, sampled_languages
@@ -25,31 +23,23 @@ from croco.storage.rows import files_of, is_saved_dataset
 from croco.storage.seeds import digest as seed_digest
 
 
-def tuning_prompts_settings(recipe: Recipe, arm: str | None) -> Settings:
-    return prompts_settings(recipe, recipe.prompts, "prompts", recipe.prompts_languages)
-
-
-def eval_prompts_settings(recipe: Recipe, arm: str | None) -> Settings:
-    return test_prompts_settings(recipe, recipe.evaluation, "evaluation", recipe.evaluation_languages)
-
-
-def prompts_settings(
-    recipe: Recipe, section: Prompts | Evaluation | Arena, key: str, languages: Sequence[str]
-) -> Settings:
-    source = section.source
-    assert source is not None
+def prompts_settings(recipe: Recipe, key: str, languages: Sequence[str] | None = None) -> Settings:
+    """What [prompts], [evaluation] or [arena] reads: in its own languages, if none are given."""
+    section: Source = getattr(recipe, key)
+    languages = getattr(recipe, f"{key}_languages") if languages is None else languages
+    assert section.source is not None
     settings: Settings = {"languages": Given(tuple(languages), sorted(languages)), "limit": section.limit}
     if isinstance(section, Prompts) and section.order == "seed":
         settings["order"] = ["seed", recipe.run.seed]
     settings |= section.model_dump(include={"columns", "language", "system", "turns"}, exclude_defaults=True)
     given = Source(**section.model_dump(include=set(Source.model_fields)))
-    if source in WORLDS:
-        return settings | {"source": Given(given, f"lab {WORLDS[source]}"), "split": section.split}
+    if section.source in WORLDS:
+        return settings | {"source": Given(given, f"lab {WORLDS[section.source]}"), "split": section.split}
     settings |= {"id_column": section.id_column, "language_column": section.language_column}
     codes = languages if section.by_language else [None]
     identities = {code: _source_identity(section.of(code), f"{key}.source") for code in codes}
     settings["source"] = Given(given, identities if section.by_language else identities[None])
-    if has_splits(source):
+    if has_splits(section.source):
         named = section.of(None)
         settings["split"] = section.split
         settings |= {name: named[name] for name in ("config", "revision") if named[name] is not None}
@@ -68,15 +58,12 @@ def _source_identity(of: Mapping[str, Any], key: str) -> str | list[str]:
     return identities[0] if len(identities) == 1 else identities
 
 
-def test_prompts_settings(
-    recipe: Recipe, section: Evaluation | Arena, key: str, languages: Sequence[str]
-) -> Settings:
+def test_prompts_settings(recipe: Recipe, key: str) -> Settings:
     """As `prompts_settings`; raises UserError when the file is the one tuned on, under whatever name."""
-    settings = prompts_settings(recipe, section, key, languages)
-    assert section.source is not None
-    both = (section.source, recipe.prompts.source)
+    settings = prompts_settings(recipe, key)
+    both = (getattr(recipe, key).source, recipe.prompts.source)
     if not any(has_splits(source) for source in both):
-        tuning = prompts_settings(recipe, recipe.prompts, "prompts", languages)
+        tuning = prompts_settings(recipe, "prompts", getattr(recipe, f"{key}_languages"))
         if settings["source"].identity == tuning["source"].identity:
             raise UserError(
                 f"{key}.source = '{both[0]}' has the content of prompts.source = '{both[1]}', the prompts tuned on: "
@@ -85,15 +72,7 @@ def test_prompts_settings(
     return settings
 
 
-def translate_settings(recipe: Recipe, arm: str | None) -> Settings:
-    return _translate_settings(recipe, recipe.run.languages)
-
-
-def eval_translate_settings(recipe: Recipe, arm: str | None) -> Settings:
-    return _translate_settings(recipe, recipe.run.evaluated)
-
-
-def _translate_settings(recipe: Recipe, languages: Sequence[str]) -> Settings:
+def translate_settings(recipe: Recipe, languages: Sequence[str]) -> Settings:
     section = recipe.translate
     assert section is not None
     identity = given_model(section, "translate").identity
@@ -151,8 +130,8 @@ def check_one_logit(model: str, key: str = "reward") -> None:
         labels = len(labels) if isinstance(labels, dict | list) else labels
         if labels != 1:
             causal = any(str(name).endswith("ForCausalLM") for name in config.get("architectures") or ())
-            found = "is a causal language model" if causal else f"has {labels} logits"
-            raise UserError(f"{key}.model = '{model}' {found}, expected a sequence classifier with one logit")
+            fault = "is a causal language model" if causal else f"has {labels} logits"
+            raise UserError(f"{key}.model = '{model}' {fault}, expected a sequence classifier with one logit")
 
 
 def sample_settings(recipe: Recipe, arm: str | None) -> Settings:
@@ -205,10 +184,6 @@ def given_alignment(recipe: Recipe) -> Given:
     codes = {code: section.codes.get(code) for code in sorted(recipe.run.languages)}
     more = {"codes": codes, "targets": section.targets, "max_tokens": section.max_tokens}
     return given_model(section, "alignment", **more)
-
-
-def references_settings(recipe: Recipe, arm: str | None) -> Settings:
-    return {"reward": given_reward(recipe.reward)}
 
 
 def pair_settings(recipe: Recipe, arm: str | None) -> Settings:
@@ -278,11 +253,6 @@ def local_datasets(name: str) -> str:
     return folder_identity(folder.resolve())
 
 
-def arena_prompts_settings(recipe: Recipe, arm: str | None) -> Settings:
-    assert recipe.arena is not None
-    return test_prompts_settings(recipe, recipe.arena, "arena", recipe.arena_languages)
-
-
 def arena_sample_settings(recipe: Recipe, arm: str | None) -> Settings:
     assert recipe.arena is not None
     settings = {
@@ -323,7 +293,3 @@ def results_settings(recipe: Recipe, arm: str | None) -> Settings:
         {"arena_temperature": recipe.arena.temperature} if recipe.arena and recipe.arena.temperature else {}
     )
     return groups | {"bootstrap": recipe.evaluation.bootstrap} | drawn
-
-
-def report_settings(recipe: Recipe, arm: str | None) -> Settings:
-    return {"name": recipe.run.name}

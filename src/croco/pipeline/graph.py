@@ -4,11 +4,9 @@
     eval-prompts (→ eval-translate) ───────────────────────┴→ evaluate (→ arena, euroeval) → results → report
 
 [arena] may have prompts of its own, or completions of its own: then arena-prompts and arena-sample come before it.
-What a stage is stands in `node.py`, what its settings hold in `fingerprint.py`, what it reads in `inputs.py`, what arms
-share in `arms.py`. Nothing runs here: a stage's function is imported when it runs.
+`node.py` has the records Stage and Node, `fingerprint.py` what settings hold, `inputs.py` what a stage reads, `arms.py`
+what arms share. Nothing runs here: a stage's function is imported when it runs.
 """
-
-from __future__ import annotations
 
 import os
 from collections.abc import Sequence
@@ -26,42 +24,47 @@ from croco.storage import records
 # fmt: off
 STAGES: tuple[Stage, ...] = (
     Stage("prompts", 1, "croco.stages.prompts.load:prompts", "prompts",
-          settings=fp.tuning_prompts_settings, inputs=inputs.nothing),
+          settings=lambda recipe, arm: fp.prompts_settings(recipe, "prompts")),
     Stage("translate", 1, "croco.stages.translate.translate:translate", "prompts",
-          settings=fp.translate_settings, inputs=inputs.translated_from, arms=inputs.translated),
+          settings=lambda recipe, arm: fp.translate_settings(recipe, recipe.run.languages),
+          inputs=lambda recipe, arm: [("prompts", None)], arms=inputs.translated),
     Stage("sample", 1, "croco.stages.sample:sample", "completions",
           settings=fp.sample_settings, inputs=inputs.sampled_from, arms=arms.sampling_arms),
     Stage("score", 1, "croco.stages.score.score:score", "scores",
           settings=fp.score_settings, inputs=inputs.scored_from, arms=arms.scoring_arms,
           reads_all=("completion", "sample")),
     Stage("score-references", 1, "croco.stages.score.score:score_references", "scores",
-          settings=fp.references_settings, inputs=inputs.gold_scored_from, arms=arms.gold_arms),
+          settings=lambda recipe, arm: {"reward": fp.given_reward(recipe.reward)},
+          inputs=lambda recipe, arm: [inputs.prompts_of(recipe)], arms=arms.gold_arms),
     Stage("pair", 2, "croco.stages.pair.pair:pair", "pairs",
           settings=fp.pair_settings, inputs=inputs.paired_from, arms=arms.tuned_arms,
           added=("evaluated",)),
     Stage("train", 2, "croco.stages.train.stage:train", "",
           settings=fp.train_settings, inputs=inputs.trained_from, arms=arms.tuned_arms,
           makes=("adapter", "adapter.partial", "model", "model.partial", "metrics.jsonl")),
-    Stage("eval-prompts", 1, "croco.stages.prompts.load:eval_prompts", "prompts",
-          settings=fp.eval_prompts_settings, inputs=inputs.nothing,
+    Stage("eval-prompts", 1, "croco.stages.prompts.load:prompts", "prompts",
+          settings=lambda recipe, arm: fp.test_prompts_settings(recipe, "evaluation"),
           check="croco.stages.prompts.load:check_overlap"),
     Stage("eval-translate", 1, "croco.stages.translate.translate:translate", "prompts",
-          settings=fp.eval_translate_settings, inputs=inputs.eval_translated_from, arms=inputs.eval_translated),
+          settings=lambda recipe, arm: fp.translate_settings(recipe, recipe.run.evaluated),
+          inputs=lambda recipe, arm: [("eval-prompts", None)], arms=inputs.eval_translated),
     Stage("evaluate", 2, "croco.stages.evaluate.evaluate:evaluate", "verdicts",
-          settings=fp.evaluate_settings, inputs=inputs.evaluated_from, arms=arms.evaluated_arms),
+          settings=fp.evaluate_settings, arms=arms.evaluated_arms,
+          inputs=lambda recipe, arm: [inputs.eval_prompts_of(recipe), *inputs.policy_of(recipe, arm)]),
     Stage("euroeval", 1, "croco.stages.euroeval.euroeval:euroeval", "results",
           settings=fp.euroeval_settings, inputs=inputs.policy_of, arms=inputs.euroeval_arms,
           check="croco.stages.euroeval.euroeval:check", makes=("euroeval_benchmark_results.jsonl",)),
-    Stage("arena-prompts", 1, "croco.stages.prompts.load:arena_prompts", "prompts",
-          settings=fp.arena_prompts_settings, inputs=inputs.nothing, arms=inputs.arena_prompts),
+    Stage("arena-prompts", 1, "croco.stages.prompts.load:prompts", "prompts",
+          settings=lambda recipe, arm: fp.test_prompts_settings(recipe, "arena"), arms=inputs.arena_prompts),
     Stage("arena-sample", 1, "croco.stages.arena.arena:sample", "completions",
-          settings=fp.arena_sample_settings, inputs=inputs.arena_sampled_from, arms=inputs.arena_sampled),
+          settings=fp.arena_sample_settings, arms=inputs.arena_sampled,
+          inputs=lambda recipe, arm: [inputs.arena_prompts_of(recipe), *inputs.policy_of(recipe, arm)]),
     Stage("arena", 1, "croco.stages.arena.arena:arena", "comparisons",
           settings=fp.arena_settings, inputs=inputs.compared_from, arms=inputs.arena_arms, added=("evaluated",)),
     Stage("results", 2, "croco.stages.results:results", "results",
           settings=fp.results_settings, inputs=inputs.summed_from),
     Stage("report", 1, "croco.report.page:report", "",
-          settings=fp.report_settings, inputs=inputs.shown_from, makes=("report.html",)),
+          settings=lambda recipe, arm: {"name": recipe.run.name}, inputs=inputs.shown_from, makes=("report.html",)),
 )
 # fmt: on
 _BY_NAME: dict[str, Stage] = {stage.name: stage for stage in STAGES}

@@ -1,7 +1,5 @@
 """What each stage reads from the others, and for which arms it runs; the stages themselves are in `graph.py`."""
 
-from __future__ import annotations
-
 from croco.config.recipe import Recipe
 from croco.pipeline import arms
 from croco.pipeline.node import Reference
@@ -43,7 +41,7 @@ def compared_from(recipe: Recipe, arm: str | None) -> list[Reference]:
     return [arena_prompts_of(recipe), (drawn, "base"), (drawn, arm)]
 
 
-# a translated table stands in for the one it was made from: those that read it know it by the same name
+# a translated table takes the place of the one it was made from, under the same name
 STANDS_FOR = {"translate": "prompts", "eval-translate": "eval-prompts"}
 
 
@@ -92,30 +90,6 @@ def trained_from(recipe: Recipe, arm: str | None) -> list[Reference]:
 def policy_of(recipe: Recipe, arm: str | None) -> list[Reference]:
     """What an arm's policy is beside the base."""
     return [] if arm == "base" else [("train", arm)]
-
-
-def evaluated_from(recipe: Recipe, arm: str | None) -> list[Reference]:
-    return [eval_prompts_of(recipe), *policy_of(recipe, arm)]
-
-
-def arena_sampled_from(recipe: Recipe, arm: str | None) -> list[Reference]:
-    return [arena_prompts_of(recipe), *policy_of(recipe, arm)]
-
-
-def translated_from(recipe: Recipe, arm: str | None) -> list[Reference]:
-    return [("prompts", None)]
-
-
-def eval_translated_from(recipe: Recipe, arm: str | None) -> list[Reference]:
-    return [("eval-prompts", None)]
-
-
-def gold_scored_from(recipe: Recipe, arm: str | None) -> list[Reference]:
-    return [prompts_of(recipe)]
-
-
-def nothing(recipe: Recipe, arm: str | None) -> list[Reference]:
-    return []
 
 
 def summed_from(recipe: Recipe, arm: str | None) -> list[Reference]:

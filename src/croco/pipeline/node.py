@@ -19,10 +19,6 @@ Settings = dict[str, Any]  # JSON values; `Given` where a stage needs more than 
 Reference = tuple[str, str | None]  # a stage's name and its arm
 
 
-def _once(recipe: Recipe) -> list[str | None]:
-    return [None]
-
-
 @dataclass(frozen=True)
 class Given:
     """A setting of which the fingerprint holds an identity: a model's path, say, and the digest of its weights."""
@@ -49,9 +45,12 @@ class Stage:
     version: int  # raised when what the function computes changes meaning
     function: str  # "croco.stages.sample:sample", imported when it runs
     table: str  # a name of schemas.TABLES, or "" when it writes no table
-    settings: Callable[[Recipe, str | None], Settings]  # the resolved values that change the science
-    inputs: Callable[[Recipe, str | None], list[Reference]]  # the stages it reads
-    arms: Callable[[Recipe], list[str | None]] = _once  # one run per arm, or [None] for one shared run
+    # the resolved values that change its tables, and the stages it reads
+    settings: Callable[[Recipe, str | None], Settings] = lambda recipe, arm: {}
+    inputs: Callable[[Recipe, str | None], list[Reference]] = lambda recipe, arm: []
+    arms: Callable[[Recipe], list[str | None]] = lambda recipe: [
+        None
+    ]  # one run per arm, or [None] for one shared run
     reads_all: tuple[str, str] | None = None  # (unit, stage): it must account for every row of that input
     added: tuple[str, ...] = ()  # settings that the records of earlier versions lack
     check: str = ""  # like `function`: called with (recipe, say) before anything runs; may raise UserError

@@ -4,8 +4,6 @@ A worker that is killed costs its shards in flight: they go to the next worker t
 GPUs under a new number, since no engine's seed may come twice. Shards that cost three workers end the stage, and so
 does an exception."""
 
-from __future__ import annotations
-
 import itertools
 import logging
 import multiprocessing
@@ -107,7 +105,7 @@ def _on_worker_death(title: str, worker: Running, deaths: Counter[int]) -> None:
     cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
     where = f"at shards {worker.shards[0]} to {worker.shards[-1]}" if worker.shards else "while opening"
     if code > 0:
-        raise RuntimeError(f"{title}: a worker process failed {where}; its traceback stands above")
+        raise RuntimeError(f"{title}: a worker process failed {where}; its traceback is above")
     blamed = worker.shards or [OPENING]
     deaths.update(blamed)
     if max(deaths[each] for each in blamed) >= MAX_WORKER_DEATHS:
@@ -161,7 +159,7 @@ def _serve(pipe: Connection, open_worker: WorkerFactory, number: int) -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     assert parent.pid is not None
-    # nobody takes the shards of a worker whose parent is gone, and nobody else frees its GPU
+    # without its parent a worker's shards are lost, and its GPU would stay in use
     end_with(parent.pid, whole_group=True)
     try:
         worker = open_worker(number)

@@ -1,7 +1,5 @@
 """Progress of long stages: on a terminal a bar with rate and time left, elsewhere (logs, CI) a line now and then."""
 
-from __future__ import annotations
-
 import sys
 import threading
 import time

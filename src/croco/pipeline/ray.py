@@ -6,8 +6,6 @@ actor is computed again, Ray skips as many blocks as it has had, so a block's pl
 What is on disk by then is not computed again. Leaves out clusters that grow on demand and Ray's own checkpoints.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os
@@ -249,10 +247,10 @@ def pool(runtime: Runtime, gpus_needed: int) -> tuple[int, float]:
     else:
         wanted = runtime.replicas
     if wanted > room:
-        found = ", ".join(f"{there.get(name, 0):g} {name}" for name, each in per_worker.items() if each)
+        resources = ", ".join(f"{there.get(name, 0):g} {name}" for name, each in per_worker.items() if each)
         asked = ", ".join(f"{each:g} {name}" for name, each in per_worker.items() if each)
         raise UserError(
-            f"runtime.replicas = {runtime.replicas} with {asked} for each: the Ray cluster has {found}, "
+            f"runtime.replicas = {runtime.replicas} with {asked} for each: the Ray cluster has {resources}, "
             f"room for {room}"
         )
     return wanted, gpus

@@ -1,7 +1,5 @@
 """Run a recipe, or one stage of it; plan it; keep its recipe. A node's status is read once a command."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -189,7 +187,7 @@ def keep_recipe(
     known: Mapping[Node, Status] = {},
 ) -> None:
     """Write the resolved recipe into the run's folder, where `croco report` reads it. One that is there stays where
-    another setting made a stage that is there too. Raises UserError for a recipe.json that is a person's own."""
+    another setting made a stage that is there too. Raises UserError for a recipe.json that croco has not written."""
     path, resolved = recipe.folder / "recipe.json", recipe.model_dump(mode="json")
     if os.path.lexists(path):
         there = files.read_json(path)

@@ -2,8 +2,6 @@
 
 Seeds that run at once are processes of their own, which end with this one."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import time

@@ -5,13 +5,11 @@ their fingerprint, what it read, and what it took. A complete stage whose finger
 stops and names the fields; an unfinished stage makes only the shards without a marker. Always read = written + dropped.
 """
 
-from __future__ import annotations
-
 import fcntl
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -21,6 +19,7 @@ import pyarrow as pa
 
 from croco.config.runtime import Runtime
 from croco.errors import StaleStage, UserError
+from croco.models import open
 from croco.pipeline import status
 from croco.pipeline.node import Node, Settings, new_record, settings_values
 from croco.pipeline.progress import Progress, heartbeat, progress
@@ -32,6 +31,23 @@ from croco.storage.schemas import DROPPED, TABLES, Table
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"  # of a run's folder
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a stage's worker gets, in whatever process or machine it runs."""
+
+    arm: str | None
+    folder: Path
+    settings: Settings
+    runtime: Runtime
+    inputs: Mapping[str, Path]
+    engine_seed: int = 0
+
+    @property
+    def adapter(self) -> Path | None:
+        """What was tuned, where the stage reads a training: an adapter, or a whole model."""
+        return open.tuned_weights(self.inputs["train"]) if "train" in self.inputs else None
 
 
 @dataclass
@@ -51,10 +67,12 @@ class Work:
     record_file: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def engine_seed(self) -> int:
-        """For an engine that draws from one stream: another for each stage, arm and start, so that going on repeats no
-        noise."""
-        return seeds.digest(self.settings.get("seed", 0), "engine", self.title, self.record_file["starts"])
+    def task(self) -> Task:
+        """What its workers get. An engine that draws from one stream has another seed for each stage, arm and start."""
+        seed = seeds.digest(
+            self.settings.get("seed", 0), "engine", self.title, self.record_file.get("starts", 1)
+        )
+        return Task(self.arm, self.folder, self.settings, self.runtime, self.inputs, seed)
 
     def todo(self, num_shards: int) -> list[int]:
         """Indices of the shards not yet finished, of `num_shards` that follow from the data and the shard size."""
@@ -125,11 +143,9 @@ class Work:
             path.mkdir(parents=True, exist_ok=True)
         return path
 
-    @contextmanager
-    def progress(self, total: int, unit: str, done: int = 0) -> Iterator[Progress]:
+    def progress(self, total: int, unit: str, done: int = 0) -> AbstractContextManager[Progress]:
         """A bar with rate and time left on a terminal, a line now and then elsewhere; `.advance(n)` moves it."""
-        with progress(self.title, total, unit, done) as bar:
-            yield bar
+        return progress(self.title, total, unit, done)
 
     def record(self, **facts: Any) -> None:
         """Put facts (device, tokens, losses) into `stage.json`."""
@@ -243,7 +259,7 @@ def _finish(node: Node, record: Record) -> Record:
 
 
 def remove_scratch(node: Node) -> None:
-    """Remove what a complete stage no longer needs: only once it is said to be complete, or a kill would leave it half
-    gone."""
+    """Remove what a complete stage no longer needs: only once its record says that it is complete, or a kill would
+    leave it half gone."""
     if (node.folder / "scratch").is_dir():
         files.remove(node.folder / "scratch")

@@ -2,8 +2,6 @@
 
 Reads `stage.json`, the markers and row counts in Parquet metadata, never a table."""
 
-from __future__ import annotations
-
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +28,7 @@ class Status:
 
 def status_of(node: Node, contents: bool = False) -> Status:
     """The state of a node's folder; with `contents` the bytes of what it made are read too. Raises UserError when the
-    folder is somebody else's."""
+    folder was not made by croco."""
     if not os.path.lexists(node.folder / records.RECORD):
         _check_empty(node)
         return Status("missing")
@@ -89,7 +87,7 @@ def changes(record: Record, node: Node) -> list[str]:
     # settings that its croco did not know yet are not what changed
     unknown = {name for name in node.stage.added if name not in record["science"]["settings"]}
     settings = {name: value for name, value in science["settings"].items() if name not in unknown}
-    old, new = _flat(record["science"]), _flat({**science, "settings": settings})
+    old, new = flat(record["science"]), flat({**science, "settings": settings})
     lines = []
     for key in sorted(old.keys() | new.keys(), key=lambda k: (k.startswith("inputs."), k)):
         if old.get(key) != new.get(key):
@@ -99,11 +97,11 @@ def changes(record: Record, node: Node) -> list[str]:
     return lines
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
     """Dotted keys of nested tables; an empty table is a value."""
     if not isinstance(value, Mapping) or not value:
         return {prefix.rstrip("."): value}
-    return {k: v for key, below in value.items() for k, v in _flat(below, f"{prefix}{key}.").items()}
+    return {k: v for key, below in value.items() for k, v in flat(below, f"{prefix}{key}.").items()}
 
 
 def verify(node: Node, record: Record) -> dict[str, dict[str, int]]:
@@ -201,7 +199,7 @@ def clear_wrong(
         wrong = node in known and known[node].kind in WRONG
         if wrong or any(before in gone for before in node.inputs.values()):
             gone.append(node)
-    # the last first: a kill in between must not leave a stage that stands on one that is gone
+    # the last first: a kill in between must not leave a stage that has read one that is gone
     for node in reversed(gone):
         if os.path.lexists(node.folder / records.RECORD):
             clear(node)

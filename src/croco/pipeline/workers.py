@@ -1,8 +1,6 @@
 """What computes shards: workers, the jobs they are given, and the shards that they give back. Where they run is
 `compute.py`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,6 +50,11 @@ class ComputeJob:
     open_worker: WorkerFactory
     gpus: int  # that one worker's engine needs
     opened: list[dict[str, Any]] = field(default_factory=list)
+
+
+def shard_sizes(rows: int, size: int, each: int = 1) -> list[int]:
+    """Units in each shard of `size` rows, when a row has `each` of them."""
+    return [each * min(size, rows - start) for start in range(0, rows, size)]
 
 
 def groups(todo: Sequence[int], workers: int) -> list[list[int]]:

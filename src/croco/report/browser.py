@@ -2,8 +2,7 @@
 
 Every kind is brought to one form, two captioned texts beside each other under a prompt (`rows.py`), so that the page
 needs one list. All texts are kept once and the whole is deflated and written in base64, which also means that nothing a
-model wrote stands in the page as markup. When all would make the page too large, a spread by digest is taken.
-"""
+model wrote stands in the page as markup. When all would make the page too large, a spread by digest is taken."""
 
 from __future__ import annotations
 
@@ -90,8 +89,7 @@ def packed(data: Mapping[str, Any]) -> str:
 def browse(runs: Mapping[str, Run], budgets: Mapping[str, int] = MAX_BYTES) -> dict[str, Any]:
     """All kinds of rows that the runs have, each a spread of at most `MAX_ROWS` and about its budget of bytes.
 
-    With several runs an arm's name is preceded by its run's.
-    """
+    With several runs an arm's name is preceded by its run's."""
     pack = Pack()
     for name, run in runs.items():
         for kind, (about, total, rows) in kinds_of(run).items():

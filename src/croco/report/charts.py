@@ -1,8 +1,7 @@
 """The charts that are tables: heat map, forest plot, stacked bars, as rows that the page's templates lay out.
 
 Marks are placed in percent of their cell, so that text and marks keep their size on any screen, and every chart is a
-table that a screen reader reads. Only places and steps of colour are computed here; colours are the stylesheet's.
-"""
+table that a screen reader reads. Only places and steps of colour are computed here; colours are the stylesheet's."""
 
 from __future__ import annotations
 

@@ -5,8 +5,7 @@ holds when enough of its comparisons are significant as wanted, does not hold wh
 contrary (intersection-union; for "most" the partial conjunction of Benjamini and Heller 2008), both after Holm's
 correction over the claims of its family. Else it is equivalent where as many comparisons lie within the study's
 equivalence margin (two one-sided tests at 5 %: the 90 % interval), else not resolved. With the studies of several
-policies every one of them must agree.
-"""
+policies every one of them must agree."""
 
 from __future__ import annotations
 
@@ -17,9 +16,9 @@ from dataclasses import dataclass
 from croco.config.study import Claim, Study
 from croco.report.contrasts import KL, Runs, Test, run_tests
 from croco.report.curves import value_panel
+from croco.report.scores import TITLES
 from croco.report.table import (
     PERCENT,
-    POINTS,
     SCORE,
     SCORE_CHANGE,
     Entry,
@@ -35,6 +34,7 @@ from croco.stages.evaluate.stats import ALPHA, holm
 
 HOLDS, FAILS, EQUIVALENT, OPEN = "holds", "does not hold", "equivalent", "not resolved"
 UNTESTABLE = "not testable here"
+TENTHS = Unit(100, digits=1, signed=True)  # of a point: the margin of equivalence is two points
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,7 @@ def needed(claim: Claim, tests: Sequence[Test]) -> int:
 def claim_p_values(claim: Claim, tests: Sequence[Test]) -> tuple[float, float]:
     """One-sided p-values that fewer than the needed number of tests are as wanted, and to the contrary.
 
-    (n − u + 1) · p₍ᵤ₎ for u needed of n (Benjamini and Heller 2008, Bonferroni form); with all needed the largest p.
-    """
+    (n − u + 1) · p₍ᵤ₎ for u needed of n (Benjamini and Heller 2008, Bonferroni form); with all needed the largest p."""
     u, n = needed(claim, tests), len(tests)
     wanted = sorted(test.p_wanted for test in tests)
     contrary = sorted(1 - test.p_wanted for test in tests)
@@ -123,7 +122,12 @@ def claims_parts(judged: Mapping[str, Judged], equivalence: float, studies: Mapp
         family = [one for one in judged.values() if one.claim.secondary == secondary]
         counted = sum(one.p_value is not None for one in family)
         counts = Counter(one.verdict for one in family)
-        verdicts = [f"{counts[v]} {v}" for v in (HOLDS, FAILS, EQUIVALENT, OPEN, UNTESTABLE) if counts[v]]
+        many = {HOLDS: "hold", FAILS: "do not hold"}
+        verdicts = [
+            f"{counts[verdict]} {verdict if counts[verdict] == 1 else many.get(verdict, verdict)}"
+            for verdict in (HOLDS, FAILS, EQUIVALENT, OPEN, UNTESTABLE)
+            if counts[verdict]
+        ]
         rows: list[list[Entry]] = [
             [one.claim.says, one.verdict, *(difference_of(one.deciding(s), studies[s]) for s in studies),
              "" if one.p_value is None else p_text(one.p_value)]
@@ -134,8 +138,8 @@ def claims_parts(judged: Mapping[str, Judged], equivalence: float, studies: Mapp
             f"Of {count_of(len(family), 'claim')}: {', '.join(verdicts)}. A claim holds, or does not, where all "
             f"comparisons that it needs are significant that way{every}, at 5 % after Holm's correction over "
             f"{count_of(counted, 'claim')} (p in the table). It is equivalent where the 90 % intervals lie within "
-            f"± {equivalence:g}. The difference shown is that of the weakest comparison; the base is at its best "
-            "temperature."
+            f"{_margin(equivalence, studies)}. The difference shown is that of the weakest comparison; the base is at "
+            "its best temperature."
         )
         if rows:
             head = ["claim", "verdict", *(studies if len(studies) > 1 else ["difference"]), "p"]
@@ -146,7 +150,12 @@ def claims_parts(judged: Mapping[str, Judged], equivalence: float, studies: Mapp
 def unit_of(test: Test, runs: Runs) -> Unit:
     """How a comparison's difference is written."""
     share = runs.pooled[test.comparison.benchmark].is_share
-    return POINTS if share or (test.comparison.metric or "").startswith("mode:") else SCORE_CHANGE
+    return TENTHS if share or (test.comparison.metric or "").startswith("mode:") else SCORE_CHANGE
+
+
+def _margin(equivalence: float, studies: Mapping[str, Runs]) -> str:
+    shares = all(pooled.is_share for runs in studies.values() for pooled in runs.pooled.values())
+    return f"± {100 * equivalence:g} points" if shares else f"± {equivalence:g}"
 
 
 def difference_of(test: Test, runs: Runs) -> Number:
@@ -166,8 +175,10 @@ def claim_part(name: str, judged: Judged, studies: Mapping[str, Runs], equivalen
     for label, runs in studies.items():
         for test in judged.tests[label]:
             one, unit = test.comparison, unit_of(test, runs)
-            border = f" by {unit.text(one.margin).lstrip('+')}" if one.margin else ""
-            measures.append(f"{one.metric or runs.pooled[one.benchmark].headline} ({one.benchmark})")
+            border = f" by {unit.factor * one.margin:g}" if one.margin else ""
+            measures.append(
+                TITLES.get(one.benchmark, one.benchmark) + (f", {one.metric}" if one.metric else "")
+            )
             rows.append([
                 test.words, *([label] if several else []), f"{test.scope}, {temperature_name(test.temperature)}",
                 one.want + border, difference_of(test, runs), ", ".join(map(unit.text, test.by_seed)),
@@ -178,7 +189,7 @@ def claim_part(name: str, judged: Judged, studies: Mapping[str, Runs], equivalen
                 scale = 1 if one.at_equal == KL else 100
                 series = {sweep: [(scale * x, y) for x, y in curve] for sweep, curve in test.curves.items()}
                 title = f"{one.benchmark} over {over}" + (f", {label}" if several else "")
-                panels.append(value_panel(title, series, PERCENT if unit is POINTS else SCORE))
+                panels.append(value_panel(title, series, PERCENT if unit is TENTHS else SCORE, grid=False))
     alone = ", ".join(f"{label}: {verdict}" for label, verdict in judged.alone.items())
     verdict = f"**{judged.verdict[0].upper()}{judged.verdict[1:]}**" + (f" ({alone})" if several else "")
     verdict += f": {claim.not_testable}" if claim.not_testable else "."
@@ -188,5 +199,5 @@ def claim_part(name: str, judged: Judged, studies: Mapping[str, Runs], equivalen
     )
     text = [verdict, measure, *filter(None, [claim.why])]
     head = ["difference of", *(["study"] if several else []), "on", "claimed", "difference", "each seed", "p",
-            f"p within ± {equivalence:g}"]  # fmt: skip
+            f"p within {_margin(equivalence, studies)}"]  # fmt: skip
     return Part(f"claim-{name}", claim.says, text, [Table(head, rows, 3 + several)], panels)

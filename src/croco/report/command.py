@@ -21,8 +21,7 @@ from croco.storage.shards import shards
 def page(folder: Path, say: Callable[[str], None]) -> str:
     """Make the page of a finished run, or of a study, again; returns a line that says where it is.
 
-    Of a run that is not finished it prints how far it came and where rows went, and raises UserError.
-    """
+    Of a run that is not finished it prints how far it came and where rows went, and raises UserError."""
     from croco.pipeline import run
 
     recipe = read_recipe(folder)

@@ -2,12 +2,11 @@
 
 Results are compared arm by arm on the prompts that both runs have in the same words, paired by prompt, by the same
 statistics that compare an arm with the base within a run: the first run stands where the base does. What only one run
-has is named and left out; nothing is averaged over unequal sets.
-"""
+has is named and left out; nothing is averaged over unequal sets."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import polars as pl
 from croco.config.recipe import Recipe
 from croco.errors import UserError
 from croco.pipeline.inputs import eval_prompts_of
+from croco.pipeline.status import flat
 from croco.report.load_run import read_recipe, require
 from croco.report.scores import ARENA, Board, Cell, Key, board_of, boards
 from croco.report.table import count_of, enumerate_words, temperature_name
@@ -45,8 +45,7 @@ class Comparison:
     """Two runs: names, settings that differ, what could not be compared, and the boards of the second minus the first.
 
     In a board the differences are the second run's minus the first's, the values the second's; `firsts` are the first's
-    values under (benchmark, arm, temperature, scope).
-    """
+    values under (benchmark, arm, temperature, scope)."""
 
     names: tuple[str, str]
     settings: list[Setting]
@@ -107,22 +106,16 @@ def _names(folders: Sequence[Path], recipes: Sequence[Recipe]) -> tuple[str, str
 
 
 def _settings(recipes: Sequence[Recipe]) -> list[Setting]:
-    first, second = (dict(_flat(recipe.model_dump(mode="json"))) for recipe in recipes)
-    keys = [key for key in dict.fromkeys((*first, *second)) if key != "run.folder"]
+    first, second = (
+        {key: _word(value) for key, value in flat(recipe.model_dump(mode="json")).items()}
+        for recipe in recipes
+    )
     settings = [
         Setting(key, first.get(key, ABSENT), second.get(key, ABSENT), key.startswith("runtime."))
-        for key in keys
-        if first.get(key, ABSENT) != second.get(key, ABSENT)
+        for key in dict.fromkeys((*first, *second))
+        if key != "run.folder" and first.get(key, ABSENT) != second.get(key, ABSENT)
     ]
     return sorted(settings, key=lambda setting: setting.runtime)
-
-
-def _flat(section: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in section.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{before}{key}.")
-        else:
-            yield f"{before}{key}", _word(value)
 
 
 def _word(value: Any) -> str:

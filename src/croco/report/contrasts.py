@@ -3,8 +3,7 @@
 Every comparison is a sum of weighted means: one arm minus another, a difference of differences, a gain minus a share of
 another gain. Two sweeps at equal x are read off their curves: the base and the sweep's points, without those that
 another point beats in both, linear in between, at the highest x that both reach. Such a value is linearised for its
-error; the points of a curve are chosen on the very test prompts, for both sweeps alike.
-"""
+error; the points of a curve are chosen on the very test prompts, for both sweeps alike."""
 
 from __future__ import annotations
 
@@ -15,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from croco.config.study import BASE, Comparison
+from croco.errors import UserError
 from croco.report.multi_seed import Pooled, Setting
 from croco.report.table import PERCENT, SCORE, temperature_name
 from croco.stages.evaluate.stats import ALPHA, Estimate, Interval, over_seeds_and_prompts
@@ -60,7 +60,11 @@ class Test:
 
 
 def run_tests(comparison: Comparison, runs: Runs, equivalence: float) -> list[Test]:
-    """One test per scope and temperature."""
+    """One test per scope and temperature; raises UserError where a benchmark has no results."""
+    for name in (comparison.benchmark, comparison.at_equal or KL):
+        if name != KL and name not in runs.pooled:
+            known = ", ".join(runs.pooled)
+            raise UserError(f"'{name}' of a claim has no results, expected one of {known}")
     pooled = runs.pooled[comparison.benchmark]
     arms = runs.sweeps[comparison.arm] if comparison.at_equal else [comparison.arm]
     return [
@@ -96,8 +100,7 @@ def _test(comparison: Comparison, runs: Runs, equivalence: float, scope: str, te
 def p_wanted(estimate: Estimate, want: str, margin: float) -> float:
     """One-sided p-value that a difference is not as wanted beyond its border.
 
-    The border is `margin` for "higher" and "not higher", −`margin` for "lower" and "not lower".
-    """
+    The border is `margin` for "higher" and "not higher", −`margin` for "lower" and "not lower"."""
     above = estimate.p_above(margin if want in ("higher", "not higher") else -margin)
     return above if want in ("higher", "not lower") else 1 - above
 
@@ -108,8 +111,7 @@ def _difference(
     """Weights of the settings, and what is subtracted from what.
 
     The base's headline is at its best temperature; a mode's share ("mode:malformed") is compared at the same one: it
-    shows what tuning moved, not decoding.
-    """
+    shows what tuning moved, not decoding."""
 
     def named(arm: str, at_best: bool = False) -> tuple[Setting, str]:
         if at_best or (arm == BASE and comparison.metric is None):

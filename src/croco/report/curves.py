@@ -1,8 +1,7 @@
 """The charts that are curves: score distributions and training metrics, as SVG paths.
 
 A path is drawn in a box of 100 by 100 that the page stretches to any size (strokes keep their width), and its labels
-are the page's own text. Nothing is decided here about which numbers are shown.
-"""
+are the page's own text. Nothing is decided here about which numbers are shown."""
 
 from __future__ import annotations
 
@@ -107,16 +106,19 @@ class Panel:
     over: str = "steps"
 
 
-def value_panel(title: str, series: Mapping[str, Sequence[tuple[float, Interval]]], unit: Unit) -> Panel:
-    """Values with intervals over a number; on a scale of doublings where the numbers span a factor of 8."""
+def value_panel(
+    title: str, series: Mapping[str, Sequence[tuple[float, Interval]]], unit: Unit, grid: bool = True
+) -> Panel:
+    """Values with intervals over a number. Those of a `grid` are marked on the axis, on a scale of doublings where they
+    span a factor of 8; others were measured."""
     numbers = sorted({x for points in series.values() for x, _ in points})
-    doublings = 2 < len(numbers) <= 8 and numbers[0] > 0 and numbers[-1] / numbers[0] >= 8
+    doublings = grid and len(numbers) > 2 and numbers[0] > 0 and numbers[-1] / numbers[0] >= 8
     places = {x: math.log2(x) if doublings else x for x in numbers}
     across = axis(list(places.values()), with_zero=False)
     ends = [
         end for points in series.values() for _, interval in points for end in interval if end == end
     ]  # no nan
-    up = axis(ends, num_ticks=4)
+    up = axis(ends, with_zero=grid, num_ticks=4)
     curves = []
     for place, (name, points) in enumerate(series.items()):
         dots = [(across.place(places[x]), round(100 - up.place(i.value), 2)) for x, i in points]
@@ -126,7 +128,7 @@ def value_panel(title: str, series: Mapping[str, Sequence[tuple[float, Interval]
             if i.known
         )
         curves.append(Curve(place, name, _line(dots), dots, unit.text(points[-1][1].value), bars))
-    ticks = places if len(numbers) <= 8 else {tick: tick for tick in across.ticks}
+    ticks = places if grid else {tick: tick for tick in across.ticks}
     return Panel(
         title, curves, [(100 - up.place(tick), unit.text(tick)) for tick in up.ticks],
         [(across.place(place), f"{x:g}") for x, place in ticks.items()], over=title,

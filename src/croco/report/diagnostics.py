@@ -1,7 +1,6 @@
 """Results beside the scores: modes, languages, what to think of the arena's judge, structured tasks (EuroEval).
 
-Nothing is averaged here: a correlation and an accuracy have no common mean, so every metric keeps its own line.
-"""
+Nothing is averaged here: a correlation and an accuracy have no common mean, so every metric keeps its own line."""
 
 from __future__ import annotations
 
@@ -42,27 +41,28 @@ JUDGED = {
 
 
 def judged(arena: Board, arms: Sequence[str]) -> Table | None:
-    """The arena's figures over all languages, one row per arm."""
-    return _of_all_languages(arena, [BASE, *arms], JUDGED)
+    """The arena's figures over all languages, a row each."""
+    return _of_all_languages(arena, [BASE, *arms], "figure", JUDGED)
 
 
 def domains(arena: Board, arms: Sequence[str]) -> Table | None:
     """Win rates per domain of the prompts, over all languages."""
     names = sorted({m for of in arena.metrics.values() for m in of if m.startswith("win-rate:")})
-    return _of_all_languages(arena, arms, {name: (name.removeprefix("win-rate:"), SHARE) for name in names})
+    units = {name: (name.removeprefix("win-rate:").replace("_", " "), SHARE) for name in names}
+    return _of_all_languages(arena, arms, "domain", units)
 
 
 def _of_all_languages(
-    arena: Board, arms: Sequence[str], units: Mapping[str, tuple[str, Unit]]
+    arena: Board, arms: Sequence[str], head: str, units: Mapping[str, tuple[str, Unit]]
 ) -> Table | None:
     of = {arm: metrics for (arm, _, scope), metrics in arena.metrics.items() if scope == "all"}
-    columns = [metric for metric in units if any(metric in metrics for metrics in of.values())]
+    shown = [arm for arm in arms if any(metric in of.get(arm, {}) for metric in units)]
     rows: list[list[Entry]] = [
-        [arm, *(Number(of[arm][m][0], units[m][1]) if m in of[arm] else None for m in columns)]
-        for arm in arms
-        if arm in of and any(metric in of[arm] for metric in columns)
+        [name, *(Number(of[arm][metric][0], unit) if metric in of[arm] else None for arm in shown)]
+        for metric, (name, unit) in units.items()
+        if any(metric in of[arm] for arm in shown)
     ]
-    return Table(["arm", *(units[metric][0] for metric in columns)], rows) if rows else None
+    return Table([head, *shown], rows) if rows else None
 
 
 def mode_shares(board: Board) -> dict[Key, dict[str, float]]:

@@ -1,8 +1,7 @@
 """The rows that the page lets people look at: pairs, judged comparisons, test completions, what was left out.
 
 Texts are read only for the rows that go into the page. Columns that a table does not have (an older run, another judge)
-are left out, not guessed.
-"""
+are left out, not guessed."""
 
 from __future__ import annotations
 

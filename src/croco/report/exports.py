@@ -17,12 +17,10 @@ from croco.report.scores import (
     Board,
     arms_table,
     boards,
-    language_sentence,
-    losses,
     mark_best,
     scorer_of,
-    sentence,
 )
+from croco.report.sentences import in_words
 from croco.report.table import Entry, Number, Part, Table, temperature_name
 from croco.stages.evaluate.results import language_groups
 
@@ -39,10 +37,9 @@ def results_terminal(run_folder: Path) -> Iterator[RenderableType]:
     """What `croco run` ends with: arms by groups, the structured tasks, and what became of each arm."""
     run = read_results(run_folder)
     made = _boards(run)
-    unit = "percent of completions that are good" if made[0].is_share else "mean score"
     yield words(
-        f"{run.recipe.run.name}: {unit}, ± half of the 95 % interval; beneath it the difference from the untuned base "
-        "at the same temperature."
+        f"{run.recipe.run.name}: {made[0].measure}, ± half of the 95 % interval; beneath it the difference from the "
+        "untuned base at the same temperature."
     )
     for board in made:
         more = ": win rate in percent; beneath it the difference from 50" if board.benchmark == ARENA else ""
@@ -51,11 +48,7 @@ def results_terminal(run_folder: Path) -> Iterator[RenderableType]:
         yield terminal(tasks)
         yield from map(words, diagnostics.task_notes(run))
     for arm in run.recipe.evaluated_arms:
-        yield words(f"{arm}: {_words(made[0], arm, made[1:])}")
-
-
-def _words(board: Board, arm: str, others: Sequence[Board] = ()) -> str:
-    return " ".join(filter(None, [sentence(board, arm), losses(others, arm), language_sentence(board, arm)]))
+        yield words(f"{arm}: {in_words(made, arm)}")
 
 
 def comparison_terminal(comparison: Comparison) -> Iterator[RenderableType]:
@@ -85,8 +78,6 @@ def comparison_terminal(comparison: Comparison) -> Iterator[RenderableType]:
 
 def board_part(board: Board, sentences: Sequence[str] = ()) -> Part:
     """A benchmark: arms by group, their gains over the base, arms by language, and where the mass went."""
-    unit = "Percent of completions that are good" if board.is_share else "Mean score"
-    unit = "Win rate in percent, ties a half" if board.benchmark == ARENA else unit
     tables = [arms_table(board, board.groups), arms_table(board, board.languages, title="By language")]
     best = [f"{s}: {temperature_name(board.best_base[s])}" for s in board.groups if s in board.best_base]
     if best:
@@ -94,7 +85,10 @@ def board_part(board: Board, sentences: Sequence[str] = ()) -> Part:
         tables.insert(1, arms_table(board, board.groups, ("difference", "to_best"), title, base=False))
     if diagnostics.mode_shares(board):
         tables.append(diagnostics.modes_table(board))
-    text = [f"{unit}; {board.num_prompts} prompts a language, 95 % intervals.", *sentences]
+    text = [
+        f"{board.measure.capitalize()}; {board.num_prompts} prompts a language, 95 % intervals.",
+        *sentences,
+    ]
     return Part(f"arms-{board.benchmark}", board.title, text, tables)
 
 
@@ -114,7 +108,7 @@ def results_markdown(run_folder: Path) -> str:
 
 
 def _sentences(run: Run, board: Board) -> list[str]:
-    return ["\n".join(f"- **{arm}**: {_words(board, arm)}" for arm in run.recipe.evaluated_arms)]
+    return ["\n".join(f"- **{arm}**: {in_words([board], arm)}" for arm in run.recipe.evaluated_arms)]
 
 
 def results_csv(run_folder: Path) -> str:

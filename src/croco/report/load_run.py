@@ -1,6 +1,5 @@
 """What the page needs of a run's folder, read once: recipe, stages, results, scores, curves, the account of every
-stage. Texts are `browser.py`'s. Nothing is drawn or worded here.
-"""
+stage. Texts are `browser.py`'s. Nothing is drawn or worded here."""
 
 from __future__ import annotations
 
@@ -87,8 +86,7 @@ def read_results(folder: Path) -> Run:
 def read_stages(folder: Path, recipe: Recipe) -> dict[str, dict[str, Any]]:
     """The records of all stages but the report, by title.
 
-    By the recipe, not by what lies there: an arm that was taken out, or scored otherwise before, left its folders.
-    """
+    By the recipe, not by what lies there: an arm that was taken out, or scored otherwise before, left its folders."""
     titles = [
         stage.name if arm is None else f"{stage.name}/{arm}"
         for stage in STAGES

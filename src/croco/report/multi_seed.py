@@ -3,8 +3,7 @@
 Every seed answered the same test prompts, so that differences of two arms are paired in both. A language's value of a
 prompt is the mean over samples, a group's the mean over its languages.
 
-Shapes: S seeds, A settings (arm and temperature), P prompts, L languages, M metrics.
-"""
+Shapes: S seeds, A settings (arm and temperature), P prompts, L languages, M metrics."""
 
 from __future__ import annotations
 
@@ -71,10 +70,15 @@ class Pooled:
         """One value per seed and prompt, (S, P'): the mean over the scope's languages; prompts without any are out."""
         members = [code for code in self.groups.get(scope, [scope]) if code in self.languages]
         places = [self.languages.index(code) for code in members]
-        column = self.metrics.index(metric or self.headline)
+        metric = metric or self.headline
+        never = metric.startswith("mode:") and metric not in self.metrics  # a mode that no completion has
+        if metric not in self.metrics and not never:
+            known = ", ".join(self.metrics)
+            raise UserError(f"'{metric}' is no metric of '{self.benchmark}', expected one of {known}")
+        column = 0 if never else self.metrics.index(metric)
         values = self.values[:, self.settings.index(setting)][:, :, places, column]
         answered = ~np.isnan(values).all(axis=(0, 2))
-        return np.asarray(np.nanmean(values[:, answered], axis=2))
+        return np.asarray(np.nanmean(values[:, answered], axis=2)) * (0.0 if never else 1.0)
 
     def mean(self, setting: Setting, scope: str) -> Interval:
         """A setting's mean of the headline with its interval over seeds and prompts."""
@@ -117,8 +121,7 @@ def pool(
 ) -> dict[str, Pooled]:
     """Every benchmark of the runs of several seeds, on the prompts that all of them answered in every arm.
 
-    Raises UserError where two seeds share no prompt: nothing is averaged over unequal sets.
-    """
+    Raises UserError where two seeds share no prompt: nothing is averaged over unequal sets."""
     frames = []
     for number, folder in enumerate(seeds):
         verdicts = pl.concat([read_table(folder / "evaluate" / arm, COLUMNS) for arm in [BASE, *arms]])

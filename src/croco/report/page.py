@@ -2,8 +2,7 @@
 
 Everything is in the page (style, scripts, charts, data), nothing is fetched, and whatever a model or a file wrote is
 escaped: Jinja escapes all values, and texts to browse travel packed (`browser.py`) and are shown with `textContent`.
-What the sections say lives in `sections.py`, their layout in `templates/`.
-"""
+What the sections say lives in `sections.py`, their layout in `templates/`."""
 
 from __future__ import annotations
 

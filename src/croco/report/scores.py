@@ -1,8 +1,7 @@
 """The scores that people read: arms by groups of languages and by language, and one sentence per arm.
 
 Pure arrangements of the results table; the page, the terminal and the exports print the same numbers because they take
-them from here. Shares are shown as whole percentages and their differences as points; scores with two decimals.
-"""
+them from here. Shares are shown as whole percentages and their differences as points; scores with two decimals."""
 
 from __future__ import annotations
 
@@ -12,18 +11,15 @@ from dataclasses import dataclass, field, replace
 import polars as pl
 
 from croco.config.recipe import Recipe
-from croco.languages import RIGHT
 from croco.report.table import (
     PERCENT,
     POINTS,
     SCORE,
     SCORE_CHANGE,
-    SHARE,
     Entry,
     Number,
     Table,
     Unit,
-    enumerate_words,
     numbers,
     temperature_name,
 )
@@ -85,6 +81,20 @@ class Board:
     @property
     def is_share(self) -> bool:
         return self.benchmark == ARENA or headline(self.benchmark) == "good"
+
+    @property
+    def measure(self) -> str:
+        """What a value is; a share of good completions, unless they are graded."""
+        if self.benchmark == ARENA:
+            return "win rate in percent, ties a half"
+        if not self.is_share:
+            return "mean score"
+        graded = any(
+            abs(self.cells[key].value.value - (of["mode:good"][0].value if "mode:good" in of else 0)) > 1e-9
+            for key, of in self.metrics.items()
+            if key in self.cells and any(metric.startswith("mode:") and metric != "mode:" for metric in of)
+        )
+        return "mean quality in percent" if graded else "percent of completions that are good"
 
     @property
     def unit(self) -> Unit:
@@ -188,8 +198,7 @@ def boards(results: pl.DataFrame, arms: Sequence[str], codes: Sequence[str], sco
     `codes`.
 
     `scorer` is who gave the scores, as `scorer_of` says it. What has no share of good completions, no mean score and no
-    win rate is shown by `diagnostics.py`.
-    """
+    win rate is shown by `diagnostics.py`."""
     made = []
     order = sorted(metrics_of(results).items(), key=lambda item: (item[0] == ARENA, len(item[0]), item[0]))
     for benchmark, metrics in order:
@@ -239,70 +248,3 @@ def board_of(
 
 def _value(metrics: Mapping[str, tuple[Interval, int]], name: str) -> float | None:
     return metrics[name][0].value if name in metrics else None
-
-
-def language_sentence(board: Board, arm: str) -> str:
-    """Where the share in the right language fell or rose: intervals apart from the base's at the same temperature."""
-    changes: dict[str, list[str]] = {"falls": [], "rises": []}
-    for scope in board.main_groups:
-        for t in sorted(board.temperatures(arm), reverse=True):
-            pair = [board.metrics.get((name, t, scope), {}).get(RIGHT) for name in (BASE, arm)]
-            if pair[0] is None or pair[1] is None:
-                continue
-            (before, _), (after, _) = pair[0], pair[1]
-            words = f"{scope} {PERCENT.text(before.value)} → {SHARE.text(after.value)} {_at(t)}"
-            if after.high < before.low:
-                changes["falls"].append(words)
-            elif after.low > before.high:
-                changes["rises"].append(words)
-    parts = [f"{verb}: {enumerate_words(where)}" for verb, where in changes.items() if where]
-    return f"The share in the right language {'; it '.join(parts)}." if parts else ""
-
-
-def losses(boards: Sequence[Board], arm: str) -> str:
-    """What an arm lost on other benchmarks than the one that its sentence is of; "" where nothing is worse."""
-    parts = []
-    for board in boards:
-        worse = [
-            f"{scope} {board.change.text(cell.difference.value)} {_at(t)}"
-            for scope in board.main_groups
-            for t in sorted(board.temperatures(arm), reverse=True)
-            if (cell := board.cell(arm, t, scope)) and cell.difference and verdict(cell.difference) == "worse"
-        ]
-        if worse:
-            parts.append(f"{board.title}: worse on {enumerate_words(worse)}.")
-    return " ".join(parts)
-
-
-def sentence(board: Board, arm: str, to_best: bool = False) -> str:
-    """One sentence: in which groups the arm is better than the base, worse, mixed, or not told apart from it.
-
-    Better (worse): at some temperature, and worse (better) at none. Mixed: better at one and worse at another. With
-    `to_best` the rival is the base at its best temperature.
-    """
-    clauses: dict[str, list[str]] = {"better": [], "mixed": [], "not resolved": [], "worse": []}
-    for scope in board.main_groups:
-        differences = {}
-        for temperature in sorted(board.temperatures(arm), reverse=True):
-            cell = board.cell(arm, temperature, scope)
-            difference = None if cell is None else (cell.to_best if to_best else cell.difference)
-            if difference is not None:
-                differences[temperature] = difference
-        if not differences:
-            continue
-        verdicts = {verdict(difference) for difference in differences.values()}
-        resolved = verdicts - {"not resolved"} or verdicts
-        kind = "mixed" if len(resolved) > 1 else next(iter(resolved))
-        words = [
-            f"{board.change.text(d.value)} {_at(t)}"
-            + (", not resolved" if len(verdicts) > 1 and verdict(d) == "not resolved" else "")
-            for t, d in differences.items()
-        ]
-        between = "; " if len(resolved) < len(verdicts) else ", "
-        clauses[kind].append(f"{scope} ({between.join(words)})")
-    text = "; ".join(f"{kind} on {enumerate_words(scopes)}" for kind, scopes in clauses.items() if scopes)
-    return f"{text[:1].upper()}{text[1:]}." if text else "Not compared with the base."
-
-
-def _at(temperature: float) -> str:
-    return temperature_name(temperature) if temperature == 0 else f"at {temperature_name(temperature)}"

@@ -1,7 +1,6 @@
 """The page of a study, as Markdown and as HTML, from the runs of all seeds; written again only when something changed.
 
-Percentages are of completions; an interval is of 95 % over seeds and prompts.
-"""
+Percentages are of completions; an interval is of 95 % over seeds and prompts."""
 
 from __future__ import annotations
 
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
@@ -38,7 +38,7 @@ from croco.report.table import (
     enumerate_words,
     temperature_name,
 )
-from croco.report.transfer import FIGURES, accuracy_by_form, transfer
+from croco.report.transfer import FORMS, TRUTH, accuracy, best_and_tau, read_scores
 from croco.stages.evaluate.results import BASE, language_groups
 from croco.stages.evaluate.stats import Interval
 from croco.storage import files, provenance, records
@@ -73,11 +73,12 @@ def together(recipes: Sequence[Recipe], as_markdown: bool) -> str:
     """One page of several studies, such as of two policies: a claim, of the first, holds only where it does in all."""
     claims = _study(recipes[0]).claims
     for recipe in recipes:
-        complete(recipe)
         try:
             check(recipe.model_copy(update={"study": _study(recipe).model_copy(update={"claims": claims})}))
         except ValueError as error:
             raise UserError(f"{recipe.folder} has not what {recipes[0].folder} claims: {error}") from None
+    for recipe in recipes:
+        complete(recipe)
     return (markdown if as_markdown else html)(recipes, build(recipes))
 
 
@@ -137,7 +138,7 @@ def _parts_of(recipe: Recipe, runs: Runs) -> Iterator[Part]:
     yield from sweep_parts(recipe, benchmarks[0])
     if study.transfer:
         folders = [transfer_of(recipe, seed).folder for seed in study.seeds]
-        yield transfer_part(transfer(folders, SHOWN, recipe.run.evaluated), accuracy_by_form(folders, SHOWN))
+        yield transfer_part(read_scores(folders, SHOWN), recipe.run.evaluated)
     yield pairs_part(recipe)
     yield from (board_part(one.board(recipe.evaluated_arms)) for one in benchmarks)
 
@@ -187,7 +188,10 @@ def kl_part(runs: Runs) -> Part:
         for arm in (BASE, *runs.kl)
     ]
     text = f"KL of an arm from the base: nats per completion, of its own completions at T = 1; {scope} languages."
-    table, panel = Table(["arm", "KL", pooled.benchmark], rows), value_panel("KL", series, _unit(pooled))
+    table, panel = (
+        Table(["arm", "KL", pooled.benchmark], rows),
+        value_panel("KL", series, _unit(pooled), grid=False),
+    )
     return Part("kl", "Quality against distance from the base", [text], [table], [panel])
 
 
@@ -279,34 +283,26 @@ def _mix(pairs: Sequence[Mapping[str, Any]], side: str) -> str:
     return ", ".join(f"{code} {100 * count / total:.0f} %" for code, count in first[:2])
 
 
-def transfer_part(
-    figures: Mapping[tuple[str, str, str], Interval],
-    forms: Mapping[tuple[str, str, str], tuple[Interval, int]],
-) -> Part:
+def transfer_part(scored: pl.DataFrame, codes: Sequence[str]) -> Part:
     """Reward model, likelihood and chance against the verified truth, in every language and per pair of forms."""
-    codes = list(dict.fromkeys(code for _, code, _ in figures))
-    titles = {
-        "ranking": "percent of unequal pairs ranked right",
-        "best": "percent of prompts whose best-scored completion is of the highest quality",
-        "tau": "Kendall's τ-b with verified quality",
-    }
-    own = [scorer for scorer in SHOWN if scorer != "verified"]  # the truth ranks itself right
+    own = [scorer for scorer in SHOWN if scorer != TRUTH]  # the truth ranks itself right
+    forms, (best, tau) = accuracy(scored, own, FORMS), best_and_tau(scored, SHOWN)
+    cases = sorted({case[1:] for case in forms}, key=lambda case: (case[0] != case[1], case))
     by_form: list[list[Entry]] = [
-        [better, worse, *(Number(forms[scorer, better, worse][0], PERCENT) for scorer in own),
-         f"{forms[own[0], better, worse][1]:,}"]
-        for better, worse in sorted({case[1:] for case in forms}, key=lambda case: (case[0] != case[1], case))
-    ]  # fmt: skip
-    head = ["form of the better", "of the worse: percent ranked right", *own, "pairs"]
-    tables = [Table(head, by_form, 2)]
-    for figure in FIGURES:
-        columns, unit = SHOWN if figure == "best" else own, SCORE if figure == "tau" else PERCENT
+        [*case, *(Number(forms[s, *case][0], PERCENT) for s in own), f"{forms[own[0], *case][1]:,}"]
+        for case in cases
+    ]
+    tables = [Table(["form of the better", "of the worse: percent ranked right", *own, "pairs"], by_form, 2)]
+    for title, figures, columns, unit in (
+        ("percent of unequal pairs ranked right", accuracy(scored, own, ["language"]), own, PERCENT),
+        ("percent of prompts whose best-scored completion is of the highest quality", best, SHOWN, PERCENT),
+        ("Kendall's τ-b with verified quality", tau, own, SCORE),
+    ):
         rows: list[list[Entry]] = [
-            [languages.name(code), *(
-                Number(figures[key], unit) if (key := (scorer, code, figure)) in figures else None for scorer in columns
-            )]
-            for code in codes
+            [languages.name(c), *(Number(figures[s, c][0], unit) if (s, c) in figures else None for s in columns)]
+            for c in codes if any((s, c) in figures for s in columns)
         ]  # fmt: skip
-        tables.append(Table([titles[figure], *columns], rows))
+        tables.append(Table([title, *columns], rows))
     text = [
         "Within one prompt in one language, on dev prompts; the completions of all seeds together.",
         "The first table tells quality from form: pairs of one form first, if there are any of unequal quality. The "

@@ -1,7 +1,6 @@
 """Tables as the report shows them: words, and numbers with their intervals.
 
-`render.py` writes a table as Markdown, LaTeX or for a terminal, `templates/macros.html` as HTML.
-"""
+`render.py` writes a table as Markdown, LaTeX or for a terminal, `templates/macros.html` as HTML."""
 
 from __future__ import annotations
 

@@ -6,8 +6,7 @@ whose best-scored completion is of the highest quality there is; and Kendall's �
 And for all languages together the share per pair of forms, of one form too, since a scorer that tells forms apart and
 nothing else ranks most unequal pairs right.
 
-"heuristic" is a control that needs no label: letters of the language, a rare text, a usual length.
-"""
+"heuristic" is a control that needs no label: letters of the language, a rare text, a usual length."""
 
 from __future__ import annotations
 
@@ -17,91 +16,75 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
-from numpy.typing import NDArray
 
-from croco.stages.evaluate.stats import Interval, bootstrap_mean
+from croco.stages.evaluate.stats import Interval, bootstrap_mean, kendall
 from croco.storage.shards import read_table
 
 KEY = ["prompt_id", "language", "sample_id"]
-FIGURES = ("ranking", "best", "tau")
-Values = NDArray[np.float64]
+POOL = ["folder", "prompt_id", "language"]
+FORMS = ("form", "form worse")
+TRUTH = "verified"
+Figures = dict[
+    tuple[str, ...], tuple[Interval, int]
+]  # (scorer, ...) -> over prompts, and of how many pairs or pools
 
 
-def ranking(scores: Values, quality: Values, top: float) -> tuple[float, float, float]:
-    """One pool's (share of unequal pairs ranked right, best-scored at the top, Kendall's τ-b), NaN where undefined.
-
-    A pair with equal scores counts half, as do several best-scored completions each by its share.
-    """
-    above, better = np.sign(scores[:, None] - scores), np.sign(quality[:, None] - quality)
-    upper = np.triu_indices(len(scores), 1)
-    above, better = above[upper], better[upper]
-    unequal, agreement = (better != 0).sum(), (above * better).sum()
-    spread = np.sqrt((above != 0).sum() * unequal)
-    right = 0.5 + 0.5 * agreement / unequal if unequal else np.nan
-    best = (quality[scores == scores.max()] == top).mean()
-    return float(right), float(best), float(agreement / spread) if spread else float("nan")
-
-
-def transfer(folders: Sequence[Path], scorers: Sequence[str], languages: Sequence[str]) -> dict[
-    tuple[str, str, str], Interval
-]:  # fmt: skip
-    """(scorer, language, figure) -> its interval, from runs that scored the same completions by every scorer."""
-    rows = []
-    for folder in folders:
-        verified = scores_of(folder, "verified").rename({"score": "quality"})
-        top = float(verified["quality"].to_numpy().max())
-        for scorer in scorers:
-            joined = scores_of(folder, scorer).join(verified, on=KEY, validate="1:1")
-            for (prompt, language), pool in joined.group_by("prompt_id", "language", maintain_order=True):
-                scores, quality = (pool[name].to_numpy().astype(float) for name in ("score", "quality"))
-                rows.append((scorer, language, prompt, *ranking(scores, quality, top)))
-    names = ["scorer", "language", "prompt"]
-    figures = pl.DataFrame(rows, schema=[*names, *FIGURES], orient="row").fill_nan(None)
-    means = figures.group_by(names, maintain_order=True).agg(pl.col(FIGURES).mean())
-    return {
-        (scorer, language, figure): bootstrap_mean(values, seed=0)
-        for language in languages
-        for scorer in sorted(scorers)
-        for figure in FIGURES
-        if len(values := means.filter(scorer=scorer, language=language)[figure].drop_nulls().to_numpy())
-    }
-
-
-def accuracy_by_form(
-    folders: Sequence[Path], scorers: Sequence[str]
-) -> dict[tuple[str, str, str], tuple[Interval, int]]:
-    """(scorer, form of the better, of the worse) -> share of such pairs ranked right, and how many pairs there are.
-
-    Pairs are of one prompt in one language, of unequal verified quality; equal scores count half; the interval is over
-    prompts, each the mean over its pools.
-    """
+def read_scores(folders: Sequence[Path], scorers: Sequence[str]) -> pl.DataFrame:
+    """Every completion of runs that scored the same ones by every scorer: its form, and a column per scorer."""
     from croco.lab import judge
 
-    pool, found = ["folder", "prompt_id", "language"], list[pl.DataFrame]()
+    parts = []
     for number, folder in enumerate(folders):
         made = read_table(folder / "sample", [*KEY, "completion"]).with_columns(folder=pl.lit(number))
         forms, _ = judge.judge(*(made[name].to_list() for name in ("prompt_id", "language", "completion")))
         made = made.with_columns(form=pl.Series(forms, dtype=pl.String))
-        for scorer in ("verified", *scorers):
-            score = scores_of(folder, scorer).select(*KEY, pl.col("score").alias(f"by {scorer}"))
-            made = made.join(score, on=KEY, validate="1:1") if f"by {scorer}" not in made.columns else made
-        found.append(made.drop("completion", "sample_id"))
-    every = pl.concat(found)
-    pairs = every.join(every, on=pool, suffix=" worse").filter(
-        pl.col("by verified") > pl.col("by verified worse")
+        for scorer in dict.fromkeys((TRUTH, *scorers)):
+            score = scores_of(folder, scorer).select(*KEY, pl.col("score").cast(pl.Float64).alias(scorer))
+            made = made.join(score, on=KEY, validate="1:1")
+        parts.append(made.drop("completion"))
+    return pl.concat(parts)
+
+
+def accuracy(scored: pl.DataFrame, scorers: Sequence[str], by: Sequence[str]) -> Figures:
+    """(scorer, *case) -> the share of pairs of one pool, of unequal quality, that are ranked right; equal scores half.
+
+    A case is a value of every column of `by`: the language, or `FORMS`, of the better and of the worse."""
+    pairs = scored.join(scored, on=POOL, suffix=" worse").filter(pl.col(TRUTH) > pl.col(f"{TRUTH} worse"))
+    right = [
+        ((pl.col(s) > pl.col(f"{s} worse")) + 0.5 * (pl.col(s) == pl.col(f"{s} worse"))).mean().alias(s)
+        for s in scorers
+    ]
+    keys = list(dict.fromkeys((*by, *POOL)))
+    return _over_prompts(pairs.group_by(keys).agg(*right, rows=pl.len()), scorers, by)
+
+
+def best_and_tau(scored: pl.DataFrame, scorers: Sequence[str]) -> tuple[Figures, Figures]:
+    """(scorer, language) -> how often the best-scored completion is of the highest quality; and Kendall's τ-b."""
+    top, pools = scored[TRUTH].max(), scored.group_by(POOL, maintain_order=True)
+    best, tau = list[list[object]](), list[list[object]]()
+    for key, pool in pools:
+        best.append(
+            [*key, *((pool.filter(pl.col(s) == pool[s].max())[TRUTH] == top).mean() for s in scorers)]
+        )
+        tau.append([*key, *(kendall(pool[s].to_numpy(), pool[TRUTH].to_numpy()) for s in scorers)])
+    frames = (
+        pl.DataFrame(rows, [*POOL, *scorers], orient="row").fill_nan(None).with_columns(rows=pl.lit(1))
+        for rows in (best, tau)
     )
-    if pairs.is_empty():
-        return {}
-    kinds, results = ["form", "form worse"], dict[tuple[str, str, str], tuple[Interval, int]]()
-    for scorer in scorers:
-        better, worse = pl.col(f"by {scorer}"), pl.col(f"by {scorer} worse")
-        right = (better > worse) + 0.5 * (better == worse)
-        pools = pairs.group_by(*kinds, *pool).agg(share=right.mean(), pairs=pl.len())
-        prompts = pools.group_by(*kinds, "prompt_id").agg(pl.col("share").mean(), pl.col("pairs").sum())
-        for kind, of in prompts.sort(*kinds, "prompt_id").group_by(kinds, maintain_order=True):
-            interval = bootstrap_mean(of["share"].to_numpy(), seed=0)
-            results[scorer, str(kind[0]), str(kind[1])] = interval, int(of["pairs"].sum())
-    return results
+    found = [_over_prompts(frame, scorers, ["language"]) for frame in frames]
+    return found[0], found[1]
+
+
+def _over_prompts(pools: pl.DataFrame, scorers: Sequence[str], by: Sequence[str]) -> Figures:
+    """The mean over a prompt's pools, then over prompts; a scorer without any value in a case has none."""
+    keys = list(dict.fromkeys((*by, "prompt_id")))
+    prompts = pools.group_by(keys).agg(pl.col(*scorers).mean(), pl.col("rows").sum()).sort(keys)
+    return {
+        (scorer, *map(str, case)): (bootstrap_mean(values.to_numpy(), seed=0), int(part["rows"].sum()))
+        for case, part in prompts.group_by(list(by), maintain_order=True)
+        for scorer in scorers
+        if len(values := part[scorer].drop_nulls())
+    }
 
 
 def scores_of(folder: Path, scorer: str) -> pl.DataFrame:
@@ -116,8 +99,7 @@ def heuristic(completions: pl.DataFrame) -> pl.DataFrame:
     """Scores without any label, the sum of three standardised traits within a language.
 
     How much likelier its letter trigrams are among the completions of its language than among all; how rare the text is
-    among them; how near its length is to their median.
-    """
+    among them; how near its length is to their median."""
     texts = [f" {text.lower()} " for text in completions["completion"]]
     codes, trigrams = (
         completions["language"].to_list(),

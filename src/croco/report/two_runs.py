@@ -9,7 +9,8 @@ from croco.report import charts, sections
 from croco.report.compare import UNTUNED, Comparison, compare
 from croco.report.load_run import Run, read_run
 from croco.report.page import browsing, render
-from croco.report.scores import Board, board_of, boards, scorer_of, sentence
+from croco.report.scores import Board, board_of, boards, scorer_of
+from croco.report.sentences import sentence
 
 HEADINGS = {
     "verdict": "Verdict", "recipes": "Recipes", "results": "Results", "gains": "Intervals", "training": "Training",

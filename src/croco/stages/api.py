@@ -3,8 +3,6 @@
 Each runs one stage, and those before it, in a folder as `croco run` does: what is complete there is not made again.
 Settings are named as in the recipe."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The stage `results`: one table over all arms, of the evaluation, the structured tasks and the arena."""
 
-from __future__ import annotations
-
 import polars as pl
 
 from croco.pipeline.stage import Work

@@ -6,7 +6,6 @@ neither device nor batch nor resumption changes a row. Several shards are one st
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -14,15 +13,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from croco.config.models import Policy
-from croco.config.runtime import Runtime
 from croco.errors import Refused, UserError
 from croco.models.chat_template import prompt_ids, request, same_ids
 from croco.models.open import open_sampler
 from croco.models.protocols import Completion, Decoding, Request, Sampler
 from croco.pipeline.compute import compute
-from croco.pipeline.node import Settings
-from croco.pipeline.stage import Work
-from croco.pipeline.workers import Advance, ShardResult
+from croco.pipeline.stage import Task, Work
+from croco.pipeline.workers import Advance, ShardResult, shard_sizes
 from croco.storage.lookup import read_prompts
 from croco.storage.schemas import COMPLETIONS, ledger
 from croco.storage.seeds import sample_seed
@@ -32,55 +29,41 @@ Prompt = dict[str, Any]  # a row of the prompts table
 
 def sample(work: Work) -> None:
     """Write the completions table, shard by shard; prompts that leave no room in the context go to the ledger."""
-    per_prompt, size = work.settings["sampling"]["completions"], work.runtime.shard_prompts
-    prompts = partial(
-        read_prompts,
-        work.inputs["prompts"],
-        work.settings.get("languages"),
-        work.settings.get("part"),
-        ["messages"],
-    )
-    rows = prompts().height
-    sizes = [per_prompt * min(size, rows - start) for start in range(0, rows, size)]
-    adapter = work.inputs["train"] / "adapter" if "train" in work.inputs else None
-    worker = partial(SampleWorker, work.settings, work.runtime, prompts, work.engine_seed, adapter)
-    compute(work, worker, sizes, "completion")
+    rows, each = tuning_prompts(work.task).height, work.settings["sampling"]["completions"]
+    worker = partial(SampleWorker, "sample", tuning_prompts, work.task)
+    compute(work, worker, shard_sizes(rows, work.runtime.shard_prompts, each), "completion")
+
+
+def tuning_prompts(task: Task) -> pl.DataFrame:
+    """The prompts that are sampled: those of the arm's languages and part."""
+    settings = task.settings
+    return read_prompts(task.inputs["prompts"], settings.get("languages"), settings.get("part"), ["messages"])
 
 
 class SampleWorker:
-    """Samples shards of `runtime.shard_prompts` prompts, in the order of their keys. `adapter` is of the arm whose
-    policy samples. Token ids of another model are kept only if they mean the same to the policy that is tuned."""
+    """Samples shards of `runtime.shard_prompts` prompts, in the order of their keys.
 
-    def __init__(
-        self,
-        settings: Settings,
-        runtime: Runtime,
-        prompts: Callable[[], pl.DataFrame],
-        engine_seed: int,
-        adapter: Path | None,
-        replica: int,
-        role: str = "sample",
-    ) -> None:
-        self.settings, self.policy = settings, settings["policy"]
-        rows, size = prompts(), runtime.shard_prompts
+    Token ids of another model are kept only if they mean the same to the policy that is tuned.
+    """
+
+    def __init__(self, role: str, prompts: Callable[[Task], pl.DataFrame], task: Task, replica: int) -> None:
+        self.settings, self.policy = task.settings, task.settings["policy"]
+        rows, size = prompts(task), task.runtime.shard_prompts
         self.every = lambda: rows.iter_rows(named=True)
         self.shard = lambda index: rows.slice(index * size, size).to_dicts()
-        self.sampler, self.tokenizer = open_sampler(role, self.policy, runtime, engine_seed, replica, adapter)
-        self.facts = self.sampler.facts  # the very dict: a server's counts grow in it
-        tuned, self.keep_ids = settings.get("ids_of"), True
+        self.sampler, self.tokenizer = open_sampler(
+            role, self.policy, task.runtime, task.engine_seed, replica, task.adapter
+        )
+        self.facts = self.sampler.facts  # the same dict: a server's counts grow in it
+        tuned, self.keep_ids = self.settings.get("ids_of"), True
         if tuned is not None and (tuned.model, tuned.revision) != (self.policy.model, self.policy.revision):
             self.facts["ids_kept"] = self.keep_ids = _means_the_same(self.tokenizer, tuned)
 
     def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[ShardResult]:
         """Several shards in one stream, so that the batch does not run empty at every shard's end."""
         sampling, wanted = self.settings["sampling"], {index: self.shard(index) for index in indices}
-        decoding = Decoding(
-            sampling["temperature"],
-            sampling["top_p"],
-            sampling["top_k"],
-            sampling["max_new_tokens"],
-            tuple(sampling["stop"]),
-        )
+        asked = {name: sampling[name] for name in ("temperature", "top_p", "top_k", "max_new_tokens")}
+        decoding = Decoding(**asked, stop=tuple(sampling["stop"]))
         for index, table, dropped in sample_shards(
             self.sampler,
             self.tokenizer,
@@ -214,7 +197,6 @@ def _table(
     prompt_tokens: Mapping[int, int | None],
     policy: str,
 ) -> pa.Table:
-    """The completions table of one shard."""
     order = [
         (place, i, one)
         for place in sorted(drawn_by_place)

@@ -1,7 +1,5 @@
 """Files and folders on disk: written whole or not at all; removed or replaced only where name or mark is ours."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import json
@@ -126,7 +124,7 @@ def read_json(path: Path) -> Any:
 
 
 def check_new_folder(folder: Path) -> None:
-    """Raise UserError unless a folder that a person named is new or empty, and not the one we stand in."""
+    """Raise UserError unless a folder that a person named is new or empty, and not the current one."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         kind = "link" if folder.is_symlink() else "file"
         raise UserError(f"{folder} is a {kind}, expected a new folder")

@@ -3,8 +3,6 @@
 A model's directory is the digest of the files that loading reads, a hub id is itself at its revision, a file is its
 SHA-256. Digests of large files are kept in the user's cache until the file changes."""
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import importlib.util
@@ -61,7 +59,7 @@ def digest(value: Any) -> str:
 
 
 def local_model(name: str, key: str = "model") -> Path | None:
-    """The directory that a model's name stands for (package data for `lab:policy` and the other LAB_NAMES), or None for
+    """The directory of a model's name (package data for `lab:policy` and the other LAB_NAMES), or None for
     a hub id. Raises UserError naming the key for a directory that is not there or holds no model."""
     if name.startswith("lab:"):
         folder = LAB_MODELS / name.removeprefix("lab:")
@@ -102,7 +100,7 @@ def gguf_file(name: str, key: str = "model") -> Path | None:
     path = Path(os.path.expanduser(name))
     if path.suffix == ".gguf" and os.path.isfile(path):
         return path
-    if not os.path.isdir(path) or (path / "config.json").exists():
+    if not os.path.isdir(path) or os.path.exists(path / "config.json"):
         return None
     files = sorted(path.glob("*.gguf"))
     if len(files) > 1:

@@ -1,7 +1,5 @@
 """Rows of sharded tables by key or by number, without holding a table's texts in memory."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -73,7 +71,6 @@ class ShardRows:
         self._pool = ThreadPoolExecutor(threads)
 
     def shards_of(self, places: Places) -> list[int]:
-        """The shards that hold the rows, in order."""
         return np.unique(np.searchsorted(self.edges, places, side="right") - 1).tolist()
 
     def read_ahead(self, places: Places) -> None:
@@ -128,7 +125,7 @@ def _take(table: pa.Table, rows: Places) -> pa.Table:
 
 
 def ids_in_part(prompts: Path, part: Sequence[int] | None) -> pl.Series | None:
-    """The prompt_ids of part [number, of how many] of a prompts table, sorted; None stands for all. Dealt out in the
+    """The prompt_ids of part [number, of how many] of a prompts table, sorted; None is all. Dealt out in the
     order of prompt_id, so prompts that belong together by name are spread over all parts, and every stage finds the
     same ones."""
     if part is None:

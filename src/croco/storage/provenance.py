@@ -1,7 +1,5 @@
 """Where and with what a stage was computed: recorded beside every table, never part of a fingerprint."""
 
-from __future__ import annotations
-
 import platform
 import subprocess
 from datetime import UTC, datetime
@@ -59,6 +57,6 @@ def shown(value: Any, limit: int = 60) -> str:
 
 
 def without_folders(name: str) -> str:
-    """A model or data set as a card names it: of a path, which is nobody's business, only its last part."""
+    """A model or data set as a card names it: of a path only its last part."""
     is_path = Path(name).is_absolute() or name.startswith(("~", ".")) or Path(name).exists()
     return Path(name).name if is_path else name

@@ -1,31 +1,20 @@
 """What a stage says of itself: its `stage.json` and the markers of its shards, read with the shape they must have."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, cast
 
-from pydantic import (
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveInt,
-    TypeAdapter,
-    ValidationError,
-    with_config,
-)
+import pydantic
 from typing_extensions import TypedDict
 
 from croco.errors import UserError
 from croco.storage.files import RECORD, read_json, write_json
 
-Counts = dict[str, NonNegativeInt]
+Counts = dict[str, pydantic.NonNegativeInt]
 
 
-@with_config(ConfigDict(extra="allow", strict=True))
+@pydantic.with_config(pydantic.ConfigDict(extra="allow", strict=True))
 class Science(TypedDict):
     """What a fingerprint is the digest of."""
 
@@ -36,7 +25,7 @@ class Science(TypedDict):
     inputs: dict[str, str]
 
 
-@with_config(ConfigDict(extra="allow", strict=True))
+@pydantic.with_config(pydantic.ConfigDict(extra="allow", strict=True))
 class Record(TypedDict):
     """A stage's `stage.json`; further keys say where and with what it was made."""
 
@@ -45,11 +34,11 @@ class Record(TypedDict):
     state: Literal["running", "complete", "removed"]
     fingerprint: str
     science: Science
-    shard_prompts: Annotated[PositiveInt, Field(le=10**15)]
-    num_shards: NonNegativeInt | None
+    shard_prompts: Annotated[pydantic.PositiveInt, pydantic.Field(le=10**15)]
+    num_shards: pydantic.NonNegativeInt | None
     counts: dict[str, Counts]
-    seconds: NonNegativeFloat
-    starts: PositiveInt
+    seconds: pydantic.NonNegativeFloat
+    starts: pydantic.PositiveInt
     facts: dict[str, Any]
     files: NotRequired[Counts]  # of a stage without a table: names and sizes
     digests: NotRequired[dict[str, str]]  # of these files, or of the ledger
@@ -58,27 +47,27 @@ class Record(TypedDict):
     machine: NotRequired[str]
 
 
-@with_config(ConfigDict(strict=True))
+@pydantic.with_config(pydantic.ConfigDict(strict=True))
 class Marker(TypedDict):
     """A finished shard's marker; those of earlier versions have no digests."""
 
-    rows: NonNegativeInt
+    rows: pydantic.NonNegativeInt
     read: Counts
     written: Counts
     dropped: Counts
     digests: NotRequired[dict[str, str]]
 
 
-_RECORD, _MARKER = TypeAdapter(Record), TypeAdapter(Marker)
+_RECORD, _MARKER = pydantic.TypeAdapter(Record), pydantic.TypeAdapter(Marker)
 
 
-def _read_shaped(path: Path, shape: TypeAdapter[Any], name: str) -> Any:
+def _read_shaped(path: Path, shape: pydantic.TypeAdapter[Any], name: str) -> Any:
     """A JSON file of a known shape, as we write them; raises UserError naming the first key that is off."""
     value = read_json(path)
     try:
         json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
         return shape.validate_python(value)
-    except ValidationError as error:
+    except pydantic.ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         where = f" at '{key}'" if key else ""

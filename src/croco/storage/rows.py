@@ -2,8 +2,6 @@
 
 One strict reader: whatever is wrong with a file is one sentence that names the file and the line."""
 
-from __future__ import annotations
-
 import glob
 import gzip
 import json
@@ -30,7 +28,7 @@ Located = tuple[str, Any]  # where a row is, as in "FILE, line 3", and the row
 
 
 def files_of(source: str | Path, data_files: Sequence[str] = (), key: str = "") -> list[Path]:
-    """The files that a name stands for: a file, those of a folder (of its `data_files`), or those of a pattern. In a
+    """The files of a name: a file, those of a folder (of its `data_files`), or those of a pattern. In a
     folder those are the finished shards of a stage, else its files, else those in `data`, `export` or `pairs`. Raises
     UserError, beginning with `key`, where there are none."""
     path = Path(os.path.expanduser(source))
@@ -177,7 +175,7 @@ def _parquet_rows(path: Path) -> Iterator[Located]:
 
 
 def kind(value: Any) -> str:
-    """What a value is, in a person's words."""
+    """What a value is, in plain words."""
     if value is None:
         return "missing"
     if value in ("", [], {}):

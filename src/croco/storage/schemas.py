@@ -3,8 +3,6 @@
 Nothing is joined on text or row order: the key is `(prompt_id, language)`, then `sample_id`, and `prompt_id` is the
 same in all languages."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,6 +27,9 @@ FINISH_REASONS = {
 def _schema(*columns: tuple[str, pa.DataType] | tuple[str, pa.DataType, bool]) -> pa.Schema:
     """Columns are required unless a third element says that they may be null."""
     return pa.schema([pa.field(c[0], c[1], nullable=len(c) == 3 and bool(c[2])) for c in columns])
+
+
+_KEY = (("prompt_id", pa.string()), ("language", pa.string()))
 
 
 class UnknownFinishReason(ValueError):
@@ -73,15 +74,11 @@ PROMPTS = Table(
 COMPLETIONS = Table(
     "completions",
     _schema(
-        ("prompt_id", pa.string()),
-        ("language", pa.string()),
+        *_KEY,
         ("sample_id", pa.int32()),
         ("completion", pa.string()),
-        (
-            "completion_ids",
-            pa.list_(pa.int32()),
-            True,
-        ),  # as sampled, without the end token; null from text-only engines
+        # as sampled, without the end token; null from text-only engines
+        ("completion_ids", pa.list_(pa.int32()), True),
         ("completion_tokens", pa.int32()),  # drawn: the end token or the tokens of a stop string counted
         ("prompt_tokens", pa.int32(), True),  # null from engines that apply the chat template themselves
         ("finish_reason", pa.string()),  # "stop" (end token or stop string) or "length"
@@ -95,16 +92,12 @@ COMPLETIONS = Table(
 SCORES = Table(
     "scores",
     _schema(
-        ("prompt_id", pa.string()),
-        ("language", pa.string()),
+        *_KEY,
         ("sample_id", pa.int32()),
         ("score", pa.float32()),  # raw, no sigmoid
         ("scorer", pa.string()),
-        (
-            "parts",
-            pa.list_(pa.struct([("reward", pa.string()), ("score", pa.float32())])),
-            True,
-        ),  # of a sum of rewards
+        # of a sum of rewards
+        ("parts", pa.list_(pa.struct([("reward", pa.string()), ("score", pa.float32())])), True),
     ),
     ("prompt_id", "language", "sample_id"),
     "completion",
@@ -125,7 +118,7 @@ PAIRS = Table(
         ("rejected_ids", pa.list_(pa.int32()), True),
         ("chosen_finish_reason", pa.string()),
         ("rejected_finish_reason", pa.string(), True),
-        ("chosen_score", pa.float32(), True),  # raw; null for a gold completion that nobody scored
+        ("chosen_score", pa.float32(), True),  # raw; null for a gold completion without a score
         ("rejected_score", pa.float32(), True),
         ("chosen_calibrated", pa.float32(), True),  # what was selected on: always above rejected_calibrated
         ("rejected_calibrated", pa.float32(), True),
@@ -148,8 +141,7 @@ VERDICTS = Table(
     "verdicts",
     _schema(
         ("arm", pa.string()),
-        ("prompt_id", pa.string()),
-        ("language", pa.string()),
+        *_KEY,
         ("temperature", pa.float64()),  # 0.0 is greedy
         ("sample_id", pa.int32()),
         ("completion", pa.string()),
@@ -168,8 +160,7 @@ COMPARISONS = Table(
     "comparisons",
     _schema(
         ("arm", pa.string()),
-        ("prompt_id", pa.string()),
-        ("language", pa.string()),
+        *_KEY,
         ("domain", pa.string(), True),
         ("completion", pa.string()),
         ("base_completion", pa.string()),

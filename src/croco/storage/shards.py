@@ -4,8 +4,6 @@ A finished shard is three files, written in this order: its ledger (`part-00007.
 out), the shard (`part-00007.parquet`), the marker (`part-00007.done`, JSON with counts and digests). A shard without
 its marker does not exist for any reader, so SIGKILL and power loss leave nothing that looks whole."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

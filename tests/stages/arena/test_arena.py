@@ -114,7 +114,7 @@ def test_the_labs_judge_has_three_tiers() -> None:
 
 def test_limit_and_languages_choose_the_prompts(evaluated: dict[str, Path]) -> None:
     recipe = made_recipe(arena={"judge": "lab", "limit": 4, "languages": ["en"]})
-    found = matches(settings_values(arena_settings(recipe, "croco")), evaluated)
+    found = matches(work_of(recipe, evaluated["evaluate"] / "arena", evaluated).task)
     first = shards.read_table(evaluated["eval-prompts"])["prompt_id"].unique(maintain_order=True)[:4]
     assert sorted(found["prompt_id"]) == sorted(first)
     assert set(found["language"]) == {"en"}
@@ -134,7 +134,7 @@ def test_a_tiny_model_as_judge_writes_garbage_and_that_is_counted(
         arena.arena(work)
     asked = [
         row
-        for row in matches(settings_values(arena_settings(recipe, "croco")), evaluated).to_dicts()
+        for row in matches(work_of(recipe, evaluated["evaluate"] / "arena", evaluated).task).to_dicts()
         if arena.is_asked(row)
     ]
     dropped = shards.read_dropped(work.folder)
@@ -166,7 +166,7 @@ def teach(model: Any, tokenizer: Any, questions: list[str], saying: str) -> None
 
 def test_a_real_judge_that_always_takes_the_first(evaluated: dict[str, Path], tmp_path: Path) -> None:
     model, tokenizer = tiny.make_policy("llama", max_positions=2048), tiny.make_tokenizer()
-    rows = matches(settings_values(arena_settings(made_recipe(), "croco")), evaluated).to_dicts()
+    rows = matches(work_of(made_recipe(), evaluated["evaluate"] / "arena", evaluated).task).to_dicts()
     questions = [
         judge_prompt.question(row["messages"], row["language"], *arena.shown(row, first))
         for row in rows if arena.is_asked(row) for first in (True, False)
@@ -231,9 +231,7 @@ def test_a_conversation_that_does_not_fit_the_judge_is_in_the_ledger(
 
 def test_a_hopeless_judge_is_not_asked_for_ever(evaluated: dict[str, Path], tiny_models: TinyModels) -> None:
     recipe = made_recipe(judge={"model": str(tiny_models.policy)})
-    worker = ArenaWorker(
-        settings_values(arena_settings(recipe, "croco")), recipe.runtime, "croco", evaluated, 0
-    )
+    worker = ArenaWorker(work_of(recipe, evaluated["evaluate"] / "arena", evaluated).task, 0)
     for _ in range(HOPELESS - 1):
         worker._listen("refused", True)
     with pytest.raises(

@@ -2,7 +2,8 @@ import polars as pl
 import pytest
 
 from croco.errors import UserError
-from croco.report.scores import boards, sentence
+from croco.report.scores import boards
+from croco.report.sentences import sentence
 from croco.report.table import POINTS, Number
 from croco.stages.evaluate.results import on_common_prompts, summarise
 
@@ -83,7 +84,7 @@ def test_one_test_prompt_has_no_interval_and_no_verdict():
     assert sentence(board, "croco") == "Not resolved on tuned (+100 greedy)."
     cell = board.cell("croco", 0.0, "da")
     number = Number(cell.difference, POINTS)
-    assert number.with_interval == "+100 [too few prompts for an interval]"
+    assert number.with_interval == "+100 [too few prompts]"
     assert "nan" not in number.with_half_width
 
 

@@ -13,7 +13,7 @@ from croco.models.chat_template import prompt_ids
 from croco.models.loading import load_policy
 from croco.models.lora import apply_lora
 from croco.models.transformers import HFLikelihood
-from croco.stages.score.implicit import NO_ENGLISH, english_prompt, score_implicit
+from croco.stages.score.policy_logprobs import NO_ENGLISH, english_prompt, score_implicit
 from tiny import make_policy, make_tokenizer, save
 
 INSTRUCTION = "Please answer in {language}."
@@ -97,5 +97,5 @@ def test_the_instruction_stands_before_the_last_user_turn() -> None:
         "Please answer in Welsh.\n\nWhich month?",
     ]
     assert messages[-1]["content"] == "Which month?"
-    with pytest.raises(UserError, match="needs a user turn"):
+    with pytest.raises(UserError, match="goes before a user turn"):
         english_prompt(messages[:1], "cy", INSTRUCTION)

@@ -52,15 +52,15 @@ def test_a_good_translation_passes_and_one_into_another_language_does_not(langua
         (
             "See https://x.org/en now",
             "Se https://x.org/da nu",
-            "URL changed: https://x.org/en stands there 1,",
+            "URL changed: https://x.org/en occurs 1,",
         ),
-        ("Dear {name},", "Kære {navn},", "placeholder changed: {name} stands there 1, then 0 times"),
-        ("Dear {name},", "Kære {name} {name},", "placeholder changed: {name} stands there 1, then 2 times"),
-        ("What is `list`?", "Hvad er `liste`?", "inline code changed: `list` stands there 1, then 0 times"),
-        ("Write a loop.", "Skriv:\n```\nfor\n```", "code fence changed: ``` stands there 0, then 2 times"),
-        ("Simplify \\frac{a}{b}.", "Forenkl a/b.", "LaTeX command changed: \\frac stands there 1, then 0"),
-        ("Mail me@x.org", "Skriv til mig@x.org", "e-mail address changed: me@x.org stands there 1,"),
-        ("In 1914 and 1914", "I 1914", "number lost: 1914 stands there 2, then 1 times"),
+        ("Dear {name},", "Kære {navn},", "placeholder changed: {name} occurs 1, then 0 times"),
+        ("Dear {name},", "Kære {name} {name},", "placeholder changed: {name} occurs 1, then 2 times"),
+        ("What is `list`?", "Hvad er `liste`?", "inline code changed: `list` occurs 1, then 0 times"),
+        ("Write a loop.", "Skriv:\n```\nfor\n```", "code fence changed: ``` occurs 0, then 2 times"),
+        ("Simplify \\frac{a}{b}.", "Forenkl a/b.", "LaTeX command changed: \\frac occurs 1, then 0"),
+        ("Mail me@x.org", "Skriv til mig@x.org", "e-mail address changed: me@x.org occurs 1,"),
+        ("In 1914 and 1914", "I 1914", "number lost: 1914 occurs 2, then 1 times"),
     ],
 )
 def test_what_is_wrong_has_a_name(source: str, translation: str, found: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import get_args
 
 from croco.config.models import TranslationFormat
-from croco.stages.translate.formats import FORMATS
+from croco.stages.translate.translate import FORMATS
 
 
 def test_every_format_of_the_recipe_is_there() -> None:

@@ -26,8 +26,8 @@ from croco.errors import UserError
 from croco.models.chat_template import prompt_ids
 from croco.models.open import open_sampler
 from croco.pipeline import run as pipeline
-from croco.stages.translate.formats import FORMATS
-from croco.stages.translate.translate import TranslateWorker
+from croco.pipeline.stage import Task
+from croco.stages.translate.translate import FORMATS, TranslateWorker
 from croco.storage import shards
 from croco.storage.files import read_json
 from croco.storage.shards import read_dropped, read_table
@@ -73,8 +73,8 @@ DANISH = {
     "nothing": "42 `x`",
 }
 FAULTS = {
-    "placeholder": "placeholder changed: turn 3 (user), {name} stands there 1, then 0 times",
-    "number": "number lost: turn 1 (user), 1914 stands there 1, then 0 times",
+    "placeholder": "placeholder changed: turn 3 (user), {name} occurs 1, then 0 times",
+    "number": "number lost: turn 1 (user), 1914 occurs 1, then 0 times",
     "copy": "untranslated copy: turn 1 (user), the translation is the source",
     "loop": f"cut: turn 1 (user), the translation has not ended after {LIMIT} tokens",
     "long": "too long: turn 1 (user), its prompt has",
@@ -267,9 +267,9 @@ def test_a_shard_does_not_depend_on_the_others_and_a_text_is_sent_once(
     tables, sent = [], []
     for size in (2, 5, 100):
         cut = recipe.model_copy(update={"runtime": recipe.runtime.model_copy(update={"shard_prompts": size})})
-        worker = TranslateWorker(
-            cut.translate, cut.runtime, tmp_path / "run" / "prompts", ("da", "de", "en"), 0
-        )
+        settings = {"model": cut.translate, "languages": ("da", "de", "en")}
+        inputs = {"prompts": tmp_path / "run" / "prompts"}
+        worker = TranslateWorker(Task(None, tmp_path, settings, cut.runtime, inputs), 0)
         sample = worker.sampler.sample
         worker.sampler.sample = lambda requests, decoding, sample=sample: (
             sent.append(len(requests)) or sample(requests, decoding)

@@ -88,7 +88,7 @@ class OwnKeys:
             line = torch.arange(rows * heads, device=key.device).view(rows, heads) * self.capacity
             column_R = self.age_R.clamp_max(
                 self.capacity - 1
-            )  # the age of a free slot runs on, and matters to nobody
+            )  # the age of a free slot still grows, without effect
             self.write_at = (line + column_R[:, None]).view(-1)
         for buffer, new in ((self.keys[layer_idx], key), (self.values[layer_idx], value)):
             buffer.view(-1, buffer.shape[-1]).index_copy_(0, self.write_at, new.reshape(rows * heads, -1))
@@ -99,7 +99,6 @@ class OwnKeys:
         return 0
 
     def grow(self, capacity: int) -> None:
-        """Make room for more tokens per row."""
         for buffers in (self.keys, self.values):
             for layer, old in enumerate(buffers):
                 buffers[layer] = old.new_zeros(*old.shape[:2], capacity, old.shape[3])
@@ -107,7 +106,6 @@ class OwnKeys:
         self.capacity = capacity
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Leave only these rows, in this order."""
         self.keys = [buffer.index_select(0, rows) for buffer in self.keys]
         self.values = [buffer.index_select(0, rows) for buffer in self.values]
         self.num_rows = len(rows)

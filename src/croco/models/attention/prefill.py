@@ -20,7 +20,7 @@ _BLOCK = 64  # queries
 
 @dataclass(frozen=True)
 class Prefix:
-    """A prefix in the batch: the rows that stand behind it, and its keys and values per layer, of one row."""
+    """A prefix in the batch: the rows that follow it, and its keys and values per layer, of one row."""
 
     rows: slice
     keys: list[torch.Tensor]

@@ -123,7 +123,7 @@ class Segments:
         window: int | None,
         at_last: bool,
     ) -> Tensor:
-        """(B, T, H, D) of (B, heads, T, D) each; padding and what nobody reads get zeros."""
+        """(B, T, H, D) of (B, heads, T, D) each; padding and what is not read get zeros."""
         outputs = []
         sizes = [rows for rows, _ in self.groups]
         for (rows, lengths), q, k, v in zip(

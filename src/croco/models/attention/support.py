@@ -1,6 +1,6 @@
 """Which models our own attention computes exactly: known kinds of layers and positions.
 
-The others take slower ways that leave everything to transformers. `proofs` tries what is said here on the loaded model.
+The others take slower ways that leave everything to transformers. `proofs` tries it on the loaded model.
 """
 
 from collections.abc import Mapping

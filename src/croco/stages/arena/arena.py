@@ -4,10 +4,9 @@ Every comparison is judged twice, each completion once in the first place, so a 
 measured and cancels; or once, in an order that a digest of its prompt decides. Verdicts that do not agree are a tie,
 and so is the same text twice, without asking. A comparison without a verdict in an order goes to the ledger."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -19,12 +18,11 @@ from croco.config.models import Judge
 from croco.config.runtime import Runtime
 from croco.errors import UserError
 from croco.languages import identify_completions
-from croco.models.open import open_judge, tuned_weights
+from croco.models.open import open_judge
 from croco.models.protocols import Judged, JudgeRequest
 from croco.pipeline.compute import compute
-from croco.pipeline.node import Settings
-from croco.pipeline.stage import Work
-from croco.pipeline.workers import Advance, ShardResult
+from croco.pipeline.stage import Task, Work
+from croco.pipeline.workers import Advance, ShardResult, shard_sizes
 from croco.stages.arena import judge_prompt
 from croco.stages.evaluate.evaluate import evaluation_seed
 from croco.stages.evaluate.results import BASE
@@ -48,27 +46,19 @@ Ask = Callable[[Sequence[Question]], Iterator[tuple[int, Judged | str]]]
 
 def sample(work: Work) -> None:
     """Write completions of `work.arm` to the arena's prompts, with the same seeds in every arm."""
-    size, rows = work.runtime.shard_prompts, read_prompts(work.settings, work.inputs).height
-    sizes = [min(size, rows - start) for start in range(0, rows, size)]
-    adapter = None if work.arm == BASE else tuned_weights(work.inputs["train"])
     drawn = {"temperature": work.settings.get("temperature", 0.0), "top_p": 1.0, "top_k": 0, "stop": ()}
-    settings = {
-        "policy": work.settings["policy"],
-        "sampling": drawn | {"completions": 1, "max_new_tokens": work.settings["max_new_tokens"]},
-        "seed": evaluation_seed(0),
-    }
-    prompts = partial(read_prompts, work.settings, work.inputs)
-    worker = partial(
-        SampleWorker, settings, work.runtime, prompts, work.engine_seed, adapter, role="evaluate"
-    )
+    drawn |= {"completions": 1, "max_new_tokens": work.settings["max_new_tokens"]}
+    task = replace(work.task, settings=work.settings | {"sampling": drawn, "seed": evaluation_seed(0)})
+    sizes = shard_sizes(arena_prompts(task).height, work.runtime.shard_prompts)
+    worker = partial(SampleWorker, "evaluate", arena_prompts, task)
     compute(work, worker, sizes, "completion", role="evaluate")
 
 
-def read_prompts(settings: Settings, inputs: Mapping[str, Path]) -> pl.DataFrame:
+def arena_prompts(task: Task) -> pl.DataFrame:
     """The prompts that are compared on: in the arena's languages, at most `arena.limit` of each."""
-    prompts = read_table(inputs.get("arena-prompts") or inputs["eval-prompts"])
-    prompts = prompts.filter(pl.col("language").is_in(list(settings["languages"])))
-    first = prompts["prompt_id"].unique(maintain_order=True)[: settings["limit"]]
+    prompts = read_table(task.inputs.get("arena-prompts") or task.inputs["eval-prompts"])
+    prompts = prompts.filter(pl.col("language").is_in(list(task.settings["languages"])))
+    first = prompts["prompt_id"].unique(maintain_order=True)[: task.settings["limit"]]
     return prompts.filter(pl.col("prompt_id").is_in(first.implode())).sort(KEY)
 
 
@@ -77,10 +67,9 @@ def read_prompts(settings: Settings, inputs: Mapping[str, Path]) -> pl.DataFrame
 
 def arena(work: Work) -> None:
     """Write the comparisons of `work.arm` with the base."""
-    size, rows = work.runtime.shard_prompts, matches(work.settings, work.inputs).height
-    sizes = [min(size, rows - start) for start in range(0, rows, size)]
-    worker = partial(ArenaWorker, work.settings, work.runtime, str(work.arm), work.inputs)
-    compute(work, worker, sizes, "comparison", role="judge", here=work.settings["judge"] == "lab")
+    sizes = shard_sizes(matches(work.task).height, work.runtime.shard_prompts)
+    here = work.settings["judge"] == "lab"
+    compute(work, partial(ArenaWorker, work.task), sizes, "comparison", role="judge", here=here)
     facts = account(work.folder)
     work.record(**facts)
     unjudged = {reason: count for reason, count in facts["without_verdict"].items() if reason != ABSENT}
@@ -104,11 +93,11 @@ def account(folder: Path) -> dict[str, Any]:
     }
 
 
-def matches(settings: Settings, inputs: Mapping[str, Path]) -> pl.DataFrame:
+def matches(task: Task) -> pl.DataFrame:
     """Prompts with the completions of the arm and of the base, in key order; null where there is none."""
-    table = read_prompts(settings, inputs).select(*KEY, "domain", "messages")
+    table = arena_prompts(task).select(*KEY, "domain", "messages")
     for column, side in (("completion", ""), ("base_completion", f"/{BASE}")):
-        table = table.join(greedy(inputs, side).rename({"completion": column}), on=KEY, how="left")
+        table = table.join(greedy(task.inputs, side).rename({"completion": column}), on=KEY, how="left")
     return table.sort(KEY)
 
 
@@ -125,12 +114,10 @@ def greedy(inputs: Mapping[str, Path], side: str) -> pl.DataFrame:
 class ArenaWorker:
     """Has shards of comparisons judged."""
 
-    def __init__(
-        self, settings: Settings, runtime: Runtime, arm: str, inputs: Mapping[str, Path], replica: int
-    ) -> None:
-        self.languages, self.orders = settings["evaluated"], settings.get("orders", "both")
-        self.arm, self.size, self.matches = arm, runtime.shard_prompts, matches(settings, inputs)
-        self.name, self.ask, self.facts = open_asker(settings["judge"], runtime, replica)
+    def __init__(self, task: Task, replica: int) -> None:
+        self.languages, self.orders = task.settings["evaluated"], task.settings.get("orders", "both")
+        self.arm, self.size, self.matches = str(task.arm), task.runtime.shard_prompts, matches(task)
+        self.name, self.ask, self.facts = open_asker(task.settings["judge"], task.runtime, replica)
         self.heard = self.understood = 0
 
     def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[ShardResult]:

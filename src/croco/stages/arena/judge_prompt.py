@@ -3,8 +3,6 @@
 A judgement has a verdict only if its last line says one. Nothing is guessed from prose; what a judge thinks aloud is
 not read."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

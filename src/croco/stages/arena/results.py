@@ -1,7 +1,7 @@
 """From comparisons to results: win rates with intervals, plain and length-controlled, and what to think of the judge.
 
 A pure function of tables. Prompts are resampled, jointly over the languages of a group, as in `results`. All metrics
-stand at the temperature of the completions:
+are at the temperature of the completions:
 
     win-rate, lc-win-rate    the arm against the base, ties ½; the second with lengths taken out (`winrate`)
     win-rate:DOMAIN          of the prompts of one domain
@@ -13,8 +13,6 @@ stand at the temperature of the completions:
     length-difference        mean number of characters that the arm's completions are longer
     right-language           share of completions in the prompt's language, of those long enough to tell; base too
 """
-
-from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -135,8 +133,8 @@ def _scope_rows(arm: str, part: pl.DataFrame, counts: Any, seed: int) -> list[Ro
 
 
 def _fidelity(arm: str, part: pl.DataFrame, counts: Any, column: str) -> list[Row]:
-    told = pl.col(column).is_not_null().cast(pl.Float64)
-    return _ratios(arm, part, {"right-language": (pl.col(column).fill_null(0.0), told)}, counts)
+    known = pl.col(column).is_not_null().cast(pl.Float64)
+    return _ratios(arm, part, {"right-language": (pl.col(column).fill_null(0.0), known)}, counts)
 
 
 def _ratios(

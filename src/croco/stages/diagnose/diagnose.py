@@ -3,8 +3,6 @@
 Any file of pairs: M-RewardBench's columns (prompt, chosen, rejected, language, subset), ours, or TRL's. The models are
 compared on the pairs that all of them could score; the others are in the ledger. The measures are in `metrics.py`."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections import Counter

@@ -9,8 +9,6 @@ language-share    share of the variance of scores that is between languages (all
 tau, same-order   agreement with the next model: Kendall's tau-b of scores, share of pairs put in the same order
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any

@@ -3,8 +3,6 @@
 One shard per dataset, written when EuroEval's results file has its line: a run that was killed goes on with the next
 dataset, and inside one EuroEval keeps the completions of finished iterations."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -60,7 +58,7 @@ def check(recipe: Recipe, say: Callable[[str], None] = print) -> None:
 
 
 def named_server(runtime: EuroEvalRuntime, arm: str) -> vllm_server.Serving:
-    """The recipe's server of an arm; raises UserError when it is away or does not serve the arm."""
+    """The recipe's server of an arm; raises UserError when it does not answer or does not serve the arm."""
     url, place = runtime.urls[arm].rstrip("/"), f"runtime.euroeval.urls.{arm}"
     context = vllm_server.ask_context(url, model_name(arm), place, runtime.key_variable)
     return vllm_server.Serving(url, context)
@@ -73,7 +71,8 @@ def model_name(arm: str) -> str:
 
 def euroeval(work: Work) -> None:
     """Write EuroEval's results of `work.arm`, dataset by dataset; languages without any go to the ledger."""
-    tasks = tasks_of(work.settings["datasets"])
+    datasets = [(code, name) for code, names in work.settings["datasets"].items() for name in names]
+    tasks = [Task(index, *dataset) for index, dataset in enumerate(datasets)]
     todo = [tasks[index] for index in work.todo(len(tasks))]
     folder = work_folder(work)
     results = folder / RESULTS_FILE
@@ -88,7 +87,8 @@ def euroeval(work: Work) -> None:
             if reason is None:
                 reason = _write_new(work, task, results)
             if reason is not None and work.runtime.euroeval.keep_going:
-                write_failed(work, task, reason)
+                drop = ("dataset", task.dataset, task.language, None, reason)
+                _write_shard(work, task, RESULTS.schema.empty_table(), [drop])
             elif reason is not None:
                 failed[task.dataset] = reason
             bar.advance(1)
@@ -112,12 +112,6 @@ def finish(work: Work, folder: Path) -> None:
     counts = {name: record.failed_instances for name, record in sorted(records.items())}
     facts = files.read_json(folder / FACTS_FILE)
     work.record(failed_instances={name: count for name, count in counts.items() if count}, **facts)
-
-
-def tasks_of(datasets: Mapping[str, Sequence[str]]) -> list[Task]:
-    """Every dataset of every language, numbered."""
-    pairs = [(language, dataset) for language, names in datasets.items() for dataset in names]
-    return [Task(index, *pair) for index, pair in enumerate(pairs)]
 
 
 def work_folder(work: Work) -> Path:
@@ -152,12 +146,6 @@ def write(work: Work, task: Task, record: Record) -> None:
     """The shard of a dataset."""
     rows = rows_of(record, str(work.arm), task.language, work.settings)
     _write_shard(work, task, pa.Table.from_pylist(rows, schema=RESULTS.schema), [])
-
-
-def write_failed(work: Work, task: Task, reason: str) -> None:
-    """The shard of a dataset that EuroEval could not do: a line in the ledger."""
-    drop = ("dataset", task.dataset, task.language, None, reason)
-    _write_shard(work, task, RESULTS.schema.empty_table(), [drop])
 
 
 def _write_shard(

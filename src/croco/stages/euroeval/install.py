@@ -1,8 +1,6 @@
 """EuroEval's environment: it wants a Python of 3.12 or later, and pins libraries that are not ours. Made by `venv` from
 a Python of this machine, or by uv where there is none; versions are in `euroeval-constraints.txt`."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess
@@ -37,10 +35,10 @@ def _make(folder: Path, python: str | None, say: Callable[[str], None]) -> None:
     """An empty environment with pip."""
     if python is not None and not _is_new_enough(Path(python)):
         raise UserError(f"--python {python}: expected a Python of 3.{OLDEST} or later")
-    found = Path(python) if python is not None else next(filter(_is_new_enough, _pythons()), None)
-    if found is not None:
-        say(f"using {found}")
-        return _run([str(found), "-m", "venv", str(folder)])
+    chosen = Path(python) if python is not None else next(filter(_is_new_enough, _pythons()), None)
+    if chosen is not None:
+        say(f"using {chosen}")
+        return _run([str(chosen), "-m", "venv", str(folder)])
     if uv := shutil.which("uv"):
         say(f"using {uv}, which brings a Python")
         return _run([uv, "venv", "--seed", "--python", f"3.{OLDEST}", str(folder)])

@@ -61,8 +61,9 @@ def main() -> None:
 
 
 def stay_offline() -> None:
-    """Have EuroEval ask nobody whether there is a network. It is told that there is one, since without one it takes any
-    model for an encoder of the hub; what then asks the hub fails at once, by HF_HUB_OFFLINE."""
+    """Keep EuroEval from asking a public address whether there is a network. It is told that there is one, since
+    without one it takes any model for an encoder of the hub; what then asks the hub fails at once, by HF_HUB_OFFLINE.
+    """
     for name in (
         "utils",
         "benchmarker",

@@ -4,8 +4,6 @@ What another version wrote, a dataset that is there twice, and an average over f
 errors: they would put numbers side by side that do not belong together. The interval is EuroEval's, 1.96 standard
 errors over iterations."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections import Counter

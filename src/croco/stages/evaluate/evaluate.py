@@ -4,9 +4,7 @@ Every arm answers the same prompts with the same seeds, which are not those of t
 their weights alone and can be compared prompt by prompt. First all completions are drawn, then they are judged: policy
 and reward model need not fit in memory together."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -16,16 +14,12 @@ from typing import Any
 import polars as pl
 import pyarrow as pa
 
-from croco.config.models import Policy, Reward
-from croco.config.runtime import Runtime
 from croco.languages import identify_completions, language_mode
-from croco.models.open import open_sampler, tuned_weights
+from croco.models.open import open_sampler
 from croco.models.protocols import Decoding
 from croco.pipeline.compute import compute
-from croco.pipeline.node import Settings
-from croco.pipeline.stage import Work
+from croco.pipeline.stage import Task, Work
 from croco.pipeline.workers import Advance, ShardResult
-from croco.stages.evaluate.results import BASE
 from croco.stages.sample import sample_shards
 from croco.stages.score.policy_logprobs import open_likelihood, score_likelihood
 from croco.stages.score.reward import ScoreShard, open_reward
@@ -51,35 +45,28 @@ class Batch:
 
 def evaluate(work: Work) -> None:
     """Write the verdicts of `work.arm`: every test prompt, at every temperature, answered and judged."""
-    settings, prompts = work.settings, work.inputs["eval-prompts"]
-    size = work.runtime.shard_prompts
-    batches = partial(read_batches, prompts, sorted(settings["temperatures"]), settings["samples"], size)
-    sizes = [batch.prompts.height * batch.samples for batch in batches()]
-    adapter = None if work.arm == BASE else tuned_weights(work.inputs["train"])
-    draft = partial(draft_path, work.scratch())
+    work.scratch()
+    sizes = [batch.prompts.height * batch.samples for batch in batches_of(work.task)]
     compute(
-        work,
-        partial(DrawWorker, settings, work.runtime, batches, adapter, work.engine_seed),
-        sizes,
-        "completion",
-        drafts=draft,
+        work, partial(DrawWorker, work.task), sizes, "completion", drafts=partial(draft_path, work.folder)
     )
-    if settings.get("kl") and "kl" not in work.record_file.get("facts", {}):
-        work.record(kl=divergence(settings["policy"], work.runtime, adapter, batches(), draft))
-    judge = partial(JudgeWorker, settings["reward"], work.runtime, str(work.arm), batches, draft)
-    here = settings["reward"] is None
+    if work.settings.get("kl") and "kl" not in work.record_file.get("facts", {}):
+        work.record(kl=divergence(work.task))
+    here = work.settings["reward"] is None
+    judge = partial(JudgeWorker, work.task)
     compute(work, judge, sizes, "completion", role="score", under="judge", here=here)
 
 
 def draft_path(folder: Path, index: int) -> Path:
-    return folder / f"drawn-{index:05d}.parquet"
+    return folder / "scratch" / f"drawn-{index:05d}.parquet"
 
 
-def read_batches(
-    prompts: Path, temperatures: Sequence[float], samples: int, shard_prompts: int
-) -> list[Batch]:
+def batches_of(task: Task) -> list[Batch]:
     """The shards of an arm's evaluation, in the order of their numbers."""
-    return plan_batches(read_table(prompts), temperatures, samples, shard_prompts)
+    settings, prompts = task.settings, read_table(task.inputs["eval-prompts"])
+    return plan_batches(
+        prompts, sorted(settings["temperatures"]), settings["samples"], task.runtime.shard_prompts
+    )
 
 
 def plan_batches(
@@ -105,18 +92,10 @@ def evaluation_seed(run_seed: int) -> int:
 class DrawWorker:
     """Answers the prompts of shards: drafts, which are not judged yet, with a reason where there is no completion."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        runtime: Runtime,
-        batches: Callable[[], list[Batch]],
-        adapter: Path | None,
-        engine_seed: int,
-        replica: int,
-    ) -> None:
-        self.settings, self.policy, self.batches = settings, settings["policy"], batches()
+    def __init__(self, task: Task, replica: int) -> None:
+        self.settings, self.policy, self.batches = task.settings, task.settings["policy"], batches_of(task)
         self.sampler, self.tokenizer = open_sampler(
-            "evaluate", self.policy, runtime, engine_seed, replica, adapter
+            "evaluate", self.policy, task.runtime, task.engine_seed, replica, task.adapter
         )
         self.facts = self.sampler.facts
 
@@ -139,26 +118,21 @@ class DrawWorker:
                 on_prompt=partial(advance, same[0].samples),
             ):
                 tokens = sum(table["completion_tokens"].to_pylist())
-                yield ShardResult(index, with_reasons(table, dropped), dropped, {}, {"tokens": tokens})
+                # in the same file, the rows of those that were not drawn, each with its reason
+                parts = [
+                    pl.DataFrame(pl.from_arrow(part)) for part in (table, dropped.drop_columns(["unit"]))
+                ]
+                draft = pl.concat(parts, how="diagonal").to_arrow()
+                yield ShardResult(index, draft, dropped, {}, {"tokens": tokens})
 
 
-def with_reasons(table: pa.Table, dropped: pa.Table) -> pa.Table:
-    """Completions and, in the same file, the rows of those that were not drawn, each with its reason."""
-    parts = [pl.DataFrame(pl.from_arrow(part)) for part in (table, dropped.drop_columns(["unit"]))]
-    return pl.concat(parts, how="diagonal").to_arrow()
-
-
-def divergence(
-    policy: Policy,
-    runtime: Runtime,
-    adapter: Path | None,
-    batches: Sequence[Batch],
-    draft: Callable[[int], Path],
-) -> dict[str, float]:
+def divergence(task: Task) -> dict[str, float]:
     """KL of an arm from the base in every language, nats per completion: the mean of log(arm / base) over its own
-    completions at temperature 1, in this process.
-    """
-    drawn = pl.concat([read_parquet(draft(batch.index)) for batch in batches if batch.temperature == 1])
+    completions at temperature 1, in this process."""
+    policy, batches = task.settings["policy"], batches_of(task)
+    drawn = pl.concat(
+        [read_parquet(draft_path(task.folder, batch.index)) for batch in batches if batch.temperature == 1]
+    )
     drawn = drawn.filter(pl.col("reason").is_null())
     messages = {
         tuple(row[:2]): row[2] for b in batches for row in b.prompts.select(*PROMPT, "messages").rows()
@@ -167,12 +141,9 @@ def divergence(
         (messages[prompt_id, language], rows.to_dicts())
         for (prompt_id, language), rows in drawn.group_by(PROMPT, maintain_order=True)
     ]
-    tuned = (policy, adapter)
-    if adapter is not None and adapter.name == "model":  # all weights were tuned
-        tuned = (policy.model_copy(update={"model": str(adapter), "revision": None}), None)
     logps = []
-    for model, weights in (tuned, (policy, None)):
-        scorer, tokenizer = open_likelihood(model, runtime, False, weights)
+    for weights in (task.adapter, None):
+        scorer, tokenizer = open_likelihood(policy, task.runtime, False, weights)
         logps.append(score_likelihood(scorer, tokenizer, groups, policy.instruction))
     ratios: dict[str, list[float]] = {}
     for (_, rows), tuned, base in zip(groups, *logps, strict=True):
@@ -189,29 +160,21 @@ class JudgeWorker:
     """Judges drafts: by the reward model (its score is the value; the mode says whether the language is the prompt's),
     or without one by the lab's program."""
 
-    def __init__(
-        self,
-        reward: Reward | None,
-        runtime: Runtime,
-        arm: str,
-        batches: Callable[[], list[Batch]],
-        draft: Callable[[int], Path],
-        replica: int,
-    ) -> None:
-        self.arm, self.batches, self.draft = arm, batches(), draft
+    def __init__(self, task: Task, replica: int) -> None:
+        self.arm, self.batches, self.folder = str(task.arm), batches_of(task), task.folder
         prompts = pl.concat([batch.prompts.select("language") for batch in self.batches])
         self.languages = prompts["language"].unique().sort().to_list()
         self.facts: dict[str, Any] = {}
-        self.judge = _judge_lab
+        self.judge, reward = _judge_lab, task.settings["reward"]
         if reward is not None:
-            score, self.facts = open_reward(reward, runtime, replica)
+            score, self.facts = open_reward(reward, task.runtime, replica)
             self.judge = partial(_judge_by_reward, score, reward.name)
 
     def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[ShardResult]:
         """Shard by shard, each as it was drawn."""
         for index in indices:
             batch = self.batches[index]
-            drawn = read_parquet(self.draft(index))
+            drawn = read_parquet(draft_path(self.folder, index))
             answered = drawn.filter(pl.col("reason").is_null())
             missing = drawn.filter(pl.col("reason").is_not_null())
             spoken = identify_completions(answered["completion"], self.languages, answered["language"])

@@ -8,8 +8,6 @@ right or wrong, else that of sign flips; "difference-p-holm" adjusts it for all 
 benchmark at that temperature; "prompts-to-resolve" says how many prompts would settle it. "right-language" is the share
 of completions in their prompt's language among those whose language could be told, the share "language-told"."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +18,7 @@ from numpy.typing import NDArray
 from croco.errors import UserError
 from croco.languages import RIGHT
 from croco.stages.evaluate import stats
+from croco.storage.schemas import RESULTS
 
 BASE = "base"
 TOLD = "language-told"
@@ -57,21 +56,9 @@ def summarise(
             for row in _scope_rows(per_prompt, languages, str(benchmark), seed, num_resamples):
                 rows.append({**row, "language": scope, "benchmark": benchmark, "seed": seed})
     rows += adjusted(rows, "difference-p", groups)
-    columns = [
-        "arm",
-        "language",
-        "benchmark",
-        "metric",
-        "temperature",
-        "value",
-        "ci_low",
-        "ci_high",
-        "n",
-        "seed",
-    ]
     return (
         pl.DataFrame(rows, infer_schema_length=None)
-        .select(columns)
+        .select(RESULTS.schema.names)
         .sort("arm", "benchmark", "temperature", "language", "metric")
     )
 

@@ -5,8 +5,6 @@ a parallel prompt. Every metric of a table shares one set of resamples (`resampl
 between arms paired and a table one matrix product. Tests are paired too: McNemar's for right and wrong, sign flips for
 scores, Holm over all that are looked at together."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from statistics import NormalDist
@@ -22,7 +20,7 @@ CHUNK = 2_000_000  # signs or draws held at once
 # Fewer prompts cannot resolve anything: with five, even differences of one sign have p = 2/32. Resamples of them would
 # give an interval that is too narrow, of width 0 for a single prompt.
 MIN_PROMPTS = 6
-TOO_FEW = "too few prompts for an interval"
+TOO_FEW = "too few prompts"
 
 
 class Interval(NamedTuple):
@@ -34,7 +32,6 @@ class Interval(NamedTuple):
 
     @property
     def known(self) -> bool:
-        """Whether the interval has ends."""
         return not math.isnan(self.low)
 
 

@@ -1,7 +1,5 @@
 """Win rates against a reference, plain and with the lengths of the completions taken out (1, 0, or ½ each)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """`croco.pairs`: the contrast on a table in memory, for anyone who has scores and wants pairs."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -64,8 +62,8 @@ def pairs(
             raise UserError(f"languages names '{code}', expected a list of those in the scores")
     check_keys(table)
     [keyed] = enumerated([table.select(*KEY, "score", *({"completion_tokens"} & set(table.columns)))])
-    rows = by_pool(keyed, list(languages or table["language"].unique()), pool, calibration)
-    known = sorted({*table["language"].unique(), "en"})
+    rows = by_pool(keyed, languages or None, pool, calibration)
+    known = sorted({*keyed["language"].dtype.categories, "en"})  # type: ignore[attr-defined]
     made, dropped = [], []
     for part in _parts(rows):
         texts = None

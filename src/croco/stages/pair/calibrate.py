@@ -12,8 +12,6 @@ Within a language only "quantile" selects otherwise than raw scores do: it bends
 
 Shapes: R rows, L languages."""
 
-from __future__ import annotations
-
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray

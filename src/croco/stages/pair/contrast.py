@@ -4,8 +4,6 @@ Pools must be whole. Texts are asked for only of completions that may be near du
 
 Shapes: R rows, P pools, K pairs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -216,7 +214,6 @@ def _prompted(pairs: pl.DataFrame, rows: pl.DataFrame, rule: Contrast, seed: int
 
 
 def _ledger(unit: str, rows: pl.DataFrame) -> pl.DataFrame:
-    """Rows of the ledger: a key and the reason."""
     names = (pl.col(name).cast(pl.String) for name in ("prompt_id", "language"))
     return rows.select(pl.lit(unit).alias("unit"), *names, "sample_id", pl.col("reason").cast(pl.String))
 

@@ -4,8 +4,6 @@
 for SFT. The prompt is what the policy read, a language's instruction in its last user turn. Scores, languages and keys
 have columns of their own."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -34,10 +32,7 @@ _SCHEMAS = {
 }  # fmt: skip
 
 
-EXPORT = Stage(
-    "export", 1, "croco.stages.pair.export_trl:exported", "",
-    settings=lambda recipe, arm: {}, inputs=lambda recipe, arm: [], makes=("data", "README.md"),
-)  # fmt: skip
+EXPORT = Stage("export", 1, "croco.stages.pair.export_trl:exported", "", makes=("data", "README.md"))
 
 
 def export_node(
@@ -171,5 +166,4 @@ def card(
 
 
 def _cell(text: str) -> str:
-    """A text that cannot break out of its table cell."""
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")

@@ -1,7 +1,5 @@
 """`croco pairs` and what `croco export` says of a run: files of other tools in, pairs that every trainer reads out."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -28,7 +26,6 @@ from croco.storage.rows import files_of
 ARM = "pairs"
 IMPORT = Stage(
     "import", 1, "croco.stages.pair.import_files:imported", "",
-    settings=lambda recipe, arm: {}, inputs=lambda recipe, arm: [],
     gives=("prompts", "sample", "score"), makes=("prompts", "sample", "score"),
 )  # fmt: skip
 TABLES = rf"((prompts|sample|score|pairs)/)?({files.OURS.pattern}|stage\.json)"
@@ -95,7 +92,7 @@ def scored_pairs(
 
 
 def _recipe(codes: Sequence[str], form: str, overrides: Sequence[str]) -> Recipe:
-    """A recipe whose one arm has the rules asked for; KNOWN stands for languages that are not read yet."""
+    """A recipe whose one arm has the rules asked for; KNOWN is given for languages that are not read yet."""
     arm = {"training": {"method": "sft"}} if form == "prompt-completion" else {}
     values = {"run": {"name": "pairs", "languages": list(codes)}, **NO_PROMPTS, "arms": {ARM: arm}}
     for override in overrides:
@@ -110,14 +107,15 @@ def _recipe(codes: Sequence[str], form: str, overrides: Sequence[str]) -> Recipe
 
 def mappings(columns: Sequence[str]) -> dict[str, str]:
     """What `--column OURS=THEIRS` says; raises UserError for another form or a column that is none of ours."""
-    return dict(_mapping(text) for text in columns)
-
-
-def _mapping(text: str) -> tuple[str, str]:
-    ours, equals, theirs = text.partition("=")
-    if not equals or not theirs or ours not in MAPPED:
-        raise UserError(f"--column {text}: expected OURS=THEIRS, with one of {', '.join(MAPPED)} for OURS")
-    return ours, theirs
+    mapped = {}
+    for text in columns:
+        ours, _, theirs = text.partition("=")
+        if not theirs or ours not in MAPPED:
+            raise UserError(
+                f"--column {text}: expected OURS=THEIRS, with one of {', '.join(MAPPED)} for OURS"
+            )
+        mapped[ours] = theirs
+    return mapped
 
 
 def export_arm(recipe: Recipe, arm: str, to: Path, form: str, license: str, rebuild: bool = False) -> int:

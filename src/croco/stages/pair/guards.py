@@ -8,8 +8,6 @@ completions that are picked, because it takes a third of a millisecond.
 
 Shapes: R rows."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import numpy as np

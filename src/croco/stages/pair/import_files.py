@@ -10,8 +10,6 @@ Rows are JSON lines or Parquet, in one of four forms, told apart by their column
 A prompt is known by its id, never by its text or its row. Files may be larger than memory. A row that cannot be used
 goes to the ledger."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -273,7 +271,6 @@ def import_pairs(
 
 
 def _pair(row: FileRow, chosen_only: bool) -> tuple[list[Turn], dict[str, str], dict[str, Any]]:
-    """The prompt, the sides and what else a row says of its sides."""
     if row.is_pair():
         prompt, sides = row.sides()
     elif chosen_only:

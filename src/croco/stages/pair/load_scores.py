@@ -4,8 +4,6 @@ Only keys and scores are read, so fourteen million rows take some hundred megaby
 sorting numbers sorts names. Every completion must have a score or a row in the scorer's ledger, every score a
 completion."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
@@ -20,6 +18,7 @@ from croco.storage import shards
 from croco.storage.schemas import REFERENCE
 
 KEY = ("prompt_id", "language", "sample_id")
+LEAST_RUN = 8  # rows of one name, on average, from which it pays to look at runs instead of rows
 Groups = Mapping[str, Sequence[str]]
 
 
@@ -80,15 +79,23 @@ def check_keys(table: pl.DataFrame) -> None:
 
 def enumerated(tables: Sequence[pl.DataFrame]) -> list[pl.DataFrame]:
     """The tables with prompt_id and language as Enums of all names in sorted order."""
-    kinds = {
-        column: pl.Enum(
-            sorted(pl.concat([table[column].unique() for table in tables]).unique().cast(pl.String))
-        )
-        for column in ("prompt_id", "language")
-    }
-    return [
-        table.with_columns(pl.col(column).cast(kind) for column, kind in kinds.items()) for table in tables
-    ]
+    for column in ("prompt_id", "language"):
+        runs = [_runs(table[column]) for table in tables]
+        names = pl.concat([heads.unique() for heads, _ in runs]).unique().cast(pl.String)
+        kind = pl.Enum(names.sort())
+        made = [
+            heads.cast(kind) if place is None else heads.cast(kind).gather(place) for heads, place in runs
+        ]
+        tables = [table.with_columns(values) for table, values in zip(tables, made, strict=True)]
+    return list(tables)
+
+
+def _runs(values: pl.Series) -> tuple[pl.Series, pl.Series | None]:
+    """The first value of each run of equal ones and the run of each row; where runs are short, all values and None."""
+    run = values.rle_id()
+    if values.is_empty() or run[-1] > len(values) // LEAST_RUN:
+        return values, None
+    return values.gather(np.flatnonzero(np.diff(run.to_numpy(), prepend=np.uint32(2**32 - 1)))), run
 
 
 def by_pool(

@@ -6,8 +6,6 @@ from the shards still in memory, so memory grows by some tens of bytes per compl
 whatever the order and shard size of what was read. It must balance: completions read = candidates + dropped, in every
 language; pools read = pools with a pair + dropped."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -176,7 +174,6 @@ def _write(work: Work, index: int, rows: pl.DataFrame, made: Contrasted) -> None
 
 
 def _per_language(languages: pl.Series) -> dict[str, int]:
-    """How many rows are in each language."""
     kind = languages.dtype
     counts = dict.fromkeys(kind.categories.to_list() if isinstance(kind, pl.Enum) else (), 0)
     return counts | dict(languages.value_counts().rows())

@@ -6,8 +6,6 @@ Rows sorted by pool make every statistic a segmented reduction, so millions of c
 
 Shapes: R rows, P pools, K pairs."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -47,7 +45,6 @@ class Pools:
         return np.repeat(np.arange(len(self.starts), dtype=np.int32), self.sizes)
 
     def reduce(self, function: np.ufunc, values: NDArray[np.floating]) -> Floats:
-        """The function over each pool's values."""
         if not len(values):
             return np.empty(0, np.float64)
         return function.reduceat(values, self.starts, dtype=np.float64 if function is np.add else None)

@@ -6,8 +6,6 @@ it is scored on other prompts than those it was fitted on.
 
 Shapes: K pairs."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ from croco.stages.pair.select import expected_share, share_above_minimum
 from croco.storage.shards import read_parquet, shards
 
 SHORTCUT_AUC = 0.6  # above this a pair's label can be guessed without looking at quality
-SMALL_SHARE = 0.2  # under this the rule is the minimum under another name
+SMALL_SHARE = 0.2  # under this the rule picks the minimum nearly always
 SIDES = ("chosen", "rejected")
 _SIDE_KEY = [f"{side}_{name}" for side in SIDES for name in ("language", "sample_id")]
 _COLUMNS = (
@@ -130,7 +128,7 @@ def warn(title: str, rule: Contrast, facts: Mapping[str, Any], folder: Path) -> 
         say(
             f'with {facts["median_pool_size"]} completions a pool "{rule.rejected}" is expected to pick another than '
             f"the minimum in {expected:.0%} of the pools (here in {facts['share_other_than_minimum']:.0%}): in small "
-            f"pools this rule is the minimum under another name"
+            f'pools this rule is nearly the same as "min"'
         )
     for name, auc in facts.get("shortcuts", {}).items():
         if auc > SHORTCUT_AUC:

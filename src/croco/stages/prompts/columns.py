@@ -5,8 +5,6 @@ cannot be carried (tools, pictures) raises `Unusable`, whose text is the reason 
 something else than what was read, or a value of a wrong type, raises UserError naming file, row and column. Unknown
 columns and message keys are counted."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -83,7 +81,6 @@ class FileRow:
         return self.values[column]
 
     def text(self, name: str) -> str:
-        """Text, or a whole number as text."""
         value = self.need(name)
         if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
             raise UserError(f"{self.where}: {name} is {kind(value)}, expected text or a whole number")
@@ -165,7 +162,6 @@ class FileRow:
         return prompt, completion
 
     def is_pair(self) -> bool:
-        """Whether the row has a chosen and a rejected completion."""
         if self.column("rejected") is None:
             return False
         return self.column("chosen") is not None or str(self.column("rejected")).startswith("rejected_")

@@ -4,8 +4,6 @@ Every turn is kept; a last one of the assistant's is the reference. A wrong row 
 the stage, because half a data set is not the one that the recipe names; one that cannot be carried (tool calls) goes to
 the ledger. Languages that the recipe does not name are counted, not read."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -37,10 +35,13 @@ from croco.storage.rows import (
 from croco.storage.schemas import PROMPTS, ledger
 from croco.storage.seeds import digest
 
+# the recipe's section of each stage
+SECTIONS = {"prompts": "prompts", "eval-prompts": "evaluation", "arena-prompts": "arena"}
+
 
 @dataclass(frozen=True)
 class Loaded:
-    """Prompts in the source's order, the rows left out, and how many rows of each language nobody asked for."""
+    """Prompts in the source's order, the rows left out, and how many rows of other languages there were."""
 
     prompts: pa.Table
     dropped: pa.Table
@@ -50,22 +51,8 @@ class Loaded:
 
 
 def prompts(work: Work) -> None:
-    """The prompts to tune on, in the tuned languages or the one they are translated from."""
-    _stage(work, "prompts")
-
-
-def eval_prompts(work: Work) -> None:
-    """The prompts to evaluate on, in all languages or the one they are translated from."""
-    _stage(work, "evaluation")
-
-
-def arena_prompts(work: Work) -> None:
-    """The arena's own prompts, in the languages it compares in."""
-    _stage(work, "arena")
-
-
-def _stage(work: Work, key: str) -> None:
-    loaded = load_settings(work.settings, key)
+    """The prompts to tune on, to evaluate on, or the arena's own, in the languages that the settings name."""
+    loaded = load_settings(work.settings, SECTIONS[work.title])
     warn_of_unread(work.title, loaded.unread)
     ids = loaded.prompts.column("prompt_id")
     work.record(
@@ -106,11 +93,8 @@ def check_overlap(recipe: Recipe, say: Callable[[str], None]) -> None:
 def overlap(recipe: Recipe) -> tuple[int, int, int]:
     """How many test prompts are rows to tune on, how many have the text of one, and how many test prompts there are."""
     tuning, test = (
-        load_settings(settings_values(prompts_settings(recipe, section, key, languages)), key).prompts
-        for section, key, languages in (
-            (recipe.prompts, "prompts", recipe.prompts_languages),
-            (recipe.evaluation, "evaluation", recipe.evaluation_languages),
-        )
+        load_settings(settings_values(prompts_settings(recipe, key)), key).prompts
+        for key in ("prompts", "evaluation")
     )
     ids, texts = (
         [table.column(name).to_pylist() for table in (tuning, test)] for name in ("prompt_id", "messages")
@@ -150,9 +134,9 @@ def load(section: Source, key: str, languages: Sequence[str], limit: int | None)
     there = Counter(loaded.prompts.column("language").to_pylist())
     for code in languages:
         if code not in there:
-            others = ", ".join(sorted(there.keys() | loaded.not_asked_for.keys())) or "none at all"
+            languages_there = ", ".join(sorted(there.keys() | loaded.not_asked_for.keys())) or "none at all"
             raise UserError(
-                f"{key}.source = '{section.source}' has no prompts in '{code}' (languages found: {others}"
+                f"{key}.source = '{section.source}' has no prompts in '{code}' (languages found: {languages_there}"
                 f"{_reasons(loaded.dropped, code)})"
             )
     return loaded

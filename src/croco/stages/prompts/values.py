@@ -3,8 +3,6 @@
 What a prompt cannot carry (a tool call, a picture) raises `Unusable`, a value of a wrong type UserError. Unknown keys
 of messages are counted."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections import Counter
@@ -64,7 +62,6 @@ def _turn(here: str, turn: Any, unread: Counter[str]) -> Turn:
 
 
 def _joined(here: str, parts: Sequence[Any]) -> str:
-    """The text of a message whose content is in parts."""
     for part in parts:
         if not isinstance(part, Mapping) or not isinstance(part.get("type"), str):
             raise UserError(f"{here}: found the part {json.dumps(part, default=str)[:80]}, expected text")

@@ -6,8 +6,6 @@ language token, text, end token.
 
 Shapes: B pairs, S source tokens, T target tokens, V vocabulary."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +17,8 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from croco.config.arms import ENGLISH
 from croco.errors import UserError
-from croco.models.batching import buckets
 from croco.models.chat_template import text_ids
-from croco.models.memory import with_less_memory
+from croco.models.memory import buckets, with_less_memory
 from croco.models.model_files import context_of
 from croco.stages.score.policy_logprobs import Groups, Scored
 from croco.storage.shards import read_parquet, shards
@@ -31,7 +28,7 @@ NO_TARGET = "the prompt has no English completion to align with"
 
 
 def language_token(language: str, codes: Mapping[str, str] | None = None) -> str:
-    """The token that stands for a language: the recipe's, else in M2M100's form."""
+    """The token of a language: the recipe's, else in M2M100's form."""
     return (codes or {}).get(language) or f"__{language}__"
 
 

@@ -1,5 +1,10 @@
-"""Scores from the policy itself: log-probabilities of completions under the prompt that was sampled from ("likelihood"
-is their mean over tokens, "likelihood-sum" their sum). `models/logprobs.py` computes them."""
+"""Scores from the policy itself: log-probabilities of completions under the prompt that was sampled from.
+
+"likelihood" is their mean over tokens, "likelihood-sum" their sum; `models/logprobs.py` computes them. "implicit" is
+the implicit reward of a DPO arm, read across languages (ICR, arXiv 2503.04647): a policy tuned by DPO on English judges
+other languages too, when it is asked in English. The score of y is log p_dpo(y | x) - log p_reference(y | x), summed
+over y's tokens, where x is the English prompt with an instruction to answer in y's language. Length is taken out when
+pairs are chosen (`calibration = "length"`)."""
 
 from __future__ import annotations
 
@@ -7,8 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from croco.errors import Refused
+from croco import languages
+from croco.config.arms import ENGLISH
+from croco.errors import Refused, UserError
 from croco.models.chat_template import completions_ids, prompt_ids, with_instruction
+from croco.models.open import with_tuned
 from croco.models.protocols import ScoreRequest
 
 if TYPE_CHECKING:
@@ -16,6 +24,7 @@ if TYPE_CHECKING:
     from croco.models.transformers import HFLikelihood
 from croco.config.runtime import Runtime
 
+NO_ENGLISH = "the prompt has no English version"
 Messages = list[dict[str, str]]
 Completion = dict[str, Any]  # a row of the completions table
 Groups = Sequence[tuple[Messages, list[Completion]]]  # a prompt's messages and its completions
@@ -30,7 +39,7 @@ def open_likelihood(
     from croco.models.loading import load_causal
     from croco.models.transformers import HFLikelihood
 
-    model, tokenizer = load_causal(policy, runtime.device, adapter)
+    model, tokenizer = load_causal(*with_tuned(policy, adapter), runtime.device)
     return HFLikelihood(model, tokenizer, runtime.token_budget, name=policy.model, mean=mean), tokenizer
 
 
@@ -40,7 +49,7 @@ def score_likelihood(
     groups: Groups,
     instructions: Mapping[str, str],
 ) -> list[Scored]:
-    """Log-probabilities under the prompts as they stand in `groups`; the end token counts where there was one."""
+    """Log-probabilities under the prompts of `groups`; the end token counts where there was one."""
     requests, ended, places = [], [], []
     scored: list[Scored] = []
     for number, (messages, rows) in enumerate(groups):
@@ -72,3 +81,48 @@ def score_likelihood(
 def too_long(what: str, length: int, limit: int) -> str:
     """The reason why a sequence has no score."""
     return f"the {what} has {length} tokens, the limit is {limit}"
+
+
+# The implicit reward ---------------------------------------------------------------------------------------------
+
+
+def english_prompt(messages: Messages, language: str, instruction: str) -> Messages:
+    """The English conversation with the instruction before its last user turn, naming the language in English."""
+    copied = [{"role": message["role"], "content": message["content"]} for message in messages]
+    for message in reversed(copied):
+        if message["role"] == "user":
+            asked = instruction.replace("{language}", languages.name(language))
+            message["content"] = f"{asked}\n\n{message['content']}"
+            return copied
+    raise UserError("an instruction goes before a user turn, and the conversation has none")
+
+
+def score_implicit(
+    dpo: Any,
+    reference: Any,
+    tokenizer: Any,
+    groups: Groups,
+    prompts: Mapping[tuple[str, str], Messages],
+    instruction: str,
+) -> list[Scored]:
+    """log p_dpo - log p_reference of every completion under its English prompt, or a reason where there is none. `dpo`
+    and `reference` score summed log-probabilities; `prompts` are conversations by prompt_id and language."""
+    asked: list[tuple[Messages, list[Completion]]] = []
+    places: list[int] = []
+    scored: list[Scored] = [[NO_ENGLISH] * len(rows) for _, rows in groups]
+    for place, (_, rows) in enumerate(groups):
+        prompt_id, language = rows[0]["prompt_id"], rows[0]["language"]
+        english = prompts.get((prompt_id, ENGLISH))
+        if english is not None:
+            asked.append((english_prompt(english, language, instruction), rows))
+            places.append(place)
+    tuned, before = (score_likelihood(scorer, tokenizer, asked, {}) for scorer in (dpo, reference))
+    for place, after, reference_scores in zip(places, tuned, before, strict=True):
+        scored[place] = [_difference(one, other) for one, other in zip(after, reference_scores, strict=True)]
+    return scored
+
+
+def _difference(one: float | str, other: float | str) -> float | str:
+    if isinstance(one, str) or isinstance(other, str):
+        return one if isinstance(one, str) else other
+    return one - other

@@ -3,8 +3,6 @@
 A model's score is the raw logit of the whole conversation. A function takes lists of equal length, `messages`,
 `completions` and `languages`, and returns a number for each completion, or None for one that goes to the ledger."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import math
@@ -51,7 +49,6 @@ def open_reward(reward: Reward, runtime: Runtime, replica: int = 0) -> tuple[Sco
 
 
 def _sum(reward: Reward, values: Sequence[float | str]) -> float | str:
-    """The weighted sum of a completion's scores; the reason of the first part that has none."""
     total = 0.0
     for part, value in zip(reward.parts, values, strict=True):
         if isinstance(value, str):
@@ -104,7 +101,7 @@ def score_conversations(scorer: Scorer, tokenizer: Any, groups: Groups, max_toke
 
 
 def load_function(name: str) -> Callable[..., Any]:
-    """The function that "module:name" or "file.py:name" stands for; raises UserError when it is not there."""
+    """The function of "module:name" or "file.py:name"; raises UserError when it is not there."""
     path, attribute = function_file(name), name.rpartition(":")[2]
     module = name.rpartition(":")[0]
     try:

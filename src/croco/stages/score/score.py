@@ -2,7 +2,7 @@
 
 "reward" is in `reward.py`. Controls: "likelihood" and "likelihood-sum" (`policy_logprobs.py`), "random" (a normal
 number from the run's seed and the completion's key), "verified" (the lab's program). Methods to compare with:
-"implicit" (`implicit.py`) and "alignment" (`alignment.py`). A shard of scores has the rows of a shard of completions,
+"implicit" and "alignment" (`alignment.py`). A shard of scores has the rows of a shard of completions,
 or the first ones of each prompt. A completion that does not fit the model goes to the ledger; a score that is not
 finite stops the stage, because it would change the mean of its pool."""
 
@@ -18,12 +18,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from croco.config.arms import Alignment
-from croco.config.models import Reward
 from croco.config.runtime import Runtime
 from croco.errors import UserError
 from croco.pipeline.compute import compute
 from croco.pipeline.node import Settings
-from croco.pipeline.stage import Work
+from croco.pipeline.stage import Task, Work
 from croco.pipeline.workers import Advance, ShardResult
 from croco.stages.score.policy_logprobs import (
     Completion,
@@ -31,6 +30,7 @@ from croco.stages.score.policy_logprobs import (
     Messages,
     Scored,
     open_likelihood,
+    score_implicit,
     score_likelihood,
 )
 from croco.stages.score.reward import ScoreShard, open_reward
@@ -44,40 +44,31 @@ COLUMNS = ["prompt_id", "language", "sample_id", "completion", "completion_ids",
 def score(work: Work) -> None:
     """Write the scores table, a shard per shard of completions."""
     sizes = [shard.rows for shard in shards(work.inputs["sample"])]
-    adapter = work.inputs["train"] / "adapter" if "train" in work.inputs else None
-    kind = work.settings["scorer"]
-    worker = partial(
-        ScoreWorker, work.settings, work.runtime, work.inputs["prompts"], work.inputs["sample"], adapter
-    )
-    compute(work, worker, sizes, "completion", here=kind in ("random", "verified"))
+    here = work.settings["scorer"] in ("random", "verified")
+    compute(work, partial(ScoreWorker, work.task), sizes, "completion", here=here)
 
 
 class ScoreWorker:
-    """Scores shards of completions with one scorer; `adapter` is of the arm whose implicit reward it is."""
+    """Scores shards of completions with one scorer."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        runtime: Runtime,
-        prompts: Path,
-        samples: Path,
-        adapter: Path | None,
-        replica: int,
-    ) -> None:
-        self.samples, self.first = samples, settings.get("completions")
+    def __init__(self, task: Task, replica: int) -> None:
+        settings = task.settings
+        self.samples, self.first = task.inputs["sample"], settings.get("completions")
         self.prompts = {
             (row["prompt_id"], row["language"]): row["messages"]
-            for row in read_table(prompts, ["prompt_id", "language", "messages"]).iter_rows(named=True)
+            for row in read_table(task.inputs["prompts"], ["prompt_id", "language", "messages"]).iter_rows(
+                named=True
+            )
         }
         if settings["scorer"] == "implicit":
-            self.name, self.score_shard, self.facts = _implicit(settings, runtime, adapter, self.prompts)
+            made = _implicit(settings, task.runtime, task.adapter, self.prompts)
         elif settings["scorer"] == "alignment":
-            self.name, self.score_shard, self.facts = _alignment(settings["alignment"], runtime, samples)
+            made = _alignment(settings["alignment"], task.runtime, self.samples)
         else:
-            self.name, self.score_shard, self.facts = _scorer(settings, runtime, replica)
+            made = _scorer(settings, task.runtime, replica)
+        self.name, self.score_shard, self.facts = made
 
     def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[ShardResult]:
-        """Shard by shard, each the mirror of a shard of completions."""
         for index in indices:
             rows = read_arrow(shard_path(self.samples, index), COLUMNS)
             if self.first is not None:
@@ -93,19 +84,18 @@ class ScoreWorker:
 def score_references(work: Work) -> None:
     """Write the scores of the prompts' gold completions by the reward model, under the sample_id -1."""
     sizes = [shard.rows for shard in shards(work.inputs["prompts"])]
-    worker = partial(ReferenceWorker, work.settings["reward"], work.runtime, work.inputs["prompts"])
-    compute(work, worker, sizes, "prompt", role="score")
+    compute(work, partial(ReferenceWorker, work.task), sizes, "prompt", role="score")
 
 
 class ReferenceWorker:
     """Scores gold completions, a shard per shard of prompts; a prompt without one goes to the ledger."""
 
-    def __init__(self, reward: Reward, runtime: Runtime, prompts: Path, replica: int) -> None:
-        self.prompts, self.name = prompts, reward.name
-        self.score_shard, self.facts = open_reward(reward, runtime, replica)
+    def __init__(self, task: Task, replica: int) -> None:
+        reward = task.settings["reward"]
+        self.prompts, self.name = task.inputs["prompts"], reward.name
+        self.score_shard, self.facts = open_reward(reward, task.runtime, replica)
 
     def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[ShardResult]:
-        """Shard by shard."""
         for index in indices:
             columns = ["prompt_id", "language", "messages", "reference"]
             prompts = read_arrow(shard_path(self.prompts, index), columns).to_pylist()
@@ -193,8 +183,6 @@ def _implicit(
     adapter: Path | None,
     prompts: Mapping[tuple[str, str], Messages],
 ) -> tuple[str, ScoreShard, dict[str, Any]]:
-    from croco.stages.score.implicit import score_implicit
-
     policy = settings["policy"]
     dpo, tokenizer = open_likelihood(policy, runtime, False, adapter)
     before, _ = open_likelihood(policy, runtime, False)

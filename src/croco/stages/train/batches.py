@@ -56,7 +56,6 @@ class Batch:
         return self.rows not in ("plain", "single")
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on another device."""
         moved: dict[str, Any] = {
             name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
         }

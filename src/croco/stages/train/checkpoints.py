@@ -80,8 +80,8 @@ def readable(checkpoint: Path | str | None) -> Iterator[None]:
         raise
     except Exception as error:  # damaged pickles raise anything
         raise UserError(
-            f"{checkpoint} cannot be read ({type(error).__name__}: {one_line(error)}), expected one as training wrote "
-            "it: remove this folder to go on from the one before"
+            f"{checkpoint} cannot be read ({type(error).__name__}: {one_line(error)}), expected a checkpoint as "
+            "training wrote it: remove this folder to go on from the one before"
         ) from error
 
 
@@ -124,8 +124,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def last_metrics(lines: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """The last line of each split."""
-    found = {line["split"]: line for line in lines if line["split"] in ("train", "validation")}
-    return {split: {k: v for k, v in line.items() if k != "split"} for split, line in found.items()}
+    last = {line["split"]: line for line in lines if line["split"] in ("train", "validation")}
+    return {split: {k: v for k, v in line.items() if k != "split"} for split, line in last.items()}
 
 
 class ByTheClock(TrainerCallback):
@@ -135,13 +135,11 @@ class ByTheClock(TrainerCallback):
         self.seconds, self.last = 60 * minutes, time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Ask for a checkpoint when it is time."""
         due = time.monotonic() - self.last > self.seconds
         if gathered(due)[0]:  # clocks differ, and all processes must save together
             control.should_save = True
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Count from here."""
         self.last = time.monotonic()
 
 

@@ -29,9 +29,9 @@ def gathered(value: Any) -> list[Any]:
     """What every process passed, by rank."""
     if world() == 1:
         return [value]
-    found: list[Any] = [None] * world()
-    dist.all_gather_object(found, value)
-    return found
+    values: list[Any] = [None] * world()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def shares(pairs: Sequence[int], lengths: Sequence[int], num_shares: int) -> list[list[int]]:

@@ -4,8 +4,6 @@ Pure functions of the lines of the metrics file, so that a run that goes on afte
 Log-probabilities are per token and against the reference (without one, against the beginning), so one bound serves all
 lengths."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,6 +16,7 @@ from croco.stages.pair.statistics import shortcuts
 
 WINDOW = 3  # steps in a row that must be past a bound: one odd batch is none
 SURE_PAIRS = 24  # pairs in a window from which an accuracy of 1.0 is no chance
+SHOWN = {"loss": "the loss", "grad_norm": "the gradient norm"}
 SETTLED = 10  # steps that say what gradient norm is usual
 
 Line = Mapping[str, Any]
@@ -37,7 +36,7 @@ def alarm(
     line = lines[-1]
     for name, value in line.items():
         if isinstance(value, float) and not math.isfinite(value):
-            return f"{_shown(name)} is {value} (learning rate {learning_rate:g}), expected a finite number"
+            return f"{SHOWN.get(name, name)} is {value} (learning rate {learning_rate:g}), expected a finite number"
     if not settings.enabled:
         return None
     if line["split"] == "validation":
@@ -56,7 +55,7 @@ def alarm(
 
 def _too_far(settings: Sentinel, lines: Sequence[Line], first: Line, where: str) -> str | None:
     """Whether the policy has left the neighbourhood of the reference, in every one of the lines."""
-    if "logratios/chosen" not in lines[-1]:  # no reference: the beginning stands for it
+    if "logratios/chosen" not in lines[-1]:  # no reference: compared with the beginning
         rise = min(line["nll"] for line in lines) - first["nll"]
         if rise > settings.max_chosen_drop:
             return (
@@ -106,17 +105,13 @@ def _shortcut(settings: Sentinel, window: Sequence[Line], aucs: Mapping[str, flo
     )
 
 
-def _shown(name: str) -> str:
-    return {"loss": "the loss", "grad_norm": "the gradient norm"}.get(name, name)
-
-
 def shortcuts_of(pairs: pl.DataFrame) -> dict[str, float]:
     """How well language, length and finish reason alone tell chosen from rejected (AUC, 0.5 to 1), of any pairs; a
     column that a file lacks is the same on both sides."""
     if "rejected" not in pairs.columns or pairs.is_empty():
         return {}
     both = pairs.drop_nulls("rejected")
-    told = both.select(
+    known = both.select(
         pl.col("prompt_id"),
         *(pl.col(side).str.len_chars().alias(f"{side}_characters") for side in ("chosen", "rejected")),
         *(
@@ -125,7 +120,7 @@ def shortcuts_of(pairs: pl.DataFrame) -> dict[str, float]:
             for name in (f"{side}_language", f"{side}_finish_reason")
         ),
     )
-    return shortcuts(told) if told.height else {}
+    return shortcuts(known) if known.height else {}
 
 
 def best_step(lines: Sequence[Line]) -> int | None:

@@ -14,24 +14,8 @@ import polars as pl
 from transformers import PreTrainedTokenizerBase
 
 from croco.errors import Refused, UserError
-from croco.models.chat_template import (
-    Messages,
-    check_markup,
-    check_prefix,
-    completions_ids,
-    conversation_ids,
-    prompt_ids,
-    with_instruction,
-)
-from croco.storage.schemas import UnknownFinishReason, finish_reason
-
-DROPPED_SCHEMA = {
-    "unit": pl.String,
-    "prompt_id": pl.String,
-    "language": pl.String,
-    "sample_id": pl.Int32,
-    "reason": pl.String,
-}
+from croco.models import chat_template
+from croco.storage.schemas import UnknownFinishReason, finish_reason, ledger
 
 
 @dataclass(frozen=True)
@@ -86,23 +70,21 @@ def encode_pairs(
     for column in ("prompt_id", "language", "messages", *sides):
         if column not in pairs.columns:
             raise UserError(f"the pairs have no column {column!r}: found {', '.join(pairs.columns)}")
-    check_markup(tokenizer, pairs["messages"].to_list())
+    chat_template.check_markup(tokenizer, pairs["messages"].to_list())
     examples, dropped = [], []
     limit, most = f"max_tokens {max_tokens}", max_tokens
     if context is not None and context < max_tokens:
         limit, most = f"the policy's context of {context}", context
     tried: set[tuple[str, ...]] = set()
     for row in pairs.iter_rows(named=True):
+        key = ("pair", row["prompt_id"], row["language"], row.get("chosen_sample_id"))
         try:
-            prompt = _prompt_ids(tokenizer, row, (instructions or {}).get(row["language"]), tried)
+            messages, prompt = _prompt(tokenizer, row, (instructions or {}).get(row["language"]), tried)
             whole = chosen_only and sft_on != "completion"
-            earlier = _assistant_turns(tokenizer, row["messages"], prompt, end) if whole else []
+            earlier = _assistant_turns(tokenizer, messages, prompt, end) if whole else []
         except Refused as error:
-            dropped.append(
-                ("pair", row["prompt_id"], row["language"], row.get("chosen_sample_id"), str(error))
-            )
+            dropped.append((*key, str(error)))
             continue
-        messages = with_instruction(row["messages"], (instructions or {}).get(row["language"]))
         known = num_ids or len(tokenizer)
         closed = [_completion_ids(tokenizer, row, side, messages, end, known) for side in sides]
         room = max(0, most - len(prompt)) if over_length == "truncate" else None
@@ -112,58 +94,56 @@ def encode_pairs(
                 f"{_named(row)} has the token {highest}, and the policy has embeddings for {known} tokens only, "
                 f"expected the tokenizer and template that it was trained with"
             )
-        if any(ids in ([], [end]) for ids in closed):
-            reason: str | None = "a completion is empty"
-        else:
-            reason = _unfit(prompt, completions, most, limit)
-        if reason:
-            dropped.append(("pair", row["prompt_id"], row["language"], row.get("chosen_sample_id"), reason))
+        empty = any(ids in ([], [end]) for ids in closed)
+        if reason := "a completion is empty" if empty else _unfit(prompt, completions, most, limit):
+            dropped.append((*key, reason))
         else:
             cut_tokens = sum(map(len, closed)) - sum(map(len, completions))
             one = Example(row["prompt_id"], row["language"], prompt, completions, cut_tokens)
             examples.append(
                 _with_earlier_turns(one, None if sft_on == "conversation" else earlier) if whole else one
             )
-    return examples, pl.DataFrame(dropped, schema=DROPPED_SCHEMA, orient="row")
+    return examples, pl.DataFrame(pl.from_arrow(ledger(dropped)))
 
 
-def _prompt_ids(
+def _prompt(
     tokenizer: PreTrainedTokenizerBase,
     row: Mapping[str, Any],
     instruction: str | None,
     tried: set[tuple[str, ...]],
-) -> list[int]:
-    """The prompt's ids; a template that has not been tried on this order of roles must continue it."""
+) -> tuple[chat_template.Messages, list[int]]:
+    """The prompt and its ids; a template that has not been tried on this order of roles must continue them."""
     try:
-        ids = prompt_ids(tokenizer, row["messages"], instruction)
-        roles = tuple(message["role"] for message in row["messages"])
+        messages = chat_template.with_instruction(row["messages"], instruction)
+        ids = chat_template.prompt_ids(tokenizer, messages)
+        roles = tuple(message["role"] for message in messages)
         if roles not in tried:
             tried.add(roles)
-            whole = conversation_ids(tokenizer, with_instruction(row["messages"], instruction), "Ja.")
+            whole = chat_template.conversation_ids(tokenizer, messages, "Ja.")
             # In text at least: ids may merge where prompt and completion are tokenised as one, which we never do.
             if not tokenizer.decode(whole).startswith(tokenizer.decode(ids)):
-                check_prefix(tokenizer, ids, whole)
+                chat_template.check_prefix(tokenizer, ids, whole)
     except Refused:
         raise
     except UserError as error:
         raise UserError(f"{_named(row)}: {error}") from error
-    return ids
+    return messages, ids
 
 
 def _assistant_turns(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, prompt: Sequence[int], end: int
+    tokenizer: PreTrainedTokenizerBase, messages: chat_template.Messages, prompt: Sequence[int], end: int
 ) -> list[bool]:
     """Which of the prompt's tokens an assistant's turn holds, its end token included."""
     held = [False] * len(prompt)
     for number, message in enumerate(messages):
         if message["role"] != "assistant" or number == 0:
             continue
-        opened = prompt_ids(tokenizer, messages[:number])
+        opened = chat_template.prompt_ids(tokenizer, messages[:number])
         same = (a == b for a, b in zip(opened, prompt, strict=False))
         start = next((place for place, equal in enumerate(same) if not equal), min(len(opened), len(prompt)))
         stop = prompt.index(end, start) + 1 if end in prompt[start:] else start
-        said = message["content"].rpartition("</think>")[2].strip()  # templates leave earlier thoughts out
-        if said not in tokenizer.decode(prompt[start:stop], clean_up_tokenization_spaces=False):
+        text = message["content"].rpartition("</think>")[2].strip()  # templates leave earlier thoughts out
+        if text not in tokenizer.decode(prompt[start:stop], clean_up_tokenization_spaces=False):
             raise Refused(
                 "the chat template does not show where an earlier turn of the assistant begins and ends"
             )
@@ -188,7 +168,7 @@ def _completion_ids(
     tokenizer: PreTrainedTokenizerBase,
     row: Mapping[str, Any],
     side: str,
-    messages: Messages,
+    messages: chat_template.Messages,
     end: int,
     num_ids: int,
 ) -> list[int]:
@@ -203,7 +183,7 @@ def _completion_ids(
         text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         ids = ids if text == row[side] else None
     if ids is None:
-        ids = completions_ids(tokenizer, messages, [row[side]])[0]
+        ids = chat_template.completions_ids(tokenizer, messages, [row[side]])[0]
     try:
         ended = finish_reason(row.get(f"{side}_finish_reason") or "stop") == "stop"
     except UnknownFinishReason as error:

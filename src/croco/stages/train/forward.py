@@ -44,7 +44,11 @@ def completion_logps(model: nn.Module, batch: Batch, inputs: Inputs | None = Non
             alone.append(completion_logps(model, single))
         return torch.cat(alone).view(batch.num_completions, -1)
     if inputs is None:
-        with prepared(model, batch, recomputed=_recomputed(unwrapped(model))) as own:
+        base = unwrapped(model)
+        recomputed = base.training and any(
+            getattr(m, "gradient_checkpointing", False) for m in base.modules()
+        )
+        with prepared(model, batch, recomputed) as own:
             return completion_logps(model, batch, own)
     head = _known_head(unwrapped(model)) if batch.shared else None
     if head is None:
@@ -74,7 +78,7 @@ def prepared(model: nn.Module, batch: Batch, recomputed: bool = False) -> Iterat
         last = base.config.get_text_config().num_hidden_layers - 1 if known else None
         packed = batch.rows == "packed"
         inputs = {
-            # a mask that nobody reads, or transformers would make one
+            # a mask that is not read; without it transformers would make one
             "attention_mask": batch.input_ids_BT.new_ones(1, 1, 1, 1),
             "segments": PackedSegments.of(batch.lengths, batch.input_ids_BT.device)
             if packed
@@ -145,11 +149,6 @@ def _run(model: nn.Module, batch: Batch, inputs: Inputs, whole_head: bool) -> Te
             input_ids=batch.input_ids_BT, position_ids=batch.position_BT, use_cache=False, **inputs
         ).logits
     return logits.view(-1, logits.shape[-1]) if whole_head else gathered[0]
-
-
-def _recomputed(model: PreTrainedModel) -> bool:
-    """Whether layers run again in the backward pass, when what is plugged in for a forward is gone."""
-    return model.training and any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
 
 
 def noise_of(model: nn.Module) -> list[tuple[Any, str]]:

@@ -3,8 +3,6 @@
 Two stages, `import` and `train`. Scored completions (UltraFeedback's form) are paired in between, as by `croco pairs`;
 with training.method = "sft" a row may hold a prompt and one completion."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,9 +28,8 @@ from croco.storage.rows import file_rows, files_of
 ARM = "train"
 SECTIONS = ("training", "policy", "runtime")  # of a recipe, that --set may change; and run.seed
 IMPORT = Stage(
-    "import", 1, "croco.stages.pair.import_files:imported_pairs", "",
-    settings=lambda recipe, arm: {}, inputs=lambda recipe, arm: [], gives=("pair",), makes=("pair",),
-)  # fmt: skip
+    "import", 1, "croco.stages.pair.import_files:imported_pairs", "", gives=("pair",), makes=("pair",)
+)
 
 
 def train_on_files(
@@ -109,7 +106,6 @@ def labelled(sources: Sequence[Path]) -> dict[str, Path]:
 
 
 def _recipe(model: str, overrides: Sequence[str]) -> Recipe:
-    """A recipe of one arm, which is only trained."""
     values: dict[str, Any] = {
         "run": {"name": "train", "languages": ["en"]},
         "policy": {"model": model},

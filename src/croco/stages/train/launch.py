@@ -4,8 +4,6 @@
 DeepSpeed, several machines). The job goes to them as a file and their result comes back as one; they end with this
 process. This module is also the program that they run."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import os
@@ -82,7 +80,7 @@ def tune_here(job: TrainJob, advance: Advance) -> TrainResult:
     if policy.quantization is None or job.training.full:
         _check_memory(policy, runtime.device)
     quantization = None if job.training.full else policy.quantization
-    model, tokenizer = load_causal(policy, runtime.device, quantization=quantization)
+    model, tokenizer = load_causal(policy, None, runtime.device, quantization)
     return train_pairs(
         model,
         tokenizer,
@@ -148,23 +146,22 @@ def _launch(job: TrainJob, processes: int, advance: Advance) -> TrainResult:
         raise RuntimeError(
             "\n".join([f"{job.title}: its processes failed (exit code {process.returncode}):", *last])
         )
-    found = files.read_json(place / "result.json")
+    result = files.read_json(place / "result.json")
     dropped = shards.read_parquet(place / "dropped.parquet")
-    return TrainResult(**{**found, "adapter": Path(found["adapter"]), "dropped": dropped})
+    return TrainResult(**{**result, "adapter": Path(result["adapter"]), "dropped": dropped})
 
 
 def _follow(process: subprocess.Popen[bytes], steps: Path, advance: Advance) -> None:
-    """Wait for the processes, passing on how far they are."""
     steps.unlink(missing_ok=True)
     seen = 0
     while True:
         ended = process.poll() is not None
         if steps.is_file():
-            told = steps.read_text(encoding="utf-8").split("\n")[:-1]
-            for line in told[seen:]:
+            lines = steps.read_text(encoding="utf-8").split("\n")[:-1]
+            for line in lines[seen:]:
                 step, _, num_steps = line.partition(" ")
                 advance(int(step), int(num_steps))
-            seen = len(told)
+            seen = len(lines)
         if ended:
             return
         time.sleep(POLL_SECONDS)
@@ -200,8 +197,8 @@ def main(place: Path) -> int:
             shards.write_parquet(
                 place / "dropped.parquet", result.dropped.to_arrow().cast(DROPPED.schema), DROPPED.schema
             )
-            found = {name: value for name, value in vars(result).items() if name != "dropped"}
-            files.write_json(place / "result.json", found | {"adapter": str(result.adapter)})
+            written = {name: value for name, value in vars(result).items() if name != "dropped"}
+            files.write_json(place / "result.json", written | {"adapter": str(result.adapter)})
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return 0

@@ -45,11 +45,12 @@ def head_logps(
     D); with a trained head the logits are computed again in the backward pass."""
     trained = weight_VD.requires_grad or (bias_V is not None and bias_V.requires_grad)
     if trained and torch.is_grad_enabled():
-        parts = [
-            checkpoint(_logps_of, *part, weight_VD, bias_V, scale, cap, use_reentrant=False)
-            for part in _parts(weight_VD, hidden_MD, target_M)
-        ]
-        return torch.cat(parts)
+
+        def logps(hidden: Tensor, target: Tensor) -> Tensor:
+            return token_logps(_logits(hidden, weight_VD, bias_V, scale, cap), target)
+
+        parts = _parts(weight_VD, hidden_MD, target_M)
+        return torch.cat([checkpoint(logps, *part, use_reentrant=False) for part in parts])
     logps_M: Tensor = _FrozenHead.apply(hidden_MD, weight_VD, bias_V, target_M, scale, cap)
     return logps_M
 
@@ -66,17 +67,6 @@ def _logits(
     if scale != 1.0:
         logits_MV = logits_MV * scale
     return logits_MV if cap is None else (logits_MV / cap).tanh() * cap
-
-
-def _logps_of(
-    hidden_MD: Tensor,
-    target_M: Tensor,
-    weight_VD: Tensor,
-    bias_V: Tensor | None,
-    scale: float,
-    cap: float | None,
-) -> Tensor:
-    return token_logps(_logits(hidden_MD, weight_VD, bias_V, scale, cap), target_M)
 
 
 class _FrozenHead(torch.autograd.Function):

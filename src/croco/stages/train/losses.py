@@ -102,7 +102,7 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "simpo": simpo,
     "sigmoid_norm": sigmoid_norm,
 }
-# Losses that never look at the reference: nobody has to compute one, and any numbers may stand for it.
+# Losses that never look at the reference: none is computed for them.
 REFERENCE_FREE = frozenset({"simpo"})
 
 
@@ -156,7 +156,7 @@ def pair_losses(
 
 
 def _from_the_reference(settings: Training, pairs: PairLogps) -> dict[str, Tensor]:
-    """How far the policy has gone, per token (P,): from the reference where there is one, else the chosen's NLL."""
+    """Distances of the policy from the reference, per token (P,); without a reference the chosen's NLL."""
     if settings.loss in REFERENCE_FREE:
         return {"nll": nll(pairs.policy_chosen_logps, pairs.chosen_tokens).detach()}
     chosen, rejected = pairs.chosen_logratios.detach(), pairs.rejected_logratios.detach()

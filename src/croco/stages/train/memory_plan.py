@@ -1,10 +1,8 @@
 """Whether tuning fits in memory, said before the first step, and with how many tokens at once.
 
 The bytes of a token are counted on a forward of one pair: every tensor that autograd saves, parameters apart. Gradients
-and AdamW's moments follow from what is trained. Left out: fragmentation (a margin stands for it), and weights that FSDP
+and AdamW's moments follow from what is trained. Left out: fragmentation (a margin allows for it), and weights that FSDP
 or DeepSpeed spread over processes."""
-
-from __future__ import annotations
 
 import os
 from collections.abc import Sequence
@@ -47,7 +45,6 @@ class Needs:
     per_token_checkpointed: float
 
     def of(self, tokens: int, checkpointing: bool) -> float:
-        """Bytes of a micro-batch of so many tokens, and what is needed once."""
         return self.once + tokens * (self.per_token_checkpointed if checkpointing else self.per_token)
 
 
@@ -59,7 +56,7 @@ def plan(
     gradient_checkpointing: bool | Literal["auto"],
     rows: Rows,
 ) -> Plan:
-    """What "auto" stands for here; raises UserError when what is asked for, or anything, does not fit."""
+    """What "auto" is here; raises UserError when what is asked for, or anything, does not fit."""
     longest = max(row_tokens(example, rows) for example in examples)
     if any(os.environ.get(name, "false").lower() == "true" for name in SPREAD):
         tokens = 4096 if micro_batch_tokens == "auto" else micro_batch_tokens
@@ -93,19 +90,19 @@ def choose(
 
 
 def _misfit(needs: Needs, free: int, longest: int, asked: int, checkpointing: bool, device: str) -> str:
-    how = "with" if checkpointing else "without"
-    said = (
+    choice = "with" if checkpointing else "without"
+    needed = (
         f"tuning needs about {_gib(needs.of(asked, checkpointing))} beside the weights for micro-batches of {asked:,} "
-        f"tokens {how} gradient checkpointing, and {_gib(free)} are free on {device}"
+        f"tokens {choice} gradient checkpointing, and {_gib(free)} are free on {device}"
     )
     if needs.of(longest, checkpointing) <= free:
         fits = int((free * MARGIN - needs.once) / (needs.of(1, checkpointing) - needs.once))
-        return f"{said}: expected runtime.micro_batch_tokens of at most {max(longest, fits):,} (or 'auto')"
+        return f"{needed}: expected runtime.micro_batch_tokens of at most {max(longest, fits):,} (or 'auto')"
     if not checkpointing and needs.of(longest, True) <= free:
-        return f"{said}: expected runtime.gradient_checkpointing = true (or 'auto')"
+        return f"{needed}: expected runtime.gradient_checkpointing = true (or 'auto')"
     return (
-        f"{said}, and the longest pair alone takes {longest:,}: expected a smaller training.max_tokens, fewer trained "
-        f"weights (training.lora.rank, training.full), a smaller model or more memory"
+        f"{needed}, and the longest pair alone takes {longest:,}: expected a smaller training.max_tokens, fewer "
+        f"trained weights (training.lora.rank, training.full), a smaller model or more memory"
     )
 
 

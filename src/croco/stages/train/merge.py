@@ -4,8 +4,6 @@ Before the folder appears it is proven, on the arm's own pairs (on conversations
 that the adapter changes log-probabilities, and that the merged weights, and the folder when it is read again, give
 those of base + adapter. Weights that were all tuned are copied."""
 
-from __future__ import annotations
-
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -53,11 +51,11 @@ def merge(recipe: Recipe, arm: str, to: Path, license: str, say: Callable[[str],
         raise UserError(f"{folder} holds no finished training: run `croco run` first")
     for read in (folder, recipe.folder / "pair" / arm):
         shards.check_contents(read)
-    found = records.read_record(folder)
+    record = records.read_record(folder)
 
     def card(checked: Rows) -> str:
-        training = found["science"]["settings"]["training"]
-        return policy_card(recipe, arm, training, found["facts"], license, checked)
+        training = record["science"]["settings"]["training"]
+        return policy_card(recipe, arm, training, record["facts"], license, checked)
 
     write(
         recipe.policy,
@@ -124,14 +122,14 @@ def _written(
 ) -> tuple[Proof, int]:
     """What `write` writes; the proof, and on how many conversations it rests."""
     own: dict[str, object] = {"revision": None, "chat_template": None, "chat_template_kwargs": {}}
-    model, tokenizer = load_causal(policy, device)
+    model, tokenizer = load_causal(policy, None, device)
     examples = probes(model, tokenizer)
     before = mean_logps(model, examples)
     if (weights / "config.json").is_file():
         with files.writing(to):
             shutil.copytree(weights, to, dirs_exist_ok=True)
         whole = policy.model_copy(update={"model": str(weights), **own})
-        after = mean_logps(load_causal(whole, device)[0], examples)
+        after = mean_logps(load_causal(whole, None, device)[0], examples)
         in_memory = after
     else:
         check_adapter(weights, policy.model, policy.revision)
@@ -143,7 +141,7 @@ def _written(
             model.save_pretrained(str(to))
             tokenizer.save_pretrained(str(to))
     del model
-    again, _ = load_causal(policy.model_copy(update={"model": str(to), **own}), device)
+    again, _ = load_causal(policy.model_copy(update={"model": str(to), **own}), None, device)
     written = mean_logps(again, examples)
     proof = Proof(*(_largest(a, b) for a, b in ((after, before), (in_memory, after), (written, after))))
     _check(proof, again.dtype, weights)
@@ -179,12 +177,12 @@ def _talk(model: Any, tokenizer: Any) -> list[Example]:
     """Conversations of ours, for an adapter whose pairs are not there."""
     rows = [
         {
-            "prompt_id": asked,
+            "prompt_id": question,
             "language": "und",
-            "messages": [{"role": "user", "content": asked}],
-            "chosen": said,
+            "messages": [{"role": "user", "content": question}],
+            "chosen": answer,
         }
-        for asked, said in TALK.items()
+        for question, answer in TALK.items()
     ]
     end = end_id(tokenizer, model.generation_config)
     examples, dropped = encode_pairs(
@@ -198,11 +196,11 @@ def _talk(model: Any, tokenizer: Any) -> list[Example]:
 @torch.no_grad()
 def mean_logps(model: Any, examples: Sequence[Example]) -> Tensor:
     """The mean token log-probability of every completion, each in a row of its own, float32 on the CPU."""
-    found = []
+    means = []
     for example in examples:
         batch = collate([example], rows="single").to(model.device)
-        found.append((completion_logps(model, batch) / token_counts(batch)).flatten().float().cpu())
-    return torch.cat(found)
+        means.append((completion_logps(model, batch) / token_counts(batch)).flatten().float().cpu())
+    return torch.cat(means)
 
 
 def _largest(one: Tensor, other: Tensor) -> float:

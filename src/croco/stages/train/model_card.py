@@ -3,8 +3,6 @@
 Markdown with front matter for the Hub. Text from files is escaped; a base that is a directory is not named by its path.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path

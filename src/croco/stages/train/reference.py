@@ -65,7 +65,7 @@ def reference_logps(
 
 
 def no_reference(examples: Sequence[Example]) -> Tensor:
-    """What stands for the reference where the loss looks at none (`losses.REFERENCE_FREE`): zeros, (C, N)."""
+    """Zeros, (C, N), for losses that look at no reference (`losses.REFERENCE_FREE`)."""
     return torch.zeros(len(examples[0].completions), len(examples))
 
 
@@ -100,20 +100,20 @@ def _compute(
 ) -> dict[str, float]:
     was_training = model.training
     model.eval()
-    found: dict[str, float] = {}
+    logp_of: dict[str, float] = {}
     lengths = [example.num_tokens for example in examples]
     for some in cut(part, lengths, micro_batch_tokens, packed=rows == "packed"):
         batch = collate([examples[i] for i in some], rows=rows).to(model.device)
         for c, logps in enumerate(completion_logps(model, batch).tolist()):
-            found.update((keys[i][c], logp) for i, logp in zip(some, logps, strict=True))
+            logp_of.update((keys[i][c], logp) for i, logp in zip(some, logps, strict=True))
         for i in some:
-            if not all(np.isfinite(found[key]) for key in keys[i]):
+            if not all(np.isfinite(logp_of[key]) for key in keys[i]):
                 raise UserError(
                     f"the policy gives prompt {examples[i].prompt_id!r} ({examples[i].language}) a log-probability "
                     "that is not a finite number: are its weights broken?"
                 )
     model.train(was_training)
-    return found
+    return logp_of
 
 
 def _read(folder: Path) -> dict[str, float]:

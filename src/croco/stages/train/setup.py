@@ -1,4 +1,4 @@
-"""What a tuning run needs before its first step: examples, a folder of its own, the reference, where it stood."""
+"""What a tuning run needs before its first step: examples, its folder, the reference, the last checkpoint."""
 
 import json
 import os
@@ -48,16 +48,16 @@ def share_reference(
 ) -> Tensor:
     """The reference's log-probabilities of the examples that are `used`, the others 0, (C, N); every process computes
     its share."""
-    mine = [examples[i] for i in used[rank() :: world()]]
-    found = reference_logps(
+    share = [examples[i] for i in used[rank() :: world()]]
+    logps = reference_logps(
         model,
-        mine or [examples[used[0]]],
+        share or [examples[used[0]]],
         folder=folder,
         rows=rows,
         micro_batch_tokens=micro_batch_tokens,
     )
-    whole = found.new_zeros(len(examples[0].completions), len(examples))
-    for number, part in enumerate(gathered(found)):
+    whole = logps.new_zeros(len(examples[0].completions), len(examples))
+    for number, part in enumerate(gathered(logps)):
         places = used[number :: world()]
         whole[:, places] = part[:, : len(places)]
     return whole
@@ -123,8 +123,8 @@ def check_pairs(folder: Path) -> None:
 
 def _advice(reasons: Iterable[str]) -> str:
     """The settings to change for the first reason that has some."""
-    found = (settings for reason in reasons for part, settings in SETTINGS_OF.items() if part in reason)
-    return next(found, "")
+    fitting = (settings for reason in reasons for part, settings in SETTINGS_OF.items() if part in reason)
+    return next(fitting, "")
 
 
 def _change(settings: str) -> str:
@@ -193,7 +193,7 @@ def check_trackers(names: tuple[str, ...]) -> None:
 def tensorboard_in(folder: Path) -> Iterator[None]:
     """Where transformers looks for a place to log to: by itself it would log into the scratch folder."""
     name = "TENSORBOARD_LOGGING_DIR"
-    if name in os.environ:  # a person's own choice
+    if name in os.environ:  # the user's choice
         yield
         return
     os.environ[name] = str(folder)

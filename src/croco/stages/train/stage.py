@@ -1,7 +1,5 @@
 """The stage `train`: an arm's pairs into weights, in one process or several."""
 
-from __future__ import annotations
-
 import sys
 from contextlib import ExitStack
 

@@ -19,7 +19,7 @@ from croco.config.arms import Training
 from croco.errors import UserError, notice
 from croco.models.attention.rows import HALF
 from croco.models.lora import continue_lora, trainable
-from croco.stages.train import checkpoints
+from croco.stages.train import checkpoints, setup
 from croco.stages.train.batches import plan_steps
 from croco.stages.train.checkpoints import adopt, samples
 from croco.stages.train.choose_rows import choose_rows
@@ -28,16 +28,6 @@ from croco.stages.train.early_stopping import Stopped, shortcuts_of
 from croco.stages.train.losses import REFERENCE_FREE
 from croco.stages.train.memory_plan import plan
 from croco.stages.train.reference import no_reference, weights_digest
-from croco.stages.train.setup import (
-    check_trackers,
-    checkpoint_to_go_on_from,
-    contents,
-    encode,
-    prepare_scratch,
-    share_reference,
-    tensorboard_in,
-    use_fused_kernels,
-)
 from croco.stages.train.trainer import PairTrainer, training_arguments
 from croco.storage import files
 
@@ -100,8 +90,8 @@ def train_pairs(
             "runtime.reference_table = false takes the policy without its adapter as reference: expected true for "
             'training.full, and for reference = "start" with an adapter to start from'
         )
-    check_trackers(trackers)
-    training, validation, dropped = encode(model, tokenizer, pairs, settings, instructions)
+    setup.check_trackers(trackers)
+    training, validation, dropped = setup.encode(model, tokenizer, pairs, settings, instructions)
     examples = training + validation
     steps = plan_steps(len(training), settings.batch_pairs, settings.epochs, seed, settings.updates)
     used = sorted({i for step in steps for i in step} | set(range(len(training), len(examples))))
@@ -116,14 +106,14 @@ def train_pairs(
         trackers=trackers,
         half=model.dtype if settings.full and model.dtype in HALF else None,
     )  # from here on the processes know each other
-    origin = [weights_digest(model), reference, *(contents(start) if start else ())]
+    origin = [weights_digest(model), reference, *(setup.contents(start) if start else ())]
     if rank() == 0:
-        prepare_scratch(scratch, origin, settings, seed, examples)
+        setup.prepare_scratch(scratch, origin, settings, seed, examples)
     barrier()
     first = [examples[i] for i in steps[0][:CHECKED_PAIRS]]
     if rank() == 0:
         _warn_of_few(len(training), len(steps), settings)
-    unfused = use_fused_kernels(model)
+    unfused = setup.use_fused_kernels(model)
     if unfused and model.device.type == "cuda" and rank() == 0:
         notice(f"no fused kernels: {unfused}")
     # what one process finds holds for all, or they would cut a step into different micro-batches
@@ -141,7 +131,9 @@ def train_pairs(
         if on_line or settings.loss in REFERENCE_FREE:
             return no_reference(examples)
         tokens = layout.micro_batch_tokens
-        return share_reference(of, examples, used, reference_folder or scratch / "reference", rows, tokens)
+        return setup.share_reference(
+            of, examples, used, reference_folder or scratch / "reference", rows, tokens
+        )
 
     reference_logps_CN = logps(model) if reference == "base" else None
     policy = _trainable(model, settings, start, seed)
@@ -155,9 +147,9 @@ def train_pairs(
         if on_step and metrics["split"] == "train":
             on_step(metrics["step"], len(steps))
 
-    checkpoint = checkpoint_to_go_on_from(scratch / "checkpoints", metrics_file)
+    checkpoint = setup.checkpoint_to_go_on_from(scratch / "checkpoints", metrics_file)
     arguments.eval_on_start = bool(validation) and checkpoint is None
-    with tensorboard_in(folder / "tensorboard"):
+    with setup.tensorboard_in(folder / "tensorboard"):
         trainer = PairTrainer(
             policy,
             arguments,

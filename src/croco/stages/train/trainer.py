@@ -20,20 +20,12 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerControl, TrainingArguments
 
 from croco.config.arms import Training
+from croco.stages.train import forward
 from croco.stages.train.batches import Batch, Rows, collate, cut
 from croco.stages.train.checkpoints import ByTheClock, readable, seal
 from croco.stages.train.distributed import shares
 from croco.stages.train.early_stopping import Stopped, alarm
 from croco.stages.train.encode import Example
-from croco.stages.train.forward import (
-    balance_loss,
-    completion_logps,
-    noise_of,
-    prepared,
-    routing,
-    switched_off,
-    token_counts,
-)
 from croco.stages.train.losses import pair_losses
 from croco.stages.train.reference import on_line
 from croco.storage.files import writing
@@ -78,7 +70,7 @@ class PairTrainer(Trainer):
         self.on_metrics = on_metrics
         self.lengths = [example.num_tokens for example in examples]
         self.step_metrics: dict[str, float] = {}
-        self.own_noise = noise_of(model)
+        self.own_noise = forward.noise_of(model)
         super().__init__(
             model=model,
             args=arguments,
@@ -101,15 +93,15 @@ class PairTrainer(Trainer):
             cut(share, self.lengths, self.micro_batch_tokens, packed=self.rows == "packed")
             for share in shares(pairs, self.lengths, self.args.world_size)
         ]
-        mine, most = cuts[self.args.process_index], max(map(len, cuts))
+        own, most = cuts[self.args.process_index], max(map(len, cuts))
         idle = [min(pairs, key=lambda i: self.lengths[i])]
-        for number, pairs_here in enumerate([*mine, *[idle] * (most - len(mine))]):
+        for number, pairs_here in enumerate([*own, *[idle] * (most - len(own))]):
             batch = collate([self.examples[i] for i in pairs_here], rows=self.rows, pad_id=self.pad_id)
             reference = self.reference_logps_CN
             yield (
                 batch.to(self.args.device),
                 None if reference is None else reference[:, pairs_here].to(self.args.device),
-                float(number < len(mine)),
+                float(number < len(own)),
                 number == most - 1,
             )
 
@@ -127,14 +119,16 @@ class PairTrainer(Trainer):
                 reference_CP = on_line(model, batch)
             with (
                 self._in_step(model, last) if backward else nullcontext(),
-                nullcontext() if batch.singles else prepared(model, batch) as inputs,
-                routing(model) as routed,
+                nullcontext() if batch.singles else forward.prepared(model, batch) as inputs,
+                forward.routing(model) as routed,
             ):
-                logps_CP = completion_logps(model, batch, inputs)
-                losses_P, watched = pair_losses(self.settings, logps_CP, reference_CP, token_counts(batch))
+                logps_CP = forward.completion_logps(model, batch, inputs)
+                losses_P, watched = pair_losses(
+                    self.settings, logps_CP, reference_CP, forward.token_counts(batch)
+                )
                 loss = losses_P.sum() * weight / self._divisor(pairs)
                 if routed and not batch.singles:  # of micro-batches, as their losses, by pairs
-                    balance = balance_loss(model, routed, batch)
+                    balance = forward.balance_loss(model, routed, batch)
                     loss = loss + balance * batch.num_pairs * weight / len(pairs)
                     watched["aux_loss"] = balance.detach().expand(batch.num_pairs)
                 if backward:  # processes take the mean of their gradients, and a sum is wanted
@@ -157,10 +151,10 @@ class PairTrainer(Trainer):
     ) -> Tensor:
         """Forward and backward over all micro-batches of a step; returns the step's loss, the mean over its pairs."""
         model.train()
-        with switched_off(self.own_noise):
-            found = self._over(model, inputs["pairs"], backward=True)
-        loss = found.pop("loss")
-        self.step_metrics = {**found, "pairs": len(inputs["pairs"])}
+        with forward.switched_off(self.own_noise):
+            metrics = self._over(model, inputs["pairs"], backward=True)
+        loss = metrics.pop("loss")
+        self.step_metrics = {**metrics, "pairs": len(inputs["pairs"])}
         if not math.isfinite(loss):  # before the optimizer sees the gradients
             self._watch({"step": self.state.global_step + 1, "split": "train", "loss": loss})
         return torch.tensor(loss, device=self.args.device)

@@ -3,8 +3,6 @@ details.
 
 Texts with few letters are not judged by language or length. Adequacy and fluency are left out: they need a model."""
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Collection, Sequence
 
@@ -54,21 +52,21 @@ def _bare(text: str) -> str:
 
 
 def changed_items(source: str, translation: str) -> str | None:
-    """An item other than a number that does not stand in both texts equally often."""
+    """An item other than a number that does not occur equally often in both texts."""
     before, after = items(source), items(translation)
     for kind, item in before | after:
         count, count_after = before[kind, item], after[kind, item]
         if kind != "number" and count != count_after:
-            return f"{KINDS[kind]} changed: {shown(item)} stands there {count}, then {count_after} times"
+            return f"{KINDS[kind]} changed: {shown(item)} occurs {count}, then {count_after} times"
     return None
 
 
 def lost_numbers(source: str, translation: str) -> str | None:
-    """A number that stands in the source more often than in the translation; those in `SPELLED` may become words."""
+    """A number that occurs in the source more often than in the translation; those in `SPELLED` may become words."""
     before, after = items(source), items(translation)
     for (kind, item), count in before.items():
         if kind == "number" and item not in SPELLED and after[kind, item] < count:
-            return f"number lost: {item} stands there {count}, then {after[kind, item]} times"
+            return f"number lost: {item} occurs {count}, then {after[kind, item]} times"
     return None
 
 

@@ -4,8 +4,6 @@ Code blocks, display maths, JSON and tool calls are cut out and put back. Inline
 placeholders, LaTeX commands and numbers stay, because a sentence with holes is translated badly; `items` counts them in
 both texts (docs/decisions/012). Leaves out names, units and quotations."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections import Counter
@@ -106,7 +104,7 @@ def prose(text: str) -> str:
 
 
 def items(text: str) -> Counter[tuple[str, str]]:
-    """How often each (kind, item) stands in a text; kinds are the keys of `KINDS`. Numbers are compared without
+    """How often each (kind, item) occurs in a text; kinds are the keys of `KINDS`. Numbers are compared without
     separators, so 1,234.5 is 1.234,5 and 31.12.2024 is 12/31/2024."""
     counts: Counter[tuple[str, str]] = Counter()
     for match in _ITEM.finditer(text):
