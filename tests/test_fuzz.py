@@ -209,7 +209,8 @@ def test_a_model_is_refused_in_a_sentence_or_gives_finite_numbers(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory, tiny_models: TinyModels
 ) -> None:
 
-    from croco.models.loading import load_policy, max_context
+    from croco.models.loading import load_policy
+    from croco.models.model_files import context_of
 
     folder = tmp_path_factory.mktemp("model", numbered=True) / "m"
     shutil.copytree(tiny_models.policy, folder)
@@ -223,7 +224,7 @@ def test_a_model_is_refused_in_a_sentence_or_gives_finite_numbers(
         path.write_bytes(spoilt(data, path.read_bytes()))
     with a_sentence():
         model, _ = load_policy(str(folder), device="cpu")
-        assert max_context(model) > 0
+        assert context_of(model.config) > 0
     shutil.rmtree(folder.parent)
 
 
