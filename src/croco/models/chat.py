@@ -13,7 +13,7 @@ from transformers import GenerationConfig, TextStreamer
 from croco.config.models import Policy
 from croco.errors import Refused, printable
 from croco.models.chat_template import end_ids, prompt_ids
-from croco.models.loading import load_policy
+from croco.models.loading import load_causal
 from croco.models.model_files import context_of
 
 NEW, QUIT = "/new", "/quit"
@@ -41,15 +41,7 @@ def chat(
 ) -> None:
     """Answer each line of the standard input, every earlier turn in mind, until it ends; raises UserError for a model
     that does not load. `language` adds the instruction that the policy was tuned with in it."""
-    model, tokenizer = load_policy(
-        policy.model,
-        policy.revision,
-        policy.dtype,
-        device,
-        adapter,
-        policy.template,
-        policy.trust_remote_code,
-    )
+    model, tokenizer = load_causal(policy, adapter, device)
     instruction = policy.instruction.get(language or "")
     opening = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
