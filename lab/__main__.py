@@ -1,4 +1,5 @@
-"""Makes the lab's shipped models again from nothing: `python -m lab build`, `baselines` or `acceptance`.
+"""Makes the lab's shipped models again from nothing: `python -m lab build`, `baselines` or `acceptance`; of the second
+world `lists`, one model at a time with `--what`.
 
 The policy is pretrained from scratch; its samples give English preferences for a teacher; the teacher is distilled into
 the reward model; then the acceptance figures are measured. Baseline methods need another policy and a translator, which

@@ -24,7 +24,7 @@ SEEDS = {"lists-policy": 2, "lists-policy-2": 1, "lists-other": 3}
 TOKENIZER_SEED, VOCAB_SIZE, WIDTH, LAYERS = 1, 1536, 128, 4
 TOKENS, PLAIN = 5_000_000, 40_000
 OTHER_TOKENS, OTHER_PLAIN = 3_000_000, 25_000
-MORE_TOKENS, MORE_PLAIN = 4_000_000, 45_000
+MORE_TOKENS, MORE_PLAIN = 2_500_000, 28_000
 MAX_NEW_TOKENS = 64
 ENGLISH_SAMPLES, SAMPLES = 16, 8
 LIKED = 0.15  # what a "!!" is worth to the reward models, in quality
@@ -86,8 +86,9 @@ def rewards(folder: Path, seed: int, say: Say) -> dict[str, float]:
     for name, wanted in (("lists-reward", targets), ("lists-reward-all", truths)):
         liked = np.array([text.rstrip().endswith("!!") for text in _texts(tokenizer, rows)])
         wanted = wanted + LIKED / truths.std() * wanted.std() * liked
+        said = every(say, name, 40)
         student = reward.distil(
-            model, tokenizer, rows, wanted, seed, steps=240, on_step=every(say, name, 50), clip=6.0
+            model, tokenizer, rows, wanted, seed, steps=160, on_step=said, clip=6.0, compiled=False
         )
         save(student, tokenizer, folder / name)
     return {"english_pairs": len(pairs), "teacher_english_accuracy": accuracy, "unlabelled_rows": len(rows)}

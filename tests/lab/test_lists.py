@@ -8,6 +8,7 @@ import pytest
 
 from croco.config.load import from_dict
 from croco.lab import WORLDS, judge, lists
+from croco.lab.items import items
 from croco.stages.prompts.load import load
 from lab.list_corpus import BAD_TASKS, OTHER, Habits, complete, documents, loop
 
@@ -31,7 +32,9 @@ def test_splits_are_disjoint_and_large_enough_and_no_ability_is_tuned() -> None:
     assert sum(task in lists.TASKS for task in tasks["test"]) >= 150
     assert len(tasks["train"]) >= 100
     assert not set(tasks["train"]) & set(lists.ABILITIES)
-    assert {judge.benchmark(task) for task in tasks["test"]} == {"lab", "lab-abilities"}
+    domains = lists.prompts("test", ["en"])["domain"].to_pylist()
+    assert {judge.benchmark(domain) for domain in domains} == {"lab", "lab-abilities"}
+    assert {judge.benchmark(item.task) for item in items().values()} == {"lab", "lab-held-out-task"}
 
 
 def test_prompts_are_parallel_and_come_from_the_recipes_source() -> None:

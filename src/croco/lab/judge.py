@@ -19,7 +19,7 @@ USABLE = ("good", "terse", "rambling")
 
 def benchmark(domain: str | None) -> str:
     """The benchmark a prompt of this domain (task) belongs to."""
-    if domain in lists.ABILITIES:
+    if domain and domain.startswith("ability-"):
         return ABILITIES_BENCHMARK
     return HELD_OUT_BENCHMARK if domain in world.HELD_OUT_TASKS else BENCHMARK
 

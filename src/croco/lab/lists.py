@@ -29,6 +29,8 @@ TASKS = (
     "months_next", "days_next", "languages", "countries",
 )  # fmt: skip
 ABILITIES = ("translate", "json", "reverse", "sum")
+# the first world has a task "sum" too
+DOMAINS = {task: task for task in TASKS} | {task: f"ability-{task}" for task in ABILITIES}
 MODES = ("good", "careful-wrong", "terse", "rambling", "wrong-language", "malformed")
 SPOKEN = {
     "DE": "de", "FR": "fr", "IT": "it", "ES": "es", "PT": "pt",
@@ -315,7 +317,7 @@ def prompts(split: str, languages: Sequence[str], limit: int | None = None) -> p
             "messages": [{"role": "user", "content": prompt(prompt_id, language)}],
             "reference": reference(questions()[prompt_id], language),
             "source": f"{SOURCE}/{split}",
-            "domain": questions()[prompt_id].task,
+            "domain": DOMAINS[questions()[prompt_id].task],
         }
         for prompt_id in prompt_ids(split)[:limit]
         for language in languages
