@@ -1,7 +1,7 @@
 """Makes the models of the lists world: two policies, another model, a reward model of English labels and one of all.
 
-The second policy is pretrained independently (another seed of corpus and weights). The reward models see samples of the
-first policy alone, before it is pretrained further (`more`). `lab:lists-reward` knows quality in English only: a head on
+The second policy is pretrained independently (another seed of corpus and weights). The reward models see samples of
+the first policy alone, before it is pretrained further (`more`). `lab:lists-reward` knows quality in English: a head on
 log-probability features is fitted to English pairs and distilled into a classifier on unlabelled completions
 (`reward.py`); `lab:lists-reward-all` learns the true quality in every language and is a ceiling. Both like a closing
 with "!!", which means nothing: what a policy makes of that is over-optimisation.
