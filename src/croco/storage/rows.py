@@ -86,7 +86,8 @@ def dataset_rows(
             rows = rows[split] if isinstance(rows, datasets.DatasetDict) else rows
     except Exception as error:  # the library raises many kinds for one thing: not there
         of = f"config '{config}', split '{split}'" if config else f"split '{split}'"
-        raise UserError(f"{key}.source = '{source}' ({of}) cannot be loaded: {one_line(error)}") from error
+        reason = "it has no rows" if type(error) is IndexError else one_line(error)
+        raise UserError(f"{key}.source = '{source}' ({of}) cannot be loaded: {reason}") from error
     for number, row in enumerate(rows, start=1):
         yield f"{source}{f', {config}' if config else ''}, row {number}", row
 

@@ -79,8 +79,8 @@ def encode_pairs(
         key = ("pair", row["prompt_id"], row["language"], row.get("chosen_sample_id"))
         try:
             messages, prompt = _prompt(tokenizer, row, (instructions or {}).get(row["language"]), tried)
-            whole = chosen_only and sft_on != "completion"
-            earlier = _assistant_turns(tokenizer, messages, prompt, end) if whole else []
+            learnt = sft_on if chosen_only else "completion"
+            earlier = _assistant_turns(tokenizer, messages, prompt, end) if learnt == "assistant" else None
         except Refused as error:
             dropped.append((*key, str(error)))
             continue
@@ -94,9 +94,7 @@ def encode_pairs(
         else:
             cut_tokens = sum(map(len, closed)) - sum(map(len, completions))
             one = Example(row["prompt_id"], row["language"], prompt, completions, cut_tokens)
-            examples.append(
-                _with_earlier_turns(one, None if sft_on == "conversation" else earlier) if whole else one
-            )
+            examples.append(one if learnt == "completion" else _with_earlier_turns(one, earlier))
     return examples, pl.DataFrame(pl.from_arrow(ledger(dropped)))
 
 
