@@ -63,9 +63,8 @@ def encode_pairs(
     the policy has. `max_tokens` and `context` (the policy's, if known) bound the prompt with its longer completion, the
     end included: a longer pair is left out, or with `over_length` "truncate" its completions lose their ends.
     `chosen_only` leaves the rejected completion out, and then `sft_on` says what is learnt; `instructions` are by
-    language. Raises `UserError` for a missing
-    column, messages that the template refuses, and a template whose prompt is no prefix of the conversation (tried once
-    for each order of roles)."""
+    language. Raises `UserError` for a missing column, messages that the template refuses, and a template whose prompt
+    is no prefix of the conversation (tried once for each order of roles)."""
     sides = ("chosen",) if chosen_only else ("chosen", "rejected")
     for column in ("prompt_id", "language", "messages", *sides):
         if column not in pairs.columns:
