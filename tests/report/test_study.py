@@ -27,9 +27,9 @@ from croco.pipeline.seeds import parts
 from croco.report.claims import EQUIVALENT, FAILS, HOLDS, OPEN, UNTESTABLE, claim_part, judge_all
 from croco.report.contrasts import Runs, curve_at, frontier, p_wanted, run_tests
 from croco.report.multi_seed import Pooled, pool
-from croco.report.study import together
+from croco.report.study import _best_places, together
 from croco.report.transfer import FORMS, accuracy, best_and_tau, heuristic, read_scores
-from croco.stages.evaluate.stats import Estimate
+from croco.stages.evaluate.stats import Estimate, Interval
 from croco.storage import files, shards
 from croco.storage.schemas import COMPLETIONS, SCORES, VERDICTS
 
@@ -223,6 +223,13 @@ def test_what_is_lost_at_equal_gain_has_an_error_that_covers() -> None:
         (test,) = run_tests(comparison, Runs(pooled, sweeps), 0.02)
         covered += test.estimate.interval().low <= 0.3 <= test.estimate.interval().high
     assert 0.9 <= covered / times <= 0.995
+
+
+def test_the_best_of_a_grid_is_inside_or_at_its_edge() -> None:
+    edge = [(x, Interval(value, value, value)) for x, value in ((3.0, 0.5), (1.0, 0.6), (2.0, 0.55))]
+    inside = [(x, Interval(value, value, value)) for x, value in ((1.0, 0.5), (2.0, 0.6), (4.0, 0.1))]
+    assert _best_places({"tuned": edge}) == "Best at: tuned 1 (at the edge of the grid)."
+    assert _best_places({"tuned": inside}) == "Best at: tuned 2."
 
 
 def test_a_claim_holds_only_where_every_study_agrees() -> None:

@@ -137,7 +137,7 @@ def load_run(folder: Path, arm: str, base: bool = False) -> Recipe:
 
 def run_of(folder: Path, arm: str | None, base: bool = False) -> Recipe | None:
     """The recipe of a run's folder with this arm (or the "base"); None for a folder that is no run."""
-    if not folder.is_dir():
+    if not folder.is_dir() and folder.suffix != ".gguf":
         raise UserError(f"{folder}: no such folder")
     if (folder / "recipe.json").exists():
         if arm is None:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from croco.errors import UserError
 from croco.report.scores import Board, Cell, Key, board_of
+from croco.report.table import PERCENT, SCORE, Unit
 from croco.stages.evaluate.results import BASE, headline
 from croco.stages.evaluate.stats import Interval, over_seeds_and_prompts
 from croco.storage.shards import read_table
@@ -47,12 +48,8 @@ class Pooled:
         return self.headline == "good"
 
     @property
-    def num_seeds(self) -> int:
-        return int(self.values.shape[0])
-
-    @property
-    def num_prompts(self) -> int:
-        return int(self.values.shape[2])
+    def unit(self) -> Unit:
+        return PERCENT if self.is_share else SCORE
 
     @property
     def main_groups(self) -> list[str]:

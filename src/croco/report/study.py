@@ -10,16 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
-from croco import languages
 from croco.config.checks import check
 from croco.config.recipe import Recipe
 from croco.config.study import Study
 from croco.errors import UserError
-from croco.pipeline.seeds import SCORERS, complete, of_seed, transfer_of
+from croco.pipeline.seeds import complete, of_seed, transfer_of
 from croco.report.claims import claim_part, claims_parts, judge_all
 from croco.report.contrasts import Runs
 from croco.report.curves import value_panel
@@ -28,17 +26,15 @@ from croco.report.multi_seed import Pooled, pool
 from croco.report.page import render
 from croco.report.render import parts_markdown
 from croco.report.table import (
-    PERCENT,
     SCORE,
     Entry,
     Number,
     Part,
     Table,
-    Unit,
     enumerate_words,
     temperature_name,
 )
-from croco.report.transfer import FORMS, TRUTH, accuracy, best_and_tau, read_scores
+from croco.report.transfer import SHOWN, read_scores, transfer_part
 from croco.stages.evaluate.results import BASE, language_groups
 from croco.stages.evaluate.stats import Interval
 from croco.storage import files, provenance, records
@@ -47,7 +43,6 @@ from croco.storage.hashing import digest
 VERSION = 7
 HEADINGS = {"claims": "Claims", "secondary": "Secondary", "about": "How it was made", "kl": "KL",
             "transfer": "Transfer", "pairs": "Pairs"}  # fmt: skip
-SHOWN = (SCORERS[0], "heuristic", *SCORERS[1:])  # held against each other in the transfer
 
 
 def write(recipe: Recipe, say: Callable[[str], None] = lambda line: None) -> Path:
@@ -184,24 +179,18 @@ def kl_part(runs: Runs) -> Part:
         for sweep, arms in runs.sweeps.items()
     }
     rows: list[list[Entry]] = [
-        [arm, SCORE.text(runs.kl_of(arm, scope)), Number(pooled.mean((arm, 1.0), scope), _unit(pooled))]
+        [arm, SCORE.text(runs.kl_of(arm, scope)), Number(pooled.mean((arm, 1.0), scope), pooled.unit)]
         for arm in (BASE, *runs.kl)
     ]
     text = f"KL of an arm from the base: nats per completion, of its own completions at T = 1; {scope} languages."
-    table, panel = (
-        Table(["arm", "KL", pooled.benchmark], rows),
-        value_panel("KL", series, _unit(pooled), grid=False),
-    )
+    panel = value_panel("KL", series, pooled.unit, grid=False)
+    table = Table(["arm", "KL", pooled.benchmark], rows)
     return Part("kl", "Quality against distance from the base", [text], [table], [panel])
-
-
-def _unit(pooled: Pooled) -> Unit:
-    return PERCENT if pooled.is_share else SCORE
 
 
 def sweep_parts(recipe: Recipe, pooled: Pooled) -> Iterator[Part]:
     """Each grid as a table; one over a number also as a curve."""
-    unit = _unit(pooled)
+    unit = pooled.unit
     for name, sweep in recipe.sweep.items():
         keys, rows = list(sweep.grid), list[list[Entry]]()
         series: dict[str, list[tuple[float, Interval]]] = {}
@@ -227,8 +216,8 @@ def _best_places(series: Mapping[str, Sequence[tuple[float, Interval]]]) -> str:
     """Where each curve of a grid is highest, and whether that is inside the grid or at its edge."""
     words = []
     for name, points in series.items():
-        best = max(points, key=lambda point: point[1].value)[0]
-        edge = best in (points[0][0], points[-1][0])
+        best, grid = max(points, key=lambda point: point[1].value)[0], [x for x, _ in points]
+        edge = best in (min(grid), max(grid))
         words.append(f"{name} {best:g}" + (" (at the edge of the grid)" if edge else ""))
     return f"Best at: {'; '.join(words)}."
 
@@ -281,31 +270,3 @@ def _mix(pairs: Sequence[Mapping[str, Any]], side: str) -> str:
     if first[0][1] / total < 1.5 / len(counts):
         return "even"
     return ", ".join(f"{code} {100 * count / total:.0f} %" for code, count in first[:2])
-
-
-def transfer_part(scored: pl.DataFrame, codes: Sequence[str]) -> Part:
-    """Reward model, likelihood and chance against the verified truth, in every language and per pair of forms."""
-    own = [scorer for scorer in SHOWN if scorer != TRUTH]  # the truth ranks itself right
-    forms, (best, tau) = accuracy(scored, own, FORMS), best_and_tau(scored, SHOWN)
-    cases = sorted({case[1:] for case in forms}, key=lambda case: (case[0] != case[1], case))
-    by_form: list[list[Entry]] = [
-        [*case, *(Number(forms[s, *case][0], PERCENT) for s in own), f"{forms[own[0], *case][1]:,}"]
-        for case in cases
-    ]
-    tables = [Table(["form of the better", "of the worse: percent ranked right", *own, "pairs"], by_form, 2)]
-    for title, figures, columns, unit in (
-        ("percent of unequal pairs ranked right", accuracy(scored, own, ["language"]), own, PERCENT),
-        ("percent of prompts whose best-scored completion is of the highest quality", best, SHOWN, PERCENT),
-        ("Kendall's τ-b with verified quality", tau, own, SCORE),
-    ):
-        rows: list[list[Entry]] = [
-            [languages.name(c), *(Number(figures[s, c][0], unit) if (s, c) in figures else None for s in columns)]
-            for c in codes if any((s, c) in figures for s in columns)
-        ]  # fmt: skip
-        tables.append(Table([title, *columns], rows))
-    text = [
-        "Within one prompt in one language, on dev prompts; the completions of all seeds together.",
-        "The first table tells quality from form: pairs of one form first, if there are any of unequal quality. The "
-        "heuristic needs no label: letters of the language, a rare text, a usual length.",
-    ]
-    return Part("transfer", "Does the reward model transfer?", text, tables)

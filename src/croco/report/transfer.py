@@ -17,6 +17,9 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from croco import languages
+from croco.pipeline.seeds import SCORERS
+from croco.report.table import PERCENT, SCORE, Entry, Number, Part, Table
 from croco.stages.evaluate.stats import Interval, bootstrap_mean, kendall
 from croco.storage.shards import read_table
 
@@ -24,6 +27,7 @@ KEY = ["prompt_id", "language", "sample_id"]
 POOL = ["folder", "prompt_id", "language"]
 FORMS = ("form", "form worse")
 TRUTH = "verified"
+SHOWN = (SCORERS[0], "heuristic", *SCORERS[1:])  # held against each other
 Figures = dict[
     tuple[str, ...], tuple[Interval, int]
 ]  # (scorer, ...) -> over prompts, and of how many pairs or pools
@@ -127,3 +131,31 @@ def heuristic(completions: pl.DataFrame) -> pl.DataFrame:
         for trait in (pl.col("likeness"), rare, -usual)
     ]
     return traits.with_columns(score=pl.sum_horizontal(scored)).select(*KEY, "score")
+
+
+def transfer_part(scored: pl.DataFrame, codes: Sequence[str]) -> Part:
+    """Reward model, likelihood and chance against the verified truth, in every language and per pair of forms."""
+    own = [scorer for scorer in SHOWN if scorer != TRUTH]  # the truth ranks itself right
+    forms, (best, tau) = accuracy(scored, own, FORMS), best_and_tau(scored, SHOWN)
+    cases = sorted({case[1:] for case in forms}, key=lambda case: (case[0] != case[1], case))
+    by_form: list[list[Entry]] = [
+        [*case, *(Number(forms[s, *case][0], PERCENT) for s in own), f"{forms[own[0], *case][1]:,}"]
+        for case in cases
+    ]
+    tables = [Table(["form of the better", "of the worse: percent ranked right", *own, "pairs"], by_form, 2)]
+    for title, figures, columns, unit in (
+        ("percent of unequal pairs ranked right", accuracy(scored, own, ["language"]), own, PERCENT),
+        ("percent of prompts whose best-scored completion is of the highest quality", best, SHOWN, PERCENT),
+        ("Kendall's τ-b with verified quality", tau, own, SCORE),
+    ):
+        rows: list[list[Entry]] = [
+            [languages.name(c), *(Number(figures[s, c][0], unit) if (s, c) in figures else None for s in columns)]
+            for c in codes if any((s, c) in figures for s in columns)
+        ]  # fmt: skip
+        tables.append(Table([title, *columns], rows))
+    text = [
+        "Within one prompt in one language, on dev prompts; the completions of all seeds together.",
+        "The first table tells quality from form: pairs of one form first, if there are any of unequal quality. The "
+        "heuristic needs no label: letters of the language, a rare text, a usual length.",
+    ]
+    return Part("transfer", "Does the reward model transfer?", text, tables)

@@ -88,11 +88,10 @@ def dataset_rows(
         else:
             rows = datasets.load_from_disk(os.path.expanduser(source))
             rows = rows[split] if isinstance(rows, datasets.DatasetDict) else rows
-    except IndexError:  # the library at a folder without rows
-        return
     except Exception as error:  # the library raises many kinds for one thing: not there
         of = f"config '{config}', split '{split}'" if config else f"split '{split}'"
-        raise UserError(f"{key}.source = '{source}' ({of}) cannot be loaded: {one_line(error)}") from error
+        reason = "it has no rows" if type(error) is IndexError else one_line(error)
+        raise UserError(f"{key}.source = '{source}' ({of}) cannot be loaded: {reason}") from error
     for number, row in enumerate(rows, start=1):
         yield f"{source}{f', {config}' if config else ''}, row {number}", row
 

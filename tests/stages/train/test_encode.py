@@ -97,6 +97,11 @@ def test_supervised_tuning_learns_the_completion_every_turn_or_all():
     assert learnt(completion) == ["April.<|end|>"]
     (turns,), _ = encode(pairs, chosen_only=True, sft_on="assistant")
     assert learnt(turns) == ["March.<|end|>", "April.<|end|>"]
+    # an instruction stands in the last user turn, which may come before a turn of the assistant
+    turns_and_tool = [*TURNS[:3], {"role": "tool", "content": "7"}]
+    called = pairs.with_columns(language=pl.lit("da"), messages=pl.Series([turns_and_tool]))
+    (told,), _ = encode(called, chosen_only=True, sft_on="assistant", instructions={"da": "Svar på dansk."})
+    assert learnt(told) == ["March.<|end|>", "April.<|end|>"]
     (everything,), _ = encode(pairs, chosen_only=True, sft_on="conversation")
     assert learnt(everything) == [whole.removeprefix("<|bos|>")]
     for one in (turns, everything):

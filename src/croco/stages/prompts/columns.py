@@ -12,6 +12,7 @@ from typing import Any
 from croco.errors import UserError, notice
 from croco.stages.prompts.values import Turn, Unusable, read_turns, says_something
 from croco.storage.rows import kind
+from croco.storage.schemas import PAIRS
 
 # our names for columns, and other tools' names for them, tried in this order
 NAMES = {
@@ -35,11 +36,12 @@ CONTENT = ("system", "prompt", "completion", "chosen", "rejected")
 CANNOT_CARRY = ("tools", "functions", "images", "image", "videos", "video", "audios", "audio", "documents",
                 "chat_template_kwargs")  # fmt: skip
 NOT_A_TARGET = ("weight", "train", "training", "loss")  # of a completion's message: zero or false
-# columns that other parts of a form read, so never counted as not read
+# columns that other parts of a form read, or that our pairs have besides, so never counted as not read
 ELSEWHERE = {
     "id", "history", "label", "kto_tag", "completions", "subset", "score_chosen", "score_rejected",
     *(f"{side}_{name}" for side in ("chosen", "rejected") for name in ("ids", "language", "finish_reason", "score")),
     *(column for name in NAMES if name not in CONTENT for column in NAMES[name]),
+    *(name for name in PAIRS.schema.names if name not in ("messages", "chosen", "rejected")),
 }  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from croco.config.models import Policy
 from croco.config.recipe import Recipe
 from croco.errors import UserError
 from croco.models.chat_template import end_id
-from croco.models.loading import load_causal
+from croco.models.loading import load_causal, quiet_loading
 from croco.models.lora import merged, put_adapter_on
 from croco.models.open import policy_of, tuned_weights
 from croco.stages.train.batches import collate
@@ -137,7 +137,7 @@ def _written(
         after = mean_logps(adapted, examples)
         model = merged(adapted)
         in_memory = mean_logps(model, examples)
-        with files.writing(to):
+        with files.writing(to), quiet_loading():
             model.save_pretrained(str(to))
             tokenizer.save_pretrained(str(to))
     del model
