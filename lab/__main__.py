@@ -152,16 +152,20 @@ def lists(what: Lists = Lists.all, folder: Path | None = None, seed: int = SEED)
     for name in list_models.SEEDS:
         if what in (Lists.all, Lists(name)):
             list_models.policy(folder, name, say)
-    if what in (Lists.all, Lists.more):
-        for name in ("lists-policy", "lists-policy-2")[: 2 if what == Lists.all else 1]:
-            list_models.more(folder, name, say)
     if what in (Lists.all, Lists.rewards):
         console.print(list_models.rewards(folder, seed, say))
+    if what in (Lists.all, Lists.more):
+        for name in policies(folder):
+            list_models.more(folder, name, say)
     if what in (Lists.all, Lists.gates):
-        for name in ("lists-policy", "lists-policy-2"):
-            if (folder / name).exists():
-                gates = list_gates.measure(folder, name, seed)
-                console.print(list_gates.table(gates, f"{name}, dev prompts"))
+        for name in policies(folder):
+            gates = list_gates.measure(folder, name, seed)
+            console.print(list_gates.table(gates, f"{name}, dev prompts"))
+
+
+def policies(folder: Path) -> list[str]:
+    """The policies of the lists world that are built."""
+    return [name for name in ("lists-policy", "lists-policy-2") if (folder / name).exists()]
 
 
 if __name__ == "__main__":

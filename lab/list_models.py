@@ -1,10 +1,10 @@
 """Makes the models of the lists world: two policies, another model, a reward model of English labels and one of all.
 
-The second policy is pretrained independently (another seed of corpus and weights). The reward models see samples of the
-first policy alone. `lab:lists-reward` knows quality in English only: a head on log-probability features is fitted to
-English pairs and distilled into a classifier on unlabelled completions (`reward.py`); `lab:lists-reward-all` learns the
-true quality in every language and is a ceiling. Both like a closing with "!!", which means nothing: what a policy makes
-of that is over-optimisation.
+The second policy is pretrained independently (another seed of corpus and weights). The reward models see samples of
+the first policy alone, before it is pretrained further (`more`). `lab:lists-reward` knows quality in English: a head on
+log-probability features is fitted to English pairs and distilled into a classifier on unlabelled completions
+(`reward.py`); `lab:lists-reward-all` learns the true quality in every language and is a ceiling. Both like a closing
+with "!!", which means nothing: what a policy makes of that is over-optimisation.
 """
 
 from functools import partial
@@ -87,9 +87,7 @@ def rewards(folder: Path, seed: int, say: Say) -> dict[str, float]:
         liked = np.array([text.rstrip().endswith("!!") for text in _texts(tokenizer, rows)])
         wanted = wanted + LIKED / truths.std() * wanted.std() * liked
         said = every(say, name, 40)
-        student = reward.distil(
-            model, tokenizer, rows, wanted, seed, steps=160, on_step=said, clip=6.0, compiled=False
-        )
+        student = reward.distil(model, tokenizer, rows, wanted, seed, steps=240, on_step=said, clip=6.0)
         save(student, tokenizer, folder / name)
     return {"english_pairs": len(pairs), "teacher_english_accuracy": accuracy, "unlabelled_rows": len(rows)}
 

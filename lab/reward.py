@@ -223,7 +223,6 @@ def distil(
     batch: int = 128,
     on_step: Callable[[int, int, float], None] | None = None,
     clip: float = CLIP,
-    compiled: bool = True,
 ) -> LlamaForSequenceClassification:
     """A one-logit classifier that begins at the policy's weights and learns `targets` (standardised, clipped)."""
     torch.manual_seed(seed)
@@ -232,7 +231,7 @@ def distil(
     model = LlamaForSequenceClassification(config)
     model.model.load_state_dict(policy.model.state_dict())
     torch.nn.init.zeros_(model.score.weight)
-    trunk = torch.compile(model.model, dynamic=True) if compiled else model.model
+    trunk = torch.compile(model.model, dynamic=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
     generator = torch.Generator().manual_seed(seed)
     end = tokenizer.eos_token_id

@@ -136,7 +136,7 @@ def test_data_sets_that_are_not_there_or_empty(bench: Bench) -> None:
     empty = datasets.Dataset.from_dict({name: [] for name in columns}, datasets.Features(columns))
     datasets.DatasetDict({"train": empty}).save_to_disk(bench.folder / "saved")
     saved = f"prompts.source={bench.folder / 'saved'}"
-    assert_one_sentence(bench.run(saved), "has no prompts in 'en' (languages found: none at all)")
+    assert_one_sentence(bench.run(saved), "(split 'train') cannot be loaded: it has no rows")
     assert_one_sentence(bench.run(saved, "prompts.split=dev"), "(split 'dev') cannot be loaded")
     assert complete_stages(bench.folder) == []
 

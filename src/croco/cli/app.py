@@ -6,6 +6,7 @@ traceback.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -68,6 +69,17 @@ def say(line: str) -> None:
     print(printable(line), flush=True)
 
 
+class Printable(logging.Formatter):
+    """Warnings may repeat what models, files and servers say."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+if logging.lastResort is not None:  # what writes warnings where nobody has set up logging
+    logging.lastResort.setFormatter(Printable())
+
+
 @contextmanager
 def one_sentence() -> Iterator[None]:
     """Turn what a person can act on into one sentence and an exit code; let our own mistakes through."""
@@ -125,7 +137,7 @@ def load_run(folder: Path, arm: str, base: bool = False) -> Recipe:
 
 def run_of(folder: Path, arm: str | None, base: bool = False) -> Recipe | None:
     """The recipe of a run's folder with this arm (or the "base"); None for a folder that is no run."""
-    if not folder.is_dir():
+    if not folder.is_dir() and folder.suffix != ".gguf":
         raise UserError(f"{folder}: no such folder")
     if (folder / "recipe.json").exists():
         if arm is None:

@@ -57,9 +57,7 @@ def chat(
     arm: Annotated[
         str | None, typer.Option(help="Of a run: whose policy to talk to; 'base' is the untuned one.")
     ] = None,
-    language: Annotated[
-        str | None, typer.Option(help="Of a run: add policy.instruction of this language.")
-    ] = None,
+    language: Annotated[str | None, typer.Option(help="Add policy.instruction of this language.")] = None,
     system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
     temperature: Annotated[float, typer.Option(min=0, max=10, help="0 is greedy.")] = 0.0,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 512,
@@ -67,26 +65,21 @@ def chat(
     """Talk to a policy: a line in, its completion out; a pipe gets one completion a line."""
     loaded = run_of(folder, arm, base=True)
     from croco.models.chat import chat as talk
-    from croco.models.open import policy_of, tuned_weights
+    from croco.models.open import policy_of, tuned_weights, with_tuned
 
     if loaded is None:
-        policy, adapter = policy_of(folder)
-        if language is not None:
-            raise UserError(f"--language {language} is for a run, whose recipe has instructions")
+        policy, weights = policy_of(folder)
     else:
         policy = loaded.policy
-        adapter = None if arm == "base" else tuned_weights(loaded.folder / "train" / str(arm))
-        if adapter is not None and (adapter / "config.json").is_file():
-            policy, adapter = policy.model_copy(update={"model": str(adapter), "revision": None}), None
-        elif adapter is not None and not adapter.is_dir():
-            raise UserError(f"{adapter.parent} holds no tuned policy: run `croco run` first")
-        if language is not None and language not in policy.instruction:
-            raise UserError(f"--language {language}: policy.instruction has nothing for '{language}'")
+        weights = None if arm == "base" else tuned_weights(loaded.folder / "train" / str(arm))
+        if weights is not None and not weights.is_dir():
+            raise UserError(f"{weights.parent} holds no tuned policy: run `croco run` first")
+    if language is not None and language not in policy.instruction:
+        raise UserError(f"--language {language}: policy.instruction has nothing for '{language}'")
     talk(
-        policy,
-        adapter,
+        *with_tuned(policy, weights),
         device=loaded.runtime.device if loaded else "auto",
-        language=language,
+        instruction=policy.instruction.get(language or ""),
         system=system,
         temperature=temperature,
         max_new_tokens=max_new_tokens,

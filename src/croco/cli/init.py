@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from croco.errors import UserError
+from croco.storage.files import writing
 
 RECIPES = Path(__file__).parents[1] / "config" / "recipes"
 # name → the file, and what a person does before running it
@@ -19,20 +20,15 @@ KINDS = {
 
 
 def write(kind: str, to: Path) -> Iterator[str]:
-    """Write the recipe, and the files that it names, into `to`; yields what to do next. Nothing is overwritten."""
+    """Write the recipe into `to`; yields what to do next. Nothing is overwritten."""
     if kind not in KINDS:
         raise UserError(f"croco init {kind}: no such recipe, expected one of {', '.join(KINDS)}")
     name, todo = KINDS[kind]
     text = (RECIPES / name).read_text(encoding="utf-8")
-    files = {name: text.replace('"recipes/', '"')}
-    for template in RECIPES.glob("*.jinja"):
-        if f'"recipes/{template.name}"' in text:
-            files[template.name] = template.read_text(encoding="utf-8")
-    if taken := [file for file in files if (to / file).exists() or (to / file).is_symlink()]:
-        raise UserError(f"{to / taken[0]} is there already: move it away, or begin in another folder")
-    for file, content in files.items():
-        with (to / file).open("x", encoding="utf-8") as written:
-            written.write(content)
-    yield f"{', '.join(files)} written"
+    if (to / name).exists() or (to / name).is_symlink():
+        raise UserError(f"{to / name} is there already: move it away, or begin in another folder")
+    with writing(to / name), (to / name).open("x", encoding="utf-8") as file:
+        file.write(text)
+    yield f"{name} written"
     yield f"first: {todo}"
-    yield f"then:  croco doctor {name}    croco plan {name}    croco run {name}"
+    yield from (f"then:  croco {command} {name}" for command in ("doctor", "plan", "run"))

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, TextStreamer
 
-from croco.config.models import Policy
+from croco.config.models import Causal
 from croco.errors import Refused, printable
 from croco.models.chat_template import end_ids, prompt_ids
-from croco.models.loading import load_policy
+from croco.models.loading import load_causal
 from croco.models.model_files import context_of
 
 NEW, QUIT = "/new", "/quit"
@@ -30,27 +30,18 @@ class _Printer(TextStreamer):
 
 
 def chat(
-    policy: Policy,
+    causal: Causal,
     adapter: Path | None,
     *,
     device: str,
-    language: str | None,
+    instruction: str | None,
     system: str | None,
     temperature: float,
     max_new_tokens: int,
 ) -> None:
     """Answer each line of the standard input, every earlier turn in mind, until it ends; raises UserError for a model
-    that does not load. `language` adds the instruction that the policy was tuned with in it."""
-    model, tokenizer = load_policy(
-        policy.model,
-        policy.revision,
-        policy.dtype,
-        device,
-        adapter,
-        policy.template,
-        policy.trust_remote_code,
-    )
-    instruction = policy.instruction.get(language or "")
+    that does not load. `instruction` ends the last turn, as in tuning."""
+    model, tokenizer = load_causal(causal, adapter, device)
     opening = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
     for text in _lines():

@@ -99,21 +99,36 @@ def with_tuned(causal: Causal, weights: Path | None) -> tuple[Causal, Path | Non
     return causal.model_copy(update={"model": str(weights), "revision": None}), None
 
 
+POLICY = "policy.json"  # beside the adapter that `croco train FILE` makes
+
+
 def policy_of(folder: Path) -> tuple[Policy, Path | None]:
     """The policy in a folder of a model or adapter, also as `croco train` leaves them, and the adapter; raises
     UserError for another folder."""
+    from pydantic import ValidationError
+
     from croco.config.models import Policy
     from croco.storage.files import read_json
+    from croco.storage.hashing import gguf_file
 
+    if gguf_file(str(folder), str(folder)) is not None:
+        return Policy(model=str(folder)), None
     for place in (folder, folder / "adapter", folder / "model"):
         if _is_whole(place):
             return Policy(model=str(place)), None
-        if (place / "adapter_config.json").is_file():
-            config = read_json(place / "adapter_config.json")
-            base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
-            if not isinstance(base, str) or not base:
-                raise UserError(f"{place / 'adapter_config.json'} names no base model, expected one")
-            return Policy(model=base, revision=config.get("revision")), place
+        if not (place / "adapter_config.json").is_file():
+            continue
+        source = folder / POLICY if (folder / POLICY).is_file() else place / "adapter_config.json"
+        values = read_json(source)
+        values = values if isinstance(values, dict) else {}
+        if source.name != POLICY:
+            values = {"model": values.get("base_model_name_or_path"), "revision": values.get("revision")}
+        try:
+            return Policy.model_validate(values | {"trust_remote_code": False}), place
+        except ValidationError:
+            raise UserError(
+                f"{source} names no base model, or says more than a policy: expected one"
+            ) from None
     raise UserError(
         f"{folder} holds no recipe.json, config.json or adapter_config.json: expected the folder of a run, a model or "
         f"an adapter"

@@ -97,6 +97,11 @@ def test_supervised_tuning_learns_the_completion_every_turn_or_all():
     assert learnt(completion) == ["April.<|end|>"]
     (turns,), _ = encode(pairs, chosen_only=True, sft_on="assistant")
     assert learnt(turns) == ["March.<|end|>", "April.<|end|>"]
+    # an instruction stands in the last user turn, which may come before a turn of the assistant
+    turns_and_tool = [*TURNS[:3], {"role": "tool", "content": "7"}]
+    called = pairs.with_columns(language=pl.lit("da"), messages=pl.Series([turns_and_tool]))
+    (told,), _ = encode(called, chosen_only=True, sft_on="assistant", instructions={"da": "Svar på dansk."})
+    assert learnt(told) == ["March.<|end|>", "April.<|end|>"]
     (everything,), _ = encode(pairs, chosen_only=True, sft_on="conversation")
     assert learnt(everything) == [whole.removeprefix("<|bos|>")]
     for one in (turns, everything):
@@ -227,6 +232,16 @@ def test_a_template_whose_prompt_is_no_prefix_is_an_error_that_shows_both():
     assert "prompt 'p0' in da" in message
     assert "<|user|>Hej.<|end|><|tool|>'" in message
     assert "<|user|>Hej.<|end|><|assistant|>Ja." in message
+
+
+def test_a_token_that_the_policy_has_no_embedding_for_is_named():
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["zq"])
+    pairs = make_pairs(2).with_columns(rejected=pl.lit("April zq"))
+    with pytest.raises(
+        UserError, match=r"prompt 'p0' in en has the token 320, .* embeddings for 320 tokens only"
+    ):
+        encode_pairs(pairs, tokenizer, end=2, max_tokens=200, num_ids=320)
 
 
 def test_a_missing_column_is_named():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import polars as pl
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
+import tiny
 from conftest import TinyModels
 from croco.cli.main import app
 from croco.errors import UserError
@@ -271,15 +274,32 @@ def test_a_trial_on_the_first_pairs_then_merged_and_talked_to(
         tmp_path / "whole",
     )
     given = ["train", pairs, "--model", tiny_models.policy, "--to", tuned, *SETTINGS]
+    template = "{% if brief %}Be brief.{% endif %}" + tiny.CHAT_TEMPLATE
+    (tmp_path / "brief.jinja").write_text(template)
+    given += [
+        f"--set=policy.chat_template={tmp_path}/brief.jinja",
+        "--set=policy.chat_template_kwargs={brief=true}",
+    ]
     said = croco(*given, "--limit", 7)
     assert "7 pairs" in said.splitlines()[-1]
     assert "limit" in croco(*given, code=2)  # what changed
+    inside = shutil.copy(pairs, tuned / "mine.jsonl")
+    said = croco("train", inside, *given[2:], "--rebuild", code=2)
+    assert f"mine.jsonl lies in {tuned}, where the policy is tuned: expected another folder" in said
+    nowhere = ["train", pairs, "--to", tmp_path / "nowhere", "--model", "nobody/nothing"]
+    assert "policy.model = 'nobody/nothing' does not load" in croco(*nowhere, code=2)
+    assert not (tmp_path / "nowhere").exists()
     said = croco("merge", tuned, "--to", whole, "--license", "mit")
     assert "are those of base + adapter within" in said
     both = [load_policy(str(tiny_models.policy), adapter=tuned / "adapter")[0], load_policy(str(whole))[0]]
     ids = torch.tensor([[5, 6, 7, 8]])
     one, other = (model(ids).logits for model in both)
     torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
+    # what was trained on goes along: the template, and what it is told
+    turn = [{"role": "user", "content": "Hi"}]
+    assert (
+        AutoTokenizer.from_pretrained(whole).apply_chat_template(turn, tokenize=False).startswith("Be brief.")
+    )
     card = (whole / "README.md").read_text()
     assert "library_name: transformers" in card
     assert "license: mit" in card

@@ -9,11 +9,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
-
-from croco.errors import UserError
+from croco.errors import UserError, notice
 from croco.stages.prompts.values import Turn, Unusable, read_turns, says_something
 from croco.storage.rows import kind
+from croco.storage.schemas import PAIRS
 
 # our names for columns, and other tools' names for them, tried in this order
 NAMES = {
@@ -37,11 +36,12 @@ CONTENT = ("system", "prompt", "completion", "chosen", "rejected")
 CANNOT_CARRY = ("tools", "functions", "images", "image", "videos", "video", "audios", "audio", "documents",
                 "chat_template_kwargs")  # fmt: skip
 NOT_A_TARGET = ("weight", "train", "training", "loss")  # of a completion's message: zero or false
-# columns that other parts of a form read, so never counted as not read
+# columns that other parts of a form read, or that our pairs have besides, so never counted as not read
 ELSEWHERE = {
     "id", "history", "label", "kto_tag", "completions", "subset", "score_chosen", "score_rejected",
     *(f"{side}_{name}" for side in ("chosen", "rejected") for name in ("ids", "language", "finish_reason", "score")),
     *(column for name in NAMES if name not in CONTENT for column in NAMES[name]),
+    *(name for name in PAIRS.schema.names if name not in ("messages", "chosen", "rejected")),
 }  # fmt: skip
 
 
@@ -278,4 +278,4 @@ def warn_of_unread(title: str, unread: Mapping[str, int]) -> None:
     """Say on the terminal which columns and message keys of a file were not read."""
     if unread:
         names = ", ".join(f"{name} ({count:,})" for name, count in sorted(unread.items()))
-        Console(stderr=True).print(f"{title}: not read: {names}", markup=False, soft_wrap=True)
+        notice(f"{title}: not read: {names}")

@@ -63,9 +63,8 @@ def encode_pairs(
     the policy has. `max_tokens` and `context` (the policy's, if known) bound the prompt with its longer completion, the
     end included: a longer pair is left out, or with `over_length` "truncate" its completions lose their ends.
     `chosen_only` leaves the rejected completion out, and then `sft_on` says what is learnt; `instructions` are by
-    language. Raises `UserError` for a missing
-    column, messages that the template refuses, and a template whose prompt is no prefix of the conversation (tried once
-    for each order of roles)."""
+    language. Raises `UserError` for a missing column, messages that the template refuses, and a template whose prompt
+    is no prefix of the conversation (tried once for each order of roles)."""
     sides = ("chosen",) if chosen_only else ("chosen", "rejected")
     for column in ("prompt_id", "language", "messages", *sides):
         if column not in pairs.columns:
@@ -80,8 +79,8 @@ def encode_pairs(
         key = ("pair", row["prompt_id"], row["language"], row.get("chosen_sample_id"))
         try:
             messages, prompt = _prompt(tokenizer, row, (instructions or {}).get(row["language"]), tried)
-            whole = chosen_only and sft_on != "completion"
-            earlier = _assistant_turns(tokenizer, messages, prompt, end) if whole else []
+            learnt = sft_on if chosen_only else "completion"
+            earlier = _assistant_turns(tokenizer, messages, prompt, end) if learnt == "assistant" else None
         except Refused as error:
             dropped.append((*key, str(error)))
             continue
@@ -89,15 +88,18 @@ def encode_pairs(
         closed = [_completion_ids(tokenizer, row, side, messages, end, known) for side in sides]
         room = max(0, most - len(prompt)) if over_length == "truncate" else None
         completions = tuple(ids[:room] for ids in closed)
+        if (highest := max([*prompt, *(token for ids in completions for token in ids)], default=0)) >= known:
+            raise UserError(
+                f"{_named(row)} has the token {highest}, and the policy has embeddings for {known} tokens only, "
+                f"expected the tokenizer and template that it was trained with"
+            )
         empty = any(ids in ([], [end]) for ids in closed)
         if reason := "a completion is empty" if empty else _unfit(prompt, completions, most, limit):
             dropped.append((*key, reason))
         else:
             cut_tokens = sum(map(len, closed)) - sum(map(len, completions))
             one = Example(row["prompt_id"], row["language"], prompt, completions, cut_tokens)
-            examples.append(
-                _with_earlier_turns(one, None if sft_on == "conversation" else earlier) if whole else one
-            )
+            examples.append(one if learnt == "completion" else _with_earlier_turns(one, earlier))
     return examples, pl.DataFrame(pl.from_arrow(ledger(dropped)))
 
 

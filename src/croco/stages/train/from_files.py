@@ -11,7 +11,8 @@ from croco import languages
 from croco.config.load import NO_PROMPTS, apply_override, from_dict
 from croco.config.recipe import Recipe
 from croco.errors import UserError
-from croco.models.open import tuned_weights
+from croco.models.model_files import load_config
+from croco.models.open import POLICY, tuned_weights
 from croco.pipeline.fingerprint import given_policy, train_settings
 from croco.pipeline.graph import known_stage
 from croco.pipeline.node import Given, Node, Stage
@@ -51,11 +52,15 @@ def train_on_files(
     if language is not None:
         languages.check(language)
     named = labelled([file for source in sources for file in files_of(source)])
+    load_config(recipe.policy, "policy")  # a model that is not there is said before anything is made
     identities = {name: file_identity(str(source)) for name, source in named.items()}
     settings = train_settings(recipe, ARM)
     settings["policy"] = given_policy(recipe.policy, list(recipe.policy.instruction))
     settings |= {"limit": limit} if limit else {}
     status_of(Node(known_stage("train"), None, to, settings, {}))  # a folder of others stays as it is
+    for source in named.values():
+        if source.resolve().is_relative_to(to.resolve()):
+            raise UserError(f"{source} lies in {to}, where the policy is tuned: expected another folder")
     with running_in(to, recipe.runtime, rebuild, say) as make:
         if _is_scored(named.values()):
             paired = scored_pairs(
@@ -81,6 +86,8 @@ def train_on_files(
         tuned = Node(known_stage("train"), None, to, settings, {"pair": paired})
         record = make(tuned)
         codes = shards.read_table(input_tables(tuned)["pair"], ["language"])["language"].unique().sort()
+        # how the policy is read, for `croco chat` and `croco merge`; whose code may run, only a person says
+        files.write_json(to / POLICY, recipe.policy.model_dump(mode="json", exclude={"trust_remote_code"}))
         files.write_text(
             to / "README.md", _card(recipe, identities, codes.to_list(), (imported, record), license)
         )
