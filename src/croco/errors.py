@@ -7,6 +7,7 @@ for bad input and a traceback for a mistake of ours.
 from __future__ import annotations
 
 import re
+import sys
 
 # control characters (escape codes), marks that reorder the text after them, and halves of surrogate pairs
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -32,3 +33,8 @@ def one_line(error: BaseException, most: int = 200) -> str:
 def printable(text: str) -> str:
     """Text of a model, file or server for a terminal or a log: what could steer the terminal is written out."""
     return _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
+def notice(line: str) -> None:
+    """A line beside the results, for the person at the terminal."""
+    print(printable(line), file=sys.stderr, flush=True)

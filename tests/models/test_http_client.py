@@ -155,7 +155,7 @@ def test_text_that_is_none_is_dropped() -> None:
         assert asked(url) == "the completion holds half of a surrogate pair, which is no text"
 
 
-@pytest.mark.parametrize("score", [1e300, -1e39])
+@pytest.mark.parametrize("score", [1e300, -1e39, float("nan")])
 def test_a_score_that_float32_cannot_hold_is_one_sentence(score: float) -> None:
     answer = {"data": [{"index": 0, "probs": [score]}], "usage": {"prompt_tokens": 1}}
     with server(said(answer)) as (url, _):

@@ -77,7 +77,9 @@ CASES = [
     (torn("results/part-00000.parquet"), "report RUN --csv new.csv", "results/part-00000.parquet"),
     (keep, "report RUN --csv .", "expected the name of a file"),
     (keep, "export RUN --arm mono --to RUN/recipe.json", "recipe.json is a file"),
-    (keep, "export RUN --arm mono --to RUN", "not empty"),
+    (keep, "export RUN --arm mono --to RUN", "croco has not made it"),
+    (keep, "merge RUN --arm mono --to .", "not empty"),
+    (keep, "report RUN --csv RUN", "expected the name of a file"),
     (
         gone("pair/mono/dropped.parquet"),
         "export RUN --arm mono --to new",
@@ -102,6 +104,12 @@ CASES = [
     (folder("sample/part-00000.done"), "run RECIPE", "sample/part-00000.done"),
     (text("sample/part-00000.done", '{"rows": -3}'), "run RECIPE", "sample/part-00000.done"),
     (text("sample/stage.json", '"a"'), "score RECIPE", "sample/stage.json"),
+    (text("sample/stage.json", "{}"), "run RECIPE", "sample/stage.json"),
+    (text("sample/stage.json", "[]"), "run RECIPE", "sample/stage.json"),
+    (text("sample/stage.json", "null"), "run RECIPE", "sample/stage.json"),
+    (text("sample/part-00000.done", "[]"), "run RECIPE", "sample/part-00000.done"),
+    (text("sample/part-00000.done", ""), "run RECIPE", "sample/part-00000.done"),
+    (gone("train/mono/metrics.jsonl"), "report RUN RUN", "train/mono/metrics.jsonl cannot be read"),
     (text("recipe.json", '{"run": {}}'), "run RECIPE", "croco has not written it"),
     (keep, "run RECIPE --until prompts --set run.folder='OTHER/x'", "not a directory"),
 ]

@@ -164,3 +164,20 @@ def test_on_a_terminal(runs):
         "±",
     ):
         assert expected in text
+
+
+def test_an_arena_at_another_temperature_is_left_out_and_named(runs):
+    for run in runs:
+        add_arena(run)
+    edit(runs[0], lambda recipe: recipe.update(arena={"judge": "lab"}))
+    edit(runs[1], lambda recipe: recipe.update(arena={"judge": "lab", "temperature": 0.1}))
+    found = compare(*runs)
+    assert "The temperature T = 0.1 is only in second and left out." in found.notes
+    assert "The completions of 'arena' were drawn at other temperatures: it is left out." in found.notes
+    assert "arena" not in {board.benchmark for board in found.boards}
+    for arm in ("base", "monolingual", "multilingual"):
+        folder = runs[1] / "evaluate" / arm
+        rows = shards.read_table(folder).with_columns(temperature=pl.col("temperature") + 2).to_dicts()
+        write(folder, VERDICTS, rows)
+    with pytest.raises(UserError, match="first and second share no benchmark at one temperature"):
+        compare(*runs)

@@ -1,4 +1,5 @@
 import json
+import logging
 import re
 import shutil
 from collections.abc import Iterable
@@ -9,9 +10,12 @@ from rich.console import Console, RenderableType
 from typer.testing import CliRunner
 
 from croco.cli.main import app
+from croco.errors import notice
 from croco.report.compare import compare
 from croco.report.exports import comparison_terminal, results_terminal
 from croco.report.page import build_page
+from croco.report.render import terminal
+from croco.report.table import Table
 from croco.stages.evaluate.stats import Interval
 from croco.storage import shards
 from croco.storage.schemas import RESULTS
@@ -175,3 +179,19 @@ def test_an_interval_of_nothing_has_no_width() -> None:
     from croco.report.table import PERCENT, Number
 
     assert Number(Interval(0.5, 0.5, 0.5), PERCENT).with_half_width == "50 ±0"
+
+
+def test_nothing_that_a_model_or_a_server_wrote_steers_the_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    steering = "name\x1b[2J\x9b1m\u202e\x07"
+    table = Table([steering, "n"], [[steering, steering]], 2, steering)
+    Console(width=80).print(terminal(table))
+    notice(f"not read: {steering}")
+    assert logging.lastResort is not None
+    warning = logging.LogRecord("croco", logging.WARNING, "", 1, "a server says %s", (steering,), None)
+    print(logging.lastResort.format(warning))
+    found = capsys.readouterr()
+    assert "name\\x1b[2J\\x9b1m\\u202e\\x07" in found.out
+    assert not set("\x1b\x9b\u202e\x07") & set(found.out + found.err)
+    assert "name" in found.err

@@ -124,21 +124,27 @@ def test_a_person_s_link_and_pipe_are_written_through(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_filled_under_another_name_only_if_it_is_ours(tmp_path: Path) -> None:
-    partial, to = tmp_path / "x.partial", tmp_path / "x"
+    partial, to = tmp_path / ".x.making", tmp_path / "x"
     partial.mkdir()
     (partial / "thesis.tex").touch()
-    with pytest.raises(UserError, match="was not made by croco"):
-        files.begin_folder(partial)
+    with pytest.raises(UserError, match="was not made by croco"), files.new_folder(to):
+        pass
     (partial / "thesis.tex").rename(tmp_path / "thesis.tex")
     partial.rmdir()
-    files.begin_folder(partial)
-    (partial / "half").touch()
-    files.begin_folder(partial)  # what a killed process left
-    (partial / "whole").touch()
-    files.finish_folder(partial, to)
+    with pytest.raises(FileNotFoundError), files.new_folder(to) as made:
+        (made / "no such folder" / "half").touch()
+    assert not partial.exists()
+    (partial / "folder").mkdir(parents=True)
+    for name in (files.OWNER, "half"):  # as a killed process leaves it
+        (partial / name).touch()
+    with files.new_folder(to) as made:
+        (made / "whole").touch()
+        with pytest.raises(UserError, match="is being made by another croco process"), files.new_folder(to):
+            pass
     assert [path.name for path in to.iterdir()] == ["whole"]
-    with pytest.raises(UserError, match="not empty"):
-        files.check_new_folder(to)
+    with pytest.raises(UserError, match="not empty"), files.new_folder(to):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["thesis.tex", "x"]
 
 
 def test_num_rows_names_a_missing_and_a_cut_file(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ traceback.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -66,6 +67,17 @@ app.add_typer(euroeval, name="euroeval")
 def say(line: str) -> None:
     """A line for the person at the terminal, at once."""
     print(printable(line), flush=True)
+
+
+class Printable(logging.Formatter):
+    """Warnings may repeat what models, files and servers say."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+if logging.lastResort is not None:  # what writes warnings where nobody has set up logging
+    logging.lastResort.setFormatter(Printable())
 
 
 @contextmanager

@@ -72,7 +72,7 @@ def rates(recipe: Recipe) -> dict[str, float]:
     for stage, fact in (("sample", "tokens_per_second"), ("score", "completions_per_second")):
         folder = recipe.folder / stage
         rate = records.read_record(folder)["facts"].get(fact) if records.state(folder) != "missing" else None
-        if rate:
+        if isinstance(rate, int | float) and rate > 0:
             rates[stage] = float(rate)
     return rates
 

@@ -143,7 +143,7 @@ class Contrast(Section):
     """That of the rejected: mean-K*std, quantile:Q, q1, mean, min, gap:X; none is the default of method "sft"."""
     prompt: Literal[PROMPTS] = "chosen"  # type: ignore[valid-type]
     """Whose language the pair's prompt is in."""
-    pairs_per_pool: Positive = 1
+    pairs_per_pool: Annotated[int, Field(gt=0, le=100_000)] = 1
     """Pairs that a pool gives at most."""
     guards: Guards = Guards()
     """[guards] with this arm's values over it."""
@@ -173,7 +173,7 @@ USUAL_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 class Lora(Section):
     """Low-rank adapters on linear layers."""
 
-    rank: Positive = 16
+    rank: Annotated[int, Field(gt=0, le=65_536)] = 16
     """Of each adapter."""
     alpha: Positive = 32
     """An adapter is scaled by alpha / rank."""
@@ -199,7 +199,7 @@ class Sentinel(Section):
 
     enabled: bool = True
     """False: nothing stops tuning but numbers that are not finite."""
-    evaluations: Positive = 4
+    evaluations: Annotated[int, Field(gt=0, le=10_000)] = 4
     """Of the held-out pairs, each with a checkpoint; the best of them becomes the policy."""
     max_chosen_drop: AboveZero = 1.0
     """Of the chosen's log-probability under the reference's."""

@@ -1,5 +1,6 @@
 """Reads a recipe: TOML or JSON, `--set` values over it, sweeps and rounds made into arms, then checked as a whole."""
 
+import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -96,6 +97,7 @@ def from_dict(values: Mapping[str, Any], file: str = "recipe") -> Recipe:
             }
     try:
         recipe = Recipe.model_validate(values)
+        json.dumps(recipe.model_dump(mode="json"), ensure_ascii=False).encode()
         check(recipe)
     except ValidationError as error:
         raise UserError(f"{file}: {sentence(error, Recipe)}") from None

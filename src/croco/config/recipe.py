@@ -19,6 +19,7 @@ from croco.config.study import Study
 from croco.storage.hashing import LAB_LANGUAGES
 
 NAME_BYTES = 255  # of a file or folder
+PATH_BYTES = 3500  # of a run's folder: the system takes 4,096 with what lies in it
 Languages = Annotated[tuple[Language, ...], Field(strict=False)]
 Temperature = Annotated[float, Field(ge=0, le=10)]
 # TOML has arrays, the frozen record has tuples
@@ -63,6 +64,8 @@ class Run(Section):
             raise ValueError(
                 f"a name in '{self.folder or self.name}' has more than {NAME_BYTES} bytes, expected a shorter one"
             )
+        if len(os.fsencode(os.path.abspath(self.folder))) > PATH_BYTES:
+            raise ValueError(f"folder has more than {PATH_BYTES} bytes, expected a shorter path")
         return self
 
 
@@ -110,7 +113,7 @@ class Evaluation(Source):
     reward: Reward | None = None
     """The reward model that scores the answers, best another one than [reward], which picked the pairs; if not given,
     that of [reward], and for the lab's prompts the lab's program."""
-    bootstrap: Annotated[int, Field(gt=0, le=1_000_000)] = 2000
+    bootstrap: Annotated[int, Field(gt=0, le=100_000)] = 2000
     """Resamples of an interval."""
     kl: bool = False
     """Measure how far every arm went from the base: KL, of its completions at temperature 1."""

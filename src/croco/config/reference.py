@@ -117,7 +117,7 @@ def _bounds(field: FieldInfo | None) -> str:
     signs = {"gt": "> ", "ge": "≥ ", "lt": "< ", "le": "≤ "}
     metadata = field.metadata if field else []
     bounds = [(sign, getattr(one, name, None)) for one in metadata for name, sign in signs.items()]
-    shown = [f"{sign}{bound:,}" for sign, bound in bounds if bound is not None and abs(bound) < 10**12]
+    shown = [f"{sign}{bound:,}" for sign, bound in bounds if bound is not None and abs(bound) < 10**8]
     return f" {', '.join(shown)}" if shown else ""
 
 

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidato
 from croco import languages
 from croco.errors import UserError
 
-Positive = Annotated[int, Field(gt=0, le=10**12)]
+Positive = Annotated[int, Field(gt=0, le=10**8)]
 Count = Annotated[int, Field(gt=0, le=4096)]  # of processes, threads, GPUs
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Seconds = Annotated[float, Field(gt=0, le=10**8)]
@@ -33,7 +33,7 @@ def _or_auto(kind: type[int], most: int, expected: str) -> PlainValidator:
 
 
 Replicas = Annotated[int | Literal["auto"], _or_auto(int, 4096, "a number of workers (at most 4096)")]
-Tokens = Annotated[int | Literal["auto"], _or_auto(int, 10**9, "a number of tokens")]
+Tokens = Annotated[int | Literal["auto"], _or_auto(int, 10**8, "a number of tokens")]
 Switch = Annotated[bool | Literal["auto"], _or_auto(bool, 1, "true, false")]
 
 
@@ -99,7 +99,7 @@ class Engines(Section):
 class VllmRole(Section):
     """What one role has otherwise; null is the value of `[runtime.vllm]`."""
 
-    tensor_parallel: Positive | None = None
+    tensor_parallel: Count | None = None
     """GPUs that one engine takes."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] | None = None
     """Of each GPU, weights included."""
@@ -229,11 +229,11 @@ class Runtime(Section):
     """Of a study, each in a process of its own."""
     device: Annotated[str, AfterValidator(_check_device)] = "auto"
     """"auto", "cpu", "cuda", "cuda:1" or "mps"."""
-    token_budget: Positive = 16384
+    token_budget: Annotated[int, Field(gt=0, lt=10**9)] = 16384
     """Tokens per sampling or scoring batch."""
     micro_batch_tokens: Tokens = 4096
     """Per training forward; "auto" is what the free memory holds, of 16384 at most."""
-    shard_prompts: Positive = 64
+    shard_prompts: Annotated[int, Field(gt=0, le=10**6)] = 64
     """Prompts of a shard, the unit that is finished or redone."""
     threads: Count | None = None
     """Of torch; null leaves torch's own choice."""

@@ -1,12 +1,14 @@
 """Ways of writing arms: `rounds` and `[sweep]` become ordinary arms before a recipe is checked."""
 
 import itertools
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
 Values = dict[str, Any]
 MAX_ROUNDS = 100
+MAX_POINTS = 1000  # of a grid
 
 
 def expanded(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> Values:
@@ -82,6 +84,8 @@ def _grid(name: str, sweep: Values, values: Values, defaults: Mapping[str, Any])
             raise ValueError(
                 f"sweep.{name}.{key} = {options!r}, expected a key of an arm with a list of its values"
             )
+    if (points := math.prod(map(len, grid.values()))) > MAX_POINTS:
+        raise ValueError(f"sweep.{name} makes {points:,} arms, expected at most {MAX_POINTS:,}")
     places: dict[str, Values] = {}
     new: Values = {}
     for point in itertools.product(*grid.values()):

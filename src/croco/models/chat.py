@@ -40,7 +40,7 @@ def chat(
     max_new_tokens: int,
 ) -> None:
     """Answer each line of the standard input, every earlier turn in mind, until it ends; raises UserError for a model
-    that does not load. `instruction` stands in the last turn, as the policy was tuned with it."""
+    that does not load. `instruction` ends the last turn, as in tuning."""
     model, tokenizer = load_causal(causal, adapter, device)
     opening = [{"role": "system", "content": system}] if system else []
     messages = list(opening)

@@ -1,6 +1,7 @@
 """What a model's files say without its weights: its config, and where its completions end and its scores are read."""
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from croco.config.models import Model
 from croco.errors import UserError
+from croco.storage.files import read_json
 from croco.storage.hashing import local_model
 
 GENERATION_FILE = "generation_config.json"
@@ -19,6 +21,8 @@ JSON_FILES = (
     GENERATION_FILE,
     "special_tokens_map.json",
 )
+COUNTS = re.compile(r"(n|num)_(\w+_)?(layers?|experts?|heads?|groups?)")
+MOST_COUNTED = 10_000
 UNKNOWN_CONTEXT = 2**30  # tokens: of ALiBi, recurrent layers and the like
 
 
@@ -55,9 +59,28 @@ def _fault(path: Path) -> str | None:
     return None if isinstance(content, dict) else f"holds a {type(content).__name__}, expected an object"
 
 
+def check_counts(place: str | Path) -> None:
+    """Raise UserError for a config with more layers or experts than anyone means: building them would not end."""
+    path = Path(place) / "config.json"
+    if not path.is_file() or _fault(path) is not None:
+        return  # a hub id; or what loads it says so
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for part in (config, *(below for below in config.values() if isinstance(below, dict))):
+        for name, count in part.items():
+            if COUNTS.fullmatch(name) and isinstance(count, int) and count > MOST_COUNTED:
+                raise UserError(f"{path}: {name} = {count}, expected at most {MOST_COUNTED}")
+
+
 def check_weights(section_model: str, place: str | Path) -> None:
-    """Raise UserError for a folder whose weights are pickles, which may run code when they are read."""
+    """Raise UserError for weights outside of their folder, and for pickles, which may run code when they are read."""
     folder = Path(place)
+    check_counts(folder)
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        names = read_json(index)
+        names = names.get("weight_map") if isinstance(names, dict) else None
+        for name in names.values() if isinstance(names, dict) else [names]:
+            if not isinstance(name, str) or Path(name).name != name:
+                raise UserError(f"{index} names the file {name!r}, expected files of this folder")
     pickles = sorted(path.name for path in folder.glob("*.bin") if path.name.startswith("pytorch_model"))
     if pickles and not any(folder.glob("*.safetensors")):
         raise UserError(

@@ -118,15 +118,17 @@ def policy_of(folder: Path) -> tuple[Policy, Path | None]:
             return Policy(model=str(place)), None
         if not (place / "adapter_config.json").is_file():
             continue
-        told = folder / POLICY if (folder / POLICY).is_file() else place / "adapter_config.json"
-        values = read_json(told)
+        source = folder / POLICY if (folder / POLICY).is_file() else place / "adapter_config.json"
+        values = read_json(source)
         values = values if isinstance(values, dict) else {}
-        if told.name != POLICY:
+        if source.name != POLICY:
             values = {"model": values.get("base_model_name_or_path"), "revision": values.get("revision")}
         try:
             return Policy.model_validate(values | {"trust_remote_code": False}), place
         except ValidationError:
-            raise UserError(f"{told} names no base model, or says more than a policy: expected one") from None
+            raise UserError(
+                f"{source} names no base model, or says more than a policy: expected one"
+            ) from None
     raise UserError(
         f"{folder} holds no recipe.json, config.json or adapter_config.json: expected the folder of a run, a model or "
         f"an adapter"

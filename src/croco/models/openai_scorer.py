@@ -15,9 +15,9 @@ from croco.models.http_client import Call
 from croco.models.model_files import load_config, read_part
 from croco.models.openai_server import OPENING_RETRIES, Connection, Usage
 from croco.models.protocols import ScoreRequest
+from croco.storage.schemas import LARGEST_SCORE
 
 SCORES_PER_REQUEST = 64
-LARGEST = 3.4e38  # what float32 holds, as the table has it
 
 
 class _Class(BaseModel):
@@ -97,7 +97,7 @@ class ServerScorer:
             raise UserError(
                 f"{self.connection.place}: '{self.connection.served}' has {labels} logits, expected one"
             )
-        if large := [one.probs[0] for one in classes if abs(one.probs[0]) > LARGEST]:
+        if large := [one.probs[0] for one in classes if not abs(one.probs[0]) <= LARGEST_SCORE]:
             raise ValueError(f"a score of {large[0]:g}")
         self.connection.count(answer.usage)
         return [one.probs[0] for one in classes]

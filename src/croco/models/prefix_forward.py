@@ -2,8 +2,8 @@
 
 Keys and values of a prefix are stored once, and the rows behind it look at them there (`attention/prefill`). Where a
 group saves too few tokens, or an architecture does not allow it, whole sequences are computed: the same numbers.
-Padding is on the right, where causal attention never looks. On a GPU in half precision groups stand in one row instead,
-for flash attention of variable lengths, without padding (`attention/rows`).
+Padding is on the right, where causal attention never looks. On a GPU in half precision groups follow one another in one
+row, for flash attention of variable lengths, without padding (`attention/rows`).
 
 Shapes: B rows, P prefix tokens, T tokens after it."""
 
@@ -25,13 +25,11 @@ from croco.models.attention.support import depends_on_batch, forget_lengths, uns
 from croco.models.memory import buckets
 
 CPU_TOKENS = 2048  # computed at once: larger batches leave a CPU's caches and are up to a third slower
-Way = Literal[
-    "packed", "stored", "whole"
-]  # of a prefix's keys and values: in the same row, kept, computed again
+# a prefix's keys and values: in the same row, kept, computed again
+Way = Literal["packed", "stored", "whole"]
 Row = tuple[int, int]  # (group, sequence within it)
-KeysValues = tuple[
-    list[torch.Tensor], list[torch.Tensor]
-]  # of one prefix, (1, key-value heads, P, D) per layer
+# of one prefix, (1, key-value heads, P, D) per layer
+KeysValues = tuple[list[torch.Tensor], list[torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,7 @@ def _packed(
     network: Any, groups: Sequence[Group], token_budget: int, read_at: Sequence[Sequence[int]] | None
 ) -> Iterator[tuple[list[Row], Any]]:
     """Prefixes and rests one after the other in rows of at most `token_budget` tokens, a longer sequence alone; a group
-    that is larger stands in several rows, its prefix in each."""
+    that is larger takes several rows, its prefix in each."""
     pieces = [
         (g, range(part.start, part.stop), len(group.prefix) + sum(map(len, group.rests[part])))
         for g, group in enumerate(groups)
@@ -146,7 +144,9 @@ def _one_row(
         output = network(
             input_ids=ids_1T,
             position_ids=torch.tensor([positions], device=network.device),
-            attention_mask=ids_1T.new_ones(1, 1, 1, 1),  # which nobody reads, or transformers would make one
+            attention_mask=ids_1T.new_ones(
+                1, 1, 1, 1
+            ),  # not read, but transformers makes one where none is given
             use_cache=False,
             segments=PackedSegments.of(lengths, network.device),
         )
@@ -204,12 +204,15 @@ def _rests(
         part = sorted(rows[batch], key=lambda row: row[0])  # rows of one prefix are neighbours
         places = [place for place, _ in part]
         ids_BT = _padded([ids for _, ids in part], network.device)
-        at_B = None
+        at_B: torch.Tensor | None = None
+        finished: AbstractContextManager[None] = nullcontext()
         if read_at is not None:
             at_B = torch.tensor([skips[g] + read_at[g][i] for g, i in places], device=network.device)
+            rows_B = torch.arange(len(at_B), device=network.device)
+            finished = finished_at(network, rows_B * ids_BT.shape[1] + at_B, ids_BT.numel())
         if alone:
             forget_lengths(network)
-        with nullcontext() if at_B is None else _finished_at(network, at_B, ids_BT):
+        with finished:
             if stored is None:
                 output = network(input_ids=ids_BT, use_cache=False)
             else:
@@ -240,11 +243,6 @@ def _behind(
             use_cache=False,
             batch=Batch(prefixes, at_B, network.config.get_text_config().num_hidden_layers - 1),
         )
-
-
-def _finished_at(network: Any, at_B: torch.Tensor, ids_BT: torch.Tensor) -> AbstractContextManager[None]:
-    places = torch.arange(len(at_B), device=at_B.device) * ids_BT.shape[1] + at_B
-    return finished_at(network, places, ids_BT.numel())
 
 
 def _at_once(network: Any, token_budget: int) -> int:

@@ -5,12 +5,13 @@ would give another prompt every day, so the day is always DAY."""
 
 import ctypes
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import Any
 
 from jinja2 import Template, nodes
@@ -55,9 +56,11 @@ def render(
 class _Sandbox(ImmutableSandboxedEnvironment):
     """jinja's sandbox, in which no value grows beyond CHARACTERS."""
 
-    intercepted_binops = frozenset({"+", "*", "**"})
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        if operator == "%" and isinstance(left, str):
+            _check_format(left, right if isinstance(right, tuple) else (right,))
         sizes = [len(side) if isinstance(side, str | list | tuple) else side for side in (left, right)]
         if operator == "**" and any(isinstance(size, int) and abs(size) > 4096 for size in sizes):
             _check_size(CHARACTERS + 1)
@@ -66,9 +69,10 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def call(self, context: Context, called: Any, *args: Any, **kwargs: Any) -> Any:
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, int):  # a width, a count
-                _check_size(abs(value))
+        _check_arguments(args, kwargs)
+        method = getattr(called, "__wrapped__", called)  # jinja wraps `format`
+        if isinstance(text := getattr(method, "__self__", None), str):
+            _check_method(method.__name__, text, (*args, *kwargs.values()))
         return super().call(context, called, *args, **kwargs)
 
 
@@ -85,6 +89,56 @@ class _Generation(Extension):
 def _check_size(size: float) -> None:
     if size > CHARACTERS:
         raise SecurityError(f"it makes a text of more than {CHARACTERS:,} characters")
+
+
+def _check_arguments(args: Sequence[Any], named: Mapping[str, Any]) -> None:
+    for value in (*args, *named.values()):
+        if isinstance(value, int):  # a width, a count
+            _check_size(abs(value))
+
+
+def _check_format(text: str, values: Sequence[Any]) -> None:
+    """Widths and precisions within a format, or beside it."""
+    for width in re.findall(r"\d+", text):
+        _check_size(CHARACTERS + 1 if len(width) > 9 else int(width))
+    if "*" in text or "{" in text:
+        _check_arguments(values, {})
+
+
+def _check_method(name: str, text: str, args: Sequence[Any]) -> None:
+    """What a method of a text may make of it, before it makes it."""
+    sizes = [
+        len(value) if isinstance(value, str) else value for value in args if isinstance(value, str | int)
+    ]
+    if name in ("format", "format_map"):
+        _check_format(text, args)
+    elif name == "replace" and len(sizes) > 1 and isinstance(args[0], str):
+        _check_size(len(text) + text.count(args[0]) * sizes[1])
+    elif name == "expandtabs":
+        _check_size(len(text) + text.count("\t") * (sizes or [8])[0])
+    elif name == "join" and args and isinstance(args[0], list | tuple):
+        _check_size(sum(len(text) + len(str(part)) for part in args[0]))
+    elif name == "translate":
+        raise SecurityError("it translates characters, which is not allowed here")
+
+
+def _checked(name: str, function: Any) -> Any:
+    """One of jinja's filters, in which no width or count makes too much."""
+
+    @wraps(function)
+    def call(*args: Any, **named: Any) -> Any:
+        _check_arguments(args, named)
+        texts = [value for value in args if isinstance(value, str)]
+        if name == "format" and texts:
+            _check_format(texts[0], args[1:])
+        elif name == "replace" and texts:
+            _check_method(name, texts[0], texts[1:])
+        elif name == "join":
+            lists = [value for value in args if isinstance(value, list | tuple)]
+            _check_method(name, (texts or [""])[0], lists)
+        return function(*args, **named)
+
+    return call
 
 
 def _raise(message: str) -> None:
@@ -107,6 +161,8 @@ def _joined(parts: Sequence[Any]) -> str:
 def _compiled(source: str) -> Template:
     sandbox = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
     sandbox.filters["tojson"] = _to_json
+    sandbox.filters |= {name: _checked(name, function) for name, function in sandbox.filters.items()}
+    del sandbox.globals["lipsum"]  # makes texts of any length
     sandbox.globals |= {"raise_exception": _raise, "strftime_now": DAY.strftime}
     template = sandbox.from_string(source)
     template.root_render_func.__globals__["str_join"] = _joined

@@ -167,6 +167,8 @@ def lock(run: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{run} is in use by another croco process") from None
+        except OSError as error:  # a file system without locks
+            raise UserError(f"{run / LOCK} cannot be locked: {files.reason(error)}") from None
         yield
 
 

@@ -180,9 +180,14 @@ def _shared(
     for benchmark in benchmarks:
         sides = [frame.filter(pl.col("benchmark") == benchmark) for frame in frames]
         pairs = sides[0].select(_SETTING).unique().join(sides[1].select(_SETTING).unique(), on=_SETTING)
+        if pairs.is_empty():
+            notes.append(
+                f"The completions of '{benchmark}' were drawn at other temperatures: it is left out."
+            )
+            continue
         sides = [side.join(pairs, on=_SETTING, how="semi") for side in sides]
         usable = [side.join(same, on=_PROMPT, how="semi") for side in sides]
-        if pairs.is_empty() or any(side.is_empty() for side in usable):
+        if any(side.is_empty() for side in usable):
             raise UserError(
                 f"{names[0]} and {names[1]} share no prompt of '{benchmark}' in the same words: nothing to compare"
             )
@@ -195,6 +200,10 @@ def _shared(
             part = side.join(common.select(_PROMPT).unique(), on=_PROMPT, how="semi")
             lost[place] += whole - part.select(_PROMPT).n_unique()
             kept[place].append(part)
+    if not kept[0]:
+        raise UserError(
+            f"{names[0]} and {names[1]} share no benchmark at one temperature: nothing to compare"
+        )
     if any(lost):
         reason = f", {count_of(reworded, 'prompt')} of the same name in other words" if reworded else ""
         notes.append(

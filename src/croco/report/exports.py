@@ -7,12 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from rich.console import RenderableType
-from rich.text import Text
 
 from croco.report import diagnostics
 from croco.report.compare import Comparison
 from croco.report.load_run import Run, read_results
-from croco.report.render import latex, parts_markdown, terminal
+from croco.report.render import latex, parts_markdown, terminal, words
 from croco.report.scores import (
     ARENA,
     Board,
@@ -38,7 +37,7 @@ def results_terminal(run_folder: Path) -> Iterator[RenderableType]:
     """What `croco run` ends with: arms by groups, the structured tasks, and what became of each arm."""
     run = read_results(run_folder)
     made = _boards(run)
-    yield Text(
+    yield words(
         f"{run.recipe.run.name}: {made[0].measure}, ± half of the 95 % interval; beneath it the difference from the "
         "untuned base at the same temperature."
     )
@@ -47,20 +46,20 @@ def results_terminal(run_folder: Path) -> Iterator[RenderableType]:
         yield terminal(arms_table(board, made[0].groups, ("value", "difference"), board.title + more))
     if (tasks := _tasks(run)) is not None:
         yield terminal(tasks)
-        yield from map(Text, diagnostics.task_notes(run))
+        yield from map(words, diagnostics.task_notes(run))
     for arm in run.recipe.evaluated_arms:
-        yield Text(f"{arm}: {in_words(made, arm)}")
+        yield words(f"{arm}: {in_words(made, arm)}")
 
 
 def comparison_terminal(comparison: Comparison) -> Iterator[RenderableType]:
     """What differs between two runs: sentences, settings, and the second's results against the first's."""
     first, second = comparison.names
-    yield from map(Text, comparison.notes)
+    yield from map(words, comparison.notes)
     if comparison.settings:
         settings = [[setting.key, setting.first, setting.second] for setting in comparison.settings]
         yield terminal(Table(["key", first, second], settings, 3, "What differs in the recipes"))
     else:
-        yield Text("The recipes are the same.")
+        yield words("The recipes are the same.")
     for board in comparison.boards:
         scopes = board.groups or board.languages
         rows: list[list[Entry]] = []
@@ -71,7 +70,7 @@ def comparison_terminal(comparison: Comparison) -> Iterator[RenderableType]:
                 values = (Number(before.value, board.unit),) if before else ()
                 row.append((*values, *board.entry((arm, t), scope, ("value", "difference"))))
             rows.append(row)
-        yield Text(
+        yield words(
             f"{board.title}: {first}, {second}, and the second minus the first; ± half of the 95 % interval."
         )
         yield terminal(Table(["arm", "decoding", *scopes], rows, 2))

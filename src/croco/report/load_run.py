@@ -112,11 +112,15 @@ def read_run(folder: Path) -> Run:
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     lines = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {files.reason(error)}") from None
+    for number, line in enumerate(text.splitlines(), start=1):
         if line.strip():
             try:
                 made = json.loads(line)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 made = None
             if not isinstance(made, dict):
                 raise UserError(

@@ -9,6 +9,7 @@ from rich import box
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from croco.errors import printable
 from croco.report.table import Entry, Number, Part, Table, numbers
 
 COLOURS = {"better": "green", "worse": "red"}
@@ -48,15 +49,20 @@ def _one_line(text: str) -> str:
     return " ".join(text.replace("|", "\\|").split())
 
 
+def words(text: str) -> Text:
+    """A text for the terminal, which may be a model's or a server's: nothing in it steers the terminal."""
+    return Text(printable(text))
+
+
 def terminal(table: Table) -> RichTable:
     """Numbers as "61 ±3", several of one entry beneath each other; words fold where it is too narrow, numbers never."""
     shown = RichTable(
-        title=Text(table.title) if table.title else None, title_justify="left", box=box.SIMPLE_HEAD
+        title=words(table.title) if table.title else None, title_justify="left", box=box.SIMPLE_HEAD
     )
     for place, heading in enumerate(table.head):
         word = place < table.words
         shown.add_column(
-            Text(heading), justify="left" if word else "right", no_wrap=not word, overflow="fold"
+            words(heading), justify="left" if word else "right", no_wrap=not word, overflow="fold"
         )
     for row in table.rows:
         shown.add_row(*(_terminal_cell(entry) for entry in row))
@@ -65,7 +71,7 @@ def terminal(table: Table) -> RichTable:
 
 def _terminal_cell(entry: Entry) -> Text:
     if isinstance(entry, str):
-        return Text(entry)
+        return words(entry)
     lines = [
         Text(number.with_half_width, style=next((COLOURS[f] for f in number.flags if f in COLOURS), ""))
         for number in numbers(entry)

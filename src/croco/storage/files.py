@@ -1,6 +1,7 @@
 """Files and folders on disk: written whole or not at all; removed or replaced only where name or mark is ours."""
 
 import errno
+import fcntl
 import json
 import os
 import re
@@ -150,24 +151,40 @@ def check_own_folder(folder: Path, record: str, keys: Sequence[str], made: re.Pa
     return None
 
 
-def begin_folder(folder: Path) -> None:
-    """An empty folder of ours, marked as such, to be renamed by `finish_folder`; raises UserError for another's."""
-    if os.path.lexists(folder):
-        if not (folder / OWNER).is_file():
-            raise UserError(f"{folder} was not made by croco, expected no file or folder of this name")
-        shutil.rmtree(folder)
+@contextmanager
+def new_folder(to: Path) -> Iterator[Path]:
+    """A folder of ours that becomes `to`, which is new or empty, when all in it is written.
+
+    It stands beside `to`, marked as ours and locked. What a killed process left there is removed; raises UserError for
+    what is somebody else's, and where another process is at it.
+    """
+    check_new_folder(to)
+    folder = to.with_name(f".{to.name}.making")
+    if os.path.lexists(folder) and not (folder / OWNER).is_file():
+        raise UserError(f"{folder} was not made by croco, expected no file or folder of this name")
     with writing(folder):
-        folder.mkdir(parents=True)
-        (folder / OWNER).touch()
-
-
-def finish_folder(folder: Path, to: Path) -> None:
-    """Give a folder of `begin_folder` its name, which is new or that of an empty folder."""
-    (folder / OWNER).unlink()
-    sync_files(folder)
-    with writing(to):
-        folder.rename(to)
-    sync_folder(to.parent)
+        folder.mkdir(parents=True, exist_ok=True)
+        owner = (folder / OWNER).open("a")
+    with owner:
+        try:
+            fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{to} is being made by another croco process") from None
+        if not (folder / OWNER).is_file():
+            raise UserError(f"{to} was made by another croco process meanwhile")
+        for path in folder.iterdir():
+            if path.name != OWNER:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        try:
+            yield folder
+        except BaseException:
+            shutil.rmtree(folder)
+            raise
+        (folder / OWNER).unlink()
+        sync_files(folder)
+        with writing(to):
+            folder.rename(to)
+        sync_folder(to.parent)
 
 
 def remove(path: Path) -> None:

@@ -21,6 +21,8 @@ from croco.storage import shards
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")  # of a folder; others in it are notes
 EXPECTED = "a .jsonl, .jsonl.gz, .json or .parquet file"
+HALVES = re.compile("[\ud800-\udfff]")  # of surrogate pairs
+LINE_BYTES = 2**28
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 Located = tuple[str, Any]  # where a row is, as in "FILE, line 3", and the row
 
@@ -42,6 +44,8 @@ def files_of(source: str | Path, data_files: Sequence[str] = (), key: str = "") 
     if not files:
         raise UserError(f"{name}: found no file in it, expected {EXPECTED}")
     for file in files:
+        if HALVES.search(str(file)):
+            raise UserError(f"{name}: the name {str(file)!a} is no Unicode text, expected another one")
         if not file.name.endswith(SUFFIXES):
             raise UserError(f"{name}: found {file.name}, expected {EXPECTED}, or 'hf:NAME'")
     return files
@@ -122,9 +126,11 @@ def _json_rows(path: Path) -> Iterator[Located]:
                 rows = parse_json(str(path), file.read())
                 yield from ((f"{path}, item {number}", row) for number, row in enumerate(rows, start=1))
                 return
-            for number, line in enumerate(file, start=1):
+            for number, line in enumerate(iter(lambda: file.readline(LINE_BYTES), b""), start=1):
+                where = f"{path}, line {number}"
+                if len(line) == LINE_BYTES:
+                    raise UserError(f"{where} has {LINE_BYTES:,} bytes or more, expected a row of a table")
                 if line.strip():
-                    where = f"{path}, line {number}"
                     yield where, parse_json(where, line)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be read: {error}") from None

@@ -11,6 +11,7 @@ import pyarrow as pa
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 ROLES = ("system", "user", "assistant", "tool")
 REFERENCE = -1  # the sample_id of a gold completion
+LARGEST_SCORE = 3.4e38  # that 32 bits hold
 # what engines and other tools call the end of a completion, in lower case
 FINISH_REASONS = {
     **dict.fromkeys(("stop", "eos", "eos_token", "stop_token", "stop_sequence", "end_turn", "end_of_turn", "endoftext",

@@ -40,6 +40,10 @@ def few(messages, completions, languages):
 def nothing(messages, completions, languages):
     return None
 
+def huge(messages, completions, languages):
+    return [1.0] + [1e300] * (len(completions) - 1)
+
+
 def undefined(messages, completions, languages):
     return [float("nan") if text == "b" else 1.0 for text in completions]
 
@@ -89,6 +93,7 @@ def test_a_function_of_a_module_in_the_current_folder(file: Path, monkeypatch: p
         ("few", "gave 1 scores for 2 completions, expected a list of a number each"),
         ("nothing", "gave NoneType for 2 completions"),
         ("undefined", "gave nan for completion 1 of prompt 'p' in da, expected a finite number or None"),
+        ("huge", r"gave 1e\+300 for completion 1 of prompt 'p' in da, expected a finite number"),
         ("words", "gave 'good' for completion 0 of prompt 'p' in da"),
         ("raising", "raised ZeroDivisionError: division by zero for completion 1 of prompt 'p' in da"),
         ("constant", "has no function 'constant'"),

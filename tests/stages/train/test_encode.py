@@ -234,6 +234,16 @@ def test_a_template_whose_prompt_is_no_prefix_is_an_error_that_shows_both():
     assert "<|user|>Hej.<|end|><|assistant|>Ja." in message
 
 
+def test_a_token_that_the_policy_has_no_embedding_for_is_named():
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["zq"])
+    pairs = make_pairs(2).with_columns(rejected=pl.lit("April zq"))
+    with pytest.raises(
+        UserError, match=r"prompt 'p0' in en has the token 320, .* embeddings for 320 tokens only"
+    ):
+        encode_pairs(pairs, tokenizer, end=2, max_tokens=200, num_ids=320)
+
+
 def test_a_missing_column_is_named():
     with pytest.raises(UserError, match="no column 'rejected'"):
         encode(make_pairs(1).drop("rejected"))

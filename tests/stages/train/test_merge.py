@@ -76,12 +76,12 @@ def test_nothing_beside_the_folder_is_touched(recipe: Recipe, tmp_path: Path) ->
     """`X.partial` may be somebody's; the place that merge works in is refused unless a killed merge left it."""
     (tmp_path / "x.partial").mkdir()
     (tmp_path / "x.partial" / "thesis.txt").write_text("mine")
-    (tmp_path / ".x.merging").mkdir()
-    (tmp_path / ".x.merging" / "data.txt").write_text("mine too")
+    (tmp_path / ".x.making").mkdir()
+    (tmp_path / ".x.making" / "data.txt").write_text("mine too")
     with pytest.raises(UserError, match="was not made by croco"):
         merge(recipe, "monolingual", tmp_path / "x", "unknown", print)
-    assert (tmp_path / ".x.merging" / "data.txt").read_text() == "mine too"
-    (tmp_path / ".x.merging" / OWNER).touch()
+    assert (tmp_path / ".x.making" / "data.txt").read_text() == "mine too"
+    (tmp_path / ".x.making" / OWNER).touch()
     merge(recipe, "monolingual", tmp_path / "x", "unknown", print)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x", "x.partial"]
     assert (tmp_path / "x.partial" / "thesis.txt").read_text() == "mine"

@@ -53,6 +53,18 @@ def test_another_base_type_or_adapter_is_another_reference(tmp_path):
     assert values(tmp_path, make_policy(), extra="an adapter's digest")[1] == 0
 
 
+def test_values_that_are_damaged_are_computed_again(tmp_path, capsys):
+    first, _ = values(tmp_path, make_policy())
+    (path,) = tmp_path.rglob("*.parquet")
+    content = bytearray(path.read_bytes())
+    content[60] ^= 1
+    path.write_bytes(content)
+    found, computed = values(tmp_path, make_policy())
+    assert computed == 6
+    assert found.equal(first)
+    assert "is damaged" in capsys.readouterr().err
+
+
 def test_any_one_weight_changes_the_digest():
     model = make_policy(hidden=64, vocab_size=320)
     weight = model.get_input_embeddings().weight

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import FalconConfig, FalconForCausalLM, GPT2Config, GPT2LMHeadModel
 
+import zoo
 from croco.config.arms import Lora, Training
 from croco.config.load import load
 from croco.errors import UserError
@@ -217,6 +218,23 @@ run(Path(sys.argv[1]))
 """
 
 
+@pytest.mark.parametrize("keep", [0, 0.5, 0.95])
+def test_a_metrics_file_that_lost_lines_takes_its_checkpoints_along(undisturbed, tmp_path, keep):
+    """The best checkpoint is chosen by these lines: without them training goes back to where they end."""
+
+    def crash(step, num_steps):
+        if step == 8:
+            raise RuntimeError("the power went")
+
+    with pytest.raises(RuntimeError, match="the power went"):
+        run(tmp_path, on_step=crash)
+    lines = tmp_path / "metrics.jsonl"
+    content = lines.read_bytes()
+    lines.write_bytes(content[: int(keep * len(content))] + b"\n3\n")
+    run(tmp_path)
+    assert_same_run(tmp_path, undisturbed[0])
+
+
 @pytest.mark.slow
 def test_sigkill_inside_a_checkpoint_leaves_no_trace(undisturbed, tmp_path):
     source, tests = Path(__file__).parents[3] / "src", Path(__file__).parents[2]
@@ -306,7 +324,7 @@ def test_a_checkpoint_that_holds_code_is_not_run(tmp_path, name):
     path = stopped_before(4, tmp_path) / "checkpoint-2" / name
     size = path.stat().st_size
     path.write_bytes(pickle.dumps(Harmful(tmp_path / "made")).ljust(size, b"\0"))
-    with pytest.raises(UserError, match=r"checkpoint-2 cannot be read .*, expected a checkpoint as training"):
+    with pytest.raises(UserError, match=r"checkpoint-2 cannot be read .*, expected one as training"):
         run(tmp_path)
     assert not (tmp_path / "made").exists()
 
@@ -318,11 +336,15 @@ def test_a_disk_that_is_full_is_one_sentence_and_the_run_goes_on(undisturbed, tm
     assert_same_run(tmp_path, undisturbed[0])
 
 
-@pytest.mark.parametrize("arch", ["llama", "gpt2", "falcon"])
-def test_the_models_own_dropout_is_off(tmp_path, arch):
-    """In layers (GPT-2), in numbers that modules keep (Llama), in what is read from the config (Falcon)."""
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "falcon", "phimoe"])
+def test_the_models_own_noise_is_off(tmp_path, arch):
+    """In layers (GPT-2), in numbers that modules keep (Llama), in what is read from the config (Falcon), and routers
+    that draw experts while they train (PhiMoE)."""
     torch.manual_seed(0)
-    if arch == "llama":
+    if arch == "phimoe":
+        model, target = zoo.make("PhiMoE"), "q_proj"
+        model.config.router_aux_loss_coef = 0.0
+    elif arch == "llama":
         model = make_policy("llama")
         for layer in model.model.layers:
             layer.self_attn.attention_dropout = 0.5

@@ -74,6 +74,8 @@ def diagnose(
     files.check_own_folder(
         to, "diagnosis.json", ["sources", "rewards"], re.compile("|".join(map(re.escape, FILES)))
     )
+    with files.writing(to):
+        to.mkdir(parents=True, exist_ok=True)
     pairs, drops = read_pairs(sources, language)
     num_read = len(pairs) + len(drops)
     columns: dict[str, NDArray[np.float64]] = {}

@@ -36,12 +36,12 @@ NOT_COVERED = "EuroEval has no dataset in this language"
 
 
 @dataclass(frozen=True)
-class Task:
+class Dataset:
     """One dataset of one language; its number is its shard's."""
 
     index: int
     language: str
-    dataset: str
+    name: str
 
 
 def check(recipe: Recipe, say: Callable[[str], None] = print) -> None:
@@ -71,26 +71,26 @@ def model_name(arm: str) -> str:
 
 def euroeval(work: Work) -> None:
     """Write EuroEval's results of `work.arm`, dataset by dataset; languages without any go to the ledger."""
-    datasets = [(code, name) for code, names in work.settings["datasets"].items() for name in names]
-    tasks = [Task(index, *dataset) for index, dataset in enumerate(datasets)]
-    todo = [tasks[index] for index in work.todo(len(tasks))]
+    names = ((code, name) for code, names in work.settings["datasets"].items() for name in names)
+    datasets = [Dataset(index, *name) for index, name in enumerate(names)]
+    todo = [datasets[index] for index in work.todo(len(datasets))]
     folder = work_folder(work)
     results = folder / RESULTS_FILE
     drop_unfinished_line(results)
     done = read_records(results, model_name(str(work.arm)))  # killed between EuroEval's line and our shard
     failed: dict[str, str] = {}
-    with work.progress(len(tasks), "dataset", len(tasks) - len(todo)) as bar:
-        for task in [task for task in todo if task.dataset in done]:
-            write(work, task, done[task.dataset])
+    with work.progress(len(datasets), "dataset", len(datasets) - len(todo)) as bar:
+        for dataset in [dataset for dataset in todo if dataset.name in done]:
+            write(work, dataset, done[dataset.name])
             bar.advance(1)
-        for task, reason in run(work, folder, [task for task in todo if task.dataset not in done]):
+        for dataset, reason in run(work, folder, [dataset for dataset in todo if dataset.name not in done]):
             if reason is None:
-                reason = _write_new(work, task, results)
+                reason = _write_new(work, dataset, results)
             if reason is not None and work.runtime.euroeval.keep_going:
-                drop = ("dataset", task.dataset, task.language, None, reason)
-                _write_shard(work, task, RESULTS.schema.empty_table(), [drop])
+                drop = ("dataset", dataset.name, dataset.language, None, reason)
+                _write_shard(work, dataset, RESULTS.schema.empty_table(), [drop])
             elif reason is not None:
-                failed[task.dataset] = reason
+                failed[dataset.name] = reason
             bar.advance(1)
     if failed:
         name, reason = next(iter(failed.items()))
@@ -133,40 +133,40 @@ def drop_unfinished_line(path: Path) -> None:
             path.write_bytes(whole)
 
 
-def _write_new(work: Work, task: Task, results: Path) -> str | None:
+def _write_new(work: Work, dataset: Dataset, results: Path) -> str | None:
     """The shard of a dataset that EuroEval says is done; the reason why not when its file does not have it."""
-    record = read_records(results, model_name(str(work.arm))).get(task.dataset)
+    record = read_records(results, model_name(str(work.arm))).get(dataset.name)
     if record is None:
         return "EuroEval skipped it"
-    write(work, task, record)
+    write(work, dataset, record)
     return None
 
 
-def write(work: Work, task: Task, record: Record) -> None:
+def write(work: Work, dataset: Dataset, record: Record) -> None:
     """The shard of a dataset."""
-    rows = rows_of(record, str(work.arm), task.language, work.settings)
-    _write_shard(work, task, pa.Table.from_pylist(rows, schema=RESULTS.schema), [])
+    rows = rows_of(record, str(work.arm), dataset.language, work.settings)
+    _write_shard(work, dataset, pa.Table.from_pylist(rows, schema=RESULTS.schema), [])
 
 
 def _write_shard(
-    work: Work, task: Task, table: pa.Table, drops: list[tuple[str, str, str, int | None, str]]
+    work: Work, dataset: Dataset, table: pa.Table, drops: list[tuple[str, str, str, int | None, str]]
 ) -> None:
     """A shard accounts for its dataset, the first one for all languages."""
     read, written = {"dataset": 1}, {"dataset": 1 - len(drops)}
-    if task.index == 0:
+    if dataset.index == 0:
         datasets = work.settings["datasets"]
         none = [language for language, names in datasets.items() if not names]
         read["language"], written["language"] = len(datasets), len(datasets) - len(none)
         drops = drops + [("language", "", language, None, NOT_COVERED) for language in none]
-    work.write(task.index, table, read=read, written=written, dropped=ledger(drops) if drops else None)
+    work.write(dataset.index, table, read=read, written=written, dropped=ledger(drops) if drops else None)
 
 
 # The program ---------------------------------------------------------------------------------------------------------
 
 
-def run(work: Work, folder: Path, tasks: Sequence[Task]) -> Iterator[tuple[Task, str | None]]:
+def run(work: Work, folder: Path, datasets: Sequence[Dataset]) -> Iterator[tuple[Dataset, str | None]]:
     """Yield every dataset when EuroEval is through with it, with the reason why it could not do it, if so."""
-    if not tasks:
+    if not datasets:
         return
     runtime, log = work.runtime.euroeval, folder / "log.txt"
     with served(work, folder) as (server, facts):
@@ -175,7 +175,7 @@ def run(work: Work, folder: Path, tasks: Sequence[Task]) -> Iterator[tuple[Task,
             for key in ("version", "iterations", "split", "few_shot", "generative_type")
         }
         asked |= {"model": model_name(str(work.arm)), "url": server.url, "max_context": server.max_context}
-        asked["datasets"] = [task.dataset for task in tasks]
+        asked["datasets"] = [dataset.name for dataset in datasets]
         # -P: beside the program lie modules of ours, one called euroeval
         words = [str(Path(runtime.python).absolute()), "-P", str(PROGRAM)]
         pipe = subprocess.PIPE
@@ -187,11 +187,11 @@ def run(work: Work, folder: Path, tasks: Sequence[Task]) -> Iterator[tuple[Task,
             assert process.stdout is not None
             process.stdin.write(json.dumps(asked).encode())
             process.stdin.close()
-            for task, reason in _messages(folder, process.stdout, list(tasks), facts):
+            for dataset, reason in _messages(folder, process.stdout, list(datasets), facts):
                 if not server.alive:
                     why = vllm_server.reason(folder / "server.txt")
-                    raise UserError(f"{work.title}: the server ended at '{task.dataset}': {why}")
-                yield task, reason
+                    raise UserError(f"{work.title}: the server ended at '{dataset.name}': {why}")
+                yield dataset, reason
             if process.wait():
                 raise UserError(
                     f"{work.title}: EuroEval ended with exit code {process.returncode}: {vllm_server.reason(log)} "
@@ -200,10 +200,10 @@ def run(work: Work, folder: Path, tasks: Sequence[Task]) -> Iterator[tuple[Task,
 
 
 def _messages(
-    folder: Path, lines: IO[bytes], tasks: Sequence[Task], facts: Mapping[str, Any]
-) -> Iterator[tuple[Task, str | None]]:
+    folder: Path, lines: IO[bytes], datasets: Sequence[Dataset], facts: Mapping[str, Any]
+) -> Iterator[tuple[Dataset, str | None]]:
     """What the program says: its libraries, the datasets it does not know, then one line per dataset."""
-    by_name = {task.dataset: task for task in tasks}
+    by_name = {dataset.name: dataset for dataset in datasets}
     for line in lines:
         message: dict[str, Any] = json.loads(line)
         if "libraries" in message:

@@ -75,7 +75,7 @@ def read_records(path: Path, model: str) -> dict[str, Record]:
 def _read(line: str, place: str) -> Record:
     try:
         values = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{place}: expected JSON, found {error}") from None
     library = values.get("eval_library") if isinstance(values, dict) else None
     written_by = library.get("version") if isinstance(library, dict) else None

@@ -81,10 +81,10 @@ def export(
         raise UserError(
             f"the pairs have no column '{missing[0]}': give croco.pairs scores with a column {source}"
         )
-    files.check_new_folder(Path(folder))
     if "rejected" not in pairs.columns:
         pairs = pairs.with_columns(rejected=pl.lit(None, pl.String))
-    return write_trl([pairs], dropped, Path(folder), format, license=license, source="the table")
+    with files.new_folder(Path(folder)) as made:
+        return write_trl([pairs], dropped, made, format, license=license, source="the table")
 
 
 def write_trl(

@@ -108,6 +108,8 @@ def select(
     free = np.ones(len(pools.score), np.bool_)
     rounds = [_pairs(np.empty(0, np.int64), 0, np.empty(0, np.int64), np.empty(0, np.int64))]
     aim = chosen.target(pools) if len(pools.score) else None
+    if aim is None and rejected.kind == "none":
+        pairs_per_pool = 1  # there is one reference
     for number in range(pairs_per_pool if len(pools.score) else 0):
         if aim is None:
             assert reference is not None
@@ -146,6 +148,7 @@ def expected_share(chosen: Rule, rejected: Rule, size: int, simulated_pools: int
     rule is the minimum."""
     if size < 2 or rejected.kind in ("min", "none"):
         return 0.0
+    simulated_pools = min(simulated_pools, max(20, 20_000_000 // size))  # what memory holds
     scores = np.random.default_rng(0).standard_normal((simulated_pools, size)).astype(np.float32)
     number = np.repeat(np.arange(simulated_pools), size)
     pools = Pools(number, scores.ravel(), np.tile(np.arange(size), simulated_pools))

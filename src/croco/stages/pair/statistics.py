@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
-from rich.console import Console
 
 from croco.config.arms import Contrast
 from croco.config.rules import Rule, parse_chosen, parse_rejected
+from croco.errors import notice
 from croco.stages.pair.select import expected_share, share_above_minimum
 from croco.storage.shards import read_parquet, shards
 
@@ -114,10 +114,9 @@ def _guessed(chosen: list[str], rejected: list[str], half: NDArray[np.integer]) 
 
 def warn(title: str, rule: Contrast, facts: Mapping[str, Any], folder: Path) -> None:
     """Say on the terminal why there are no pairs, that the rule is the minimum, or that a label can be guessed."""
-    console = Console(stderr=True)
 
     def say(line: str) -> None:
-        console.print(f"{title}: {line}", markup=False, soft_wrap=True)
+        notice(f"{title}: {line}")
 
     if not facts["pairs"]:
         ledgers = [read_parquet(shard.ledger) for shard in shards(folder) if shard.dropped] or [_NO_LEDGER]

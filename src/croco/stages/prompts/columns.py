@@ -9,9 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
-
-from croco.errors import UserError
+from croco.errors import UserError, notice
 from croco.stages.prompts.values import Turn, Unusable, read_turns, says_something
 from croco.storage.rows import kind
 from croco.storage.schemas import PAIRS
@@ -280,4 +278,4 @@ def warn_of_unread(title: str, unread: Mapping[str, int]) -> None:
     """Say on the terminal which columns and message keys of a file were not read."""
     if unread:
         names = ", ".join(f"{name} ({count:,})" for name, count in sorted(unread.items()))
-        Console(stderr=True).print(f"{title}: not read: {names}", markup=False, soft_wrap=True)
+        notice(f"{title}: not read: {names}")

@@ -19,6 +19,7 @@ from croco.models.open import open_scorer
 from croco.models.protocols import Scorer, ScoreRequest
 from croco.stages.score.policy_logprobs import Completion, Groups, Messages, Scored, too_long
 from croco.storage.hashing import function_file
+from croco.storage.schemas import LARGEST_SCORE
 
 ScoreShard = Callable[[Groups], list[Scored]]
 BATCH = 256  # completions that a function is called with
@@ -167,7 +168,7 @@ def _number(place: str, value: Any, row: Completion) -> float | str:
         number = math.nan if isinstance(value, bool | str) else float(value)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if not math.isfinite(number):
+    if not abs(number) <= LARGEST_SCORE:
         raise UserError(f"{place} gave {value!r} for {_named(row)}, expected a finite number or None")
     return number
 

@@ -1,8 +1,8 @@
 """Checkpoints of a training, the metrics file beside them, and the folder that the best one becomes.
 
-A checkpoint is transformers' folder with a seal, written last, that lists its files and sizes: without all of them it
-does not count. The metrics file has a JSON line per step, evaluation and stop; going on rewrites the lines after the
-checkpoint."""
+A checkpoint is transformers' folder with a seal, written last, that lists its files and sizes, and that of the metrics
+file: without all of them it does not count. The metrics file has a JSON line per step, evaluation and stop; going on
+rewrites the lines after the checkpoint."""
 
 import json
 import os
@@ -24,6 +24,7 @@ from croco.stages.train.distributed import gathered
 from croco.stages.train.early_stopping import best_step
 from croco.storage.files import sync_files, sync_folder, write_json, write_text, writing
 
+METRICS = "metrics"  # in a seal: bytes of the metrics file, which tells what the checkpoint is worth
 SEAL = "complete"  # marker of a checkpoint written to its end: a JSON table of its files and their sizes
 KEPT = 2  # newest checkpoints that stay, beside the best one
 SAMPLED = 4096  # numbers of each tensor that are compared
@@ -36,7 +37,7 @@ def seal(folder: Path, metrics_file: Path) -> None:
     sync_files(folder)
     with metrics_file.open("rb") as metrics:  # its lines up to here will not be written again
         os.fsync(metrics.fileno())
-    write_json(folder / SEAL, _sizes(folder))
+    write_json(folder / SEAL, {**_sizes(folder), METRICS: metrics_file.stat().st_size})
     best = best_step(read_metrics(metrics_file))
     for older in sorted(folder.parent.glob("checkpoint-*"), key=step_of)[:-KEPT]:
         if step_of(older) != best:
@@ -48,15 +49,20 @@ def step_of(checkpoint: Path | None) -> int:
     return int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else -1
 
 
-def sealed(folder: Path) -> list[Path]:
-    """The checkpoints that are as they were when they had been written to their end, oldest first."""
-    return sorted((path.parent for path in folder.glob(f"checkpoint-*/{SEAL}") if _whole(path)), key=step_of)
+def sealed(folder: Path, metrics_file: Path | None = None) -> list[Path]:
+    """The checkpoints that are as they were when they had been written to their end, oldest first; with a metrics file,
+    those whose lines it still has."""
+    there = metrics_file.stat().st_size if metrics_file is not None and metrics_file.is_file() else 0
+    known = 2**63 if metrics_file is None else there
+    whole = (path.parent for path in folder.glob(f"checkpoint-*/{SEAL}") if _whole(path, known))
+    return sorted(whole, key=step_of)
 
 
-def _whole(marker: Path) -> bool:
+def _whole(marker: Path, metrics_bytes: int) -> bool:
     try:
-        return bool(json.loads(marker.read_text(encoding="utf-8")) == _sizes(marker.parent))
-    except ValueError:  # torn, or of a version that listed nothing
+        sizes = json.loads(marker.read_text(encoding="utf-8"))
+        return bool(sizes.pop(METRICS, 0) <= metrics_bytes and sizes == _sizes(marker.parent))
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):  # torn, or of an early version
         return False
 
 
@@ -79,9 +85,9 @@ def readable(checkpoint: Path | str | None) -> Iterator[None]:
         ) from error
 
 
-def last_checkpoint(folder: Path) -> Path | None:
+def last_checkpoint(folder: Path, metrics_file: Path) -> Path | None:
     """The newest checkpoint that was written to its end; ones that were not are removed."""
-    whole = sealed(folder)
+    whole = sealed(folder, metrics_file)
     for path in folder.glob("checkpoint-*"):
         if path not in whole:
             shutil.rmtree(path)
@@ -99,13 +105,13 @@ def best_checkpoint(folder: Path, metrics_file: Path) -> Path | None:
 
 def rewind_metrics(path: Path, step: int) -> None:
     """Keep the lines of a metrics file up to a step, which will be written again, and not a torn last line."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     kept = []
     for line in lines:
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-        except json.JSONDecodeError:
+        except (ValueError, TypeError, KeyError, RecursionError):
             break
     write_text(path, "".join(kept))
     sync_folder(path.parent)
@@ -157,9 +163,9 @@ def adopt(checkpoint: Path, folder: Path, before: Set[bytes], tokenizer: Any = N
     names = ADAPTER if tokenizer is None else MODEL
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for name in names:
-        for path in checkpoint.glob(name):
+    with writing(partial):
+        partial.mkdir(parents=True)
+        for path in (path for name in names for path in checkpoint.glob(name)):
             shutil.copyfile(path, partial / path.name)
     _check_changed(partial, before)
     if tokenizer is not None:

@@ -63,9 +63,8 @@ def encode_pairs(
     the policy has. `max_tokens` and `context` (the policy's, if known) bound the prompt with its longer completion, the
     end included: a longer pair is left out, or with `over_length` "truncate" its completions lose their ends.
     `chosen_only` leaves the rejected completion out, and then `sft_on` says what is learnt; `instructions` are by
-    language. Raises `UserError` for a missing
-    column, messages that the template refuses, and a template whose prompt is no prefix of the conversation (tried once
-    for each order of roles)."""
+    language. Raises `UserError` for a missing column, messages that the template refuses, and a template whose prompt
+    is no prefix of the conversation (tried once for each order of roles)."""
     sides = ("chosen",) if chosen_only else ("chosen", "rejected")
     for column in ("prompt_id", "language", "messages", *sides):
         if column not in pairs.columns:
@@ -89,6 +88,11 @@ def encode_pairs(
         closed = [_completion_ids(tokenizer, row, side, messages, end, known) for side in sides]
         room = max(0, most - len(prompt)) if over_length == "truncate" else None
         completions = tuple(ids[:room] for ids in closed)
+        if (highest := max([*prompt, *(token for ids in completions for token in ids)], default=0)) >= known:
+            raise UserError(
+                f"{_named(row)} has the token {highest}, and the policy has embeddings for {known} tokens only, "
+                f"expected the tokenizer and template that it was trained with"
+            )
         empty = any(ids in ([], [end]) for ids in closed)
         if reason := "a completion is empty" if empty else _unfit(prompt, completions, most, limit):
             dropped.append((*key, reason))

@@ -22,6 +22,7 @@ from croco.models.attention.decode import plugged_in
 from croco.models.attention.last_layer import finished_at
 from croco.models.attention.mask import PADDING, additive, prefix_mask
 from croco.models.attention.rows import PackedSegments, Segments
+from croco.models.attention.support import forget_lengths
 from croco.stages.train.batches import Batch
 from croco.stages.train.logps import head_logps, sequence_sums, token_logps
 
@@ -37,9 +38,11 @@ def completion_logps(model: nn.Module, batch: Batch, inputs: Inputs | None = Non
     """log p(completion | prompt) of every completion, (C, P) float32, the chosen ones in row 0. `inputs` are those of
     `prepared`, where the caller holds it open until the gradients are computed."""
     if batch.singles:
-        return torch.cat([completion_logps(model, single) for single in batch.singles]).view(
-            batch.num_completions, -1
-        )
+        alone = []
+        for single in batch.singles:
+            forget_lengths(unwrapped(model))  # or a row's numbers follow from those before it
+            alone.append(completion_logps(model, single))
+        return torch.cat(alone).view(batch.num_completions, -1)
     if inputs is None:
         base = unwrapped(model)
         recomputed = base.training and any(
@@ -148,34 +151,37 @@ def _run(model: nn.Module, batch: Batch, inputs: Inputs, whole_head: bool) -> Te
     return logits.view(-1, logits.shape[-1]) if whole_head else gathered[0]
 
 
-def dropout_of(model: nn.Module) -> list[tuple[Any, str, float]]:
-    """Where a model keeps rates of dropout but LoRA's, as (module or config, attribute, rate): in layers, in numbers
-    that modules hand on, and in the config."""
-    places: dict[tuple[int, str], tuple[Any, str, float]] = {}
+def noise_of(model: nn.Module) -> list[tuple[Any, str]]:
+    """Where a model keeps what makes its training random, as (module or config, attribute): rates of dropout but
+    LoRA's, in layers, in numbers that modules hand on, and in the config; and routers with jitter, which draw experts.
+    """
+    places: dict[tuple[int, str], tuple[Any, str]] = {}
     for name, module in model.named_modules():
         if "lora_dropout" in name:
             continue
         if isinstance(module, nn.modules.dropout._DropoutNd):
-            places[id(module), "p"] = (module, "p", module.p)
+            places[id(module), "p"] = (module, "p")
+        if any("jitter" in attribute for attribute in vars(module)):
+            places[id(module), "training"] = (module, "training")
         for owner in (module, getattr(module, "config", None)):
             for attribute, value in vars(owner).items() if owner is not None else ():
                 if isinstance(value, float) and "drop" in attribute:
-                    places[id(owner), attribute] = (owner, attribute, value)
-    return [place for place in places.values() if place[2]]
+                    places[id(owner), attribute] = (owner, attribute)
+    return list(places.values())
 
 
 @contextmanager
-def switched_off(places: Iterable[tuple[Any, str, float]]) -> Iterator[None]:
-    """Without a model's own dropout, as in TRL: policy and reference must be the same function where training begins.
-    For a step only, so that a saved config is unchanged."""
-    places = list(places)
+def switched_off(places: Iterable[tuple[Any, str]]) -> Iterator[None]:
+    """Without a model's own noise: policy and reference must be the same function where training begins. For a step
+    only, so that a saved config is unchanged."""
+    before = [(owner, attribute, getattr(owner, attribute)) for owner, attribute in places]
     try:
-        for owner, attribute, _ in places:
-            setattr(owner, attribute, 0.0)
+        for owner, attribute, value in before:
+            setattr(owner, attribute, type(value)(0))
         yield
     finally:
-        for owner, attribute, rate in places:
-            setattr(owner, attribute, rate)
+        for owner, attribute, value in before:
+            setattr(owner, attribute, value)
 
 
 def token_counts(batch: Batch) -> Tensor:

@@ -19,7 +19,7 @@ from croco.models.lora import trainable, without_adapter
 from croco.models.memory import free_bytes
 from croco.stages.train.batches import Rows, collate
 from croco.stages.train.encode import Example
-from croco.stages.train.forward import completion_logps, dropout_of, switched_off
+from croco.stages.train.forward import completion_logps, noise_of, switched_off
 
 MARGIN = 0.85  # of the free memory that "auto" uses
 MOST_TOKENS = 16384  # of a micro-batch: above it speed grows no more
@@ -120,7 +120,7 @@ def count(model: PreTrainedModel, settings: Training, examples: Sequence[Example
     was_training, weights = model.training, model.num_parameters()
     policy: Any = trainable(model, settings, 0)
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
-    with torch.random.fork_rng(), switched_off(dropout_of(policy)):
+    with torch.random.fork_rng(), switched_off(noise_of(policy)):
         policy.train()
         saved, tokens, logits = _saved_bytes(policy, probe, rows)
     once = trained * STATE_BYTES

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from croco.errors import UserError
+from croco.errors import UserError, notice
 from croco.stages.train.batches import Batch, Rows, collate, cut
 from croco.stages.train.encode import Example
 from croco.stages.train.forward import completion_logps
@@ -119,7 +119,12 @@ def _compute(
 def _read(folder: Path) -> dict[str, float]:
     known: dict[str, float] = {}
     for path in sorted(folder.glob("part-*.parquet")):
-        table = read_arrow(path)
+        try:
+            table = read_arrow(path)
+        except UserError as error:
+            notice(f"{error}: these values are computed again")
+            path.unlink()
+            continue
         if table.schema.names != SCHEMA.names:
             raise UserError(f"{path} was not made by croco, expected another run.folder, or no such file")
         known.update(zip(table["completion"].to_pylist(), table["logp"].to_pylist(), strict=True))

@@ -25,7 +25,7 @@ from croco.stages.train.distributed import barrier, gathered, rank, world
 from croco.stages.train.encode import Example, encode_pairs, held_out
 from croco.stages.train.reference import reference_logps
 from croco.storage import shards
-from croco.storage.files import write_text
+from croco.storage.files import write_text, writing
 from croco.storage.hashing import file_identity
 
 # part of a reason in the ledger, and the settings that decide it
@@ -66,7 +66,8 @@ def share_reference(
 def checkpoint_to_go_on_from(folder: Path, metrics_file: Path) -> Path | None:
     """The checkpoint to go on from, with the metrics file as it was then."""
     if rank() == 0:
-        checkpoints.rewind_metrics(metrics_file, checkpoints.step_of(checkpoints.last_checkpoint(folder)))
+        last = checkpoints.last_checkpoint(folder, metrics_file)
+        checkpoints.rewind_metrics(metrics_file, checkpoints.step_of(last))
     barrier()
     whole = checkpoints.sealed(folder)
     return whole[-1] if whole else None
@@ -148,13 +149,14 @@ def prepare_scratch(
     scratch: Path, origin: list[str], settings: Training, seed: int, examples: list[Example]
 ) -> None:
     """Make the folder of checkpoints and reference values, emptied of checkpoints that another run left there."""
-    scratch.mkdir(parents=True, exist_ok=True)
+    with writing(scratch):
+        scratch.mkdir(parents=True, exist_ok=True)
     run = blake2b(json.dumps([origin, settings.model_dump(mode="json"), seed]).encode(), digest_size=16)
     for example in examples:
         learnt = () if example.learnt is None else (example.learnt,)
         run.update(repr((example.prompt, example.completions, *learnt)).encode())
     key = scratch / "run.txt"
-    if not key.is_file() or key.read_text(encoding="utf-8") != run.hexdigest():
+    if not key.is_file() or key.read_bytes() != run.hexdigest().encode():
         shutil.rmtree(scratch / "checkpoints", ignore_errors=True)
         write_text(key, run.hexdigest())
 

@@ -3,10 +3,9 @@
 import sys
 from contextlib import ExitStack
 
-from rich.console import Console
-
 from croco.config.arms import Training
 from croco.config.load import load
+from croco.errors import notice
 from croco.pipeline.progress import Progress
 from croco.pipeline.stage import Work
 from croco.stages.train.launch import TrainJob, tune
@@ -56,5 +55,5 @@ def train(work: Work) -> None:
         files.write_text(result.adapter / "README.md", card)
     work.record(**facts)
     if result.stopped:
-        line = f"{work.title}: {result.stopped}; the run goes on with the checkpoint of step {result.adapter_step}"
-        Console(stderr=True).print(line, markup=False, soft_wrap=True)
+        step = result.adapter_step
+        notice(f"{work.title}: {result.stopped}; the run goes on with the checkpoint of step {step}")

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import polars as pl
-from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from croco.config.arms import Training
-from croco.errors import UserError
+from croco.errors import UserError, notice
 from croco.models.attention.rows import HALF
 from croco.models.lora import continue_lora, trainable
 from croco.stages.train import checkpoints, setup
@@ -116,13 +115,13 @@ def train_pairs(
         _warn_of_few(len(training), len(steps), settings)
     unfused = setup.use_fused_kernels(model)
     if unfused and model.device.type == "cuda" and rank() == 0:
-        Console(stderr=True).print(f"no fused kernels: {unfused}", markup=False, soft_wrap=True)
+        notice(f"no fused kernels: {unfused}")
     # what one process finds holds for all, or they would cut a step into different micro-batches
     rows, slower = gathered(choose_rows(model, first))[0]
     plain_rows = slower if rows in ("plain", "single") else None
     if slower and rank() == 0:
         way = "under a mask" if rows == "masked" else "not shared between completions"
-        Console(stderr=True).print(f"prompts are {way}: {slower}", markup=False, soft_wrap=True)
+        notice(f"prompts are {way}: {slower}")
 
     layout = plan(model, settings, examples, micro_batch_tokens, gradient_checkpointing, rows)
 
@@ -206,11 +205,7 @@ def _warn_of_few(num_pairs: int, num_steps: int, settings: Training) -> None:
     else:
         return
     steps = "one optimizer step" if num_steps == 1 else f"{num_steps:,} optimizer steps"
-    Console(stderr=True).print(
-        f"{few}: {steps} in all; more prompts, a smaller batch or more epochs make more of them",
-        markup=False,
-        soft_wrap=True,
-    )
+    notice(f"{few}: {steps} in all; more prompts, a smaller batch or more epochs make more of them")
 
 
 def _run(trainer: PairTrainer, checkpoint: Path | None) -> str | None:

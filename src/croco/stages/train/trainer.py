@@ -70,7 +70,7 @@ class PairTrainer(Trainer):
         self.on_metrics = on_metrics
         self.lengths = [example.num_tokens for example in examples]
         self.step_metrics: dict[str, float] = {}
-        self.own_dropout = forward.dropout_of(model)
+        self.own_noise = forward.noise_of(model)
         super().__init__(
             model=model,
             args=arguments,
@@ -151,7 +151,7 @@ class PairTrainer(Trainer):
     ) -> Tensor:
         """Forward and backward over all micro-batches of a step; returns the step's loss, the mean over its pairs."""
         model.train()
-        with forward.switched_off(self.own_dropout):
+        with forward.switched_off(self.own_noise):
             metrics = self._over(model, inputs["pairs"], backward=True)
         loss = metrics.pop("loss")
         self.step_metrics = {**metrics, "pairs": len(inputs["pairs"])}
