@@ -1,14 +1,18 @@
 """The shipped models of the lists world: small, loaded as all are, graded as designed; and how gates are worked out."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from croco.config.load import from_dict
 from croco.lab import lists
 from croco.models.chat_template import same_ids
 from croco.models.loading import load_policy, load_tokenizer, resolve_model
 from croco.models.transformers import HFSampler
+from croco.pipeline import run as pipeline
+from croco.storage.shards import read_table
 from lab.list_gates import Gate, Pools, by_language, rates, sample, score
 
 NAMES = [f"lists-{name}" for name in ("policy", "reward", "reward-all")]
@@ -33,6 +37,29 @@ def test_the_policys_completions_are_of_every_quality_and_the_reward_model_picks
     best = quality[np.arange(len(quality)), scores.argmax(1)]
     assert best.mean() > quality.mean() + 0.05
     assert np.nanmean(rates(pools, scores, within_form=False)) > 0.6
+
+
+def test_a_run_in_the_lists_world_is_graded_on_lists_and_abilities(tmp_path: Path) -> None:
+    recipe = from_dict(
+        {
+            "run": {"name": "lists", "folder": str(tmp_path / "run"), "languages": ["en", "de"]},
+            "prompts": {"source": "lab:lists", "limit": 3},
+            "policy": {"model": "lab:lists-policy"},
+            "reward": {"model": "lab:lists-reward"},
+            "sampling": {"completions": 8, "max_new_tokens": 64},
+            "guards": {"cut": "off", "wrong_language": "off"},
+            "training": {"updates": 1, "batch_pairs": 2, "max_tokens": 128},
+            "evaluation": {"source": "lab:lists", "split": "dev", "limit": 10, "temperatures": [1.0]},
+            "arms": {"english": {}, "everywhere": {"reward": {"model": "lab:lists-reward-all"}}},
+            "runtime": {"device": "cpu", "threads": 1},
+        }
+    )
+    pipeline.run(recipe, until="results", say=lambda line: None)
+    verdicts = read_table(recipe.folder / "evaluate" / "english")
+    assert set(verdicts["benchmark"]) == {"lab", "lab-abilities"}
+    assert verdicts.filter(benchmark="lab")["value"].n_unique() > 4
+    scorers = [read_table(recipe.folder / "score" / name)["scorer"][0] for name in ("", "everywhere")]
+    assert scorers == ["lab:lists-reward", "lab:lists-reward-all"]
 
 
 def test_rates_are_shares_of_pairs_and_those_within_a_form_differ_in_right_items_alone() -> None:

@@ -324,7 +324,7 @@ def test_a_checkpoint_that_holds_code_is_not_run(tmp_path, name):
     path = stopped_before(4, tmp_path) / "checkpoint-2" / name
     size = path.stat().st_size
     path.write_bytes(pickle.dumps(Harmful(tmp_path / "made")).ljust(size, b"\0"))
-    with pytest.raises(UserError, match=r"checkpoint-2 cannot be read .*, expected one as training"):
+    with pytest.raises(UserError, match=r"checkpoint-2 cannot be read .*, expected a checkpoint as training"):
         run(tmp_path)
     assert not (tmp_path / "made").exists()
 
