@@ -82,7 +82,17 @@ def test_a_recipe_that_cannot_be_meant(folder: Path, settings: list[str], part: 
 
 
 @pytest.mark.parametrize(
-    "text", ["null", "3", DEEP, f'{{"run": {DIGITS}}}', "", '{"run": {"name": "\\ud800"}}', "\x00"]
+    "text",
+    [
+        "null",
+        "3",
+        '{"arms": {"a": {}}, "sampling": null, "sweep": {"of": "a", "completions": [4]}}',
+        DEEP,
+        f'{{"run": {DIGITS}}}',
+        "",
+        '{"run": {"name": "\\ud800"}}',
+        "\x00",
+    ],
 )
 def test_a_resolved_recipe_that_is_none(folder: Path, text: str) -> None:
     (folder / "recipe.json").write_text(text)

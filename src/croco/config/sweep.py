@@ -103,11 +103,10 @@ def _grid(name: str, sweep: Values, values: Values, defaults: Mapping[str, Any])
 def _value(values: Values, of: str, key: str, defaults: Mapping[str, Any]) -> Any:
     """What an arm has under a key, by itself, by the recipe's common section, or by default."""
     if key == "languages":
-        return values["arms"][of].get(key) or values.get("run", {}).get("languages")
+        return values["arms"][of].get(key) or _section(values, "run").get("languages")
     if key == "completions":
-        return values["arms"][of].get(key) or values.get("sampling", {}).get(
-            key, defaults["sampling.completions"]
-        )
+        default = defaults["sampling.completions"]
+        return values["arms"][of].get(key) or _section(values, "sampling").get(key, default)
     for source in (values["arms"][of], values, defaults):
         value: Any = source
         for part in key.split("."):
@@ -115,6 +114,12 @@ def _value(values: Values, of: str, key: str, defaults: Mapping[str, Any]) -> An
         if value is not None:
             return value
     return None
+
+
+def _section(values: Values, name: str) -> Mapping[str, Any]:
+    """A section, empty where it is none: what is wrong with it, the recipe's checks say."""
+    section = values.get(name)
+    return section if isinstance(section, Mapping) else {}
 
 
 def _label(key: str, value: Any) -> str:
