@@ -21,7 +21,7 @@ from croco.errors import UserError
 from croco.models.loading import load_policy
 from croco.pipeline.stage import lock
 from croco.stages.pair.import_files import import_pairs
-from croco.storage import records
+from croco.storage import records, shards
 from stages.train.pairs import make_pairs
 
 SETTINGS = [
@@ -242,6 +242,19 @@ def test_rows_that_cannot_be_used_go_to_the_ledger(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match=r"no rows that can be used \(1 left out, label is false"):
         import_pairs([write(tmp_path / "none.jsonl", kto[1:])], chosen_only=True)
+
+
+def test_the_last_line_says_how_many_pairs_were_left_out_and_where(
+    tmp_path: Path, tiny_models: TinyModels
+) -> None:
+    given = rows("trl-text")
+    for row in given[:3]:
+        row["chosen"] += " juin" * 2000  # longer than the policy's context
+    pairs, to = write(tmp_path / "pairs.jsonl", given), tmp_path / "out"
+    said = croco("train", pairs, "--model", tiny_models.policy, "--to", to, *SETTINGS)
+    last = said.splitlines()[-1]
+    assert f"{len(given) - 3} pairs, 3 left out ({to / 'dropped.parquet'}), " in last
+    assert shards.read_parquet(to / "dropped.parquet").num_rows == 3
 
 
 def test_words_that_do_not_go_together_are_named(tiny_models: TinyModels, tmp_path: Path) -> None:

@@ -93,7 +93,12 @@ def train_on_files(
         )
     facts = record["facts"]
     pairs = facts["pairs"] + facts["validation_pairs"]
-    say(f"{pairs:,} pairs, {facts['steps']:,} steps: {tuned_weights(to)}")
+    left = [
+        f"{count:,} left out ({node.folder / 'dropped.parquet'})"
+        for node, made in ((paired, imported), (tuned, record))
+        if (count := made["counts"]["dropped"].get("pair", 0))
+    ]
+    say(", ".join([f"{pairs:,} pairs", *left, f"{facts['steps']:,} steps: {tuned_weights(to)}"]))
 
 
 def labelled(sources: Sequence[Path]) -> dict[str, Path]:
