@@ -11,10 +11,14 @@ import sys
 
 # control characters (escape codes), marks that reorder the text after them, and halves of surrogate pairs
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_ENDLESS = re.compile(r"\S{1000,}")  # a value that nobody meant as a name or a path
 
 
 class UserError(Exception):
     """Bad input: one sentence that names the file, row or key, what was found and what was expected (exit code 2)."""
+
+    def __str__(self) -> str:
+        return _ENDLESS.sub(lambda match: f"{match[0][:100]}…", super().__str__())
 
 
 class Refused(UserError):
