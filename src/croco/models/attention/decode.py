@@ -7,7 +7,7 @@ Leaves out what such a function cannot see: soft-capping, attention sinks, biase
 Shapes: R rows, G prompts, N most rows of one prompt, H key-value heads, Q query heads per key-value head, P prompt
 tokens (padded), C own tokens (capacity), D head dimension."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,20 +15,9 @@ from typing import Any
 import torch
 from transformers import AttentionInterface
 
+from croco.models.attention.support import refuse_unknown
+
 NAME = "croco_shared_prefix"
-# what models pass to an attention function beside queries, keys and values, and what changes no number here
-_HARMLESS = {
-    "dropout", "position_ids", "cache_position", "past_key_values", "use_cache", "is_causal", "output_attentions",
-    "output_hidden_states", "output_router_logits", "return_dict", "logits_to_keep", "sliding_window",
-    "position_embeddings", "layer_idx",
-}  # fmt: skip
-
-
-def refuse_unknown(options: Mapping[str, Any]) -> None:
-    """Raise NotImplementedError for an option that we would not obey: attention sinks, caps, biases."""
-    for name, value in options.items():
-        if value is not None and name not in _HARMLESS:
-            raise NotImplementedError(f"attention with {name}")
 
 
 @dataclass

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AttentionInterface
 
-from croco.models.attention.decode import refuse_unknown
+from croco.models.attention.support import refuse_unknown
 
 NAME = "croco_shared_suffix"
 _BLOCK = 64  # queries

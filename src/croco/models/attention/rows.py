@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
+from croco.models.attention.support import refuse_unknown
+
 NAME = "croco_shared_rows"
 HALF = (torch.bfloat16, torch.float16)  # what flash attention computes in
 CAUSAL = (-1, 0)  # varlen's window: every key up to the query's own place
@@ -165,9 +167,10 @@ def attend(
     segments: Segments | PackedSegments,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    **_: Any,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """Attention of shared rows, (B, T, H, D) as transformers expects it, without a model's own dropout."""
+    refuse_unknown(options)
     if isinstance(segments, PackedSegments):
         return segments.attend(query, key, value, scaling, sliding_window), None
     at_last = segments.last is not None and getattr(module, "layer_idx", None) == segments.last

@@ -13,6 +13,12 @@ _ROPE = {"default", "linear", "llama3", "yarn"}
 _ROPE_OF_LENGTH = {"longrope", "dynamic"}  # angles that follow from the longest row of a batch
 _UNKNOWN = ("attn_logit_softcapping", "attention_sinks", "alibi", "q_lora_rank", "kv_lora_rank")
 _BOUNDARIES = ("sliding_window", "attention_chunk_size", "original_max_position_embeddings", "window_size")
+# what models pass to an attention function beside queries, keys and values, and what changes no number here
+_HARMLESS = {
+    "dropout", "position_ids", "cache_position", "past_key_values", "use_cache", "is_causal", "output_attentions",
+    "output_hidden_states", "output_router_logits", "return_dict", "logits_to_keep", "sliding_window",
+    "position_embeddings", "layer_idx",
+}  # fmt: skip
 
 
 def unsupported(model: Any) -> str | None:
@@ -30,6 +36,14 @@ def unsupported(model: Any) -> str | None:
     if not getattr(model, "_supports_attention_backend", False):
         return "its code takes no attention function"
     return None
+
+
+def refuse_unknown(options: Mapping[str, Any]) -> None:
+    """Raise TypeError for an option that changes what attention computes and that ours does not know: attention sinks,
+    caps, biases. The trials of `proofs` and `choose_rows` take it for a reason to go a slower way."""
+    for name, value in options.items():
+        if value is not None and name not in _HARMLESS:
+            raise TypeError(f"our attention does not know the option {name}")
 
 
 def depends_on_batch(config: Any) -> bool:
