@@ -31,7 +31,7 @@ except ImportError:  # an older torch
 
 
 @cache
-def _grouped(function: Callable[..., Any]) -> dict[str, bool]:
+def _grouped(function: Callable[..., Any]) -> dict[str, Any]:
     """What a torch's varlen wants to hear of fewer heads of keys than of queries: 2.11 takes them unasked."""
     return {"enable_gqa": True} if "enable_gqa" in inspect.signature(function).parameters else {}
 
