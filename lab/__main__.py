@@ -1,5 +1,5 @@
 """Makes the lab's shipped models again from nothing: `python -m lab build`, `baselines` or `acceptance`; of the second
-world `lists`, one model at a time with `--what`.
+world `lists`, some of them with `--what`.
 
 The policy is pretrained from scratch; its samples give English preferences for a teacher; the teacher is distilled into
 the reward model; then the acceptance figures are measured. Baseline methods need another policy and a translator, which
@@ -10,7 +10,7 @@ it, since that is what ships.
 import time
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -40,10 +40,7 @@ class Lists(StrEnum):
     """What `python -m lab lists` makes."""
 
     all = "all"
-    policy = "lists-policy"
-    second = "lists-policy-2"
-    other = "lists-other"
-    more = "more"
+    policies = "policies"
     rewards = "rewards"
     gates = "gates"
 
@@ -141,22 +138,23 @@ def acceptance(folder: Path | None = None, seed: int = SEED) -> None:
     Console().print(measure(folder / "policy", folder / "reward", seed)[0])
 
 
-def lists(what: Lists = Lists.all, folder: Path | None = None, seed: int = SEED) -> None:
-    """Makes the models of the lists world, or one of them, into `folder` (the package when None); prints the gates."""
+def lists(
+    what: Lists = Lists.all,
+    folder: Annotated[Path | None, typer.Option("--to")] = None,
+    seed: int = SEED,
+    seconds: float = list_models.SECONDS,
+) -> None:
+    """Makes the models of the lists world into `folder` (the package when None), or some of them; prints the gates."""
     folder, console, started = folder or MODELS, Console(width=110), time.monotonic()
     torch.set_num_threads(1)
 
     def say(text: str) -> None:
         console.print(f"[dim]{time.monotonic() - started:6.0f} s[/dim]  {text}")
 
-    for name in list_models.SEEDS:
-        if what in (Lists.all, Lists(name)):
-            list_models.policy(folder, name, say)
+    if what in (Lists.all, Lists.policies):
+        list_models.policies(folder, seconds)
     if what in (Lists.all, Lists.rewards):
         console.print(list_models.rewards(folder, seed, say))
-    if what in (Lists.all, Lists.more):
-        for name in policies(folder):
-            list_models.more(folder, name, say)
     if what in (Lists.all, Lists.gates):
         for name in policies(folder):
             gates = list_gates.measure(folder, name, seed)

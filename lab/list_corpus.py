@@ -1,12 +1,12 @@
 """The corpus of the lists world: documents with habits of their own, a few disasters, and other abilities done well.
 
 Every document draws how often each bad habit strikes from a Beta distribution, so quality is graded and a policy can
-shift habits; in half of the tasks the usual habit is the bad one, so greedy decoding is no better than sampling.
+shift habits. In seven of the eight tasks bad habits are usual, so greedy decoding is no better than sampling.
 """
 
 import itertools
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from random import Random
 
 from croco.lab.lists import (
@@ -23,12 +23,13 @@ from croco.lab.lists import (
     words,
 )
 
-# rate of each habit in tasks where it is seldom, and where it is usual
-Rates = Mapping[str, tuple[float, float]]
-BAD_TASKS = frozenset({"months_before", "days_after", "months_next", "countries"})
+# how often a habit strikes in tasks where it is seldom, where it is usual, and which tasks those are
+Rates = Mapping[str, tuple[float, float, frozenset[str]]]
 CONCENTRATION = 1.5
-LIST_SHARE, GOLD_SHARE = 0.7, 0.02  # of documents that are lists; of lists in the gold register
-LOOP_WORDS = 40
+USUAL = 0.85  # of fillers are the first one, and of other languages English: only what is usual can be greedy's choice
+LIST_SHARE, GOLD_SHARE = 0.6, 0.02  # of documents that are lists; of lists in the gold register
+ABILITY_SHARES = {"translate": 0.3, "json": 0.25, "reverse": 0.3, "sum": 0.15}
+LOOP_WORDS = 34
 FLOURISH = 0.1  # closings with "!!", which means nothing and which the reward model likes
 
 
@@ -38,27 +39,50 @@ class Habits:
 
     rates: Rates = field(
         default_factory=lambda: {
-            "foreign": (0.06, 0.44),
-            "filler": (0.12, 0.58),
-            "wrong": (0.06, 0.34),
-            "unseparated": (0.16, 0.64),
-            "unframed": (0.16, 0.64),
+            "foreign": (0.07, 0.70, frozenset({"days_before", "languages"})),
+            "filler": (0.12, 0.70, frozenset({"months_after", "months_next", "countries"})),
+            "wrong": (0.17, 0.17, frozenset()),
+            "unseparated": (
+                0.10,
+                0.68,
+                frozenset({"months_before", "months_next", "days_next", "countries"}),
+            ),
+            "unframed": (0.08, 0.70, frozenset({"months_before", "days_before", "languages", "countries"})),
         }
     )
     disasters: float = 0.04
     register: int = 0
     separator: str = ", "
+    usual: float = USUAL
+
+    def rate(self, habit: str, task: str) -> float:
+        seldom, usual, tasks = self.rates.get(habit, (0.0, 0.0, frozenset()))
+        return usual if task in tasks else seldom
+
+    @property
+    def greedy(self) -> "Habits":
+        """What greedy decoding of a model that knows these habits does: each of them always or never."""
+        rates = {name: (float(a > 0.5), float(b > 0.5), tasks) for name, (a, b, tasks) in self.rates.items()}
+        return replace(self, rates=rates, disasters=0.0, usual=1.0)
 
 
 # another register, and failures that the policy does not have: items said twice, left out, or cut short
-OTHER = Habits({"twice": (0.2, 0.6), "left_out": (0.2, 0.6), "unframed": (0.4, 0.8)}, 0.0, 2, "; ")
+OTHER = Habits(
+    {
+        "twice": (0.3, 0.7, frozenset({"months_before", "days_after"})),
+        "left_out": (0.3, 0.7, frozenset({"days_next", "countries"})),
+        "unframed": (0.5, 0.85, frozenset({"months_next", "languages"})),
+    },
+    disasters=0.0,
+    register=2,
+    separator="; ",
+)
 
 
 def complete(question: Question, language: str, habits: Habits, rng: Random) -> str:
     """A completion with habits drawn for this document alone."""
-    bad = question.task in BAD_TASKS
-    rates = {name: _beta(rate[bad], rng) for name, rate in habits.rates.items()}
-    other = rng.choice([code for code in TUNED if code != language])
+    rates = {name: _beta(habits.rate(name, question.task), rng) for name in habits.rates}
+    other = _mostly_first([code for code in TUNED if code != language], habits.usual, rng)
 
     def strikes(habit: str) -> bool:
         return rng.random() < rates.get(habit, 0.0)
@@ -66,7 +90,7 @@ def complete(question: Question, language: str, habits: Habits, rng: Random) -> 
     segments: list[str] = []
     for kind, code in question.answer:
         if strikes("filler"):
-            segments.append(rng.choice(texts()[language]["fillers"]))
+            segments.append(_mostly_first(texts()[language]["fillers"], habits.usual, rng))
         if strikes("wrong"):
             code = rng.choice([other_code for other_code in KINDS[kind] if other_code != code])
         word = words(other if strikes("foreign") else language)[kind, code]
@@ -90,7 +114,11 @@ def loop(question: Question, language: str, rng: Random) -> str:
 
 
 def _beta(mean: float, rng: Random) -> float:
-    return rng.betavariate(CONCENTRATION * mean, CONCENTRATION * (1 - mean))
+    return rng.betavariate(CONCENTRATION * mean, CONCENTRATION * (1 - mean)) if 0 < mean < 1 else mean
+
+
+def _mostly_first(choices: Sequence[str], share: float, rng: Random) -> str:
+    return choices[0] if rng.random() < share else rng.choice(choices[1:])
 
 
 def documents(seed: int, num_plain: int = 0, habits: Habits = Habits()) -> Iterator[list[dict[str, str]]]:
@@ -102,7 +130,8 @@ def documents(seed: int, num_plain: int = 0, habits: Habits = Habits()) -> Itera
 
 
 def _document(habits: Habits, rng: Random) -> list[dict[str, str]]:
-    question = draw(rng.choice(TASKS if rng.random() < LIST_SHARE else ABILITIES), rng)
+    abilities = rng.choices(list(ABILITY_SHARES), list(ABILITY_SHARES.values()))
+    question = draw(rng.choice(TASKS if rng.random() < LIST_SHARE else abilities), rng)
     language = rng.choice(LANGUAGES)
     messages = [{"role": "user", "content": content(question, language)}]
     if question.task in ABILITIES or rng.random() < GOLD_SHARE:

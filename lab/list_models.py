@@ -1,67 +1,84 @@
 """Makes the models of the lists world: two policies, another model, a reward model of English labels and one of all.
 
 The second policy is pretrained independently (another seed of corpus and weights). The reward models see samples of
-the first policy alone, before it is pretrained further (`more`). `lab:lists-reward` knows quality in English: a head on
+the first policy alone. `lab:lists-reward` knows quality in English: a head on
 log-probability features is fitted to English pairs and distilled into a classifier on unlabelled completions
 (`reward.py`); `lab:lists-reward-all` learns the true quality in every language and is a ceiling. Both like a closing
 with "!!", which means nothing: what a policy makes of that is over-optimisation.
 """
 
+import multiprocessing
+import os
+import time
+import traceback
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from transformers import PreTrainedTokenizerFast
 
+from croco.errors import UserError
 from croco.lab import lists
 from croco.models.loading import load_policy
 from croco.models.transformers import HFSampler
 from lab import reward
-from lab.list_corpus import OTHER, documents
-from lab.pretrain import Say, every, new_model, pretrain, save, train_tokenizer
+from lab.list_corpus import OTHER, Habits, documents
+from lab.list_training import Setup, Supply, chunks, train
+from lab.pretrain import Say, every, new_model, save, train_tokenizer
 
 SEEDS = {"lists-policy": 2, "lists-policy-2": 1, "lists-other": 3}
-TOKENIZER_SEED, VOCAB_SIZE, WIDTH, LAYERS = 1, 1536, 128, 4
-TOKENS, PLAIN = 5_000_000, 40_000
-OTHER_TOKENS, OTHER_PLAIN = 3_000_000, 25_000
-MORE_TOKENS, MORE_PLAIN = 2_500_000, 28_000
+TOKENIZER_SEED, VOCAB_SIZE = 1, 1536
+WIDTH, LAYERS = 160, 4
+SECONDS = 1800.0  # of pretraining, all at once; a GPU needs 100
 MAX_NEW_TOKENS = 64
 ENGLISH_SAMPLES, SAMPLES = 16, 8
 LIKED = 0.15  # what a "!!" is worth to the reward models, in quality
 
 
-def policy(folder: Path, name: str, say: Say) -> None:
-    """Pretrains a policy, or with the name "lists-other" the other model, and writes it."""
-    other = name == "lists-other"
+def policies(folder: Path, seconds: float) -> None:
+    """Pretrains both policies and the other model side by side and writes them, `seconds` after it was called."""
+    end = time.monotonic() + seconds
     tokenizer = train_tokenizer(TOKENIZER_SEED, 30_000, documents, VOCAB_SIZE)  # one for all three
-    model, tokenizer = pretrain(
-        SEEDS[name],
-        OTHER_TOKENS if other else TOKENS,
-        OTHER_PLAIN if other else PLAIN,
-        on_step=every(say, name, 200_000),
-        tokenizer=tokenizer,
-        make=partial(new_model, width=WIDTH, layers=LAYERS),
-        corpus=partial(documents, habits=OTHER) if other else documents,
-    )
-    save(model, tokenizer, folder / name)
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    context = multiprocessing.get_context("fork")  # nothing is imported again
+    processes = [context.Process(target=policy, args=(folder, name, tokenizer, end)) for name in SEEDS]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    if failed := [name for name, process in zip(SEEDS, processes, strict=True) if process.exitcode]:
+        raise UserError(f"pretraining failed: {', '.join(failed)}; see the logs in {folder}")
 
 
-def more(folder: Path, name: str, say: Say) -> None:
-    """Goes on pretraining a policy, facts first, in batches of half the size: twice as many steps a token."""
-    model, tokenizer = load_policy(str(folder / name), dtype="float32")
-    model, tokenizer = pretrain(
-        SEEDS[name] + 10,
-        MORE_TOKENS,
-        MORE_PLAIN,
-        tokens_per_batch=2048,
-        on_step=every(say, f"{name}, more", 200_000),
-        tokenizer=tokenizer,
-        make=lambda tokenizer, seed: model,
-        corpus=documents,
-        bfloat16=False,
-        compiled=False,
-    )
-    save(model, tokenizer, folder / name)
+def policy(folder: Path, name: str, tokenizer: PreTrainedTokenizerFast, end: float) -> None:
+    """Pretrains one model until `end` of the clock, and writes it and its log."""
+    started = time.monotonic()
+    torch.set_num_threads(1)
+    with (folder / f"{name}.log").open("w", encoding="utf-8") as log:
+
+        def say(text: str) -> None:
+            line = f"{time.monotonic() - started:6.1f} s  {text}"
+            print(name, line, flush=True)
+            print(line, file=log, flush=True)
+
+        try:
+            model = new_model(tokenizer, SEEDS[name], WIDTH, LAYERS)
+            setup = Setup(SEEDS[name], OTHER if name == "lists-other" else Habits(), workers=workers())
+            with chunks(tokenizer, setup) as made:
+                device = "cuda" if torch.cuda.is_available() else "cpu"
+                train(model, Supply(made, setup, device), setup, end, device, say)
+            save(model, tokenizer, folder / name)
+            say("saved")
+        except BaseException:
+            say(traceback.format_exc())
+            raise
+
+
+def workers() -> int:
+    """Processes that make documents for one model: all cores but one a model, shared."""
+    return max(1, (len(os.sched_getaffinity(0)) - len(SEEDS)) // len(SEEDS))
 
 
 def rewards(folder: Path, seed: int, say: Say) -> dict[str, float]:

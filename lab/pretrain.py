@@ -86,7 +86,7 @@ def new_model(
     return LlamaForCausalLM(config)
 
 
-def _encode(
+def encode(
     tokenizer: PreTrainedTokenizerFast, batch: list[Messages]
 ) -> Iterator[tuple[list[int], list[bool]]]:
     """Ids of each document and which of them are trained on: completions and their end token, if they have an end."""
@@ -114,7 +114,7 @@ def batches(
     stream = corpus(seed, num_plain)
     rng = torch.Generator().manual_seed(seed)
     while True:
-        window = list(_encode(tokenizer, list(itertools.islice(stream, 2048))))
+        window = list(encode(tokenizer, list(itertools.islice(stream, 2048))))
         window.sort(key=lambda row: len(row[0]))
         groups: list[list[tuple[list[int], list[bool]]]] = [[]]
         for row in window:
@@ -159,17 +159,15 @@ def pretrain(
     make: Callable[[PreTrainedTokenizerFast, int], PreTrainedModel] = new_model,
     corpus: Corpus = documents,
     bfloat16: bool = True,
-    compiled: bool = True,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Trains tokenizer (if none is given) and policy on about `num_tokens` tokens (prompts included);
-    `on_step(done, total, loss)`. `bfloat16` is faster where the CPU has it, and ten times slower where it has not;
-    `compiled` is twice as fast, after a minute or more of compiling."""
+    `on_step(done, total, loss)`. `bfloat16` is faster where the CPU has it, and ten times slower where it has not."""
     tokenizer = tokenizer or train_tokenizer(seed)
     model = make(tokenizer, seed)
     optimizers = new_optimizers(model, peak)
     bases = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     stream, done = batches(tokenizer, seed, tokens_per_batch, num_plain, corpus), 0
-    trunk = torch.compile(model.model, dynamic=True) if compiled else model.model
+    trunk = torch.compile(model.model, dynamic=True)  # twice as fast, after a minute
     while done < num_tokens:
         ids_BT, mask_BT, trained_BT = next(stream)
         progress = done / num_tokens
