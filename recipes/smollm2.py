@@ -73,7 +73,7 @@ def make_reward(recipe: Recipe) -> None:
             train(recipe, examples, folder)
     dev = labelled(sampled(recipe, "dev", "dev", *for_dev, recipe.run.languages))
     table = accuracies(recipe, dev, {"English pairs": english, "pairs in every language": ceiling})
-    table.insert_column(0, pl.Series("pairs", [len(pairs), len(pairs), None][: table.height]))
+    table = table.with_columns(pairs=pl.lit(len(pairs)))
     table.write_json(english / "accuracy.json")
     print(table)
 
@@ -112,10 +112,7 @@ def contrasts(rows: pl.DataFrame, rng: Random, per_prompt: int = 4) -> list[dict
     """Up to so many pairs of each prompt: a good completion and one that is not."""
     pairs = []
     for _, pool in rows.group_by(ROW, maintain_order=True):
-        good, bad = (
-            pool.filter("good")["completion"].to_list(),
-            pool.filter(~pl.col("good"))["completion"].to_list(),
-        )
+        good, bad = (pool.filter(pl.col("good") == one)["completion"].to_list() for one in (True, False))
         both = [(a, b) for a in dict.fromkeys(good) for b in dict.fromkeys(bad) if a != b]
         asked = pool["messages"][0].to_list()
         pairs += [example(asked, *pair) for pair in rng.sample(both, min(per_prompt, len(both)))]
@@ -136,11 +133,8 @@ def english_pairs(rows: pl.DataFrame) -> list[dict[str, Any]]:
     foreign = rows.filter(pl.col("language") != "en").filter("in the language", "no loop")
     for (prompt_id,), pool in english.filter("good").group_by("prompt_id", maintain_order=True):
         others = foreign.filter(prompt_id=prompt_id)["completion"].to_list()
-        picked = zip(
-            pool["completion"].unique(maintain_order=True),
-            rng.sample(others, min(2, len(others))),
-            strict=False,
-        )
+        said = pool["completion"].unique(maintain_order=True)
+        picked = zip(said, rng.sample(others, min(2, len(others))), strict=False)
         pairs += [example(pool["messages"][0].to_list(), *pair) for pair in picked]
     rng.shuffle(pairs)
     return pairs
@@ -188,8 +182,8 @@ def train(recipe: Recipe, pairs: Sequence[dict[str, Any]], to: Path) -> None:
 
 
 def accuracies(recipe: Recipe, dev: pl.DataFrame, models: dict[str, Path]) -> pl.DataFrame:
-    """How often each reward ranks a good completion above one that is not, within each language, with intervals over
-    prompts; the likelihood is the policy's own, mean over tokens."""
+    """How often each reward ranks a good completion above one that is not, within each language, of all completions and
+    of those that ended, with intervals over prompts; the likelihood is the policy's own, mean over tokens."""
     groups = [
         (pool["messages"][0].to_list(), pool.to_dicts()) for _, pool in dev.group_by(ROW, maintain_order=True)
     ]
@@ -202,16 +196,27 @@ def accuracies(recipe: Recipe, dev: pl.DataFrame, models: dict[str, Path]) -> pl
             row["completion_ids"] = None
     scores["likelihood"] = score_likelihood(*open_likelihood(recipe.policy, recipe.runtime, True), groups, {})
     table = []
-    for name, scored in scores.items():
-        shares: dict[str, list[float]] = {}
-        for (_, pool), values in zip(groups, scored, strict=True):
-            told = [(row["good"], float(value)) for row, value in zip(pool, values, strict=True)]
-            good, bad = ([value for label, value in told if label == wanted] for wanted in (True, False))
-            won = [(a > b) + 0.5 * (a == b) for a in good for b in bad]
-            if won:
-                shares.setdefault(pool[0]["language"], []).append(float(np.mean(won)))
-        table.append({"reward": name} | {code: interval(each) for code, each in shares.items()})
+    for ended in (False, True):
+        for name, scored in scores.items():
+            shares: dict[str, list[float]] = {}
+            for (_, pool), values in zip(groups, scored, strict=True):
+                won = wins(pool, values, ended)
+                if won:
+                    shares.setdefault(pool[0]["language"], []).append(float(np.mean(won)))
+            row = {"reward": name + ", among those that ended" * ended}
+            table.append(row | {code: interval(each) for code, each in shares.items()})
     return pl.DataFrame(table)
+
+
+def wins(pool: Sequence[dict[str, Any]], values: Sequence[Any], ended: bool) -> list[float]:
+    """1 for each good completion and another one of a prompt that are ranked right, 0.5 for a tie, else 0."""
+    told = [
+        (row["good"], float(value))
+        for row, value in zip(pool, values, strict=True)
+        if row["ended"] or not ended
+    ]
+    good, bad = ([value for label, value in told if label == wanted] for wanted in (True, False))
+    return [(a > b) + 0.5 * (a == b) for a in good for b in bad]
 
 
 def interval(values: Sequence[float]) -> dict[str, Any]:

@@ -88,7 +88,8 @@ def tables(recipe: Recipe, results: pl.DataFrame, accuracy: pl.DataFrame) -> Ite
     rows = accuracy.to_dicts()
     head = [f"{code} ({rows[0][code]['prompts']} prompts)" for code in codes]
     yield table(
-        ["ranked by", *head], [[row["reward"], *(shown(row[code]) for code in codes)] for row in rows]
+        ["ranked by", *head],
+        [[row["reward"], *(shown(row[code]) if row[code] else "" for code in codes)] for row in rows],
     )
     found = {
         tuple(row[name] for name in ("arm", "temperature", "language", "benchmark", "metric")): row
