@@ -59,7 +59,8 @@ def _drop(values: Tensor, drawn: Tensor | None, share: float, dtype: torch.dtype
     if drawn is None:
         return values.to(dtype)
     if drawn.dtype == torch.bool:
-        return torch.ops.aten.native_dropout_backward(values.to(dtype), drawn, 1 / (1 - share))
+        again: Tensor = torch.ops.aten.native_dropout_backward(values.to(dtype), drawn, 1 / (1 - share))
+        return again
     return values.to(dtype, copy=True).view(-1).index_fill_(0, drawn, 0.0).view_as(values)
 
 
