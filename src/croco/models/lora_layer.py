@@ -36,26 +36,32 @@ def lora_linear(
     dropped. `on_gpu` is as the input's device says, unless a test says otherwise."""
     gpu = input.is_cuda if on_gpu is None else on_gpu
     input_NI = input.reshape(-1, input.shape[-1])
-    dropped = None
-    if share and gpu:
-        kept = torch.empty(input_NI.shape, dtype=torch.bool, device=input.device)
-        dropped = kept.bernoulli_(1 - share)
-    elif share:
-        dropped = dropped_places(input_NI.numel(), share, input.device)
     dtype = input.dtype if gpu else a_RI.dtype
-    output_NO: Tensor = _LoraLinear.apply(
-        input_NI, weight_OI, bias_O, a_RI, b_OR, scale / (1 - share), dropped, dtype
-    )
+    scale = scale if gpu else scale / (1 - share)
+    output_NO: Tensor = _LoraLinear.apply(input_NI, weight_OI, bias_O, a_RI, b_OR, scale, share, gpu, dtype)
     return output_NO.view(*input.shape[:-1], -1)
 
 
-def _drop(values: Tensor, dropped: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The values in another type, zero where they are dropped (flat places, or false in a mask of what is kept)."""
-    if dropped is None:
+def _first_drop(values: Tensor, share: float, gpu: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """The values in another type after dropout, and what was drawn: a mask of what is kept, or flat places. With a mask
+    the others are grown for it, with places that is left to the layer's scale."""
+    if not share:
+        return values.to(dtype), None
+    if gpu:
+        kept: tuple[Tensor, Tensor] = torch.native_dropout(values.to(dtype), share, True)
+        return kept
+    places = dropped_places(values.numel(), share, values.device)
+    return _drop(values, places, share, dtype), places
+
+
+def _drop(values: Tensor, drawn: Tensor | None, share: float, dtype: torch.dtype) -> Tensor:
+    """The values in another type after the same dropout once more."""
+    if drawn is None:
         return values.to(dtype)
-    if dropped.dtype == torch.bool:
-        return values.to(dtype) * dropped
-    return values.to(dtype, copy=True).view(-1).index_fill_(0, dropped, 0.0).view_as(values)
+    if drawn.dtype == torch.bool:
+        again: Tensor = torch.ops.aten.native_dropout_backward(values.to(dtype), drawn, 1 / (1 - share))
+        return again
+    return values.to(dtype, copy=True).view(-1).index_fill_(0, drawn, 0.0).view_as(values)
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -68,28 +74,31 @@ class _LoraLinear(torch.autograd.Function):
         a_RI: Tensor,
         b_OR: Tensor,
         scale: float,
-        dropped: Tensor | None,
+        share: float,
+        gpu: bool,
         dtype: torch.dtype,
     ) -> Tensor:
         output_NO = F.linear(input_NI, weight_OI, bias_O)
-        low_NR = _drop(input_NI, dropped, dtype) @ a_RI.to(dtype).T
-        ctx.save_for_backward(input_NI, weight_OI, a_RI, b_OR, low_NR, dropped)
-        ctx.scale, ctx.dtype = scale, dtype
+        values_NI, drawn = _first_drop(input_NI, share, gpu, dtype)
+        low_NR = values_NI @ a_RI.to(dtype).T
+        ctx.save_for_backward(input_NI, weight_OI, a_RI, b_OR, low_NR, drawn)
+        ctx.scale, ctx.share, ctx.dtype = scale, share, dtype
         return output_NO.to(dtype).addmm_(low_NR, b_OR.to(dtype).T, alpha=scale).to(input_NI.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient_NO: Tensor) -> tuple[Tensor | None, ...]:
-        input_NI, weight_OI, a_RI, b_OR, low_NR, dropped = ctx.saved_tensors
+        input_NI, weight_OI, a_RI, b_OR, low_NR, drawn = ctx.saved_tensors
         own_NO = gradient_NO.to(ctx.dtype)
         low_gradient_NR = (own_NO @ b_OR.to(ctx.dtype)).mul_(ctx.scale)
         b_gradient = (own_NO.T @ low_NR).to(b_OR.dtype).mul_(ctx.scale)
-        a_gradient = (low_gradient_NR.T @ _drop(input_NI, dropped, ctx.dtype)).to(a_RI.dtype)
+        a_gradient = (low_gradient_NR.T @ _drop(input_NI, drawn, ctx.share, ctx.dtype)).to(a_RI.dtype)
         input_gradient = None
         if ctx.needs_input_grad[0]:
-            whole = (gradient_NO @ weight_OI).to(ctx.dtype)
-            if dropped is None:
-                whole.addmm_(low_gradient_NR, a_RI.to(ctx.dtype))
+            low_NI = low_gradient_NR @ a_RI.to(ctx.dtype)
+            if drawn is not None:
+                low_NI = _drop(low_NI, drawn, ctx.share, ctx.dtype)
+            if gradient_NO.dtype == ctx.dtype:  # one product adds to the other in its own rounding
+                input_gradient = low_NI.addmm_(gradient_NO, weight_OI)
             else:
-                whole += _drop(low_gradient_NR @ a_RI.to(ctx.dtype), dropped, ctx.dtype)
-            input_gradient = whole.to(input_NI.dtype)
-        return input_gradient, None, None, a_gradient, b_gradient, None, None, None
+                input_gradient = low_NI.add_(gradient_NO @ weight_OI).to(input_NI.dtype)
+        return input_gradient, None, None, a_gradient, b_gradient, None, None, None, None

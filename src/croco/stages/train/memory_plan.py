@@ -133,8 +133,8 @@ def count(model: PreTrainedModel, settings: Training, examples: Sequence[Example
     config = model.config.get_text_config()
     inner = max(0.0, saved - logits)
     kept = tokens * config.num_hidden_layers * config.hidden_size * model.dtype.itemsize
-    # a layer's own are there once more, while it is computed again
-    again = logits + kept + inner / config.num_hidden_layers
+    # a layer's own are there once more while it is computed again, and about as much of gradients
+    again = logits + kept + 2 * inner / config.num_hidden_layers
     return Needs(once, (saved + logits) / tokens, (again + logits) / tokens)
 
 
