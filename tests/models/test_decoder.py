@@ -236,7 +236,7 @@ def test_weights_that_are_nan_stop_at_the_first_token(rope):
 
 
 def test_rounding_in_half_precision_is_no_disagreement_and_another_place_is():
-    """The lab's policy is sharp: in bfloat16 a plain forward itself moves by 0.07 with the last bit of its embeddings."""
+    """The lab's policy is sharp: in bfloat16 a plain forward moves by 0.07 with the last bit of its embeddings."""
     model, _ = load_policy("lab:policy", dtype="bfloat16")
     assert decoder_disagrees(model) is None
 
