@@ -499,6 +499,10 @@ def main() -> None:
         trials = {d: run(Case("cpu", model, d, shapes[0], 3, False), Try("theirs", 2)).rate for d in DTYPES}
         dtype = max(trials, key=lambda d: trials[d])
         print(f"TRL on a trial: {', '.join(f'{rate:.2f} pairs/s in {d}' for d, rate in trials.items())}")
+    if asked.device == "cuda" and len(shapes) > 1:  # Liger, once applied, stays in a process
+        for shape in shapes:
+            subprocess.run([sys.executable, *sys.argv, "--shapes", shape], check=False)
+        return
     if asked.budgets:
         BUDGETS[asked.device] = tuple(asked.budgets)
     for shape in shapes:
