@@ -25,7 +25,7 @@ DEVICES = {
     "rtx4090": (165.0, 24),
 }
 # shares of the peak. Measured on an H100: transformers generates 14,800 tokens a second of a 0.6 B model, scoring reads
-# 140,000 of one, and tuning takes 22.5 pairs of 1,024 + 2 × 1,024 tokens a second of a 1 B model. "generate", vLLM's, is
+# 140,000 of one, and tuning takes 22.5 pairs of 1,024 + 2 × 1,024 tokens a second of a 1 B model. "generate" (vLLM) is
 # a guess.
 SHARES = {"generate, transformers": 0.018, "generate": 0.15, "read": 0.17, "train": 0.42}
 # floating point operations per parameter and token: forward 2; with adapters backward 2, reference 2, recomputation 2
