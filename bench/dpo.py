@@ -398,9 +398,9 @@ def tried(case: Case, one: Try) -> Timed | None:
 def searched(case: Case) -> tuple[Try, Timed]:
     """TRL's best setting: one after the other, each with the best of the others so far."""
     gpu = case.device == "cuda"
-    start = Try("theirs", 4, mixed=gpu, liger=gpu and find_spec("liger_kernel") is not None)
+    start = Try("theirs", 2 if gpu else 4, mixed=gpu)
     axes: list[tuple[str, Sequence[Any]]] = [
-        ("liger", (False,) if start.liger else ()),
+        ("liger", (True,) if gpu and find_spec("liger_kernel") else ()),  # cannot be taken back in a process
         ("mixed", (False, True) if gpu or case.dtype == "bfloat16" else ()),
         ("grouped", (False, True) if case.shape == "spread" else ()),
         ("size", BATCHES[case.device]),
@@ -499,6 +499,10 @@ def main() -> None:
         trials = {d: run(Case("cpu", model, d, shapes[0], 3, False), Try("theirs", 2)).rate for d in DTYPES}
         dtype = max(trials, key=lambda d: trials[d])
         print(f"TRL on a trial: {', '.join(f'{rate:.2f} pairs/s in {d}' for d, rate in trials.items())}")
+    if asked.device == "cuda" and len(shapes) > 1:  # Liger, once applied, stays in a process
+        for shape in shapes:
+            subprocess.run([sys.executable, *sys.argv, "--shapes", shape], check=False)
+        return
     if asked.budgets:
         BUDGETS[asked.device] = tuple(asked.budgets)
     for shape in shapes:

@@ -1,10 +1,10 @@
 """A linear layer with a low-rank adapter as one operation: x Wᵀ + scale · dropout(x) Aᵀ Bᵀ, with W frozen.
 
-Autograd keeps the input, which the layers beside it share, and what was dropped, instead of a copy after dropout. The
-adapter is kept in float32 and computes, on a GPU, in the type of the layer's input; there dropout is torch's own. On a
-CPU it computes in float32, and dropout draws a Poisson number of uniform places: "hit at all" is then a Bernoulli
-variable, exactly, with a twentieth of a mask's random numbers at the usual 5 %. Left out: adapters with a bias, and a W
-that is trained.
+Autograd keeps the input, which the layers beside it share, and how to drop the same again, instead of a copy after
+dropout. The adapter is kept in float32 and computes, on a GPU, in the type of the layer's input; there dropout is
+torch's own. On a CPU it computes in float32, and dropout draws a Poisson number of uniform places: "hit at all" is then
+a Bernoulli variable, exactly, with a twentieth of a mask's random numbers at the usual 5 %. Left out: adapters with a
+bias, and a W that is trained.
 
 Shapes: N tokens, I inputs, O outputs, R rank, K places."""
 
@@ -42,26 +42,30 @@ def lora_linear(
     return output_NO.view(*input.shape[:-1], -1)
 
 
-def _first_drop(values: Tensor, share: float, gpu: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """The values in another type after dropout, and what was drawn: a mask of what is kept, or flat places. With a mask
-    the others are grown for it, with places that is left to the layer's scale."""
-    if not share:
-        return values.to(dtype), None
-    if gpu:
-        kept: tuple[Tensor, Tensor] = torch.native_dropout(values.to(dtype), share, True)
-        return kept
-    places = dropped_places(values.numel(), share, values.device)
-    return _drop(values, places, share, dtype), places
+def _generator(device: torch.device) -> torch.Generator:
+    """What torch's own dropout draws from there."""
+    if device.type != "cuda":
+        return torch.default_generator
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return torch.cuda.default_generators[index]
 
 
-def _drop(values: Tensor, drawn: Tensor | None, share: float, dtype: torch.dtype) -> Tensor:
-    """The values in another type after the same dropout once more."""
-    if drawn is None:
-        return values.to(dtype)
-    if drawn.dtype == torch.bool:
-        again: Tensor = torch.ops.aten.native_dropout_backward(values.to(dtype), drawn, 1 / (1 - share))
-        return again
-    return values.to(dtype, copy=True).view(-1).index_fill_(0, drawn, 0.0).view_as(values)
+def _masked(values: Tensor, share: float, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """torch's dropout of the values, its mask of what is kept, and the generator's state before it: the mask is drawn
+    anew from that in the backward pass, since masks of all layers would be a fifth of what is kept."""
+    generator = _generator(values.device)
+    now = generator.get_state()
+    if state is not None:
+        generator.set_state(state)
+    dropped, kept = torch.native_dropout(values, share, True)
+    if state is not None:
+        generator.set_state(now)
+    return dropped, kept, now
+
+
+def _without(values: Tensor, places: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy of the values in another type, zero at flat places."""
+    return values.to(dtype, copy=True).view(-1).index_fill_(0, places, 0.0).view_as(values)
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -79,10 +83,15 @@ class _LoraLinear(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> Tensor:
         output_NO = F.linear(input_NI, weight_OI, bias_O)
-        values_NI, drawn = _first_drop(input_NI, share, gpu, dtype)
+        values_NI, drawn = input_NI.to(dtype), None
+        if share and gpu:
+            values_NI, _, drawn = _masked(values_NI, share, None)
+        elif share:
+            drawn = dropped_places(input_NI.numel(), share, input_NI.device)
+            values_NI = _without(input_NI, drawn, dtype)
         low_NR = values_NI @ a_RI.to(dtype).T
         ctx.save_for_backward(input_NI, weight_OI, a_RI, b_OR, low_NR, drawn)
-        ctx.scale, ctx.share, ctx.dtype = scale, share, dtype
+        ctx.scale, ctx.share, ctx.gpu, ctx.dtype = scale, share, gpu, dtype
         return output_NO.to(dtype).addmm_(low_NR, b_OR.to(dtype).T, alpha=scale).to(input_NI.dtype)
 
     @staticmethod
@@ -91,12 +100,19 @@ class _LoraLinear(torch.autograd.Function):
         own_NO = gradient_NO.to(ctx.dtype)
         low_gradient_NR = (own_NO @ b_OR.to(ctx.dtype)).mul_(ctx.scale)
         b_gradient = (own_NO.T @ low_NR).to(b_OR.dtype).mul_(ctx.scale)
-        a_gradient = (low_gradient_NR.T @ _drop(input_NI, drawn, ctx.share, ctx.dtype)).to(a_RI.dtype)
+        values_NI, kept = input_NI.to(ctx.dtype), None
+        if drawn is not None and ctx.gpu:
+            values_NI, kept, _ = _masked(values_NI, ctx.share, drawn)
+        elif drawn is not None:
+            values_NI = _without(input_NI, drawn, ctx.dtype)
+        a_gradient = (low_gradient_NR.T @ values_NI).to(a_RI.dtype)
         input_gradient = None
         if ctx.needs_input_grad[0]:
             low_NI = low_gradient_NR @ a_RI.to(ctx.dtype)
-            if drawn is not None:
-                low_NI = _drop(low_NI, drawn, ctx.share, ctx.dtype)
+            if kept is not None:
+                low_NI = torch.ops.aten.native_dropout_backward(low_NI, kept, 1 / (1 - ctx.share))
+            elif drawn is not None:
+                low_NI.view(-1).index_fill_(0, drawn, 0.0)
             if gradient_NO.dtype == ctx.dtype:  # one product adds to the other in its own rounding
                 input_gradient = low_NI.addmm_(gradient_NO, weight_OI)
             else:
