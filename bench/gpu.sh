@@ -4,7 +4,8 @@
 # docs/results/bench-gpu.md. A part that no longer fits into the time is left out, and said.
 #
 #   bash bench/gpu.sh                    all parts, in order
-#   bash bench/gpu.sh dpo-short          one part: exact, dpo-short, dpo-long, dpo-9b, scoring, quickstart
+#   bash bench/gpu.sh dpo-short          one part: exact, dpo-short, dpo-long, dpo-spread, scoring,
+#                                        dpo-9b, quickstart
 #   DEVICE=cpu bash bench/gpu.sh         the same commands on a CPU with tiny shapes, to try the script
 #
 # SECONDS_LEFT (540) is the time for all parts. Needs the package, TRL and pytest; on a bare machine source what brings them
@@ -42,11 +43,13 @@ print(f"{gpu}, Python {platform.python_version()}, " + ", ".join(f"{name} {versi
 END
 
 if [[ $DEVICE == cuda ]]; then
-  part exact 60 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests
-  part dpo-short 120 "$PYTHON" bench/dpo.py --device cuda --rounds 2 --steps 4 --shapes 1024/1024 spread
-  part dpo-long 100 "$PYTHON" bench/dpo.py --device cuda --rounds 2 --steps 3 --shapes 4096/1024
-  part dpo-9b 120 "$PYTHON" bench/dpo.py --device cuda --model 9b --rounds 1 --steps 3 --checkpointing --shapes 1024/1024
+  part exact 60 "$PYTHON" -m pytest -q -p no:cacheprovider tests/stages/train/test_gpu.py
+  part dpo-short 100 "$PYTHON" bench/dpo.py --device cuda --rounds 2 --steps 3 --shapes 1024/1024
+  part dpo-long 110 "$PYTHON" bench/dpo.py --device cuda --rounds 2 --steps 3 --shapes 4096/1024 --budgets 16384 32768
+  part dpo-spread 70 "$PYTHON" bench/dpo.py --device cuda --rounds 2 --steps 6 --shapes spread
   part scoring 60 "$PYTHON" bench/engines.py --device cuda --rounds 2
+  part dpo-9b 120 "$PYTHON" bench/dpo.py --device cuda --model 9b --rounds 1 --steps 2 --checkpointing \
+    --shapes 1024/1024 4096/1024 --budgets 16384
 else
   part exact 5 "$PYTHON" -m pytest -q -p no:cacheprovider tests/models/attention tests/stages/train/test_batches.py
   part dpo-short 5 "$PYTHON" bench/dpo.py --rounds 1 --steps 2 --dtype float32 --shapes 32/32
@@ -59,7 +62,7 @@ part quickstart 60 "$PYTHON" -m croco run recipes/quickstart.toml --set "run.fol
   echo "# On a GPU"
   echo
   echo "Made by \`bash bench/gpu.sh\` on $(cat "$OUT/machine.txt")."
-  for name in exact dpo-short dpo-long dpo-9b scoring quickstart; do
+  for name in exact dpo-short dpo-long dpo-spread scoring dpo-9b quickstart; do
     [[ -f "$OUT/$name.txt" ]] || continue
     printf '\n## %s\n\n```\n' "$name"
     tail -60 "$OUT/$name.txt" | cut -c1-200

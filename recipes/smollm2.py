@@ -1,23 +1,21 @@
-"""What smollm2.toml and smollm2-cpu.toml need beside the stages: a reward model of English pairs, controls, a page.
+"""What smollm2.toml and smollm2-cpu.toml need beside the stages: a reward model of English pairs, and controls.
 
     python recipes/smollm2.py reward RECIPE      # the folder that reward.model names, and its accuracy on dev
     croco run RECIPE
-    python recipes/smollm2.py controls RECIPE
-    python recipes/smollm2.py page RECIPE --to docs/results/smollm2.md
+    python recipes/smollm2.py controls RECIPE    # the base in ways that need no tuning, and how far each arm went
+    python recipes/smollm2_page.py RECIPE --to docs/results/smollm2.md
 
-All of it is made of the product's own stages and goes on where it was killed. The reward model is a one-logit
-classifier on the policy's trunk. It learns from English pairs of the policy's own samples, labelled by program: a
-completion that does what was asked, ended by itself, is in the language, has no loop and no echo, against one that
-fails in any of these; and against a completion in another language. Beside it stands one that learns from as many
-pairs, labelled in every tuned language.
+All of it goes on where it was killed. The reward model is a one-logit classifier on the policy's trunk. It learns from
+English pairs of the policy's own samples, labelled by program: a completion that does what was asked, ended by itself,
+is in the language, has no loop and no echo, against one that fails in any; and against one in another language.
+Beside it stands one that learns from as many pairs, labelled in every tuned language.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -25,26 +23,29 @@ from typing import Any
 import everyday
 import numpy as np
 import polars as pl
+import torch
 
 import croco
 from croco.config.load import from_dict, load, merged
 from croco.config.models import Reward
 from croco.config.recipe import Recipe
-from croco.models.open import tuned_weights
+from croco.models.loading import load_causal, resolve_model
+from croco.models.open import tuned_weights, with_tuned
 from croco.pipeline.run import run_stage
 from croco.stages.evaluate import stats
-from croco.stages.evaluate.results import language_groups, summarise
 from croco.stages.score.policy_logprobs import open_likelihood, score_likelihood
 from croco.stages.score.reward import open_reward
 from croco.storage import records
+from croco.storage.files import write_json
 from croco.storage.shards import read_table
 
 # what the labels ask for; the measure asks for more
 LABELS = ("constraint", "ended", "in the language", "no loop", "no echo")
 PARTS = ("constraint", "in the language", "known words", "no loop", "no echo", "ended")
 ROW = ("prompt_id", "language")
-# prompts and completions that reward models learn from, the last ones of the train split, and those of accuracy on dev
-ENGLISH, OTHERS, DEV = (48, 8), (24, 3), (12, 6)
+# prompts, and completions of each, that reward models learn from, in English and in each other language, and those of
+# accuracy on dev: on a CPU, and for pools that want a GPU
+SMALL, LARGE = ((48, 8), (24, 3), (12, 6)), ((120, 16), (60, 6), (60, 8))
 LAYERS = 8  # the last ones are trained, those below are the policy's
 LEARNING_RATE, BATCH_PAIRS = 1e-4, 8
 BEST_OF = 4
@@ -61,18 +62,17 @@ INSTRUCTIONS = {
 def make_reward(recipe: Recipe) -> None:
     """Sample, label, train two classifiers, and write what they are worth on dev beside them."""
     english, ceiling = Path(recipe.reward.model), Path(f"{recipe.reward.model}-in-language")
-    learnt = sampled(recipe, "english", "train", *ENGLISH, ("en",))
-    foreign = sampled(recipe, "others", "train", *OTHERS, recipe.run.languages[1:])
+    for_english, for_others, for_dev = LARGE if recipe.sampling.completions > 32 else SMALL
+    learnt = sampled(recipe, "english", "train", *for_english, ("en",))
+    foreign = sampled(recipe, "others", "train", *for_others, recipe.run.languages[1:])
     rows = labelled(pl.concat([learnt, foreign]))
     pairs = english_pairs(rows)
     for folder, examples in ((english, pairs), (ceiling, own_language_pairs(rows, len(pairs)))):
         if not folder.exists():
             train(recipe, examples, folder)
-    dev = labelled(sampled(recipe, "dev", "dev", *DEV, recipe.run.languages))
+    dev = labelled(sampled(recipe, "dev", "dev", *for_dev, recipe.run.languages))
     table = accuracies(recipe, dev, {"English pairs": english, "pairs in every language": ceiling})
-    table.insert_column(0, pl.Series("pairs", [len(pairs), len(pairs), None][: table.height]))
-    table.write_json(english / "accuracy.json")
-    print(table)
+    table.with_columns(pairs=pl.lit(len(pairs))).write_json(english / "accuracy.json")
 
 
 def sampled(
@@ -84,7 +84,7 @@ def sampled(
     rows = [row for row in everyday.rows(split) if row["prompt_id"] in items and row["language"] in languages]
     folder.parent.mkdir(parents=True, exist_ok=True)
     file = folder.with_suffix(".jsonl")
-    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    pl.DataFrame(rows).write_ndjson(file)
     return croco.sample(
         file,
         recipe.policy.model_dump(mode="json"),
@@ -109,10 +109,7 @@ def contrasts(rows: pl.DataFrame, rng: Random, per_prompt: int = 4) -> list[dict
     """Up to so many pairs of each prompt: a good completion and one that is not."""
     pairs = []
     for _, pool in rows.group_by(ROW, maintain_order=True):
-        good, bad = (
-            pool.filter("good")["completion"].to_list(),
-            pool.filter(~pl.col("good"))["completion"].to_list(),
-        )
+        good, bad = (pool.filter(pl.col("good") == one)["completion"].to_list() for one in (True, False))
         both = [(a, b) for a in dict.fromkeys(good) for b in dict.fromkeys(bad) if a != b]
         asked = pool["messages"][0].to_list()
         pairs += [example(asked, *pair) for pair in rng.sample(both, min(per_prompt, len(both)))]
@@ -133,11 +130,8 @@ def english_pairs(rows: pl.DataFrame) -> list[dict[str, Any]]:
     foreign = rows.filter(pl.col("language") != "en").filter("in the language", "no loop")
     for (prompt_id,), pool in english.filter("good").group_by("prompt_id", maintain_order=True):
         others = foreign.filter(prompt_id=prompt_id)["completion"].to_list()
-        picked = zip(
-            pool["completion"].unique(maintain_order=True),
-            rng.sample(others, min(2, len(others))),
-            strict=False,
-        )
+        said = pool["completion"].unique(maintain_order=True)
+        picked = zip(said, rng.sample(others, min(2, len(others))), strict=False)
         pairs += [example(pool["messages"][0].to_list(), *pair) for pair in picked]
     rng.shuffle(pairs)
     return pairs
@@ -151,12 +145,9 @@ def own_language_pairs(rows: pl.DataFrame, count: int) -> list[dict[str, Any]]:
 
 def train(recipe: Recipe, pairs: Sequence[dict[str, Any]], to: Path) -> None:
     """A classifier of one logit that begins at the policy's weights, trained by TRL on the pairs, once through."""
-    import torch
     from datasets import Dataset
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
     from trl import RewardConfig, RewardTrainer
-
-    from croco.models.loading import resolve_model
 
     torch.manual_seed(recipe.run.seed)
     policy = resolve_model(recipe.policy.model)
@@ -171,8 +162,7 @@ def train(recipe: Recipe, pairs: Sequence[dict[str, Any]], to: Path) -> None:
     settings = RewardConfig(
         output_dir=str(draft), num_train_epochs=1, per_device_train_batch_size=BATCH_PAIRS, learning_rate=LEARNING_RATE,
         warmup_steps=5, lr_scheduler_type="cosine", logging_steps=5, save_strategy="no", report_to="none",
-        gradient_checkpointing=False, max_length=512, seed=recipe.run.seed,
-        bf16=False,
+        gradient_checkpointing=False, max_length=512, seed=recipe.run.seed, bf16=False,
     )  # fmt: skip
     trainer = RewardTrainer(
         model=model, args=settings, train_dataset=Dataset.from_list(list(pairs)), processing_class=tokenizer
@@ -185,11 +175,9 @@ def train(recipe: Recipe, pairs: Sequence[dict[str, Any]], to: Path) -> None:
 
 
 def accuracies(recipe: Recipe, dev: pl.DataFrame, models: dict[str, Path]) -> pl.DataFrame:
-    """How often each reward ranks a good completion above one that is not, within each language, with intervals over
-    prompts; the likelihood is the policy's own, mean over tokens."""
-    groups = [
-        (pool["messages"][0].to_list(), pool.to_dicts()) for _, pool in dev.group_by(ROW, maintain_order=True)
-    ]
+    """How often each reward ranks a good completion above one that is not, within each language, of all completions and
+    of those that ended, with intervals over prompts; the likelihood is the policy's own, mean over tokens."""
+    groups = by_prompt(dev)
     scores = {}
     for name, folder in models.items():
         score, _ = open_reward(Reward(model=str(folder), dtype=recipe.reward.dtype), recipe.runtime)
@@ -199,22 +187,37 @@ def accuracies(recipe: Recipe, dev: pl.DataFrame, models: dict[str, Path]) -> pl
             row["completion_ids"] = None
     scores["likelihood"] = score_likelihood(*open_likelihood(recipe.policy, recipe.runtime, True), groups, {})
     table = []
-    for name, scored in scores.items():
-        shares: dict[str, list[float]] = {}
-        for (_, pool), values in zip(groups, scored, strict=True):
-            told = [(row["good"], float(value)) for row, value in zip(pool, values, strict=True)]
-            good, bad = ([value for label, value in told if label == wanted] for wanted in (True, False))
-            won = [(a > b) + 0.5 * (a == b) for a in good for b in bad]
-            if won:
-                shares.setdefault(pool[0]["language"], []).append(float(np.mean(won)))
-        table.append({"reward": name} | {code: accuracy_cell(each) for code, each in shares.items()})
+    for ended in (False, True):
+        for name, scored in scores.items():
+            shares: dict[str, list[float]] = {}
+            for (_, pool), values in zip(groups, scored, strict=True):
+                won = wins(pool, values, ended)
+                if won:
+                    shares.setdefault(pool[0]["language"], []).append(float(np.mean(won)))
+            row = {"reward": name + ", among those that ended" * ended}
+            table.append(row | {code: interval(each) for code, each in shares.items()})
     return pl.DataFrame(table)
 
 
-def accuracy_cell(shares: Sequence[float]) -> dict[str, Any]:
-    """The mean over prompts that have a good completion and another one."""
-    value, low, high = (None if end != end else end for end in stats.bootstrap_mean(shares, 0))
-    return {"value": value, "ci_low": low, "ci_high": high, "prompts": len(shares)}
+def wins(pool: Sequence[dict[str, Any]], values: Sequence[Any], ended: bool) -> list[float]:
+    """1 for each good completion and another one of a prompt that are ranked right, 0.5 for a tie, else 0."""
+    told = [
+        (row["good"], float(value)) for row, value in zip(pool, values, strict=True) if row["ended"] >= ended
+    ]
+    good, bad = ([value for label, value in told if label == wanted] for wanted in (True, False))
+    return [(a > b) + 0.5 * (a == b) for a in good for b in bad]
+
+
+def by_prompt(rows: pl.DataFrame) -> list[tuple[list[dict[str, str]], list[dict[str, Any]]]]:
+    """Each prompt's messages and its completions."""
+    pools = (pool for _, pool in rows.group_by(ROW, maintain_order=True))
+    return [(pool["messages"][0].to_list(), pool.to_dicts()) for pool in pools]
+
+
+def interval(values: Sequence[float]) -> dict[str, Any]:
+    """The mean over prompts, and its interval where there are enough of them."""
+    value, low, high = (None if end != end else end for end in stats.bootstrap_mean(values, 0))
+    return {"value": value, "ci_low": low, "ci_high": high, "prompts": len(values)}
 
 
 # The controls ---------------------------------------------------------------------------------------------------------
@@ -223,198 +226,73 @@ def accuracy_cell(shares: Sequence[float]) -> dict[str, Any]:
 def controls(recipe: Recipe) -> None:
     """Verdicts of the base in ways that need no tuning: asked to answer in the language, and the best of several."""
     spoken = {code: INSTRUCTIONS[code] for code in recipe.run.evaluated}
-    asked = {
-        "policy": {"instruction": spoken},
-        "evaluation": {"temperatures": [0.0, 0.5], "base_temperatures": []},
+    reward = recipe.reward.model_dump(mode="json")
+    changes: dict[str, dict[str, Any]] = {
+        "instruction": {"policy": {"instruction": spoken}, "evaluation": {"temperatures": [0.0, 0.5]}},
+        "best-of": {"evaluation": {"samples": BEST_OF, "temperatures": [1.0], "reward": reward}},
     }
-    best = {
-        "evaluation": {"samples": BEST_OF, "temperatures": [1.0], "base_temperatures": [],
-                       "reward": recipe.reward.model_dump(mode="json")},
-    }  # fmt: skip
     values = recipe.model_dump(mode="json", exclude={"study", "sweep"})
-    for name, changed in (("instruction", asked), ("best-of", best)):
+    values["evaluation"]["base_temperatures"] = []
+    for name, changed in changes.items():
         folder = {"run": {"folder": str(controls_folder(recipe) / name)}}
         other = from_dict(merged(merged(values, changed), folder))
-        for stage in ("eval-prompts", "evaluate"):
-            run_stage(other, stage, arm="base" if stage == "evaluate" else None, say=print)
+        run_stage(other, "eval-prompts", say=print)
+        run_stage(other, "evaluate", arm="base", say=print)
 
 
 def controls_folder(recipe: Recipe) -> Path:
     return Path(f"{recipe.folder}-controls")
 
 
-# The page -------------------------------------------------------------------------------------------------------------
+# How far an arm went --------------------------------------------------------------------------------------------------
 
 
-def page(recipe: Recipe, to: Path) -> None:
-    """Write the tables below the line MARK of the page, whose text above it is kept; beside it the run's own page. What
-    is not finished is left out, and named."""
-    verdicts, missing = judged(recipe)
-    groups = language_groups(recipe.run.languages, (), recipe.run.held_out_languages)
-    groups = {"tuned but English": list(recipe.run.languages[1:]), **groups}
-    results = summarise(verdicts, groups, recipe.run.seed)
-    accuracy = pl.read_json(Path(recipe.reward.model) / "accuracy.json")
-    text = to.read_text(encoding="utf-8").partition(MARK)[0] if to.exists() else "# A real model\n\n"
-    parts = [text.rstrip(), MARK, *tables(recipe, results, accuracy)]
-    parts += [f"Not finished: {', '.join(missing)}."] if missing else []
-    to.write_text("\n\n".join([*parts, *drift(recipe, verdicts)]) + "\n", encoding="utf-8")
-    if (made := recipe.folder / "report" / "report.html").exists():
-        shutil.copyfile(made, to.with_suffix(".html"))
+def measure_distance(recipe: Recipe, arm: str) -> None:
+    """Write how likely a text that nobody asked for is under an arm, and its KL from the base on its own samples."""
+    file = controls_folder(recipe) / "distance" / f"{arm}.json"
+    needed = [] if arm == "base" else [recipe.folder / stage / arm for stage in ("train", "evaluate")]
+    if file.exists() or any(records.state(folder) != "complete" for folder in needed):
+        return
+    adapter = tuned_weights(needed[0]) if needed else None
+    kl = divergence(recipe, needed[1], adapter) if adapter else None
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, {"nll": text_nlls(recipe, adapter), "kl": kl})
 
 
-def judged(recipe: Recipe) -> tuple[pl.DataFrame, list[str]]:
-    """The verdicts of the run and of the controls, each part of being usable as a benchmark of its own, and the arms
-    and controls that are not there."""
-    folders = {arm: recipe.folder / "evaluate" / arm for arm in ("base", *recipe.evaluated_arms)}
-    instructed, best_of = "base, told the language", f"base, best of {BEST_OF}"
-    folders |= {instructed: controls_folder(recipe) / "instruction" / "evaluate" / "base"}
-    folders |= {best_of: controls_folder(recipe) / "best-of" / "evaluate" / "base"}
-    read = {arm: read_table(each) for arm, each in folders.items() if records.state(each) == "complete"}
-    if best_of in read:
-        ranked = read[best_of].sort(*ROW, "value", descending=[False, False, True])
-        read[best_of] = ranked.unique(ROW, keep="first", maintain_order=True)
-    named = [table.with_columns(arm=pl.lit(arm)) for arm, table in read.items()]
-    return by_part(pl.concat(named, how="diagonal")), [arm for arm in folders if arm not in read]
-
-
-def by_part(rows: pl.DataFrame) -> pl.DataFrame:
-    """Verdicts of completions, with "usable" and each part of it as a benchmark of its own."""
-    keys = ["arm", "temperature", *ROW, "sample_id", "found_language", "completion", "finish_reason"]
-    wide = labelled(rows).select(*keys, "usable", *PARTS)
-    long = wide.unpivot(["usable", *PARTS], index=keys, variable_name="benchmark")
-    return long.with_columns(pl.col("value").cast(pl.Float64), mode=pl.lit(""))
-
-
-def shown(row: dict[str, Any], sign: str = "") -> str:
-    """A share in percent with its interval."""
-    value, *ends = (100 * row[name] for name in ("value", "ci_low", "ci_high") if row[name] is not None)
-    return f"{value:{sign}.0f}" + (f" [{ends[0]:{sign}.0f}, {ends[1]:{sign}.0f}]" if ends else "")
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def tables(recipe: Recipe, results: pl.DataFrame, accuracy: pl.DataFrame) -> Iterator[str]:
-    """The reward models, usable completions, and their parts."""
-    codes = [code for code in recipe.run.languages if code in accuracy.columns]
-    yield "## The reward model on dev"
-    yield (
-        "Share of pairs of completions to one prompt, one good and one not, that are ranked right, in percent with "
-        "95 % intervals over prompts (none where they are fewer than six); chance is 50."
-    )
-    rows = accuracy.to_dicts()
-    head = [f"{code} ({rows[0][code]['prompts']} prompts)" for code in codes]
-    yield table(
-        ["ranked by", *head], [[row["reward"], *(shown(row[code]) for code in codes)] for row in rows]
-    )
-    found = {
-        tuple(row[name] for name in ("arm", "temperature", "language", "benchmark", "metric")): row
-        for row in results.to_dicts()
-    }
-    settings = sorted({key[:2] for key in found}, key=lambda one: (one[1], one[0]))
-
-    def cell(setting: tuple[Any, ...], scope: str, part: str = "usable", metric: str = "score") -> str:
-        row = found.get((*setting, scope, part, metric))
-        return shown(row, "+" if metric != "score" else "") if row else ""
-
-    def lines(*columns: tuple[str, ...]) -> list[list[str]]:
-        return [[one[0], f"{one[1]:g}", *(cell(one, *column) for column in columns)] for one in settings]
-
-    yield "## Usable completions"
-    yield "In percent, with 95 % intervals over prompts; differences in points, paired by prompt."
-    for scope in ("tuned", "tuned but English", "held-out"):
-        yield f"### Languages: {scope}"
-        against = [(scope, "usable", metric) for metric in ("difference", "difference-to-best-base")]
-        head = [
-            "arm",
-            "temperature",
-            "usable",
-            "against the base at the same",
-            "against the base at its best",
-        ]
-        yield table(head, lines((scope,), *against))
-    every = recipe.run.evaluated
-    yield "### Language by language"
-    yield table(["arm", "temperature", *every], lines(*((code,) for code in every)))
-    yield "### Each part by itself, tuned languages"
-    yield table(["arm", "temperature", *PARTS], lines(*(("tuned", part) for part in PARTS)))
-
-
-def drift(recipe: Recipe, verdicts: pl.DataFrame) -> Iterator[str]:
-    """How far each arm went from the base: likelihood of a text that nobody asked for, and KL on its own samples."""
-    lines = []
-    for arm in verdicts["arm"].unique(maintain_order=True):
-        if arm not in ("base", *recipe.arms):
-            continue
-        adapter = None if arm == "base" else tuned_weights(recipe.folder / "train" / arm)
-        lines.append(
-            [arm, *text_nlls(recipe, adapter), divergence(recipe, verdicts.filter(arm=arm), adapter)]
-        )
-    yield "## Distance from the base"
-    yield (
-        "Negative log-likelihood in nats per token of a short human text in each language (`everyday.TEXT`), and the "
-        "KL divergence from the base in nats per token, estimated on the arm's own samples (T = 1) of the tuned "
-        "languages' test prompts."
-    )
-    yield table(["arm", *recipe.run.evaluated, "KL"], lines)
-
-
-def text_nlls(recipe: Recipe, adapter: Path | None) -> list[str]:
-    import torch
-
-    from croco.models.loading import load_policy
-
-    policy = recipe.policy
-    model, tokenizer = load_policy(
-        policy.model, dtype=policy.dtype, device=recipe.runtime.device, adapter=adapter
-    )
-    nlls = []
+def text_nlls(recipe: Recipe, adapter: Path | None) -> dict[str, float]:
+    model, tokenizer = load_causal(*with_tuned(recipe.policy, adapter), recipe.runtime.device)
+    nlls = {}
     for code in recipe.run.evaluated:
         ids = tokenizer(everyday.TEXT[code], return_tensors="pt")["input_ids"].to(model.device)
         with torch.inference_mode():
-            nlls.append(f"{model(input_ids=ids, labels=ids).loss.item():.3f}")
+            nlls[code] = model(input_ids=ids, labels=ids).loss.item()
     return nlls
 
 
-def divergence(recipe: Recipe, verdicts: pl.DataFrame, adapter: Path | None) -> str:
-    if adapter is None:
-        return ""
+def divergence(recipe: Recipe, evaluated: Path, adapter: Path) -> dict[str, Any]:
     prompts = read_table(recipe.folder / "eval-prompts", [*ROW, "messages"])
-    rows = verdicts.filter(
-        pl.col("language").is_in(recipe.run.languages), temperature=1.0, benchmark="usable"
-    )
+    rows = read_table(evaluated).filter(pl.col("language").is_in(recipe.run.languages), temperature=1.0)
     rows = rows.filter(pl.col("completion") != "").join(prompts, on=ROW).with_columns(completion_ids=None)
-    groups = [
-        (pool["messages"][0].to_list(), pool.to_dicts())
-        for _, pool in rows.group_by(ROW, maintain_order=True)
-    ]
+    groups = by_prompt(rows)
     own, base = (
         score_likelihood(*open_likelihood(recipe.policy, recipe.runtime, True, weights), groups, {})
         for weights in (adapter, None)
     )
-    gaps = [float(np.mean(np.subtract(a, b))) for a, b in zip(own, base, strict=True)]
-    found = stats.bootstrap_mean(gaps, 0)
-    return f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]"
-
-
-MARK = "<!-- the tables below are written by recipes/smollm2.py -->"
+    return interval([float(np.mean(np.subtract(a, b))) for a, b in zip(own, base, strict=True)])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", choices=("reward", "controls", "page"))
+    parser.add_argument("what", choices=("reward", "controls"))
     parser.add_argument("recipe", type=Path)
-    parser.add_argument("--to", type=Path, default=Path("docs/results/smollm2.md"))
     asked = parser.parse_args()
     recipe = load(asked.recipe)
     if asked.what == "reward":
         make_reward(recipe)
-    elif asked.what == "controls":
-        controls(recipe)
     else:
-        page(recipe, asked.to)
+        controls(recipe)
+        for arm in ("base", *recipe.arms):
+            measure_distance(recipe, arm)
 
 
 if __name__ == "__main__":

@@ -20,9 +20,18 @@ pytest.importorskip("wordfreq")
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
+    return imported("smollm2")
+
+
+@pytest.fixture(scope="module")
+def page_script() -> ModuleType:
+    return imported("smollm2_page")
+
+
+def imported(name: str) -> ModuleType:
     sys.path.insert(0, str(RECIPES))
     try:
-        return importlib.import_module("smollm2")
+        return importlib.import_module(name)
     finally:
         sys.path.remove(str(RECIPES))
 
@@ -60,23 +69,32 @@ def test_labels_and_pairs(script: ModuleType) -> None:
     assert len(script.own_language_pairs(rows, 2)) == 2
 
 
-def test_the_page_shows_what_was_said(script: ModuleType) -> None:
+def test_a_reward_is_right_when_good_completions_have_the_higher_scores(script: ModuleType) -> None:
+    pool = [{"good": good, "ended": ended} for good, ended in ((True, True), (False, True), (False, False))]
+    assert script.wins(pool, [1.0, 2.0, 0.0], ended=False) == [0.0, 1.0]
+    assert script.wins(pool, [1.0, 2.0, 0.0], ended=True) == [0.0]
+    assert script.wins(pool, [1.0, 1.0, 0.0], ended=True) == [0.5]
+    assert script.wins(pool[1:], [1.0, 2.0], ended=False) == []
+
+
+def test_the_page_shows_what_was_said(script: ModuleType, page_script: ModuleType) -> None:
     """Real completions as those of two arms: the shares in the tables are those counted here."""
     said = real.completions().with_columns(found_language=pl.col("language"), temperature=pl.lit(1.0))
     tuned = said.with_columns(completion=pl.lit("Yes."))
     rows = pl.concat([said.with_columns(arm=pl.lit("base")), tuned.with_columns(arm=pl.lit("monolingual"))])
     recipe = load(RECIPES / "smollm2.toml")
     groups = language_groups(recipe.run.languages, (), recipe.run.held_out_languages)
-    results = summarise(script.by_part(rows), groups, 0, 200)
+    results = summarise(page_script.by_part(rows), groups, 0, 200)
     cell = {"value": 0.75, "ci_low": None, "ci_high": None, "prompts": 3}
-    accuracy = pl.DataFrame([{"reward": "English pairs", "en": cell}])
-    page = "\n".join(script.tables(recipe, results, accuracy))
+    accuracy = pl.DataFrame([{"reward": "English pairs", "en": cell}, {"reward": "likelihood", "en": None}])
+    page = "\n".join(page_script.tables(recipe, results, accuracy))
     judged = script.labelled(said.filter(pl.col("language").is_in(recipe.run.languages)))
     share = 100 * judged["usable"].mean()
     assert f"| base | 1 | {share:.0f} [" in page
     assert f"| monolingual | 1 | 0 [0, 0] | {-share:+.0f} [" in page
     assert f"| base | 1 | {100 * judged['constraint'].mean():.0f} [" in page
     assert "| English pairs | 75 |" in page
+    assert "| likelihood |  |" in page
     assert "| ranked by | en (3 prompts) |" in page
 
 

@@ -43,12 +43,12 @@ def test_parameters_come_from_the_files_or_the_name(tiny_models: TinyModels) -> 
 
 def test_hours_by_hand() -> None:
     model = Model(model="org/model-1B")
-    # 1e9 parameters x 2 operations x 1.78e9 tokens at 0.3 of 989 TFLOP/s: 12,000 seconds, on two devices half of it
+    # 1e9 parameters x 2 operations x 1.78e9 tokens at 0.17 of 989 TFLOP/s: 21,173 seconds, on two devices half of it
     loads = [Load("score", "read", model, 1.78e9), Load("train", "train", Model(model="org/unknown"), 5.0)]
     lines = list(prices(loads, 1, (2, "h100"), {}))
     assert lines[0].startswith("on 2 × h100, estimated")
-    assert lines[1].split() == ["score", "3.33", "GPU", "hours"]
-    assert lines[2].split()[:6] == ["together", "3.33", "GPU", "hours,", "1.7", "hours"]
+    assert lines[1].split() == ["score", "5.88", "GPU", "hours"]
+    assert lines[2].split()[:6] == ["together", "5.88", "GPU", "hours,", "2.9", "hours"]
     assert lines[-1].endswith("how large it is: org/unknown")
     large = Model(model="org/model-70B")
     assert "do not fit in 80 GiB" in "".join(

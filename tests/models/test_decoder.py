@@ -7,6 +7,7 @@ import zoo
 from croco.errors import UserError
 from croco.models import decoder, plain_decoder
 from croco.models.attention.support import unsupported
+from croco.models.loading import load_policy
 from croco.models.proofs import TRIAL_TOKENS, decoder_disagrees, trial_lengths
 from croco.models.protocols import Decoding, Request
 from croco.models.stop_strings import Stops
@@ -232,3 +233,17 @@ def test_weights_that_are_nan_stop_at_the_first_token(rope):
     model.config.rope_parameters = {"rope_type": rope, "factor": 2.0, "rope_theta": 10000.0}
     with pytest.raises(UserError, match="logits that are not finite numbers, expected whole weights"):
         list(HFSampler(model, make_tokenizer()).sample(requests(count=2), DECODINGS[0]))
+
+
+def test_rounding_in_half_precision_is_no_disagreement_and_another_place_is():
+    """The lab's policy is sharp: in bfloat16 a plain forward moves by 0.07 with the last bit of its embeddings."""
+    model, _ = load_policy("lab:policy", dtype="bfloat16")
+    assert decoder_disagrees(model) is None
+
+    def further_on(_, args, options):
+        if "shared_prefix" in options:
+            options["position_ids"] = options["position_ids"] + 3
+        return args, options
+
+    model.register_forward_pre_hook(further_on, with_kwargs=True)
+    assert "differ by" in str(decoder_disagrees(model))

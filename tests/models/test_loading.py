@@ -14,6 +14,7 @@ import zoo
 from conftest import TinyModels
 from croco.config.models import Template
 from croco.errors import UserError
+from croco.models import loading
 from croco.models.chat_template import end_ids, prompt_ids
 from croco.models.loading import (
     load_policy,
@@ -180,3 +181,15 @@ def test_a_token_without_an_embedding_is_named(tmp_path: Path) -> None:
 def test_quantised_weights_without_their_package_are_one_sentence(tiny_models: TinyModels) -> None:
     with pytest.raises(UserError, match=r'policy.quantization = "nf4" needs bitsandbytes, .* the extra gpu'):
         load_policy(str(tiny_models.policy), quantization="nf4")
+
+
+def test_a_gpu_that_torch_does_not_use_is_said_once(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    loading._say_idle.cache_clear()
+    assert pick_device().type == "cpu"
+    monkeypatch.setattr(loading, "DRIVER", tmp_path)  # there is one
+    assert [pick_device().type for _ in range(2)] == ["cpu", "cpu"]
+    said = capsys.readouterr().err
+    assert said.count("NVIDIA driver") == 1
+    assert "pip install --force-reinstall torch" in said or "finds none" in said
+    loading._say_idle.cache_clear()

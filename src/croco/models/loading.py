@@ -8,6 +8,7 @@ import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,14 @@ from typing import Any
 import torch
 
 from croco.config.models import Causal, Model, Template
-from croco.errors import UserError, one_line
+from croco.errors import UserError, notice, one_line
 from croco.models.memory import out_of_memory
 from croco.models.model_files import check_weights, load_config, read_generation_config, refusing
 from croco.storage.hashing import check_adapter, local_model
 
 logger = logging.getLogger(__name__)
 
+DRIVER = Path("/proc/driver/nvidia/version")
 COMPUTED = re.compile(r"rotary_emb\.|\.attn\.(masked_)?bias$|position_ids$|\.mtp\.|(^|\.)mtp")
 HEAD = re.compile(r"(^|\.)(score|classif\w*|\w*head|regression\w*|qa_outputs)\.")
 KINDS = {  # what is wanted, by the class that loads it
@@ -41,7 +43,11 @@ def pick_device(device: str = "auto") -> torch.device:
     """The device named, or for "auto" a CUDA device when there is one, else the CPU. Raises UserError for one that is
     not here."""
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        if DRIVER.exists():
+            _say_idle()
+        return torch.device("cpu")
     wanted = torch.device(device)
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if wanted.type == "cuda" and (wanted.index or 0) >= num_gpus:
@@ -49,6 +55,16 @@ def pick_device(device: str = "auto") -> torch.device:
     if wanted.type == "mps" and not torch.backends.mps.is_available():
         raise UserError(f"runtime.device = '{device}', but torch finds no such device here")
     return wanted
+
+
+@cache
+def _say_idle() -> None:
+    """Say once that there is a GPU that torch does not use: everything would just be slow."""
+    if torch.version.cuda is None:
+        reason = f"torch {torch.__version__} is a build without CUDA: pip install --force-reinstall torch"
+    else:
+        reason = f"torch for CUDA {torch.version.cuda} finds none: is the driver too old, CUDA_VISIBLE_DEVICES empty?"
+    notice(f"this machine has an NVIDIA driver, but runs on the CPU, since {reason}")
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:

@@ -213,11 +213,21 @@ def test_the_proof_sees_a_lost_prompt(monkeypatch):
 
 
 def test_the_proof_sees_causality_that_is_aligned_at_the_start(monkeypatch):
-    def start_aligned(query, key, value, ends, key_ends, *lengths, window_size, **options):
-        return varlen_twin(query, key, value, ends, key_ends, *lengths, window_size=(-1, 10**6), **options)
+    def start_aligned(*tensors, window_size, scale, enable_gqa=False):
+        return varlen_twin(*tensors, window_size=(-1, 10**6), scale=scale, enable_gqa=enable_gqa)
 
     monkeypatch.setattr("croco.models.attention.rows.varlen_attn", start_aligned)
     assert "differ" in rows_differ(policy("llama"), EXAMPLES, "packed")
+
+
+def test_a_torch_whose_varlen_groups_heads_unasked_is_exact_too(monkeypatch):
+    def of_torch_2_11(*tensors, scale=None, window_size=(-1, -1)):
+        return varlen_twin(*tensors, scale=scale, window_size=window_size, enable_gqa=True)
+
+    monkeypatch.setattr("croco.models.attention.rows.varlen_attn", of_torch_2_11)
+    model = policy("llama")
+    assert model.config.num_key_value_heads < model.config.num_attention_heads
+    assert rows_differ(model, EXAMPLES, "packed") is None
 
 
 def test_unknown_layers_get_plain_rows():

@@ -16,9 +16,9 @@ MOST = 0.9  # share of places above which there is nothing to spare
 
 
 @contextmanager
-def finished_at(model: Any, source_M: Tensor, num_tokens: int) -> Iterator[None]:
-    """Within it, the last layer of a decoder is finished at some columns of the flattened (B * T) grid only."""
-    place_N = source_M.unique()
+def finished_at(model: Any, place_N: Tensor, num_tokens: int) -> Iterator[None]:
+    """Within it, the last layer of a decoder is finished at some columns of the flattened (B * T) grid only, each named
+    once."""
     parts = _parts(model) if len(place_N) <= MOST * num_tokens else []
     handles = []
     for part in parts:

@@ -6,8 +6,10 @@ each segment is a call of its own. Left out: attention that adds to or caps its 
 
 Shapes: B rows, H query heads, T tokens, D head dimension, K keys of all segments."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import accumulate, groupby
 from typing import Any, cast
 
@@ -26,6 +28,12 @@ try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # an older torch
     varlen_attn: Callable[..., Any] | None = None  # type: ignore[no-redef]
+
+
+@cache
+def _grouped(function: Callable[..., Any]) -> dict[str, Any]:
+    """What a torch's varlen wants to hear of fewer heads of keys than of queries: 2.11 takes them unasked."""
+    return {"enable_gqa": True} if "enable_gqa" in inspect.signature(function).parameters else {}
 
 
 def no_varlen(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -85,7 +93,7 @@ class PackedSegments:
             self.query_ends, self.key_ends, self.most_queries, self.most_keys,
             scale=scaling,
             window_size=CAUSAL if window is None or window >= self.most_keys else (window - 1, 0),
-            enable_gqa=query.shape[1] != key.shape[1],
+            **(_grouped(varlen_attn) if query.shape[1] != key.shape[1] else {}),
         )  # fmt: skip
         return cast(Tensor, output)[None]
 

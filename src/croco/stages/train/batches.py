@@ -4,7 +4,8 @@ The pairs of a step (one optimizer update) follow from the seed alone. How a ste
 the machine's token budget and changes no gradient (dropout apart): losses are summed over pairs and divided by the
 pairs of the step.
 
-Shapes: B rows, T tokens of a row (padded), M completion tokens of the batch, P pairs, C completions of a pair."""
+Shapes: B rows, T tokens of a row (padded), M completion tokens of the batch, N places that predict one, P pairs, C
+completions of a pair."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -34,8 +35,9 @@ class Batch:
     """P pairs with C completions each; completion c of pair p is sequence c * P + p.
 
     `branch_BT` is as in `models/attention/mask.py`; `pair_BT` is the pair, −1 in padding. Target m is predicted from
-    column `source_M[m]` of the flattened (B * T) grid and belongs to sequence `sequence_M[m]`. `lengths` are those of
-    prompt and completions, per row (packed: per pair). `singles` are batches of one row each."""
+    column `source_M[m]` of the flattened (B * T) grid and belongs to sequence `sequence_M[m]`; `read_N` are those
+    columns, each once. `lengths` are those of prompt and completions, per row (packed: per pair). `singles` are batches
+    of one row each."""
 
     rows: Rows
     num_pairs: int
@@ -45,6 +47,7 @@ class Batch:
     position_BT: Tensor
     pair_BT: Tensor
     source_M: Tensor
+    read_N: Tensor
     target_M: Tensor
     sequence_M: Tensor
     lengths: tuple[tuple[int, ...], ...]
@@ -102,6 +105,7 @@ def collate(examples: Sequence[Example], *, rows: Rows, pad_id: int = 0) -> Batc
     arrays = {"input_ids_BT": input_ids, "branch_BT": branch, "position_BT": position, "pair_BT": pair}
     for name, parts in (("source_M", source), ("target_M", target), ("sequence_M", sequence)):
         arrays[name] = np.concatenate(parts)
+    arrays["read_N"] = np.unique(arrays["source_M"])
     tensors = {name: torch.from_numpy(array.astype(np.int64)) for name, array in arrays.items()}
     lengths = tuple(
         (len(examples[p].prompt), *(len(examples[p].completions[c]) - 1 for c in branches))

@@ -84,7 +84,7 @@ def prepared(model: nn.Module, batch: Batch, recomputed: bool = False) -> Iterat
             if packed
             else Segments.of(batch.lengths, last),
         }
-    with attention, finished_at(base, batch.source_M, batch.input_ids_BT.numel()) if known else nullcontext():
+    with attention, finished_at(base, batch.read_N, batch.input_ids_BT.numel()) if known else nullcontext():
         yield inputs
 
 
@@ -186,7 +186,8 @@ def switched_off(places: Iterable[tuple[Any, str]]) -> Iterator[None]:
 
 def token_counts(batch: Batch) -> Tensor:
     """Tokens of every completion, the end token included, (C, P)."""
-    counts = torch.bincount(batch.sequence_M, minlength=batch.num_completions * batch.num_pairs)
+    num_sequences = batch.num_completions * batch.num_pairs
+    counts = sequence_sums(torch.ones_like(batch.sequence_M), batch.sequence_M, num_sequences)
     return counts.view(batch.num_completions, batch.num_pairs)
 
 

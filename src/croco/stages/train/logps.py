@@ -63,10 +63,10 @@ def _parts(weight_VD: Tensor, hidden_MD: Tensor, target_M: Tensor) -> Iterator[t
 def _logits(
     hidden_MD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, scale: float, cap: float | None
 ) -> Tensor:
-    logits_MV = F.linear(hidden_MD, weight_VD, bias_V).float()
+    logits_MV = F.linear(hidden_MD, weight_VD, bias_V)
     if scale != 1.0:
-        logits_MV = logits_MV * scale
-    return logits_MV if cap is None else (logits_MV / cap).tanh() * cap
+        logits_MV = logits_MV.float() * scale
+    return logits_MV if cap is None else (logits_MV.float() / cap).tanh() * cap
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -86,13 +86,14 @@ class _FrozenHead(torch.autograd.Function):
         logps, start = [], 0
         for hidden, target in _parts(weight_VD, hidden_MD, target_M):
             logits = _logits(hidden, weight_VD, bias_V, scale, cap)
-            picked = logits.gather(1, target[:, None])
-            lse = logits.logsumexp(1, keepdim=True)
-            logps.append((picked - lse)[:, 0])
+            bend = None if cap is None or slopes_MD is None else 1 - (logits / cap).square()
+            logps_MV = logits.log_softmax(1, dtype=torch.float32)
+            del logits
+            picked = logps_MV.gather(1, target[:, None])
+            logps.append(picked[:, 0])
             if slopes_MD is not None:
-                bend = None if cap is None else 1 - (logits / cap).square()
-                slope = logits.sub_(lse).exp_().neg_()
-                slope.scatter_add_(1, target[:, None], torch.ones_like(picked))
+                slope = logps_MV.exp_()  # its negative, which the backward pass turns round
+                slope.scatter_add_(1, target[:, None], -torch.ones_like(picked))
                 if bend is not None:
                     slope *= bend
                 if scale != 1.0:
@@ -107,4 +108,4 @@ class _FrozenHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient_M: Tensor) -> tuple[Tensor | None, ...]:
         (slopes_MD,) = ctx.saved_tensors
-        return (gradient_M[:, None].to(slopes_MD.dtype) * slopes_MD, None, None, None, None, None)
+        return (-gradient_M[:, None].to(slopes_MD.dtype) * slopes_MD, None, None, None, None, None)

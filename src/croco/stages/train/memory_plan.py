@@ -22,7 +22,7 @@ from croco.stages.train.encode import Example
 from croco.stages.train.forward import completion_logps, noise_of, switched_off
 
 MARGIN = 0.85  # of the free memory that "auto" uses
-MOST_TOKENS = 16384  # of a micro-batch: above it speed grows no more
+MOST_TOKENS = {"cpu": 16384, "cuda": 32768}  # of a micro-batch: above it speed grows no more
 PROBE_TOKENS = 64  # a pair of at least so many, where there is one
 STATE_BYTES = 12  # of a trained number: its gradient and two moments, in float32
 SPREAD = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
@@ -85,7 +85,10 @@ def choose(
             if micro_batch_tokens != "auto":
                 return Plan(micro_batch_tokens, checkpointing)
             each = needs.of(1, checkpointing) - needs.once
-            return Plan(max(longest, min(MOST_TOKENS, int((room - needs.once) / each))), checkpointing)
+            return Plan(
+                max(longest, min(MOST_TOKENS[device.partition(":")[0]], int((room - needs.once) / each))),
+                checkpointing,
+            )
     raise UserError(_misfit(needs, free, longest, asked, choices[-1], device))
 
 
@@ -133,8 +136,8 @@ def count(model: PreTrainedModel, settings: Training, examples: Sequence[Example
     config = model.config.get_text_config()
     inner = max(0.0, saved - logits)
     kept = tokens * config.num_hidden_layers * config.hidden_size * model.dtype.itemsize
-    # a layer's own are there once more, while it is computed again
-    again = logits + kept + inner / config.num_hidden_layers
+    # a layer's own are there once more while it is computed again, and about as much of gradients
+    again = logits + kept + 2 * inner / config.num_hidden_layers
     return Needs(once, (saved + logits) / tokens, (again + logits) / tokens)
 
 
