@@ -26,6 +26,7 @@ from croco.models.lora import apply_lora, load_adapter
 from croco.pipeline.fingerprint import train_settings
 from croco.pipeline.node import settings_values
 from croco.pipeline.stage import Work
+from croco.stages.train import logps
 from croco.stages.train.batches import collate
 from croco.stages.train.encode import encode_pairs
 from croco.stages.train.forward import completion_logps, token_counts
@@ -141,11 +142,13 @@ def test_sft_raises_the_likelihood_of_the_chosen(tmp_path):
     }
 
 
-def test_all_weights_of_a_half_precision_model_move_by_steps_it_could_not_hold(tmp_path):
-    """A step of 1e-6 is below what bfloat16 tells apart, so the weights are kept in float32."""
-    model = make_policy("llama").to(torch.bfloat16)
+def test_all_weights_of_a_half_precision_model_move_by_steps_it_could_not_hold(tmp_path, monkeypatch):
+    """A step of 1e-6 is below what bfloat16 tells apart, so the weights are kept in float32, and compute in bfloat16."""
+    model, logits, own = make_policy("llama").to(torch.bfloat16), [], logps._logits
+    monkeypatch.setattr(logps, "_logits", lambda *args: logits.append(own(*args)) or logits[-1])
     settings = replace(SETTINGS, full=True, learning_rate=1e-6, epochs=1)
     result = run(tmp_path, settings, model=model, num_pairs=12)
+    assert {each.dtype for each in logits} == {torch.bfloat16}
     assert result.adapter == tmp_path / "model"
     found, base = load_file(result.adapter / "model.safetensors"), make_policy("llama").to(torch.bfloat16)
     moved = {name: (found[name] - p.float()).abs().max().item() for name, p in base.named_parameters()}
