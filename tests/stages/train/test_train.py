@@ -143,7 +143,7 @@ def test_sft_raises_the_likelihood_of_the_chosen(tmp_path):
 
 
 def test_all_weights_of_a_half_precision_model_move_by_steps_it_could_not_hold(tmp_path, monkeypatch):
-    """A step of 1e-6 is below what bfloat16 tells apart, so the weights are kept in float32, and compute in bfloat16."""
+    """A step of 1e-6 is below what bfloat16 tells apart: weights are kept in float32, and compute in bfloat16."""
     model, logits, own = make_policy("llama").to(torch.bfloat16), [], logps._logits
     monkeypatch.setattr(logps, "_logits", lambda *args: logits.append(own(*args)) or logits[-1])
     settings = replace(SETTINGS, full=True, learning_rate=1e-6, epochs=1)
@@ -425,7 +425,7 @@ def trainer_of(tmp_path, budget, rows="segments", checkpointing=False, num_pairs
     settings = replace(SETTINGS, lora=Lora(dropout=0.0))
     return PairTrainer(
         apply_lora(model, settings.lora, 0),
-        training_arguments(settings, tmp_path, num_steps=1, seed=0, cpu=True, evaluate=False),
+        training_arguments(settings, tmp_path, num_steps=1, seed=0, device=model.device, evaluate=False),
         settings,
         examples=examples,
         reference_logps_CN=reference,
@@ -524,12 +524,23 @@ def test_learning_more_than_the_completion_is_the_models_own_loss(sft_on):
         assert token_counts(batch)[0].tolist() == [example.num_learnt for example in examples]
 
 
+def test_a_policy_on_the_second_gpu_is_trained_there(tmp_path, monkeypatch):
+    """transformers moves a model to the first GPU by itself."""
+    current = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.set_device", current.append)
+    second = torch.device("cuda:1")
+    made = training_arguments(Training(), tmp_path, num_steps=1, seed=0, device=second, evaluate=False)
+    assert (made.device, current[-1], made.n_gpu) == (second, second, 1)
+
+
 def test_warm_up_is_rounded_as_asked(tmp_path):
     def warm_up(**settings):
-        made = training_arguments(
-            Training(warmup_ratio=0.05, **settings), tmp_path, num_steps=30, seed=0, cpu=True, evaluate=False
-        )
-        return made.warmup_steps
+        own = Training(warmup_ratio=0.05, **settings)
+        return training_arguments(
+            own, tmp_path, num_steps=30, seed=0, device=torch.device("cpu"), evaluate=False
+        ).warmup_steps
 
     assert (warm_up(), warm_up(warmup_rounding="up")) == (1, 2)
     assert not {"sft_on", "warmup_rounding"} & Training().model_dump().keys()  # in no fingerprint by default

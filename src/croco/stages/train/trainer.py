@@ -122,7 +122,9 @@ class PairTrainer(Trainer):
                 nullcontext() if batch.singles else forward.prepared(model, batch) as inputs,
                 forward.routing(model) as routed,
             ):
-                with self.accelerator.autocast():  # the head, which is not computed within the model's forward
+                with (
+                    self.accelerator.autocast()
+                ):  # the head, which is not computed within the model's forward
                     logps_CP = forward.completion_logps(model, batch, inputs)
                 losses_P, watched = pair_losses(
                     self.settings, logps_CP, reference_CP, forward.token_counts(batch)
@@ -223,14 +225,14 @@ def training_arguments(
     *,
     num_steps: int,
     seed: int,
-    cpu: bool,
+    device: torch.device,
     evaluate: bool,
     trackers: Sequence[str] = (),
     half: torch.dtype | None = None,
 ) -> TrainingArguments:
     """transformers' arguments: a loader item per step, a checkpoint at each evaluation. `half`: what float32 weights
     compute in."""
-    every = max(1, math.ceil(num_steps / settings.sentinel.evaluations))
+    every, cpu = max(1, math.ceil(num_steps / settings.sentinel.evaluations)), device.type == "cpu"
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=num_steps,
@@ -264,4 +266,7 @@ def training_arguments(
         remove_unused_columns=False,
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs in one process would mean nn.DataParallel
+    if device.type == "cuda" and arguments.world_size == 1:  # else it would be the first GPU
+        torch.cuda.set_device(device)
+        vars(arguments)["_setup_devices"] = device  # transformers' cached property
     return arguments
