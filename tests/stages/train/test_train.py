@@ -467,6 +467,17 @@ def test_the_gradient_depends_on_the_pairs_not_on_their_layout(tmp_path, monkeyp
         assert (other_gradients[name] - gradient).norm() / gradient.norm() < 1e-4
 
 
+@pytest.mark.parametrize("rows", ["plain", "single", "masked", "packed"])
+def test_a_micro_batch_keeps_to_its_budget_in_every_layout(tmp_path, rows):
+    """Plain rows repeat the prompt, and are as wide as the longest of them."""
+    trainer = trainer_of(tmp_path, budget=300, rows=rows, num_pairs=24)
+    batches = [batch for batch, *_ in trainer._micro_batches(range(24))]
+    assert 1 < len(batches) < 24
+    for batch in batches:
+        tokens = sum(one.input_ids_BT.numel() for one in batch.singles or (batch,))
+        assert tokens <= 300 or batch.num_pairs == 1
+
+
 def test_reference_values_are_computed_once_per_base(tmp_path):
     examples, _ = encode_pairs(make_pairs(6), TOKENIZER, end=2, max_tokens=200)
     done = []

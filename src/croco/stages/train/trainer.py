@@ -21,7 +21,7 @@ from transformers import PrinterCallback, Trainer, TrainerControl, TrainingArgum
 
 from croco.config.arms import Training
 from croco.stages.train import forward
-from croco.stages.train.batches import Batch, Rows, collate, cut
+from croco.stages.train.batches import Batch, Rows, collate, cut, row_tokens
 from croco.stages.train.checkpoints import ByTheClock, readable, seal
 from croco.stages.train.distributed import shares
 from croco.stages.train.early_stopping import Stopped, alarm
@@ -68,7 +68,7 @@ class PairTrainer(Trainer):
         self.lines = list(lines)  # of the metrics file, which the sentinel reads
         self.shortcut_aucs = shortcut_aucs or {}
         self.on_metrics = on_metrics
-        self.lengths = [example.num_tokens for example in examples]
+        self.lengths = [row_tokens(example, rows) for example in examples]
         self.step_metrics: dict[str, float] = {}
         self.own_noise = forward.noise_of(model)
         super().__init__(
