@@ -239,8 +239,9 @@ class ServerSampler:
                 "min_p": 0.0,
                 "repetition_penalty": 1.0,
                 "return_token_ids": True,
-                # the tokenizer's too, which the model's config may lack
-                "stop_token_ids": sorted(self.ends | ends_of(self.tokenizer, decoding.stop)),
+                "stop_token_ids": sorted(
+                    self.ends | ends_of(self.tokenizer, decoding.stop)
+                ),  # the config may lack some
             }
         if self.server.seeds:  # 31 bits are what every server takes
             body["seed"] = seeds[0] if self.server.dialect == "vllm" else seeds[0] % 2**31
