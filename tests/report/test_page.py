@@ -10,12 +10,13 @@ import pyarrow as pa
 import pytest
 
 from croco.errors import UserError
+from croco.pipeline.progress import count_of
 from croco.report.browser import browse, packed
 from croco.report.charts import axis
 from croco.report.exports import results_markdown
 from croco.report.load_run import read_run, scores_of
 from croco.report.page import build_page
-from croco.report.table import POINTS, Number, Unit, count_of, duration
+from croco.report.table import POINTS, Number, Unit, duration
 from croco.stages.evaluate.stats import Interval
 from croco.storage import files, shards
 from croco.storage.schemas import DROPPED, PAIRS, ledger

@@ -16,10 +16,11 @@ import polars as pl
 from croco.config.recipe import Recipe
 from croco.errors import UserError
 from croco.pipeline.inputs import eval_prompts_of
+from croco.pipeline.progress import count_of
 from croco.pipeline.status import flat
 from croco.report.load_run import read_recipe, require
 from croco.report.scores import ARENA, Board, Cell, Key, board_of, boards
-from croco.report.table import count_of, enumerate_words, temperature_name
+from croco.report.table import enumerate_words, temperature_name
 from croco.stages.evaluate.results import BASE, GROUPS, language_groups, on_common_prompts, summarise
 from croco.storage.seeds import digest
 from croco.storage.shards import read_table

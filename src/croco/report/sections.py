@@ -8,11 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 from croco.config.arms import Arm
+from croco.pipeline.progress import count_of
 from croco.report import charts, curves, diagnostics
 from croco.report.load_run import Run, pair_scores, scores_of
 from croco.report.scores import ARENA, Board, arms_table, scorer_of
 from croco.report.sentences import language_sentence, losses, sentence
-from croco.report.table import Entry, Table, count_of, duration, scope_name, temperature_name
+from croco.report.table import Entry, Table, duration, scope_name, temperature_name
 from croco.stages.evaluate.results import BASE, language_groups
 
 HEADINGS = {
