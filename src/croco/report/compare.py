@@ -195,7 +195,7 @@ def _shared(
         both = pl.concat(
             [side.with_columns(arm=pl.lit(f"{i} ") + pl.col("arm")) for i, side in enumerate(usable)]
         )
-        common, _ = on_common_prompts(both)
+        common = on_common_prompts(both)
         for place, side in enumerate(sides):
             whole = side.select(_PROMPT).n_unique()
             part = side.join(common.select(_PROMPT).unique(), on=_PROMPT, how="semi")

@@ -72,10 +72,9 @@ def scopes_of(present: Sequence[str], groups: Mapping[str, Sequence[str]]) -> di
     return scopes
 
 
-def on_common_prompts(verdicts: pl.DataFrame) -> tuple[pl.DataFrame, int]:
-    """The verdicts on those (prompt, language) that every arm has at every temperature, and how many others there were:
-    a completion may be missing in one arm only. Raises UserError naming the arm with the fewest when nothing is left.
-    """
+def on_common_prompts(verdicts: pl.DataFrame) -> pl.DataFrame:
+    """The verdicts on those (prompt, language) that every arm has at every temperature: a completion may be missing in
+    one arm only. Raises UserError naming the arm with the fewest when nothing is left."""
     prompt = ["benchmark", "prompt_id", "language"]
     num_settings = verdicts.select("arm", "temperature").n_unique()
     present = verdicts.select(*prompt, "arm", "temperature").unique().group_by(prompt).len("settings")
@@ -86,7 +85,7 @@ def on_common_prompts(verdicts: pl.DataFrame) -> tuple[pl.DataFrame, int]:
         raise UserError(
             f'No prompt was evaluated in all arms; arm "{arm}" has verdicts on {count}, the fewest.'
         )
-    return verdicts.join(common, on=prompt, how="semi"), present.height - common.height
+    return verdicts.join(common, on=prompt, how="semi")
 
 
 def _per_prompt(verdicts: pl.DataFrame) -> pl.DataFrame:
