@@ -5,17 +5,15 @@
     python recipes/smollm2.py controls RECIPE    # the base in ways that need no tuning, and how far each arm went
     python recipes/smollm2_page.py RECIPE --to docs/results/smollm2.md
 
-All of it is made of the product's own stages and goes on where it was killed. The reward model is a one-logit
-classifier on the policy's trunk. It learns from English pairs of the policy's own samples, labelled by program: a
-completion that does what was asked, ended by itself, is in the language, has no loop and no echo, against one that
-fails in any of these; and against a completion in another language. Beside it stands one that learns from as many
-pairs, labelled in every tuned language.
+All of it goes on where it was killed. The reward model is a one-logit classifier on the policy's trunk. It learns from
+English pairs of the policy's own samples, labelled by program: a completion that does what was asked, ended by itself,
+is in the language, has no loop and no echo, against one that fails in any; and against one in another language.
+Beside it stands one that learns from as many pairs, labelled in every tuned language.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,12 +23,13 @@ from typing import Any
 import everyday
 import numpy as np
 import polars as pl
+import torch
 
 import croco
 from croco.config.load import from_dict, load, merged
 from croco.config.models import Reward
 from croco.config.recipe import Recipe
-from croco.models.loading import load_causal
+from croco.models.loading import load_causal, resolve_model
 from croco.models.open import tuned_weights, with_tuned
 from croco.pipeline.run import run_stage
 from croco.stages.evaluate import stats
@@ -44,8 +43,8 @@ from croco.storage.shards import read_table
 LABELS = ("constraint", "ended", "in the language", "no loop", "no echo")
 PARTS = ("constraint", "in the language", "known words", "no loop", "no echo", "ended")
 ROW = ("prompt_id", "language")
-# prompts and completions of each that reward models learn from, in English and in each other language, the last ones of
-# the train split, and those of accuracy on dev: on a CPU, and where pools are larger than an afternoon of it holds
+# prompts, and completions of each, that reward models learn from, in English and in each other language, and those of
+# accuracy on dev: on a CPU, and for pools that want a GPU
 SMALL, LARGE = ((48, 8), (24, 3), (12, 6)), ((120, 16), (60, 6), (60, 8))
 LAYERS = 8  # the last ones are trained, those below are the policy's
 LEARNING_RATE, BATCH_PAIRS = 1e-4, 8
@@ -73,9 +72,7 @@ def make_reward(recipe: Recipe) -> None:
             train(recipe, examples, folder)
     dev = labelled(sampled(recipe, "dev", "dev", *for_dev, recipe.run.languages))
     table = accuracies(recipe, dev, {"English pairs": english, "pairs in every language": ceiling})
-    table = table.with_columns(pairs=pl.lit(len(pairs)))
-    table.write_json(english / "accuracy.json")
-    print(table)
+    table.with_columns(pairs=pl.lit(len(pairs))).write_json(english / "accuracy.json")
 
 
 def sampled(
@@ -87,7 +84,7 @@ def sampled(
     rows = [row for row in everyday.rows(split) if row["prompt_id"] in items and row["language"] in languages]
     folder.parent.mkdir(parents=True, exist_ok=True)
     file = folder.with_suffix(".jsonl")
-    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    pl.DataFrame(rows).write_ndjson(file)
     return croco.sample(
         file,
         recipe.policy.model_dump(mode="json"),
@@ -148,12 +145,9 @@ def own_language_pairs(rows: pl.DataFrame, count: int) -> list[dict[str, Any]]:
 
 def train(recipe: Recipe, pairs: Sequence[dict[str, Any]], to: Path) -> None:
     """A classifier of one logit that begins at the policy's weights, trained by TRL on the pairs, once through."""
-    import torch
     from datasets import Dataset
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
     from trl import RewardConfig, RewardTrainer
-
-    from croco.models.loading import resolve_model
 
     torch.manual_seed(recipe.run.seed)
     policy = resolve_model(recipe.policy.model)
@@ -168,8 +162,7 @@ def train(recipe: Recipe, pairs: Sequence[dict[str, Any]], to: Path) -> None:
     settings = RewardConfig(
         output_dir=str(draft), num_train_epochs=1, per_device_train_batch_size=BATCH_PAIRS, learning_rate=LEARNING_RATE,
         warmup_steps=5, lr_scheduler_type="cosine", logging_steps=5, save_strategy="no", report_to="none",
-        gradient_checkpointing=False, max_length=512, seed=recipe.run.seed,
-        bf16=False,
+        gradient_checkpointing=False, max_length=512, seed=recipe.run.seed, bf16=False,
     )  # fmt: skip
     trainer = RewardTrainer(
         model=model, args=settings, train_dataset=Dataset.from_list(list(pairs)), processing_class=tokenizer
@@ -184,9 +177,7 @@ def train(recipe: Recipe, pairs: Sequence[dict[str, Any]], to: Path) -> None:
 def accuracies(recipe: Recipe, dev: pl.DataFrame, models: dict[str, Path]) -> pl.DataFrame:
     """How often each reward ranks a good completion above one that is not, within each language, of all completions and
     of those that ended, with intervals over prompts; the likelihood is the policy's own, mean over tokens."""
-    groups = [
-        (pool["messages"][0].to_list(), pool.to_dicts()) for _, pool in dev.group_by(ROW, maintain_order=True)
-    ]
+    groups = by_prompt(dev)
     scores = {}
     for name, folder in models.items():
         score, _ = open_reward(Reward(model=str(folder), dtype=recipe.reward.dtype), recipe.runtime)
@@ -211,12 +202,16 @@ def accuracies(recipe: Recipe, dev: pl.DataFrame, models: dict[str, Path]) -> pl
 def wins(pool: Sequence[dict[str, Any]], values: Sequence[Any], ended: bool) -> list[float]:
     """1 for each good completion and another one of a prompt that are ranked right, 0.5 for a tie, else 0."""
     told = [
-        (row["good"], float(value))
-        for row, value in zip(pool, values, strict=True)
-        if row["ended"] or not ended
+        (row["good"], float(value)) for row, value in zip(pool, values, strict=True) if row["ended"] >= ended
     ]
     good, bad = ([value for label, value in told if label == wanted] for wanted in (True, False))
     return [(a > b) + 0.5 * (a == b) for a in good for b in bad]
+
+
+def by_prompt(rows: pl.DataFrame) -> list[tuple[list[dict[str, str]], list[dict[str, Any]]]]:
+    """Each prompt's messages and its completions."""
+    pools = (pool for _, pool in rows.group_by(ROW, maintain_order=True))
+    return [(pool["messages"][0].to_list(), pool.to_dicts()) for pool in pools]
 
 
 def interval(values: Sequence[float]) -> dict[str, Any]:
@@ -228,25 +223,21 @@ def interval(values: Sequence[float]) -> dict[str, Any]:
 # The controls ---------------------------------------------------------------------------------------------------------
 
 
-def controls(recipe: Recipe, names: Sequence[str] = ("instruction", "best-of")) -> None:
+def controls(recipe: Recipe) -> None:
     """Verdicts of the base in ways that need no tuning: asked to answer in the language, and the best of several."""
     spoken = {code: INSTRUCTIONS[code] for code in recipe.run.evaluated}
+    reward = recipe.reward.model_dump(mode="json")
     changes: dict[str, dict[str, Any]] = {
-        "instruction": {
-            "policy": {"instruction": spoken},
-            "evaluation": {"temperatures": [0.0, 0.5], "base_temperatures": []},
-        },
-        "best-of": {
-            "evaluation": {"samples": BEST_OF, "temperatures": [1.0], "base_temperatures": [],
-                           "reward": recipe.reward.model_dump(mode="json")},
-        },
-    }  # fmt: skip
+        "instruction": {"policy": {"instruction": spoken}, "evaluation": {"temperatures": [0.0, 0.5]}},
+        "best-of": {"evaluation": {"samples": BEST_OF, "temperatures": [1.0], "reward": reward}},
+    }
     values = recipe.model_dump(mode="json", exclude={"study", "sweep"})
-    for name in names:
+    values["evaluation"]["base_temperatures"] = []
+    for name, changed in changes.items():
         folder = {"run": {"folder": str(controls_folder(recipe) / name)}}
-        other = from_dict(merged(merged(values, changes[name]), folder))
-        for stage in ("eval-prompts", "evaluate"):
-            run_stage(other, stage, arm="base" if stage == "evaluate" else None, say=print)
+        other = from_dict(merged(merged(values, changed), folder))
+        run_stage(other, "eval-prompts", say=print)
+        run_stage(other, "evaluate", arm="base", say=print)
 
 
 def controls_folder(recipe: Recipe) -> Path:
@@ -259,21 +250,16 @@ def controls_folder(recipe: Recipe) -> Path:
 def measure_distance(recipe: Recipe, arm: str) -> None:
     """Write how likely a text that nobody asked for is under an arm, and its KL from the base on its own samples."""
     file = controls_folder(recipe) / "distance" / f"{arm}.json"
-    trained, evaluated = recipe.folder / "train" / arm, recipe.folder / "evaluate" / arm
-    tuned = arm != "base"
-    if file.exists() or (
-        tuned and not all(records.state(each) == "complete" for each in (trained, evaluated))
-    ):
+    needed = [] if arm == "base" else [recipe.folder / stage / arm for stage in ("train", "evaluate")]
+    if file.exists() or any(records.state(folder) != "complete" for folder in needed):
         return
-    adapter = tuned_weights(trained) if tuned else None
-    kl = divergence(recipe, evaluated, adapter) if adapter else None
+    adapter = tuned_weights(needed[0]) if needed else None
+    kl = divergence(recipe, needed[1], adapter) if adapter else None
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, {"nll": text_nlls(recipe, adapter), "kl": kl})
 
 
 def text_nlls(recipe: Recipe, adapter: Path | None) -> dict[str, float]:
-    import torch
-
     model, tokenizer = load_causal(*with_tuned(recipe.policy, adapter), recipe.runtime.device)
     nlls = {}
     for code in recipe.run.evaluated:
@@ -287,10 +273,7 @@ def divergence(recipe: Recipe, evaluated: Path, adapter: Path) -> dict[str, Any]
     prompts = read_table(recipe.folder / "eval-prompts", [*ROW, "messages"])
     rows = read_table(evaluated).filter(pl.col("language").is_in(recipe.run.languages), temperature=1.0)
     rows = rows.filter(pl.col("completion") != "").join(prompts, on=ROW).with_columns(completion_ids=None)
-    groups = [
-        (pool["messages"][0].to_list(), pool.to_dicts())
-        for _, pool in rows.group_by(ROW, maintain_order=True)
-    ]
+    groups = by_prompt(rows)
     own, base = (
         score_likelihood(*open_likelihood(recipe.policy, recipe.runtime, True, weights), groups, {})
         for weights in (adapter, None)

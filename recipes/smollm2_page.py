@@ -19,7 +19,7 @@ from smollm2 import BEST_OF, PARTS, ROW, controls_folder, labelled
 
 from croco.config.load import load
 from croco.config.recipe import Recipe
-from croco.stages.evaluate.results import language_groups, summarise
+from croco.stages.evaluate.results import language_groups, on_common_prompts, summarise
 from croco.storage import records
 from croco.storage.files import read_json
 from croco.storage.shards import read_table
@@ -31,6 +31,7 @@ def page(recipe: Recipe, to: Path) -> None:
     """Write the tables below the line MARK of the page, whose text above it is kept; beside it the run's own page. What
     is not finished is left out, and named."""
     verdicts, missing = judged(recipe)
+    verdicts, alone = on_common_prompts(verdicts)
     groups = language_groups(recipe.run.languages, (), recipe.run.held_out_languages)
     groups = {"tuned but English": list(recipe.run.languages[1:]), **groups}
     results = summarise(verdicts, groups, recipe.run.seed)
@@ -38,6 +39,8 @@ def page(recipe: Recipe, to: Path) -> None:
     text = to.read_text(encoding="utf-8").partition(MARK)[0] if to.exists() else "# A real model\n\n"
     parts = [text.rstrip(), MARK, *tables(recipe, results, accuracy)]
     parts += [f"Not finished: {', '.join(missing)}."] if missing else []
+    each = verdicts["prompt_id"].n_unique()
+    parts += [f"On the {each} prompts that all have answered; others were left out."] if alone else []
     to.write_text("\n\n".join([*parts, *drift(recipe)]) + "\n", encoding="utf-8")
     if (made := recipe.folder / "report" / "report.html").exists():
         shutil.copyfile(made, to.with_suffix(".html"))

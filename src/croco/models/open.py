@@ -59,9 +59,13 @@ def engines(runtime: Runtime) -> Iterator[str]:
 
 
 def release() -> None:
-    """End the vLLM servers started here, which hold a GPU's memory."""
+    """Give back the memory of a GPU that an engine or a stage has held here: for the next one, or another process."""
     if "croco.models.vllm" in sys.modules:
         sys.modules["croco.models.vllm"].release()
+    if "torch" in sys.modules:
+        from croco.models.memory import free_gpu
+
+        free_gpu()
 
 
 def open_sampler(

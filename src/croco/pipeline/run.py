@@ -138,6 +138,7 @@ def run_node(node: Node, runtime: Runtime, say: Say, now: Status | None = None) 
     if now.kind == "unfinished":
         say(f"{node.title:<24} unfinished, going on")
     record = execute(node, runtime, now)
+    open.release()
     say(f"{node.title:<24} {counted(node, record)}{record['seconds']:.1f} s")
     if any(unit != "flag" for unit in record["counts"].get("dropped", {})):
         ledger = shards.read_dropped(node.folder, ["unit", "reason"]).filter(pl.col("unit") != "flag")

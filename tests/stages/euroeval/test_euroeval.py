@@ -16,6 +16,7 @@ from conftest import TinyModels, write_recipe
 from croco.cli import preflight
 from croco.config.evaluation import VERSION
 from croco.config.load import load
+from croco.config.runtime import Runtime, Vllm
 from croco.errors import UserError
 from croco.pipeline import run as pipeline
 from croco.report.exports import results_markdown
@@ -229,3 +230,14 @@ def test_versions_are_pinned_and_an_old_python_is_refused(tmp_path: Path) -> Non
         install.install(tmp_path / "new", str(old), print)
     with pytest.raises(UserError, match="expected another --to"):
         install.install(tmp_path, None, print)
+
+
+@pytest.mark.parametrize(
+    ("replicas", "together", "words"), [("auto", 2, "2"), (4, 1, "4"), (1, 4, ""), ("auto", 3, "")]
+)
+def test_a_server_has_a_copy_for_each_of_several_gpus(monkeypatch, replicas, together, words):
+    monkeypatch.setattr("croco.pipeline.compute.visible_gpus", lambda: list("0123"))
+    runtime = Runtime(replicas=replicas, vllm=Vllm(tensor_parallel=together))
+    assert euroeval.several_gpus(runtime) == (["--data-parallel-size", words] if words else [])
+    monkeypatch.setattr("croco.pipeline.compute.visible_gpus", list)
+    assert euroeval.several_gpus(Runtime(replicas=2)) == []

@@ -17,11 +17,12 @@ import pyarrow as pa
 
 from croco.config.evaluation import VERSION
 from croco.config.recipe import Recipe
-from croco.config.runtime import EuroEvalRuntime
+from croco.config.runtime import EuroEvalRuntime, Runtime
 from croco.errors import UserError
 from croco.models import vllm_server
 from croco.models.children import started
 from croco.models.open import tuned_weights
+from croco.pipeline.compute import gpu_shares
 from croco.pipeline.stage import Work
 from croco.stages.euroeval.results_file import Record, read_records, rows_of
 from croco.stages.evaluate.results import BASE
@@ -244,6 +245,13 @@ def _key(runtime: EuroEvalRuntime) -> str | None:
     return key
 
 
+def several_gpus(runtime: Runtime) -> list[str]:
+    """As many copies of the policy behind the one server as `runtime.replicas` gives GPUs to."""
+    gpus = 0 if runtime.device == "cpu" else runtime.vllm.tensor_parallel
+    copies = [share for share in gpu_shares(runtime, gpus) if share]
+    return ["--data-parallel-size", str(len(copies))] if len(copies) > 1 else []
+
+
 @contextmanager
 def served(work: Work, folder: Path) -> Iterator[tuple[vllm_server.Serving, dict[str, Any]]]:
     """The server that the recipe names for the arm, or one of ours; and what `stage.json` says of it."""
@@ -267,6 +275,7 @@ def served(work: Work, folder: Path) -> Iterator[tuple[vllm_server.Serving, dict
     words = vllm_server.policy_words(policy, merged)
     if work.runtime.vllm.max_model_len is not None:
         words += ["--max-model-len", str(work.runtime.vllm.max_model_len)]
+    words += several_gpus(work.runtime)
     with vllm_server.serve(
         words,
         model_name(arm),

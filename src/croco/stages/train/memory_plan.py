@@ -17,7 +17,7 @@ from croco.config.arms import Training
 from croco.errors import UserError
 from croco.models.lora import trainable, without_adapter
 from croco.models.memory import free_bytes
-from croco.stages.train.batches import Rows, collate
+from croco.stages.train.batches import Rows, collate, row_tokens
 from croco.stages.train.encode import Example
 from croco.stages.train.forward import completion_logps, noise_of, switched_off
 
@@ -107,13 +107,6 @@ def _misfit(needs: Needs, free: int, longest: int, asked: int, checkpointing: bo
         f"{needed}, and the longest pair alone takes {longest:,}: expected a smaller training.max_tokens, fewer "
         f"trained weights (training.lora.rank, training.full), a smaller model or more memory"
     )
-
-
-def row_tokens(example: Example, rows: Rows) -> int:
-    """Tokens of a pair in rows: the prompt once when it is shared, else with every completion."""
-    if rows not in ("plain", "single"):
-        return example.num_tokens
-    return sum(len(example.prompt) + len(completion) - 1 for completion in example.completions)
 
 
 def count(model: PreTrainedModel, settings: Training, examples: Sequence[Example], rows: Rows) -> Needs:

@@ -102,7 +102,7 @@ def train_pairs(
         scratch / "checkpoints",
         num_steps=len(steps),
         seed=seed,
-        cpu=model.device.type == "cpu",
+        device=model.device,
         evaluate=bool(validation),
         trackers=trackers,
         half=model.dtype if settings.full and model.dtype in HALF else None,
