@@ -41,7 +41,11 @@ def page(recipe: Recipe, to: Path) -> None:
     parts = [text.rstrip(), MARK, *tables(recipe, results, accuracy)]
     parts += [f"Not finished: {', '.join(missing)}."] if missing else []
     each = verdicts["prompt_id"].n_unique()
-    parts += [f"On the {each} prompts that all have answered; others were left out."] if verdicts.height < every else []
+    parts += (
+        [f"On the {each} prompts that all have answered; others were left out."]
+        if verdicts.height < every
+        else []
+    )
     to.write_text("\n\n".join([*parts, *drift(recipe)]) + "\n", encoding="utf-8")
     if (made := recipe.folder / "report" / "report.html").exists():
         shutil.copyfile(made, to.with_suffix(".html"))
