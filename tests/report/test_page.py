@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from croco.config.arms import Arm
 from croco.errors import UserError
 from croco.pipeline.progress import count_of
 from croco.report.browser import browse, packed
@@ -16,6 +17,7 @@ from croco.report.charts import axis
 from croco.report.exports import results_markdown
 from croco.report.load_run import read_run, scores_of
 from croco.report.page import build_page
+from croco.report.sections import about
 from croco.report.table import POINTS, Number, Unit, duration
 from croco.stages.evaluate.stats import Interval
 from croco.storage import files, shards
@@ -219,6 +221,15 @@ def test_markdown_has_every_arm_and_language(run):
 def written(unit, *ends):
     number = Number(Interval(*ends), unit)
     return number.text, number.ends(" to ")
+
+
+def test_an_arm_in_words():
+    """Named groups and other losses were called one language and DPO."""
+    assert about(Arm()) == "pool: one language · reward model · rejected mean-2std · DPO, β 0.1"
+    arm = Arm.model_validate(
+        {"pool": {"nordic": ["da", "sv"]}, "rejected": "min", "training": {"loss": "simpo", "beta": 2.0}}
+    )
+    assert about(arm) == "pool: groups of languages · reward model · rejected min · simpo, β 2"
 
 
 def test_a_zero_has_no_sign():

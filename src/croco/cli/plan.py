@@ -51,7 +51,7 @@ def describe(recipe: Recipe, until: str | None = None, machine: str | None = Non
         yield f"  {node.title:<28} {_standing(node, status)}"
         for change in status.changes:
             yield f"      {change}"
-    yield from (f"engines: {line}" for line in engines(recipe.runtime))
+    yield from (f"engines: {line}" for line in engines(recipe))
     yield f"workers: {described(recipe.runtime)}"
     yield from cost(recipe, rates(recipe), until, where)
 

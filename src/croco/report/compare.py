@@ -208,7 +208,7 @@ def _shared(
     if any(lost):
         reason = f", {count_of(reworded, 'prompt')} of the same name in other words" if reworded else ""
         notes.append(
-            f"The runs were evaluated on different prompts: {lost[0]:,} of {names[0]} and {lost[1]:,} of {names[1]} "
+            f"Not all prompts have a verdict in both runs: {lost[0]:,} of {names[0]} and {lost[1]:,} of {names[1]} "
             f"(prompts by language{reason}) are left out, and the rest is compared."
         )
     return [pl.concat(parts) for parts in kept], notes
