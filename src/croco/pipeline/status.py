@@ -96,7 +96,8 @@ def changes(record: Record, node: Node) -> list[str]:
         if old.get(key) != new.get(key) and not emptied:
             before, after = (provenance.shown(side.get(key, "(not there)")) for side in (old, new))
             what = f"its input {key.removeprefix('inputs.')}" if key.startswith("inputs.") else key
-            lines.append(f"{what.removeprefix('settings.')}: {before} → {after}")
+            other = "other content, " if before.startswith("sha256:") and after.startswith("sha256:") else ""
+            lines.append(f"{what.removeprefix('settings.')}: {other}{before} → {after}")
     return lines
 
 

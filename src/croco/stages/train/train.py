@@ -6,6 +6,7 @@ undisturbed run. The result is the checkpoint with the lowest held-out loss. Eve
 """
 
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,7 +143,9 @@ def train_pairs(
         reference_logps_CN = logps(policy)
     before = samples(policy.parameters())
     if layout.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # its name to be, which transformers 5.19 lacks
+            model.gradient_checkpointing_enable({"use_reentrant": False})
 
     def follow(metrics: dict[str, Any]) -> None:
         if on_step and metrics["split"] == "train":
