@@ -76,7 +76,9 @@ def read_results(folder: Path) -> Run:
     recipe = read_recipe(folder)
     require(folder, ["results"])
     results = shards.read_table(folder / "results")
-    present = set(results["arm"].to_list())
+    facts = records.read_record(folder / "results")["facts"]
+    # an arm of which no completion was judged has no row, and the page says so
+    present = {*results["arm"].to_list(), *(arm for arm, _ in facts.get("without_verdict", ()))}
     if absent := [arm for arm in (BASE, *recipe.evaluated_arms) if arm not in present]:
         arms = "arm" if len(absent) == 1 else "arms"
         raise UserError(f"the results of {folder} lack the {arms} {', '.join(absent)}: run `croco run` again")
