@@ -125,7 +125,7 @@ def test_arms_without_a_common_prompt_are_an_error():
     table = two_arms().with_columns(
         prompt_id=pl.when(pl.col("arm") == "croco").then(pl.lit("other")).otherwise(pl.col("prompt_id"))
     )
-    with pytest.raises(UserError, match='arm "croco" has verdicts on 2'):
+    with pytest.raises(UserError, match='"croco" at temperature 0 has verdicts on 2'):
         on_common_prompts(table)
 
 
