@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from croco.config.load import from_dict
 from croco.config.runtime import Runtime
 from croco.models.memory import free_bytes
 from croco.models.open import engine_of, engines
@@ -22,8 +23,12 @@ def test_the_engine_of_a_role_says_why() -> None:
     assert engine_of(auto.model_copy(update={"device": "cpu"}), "score")[0] == "transformers"
     named = Runtime.model_validate({"device": "cpu", "engines": {"judge": "vllm"}})
     assert engine_of(named, "judge") == ("vllm", "the recipe says so")
-    assert list(engines(named)) == [
-        "transformers for translate, sample, score, evaluate (the device is cpu)",
+    recipe = {"run": {"name": "x", "languages": ["da"]}, "arms": {"a": {}}, "runtime": named.model_dump()}
+    assert list(engines(from_dict(recipe))) == [
+        "transformers for sample, score, evaluate (the device is cpu)"
+    ]
+    assert list(engines(from_dict(recipe | {"judge": {"model": "lab:policy"}}))) == [
+        "transformers for sample, score, evaluate (the device is cpu)",
         "vllm for judge (the recipe says so)",
     ]
 

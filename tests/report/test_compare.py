@@ -85,7 +85,7 @@ def test_prompts_of_one_run_alone_are_left_out_and_counted(runs):
         write(folder / arm, VERDICTS, rows.to_dicts())
     found = compare(*runs)
     assert found.notes == [
-        "The runs were evaluated on different prompts: 28 of first and 0 of second (prompts by language) are left "
+        "Not all prompts have a verdict in both runs: 28 of first and 0 of second (prompts by language) are left "
         "out, and the rest is compared."
     ]
     kept = verdicts(runs[0], "monolingual").filter(

@@ -16,10 +16,11 @@ import polars as pl
 from croco.config.recipe import Recipe
 from croco.errors import UserError
 from croco.pipeline.inputs import eval_prompts_of
+from croco.pipeline.progress import count_of
 from croco.pipeline.status import flat
 from croco.report.load_run import read_recipe, require
 from croco.report.scores import ARENA, Board, Cell, Key, board_of, boards
-from croco.report.table import count_of, enumerate_words, temperature_name
+from croco.report.table import enumerate_words, temperature_name
 from croco.stages.evaluate.results import BASE, GROUPS, language_groups, on_common_prompts, summarise
 from croco.storage.seeds import digest
 from croco.storage.shards import read_table
@@ -194,7 +195,7 @@ def _shared(
         both = pl.concat(
             [side.with_columns(arm=pl.lit(f"{i} ") + pl.col("arm")) for i, side in enumerate(usable)]
         )
-        common, _ = on_common_prompts(both)
+        common = on_common_prompts(both)
         for place, side in enumerate(sides):
             whole = side.select(_PROMPT).n_unique()
             part = side.join(common.select(_PROMPT).unique(), on=_PROMPT, how="semi")
@@ -207,7 +208,7 @@ def _shared(
     if any(lost):
         reason = f", {count_of(reworded, 'prompt')} of the same name in other words" if reworded else ""
         notes.append(
-            f"The runs were evaluated on different prompts: {lost[0]:,} of {names[0]} and {lost[1]:,} of {names[1]} "
+            f"Not all prompts have a verdict in both runs: {lost[0]:,} of {names[0]} and {lost[1]:,} of {names[1]} "
             f"(prompts by language{reason}) are left out, and the rest is compared."
         )
     return [pl.concat(parts) for parts in kept], notes

@@ -578,7 +578,7 @@ def test_the_reference_is_computed_for_the_pairs_that_are_used_only(tmp_path, ca
 def test_little_to_learn_from_is_said_before_training(tmp_path, capsys):
     run(tmp_path / "few", replace(SETTINGS, batch_pairs=64, epochs=1, validation_fraction=0.0))
     said = capsys.readouterr().err
-    assert "36 pairs to train on, fewer than training.batch_pairs = 64: one optimizer step in all" in said
+    assert "36 pairs to train on, training.batch_pairs = 64: 1 optimizer step in all" in said
 
 
 def test_no_pair_at_all_names_the_main_reasons_and_the_setting(tmp_path):

@@ -88,8 +88,8 @@ def score_likelihood(
 
 
 def too_long(what: str, length: int, limit: int) -> str:
-    """The reason why a sequence has no score."""
-    return f"the {what} has {length} tokens, the limit is {limit}"
+    """The reason why a sequence has no score; its own length is a detail, after the colon."""
+    return f"the {what} is longer than {limit} tokens: it has {length}"
 
 
 # The implicit reward ---------------------------------------------------------------------------------------------

@@ -114,7 +114,7 @@ def check_pairs(folder: Path) -> None:
         return
     dropped = shards.read_dropped(folder).filter(pl.col("unit") != "flag")
     read = sum((Counter(shard.read) for shard in made), Counter[str]())
-    reasons = dropped.group_by("unit", "reason").len().sort("len", "unit", descending=[True, False]).rows()
+    reasons = shards.reasons(dropped)
     why = "; ".join(
         f"{count:,} of {read.get(unit, count):,} {unit}s: {reason}" for unit, reason, count in reasons[:3]
     )
