@@ -1,7 +1,7 @@
 """Scores of a sequence classifier with one logit: the raw logit at the last token of the conversation.
 
 "Last token" is what transformers' classifiers take: the rightmost one that is not the padding token. The head computes
-in float32, as vLLM's does: bfloat16 has 16 numbers between 8 and 9, so many of 64 completions would score the same.
+in float32, as vLLM's does: of 64 scores in bfloat16, spread by 3 around 8, an eighth equals another (simulated).
 Classifiers whose head is not `score` on the last hidden state are computed one by one."""
 
 from collections.abc import Sequence
