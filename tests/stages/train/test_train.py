@@ -31,7 +31,7 @@ from croco.stages.train.batches import collate
 from croco.stages.train.encode import encode_pairs
 from croco.stages.train.forward import completion_logps, token_counts
 from croco.stages.train.reference import reference_logps
-from croco.stages.train.setup import check_pairs
+from croco.stages.train.setup import check_pairs, encode
 from croco.stages.train.stage import train
 from croco.stages.train.train import train_pairs
 from croco.stages.train.trainer import PairTrainer, training_arguments
@@ -373,6 +373,12 @@ def test_the_models_own_noise_is_off(tmp_path, arch):
         assert abs(line["rewards/margins"]) < 1e-4
     if arch == "gpt2":  # what is saved keeps the rates that the model came with
         assert json.loads((result.adapter / "config.json").read_text())["resid_pdrop"] == 0.5
+
+
+def test_the_context_of_stretched_positions_is_theirs():
+    model = make_policy("llama", max_positions=50)
+    model.config.rope_parameters = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10_000.0}
+    assert encode(model, TOKENIZER, make_pairs(36), SETTINGS, None)[2].is_empty()
 
 
 def test_a_pair_longer_than_the_policys_context_is_left_out(tmp_path):
