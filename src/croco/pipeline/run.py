@@ -184,7 +184,8 @@ def rebuild_report(recipe: Recipe, say: Say = lambda line: None) -> Path:
             _require(before, node)
         if status_of(node).kind != "missing":  # the old page stays until the new one is there
             records.write_record(node.folder, new_record(node, recipe.runtime.shard_prompts))
-        run_node(node, recipe.runtime, say)
+        record = execute(node, recipe.runtime)
+    say(f"{node.title:<24} {record['seconds']:.1f} s")
     return node.folder / "report.html"
 
 
