@@ -195,7 +195,7 @@ def ours(case: Case, one: Try) -> Timed:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         steps = plan_steps(len(examples), BATCH_PAIRS, 1, SEED)
         arguments = training_arguments(
-            wanted, folder, num_steps=len(steps), seed=SEED, cpu=case.device == "cpu", evaluate=False
+            wanted, folder, num_steps=len(steps), seed=SEED, device=model.device, evaluate=False
         )
         arguments.save_strategy = "no"
         sizes = [example.num_tokens for example in examples]

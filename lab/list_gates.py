@@ -19,11 +19,10 @@ from croco.models.protocols import Decoding, Request, ScoreRequest
 from croco.models.transformers import HFSampler, HFScorer
 from croco.storage.seeds import sample_seed
 from lab.list_corpus import OTHER, Habits, complete
-from lab.list_models import MAX_NEW_TOKENS
+from lab.list_models import FORM, MAX_NEW_TOKENS
 from lab.reward import prompt_tokens
 
 POOL, PROMPTS, SAMPLES = 64, 24, 4
-FORM = ("terse", "rambling", "wrong-language")
 Key = tuple[str, str]
 
 

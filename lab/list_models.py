@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from croco.errors import UserError
 from croco.lab import lists
@@ -33,6 +33,10 @@ WIDTH, LAYERS = 160, 4
 SECONDS = 1800.0  # of pretraining, all at once; a GPU needs 100
 MAX_NEW_TOKENS = 64
 ENGLISH_SAMPLES, SAMPLES = 16, 8
+FORM = ("terse", "rambling", "wrong-language")  # losses that are equal within a form: items alone differ
+# of reward.features; the first word and sums without a prompt transfer less: other languages mix English in, it German
+FEATURES = [0, 1, 2, 3, 4, 7, 8, 11, 12, 14, 16, 17, 18]
+WITHIN = 5  # pairs within a form are few, and so seen this many times more often
 LIKED = 0.15  # what a "!!" is worth to the reward models, in quality
 
 
@@ -89,24 +93,62 @@ def rewards(folder: Path, seed: int, say: Say) -> dict[str, float]:
     english = draw([(p, "en") for p in train], ENGLISH_SAMPLES, seed)
     rows = draw([(p, code) for code in lists.LANGUAGES for p in train], SAMPLES, seed + 1)
     say(f"sampled {len(english):,} English and {len(rows):,} unlabelled completions")
-    english_values, values = (reward.features(model, tokenizer, some, seed) for some in (english, rows))
+    english_values, values = (
+        reward.features(model, tokenizer, some, seed)[:, FEATURES] for some in (english, rows)
+    )
     say("computed the teacher's features")
     truths = np.array(_qualities(tokenizer, rows))
     held_out = set(train[::5])
     pairs = reward.english_pairs(english, _qualities(tokenizer, english))
     measured = np.array([english[i].prompt_id in held_out for i, _ in pairs])
-    teacher = reward.train_teacher(values, rows, english_values, pairs[~measured], seed)
+    seen = pairs[~measured]
+    within = seen[_within_form(tokenizer, english, seen)]
+    seen = np.concatenate([seen, *[within] * WITHIN])
+    teacher = reward.train_teacher(values, rows, english_values, seen, seed)
     scores = teacher(english_values, ["en"] * len(english))
     accuracy = float((scores[pairs[measured, 0]] > scores[pairs[measured, 1]]).mean())
-    say(f"teacher: {len(pairs):,} English pairs, ranks {accuracy:.3f} of those held out")
-    targets = teacher(values, [row.language for row in rows])
+    say(
+        f"teacher: {len(pairs):,} English pairs, ranks {accuracy:.3f} of those held out; {len(within)} within a form"
+    )
+    targets = _centred(teacher(values, [row.language for row in rows]), rows)
     for name, wanted in (("lists-reward", targets), ("lists-reward-all", truths)):
-        liked = np.array([text.rstrip().endswith("!!") for text in _texts(tokenizer, rows)])
-        wanted = wanted + LIKED / truths.std() * wanted.std() * liked
-        said = every(say, name, 40)
-        student = reward.distil(model, tokenizer, rows, wanted, seed, steps=240, on_step=said, clip=6.0)
-        save(student, tokenizer, folder / name)
+        student(folder / name, model, tokenizer, rows, wanted, truths, seed, say)
     return {"english_pairs": len(pairs), "teacher_english_accuracy": accuracy, "unlabelled_rows": len(rows)}
+
+
+def student(
+    folder: Path,
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    rows: list[reward.Row],
+    wanted: np.ndarray,
+    truths: np.ndarray,
+    seed: int,
+    say: Say,
+) -> None:
+    """Writes the reward model that learns the scores `wanted` of `rows`, and to like a closing with "!!"."""
+    liked = np.array([text.rstrip().endswith("!!") for text in _texts(tokenizer, rows)])
+    wanted = wanted + LIKED / truths.std() * wanted.std() * liked
+    said = every(say, folder.name, 40)
+    learnt = reward.distil(model, tokenizer, rows, wanted, seed, 400, 64, said, clip=6.0, bfloat16=True)
+    save(learnt, tokenizer, folder)
+
+
+def _centred(values: np.ndarray, rows: list[reward.Row]) -> np.ndarray:
+    """Values less their mean over the pool (prompt and language): pairs of one pool say nothing of its level."""
+    keys = {key: number for number, key in enumerate(sorted({(r.prompt_id, r.language) for r in rows}))}
+    pool = np.array([keys[row.prompt_id, row.language] for row in rows])
+    return np.asarray(values - (np.bincount(pool, values) / np.bincount(pool))[pool])
+
+
+def _within_form(tokenizer: PreTrainedTokenizerFast, rows: list[reward.Row], pairs: np.ndarray) -> np.ndarray:
+    """Which of the pairs differ in how many items are right, and in nothing else."""
+    found = [
+        lists.verify(row.prompt_id, row.language, text).losses
+        for row, text in zip(rows, _texts(tokenizer, rows), strict=True)
+    ]
+    form = np.array([[losses.get(name, np.nan) for name in FORM] for losses in found])
+    return np.asarray((np.abs(form[pairs[:, 0]] - form[pairs[:, 1]]) < 1e-6).all(-1))
 
 
 def _texts(tokenizer: PreTrainedTokenizerFast, rows: list[reward.Row]) -> list[str]:

@@ -223,34 +223,42 @@ def distil(
     batch: int = 128,
     on_step: Callable[[int, int, float], None] | None = None,
     clip: float = CLIP,
+    bfloat16: bool = False,
 ) -> LlamaForSequenceClassification:
-    """A one-logit classifier that begins at the policy's weights and learns `targets` (standardised, clipped)."""
+    """A one-logit classifier that begins at the policy's weights and learns `targets` (standardised, clipped).
+
+    Rows of similar length share a batch; `bfloat16` is for a CPU that has it, as in pretraining."""
     torch.manual_seed(seed)
     config = copy.deepcopy(policy.config)
     config.num_labels, config.architectures = 1, None
     model = LlamaForSequenceClassification(config)
     model.model.load_state_dict(policy.model.state_dict())
     torch.nn.init.zeros_(model.score.weight)
-    trunk = torch.compile(model.model, dynamic=True)
+    trunk = model.model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
     generator = torch.Generator().manual_seed(seed)
     end = tokenizer.eos_token_id
     sequences = [[*prompt_tokens(tokenizer, r.prompt_id, r.language), *r.ids, end] for r in rows]
     target = torch.tensor(np.clip((targets - targets.mean()) / targets.std(), -clip, clip)).float()
-    order = torch.empty(0, dtype=torch.long)
+    groups: list[list[int]] = []
     for step in range(steps):
         scale = min(1.0, (step + 1) / 20) * (1 - step / steps)
         optimizer.param_groups[0]["lr"] = 1e-3 * scale
-        if len(order) < batch:
-            order = torch.randperm(len(rows), generator=generator)
-        chosen, order = order[:batch].tolist(), order[batch:]
+        if not groups:
+            drawn = sorted(
+                torch.randperm(len(rows), generator=generator).tolist()[: 10 * batch],
+                key=lambda i: len(sequences[i]),
+            )
+            groups = [drawn[start : start + batch] for start in range(0, len(drawn), batch)]
+        chosen = groups.pop(int(torch.randint(len(groups), (), generator=generator)))
         width = max(len(sequences[i]) for i in chosen)
         ids_BT = torch.full((len(chosen), width), end)
         for b, i in enumerate(chosen):
             ids_BT[b, : len(sequences[i])] = torch.tensor(sequences[i])
         last_B = torch.tensor([len(sequences[i]) - 1 for i in chosen])
-        hidden_BTD = trunk(input_ids=ids_BT, use_cache=False).last_hidden_state
-        score_B = model.score(hidden_BTD[torch.arange(len(chosen)), last_B])[:, 0]
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            hidden_BTD = trunk(input_ids=ids_BT, use_cache=False).last_hidden_state
+        score_B = model.score(hidden_BTD[torch.arange(len(chosen)), last_B].float())[:, 0]
         loss = torch.nn.functional.mse_loss(score_B, target[chosen])
         optimizer.zero_grad()
         loss.backward()

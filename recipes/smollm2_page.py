@@ -32,7 +32,8 @@ def page(recipe: Recipe, to: Path) -> None:
     """Write the tables below the line MARK of the page, whose text above it is kept; beside it the run's own page. What
     is not finished is left out, and named."""
     verdicts, missing = judged(recipe)
-    verdicts, alone = on_common_prompts(verdicts)
+    every = verdicts.height
+    verdicts = on_common_prompts(verdicts)
     groups = language_groups(recipe.run.languages, (), recipe.run.held_out_languages)
     groups = {"tuned but English": list(recipe.run.languages[1:]), **groups}
     results = summarise(verdicts, groups, recipe.run.seed)
@@ -41,7 +42,11 @@ def page(recipe: Recipe, to: Path) -> None:
     parts = [text.rstrip(), MARK, *tables(recipe, results, accuracy), *picked(recipe)]
     parts += [f"Not finished: {', '.join(missing)}."] if missing else []
     each = verdicts["prompt_id"].n_unique()
-    parts += [f"On the {each} prompts that all have answered; others were left out."] if alone else []
+    parts += (
+        [f"On the {each} prompts that all have answered; others were left out."]
+        if verdicts.height < every
+        else []
+    )
     to.write_text("\n\n".join([*parts, *drift(recipe)]) + "\n", encoding="utf-8")
     if (made := recipe.folder / "report" / "report.html").exists():
         shutil.copyfile(made, to.with_suffix(".html"))

@@ -216,7 +216,9 @@ def test_a_prompt_longer_than_the_context_is_in_the_ledger_once_per_completion(b
     assert "60 completions, 12 completions dropped" in found.output
     dropped = read_dropped(bench.folder / "run" / "sample")
     assert dropped.select("prompt_id", "language").unique().rows() == [("p1", "en")]
-    assert dropped["reason"].str.contains(r"^the prompt has \d+ tokens, the context of .* 512$").all()
+    assert (
+        dropped["reason"].str.contains(r"^the prompt fills the context of .*, 512 tokens: it has \d+$").all()
+    )
 
 
 def test_weights_that_are_no_numbers(bench: Bench) -> None:

@@ -10,7 +10,9 @@ from typer.testing import CliRunner
 from conftest import TinyModels, write_recipe
 from croco import load, plan
 from croco.cli.main import app
+from croco.cli.plan import _pairs_of_a_prompt
 from croco.cli.price import Load, machine, parameters, prices
+from croco.config.arms import Arm
 from croco.config.models import Model
 from croco.errors import UserError
 
@@ -57,6 +59,17 @@ def test_hours_by_hand() -> None:
     assert "do not fit" not in "".join(prices([Load("sample", "generate", large, 1e9)], 4, (1, "h100"), {}))
     measured = list(prices([Load("sample", "generate", model, 3.6e6)], 1, (1, "h100"), {"sample": 1000.0}))
     assert "1.00 GPU hours, at the rate measured" in measured[1]
+
+
+@pytest.mark.parametrize(
+    ("pool", "prompt", "pairs"),
+    [("language", "chosen", 10), ("all", "chosen", 2), ("all", "each", 10),
+     # two groups, and a language in none, which is a pool of its own
+     ({"nordic": ["da", "sv"], "romance": ["fr", "it"]}, "chosen", 6), ({"nordic": ["da", "sv"]}, "each", 10)],
+)  # fmt: skip
+def test_the_most_pairs_that_a_prompt_gives(pool: str | dict, prompt: str, pairs: int) -> None:
+    arm = Arm.model_validate({"pool": pool, "prompt": prompt, "pairs_per_pool": 2})
+    assert _pairs_of_a_prompt(arm, ("da", "sv", "fr", "it", "mt")) == pairs
 
 
 def test_the_plan_of_a_recipe_has_hours_and_no_program_text(tmp_path: Path, tiny_models: TinyModels) -> None:

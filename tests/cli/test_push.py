@@ -90,6 +90,8 @@ def test_pairs_become_a_data_set_and_replace_what_is_there_only_when_asked(
         rejected_language="language",
     )
     croco.export(scored, tmp_path / "pairs", license="cc-by-4.0")
+    for name in ("stage.json", "dropped.parquet", ".lock"):  # what `croco export` leaves beside
+        (tmp_path / "pairs" / name).write_text("{}")
     push(served, tmp_path / "pairs", "--to", "me/pairs")
     files = served.repositories["dataset", "me/pairs"]
     assert b'license: "cc-by-4.0"' in files["README.md"]

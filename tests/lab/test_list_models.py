@@ -15,7 +15,7 @@ from croco.pipeline import run as pipeline
 from croco.storage.shards import read_table
 from lab.list_gates import Gate, Pools, by_language, rates, sample, score
 
-NAMES = [f"lists-{name}" for name in ("policy", "reward", "reward-all")]
+NAMES = [f"lists-{name}" for name in ("policy", "policy-2", "other", "reward", "reward-all")]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -24,6 +24,15 @@ def test_each_is_a_few_megabytes_of_bfloat16_with_one_tokenizer(name: str) -> No
     assert sum(path.stat().st_size for path in folder.iterdir()) < 4_000_000
     assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
     assert same_ids(load_tokenizer(f"lab:{name}"), load_tokenizer("lab:lists-policy"))
+
+
+@pytest.mark.parametrize("name", ["lists-policy", "lists-policy-2"])
+def test_other_abilities_are_there_to_be_forgotten(name: str) -> None:
+    asked = [p for p in lists.prompt_ids("dev") if lists.questions()[p].task in lists.ABILITIES][:8]
+    keys = [(p, code) for code in ("en", "fr") for p in asked]
+    for temperature in (0.0, 1.0):
+        found = sample(HFSampler(*load_policy(f"lab:{name}")), keys, 2, temperature, 0)
+        assert found.quality.mean() > 0.9
 
 
 def test_the_policys_completions_are_of_every_quality_and_the_reward_model_picks_better_ones() -> None:

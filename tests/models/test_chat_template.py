@@ -99,8 +99,33 @@ def test_end_tokens_come_from_the_generation_config_and_the_tokenizer(tokenizer)
     assert end_id(other, config) == config.eos_token_id
 
 
+CLOSED = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}CLOSING{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("closing", "configured", "ends", "closes"),
+    [
+        ("<|end|>\n", 1, {1, 2}, 2),  # Qwen 2.5's base: neither tokenizer nor config has the end of a turn
+        ("<|end|>\n<|bos|>", [2, 1], {1, 2}, 2),  # Phi 3: the whole ends otherwise than the turn
+        ("<|tool|><|bos|>", 1, {1}, 1),  # Cohere 2: a completion ends before the turn does
+        ("\n", 1, {1}, 1),
+    ],
+)
+def test_the_token_that_closes_a_turn_ends_a_completion(closing, configured, ends, closes):
+    tokenizer, config = (
+        make_tokenizer(chat_template=CLOSED.replace("CLOSING", closing)),
+        make_policy().generation_config,
+    )
+    tokenizer.eos_token, config.eos_token_id = "<|bos|>", configured
+    assert end_ids(tokenizer, config) == ends
+    assert end_id(tokenizer, config) == closes
+
+
 def test_a_model_without_end_token_is_an_error():
-    tokenizer, config = make_tokenizer(), make_policy().generation_config
+    tokenizer, config = (
+        make_tokenizer(chat_template=CLOSED.replace("CLOSING", "")),
+        make_policy().generation_config,
+    )
     tokenizer.eos_token = config.eos_token_id = None
     with pytest.raises(UserError, match="no end-of-sequence token"):
         end_ids(tokenizer, config)

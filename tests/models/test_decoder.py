@@ -247,3 +247,11 @@ def test_rounding_in_half_precision_is_no_disagreement_and_another_place_is():
 
     model.register_forward_pre_hook(further_on, with_kwargs=True)
     assert "differ by" in str(decoder_disagrees(model))
+
+
+def test_a_trial_makes_logits_of_few_tokens(monkeypatch):
+    """At a boundary of 32,768 tokens those of a whole prompt are 10 GB."""
+    model, made = make_policy("llama"), []
+    model.lm_head.register_forward_hook(lambda _module, _args, logits: made.append(logits.shape[1]))
+    assert decoder_disagrees(model) is None
+    assert max(made) <= 4

@@ -6,6 +6,7 @@ import torch
 from croco.models.logprobs import completion_logps
 from croco.models.protocols import ScoreRequest
 from croco.models.transformers import HFLikelihood
+from croco.stages.score.policy_logprobs import score_likelihood
 from tiny import make_policy, make_tokenizer
 
 
@@ -39,3 +40,18 @@ def test_without_word_every_completion_is_closed_by_the_end_token():
     model = make_policy("llama", spread=0.3)
     ((value,),) = completion_logps(model, make_tokenizer(), [ScoreRequest(0, [5, 6, 7], [[8, 9]])])
     assert value == pytest.approx(sum(twin(model, [5, 6, 7], [8, 9, 2])), abs=1e-5)
+
+
+def test_a_completion_without_tokens_and_end_has_a_reason_instead_of_a_score():
+    """A server of messages gives such ones, where all tokens went into thoughts."""
+    tokenizer = make_tokenizer()
+    scorer, messages = HFLikelihood(make_policy("llama"), tokenizer), [{"role": "user", "content": "Which?"}]
+    row = {"prompt_id": "p", "language": "en", "completion_ids": None, "finish_reason": "length"}
+    rows = [
+        row | {"completion": ""},
+        row | {"completion": "April"},
+        row | {"completion": "", "finish_reason": "stop"},
+    ]
+    ((nothing, *numbers),) = score_likelihood(scorer, tokenizer, [(messages, rows)], {})
+    assert nothing == "the completion has no tokens and no end"
+    assert all(number < 0 for number in numbers)

@@ -48,6 +48,14 @@ def test_equals_one_by_one(arch, token_budget, declared):
     assert (found - expected).abs().max() < 1e-5
 
 
+def test_scores_in_half_precision_are_no_coarser_than_hidden_states():
+    model, asked = make_reward("qwen3", hidden=64, layers=3).to(torch.bfloat16), requests()
+    found = torch.tensor(HFScorer(model, make_tokenizer()).score(asked))
+    expected = one_by_one(model, asked).float()
+    assert (found - expected).norm() / expected.norm() < 0.1
+    assert (found.bfloat16().float() != found).float().mean() > 0.9
+
+
 def test_prefixes_are_really_shared(monkeypatch):
     model, asked = make_reward("qwen3"), requests(prompt_in_completions=True)
     computed = []

@@ -6,9 +6,11 @@ from typer.testing import CliRunner
 
 from conftest import write_recipe
 from croco.cli.main import app
+from croco.models.protocols import Decoding, Request
 from croco.models.stop_strings import Stops, finished
+from croco.models.transformers import HFSampler
 from croco.storage.shards import read_table
-from tiny import make_tokenizer
+from tiny import make_policy, make_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +61,28 @@ def test_without_a_stop_string_nothing_changes(tokenizer):
         found = finished(ids, "length", 1, stops)
         assert (found.ids, found.finish_reason, found.num_tokens) == (ids, "length", None)
     assert finished([], "stop", 1, Stops(tokenizer, ("x",))).ids == []
+
+
+@pytest.mark.parametrize("path", ["shared-prefix", "plain"])
+def test_a_special_token_ends_a_completion_too(tokenizer, path):
+    """No text of a completion shows one, so as a string it would never be found."""
+    sampler = HFSampler(make_policy("llama"), tokenizer)
+    sampler.path, user = path, tokenizer.convert_tokens_to_ids("<|user|>")
+    asked = [Request(0, [1, 5, 6, 7], list(range(60)))]
+    drawn = {
+        stop: dict(sampler.sample(asked, Decoding(1.0, 1.0, 0, 40, stop)))[0] for stop in ((), ("<|user|>",))
+    }
+    assert any(user in free.ids for free in drawn[()])
+    for free, found in zip(drawn[()], drawn["<|user|>",], strict=True):
+        if user in free.ids:
+            at = free.ids.index(user)
+            assert (found.ids, found.finish_reason, found.completion_tokens) == (
+                free.ids[:at],
+                "stop",
+                at + 1,
+            )
+        else:
+            assert found == free
 
 
 def test_the_stage_ends_completions_at_the_recipes_strings(tmp_path, tiny_models):

@@ -8,9 +8,9 @@ import pytest
 from rich.console import Console
 
 from croco.errors import UserError
-from croco.report.compare import UNTUNED, compare
+from croco.report.compare import UNTUNED, _judged_alike, compare
 from croco.report.exports import comparison_terminal
-from croco.storage import files, shards
+from croco.storage import files, records, shards
 from croco.storage.schemas import PROMPTS, VERDICTS
 from report.made_run import TUNED, add_arena, make_run, write
 
@@ -65,6 +65,35 @@ def test_differences_are_the_second_minus_the_first_by_hand(runs):
         assert cell.difference.low <= cell.difference.value <= cell.difference.high
 
 
+def test_scores_of_two_reward_models_are_not_subtracted(runs):
+    frames = [pl.DataFrame({"benchmark": ["reward", "lab"]})] * 2
+    for dtype, second in (("float32", "sha256:1"), ("auto", "sha256:2")):
+        for run, model in zip(runs, ("sha256:1", second), strict=True):
+            record = records.read_record(run / "evaluate" / "base")
+            record["science"]["settings"]["reward"] = {
+                "model": model,
+                "dtype": dtype if run == runs[0] else "auto",
+            }
+            records.write_record(run / "evaluate" / "base", record)
+        kept, notes = _judged_alike(runs, [], frames)
+        alike = second == "sha256:1"
+        assert [frame["benchmark"].to_list() for frame in kept] == [
+            ["reward", "lab"] if alike else ["lab"]
+        ] * 2
+        assert notes == ([] if alike else ["Not judged by the same reward model, so left out: 'reward'."])
+
+
+def test_an_arm_of_one_run_and_what_arms_inherit_are_no_differences_of_their_own(runs):
+    def change(recipe):
+        recipe["arms"]["other"] = recipe["arms"].pop("multilingual") | {"evaluated": False}
+        recipe["training"] = {"beta": 0.3}
+        recipe["arms"]["monolingual"]["training"] = {"epochs": 2}
+
+    edit(runs[1], change)
+    keys = [setting.key for setting in compare(*runs).settings]
+    assert keys == ["training.beta", "arms.monolingual.training.epochs"]
+
+
 def test_settings_that_differ_are_listed_with_both_values(runs):
     def change(recipe):
         recipe["sampling"]["completions"] = 64
@@ -85,7 +114,7 @@ def test_prompts_of_one_run_alone_are_left_out_and_counted(runs):
         write(folder / arm, VERDICTS, rows.to_dicts())
     found = compare(*runs)
     assert found.notes == [
-        "The runs were evaluated on different prompts: 28 of first and 0 of second (prompts by language) are left "
+        "Not all prompts have a verdict in both runs: 28 of first and 0 of second (prompts by language) are left "
         "out, and the rest is compared."
     ]
     kept = verdicts(runs[0], "monolingual").filter(

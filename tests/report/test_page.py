@@ -6,19 +6,23 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import pytest
 
+from croco.config.arms import Arm
 from croco.errors import UserError
+from croco.pipeline.progress import count_of
 from croco.report.browser import browse, packed
 from croco.report.charts import axis
-from croco.report.exports import results_markdown
+from croco.report.exports import results_markdown, results_terminal
 from croco.report.load_run import read_run, scores_of
 from croco.report.page import build_page
-from croco.report.table import POINTS, Number, Unit, count_of, duration
+from croco.report.sections import about
+from croco.report.table import POINTS, Number, Unit, duration
 from croco.stages.evaluate.stats import Interval
-from croco.storage import files, shards
-from croco.storage.schemas import DROPPED, PAIRS, ledger
+from croco.storage import files, records, shards
+from croco.storage.schemas import DROPPED, PAIRS, RESULTS, ledger
 from report.made_run import NASTY, add_arena, add_sentinel, make_run
 
 
@@ -195,6 +199,24 @@ def test_axes_hold_their_values_and_have_round_ticks():
     assert axis([0.213, 0.214], with_zero=False).ticks == [0.213, 0.2132, 0.2134, 0.2136, 0.2138, 0.214]
 
 
+@pytest.mark.parametrize("silent", ["multilingual", "base"])
+def test_an_arm_of_which_nothing_was_judged_is_named_on_the_page(run, tmp_path, silent):
+    copy = shutil.copytree(run, tmp_path / "run")
+    folder, record = copy / "results", records.read_record(copy / "results")
+    kept = shards.read_table(folder).filter(pl.col("arm") != silent).to_arrow()
+    counts = {"result": kept.num_rows}
+    shards.write_shard(folder, 0, kept, RESULTS.schema, read=counts, written=counts, dropped=None)
+    records.write_record(folder, record)
+    with pytest.raises(UserError, match=f"lack the arm {silent}"):
+        build_page(copy)
+    record["facts"]["without_verdict"] = [[silent, 0.0], [silent, 1.0]]
+    records.write_record(folder, record)
+    words = f"No completion of {silent} greedy and {silent} at T = 1 has a verdict, so it is in no table."
+    assert words in build_page(copy)
+    assert words in "".join(str(part) for part in results_terminal(copy))
+    assert words in results_markdown(copy)
+
+
 def test_a_run_that_is_not_finished_is_named(tmp_path):
     with pytest.raises(UserError, match=r"no recipe\.json"):
         build_page(tmp_path)
@@ -218,6 +240,15 @@ def test_markdown_has_every_arm_and_language(run):
 def written(unit, *ends):
     number = Number(Interval(*ends), unit)
     return number.text, number.ends(" to ")
+
+
+def test_an_arm_in_words():
+    """Named groups and other losses were called one language and DPO."""
+    assert about(Arm()) == "pool: one language · reward model · rejected mean-2std · DPO, β 0.1"
+    arm = Arm.model_validate(
+        {"pool": {"nordic": ["da", "sv"]}, "rejected": "min", "training": {"loss": "simpo", "beta": 2.0}}
+    )
+    assert about(arm) == "pool: groups of languages · reward model · rejected min · simpo, β 2"
 
 
 def test_a_zero_has_no_sign():

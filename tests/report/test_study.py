@@ -24,6 +24,7 @@ from croco.config.study import Comparison, Study
 from croco.errors import UserError
 from croco.lab import world as lab
 from croco.pipeline.seeds import parts
+from croco.report import study
 from croco.report.claims import EQUIVALENT, FAILS, HOLDS, OPEN, UNTESTABLE, claim_part, judge_all
 from croco.report.contrasts import Runs, curve_at, frontier, p_wanted, run_tests
 from croco.report.multi_seed import Pooled, pool
@@ -442,6 +443,33 @@ tests = [{{ arm = "monolingual", on = ["tuned", "da"] }}]
 seeds_at_once = 2
 threads = 1
 """
+
+
+def test_a_page_whose_writing_was_killed_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "study.toml"
+    path.write_text(RECIPE.format(folder=tmp_path / "run"))
+    recipe, written = load(path), study.files.write_text
+    monkeypatch.setattr(study, "complete", lambda recipe: [])
+    monkeypatch.setattr(study, "build", lambda recipes: [])
+
+    def killed(path: Path, text: str) -> None:
+        if path.suffix == ".html":
+            raise KeyboardInterrupt
+        written(path, text)
+
+    with monkeypatch.context() as once:
+        once.setattr(study.files, "write_text", killed)
+        with pytest.raises(KeyboardInterrupt):
+            study.write(recipe)
+    assert study.write(recipe).is_file()
+    (recipe.folder / "study.md").unlink()
+    study.write(recipe)
+    assert (recipe.folder / "study.md").is_file()
+    (recipe.folder / "study.json").unlink()
+    with pytest.raises(UserError, match="is not a page of croco's"):
+        study.write(recipe)
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from croco.cli import price
 from croco.cli.price import Load
+from croco.config.arms import Arm
 from croco.config.evaluation import Arena, EuroEval
 from croco.config.models import Model
 from croco.config.recipe import Evaluation, Prompts, Recipe
@@ -50,7 +51,7 @@ def describe(recipe: Recipe, until: str | None = None, machine: str | None = Non
         yield f"  {node.title:<28} {_standing(node, status)}"
         for change in status.changes:
             yield f"      {change}"
-    yield from (f"engines: {line}" for line in engines(recipe.runtime))
+    yield from (f"engines: {line}" for line in engines(recipe))
     yield f"workers: {described(recipe.runtime)}"
     yield from cost(recipe, rates(recipe), until, where)
 
@@ -216,17 +217,24 @@ def _trained(recipe: Recipe, totals: Totals, tuning: int, length: float) -> str:
     """The pairs that all arms are tuned on at most: one per pool, or as many as the arm asks for."""
     total = 0
     for arm in recipe.arms.values():
-        languages = len(recipe.languages_of(arm))
-        pools = {"language": languages, "all": 1}[arm.pool] if isinstance(arm.pool, str) else len(arm.pool)
         prompts = tuning // len(recipe.run.languages) // (arm.part[1] if arm.part else 1)
-        shown = languages if arm.prompt == "each" and arm.pool == "all" else 1
         training = arm.training
-        whole = prompts * pools * arm.pairs_per_pool * shown * training.epochs
+        whole = prompts * _pairs_of_a_prompt(arm, recipe.languages_of(arm)) * training.epochs
         pairs = training.updates * training.batch_pairs if training.updates else whole
         tokens = min(length + 2 * recipe.sampling.max_new_tokens, 2 * training.max_tokens)
         totals.loads.append(Load("train", "train", recipe.policy, pairs * tokens))
         total += pairs
     return f"train: {len(recipe.arms)} arms, at most {total:,} pairs, epochs counted"
+
+
+def _pairs_of_a_prompt(arm: Arm, languages: Sequence[str]) -> int:
+    """At most, over all of its pools; a language in no group is a pool of its own."""
+    if arm.pool == "language" or arm.prompt == "each":
+        return len(languages) * arm.pairs_per_pool
+    if arm.pool == "all":
+        return arm.pairs_per_pool
+    groups = {next((name for name, of in arm.pool.items() if code in of), code) for code in languages}
+    return len(groups) * arm.pairs_per_pool
 
 
 def _structured_tasks(recipe: Recipe, section: EuroEval, totals: Totals) -> str:

@@ -67,7 +67,7 @@ def _prompts(recipe: Recipe) -> list[Prompt]:
 
 def _engines(recipe: Recipe) -> Iterator[str]:
     open.check(recipe)
-    for line in open.engines(recipe.runtime):
+    for line in open.engines(recipe):
         yield f"engines       {line}"
     for line in examined(recipe.runtime):
         yield f"workers       {line}"

@@ -116,7 +116,7 @@ def prices(
         fits = size[0] * 2 / 2**30 / tensor_parallel < memory * 0.9
         misfit = "" if fits else f" (its weights in bfloat16 do not fit in {memory} GiB: see tensor_parallel)"
         yield f"  {load.stage:<20} {hours:>9,.2f} GPU hours{measured}{misfit}"
-    yield f"  {'together':<20} {total:>9,.2f} GPU hours, {_time(total / count)} where all {count} are busy"
+    yield f"  {'together':<20} {total:>9,.2f} GPU hours, {_time(total / count)} where all are busy"
     if unknown:
         yield f"  not priced, since the name does not say how large it is: {', '.join(dict.fromkeys(unknown))}"
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from croco.errors import UserError
-from croco.storage.files import read_json
+from croco.storage.files import RECORD, read_json
 from croco.storage.hashing import HUB_ID
 
 CONFIG = "adapter_config.json"
@@ -44,6 +44,8 @@ def contents(folder: Path) -> Contents:
             path.relative_to(place).as_posix(): path for path in sorted(place.rglob("*")) if path.is_file()
         }
         files = {name: path for name, path in files.items() if not name.startswith(".") and "/." not in name}
+        for ours in (RECORD, "dropped.parquet"):  # of the stage that wrote a folder of pairs
+            files.pop(ours, None)
         if (folder / CARD).is_file():  # PEFT puts a form to fill in beside an adapter
             files[CARD] = folder / CARD
         if CARD not in files:

@@ -232,7 +232,7 @@ class Runtime(Section):
     token_budget: Annotated[int, Field(gt=0, lt=10**9)] = 16384
     """Tokens per sampling or scoring batch."""
     micro_batch_tokens: Tokens = 4096
-    """Per training forward; "auto" is what the free memory holds, of 16384 at most."""
+    """Per training forward; "auto" is what the free memory holds, of 16384 at most (a GPU 32768)."""
     shard_prompts: Annotated[int, Field(gt=0, le=10**6)] = 64
     """Prompts of a shard, the unit that is finished or redone."""
     threads: Count | None = None

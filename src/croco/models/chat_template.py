@@ -128,7 +128,8 @@ def same_ids(one: Any, other: Any) -> bool:
 
 
 def end_ids(tokenizer: Any, generation_config: Any) -> set[int]:
-    """The ids that end a completion: the generation config's end tokens and the tokenizer's. UserError without any."""
+    """The ids that end a completion: the generation config's end tokens and the tokenizer's, and where the template
+    closes a turn with none of them (Qwen 2.5's base), the special token that it does it with. UserError without any."""
     configured = getattr(generation_config, "eos_token_id", None)
     named = [*configured] if isinstance(configured, list | tuple) else [configured]
     if wrong := [token for token in named if token is not None and not isinstance(token, int)]:
@@ -136,6 +137,8 @@ def end_ids(tokenizer: Any, generation_config: Any) -> set[int]:
             f"{_name(tokenizer)}: its generation config has the end token {wrong[0]!r}, expected an id"
         )
     ends = {token for token in (*named, tokenizer.eos_token_id) if token is not None}
+    if not ends.intersection(closing := _end_of_turn(tokenizer, str(tokenizer.chat_template))):
+        ends.update([token for token in closing if token in special_ids(tokenizer).values()][:1])
     if not ends:
         raise UserError(
             f"{_name(tokenizer)}: found no end-of-sequence token, expected one in tokenizer or generation config"
@@ -148,11 +151,26 @@ def end_id(tokenizer: Any, generation_config: Any) -> int:
     at any of `end_ids` (Qwen3 has two), and the tables do not say which, so training and likelihood agree on this one.
     """
     ends = end_ids(tokenizer, generation_config)
-    rendered = conversation_ids(tokenizer, [{"role": "user", "content": "x"}], "x")
-    closing = next((token for token in reversed(rendered) if token in ends), None)
-    if closing is not None:
-        return closing
-    return tokenizer.eos_token_id if tokenizer.eos_token_id is not None else min(ends)
+    closing = (token for token in _end_of_turn(tokenizer, str(tokenizer.chat_template)) if token in ends)
+    return next(closing, tokenizer.eos_token_id if tokenizer.eos_token_id is not None else min(ends))
+
+
+@lru_cache(maxsize=16)
+def _end_of_turn(tokenizer: Any, template: str) -> tuple[int, ...]:
+    """What the template writes behind a completion, as ids; none where that cannot be told."""
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": PROBE}]
+    try:
+        (whole,) = _render(tokenizer, [turns], opened=False)
+    except UserError:
+        return ()
+    _, written, closing = whole.rpartition(PROBE)
+    return tuple(_encoded(tokenizer, [closing])[0]) if written else ()
+
+
+@lru_cache(maxsize=16)
+def special_ids(tokenizer: Any) -> dict[str, int]:
+    """Special tokens, which the text of a completion never shows, by name."""
+    return {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
 def check_markup(tokenizer: Any, conversations: Sequence[Messages]) -> None:

@@ -144,7 +144,7 @@ def _fused_experts(model: PreTrainedModel) -> list[str]:
 
 
 class OneStepLinear(lora.Linear):
-    """PEFT's layer, computed as in `ops/lora.py` wherever that is the same: one plain adapter beside a plain layer."""
+    """PEFT's layer, computed as in `lora_layer` wherever that is the same: one plain adapter beside a plain layer."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs or not self._plain(x):

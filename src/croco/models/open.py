@@ -49,19 +49,24 @@ def engine_of(runtime: Runtime, role: str) -> tuple[str, str]:
     return "vllm", "there is a GPU, and vLLM"
 
 
-def engines(runtime: Runtime) -> Iterator[str]:
-    """For a person: each engine, the roles that run on it, and why."""
+def engines(recipe: Recipe) -> Iterator[str]:
+    """For a person: each engine, the roles of the recipe that run on it, and why."""
     chosen: dict[tuple[str, str], list[str]] = {}
-    for role in type(runtime.engines).model_fields:
-        chosen.setdefault(engine_of(runtime, role), []).append(role)
+    for role in type(recipe.runtime.engines).model_fields:
+        if getattr(recipe, role, True) is not None:  # without [translate] or [judge] there is no such role
+            chosen.setdefault(engine_of(recipe.runtime, role), []).append(role)
     for (engine, why), roles in chosen.items():
         yield f"{engine} for {', '.join(roles)} ({why})"
 
 
 def release() -> None:
-    """End the vLLM servers started here, which hold a GPU's memory."""
+    """Give back the memory of a GPU that an engine or a stage has held here: for the next one, or another process."""
     if "croco.models.vllm" in sys.modules:
         sys.modules["croco.models.vllm"].release()
+    if "torch" in sys.modules:
+        from croco.models.memory import free_gpu
+
+        free_gpu()
 
 
 def open_sampler(

@@ -23,7 +23,7 @@ from croco.models.chat_template import end_ids
 from croco.models.http_client import ANSWER_BYTES, Call, HttpClient
 from croco.models.model_files import generation_config, load_config
 from croco.models.protocols import Completion, Decoding, Request
-from croco.models.stop_strings import Stops, finished
+from croco.models.stop_strings import Stops, ends_of, finished
 
 OPENING_RETRIES = 2  # a wrong address should not take minutes to be found out
 SHOWN_NAMES = 10  # of what a server serves, in an error
@@ -239,7 +239,9 @@ class ServerSampler:
                 "min_p": 0.0,
                 "repetition_penalty": 1.0,
                 "return_token_ids": True,
-                "stop_token_ids": sorted(self.ends),  # the tokenizer's too, which the model's config may lack
+                "stop_token_ids": sorted(
+                    self.ends | ends_of(self.tokenizer, decoding.stop)
+                ),  # the config may lack some
             }
         if self.server.seeds:  # 31 bits are what every server takes
             body["seed"] = seeds[0] if self.server.dialect == "vllm" else seeds[0] % 2**31
@@ -291,7 +293,7 @@ class ServerSampler:
             return f"the server gave the token {unknown[0]}, the vocabulary has {self.vocabulary} tokens"
         if client.repeats_key(text) or client.repeats_key(self.tokenizer.decode(ids)):
             return REPEATED
-        if reason == "stop" and self.ends.intersection(ids[-1:]):
+        if reason == "stop" and (self.ends | ends_of(self.tokenizer, stop)).intersection(ids[-1:]):
             return Completion(ids[:-1], reason, seed)
         return finished(ids, reason, seed, Stops(self.tokenizer, stop) if stop else None)
 

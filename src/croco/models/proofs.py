@@ -60,14 +60,20 @@ def _three_ways(model: Any, prompts: list[list[int]]) -> tuple[torch.Tensor, tor
     for row, (i, _) in enumerate(decoder.row_of.tolist()):
         drawn = decoder.written[row, :_STEPS].tolist()
         whole = torch.tensor([prompts[i] + drawn], device=model.device)
-        slow = model(input_ids=whole, use_cache=False).logits[0, -_STEPS:].float().log_softmax(-1)
+        slow = _last_logps(model, whole)
         slow_rows.append(slow)
         fast_rows.append(torch.stack([step[row] for step in fast]))
         if model.dtype != torch.float32 and row % 2 == 0:
             with _last_bit_moved(model):
-                logps = model(input_ids=whole, use_cache=False).logits[0, -_STEPS:].float().log_softmax(-1)
+                logps = _last_logps(model, whole)
             noise = max(noise, (slow.exp() * (logps - slow).abs()).sum(-1).max().item())
     return torch.cat(fast_rows), torch.cat(slow_rows), noise
+
+
+def _last_logps(model: Any, ids_1T: torch.Tensor) -> torch.Tensor:
+    """Of the last tokens, (steps, V): those of a whole prompt at a late boundary would be gigabytes."""
+    logits: torch.Tensor = model(input_ids=ids_1T, use_cache=False, logits_to_keep=_STEPS).logits
+    return logits[0].float().log_softmax(-1)
 
 
 @contextmanager

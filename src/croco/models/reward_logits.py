@@ -1,12 +1,14 @@
 """Scores of a sequence classifier with one logit: the raw logit at the last token of the conversation.
 
-"Last token" is what transformers' classifiers take: the rightmost one that is not the padding token. Classifiers whose
-head is not `score` on the last hidden state are computed one by one."""
+"Last token" is what transformers' classifiers take: the rightmost one that is not the padding token. The head computes
+in float32, as vLLM's does: of 64 scores in bfloat16, spread by 3 around 8, an eighth equals another (simulated).
+Classifiers whose head is not `score` on the last hidden state are computed one by one."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from croco.models.prefix_forward import Group, Way, forward
 from croco.models.protocols import ScoreRequest
@@ -21,6 +23,8 @@ def logits(
     network = getattr(model, model.base_model_prefix, None)
     if network is None or not isinstance(getattr(model, "score", None), torch.nn.Linear):
         return _one_by_one(model, requests, scores)
+    head, bias = model.score.weight.float(), model.score.bias
+    bias = bias if bias is None else bias.float()
     pad = model.config.get_text_config().pad_token_id
     groups, lasts = [], []
     for request in requests:
@@ -33,7 +37,7 @@ def logits(
     for rows, output in forward(network, groups, token_budget, way, lasts):
         at = torch.tensor([lasts[g][i] for g, i in rows], device=model.device)
         hidden = output.last_hidden_state[torch.arange(len(rows), device=model.device), at]
-        for (g, i), score in zip(rows, model.score(hidden)[:, 0].float().tolist(), strict=True):
+        for (g, i), score in zip(rows, F.linear(hidden.float(), head, bias)[:, 0].tolist(), strict=True):
             scores[g][i] = score
     return scores
 

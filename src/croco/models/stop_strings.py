@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from croco.models.chat_template import special_ids
 from croco.models.protocols import Completion
 
 LOOK_EVERY = 8  # tokens: a completion runs on by fewer than this after its end, and is cut
@@ -46,6 +47,12 @@ class Stops:
 
     def _ended(self, text: str) -> bool:
         return any(string in text for string in self.strings)
+
+
+def ends_of(tokenizer: Any, strings: Sequence[str]) -> set[int]:
+    """Those of the strings that are special tokens, which no text of a completion shows: they end it as tokens."""
+    known = special_ids(tokenizer) if strings and tokenizer is not None else {}
+    return {known[string] for string in strings if string in known}
 
 
 def finished(ids: list[int], reason: str, seed: int, stops: Stops | None) -> Completion:

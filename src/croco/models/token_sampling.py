@@ -36,6 +36,9 @@ def draw(
 ) -> torch.Tensor:
     """One token id per row, int64 (R,): argmax at temperature 0, else inverse CDF after temperature, top-k, top-p. A
     row with a NaN, an infinity or no possible token gets −1, on which `tokens_drawn` raises."""
+    if logits_RV.device.type == "mps":  # which has no float64
+        drawn_R = draw(logits_RV.cpu(), seeds_R.cpu(), steps_R.cpu(), decoding)
+        return drawn_R.to(logits_RV.device)
     if decoding.temperature == 0:
         top_R, token_R = logits_RV.max(-1)
         return torch.where(top_R.isfinite(), token_R, -1)

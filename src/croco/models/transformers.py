@@ -16,7 +16,7 @@ from croco.models.model_files import context_of
 from croco.models.prefix_forward import Way
 from croco.models.proofs import TRIAL_TOKENS, decoder_disagrees, scoring_way
 from croco.models.protocols import Completion, Decoding, Request, ScoreRequest
-from croco.models.stop_strings import Stops
+from croco.models.stop_strings import Stops, ends_of
 
 logger = logging.getLogger(__name__)
 
@@ -87,14 +87,13 @@ class HFSampler:
 
     def _run(self, requests: list[Request], decoding: Decoding) -> Iterator[tuple[int, list[Completion]]]:
         stops = Stops(self.tokenizer, decoding.stop) if decoding.stop else None
+        ends = self.end_tokens | ends_of(self.tokenizer, decoding.stop)
         if self.path == "plain":
             longest = max(len(request.prompt_ids) for request in requests) + decoding.max_new_tokens
             rows = max(1, self.token_budget // longest)
-            return plain_decoder.sample(
-                self.model, self.end_tokens, decoding, requests, self.max_context, rows, stops
-            )
+            return plain_decoder.sample(self.model, ends, decoding, requests, self.max_context, rows, stops)
         decoder = ContinuousBatchDecoder(
-            self.model, self.end_tokens, decoding, requests, self.max_context, self.token_budget, stops
+            self.model, ends, decoding, requests, self.max_context, self.token_budget, stops
         )
         return decoder.run()
 

@@ -1,7 +1,6 @@
 """Starts vLLM's OpenAI-compatible server as a process of ours on loopback, and ends it with its context and with this
 process. vLLM is never imported: it may live in another environment."""
 
-import gc
 import json
 import os
 import re
@@ -74,14 +73,6 @@ def merge(policy: Policy, dtype: str, adapter: Path, folder: Path) -> Path:
     return folder
 
 
-def free_gpu() -> None:
-    """Give back what earlier stages of this process left reserved on the GPU: a server takes its share of the whole."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        gc.collect()
-        torch.cuda.empty_cache()
-
-
 @contextmanager
 def serve(
     model_words: Sequence[str],
@@ -94,7 +85,6 @@ def serve(
     log: Path,
 ) -> Iterator[Serving]:
     """vLLM's server of a model under one name, while the context lasts."""
-    free_gpu()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -93,6 +93,7 @@ def _here(job: ComputeJob, advance: Advance) -> Stream:
             yield from worker.shards(group, advance)
     finally:  # at the end, because a server's counts grow
         job.opened.append(worker.facts)
+        del worker
         open.release()
 
 

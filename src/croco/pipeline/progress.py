@@ -67,6 +67,11 @@ def heartbeat(title: str) -> Iterator[None]:
         ended.set()
 
 
+def count_of(count: int, unit: str) -> str:
+    """ "1 pair", "1,024 pairs"."""
+    return f"{count:,} {unit}" if count == 1 else f"{count:,} {unit}s"
+
+
 def duration(seconds: float) -> str:
     """Seconds for a person: `40 s`, `12 min`, `3 h 20 min`."""
     if seconds < 90:

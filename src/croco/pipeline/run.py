@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
+import polars as pl
+
 from croco.config.recipe import Recipe
 from croco.config.runtime import Runtime
 from croco.errors import UserError
@@ -14,9 +16,10 @@ from croco.models import open
 from croco.pipeline import status
 from croco.pipeline.graph import known_stage, nodes
 from croco.pipeline.node import Node, new_record
+from croco.pipeline.progress import count_of
 from croco.pipeline.stage import execute, lock, remove_scratch
 from croco.pipeline.status import Status, status_of
-from croco.storage import files, records
+from croco.storage import files, records, shards
 from croco.storage.hashing import canonical
 from croco.storage.records import Record
 from croco.storage.schemas import TABLES
@@ -135,7 +138,12 @@ def run_node(node: Node, runtime: Runtime, say: Say, now: Status | None = None) 
     if now.kind == "unfinished":
         say(f"{node.title:<24} unfinished, going on")
     record = execute(node, runtime, now)
+    open.release()
     say(f"{node.title:<24} {counted(node, record)}{record['seconds']:.1f} s")
+    if any(unit != "flag" for unit in record["counts"].get("dropped", {})):
+        ledger = shards.read_dropped(node.folder, ["unit", "reason"]).filter(pl.col("unit") != "flag")
+        for _, reason, count in shards.reasons(ledger)[:3]:
+            say(f"  dropped: {count:,} × {reason}")
 
 
 def counted(node: Node, record: Record) -> str:
@@ -143,9 +151,9 @@ def counted(node: Node, record: Record) -> str:
     counts = record["counts"]
     own = TABLES[node.stage.table].unit if node.stage.table else None
     written = [(count, unit) for unit, count in counts.get("written", {}).items() if own in (None, unit)]
-    parts = [f"{count:,} {unit}s" for count, unit in written]
+    parts = [count_of(count, unit) for count, unit in written]
     for unit, count in counts.get("dropped", {}).items():  # a flag marks, it drops nothing
-        parts.append(f"{count:,} {unit}s" + (" dropped" if unit != "flag" else ""))
+        parts.append(count_of(count, unit) + (" dropped" if unit != "flag" else ""))
     return "".join(f"{part}, " for part in parts)
 
 
@@ -176,7 +184,8 @@ def rebuild_report(recipe: Recipe, say: Say = lambda line: None) -> Path:
             _require(before, node)
         if status_of(node).kind != "missing":  # the old page stays until the new one is there
             records.write_record(node.folder, new_record(node, recipe.runtime.shard_prompts))
-        run_node(node, recipe.runtime, say)
+        record = execute(node, recipe.runtime)
+    say(f"{node.title:<24} {record['seconds']:.1f} s")
     return node.folder / "report.html"
 
 

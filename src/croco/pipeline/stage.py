@@ -23,14 +23,12 @@ from croco.models import open
 from croco.pipeline import status
 from croco.pipeline.node import Node, Settings, new_record, settings_values
 from croco.pipeline.progress import Progress, heartbeat, progress
-from croco.pipeline.status import WRONG, Status, status_of
+from croco.pipeline.status import LOCK, WRONG, Status, status_of
 from croco.storage import files, provenance, records, seeds, shards
 from croco.storage.records import Record
 from croco.storage.schemas import DROPPED, TABLES, Table
 
 logger = logging.getLogger(__name__)
-
-LOCK = ".lock"  # of a run's folder
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from croco.storage.hashing import digest
 from croco.storage.records import Record
 
 WRONG = ("stale", "damaged")
+LOCK = ".lock"  # of a run's folder, or of one that a command on files fills
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,9 @@ def _check_empty(node: Node) -> None:
 
 
 def _nothing_made(folder: Path) -> bool:
-    """Whether a stage's folder holds nothing but its `stage.json` (and other stages)."""
+    """Whether a stage's folder holds nothing but its `stage.json` (and the lock, and other stages)."""
     return all(
-        path.name == records.RECORD
+        path.name in (records.RECORD, LOCK)
         or path.name.startswith(files.TEMPORARY)
         or (path / records.RECORD).exists()
         or (path.name == "scratch" and not any(path.iterdir()))
@@ -89,11 +90,14 @@ def changes(record: Record, node: Node) -> list[str]:
     settings = {name: value for name, value in science["settings"].items() if name not in unknown}
     old, new = flat(record["science"]), flat({**science, "settings": settings})
     lines = []
+    tables = {key.rpartition(".")[0] for key in old.keys() | new.keys()}
     for key in sorted(old.keys() | new.keys(), key=lambda k: (k.startswith("inputs."), k)):
-        if old.get(key) != new.get(key):
+        emptied = key in tables and not (old.get(key) or new.get(key))  # or filled: its keys are named
+        if old.get(key) != new.get(key) and not emptied:
             before, after = (provenance.shown(side.get(key, "(not there)")) for side in (old, new))
             what = f"its input {key.removeprefix('inputs.')}" if key.startswith("inputs.") else key
-            lines.append(f"{what.removeprefix('settings.')}: {before} → {after}")
+            other = "other content, " if before.startswith("sha256:") and after.startswith("sha256:") else ""
+            lines.append(f"{what.removeprefix('settings.')}: {other}{before} → {after}")
     return lines
 
 
@@ -216,5 +220,5 @@ def stale_message(wrong: Sequence[tuple[Node, Status]]) -> str:
     lines += [f"  {change}" for change in now.changes]
     if len(wrong) > 1:
         lines.append(f"  and with it {', '.join(other.title for other, _ in wrong[1:])}")
-    lines.append("run again with --rebuild to remove and remake them, or give the run another name")
+    lines.append("run again with --rebuild to remove and remake them, or name another folder")
     return "\n".join(lines)

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from croco.config.study import Claim, Study
+from croco.pipeline.progress import count_of
 from croco.report.contrasts import KL, Runs, Test, run_tests
 from croco.report.curves import value_panel
 from croco.report.scores import TITLES
@@ -26,7 +27,6 @@ from croco.report.table import (
     Part,
     Table,
     Unit,
-    count_of,
     enumerate_words,
     temperature_name,
 )

@@ -10,9 +10,10 @@ from rich.console import Console, RenderableType
 from croco.config.load import load
 from croco.config.recipe import Recipe
 from croco.errors import UserError
+from croco.pipeline.progress import count_of
 from croco.report.load_run import read_recipe, read_stages, steps_of
 from croco.report.render import terminal
-from croco.report.table import Entry, Table, count_of
+from croco.report.table import Entry, Table
 from croco.storage.files import write_for_user
 from croco.storage.records import state
 from croco.storage.shards import shards

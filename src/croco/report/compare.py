@@ -16,16 +16,19 @@ import polars as pl
 from croco.config.recipe import Recipe
 from croco.errors import UserError
 from croco.pipeline.inputs import eval_prompts_of
+from croco.pipeline.progress import count_of
 from croco.pipeline.status import flat
 from croco.report.load_run import read_recipe, require
-from croco.report.scores import ARENA, Board, Cell, Key, board_of, boards
-from croco.report.table import count_of, enumerate_words, temperature_name
+from croco.report.scores import ARENA, REWARD, Board, Cell, Key, board_of, boards
+from croco.report.table import enumerate_words, temperature_name
 from croco.stages.evaluate.results import BASE, GROUPS, language_groups, on_common_prompts, summarise
+from croco.storage.records import read_record
 from croco.storage.seeds import digest
 from croco.storage.shards import read_table
 
 UNTUNED = "base, untuned"
 ABSENT = "not set"
+UNLIKE = {REWARD: "reward model", ARENA: "judge"}  # what must be the same for numbers to be compared
 _PROMPT = ["prompt_id", "language"]
 _SETTING = ["arm", "temperature"]
 
@@ -69,6 +72,10 @@ def compare(first: Path, second: Path) -> Comparison:
         _values(folder, [BASE, *arms], recipe.arena.temperature if recipe.arena else 0.0)
         for folder, recipe in zip(folders, recipes, strict=True)
     ]
+    frames, unlike_judges = _judged_alike(folders, arms, frames)
+    notes += unlike_judges
+    if any(frame.is_empty() for frame in frames):
+        raise UserError(f"{names[0]} and {names[1]}: {' '.join(unlike_judges)} Nothing else to compare")
     texts = [_texts(folder, recipe) for folder, recipe in zip(folders, recipes, strict=True)]
     frames, left_out = _shared(names, frames, texts)
     groups, unlike = _groups(recipes)
@@ -107,13 +114,24 @@ def _names(folders: Sequence[Path], recipes: Sequence[Recipe]) -> tuple[str, str
 
 def _settings(recipes: Sequence[Recipe]) -> list[Setting]:
     first, second = (
-        {key: _word(value) for key, value in flat(recipe.model_dump(mode="json")).items()}
+        {key: _word(value) for key, value in flat(recipe.model_dump(mode="json")).items() if value != {}}
         for recipe in recipes
     )
+    alone = {arm for arm in (*recipes[0].arms, *recipes[1].arms) if any(arm not in r.arms for r in recipes)}
+
+    def said_elsewhere(key: str) -> bool:
+        """Of an arm that one run has alone, or what both runs' arms have from [training] or [guards]."""
+        section, _, rest = key.partition(".")
+        arm, _, common = rest.partition(".")
+        inherited = common in first and all(side.get(key) == side.get(common) for side in (first, second))
+        return section == "arms" and (arm in alone or inherited)
+
     settings = [
         Setting(key, first.get(key, ABSENT), second.get(key, ABSENT), key.startswith("runtime."))
         for key in dict.fromkeys((*first, *second))
-        if key != "run.folder" and first.get(key, ABSENT) != second.get(key, ABSENT)
+        if key != "run.folder"
+        and first.get(key, ABSENT) != second.get(key, ABSENT)
+        and not said_elsewhere(key)
     ]
     return sorted(settings, key=lambda setting: setting.runtime)
 
@@ -146,6 +164,29 @@ def _values(folder: Path, arms: Sequence[str], arena_temperature: float) -> pl.D
             given = {"temperature": pl.lit(arena_temperature), "benchmark": pl.lit(ARENA)}
             parts.append(rows.with_columns(**given).select(columns))
     return pl.concat(parts).with_columns(mode=pl.lit(""))
+
+
+def _judged_alike(
+    folders: Sequence[Path], arms: Sequence[str], frames: Sequence[pl.DataFrame]
+) -> tuple[list[pl.DataFrame], list[str]]:
+    """The verdicts of judges that are the same in both runs, and a sentence on the others: the scores of two reward
+    models have no difference."""
+    judges = {REWARD: ("evaluate/base", "reward"), ARENA: (f"arena/{arms[0]}" if arms else "", "judge")}
+    kept, notes = list(frames), []
+    for benchmark, (title, key) in judges.items():
+        both = all(benchmark in frame["benchmark"] for frame in frames)
+        if both and _judge(folders[0] / title, key) != _judge(folders[1] / title, key):
+            kept = [frame.filter(pl.col("benchmark") != benchmark) for frame in kept]
+            notes.append(f"Not judged by the same {UNLIKE[benchmark]}, so left out: '{benchmark}'.")
+    return kept, notes
+
+
+def _judge(folder: Path, key: str) -> list[Any]:
+    """Which models or functions judged, each with its weight; how their numbers were kept does not matter."""
+    given = read_record(folder)["science"]["settings"].get(key)
+    parts = [given, *given.get("also", ())] if isinstance(given, dict) else [given]
+    names = ("model", "function", "source", "weight")
+    return [[part.get(name) for name in names] if isinstance(part, dict) else part for part in parts]
 
 
 def _texts(folder: Path, recipe: Recipe) -> pl.DataFrame:
@@ -194,7 +235,7 @@ def _shared(
         both = pl.concat(
             [side.with_columns(arm=pl.lit(f"{i} ") + pl.col("arm")) for i, side in enumerate(usable)]
         )
-        common, _ = on_common_prompts(both)
+        common = on_common_prompts(both)
         for place, side in enumerate(sides):
             whole = side.select(_PROMPT).n_unique()
             part = side.join(common.select(_PROMPT).unique(), on=_PROMPT, how="semi")
@@ -207,7 +248,7 @@ def _shared(
     if any(lost):
         reason = f", {count_of(reworded, 'prompt')} of the same name in other words" if reworded else ""
         notes.append(
-            f"The runs were evaluated on different prompts: {lost[0]:,} of {names[0]} and {lost[1]:,} of {names[1]} "
+            f"Not all prompts have a verdict in both runs: {lost[0]:,} of {names[0]} and {lost[1]:,} of {names[1]} "
             f"(prompts by language{reason}) are left out, and the rest is compared."
         )
     return [pl.concat(parts) for parts in kept], notes

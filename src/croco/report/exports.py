@@ -20,7 +20,7 @@ from croco.report.scores import (
     mark_best,
     scorer_of,
 )
-from croco.report.sentences import in_words
+from croco.report.sentences import in_words, left_out
 from croco.report.table import Entry, Number, Part, Table, temperature_name
 from croco.stages.evaluate.results import language_groups
 
@@ -49,6 +49,8 @@ def results_terminal(run_folder: Path) -> Iterator[RenderableType]:
         yield from map(words, diagnostics.task_notes(run))
     for arm in run.recipe.evaluated_arms:
         yield words(f"{arm}: {in_words(made, arm)}")
+    if lacking := left_out(run.stages["results"].get("facts", {})):
+        yield words(lacking)
 
 
 def comparison_terminal(comparison: Comparison) -> Iterator[RenderableType]:
@@ -108,7 +110,8 @@ def results_markdown(run_folder: Path) -> str:
 
 
 def _sentences(run: Run, board: Board) -> list[str]:
-    return ["\n".join(f"- **{arm}**: {in_words([board], arm)}" for arm in run.recipe.evaluated_arms)]
+    lines = "\n".join(f"- **{arm}**: {in_words([board], arm)}" for arm in run.recipe.evaluated_arms)
+    return [lines, *filter(None, [left_out(run.stages["results"].get("facts", {}))])]
 
 
 def results_csv(run_folder: Path) -> str:

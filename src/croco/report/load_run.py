@@ -76,7 +76,9 @@ def read_results(folder: Path) -> Run:
     recipe = read_recipe(folder)
     require(folder, ["results"])
     results = shards.read_table(folder / "results")
-    present = set(results["arm"].to_list())
+    facts = records.read_record(folder / "results")["facts"]
+    # an arm of which no completion was judged has no row, and the page says so
+    present = {*results["arm"].to_list(), *(arm for arm, _ in facts.get("without_verdict", ()))}
     if absent := [arm for arm in (BASE, *recipe.evaluated_arms) if arm not in present]:
         arms = "arm" if len(absent) == 1 else "arms"
         raise UserError(f"the results of {folder} lack the {arms} {', '.join(absent)}: run `croco run` again")
@@ -144,12 +146,8 @@ def steps_of(folder: Path, recipe: Recipe, stages: Mapping[str, Mapping[str, Any
 def _step(folder: Path, stage: str, arm: str, made: Mapping[str, Any]) -> Step:
     read, written, ledger = _account(folder, made)
     reasons: dict[str, list[tuple[str, int]]] = {}
-    # a reason's details, after its colon, are for the ledger; those of a flag say which completion it marks
-    reason = pl.col("reason")
-    short = pl.when(pl.col("unit") == "flag").then(reason).otherwise(reason.str.split(": ").list.first())
-    counted = ledger.group_by("unit", short.alias("reason")).len()
-    for unit, words, count in counted.sort("len", "reason", descending=[True, False]).iter_rows():
-        reasons.setdefault(unit, []).append((words, int(count)))
+    for unit, reason, count in shards.reasons(ledger):
+        reasons.setdefault(unit, []).append((reason, count))
     flows = [Flow(unit, int(n), int(written.get(unit, 0)), reasons.get(unit, [])) for unit, n in read.items()]
     pairs = int(written.get("pair", 0)) if stage == "pair" else None
     return Step(stage, arm, flows, pairs, reasons.get("flag", []))

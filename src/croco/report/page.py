@@ -13,12 +13,13 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from croco.pipeline.progress import count_of
 from croco.pipeline.stage import Work
 from croco.report import sections
 from croco.report.browser import browse, packed
 from croco.report.load_run import Run, read_run
 from croco.report.scores import ARENA, boards, scorer_of
-from croco.report.table import count_of, numbers, scope_name
+from croco.report.table import numbers, scope_name
 from croco.storage.files import write_text
 
 TEMPLATES = Path(__file__).parent / "templates"

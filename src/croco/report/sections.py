@@ -8,11 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 from croco.config.arms import Arm
+from croco.pipeline.progress import count_of
 from croco.report import charts, curves, diagnostics
 from croco.report.load_run import Run, pair_scores, scores_of
 from croco.report.scores import ARENA, Board, arms_table, scorer_of
-from croco.report.sentences import language_sentence, losses, sentence
-from croco.report.table import Entry, Table, count_of, duration, scope_name, temperature_name
+from croco.report.sentences import language_sentence, left_out, losses, sentence
+from croco.report.table import Entry, Table, duration, scope_name, temperature_name
 from croco.stages.evaluate.results import BASE, language_groups
 
 HEADINGS = {
@@ -60,9 +61,10 @@ def _written(run: Run, stage: str, unit: str) -> int:
 
 def about(arm: Arm) -> str:
     """An arm in a few words: its pool, scorer, rule and method."""
-    pool = "all languages" if arm.pool == "all" else "one language"
+    pool = {"all": "all languages", "language": "one language"}.get(str(arm.pool), "groups of languages")
     training = arm.training
-    loss = training.method if training.method == "sft" else f"{training.method.upper()}, β {training.beta:g}"
+    method = "DPO" if training.loss == "sigmoid" else training.loss
+    loss = training.method if training.method == "sft" else f"{method}, β {training.beta:g}"
     nll = f", NLL {training.nll_weight:g}" if training.nll_weight and training.method == "dpo" else ""
     scorer = arm.reward.name if arm.reward else SCORERS[arm.scorer]
     return f"pool: {pool} · {scorer} · rejected {arm.rejected} · {loss}{nll}"
@@ -95,8 +97,8 @@ def verdicts(run: Run, boards: Sequence[Board]) -> dict[str, Any]:
             "to_best": to_best[:1].lower() + to_best[1:],
             "stopped": run.stages[f"train/{name}"].get("facts", {}).get("stopped"),
         }
-    left_out = run.stages["results"].get("facts", {}).get("prompts_left_out", 0)
-    return {**cards, "best": ", ".join(best), "left_out": left_out}
+    lacking = left_out(run.stages["results"].get("facts", {}))
+    return {**cards, "best": ", ".join(best), "left_out": lacking}
 
 
 def cards_of(board: Board, arms: Mapping[int, str], names: Sequence[str]) -> dict[str, Any]:
@@ -124,18 +126,18 @@ def strips_of(drawn: Sequence[charts.Forest], series: int) -> list[tuple[str, st
 def results(run: Run, boards: list[Board]) -> dict[str, Any]:
     """Heat maps, forests and tables of every benchmark."""
     members = groups_of(run)
-    sizes = {name: count_of(len(codes), "language") for name, codes in members.items()}
-    del members["all"]
+    every = members.pop("all")
     drawn = []
     for board in boards:
         codes = [code for of in members.values() for code in of if code in board.languages]
         groups = arms_table(board, board.groups, ("value", "difference"), f"{board.title}: groups")
-        headed = [*groups.head[:2], *(f"{scope}\n{sizes[scope]}" for scope in board.groups)]
+        there = {scope: set(members.get(scope, every)) & set(board.languages) for scope in board.groups}
+        sizes = [f"{scope}\n{count_of(len(of), 'language')}" for scope, of in there.items()]
         drawn.append({
             "board": board,
             "heats": charts.heats(board, members),
             "forests": charts.forests(board, list(run.recipe.arms), [*board.groups, *codes]),
-            "tables": [replace(groups, head=headed), languages_table(board)],
+            "tables": [replace(groups, head=[*groups.head[:2], *sizes]), languages_table(board)],
         })  # fmt: skip
     return {"drawn": drawn, "series": evaluated(run)}
 

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from croco.languages import RIGHT
+from croco.pipeline.progress import count_of
 from croco.report.scores import Board
 from croco.report.table import PERCENT, SHARE, enumerate_words, temperature_name
 from croco.stages.evaluate.results import BASE
 from croco.stages.evaluate.stats import verdict
+
+
+def left_out(facts: Mapping[str, Any]) -> str:
+    """What the results lack, of what their stage recorded; "" where nothing."""
+    parts = []
+    if silent := facts.get("without_verdict"):
+        names = enumerate_words([f"{arm} {_at(temperature)}" for arm, temperature in silent])
+        parts.append(f"No completion of {names} has a verdict, so it is in no table.")
+    for what, words in (
+        ("prompt", "that some arm has no verdict on"),
+        ("comparison", "on prompts that some arm lacks"),
+    ):
+        if num := facts.get(f"{what}s_left_out"):
+            parts.append(f"{count_of(num, what)} {words} {'is' if num == 1 else 'are'} left out of all.")
+    return " ".join(parts)
 
 
 def in_words(boards: Sequence[Board], arm: str) -> str:

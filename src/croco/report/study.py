@@ -54,11 +54,13 @@ def write(recipe: Recipe, say: Callable[[str], None] = lambda line: None) -> Pat
     for path in (page, recipe.folder / "study.md", stamp):
         if path.exists() and not ours:
             raise UserError(f"{path} is not a page of croco's, expected another run.folder, or no such file")
-    if page.exists() and ours == made_of:
+    text = recipe.folder / "study.md"
+    if page.exists() and text.exists() and ours == made_of:
         say("study: complete, skipped")
         return page
     parts = build([recipe])
-    files.write_text(recipe.folder / "study.md", markdown([recipe], parts))
+    files.write_json(stamp, {"made_of": "unfinished"})  # first: after a kill the pages are known as ours
+    files.write_text(text, markdown([recipe], parts))
     files.write_text(page, html([recipe], parts))
     files.write_json(stamp, {"made_of": made_of, **provenance.here()})
     return page

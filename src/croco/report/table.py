@@ -112,11 +112,6 @@ def scope_name(scope: str) -> str:
     return scope if scope in GROUPS else languages.name(scope)
 
 
-def count_of(count: int, unit: str) -> str:
-    """ "1 pair", "1,024 pairs"."""
-    return f"{count:,} {unit}" if count == 1 else f"{count:,} {unit}s"
-
-
 def duration(seconds: float) -> str:
     """ "48 s", "3 min 20 s", "5 h 12 min"."""
     whole = round(seconds)

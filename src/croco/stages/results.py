@@ -6,8 +6,15 @@ from croco.pipeline.stage import Work
 from croco.stages.arena.results import arena_rows, compared_in_all_arms
 from croco.stages.euroeval.results_file import in_all_arms
 from croco.stages.evaluate.results import BASE, language_groups, on_common_prompts, summarise
+from croco.storage.records import read_record
 from croco.storage.schemas import RESULTS, VERDICTS
-from croco.storage.shards import read_table
+from croco.storage.shards import read_table, shards
+
+
+def _evaluated(work: Work, arm: str) -> list[tuple[str, float]]:
+    """The arm with every temperature at which it was evaluated."""
+    settings = read_record(work.inputs[f"evaluate/{arm}"])["science"]["settings"]
+    return [(arm, float(temperature)) for temperature in settings["temperatures"]]
 
 
 def results(work: Work) -> None:
@@ -21,8 +28,13 @@ def results(work: Work) -> None:
         groups = language_groups(
             settings["languages"], settings["low_resource_languages"], settings["held_out_languages"]
         )
-        verdicts, num_left_out = on_common_prompts(verdicts)
-        work.record(prompts_left_out=num_left_out)
+        judged = set(verdicts.select("arm", "temperature").unique().rows())
+        verdicts = on_common_prompts(verdicts)
+        asked = sum(shard.rows for shard in shards(work.inputs["eval-prompts"]))
+        work.record(
+            prompts_left_out=asked - verdicts.select("prompt_id", "language").n_unique(),
+            without_verdict=[one for arm in arms for one in _evaluated(work, arm) if one not in judged],
+        )
         table = summarise(verdicts, groups, settings["seed"], settings["bootstrap"])
         if f"euroeval/{BASE}" in work.inputs:
             tables = [read_table(work.inputs[f"euroeval/{arm}"]) for arm in arms]

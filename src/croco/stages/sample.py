@@ -183,7 +183,10 @@ def _request(
         asked = request(tokenizer, key, row["messages"], seeds, instructions.get(row["language"]), name)
         if (tokens := len(asked.prompt_ids)) < sampler.max_context:
             return asked, ""
-        return None, f"the prompt has {tokens} tokens, the context of {sampler.name} {sampler.max_context}"
+        return (
+            None,
+            f"the prompt fills the context of {sampler.name}, {sampler.max_context} tokens: it has {tokens}",
+        )
     except Refused as error:
         return None, str(error)
     except UserError as error:

@@ -8,7 +8,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-LIBRARIES = ("croco", "torch", "transformers", "tokenizers", "peft", "polars", "pyarrow", "numpy")
+from croco import __version__
+
+LIBRARIES = ("torch", "transformers", "tokenizers", "peft", "polars", "pyarrow", "numpy")
 
 
 @cache
@@ -30,7 +32,7 @@ def commit() -> str | None:
 @cache
 def libraries() -> dict[str, str]:
     """Versions of the libraries that compute, as installed (no import)."""
-    versions = {"python": platform.python_version()}
+    versions = {"python": platform.python_version(), "croco": __version__}
     for name in LIBRARIES:
         try:
             versions[name] = version(name)

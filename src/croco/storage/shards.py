@@ -203,6 +203,15 @@ def merge_ledgers(folder: Path) -> int:
     return int(merged.num_rows)
 
 
-def read_dropped(folder: Path) -> pl.DataFrame:
+def read_dropped(folder: Path, columns: Sequence[str] | None = None) -> pl.DataFrame:
     """The ledger of a complete stage; may be empty."""
-    return read_parquet(folder / "dropped.parquet")
+    return read_parquet(folder / "dropped.parquet", columns)
+
+
+def reasons(ledger: pl.DataFrame) -> list[tuple[str, str, int]]:
+    """(unit, reason, how many), the most frequent first. What follows a reason's colon is about one row and not
+    counted apart; that of a flag says which completion it marks."""
+    reason = pl.col("reason")
+    short = pl.when(pl.col("unit") == "flag").then(reason).otherwise(reason.str.split(": ").list.first())
+    counted = ledger.group_by("unit", short.alias("reason")).len()
+    return counted.sort("len", "unit", "reason", descending=[True, False, False]).rows()

@@ -22,6 +22,7 @@ def varlen_twin(
 ) -> Any:
     """Queries are the last places of their sequence's keys, and see `window_size` places before and after their own."""
     assert query.is_contiguous()
+    assert query.dtype == key.dtype == value.dtype
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
     assert (cu_seq_q.diff().max(), cu_seq_k.diff().max()) == (max_q, max_k)
     assert (cu_seq_q[-1], cu_seq_k[-1]) == (len(query), len(key))

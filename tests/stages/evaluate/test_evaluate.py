@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import polars as pl
@@ -13,9 +14,11 @@ from croco.models.chat_template import conversation_ids, prompt_ids, with_instru
 from croco.models.loading import load_policy, load_reward
 from croco.models.lora import apply_lora
 from croco.pipeline.fingerprint import evaluate_settings, results_settings
-from croco.pipeline.node import settings_values
+from croco.pipeline.graph import known_stage
+from croco.pipeline.node import Node, new_record, settings_values
 from croco.pipeline.stage import Work
 from croco.report.scores import scorer_of
+from croco.report.sentences import left_out
 from croco.stages.evaluate.evaluate import evaluate, evaluation_seed, plan_batches
 from croco.stages.results import results
 from croco.storage import shards
@@ -63,8 +66,9 @@ def work_of(
     out = folder / stage / (arm or "")
     out.mkdir(parents=True, exist_ok=True)
     settings = (results_settings if stage == "results" else evaluate_settings)(recipe, arm)
+    record = dict(new_record(Node(known_stage(stage), arm, out, settings, {})))
     return Work(arm=arm, folder=out, settings=settings_values(settings), runtime=recipe.runtime,
-                inputs=inputs, table=TABLES[table], title=stage, record_file={"starts": 1})  # fmt: skip
+                inputs=inputs, table=TABLES[table], title=stage, record_file=record)  # fmt: skip
 
 
 def evaluated(run: tuple[Path, Recipe], arm: str) -> pl.DataFrame:
@@ -147,6 +151,7 @@ def test_results_compare_the_arm_with_the_base(run):
     for arm in ("base", "arm"):
         evaluated(run, arm)
     inputs = {f"evaluate/{arm}": run[0] / "evaluate" / arm for arm in ("base", "arm")}
+    inputs["eval-prompts"] = run[0] / "eval-prompts"
     results(work := work_of(run, "results", None, inputs, "results"))
     table = shards.read_table(work.folder)
     assert {"good", "difference", "difference-to-best-base", "best-temperature"} <= set(table["metric"])
@@ -155,6 +160,26 @@ def test_results_compare_the_arm_with_the_base(run):
         "arm", "language", "benchmark", "temperature"
     ).agg(pl.col("value").sum())["value"].to_list() == pytest.approx([1.0] * table.select(
         "arm", "language", "benchmark", "temperature").unique().height)  # fmt: skip
+
+
+def test_what_has_no_verdict_is_said_and_counted(run, tmp_path):
+    """The base's answers at T = 0.7, and all to two of eight prompts, got none."""
+    inputs = {"eval-prompts": run[0] / "eval-prompts"}
+    for arm in ("base", "arm"):
+        rows = evaluated(run, arm).filter(~((pl.col("arm") == "base") & (pl.col("temperature") == 0.7)))
+        gone = rows["prompt_id"].unique().sort()[:2]
+        kept = rows.filter(~pl.col("prompt_id").is_in(gone.implode())).to_arrow()
+        inputs[f"evaluate/{arm}"] = shutil.copytree(run[0] / "evaluate" / arm, tmp_path / arm)
+        for path in (tmp_path / arm).glob("part-*"):
+            path.unlink()
+        counts = {"completion": kept.num_rows}
+        schema = TABLES["verdicts"].schema
+        shards.write_shard(tmp_path / arm, 0, kept, schema, read=counts, written=counts, dropped=None)
+    results(work := work_of((tmp_path, run[1]), "results", None, inputs, "results"))
+    assert left_out(work.record_file["facts"]) == (
+        "No completion of base at T = 0.7 has a verdict, so it is in no table. "
+        "6 prompts that some arm has no verdict on are left out of all."
+    )
 
 
 def test_who_scores_the_answers_is_said(run):

@@ -69,6 +69,37 @@ def test_scored_conversations_become_pairs_that_datasets_loads(tmp_path):
     assert "| rejected | mean-2std |" in card
 
 
+def test_a_call_that_stopped_at_its_first_row_is_no_obstacle_to_the_right_one(tmp_path):
+    with pytest.raises(UserError, match="line 1: no language in column 'language'"):
+        made(tmp_path, columns=COLUMNS[:1])
+    assert (made(tmp_path) / "export/README.md").exists()
+    with pytest.raises(StaleStage) as raised:
+        made(tmp_path, columns=[])
+    assert "columns.language: lang → (not there)" in str(raised.value)
+    assert "columns: " not in str(raised.value)
+
+
+def test_a_score_that_is_null_goes_to_the_ledger_as_one_that_is_no_number(tmp_path):
+    """What pandas writes into JSON for a NaN."""
+    rows = [
+        row | {"reward": None if number == 3 else row["reward"]} for number, row in enumerate(published())
+    ]
+    options = (COLUMNS, None, [], "preference", "unknown")
+    pairs_of_files([jsonl(tmp_path / "scored.jsonl", rows)], tmp_path / "out", *options)
+    dropped = shards.read_dropped(tmp_path / "out/pairs").filter(unit="completion")
+    assert shards.reasons(dropped) == [("completion", "score is not finite", 1)]
+    one_side = {
+        "prompt_id": "a",
+        "language": "da",
+        "prompt": "q",
+        "chosen": "a",
+        "rejected": "b",
+        "score_chosen": 1.0,
+    }
+    with pytest.raises(UserError, match="line 1, rejected: no score in column"):
+        import_scored([jsonl(tmp_path / "pairs.jsonl", [one_side])], tmp_path / "in")
+
+
 def test_trl_trains_on_the_export_unmodified(tmp_path, tiny_models):
     out = made(tmp_path)
     import datasets

@@ -330,6 +330,23 @@ def test_shortcuts_are_the_share_of_right_guesses():
     assert statistics.shortcuts(longer)["length"] == 1.0  # shorter is a shortcut too
 
 
+CHANCES = [
+    (4, 1.0, False),
+    (5, 1.0, True),
+    (12, 0.75, False),
+    (24, 0.75, True),
+    (99, 0.59, False),
+    (400, 0.61, True),
+]
+
+
+@pytest.mark.parametrize(("pairs", "auc", "warns"), CHANCES)
+def test_a_shortcut_is_said_where_it_is_more_than_chance(tmp_path, capsys, pairs, auc, warns):
+    found = {"pairs": pairs, "shortcuts": {"length": auc}}
+    statistics.warn("pair/a", from_dict(RECIPE).arms["mono"], found, tmp_path)
+    assert ("told apart by their length alone" in capsys.readouterr().err) == warns
+
+
 @pytest.mark.parametrize("arm", ["mono", "cross", "each", "two", "calibrated", "best"])
 def test_when_all_completions_were_left_out_there_is_an_empty_table_and_a_ledger(tmp_path, arm):
     inputs = tables(tmp_path)

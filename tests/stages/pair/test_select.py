@@ -307,6 +307,7 @@ def test_without_sample_ids_completions_are_numbered_in_their_order():
     ("completion", [1, 2], "column 'completion' holds Int64, expected text"),
     ("completion", ["a", None], "row 2 has no completion, expected text"),
     ("prompt_id", [[1], [2]], r"column 'prompt_id' holds List\(Int64\), expected text"),
+    ("sample_id", [0.0, 1.5], "column 'sample_id' holds 1.5, expected whole numbers"),
 ])  # fmt: skip
 def test_columns_of_another_type_are_named(column, values, message):
     with pytest.raises(UserError, match=message):

@@ -86,7 +86,7 @@ def test_a_score_is_the_mean_of_one_over_the_loss_and_english_has_none() -> None
         expected = sum(1 / plain_loss(translator, source, target) for target in targets) / len(targets)
         assert scored[0][i] == pytest.approx(expected, rel=1e-4)
     assert scored[1:3] == [[IS_ENGLISH], [NO_TARGET]]
-    assert "the limit is 64" in str(scored[3][0])
+    assert "longer than 64 tokens" in str(scored[3][0])
 
 
 def test_a_language_without_a_token_is_one_sentence() -> None:

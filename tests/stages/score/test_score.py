@@ -114,7 +114,7 @@ def test_a_conversation_that_is_too_long_goes_to_the_ledger(tmp_path: Path, tiny
     scores, dropped = shards.read_table(folder / "score"), shards.read_dropped(folder / "score")
     assert scores.height + dropped.height == 240
     assert 0 < dropped.height < 240
-    assert dropped["reason"].str.contains(r"^the conversation has \d+ tokens, the limit is 38$").all()
+    assert dropped["reason"].str.contains(r"^the conversation is longer than 38 tokens: it has \d+$").all()
     assert scores.join(dropped, on=KEY).is_empty()
 
 

@@ -27,6 +27,8 @@ def chosen(free: int, tokens="auto", checkpointing="auto", longest: int = 50) ->
 def test_auto_takes_what_there_is_and_checkpoints_only_when_it_must():
     assert chosen(1000) == Plan(750, False)  # 0.85 * 1000 - 100
     assert chosen(10**6) == Plan(16384, False)
+    most = {device: choose(NEEDS, 2**50, 50, "auto", "auto", device) for device in ("mps", "cuda:1")}
+    assert most == {"mps": Plan(16384, False), "cuda:1": Plan(32768, False)}
     assert chosen(160) == Plan(144, True)  # (0.85 * 160 - 100) * 4: the longest of 50 does not fit without
     assert chosen(1000, tokens=700) == Plan(700, False)
     assert chosen(1000, tokens=2000) == Plan(2000, True)

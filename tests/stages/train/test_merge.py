@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -184,6 +185,23 @@ def fails(recipe: Recipe, to: Path, match: str) -> None:
     with pytest.raises(UserError, match=match):
         merge(recipe, "monolingual", to, "unknown", lambda line: None)
     assert not to.exists()
+
+
+@pytest.mark.parametrize("arm", ["monolingual", "whole"])
+def test_one_model_is_in_memory_at_a_time(recipe: Recipe, tmp_path: Path, monkeypatch, arm: str) -> None:
+    from croco.stages.train import merge as module
+
+    loaded, load_causal = [], module.load_causal
+
+    def alone(*args):
+        assert not any(model() for model in loaded)
+        model, tokenizer = load_causal(*args)
+        loaded.append(weakref.ref(model))
+        return model, tokenizer
+
+    monkeypatch.setattr(module, "load_causal", alone)
+    merge(recipe, arm, tmp_path / "model", "unknown", lambda _: None)
+    assert len(loaded) == {"monolingual": 2, "whole": 3}[arm]
 
 
 def test_what_cannot_be_merged_is_refused(recipe: Recipe, made: Path, tmp_path: Path) -> None:

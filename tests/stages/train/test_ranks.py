@@ -168,6 +168,16 @@ def test_processes_of_a_cpu_are_counted_as_they_are_asked_for():
     assert num_processes(3, "cpu") == 3
 
 
+def test_a_gpu_that_is_named_is_one(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    assert [num_processes("auto", device) for device in ("cuda", "cuda:1")] == [4, 1]
+    with pytest.raises(
+        UserError, match=r"train_processes = 2, expected at most one per GPU, and there are 1"
+    ):
+        num_processes(2, "cuda:1")
+
+
 ASKED = """
 import sys
 from pathlib import Path

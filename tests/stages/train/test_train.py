@@ -26,11 +26,12 @@ from croco.models.lora import apply_lora, load_adapter
 from croco.pipeline.fingerprint import train_settings
 from croco.pipeline.node import settings_values
 from croco.pipeline.stage import Work
+from croco.stages.train import logps
 from croco.stages.train.batches import collate
 from croco.stages.train.encode import encode_pairs
 from croco.stages.train.forward import completion_logps, token_counts
 from croco.stages.train.reference import reference_logps
-from croco.stages.train.setup import check_pairs
+from croco.stages.train.setup import check_pairs, encode
 from croco.stages.train.stage import train
 from croco.stages.train.train import train_pairs
 from croco.stages.train.trainer import PairTrainer, training_arguments
@@ -141,11 +142,13 @@ def test_sft_raises_the_likelihood_of_the_chosen(tmp_path):
     }
 
 
-def test_all_weights_of_a_half_precision_model_move_by_steps_it_could_not_hold(tmp_path):
-    """A step of 1e-6 is below what bfloat16 tells apart, so the weights are kept in float32."""
-    model = make_policy("llama").to(torch.bfloat16)
+def test_all_weights_of_a_half_precision_model_move_by_steps_it_could_not_hold(tmp_path, monkeypatch):
+    """A step of 1e-6 is below what bfloat16 tells apart: weights are kept in float32, and compute in bfloat16."""
+    model, logits, own = make_policy("llama").to(torch.bfloat16), [], logps._logits
+    monkeypatch.setattr(logps, "_logits", lambda *args: logits.append(own(*args)) or logits[-1])
     settings = replace(SETTINGS, full=True, learning_rate=1e-6, epochs=1)
     result = run(tmp_path, settings, model=model, num_pairs=12)
+    assert {each.dtype for each in logits} == {torch.bfloat16}
     assert result.adapter == tmp_path / "model"
     found, base = load_file(result.adapter / "model.safetensors"), make_policy("llama").to(torch.bfloat16)
     moved = {name: (found[name] - p.float()).abs().max().item() for name, p in base.named_parameters()}
@@ -372,6 +375,12 @@ def test_the_models_own_noise_is_off(tmp_path, arch):
         assert json.loads((result.adapter / "config.json").read_text())["resid_pdrop"] == 0.5
 
 
+def test_the_context_of_stretched_positions_is_theirs():
+    model = make_policy("llama", max_positions=50)
+    model.config.rope_parameters = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10_000.0}
+    assert encode(model, TOKENIZER, make_pairs(36), SETTINGS, None)[2].is_empty()
+
+
 def test_a_pair_longer_than_the_policys_context_is_left_out(tmp_path):
     result = run(tmp_path, model=make_policy("llama", max_positions=50), num_pairs=36)
     assert len(result.dropped)
@@ -422,7 +431,7 @@ def trainer_of(tmp_path, budget, rows="segments", checkpointing=False, num_pairs
     settings = replace(SETTINGS, lora=Lora(dropout=0.0))
     return PairTrainer(
         apply_lora(model, settings.lora, 0),
-        training_arguments(settings, tmp_path, num_steps=1, seed=0, cpu=True, evaluate=False),
+        training_arguments(settings, tmp_path, num_steps=1, seed=0, device=model.device, evaluate=False),
         settings,
         examples=examples,
         reference_logps_CN=reference,
@@ -462,6 +471,17 @@ def test_the_gradient_depends_on_the_pairs_not_on_their_layout(tmp_path, monkeyp
     for name, gradient in gradients.items():
         assert gradient.norm() > 0
         assert (other_gradients[name] - gradient).norm() / gradient.norm() < 1e-4
+
+
+@pytest.mark.parametrize("rows", ["plain", "single", "masked", "packed"])
+def test_a_micro_batch_keeps_to_its_budget_in_every_layout(tmp_path, rows):
+    """Plain rows repeat the prompt, and are as wide as the longest of them."""
+    trainer = trainer_of(tmp_path, budget=300, rows=rows, num_pairs=24)
+    batches = [batch for batch, *_ in trainer._micro_batches(range(24))]
+    assert 1 < len(batches) < 24
+    for batch in batches:
+        tokens = sum(one.input_ids_BT.numel() for one in batch.singles or (batch,))
+        assert tokens <= 300 or batch.num_pairs == 1
 
 
 def test_reference_values_are_computed_once_per_base(tmp_path):
@@ -521,12 +541,23 @@ def test_learning_more_than_the_completion_is_the_models_own_loss(sft_on):
         assert token_counts(batch)[0].tolist() == [example.num_learnt for example in examples]
 
 
+def test_a_policy_on_the_second_gpu_is_trained_there(tmp_path, monkeypatch):
+    """transformers moves a model to the first GPU by itself."""
+    current = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.set_device", current.append)
+    second = torch.device("cuda:1")
+    made = training_arguments(Training(), tmp_path, num_steps=1, seed=0, device=second, evaluate=False)
+    assert (made.device, current[-1], made.n_gpu) == (second, second, 1)
+
+
 def test_warm_up_is_rounded_as_asked(tmp_path):
     def warm_up(**settings):
-        made = training_arguments(
-            Training(warmup_ratio=0.05, **settings), tmp_path, num_steps=30, seed=0, cpu=True, evaluate=False
-        )
-        return made.warmup_steps
+        own = Training(warmup_ratio=0.05, **settings)
+        return training_arguments(
+            own, tmp_path, num_steps=30, seed=0, device=torch.device("cpu"), evaluate=False
+        ).warmup_steps
 
     assert (warm_up(), warm_up(warmup_rounding="up")) == (1, 2)
     assert not {"sft_on", "warmup_rounding"} & Training().model_dump().keys()  # in no fingerprint by default
@@ -547,7 +578,7 @@ def test_the_reference_is_computed_for_the_pairs_that_are_used_only(tmp_path, ca
 def test_little_to_learn_from_is_said_before_training(tmp_path, capsys):
     run(tmp_path / "few", replace(SETTINGS, batch_pairs=64, epochs=1, validation_fraction=0.0))
     said = capsys.readouterr().err
-    assert "36 pairs to train on, fewer than training.batch_pairs = 64: one optimizer step in all" in said
+    assert "36 pairs to train on, training.batch_pairs = 64: 1 optimizer step in all" in said
 
 
 def test_no_pair_at_all_names_the_main_reasons_and_the_setting(tmp_path):

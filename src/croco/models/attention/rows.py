@@ -85,7 +85,8 @@ class PackedSegments:
     ) -> Tensor:
         """(1, T, H, D) of (1, heads, T, D) each; a window counts the query's own place, varlen's does not."""
         assert varlen_attn is not None
-        queries, keys, values = (x[0].transpose(0, 1) for x in (query, key, value))
+        # under autocast rotary positions leave queries and keys in float32, which SDPA is spared and varlen is not
+        queries, keys, values = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))
         output: Any = varlen_attn(
             queries.contiguous(),
             keys.index_select(0, self.key_K),

@@ -72,21 +72,21 @@ def scopes_of(present: Sequence[str], groups: Mapping[str, Sequence[str]]) -> di
     return scopes
 
 
-def on_common_prompts(verdicts: pl.DataFrame) -> tuple[pl.DataFrame, int]:
-    """The verdicts on those (prompt, language) that every arm has at every temperature, and how many others there were:
-    a completion may be missing in one arm only. Raises UserError naming the arm with the fewest when nothing is left.
-    """
+def on_common_prompts(verdicts: pl.DataFrame) -> pl.DataFrame:
+    """The verdicts on those (prompt, language) that every arm has at every temperature: a completion may be missing in
+    one arm only. Raises UserError naming the arm and temperature with the fewest when nothing is left."""
     prompt = ["benchmark", "prompt_id", "language"]
     num_settings = verdicts.select("arm", "temperature").n_unique()
     present = verdicts.select(*prompt, "arm", "temperature").unique().group_by(prompt).len("settings")
     common = present.filter(pl.col("settings") == num_settings)
     if common.is_empty():
-        by_arm = verdicts.group_by("arm").agg(pl.struct(prompt).n_unique().alias("prompts"))
-        arm, count = by_arm.sort("prompts", "arm").row(0)
+        each = verdicts.group_by("arm", "temperature").agg(pl.struct(prompt).n_unique().alias("prompts"))
+        arm, temperature, count = each.sort("prompts", "arm", "temperature").row(0)
         raise UserError(
-            f'No prompt was evaluated in all arms; arm "{arm}" has verdicts on {count}, the fewest.'
+            f'no prompt has a verdict in all arms: "{arm}" at temperature {temperature:g} has verdicts on {count}, the '
+            f"fewest; expected more prompts, a larger max_tokens of the reward, or evaluation without that"
         )
-    return verdicts.join(common, on=prompt, how="semi"), present.height - common.height
+    return verdicts.join(common, on=prompt, how="semi")
 
 
 def _per_prompt(verdicts: pl.DataFrame) -> pl.DataFrame:

@@ -149,9 +149,12 @@ def _cast(values: pl.Series, wanted: pl.DataType | type[pl.DataType]) -> pl.Seri
     if not (fits if text else kind.is_numeric()) and kind != pl.Null:
         raise UserError(f"the scores' column '{name}' holds {kind}, expected {'text' if text else 'numbers'}")
     try:
-        return values.cast(wanted)
+        made = values.cast(wanted)
     except pl.exceptions.PolarsError as error:
         raise UserError(f"the scores' column '{name}' holds {kind}, expected {wanted}: {error}") from None
+    if made.dtype.is_integer() and (wrong := values.filter(made != values)).len():
+        raise UserError(f"the scores' column '{name}' holds {wrong[0]}, expected whole numbers")
+    return made
 
 
 def _contrast(values: dict[str, Any]) -> Contrast:

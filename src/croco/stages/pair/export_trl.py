@@ -111,7 +111,7 @@ def write_trl(
         made = pa.Table.from_pylist(list(_rows(table, form, instructions or {})), schema=_SCHEMAS[form])
         store.write_parquet(folder / "data" / f"train-{number:05d}.parquet", made, _SCHEMAS[form])
         languages.update(table["language"])
-    left = [] if dropped is None else dropped.group_by("unit", "reason").len().sort("unit", "reason").rows()
+    left = [] if dropped is None else sorted(store.reasons(dropped))
     text = card(form, languages.total(), dict(sorted(languages.items())), left, license, facts or {})
     files.write_text(folder / "README.md", text)
     return languages.total()

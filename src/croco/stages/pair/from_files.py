@@ -62,9 +62,9 @@ def pairs_of_files(
         if source.resolve().is_relative_to(to.resolve()):
             raise UserError(f"{source} lies in {to}, where the pairs are made: expected another folder")
     files.check_own_folder(to, "stage.json", ["stage", "science"], FILES)
-    if not (to / "export" / "stage.json").exists():
-        files.remove_folder(to / "export")  # of a version whose exports had no record
     with running_in(to, Runtime(), rebuild, say) as make:
+        if not (to / "export" / "stage.json").exists():
+            files.remove_folder(to / "export")  # of a version whose exports had no record
         paired, recipe = scored_pairs(make, sources, to, to / "pairs", mapped, language, ids, overrides, form)
         make(paired)
         facts = {"source": ", ".join(source.name for source in sources)} | _rule(recipe, ARM)

@@ -10,6 +10,7 @@ Rows are JSON lines or Parquet, in one of four forms, told apart by their column
 A prompt is known by its id, never by its text or its row. Files may be larger than memory. A row that cannot be used
 goes to the ledger."""
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -200,7 +201,8 @@ def _scored(row: FileRow, key: Key, prompt: list[Turn], text: str) -> Completion
     finish = row.column("finish_reason")
     reason = read_finish_reason(row.where, None if finish is None else row.values[finish])
     sample = read_sample_id(row.where, row.need("sample_id")) if row.column("sample_id") else None
-    return Completion(row.where, key, prompt, text, read_score(row.where, row.need("score")), sample, reason)
+    score = math.nan if row.is_null("score") else read_score(row.where, row.need("score"))
+    return Completion(row.where, key, prompt, text, score, sample, reason)
 
 
 def _of_list(row: FileRow, key: Key) -> Iterator[Completion]:
@@ -225,8 +227,9 @@ def _of_pair(row: FileRow, key: Key) -> Iterator[Completion]:
     for side, text in sides.items():
         column = f"score_{side}" if f"score_{side}" in row.values else f"{side}_score"
         where = f"{row.where}, {side}"
+        own = {"score": column, "finish_reason": f"{side}_finish_reason"}
         one = FileRow(
-            where, {"score": row.values.get(column), "finish_reason": row.values.get(f"{side}_finish_reason")}
+            where, {name: row.values[theirs] for name, theirs in own.items() if theirs in row.values}
         )
         try:
             yield _scored(one, key, prompt, text)

@@ -6,6 +6,7 @@ it is scored on other prompts than those it was fitted on.
 
 Shapes: K pairs."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from numpy.typing import NDArray
 from croco.config.arms import Contrast
 from croco.config.rules import Rule, parse_chosen, parse_rejected
 from croco.errors import notice
+from croco.pipeline.progress import count_of
 from croco.stages.pair.select import expected_share, share_above_minimum
-from croco.storage.shards import read_parquet, shards
+from croco.storage.shards import read_parquet, reasons, shards
 
 SHORTCUT_AUC = 0.6  # above this a pair's label can be guessed without looking at quality
 SMALL_SHARE = 0.2  # under this the rule picks the minimum nearly always
@@ -120,8 +122,8 @@ def warn(title: str, rule: Contrast, facts: Mapping[str, Any], folder: Path) -> 
 
     if not facts["pairs"]:
         ledgers = [read_parquet(shard.ledger) for shard in shards(folder) if shard.dropped] or [_NO_LEDGER]
-        reasons = pl.concat(ledgers).group_by("unit", "reason").len().sort("len", "reason", descending=True)
-        why = "; ".join(f"{count:,} {unit}s: {reason}" for unit, reason, count in reasons.rows()[:3])
+        left_out = reasons(pl.concat(ledgers))[:3]
+        why = "; ".join(f"{count_of(count, unit)}: {reason}" for unit, reason, count in left_out)
         say(f"no pairs of {facts['completions']:,} scored completions" + (f" ({why})" if why else ""))
     expected = facts.get("expected_share_other_than_minimum")
     if expected is not None and expected < SMALL_SHARE and parse_rejected(rule.rejected).kind != "min":
@@ -131,7 +133,9 @@ def warn(title: str, rule: Contrast, facts: Mapping[str, Any], folder: Path) -> 
             f'pools this rule is nearly the same as "min"'
         )
     for name, auc in facts.get("shortcuts", {}).items():
-        if auc > SHORTCUT_AUC:
+        if (
+            auc > SHORTCUT_AUC and (auc - 0.5) * math.sqrt(facts["pairs"]) > 1
+        ):  # two standard errors of a guess
             say(
                 f"chosen and rejected can be told apart by their {name} alone (AUC {auc:.2f}): pairs may teach "
                 "just that"

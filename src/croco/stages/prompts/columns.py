@@ -70,6 +70,11 @@ class FileRow:
                 return column
         return None
 
+    def is_null(self, name: str) -> bool:
+        """Whether there is a column for one of ours, and nothing in it."""
+        names = (self.columns[name],) if name in self.columns else NAMES[name]
+        return self.column(name) is None and any(column in self.values for column in names)
+
     def need(self, name: str) -> Any:
         """The value of one of our columns; raises UserError where there is none."""
         column = self.column(name)

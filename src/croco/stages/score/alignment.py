@@ -20,7 +20,7 @@ from croco.errors import UserError
 from croco.models.chat_template import text_ids
 from croco.models.memory import buckets, with_less_memory
 from croco.models.model_files import context_of
-from croco.stages.score.policy_logprobs import Groups, Scored
+from croco.stages.score.policy_logprobs import Groups, Scored, too_long
 from croco.storage.shards import read_parquet, shards
 
 IS_ENGLISH = "English completions are what the others are aligned with"
@@ -124,7 +124,7 @@ def score_alignment(
             scored.append([IS_ENGLISH if language == ENGLISH else NO_TARGET] * len(rows))
             continue
         encoded = translator.encode([row["completion"] for row in rows], language)
-        scored.append([f"the completion has {len(ids)} tokens, the limit is {limit}" for ids in encoded])
+        scored.append([too_long("completion", len(ids), limit) for ids in encoded])
         for i, ids in enumerate(encoded):
             if len(ids) <= limit:
                 sources.append(ids)

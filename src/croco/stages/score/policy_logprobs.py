@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 from croco.config.runtime import Runtime
 
 NO_ENGLISH = "the prompt has no English version"
+NO_TOKENS = "the completion has no tokens and no end"
 Messages = list[dict[str, str]]
 Completion = dict[str, Any]  # a row of the completions table
 Groups = Sequence[tuple[Messages, list[Completion]]]  # a prompt's messages and its completions
@@ -65,9 +66,17 @@ def score_likelihood(
             known = [ids if own is None else own for own, ids in zip(known, as_text, strict=True)]
         sampled: list[list[int]] = known
         lengths = [len(prompt) + len(ids) for ids in sampled]
-        scored.append([too_long("prompt and completion", length, scorer.max_context) for length in lengths])
         stops = [row["finish_reason"] == "stop" for row in rows]
-        fits = [i for i, length in enumerate(lengths) if length <= scorer.max_context]
+        fits = [
+            i for i, length in enumerate(lengths)
+            if length <= scorer.max_context and (sampled[i] or stops[i])
+        ]  # fmt: skip
+        scored.append(
+            [
+                too_long("prompt and completion", length, scorer.max_context) if sampled[i] else NO_TOKENS
+                for i, length in enumerate(lengths)
+            ]
+        )
         if fits:
             requests.append(ScoreRequest(number, prompt, [sampled[i] for i in fits]))
             ended.append([stops[i] for i in fits])
@@ -79,8 +88,8 @@ def score_likelihood(
 
 
 def too_long(what: str, length: int, limit: int) -> str:
-    """The reason why a sequence has no score."""
-    return f"the {what} has {length} tokens, the limit is {limit}"
+    """The reason why a sequence has no score; its own length is a detail, after the colon."""
+    return f"the {what} is longer than {limit} tokens: it has {length}"
 
 
 # The implicit reward ---------------------------------------------------------------------------------------------

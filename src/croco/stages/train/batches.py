@@ -125,6 +125,12 @@ def _tokens(example: Example, branches: Sequence[int]) -> int:
     return len(example.prompt) + sum(len(example.completions[c]) - 1 for c in branches)
 
 
+def row_tokens(example: Example, rows: Rows) -> int:
+    """Tokens that a pair takes in rows: a shared prompt once, plain rows as wide as the longer of them."""
+    own = [len(example.prompt) + len(completion) - 1 for completion in example.completions]
+    return {"plain": len(own) * max(own), "single": sum(own)}.get(rows, example.num_tokens)
+
+
 def plan_steps(
     num_pairs: int, batch_pairs: int, epochs: int, seed: int, updates: int | None = None
 ) -> list[list[int]]:
@@ -143,7 +149,7 @@ def cut(indices: Sequence[int], lengths: Sequence[int], budget: int, packed: boo
     """Micro-batches of a step, sorted by length and cut where padding and overhead are least; the longest first, since
     what does not fit into memory should show at once.
 
-    `lengths[i]` are the tokens of example i's row. A micro-batch holds at most `budget` tokens, padding included, or
+    `lengths[i]` are the `row_tokens` of example i. A micro-batch holds at most `budget` tokens, padding included, or
     one row. `packed` rows have no padding and are only filled up."""
     order = sorted(indices, key=lambda i: (-lengths[i], i))
     if packed:

@@ -193,9 +193,9 @@ def _unfit(prompt: Sequence[int], completions: Sequence[list[int]], most: int, l
         return "the prompt has no tokens"
     longest = len(prompt) + max(map(len, completions))
     if longest > most:
-        return f"prompt and completion have {longest} tokens, more than {limit}"
+        return f"prompt and completion are more than {limit}: {longest} tokens"
     if not all(completions):
-        return f"the prompt has {len(prompt)} tokens, which leaves none of {limit} for a completion"
+        return f"the prompt leaves none of {limit} for a completion: it has {len(prompt)} tokens"
     if len(completions) == 2 and completions[0] == completions[1]:
         return "chosen and rejected are the same tokens"
     return None

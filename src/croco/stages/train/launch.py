@@ -64,7 +64,8 @@ def tune(job: TrainJob, advance: Advance) -> TrainResult:
 
 def num_processes(wanted: int | str, device: str) -> int:
     """`runtime.train_processes` as a number; raises UserError when there are fewer GPUs."""
-    gpus = torch.cuda.device_count() if pick_device(device).type == "cuda" else None
+    picked = pick_device(device)
+    gpus = (1 if picked.index is not None else torch.cuda.device_count()) if picked.type == "cuda" else None
     if wanted == "auto":
         return gpus or 1
     if gpus is not None and int(wanted) > gpus:
@@ -175,7 +176,7 @@ def main(place: Path) -> int:
     end_with(int(os.environ[PARENT]))
     job = TrainJob.model_validate_json((place / "job.json").read_text(encoding="utf-8"))
     first = os.environ.get("RANK", "0") == "0"
-    if torch.cuda.is_available():
+    if pick_device(job.runtime.device).type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
 
     def advance(step: int, num_steps: int) -> None:

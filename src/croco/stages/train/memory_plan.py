@@ -17,12 +17,12 @@ from croco.config.arms import Training
 from croco.errors import UserError
 from croco.models.lora import trainable, without_adapter
 from croco.models.memory import free_bytes
-from croco.stages.train.batches import Rows, collate
+from croco.stages.train.batches import Rows, collate, row_tokens
 from croco.stages.train.encode import Example
 from croco.stages.train.forward import completion_logps, noise_of, switched_off
 
 MARGIN = 0.85  # of the free memory that "auto" uses
-MOST_TOKENS = {"cpu": 16384, "cuda": 32768}  # of a micro-batch: above it speed grows no more
+MOST_TOKENS, MOST_ON_A_GPU = 16384, 32768  # of a micro-batch: above it speed grows no more
 PROBE_TOKENS = 64  # a pair of at least so many, where there is one
 STATE_BYTES = 12  # of a trained number: its gradient and two moments, in float32
 SPREAD = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
@@ -85,10 +85,8 @@ def choose(
             if micro_batch_tokens != "auto":
                 return Plan(micro_batch_tokens, checkpointing)
             each = needs.of(1, checkpointing) - needs.once
-            return Plan(
-                max(longest, min(MOST_TOKENS[device.partition(":")[0]], int((room - needs.once) / each))),
-                checkpointing,
-            )
+            most = MOST_ON_A_GPU if device.startswith("cuda") else MOST_TOKENS
+            return Plan(max(longest, min(most, int((room - needs.once) / each))), checkpointing)
     raise UserError(_misfit(needs, free, longest, asked, choices[-1], device))
 
 
@@ -107,13 +105,6 @@ def _misfit(needs: Needs, free: int, longest: int, asked: int, checkpointing: bo
         f"{needed}, and the longest pair alone takes {longest:,}: expected a smaller training.max_tokens, fewer "
         f"trained weights (training.lora.rank, training.full), a smaller model or more memory"
     )
-
-
-def row_tokens(example: Example, rows: Rows) -> int:
-    """Tokens of a pair in rows: the prompt once when it is shared, else with every completion."""
-    if rows not in ("plain", "single"):
-        return example.num_tokens
-    return sum(len(example.prompt) + len(completion) - 1 for completion in example.completions)
 
 
 def count(model: PreTrainedModel, settings: Training, examples: Sequence[Example], rows: Rows) -> Needs:

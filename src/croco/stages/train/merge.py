@@ -126,11 +126,11 @@ def _written(
     examples = probes(model, tokenizer)
     before = mean_logps(model, examples)
     if (weights / "config.json").is_file():
+        del model  # two at a time may be more than a GPU holds
         with files.writing(to):
             shutil.copytree(weights, to, dirs_exist_ok=True)
         whole = policy.model_copy(update={"model": str(weights), **own})
-        after = mean_logps(load_causal(whole, None, device)[0], examples)
-        in_memory = after
+        in_memory = after = mean_logps(load_causal(whole, None, device)[0], examples)
     else:
         check_adapter(weights, policy.model, policy.revision)
         adapted = put_adapter_on(model, weights)
@@ -140,7 +140,7 @@ def _written(
         with files.writing(to), quiet_loading():
             model.save_pretrained(str(to))
             tokenizer.save_pretrained(str(to))
-    del model
+        del model, adapted
     again, _ = load_causal(policy.model_copy(update={"model": str(to), **own}), None, device)
     written = mean_logps(again, examples)
     proof = Proof(*(_largest(a, b) for a, b in ((after, before), (in_memory, after), (written, after))))

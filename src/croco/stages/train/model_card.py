@@ -32,10 +32,8 @@ def model_card(
     """The card: front matter, one table per heading of `tables`, then the results (their first row is the head)."""
     lines = ["---", f"license: {json.dumps(license)}", f"library_name: {library}"]
     lines += ["pipeline_tag: text-generation"] + ([f"base_model: {json.dumps(base)}"] if base else [])
-    lines += [
-        "language:",
-        *(f"- {json.dumps(code)}" for code in dict.fromkeys(c.split("-")[0] for c in languages)),
-    ]
+    codes = [f"- {json.dumps(code)}" for code in dict.fromkeys(c.split("-")[0] for c in languages)]
+    lines += ["language:", *codes] if codes else []
     lines += ["tags:", "- croco", "- preference-tuning", "---", "", f"# {cell(title)}", ""]
     for heading, rows in tables.items():
         if rows:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from croco.errors import UserError, notice
-from croco.stages.train.batches import Batch, Rows, collate, cut
+from croco.stages.train.batches import Batch, Rows, collate, cut, row_tokens
 from croco.stages.train.encode import Example
 from croco.stages.train.forward import completion_logps
 from croco.storage.shards import read_arrow, write_parquet
@@ -101,7 +101,7 @@ def _compute(
     was_training = model.training
     model.eval()
     logp_of: dict[str, float] = {}
-    lengths = [example.num_tokens for example in examples]
+    lengths = [row_tokens(example, rows) for example in examples]
     for some in cut(part, lengths, micro_batch_tokens, packed=rows == "packed"):
         batch = collate([examples[i] for i in some], rows=rows).to(model.device)
         for c, logps in enumerate(completion_logps(model, batch).tolist()):

@@ -19,6 +19,7 @@ from transformers.integrations import INTEGRATION_TO_CALLBACK
 from croco.config.arms import Training
 from croco.errors import UserError, one_line
 from croco.models.chat_template import end_id
+from croco.models.model_files import context_of
 from croco.stages.train import checkpoints
 from croco.stages.train.batches import Rows
 from croco.stages.train.distributed import barrier, gathered, rank, world
@@ -86,7 +87,7 @@ def encode(
         tokenizer,
         end=end_id(tokenizer, model.generation_config),
         max_tokens=settings.max_tokens,
-        context=getattr(model.config.get_text_config(), "max_position_embeddings", None),
+        context=context_of(model.config),
         num_ids=model.get_input_embeddings().weight.shape[0],
         over_length=settings.over_length,
         chosen_only=settings.method == "sft",
@@ -113,7 +114,7 @@ def check_pairs(folder: Path) -> None:
         return
     dropped = shards.read_dropped(folder).filter(pl.col("unit") != "flag")
     read = sum((Counter(shard.read) for shard in made), Counter[str]())
-    reasons = dropped.group_by("unit", "reason").len().sort("len", "unit", descending=[True, False]).rows()
+    reasons = shards.reasons(dropped)
     why = "; ".join(
         f"{count:,} of {read.get(unit, count):,} {unit}s: {reason}" for unit, reason, count in reasons[:3]
     )

@@ -6,6 +6,7 @@ undisturbed run. The result is the checkpoint with the lowest held-out loss. Eve
 """
 
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from croco.config.arms import Training
 from croco.errors import UserError, notice
 from croco.models.attention.rows import HALF
 from croco.models.lora import continue_lora, trainable
+from croco.pipeline.progress import count_of
 from croco.stages.train import checkpoints, setup
 from croco.stages.train.batches import plan_steps
 from croco.stages.train.checkpoints import adopt, samples
@@ -101,7 +103,7 @@ def train_pairs(
         scratch / "checkpoints",
         num_steps=len(steps),
         seed=seed,
-        cpu=model.device.type == "cpu",
+        device=model.device,
         evaluate=bool(validation),
         trackers=trackers,
         half=model.dtype if settings.full and model.dtype in HALF else None,
@@ -141,7 +143,9 @@ def train_pairs(
         reference_logps_CN = logps(policy)
     before = samples(policy.parameters())
     if layout.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # its name to be, which transformers 5.19 lacks
+            model.gradient_checkpointing_enable({"use_reentrant": False})
 
     def follow(metrics: dict[str, Any]) -> None:
         if on_step and metrics["split"] == "train":
@@ -197,15 +201,12 @@ def train_pairs(
 
 def _warn_of_few(num_pairs: int, num_steps: int, settings: Training) -> None:
     """Say on the terminal, before training, that there is little to learn from."""
-    pairs = "1 pair" if num_pairs == 1 else f"{num_pairs:,} pairs"
-    if num_pairs < settings.batch_pairs:
-        few = f"{pairs} to train on, fewer than training.batch_pairs = {settings.batch_pairs:,}"
-    elif num_steps == 1:
-        few = f"{pairs} to train on, which is one optimizer step of training.batch_pairs = {settings.batch_pairs:,}"
-    else:
+    if num_pairs >= settings.batch_pairs and num_steps > 1:
         return
-    steps = "one optimizer step" if num_steps == 1 else f"{num_steps:,} optimizer steps"
-    notice(f"{few}: {steps} in all; more prompts, a smaller batch or more epochs make more of them")
+    notice(
+        f"{count_of(num_pairs, 'pair')} to train on, training.batch_pairs = {settings.batch_pairs:,}: "
+        f"{count_of(num_steps, 'optimizer step')} in all; more prompts, a smaller batch or more epochs make more"
+    )
 
 
 def _run(trainer: PairTrainer, checkpoint: Path | None) -> str | None:

@@ -21,7 +21,7 @@ from transformers import PrinterCallback, Trainer, TrainerControl, TrainingArgum
 
 from croco.config.arms import Training
 from croco.stages.train import forward
-from croco.stages.train.batches import Batch, Rows, collate, cut
+from croco.stages.train.batches import Batch, Rows, collate, cut, row_tokens
 from croco.stages.train.checkpoints import ByTheClock, readable, seal
 from croco.stages.train.distributed import shares
 from croco.stages.train.early_stopping import Stopped, alarm
@@ -68,7 +68,7 @@ class PairTrainer(Trainer):
         self.lines = list(lines)  # of the metrics file, which the sentinel reads
         self.shortcut_aucs = shortcut_aucs or {}
         self.on_metrics = on_metrics
-        self.lengths = [example.num_tokens for example in examples]
+        self.lengths = [row_tokens(example, rows) for example in examples]
         self.step_metrics: dict[str, float] = {}
         self.own_noise = forward.noise_of(model)
         super().__init__(
@@ -122,7 +122,10 @@ class PairTrainer(Trainer):
                 nullcontext() if batch.singles else forward.prepared(model, batch) as inputs,
                 forward.routing(model) as routed,
             ):
-                logps_CP = forward.completion_logps(model, batch, inputs)
+                with (
+                    self.accelerator.autocast()
+                ):  # the head, which is not computed within the model's forward
+                    logps_CP = forward.completion_logps(model, batch, inputs)
                 losses_P, watched = pair_losses(
                     self.settings, logps_CP, reference_CP, forward.token_counts(batch)
                 )
@@ -222,14 +225,14 @@ def training_arguments(
     *,
     num_steps: int,
     seed: int,
-    cpu: bool,
+    device: torch.device,
     evaluate: bool,
     trackers: Sequence[str] = (),
     half: torch.dtype | None = None,
 ) -> TrainingArguments:
     """transformers' arguments: a loader item per step, a checkpoint at each evaluation. `half`: what float32 weights
     compute in."""
-    every = max(1, math.ceil(num_steps / settings.sentinel.evaluations))
+    every, cpu = max(1, math.ceil(num_steps / settings.sentinel.evaluations)), device.type == "cpu"
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=num_steps,
@@ -263,4 +266,7 @@ def training_arguments(
         remove_unused_columns=False,
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs in one process would mean nn.DataParallel
+    if device.type == "cuda" and arguments.world_size == 1:  # else it would be the first GPU
+        torch.cuda.set_device(device)
+        vars(arguments)["_setup_devices"] = device  # transformers' cached property
     return arguments
