@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+from everyday import WORD
 from smollm2 import BEST_OF, PARTS, ROW, controls_folder, labelled
 
 from croco.config.load import load
@@ -38,7 +39,7 @@ def page(recipe: Recipe, to: Path) -> None:
     results = summarise(verdicts, groups, recipe.run.seed)
     accuracy = pl.read_json(Path(recipe.reward.model) / "accuracy.json")
     text = to.read_text(encoding="utf-8").partition(MARK)[0] if to.exists() else "# A real model\n\n"
-    parts = [text.rstrip(), MARK, *tables(recipe, results, accuracy)]
+    parts = [text.rstrip(), MARK, *tables(recipe, results, accuracy), *picked(recipe)]
     parts += [f"Not finished: {', '.join(missing)}."] if missing else []
     each = verdicts["prompt_id"].n_unique()
     parts += (
@@ -130,6 +131,30 @@ def tables(recipe: Recipe, results: pl.DataFrame, accuracy: pl.DataFrame) -> Ite
     yield table(["arm", "temperature", *every], lines(*((code,) for code in every)))
     yield "### Each part by itself, tuned languages"
     yield table(["arm", "temperature", *PARTS], lines(*(("tuned", part) for part in PARTS)))
+
+
+def picked(recipe: Recipe) -> Iterator[str]:
+    """What the chosen and the rejected completions of every arm's pairs are worth."""
+    codes, lines = recipe.run.languages, []
+    for arm in recipe.arms:
+        folder = recipe.folder / "pair" / arm
+        pairs = read_table(folder) if records.state(folder) == "complete" else pl.DataFrame()
+        for side in ("chosen", "rejected"):
+            if pairs.height and not pairs[side].null_count():
+                lines.append([f"{arm}, {side}", str(pairs.height), *side_cells(pairs, side, codes)])
+    yield "## What the pairs hold"
+    yield "Usable completions in percent, language by language; the percentage that is in its language, and its words."
+    yield table(["arm, side", "rows", *codes, "in the language", "words"], lines)
+
+
+def side_cells(pairs: pl.DataFrame, side: str, codes: Sequence[str]) -> Iterator[str]:
+    names = {"completion": side, "language": f"{side}_language", "finish_reason": f"{side}_finish_reason"}
+    rows = labelled(pairs.select("prompt_id", **{name: pl.col(of) for name, of in names.items()}))
+    shares = rows.group_by("language").agg(100 * pl.col("usable").mean())
+    share: dict[str, float] = dict(shares.iter_rows())
+    yield from (f"{share[code]:.0f}" if code in share else "" for code in codes)
+    yield f"{100 * rows['in the language'].sum() / rows.height:.0f}"
+    yield f"{rows['completion'].str.count_matches(WORD.pattern).sum() / rows.height:.0f}"
 
 
 def drift(recipe: Recipe) -> Iterator[str]:

@@ -98,6 +98,17 @@ def test_the_page_shows_what_was_said(script: ModuleType, page_script: ModuleTyp
     assert "| ranked by | en (3 prompts) |" in page
 
 
+def test_what_the_pairs_hold(script: ModuleType, page_script: ModuleType) -> None:
+    rows = rows_of(script, {"en": [(GOOD, "stop"), (LOOP, "stop")], "de": [(GERMAN, "stop"), (GOOD, "stop")]})
+    pairs = pl.DataFrame({
+        "prompt_id": rows["prompt_id"][:2],
+        "chosen": [GOOD, GERMAN], "chosen_language": ["en", "de"], "chosen_finish_reason": ["stop", "stop"],
+        "rejected": [LOOP, GOOD], "rejected_language": ["en", "de"], "rejected_finish_reason": ["stop", "stop"],
+    })  # fmt: skip
+    assert list(page_script.side_cells(pairs, "chosen", ["en", "fr", "de"])) == ["100", "", "100", "100", "8"]
+    assert list(page_script.side_cells(pairs, "rejected", ["en", "fr", "de"])) == ["0", "", "0", "50", "8"]
+
+
 @pytest.mark.parametrize("name", ["smollm2", "smollm2-cpu"])
 def test_the_recipes_are_two_sizes_of_one(name: str) -> None:
     recipe = load(RECIPES / f"{name}.toml")
