@@ -54,7 +54,7 @@ MODELS = {
 }
 BATCH_PAIRS = 8  # of one optimizer step
 BATCHES = {"cpu": (1, 2, 4, 8), "cuda": (2, 4, 8)}  # pairs of TRL's micro-batch
-BUDGETS = {"cpu": (1024, 2048, 4096, 8192), "cuda": (16_384, 32_768)}
+BUDGETS = {"cpu": (1024, 2048, 4096, 8192), "cuda": (16_384, 24_576, 32_768)}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LIGER = {"cross_entropy": False, "fused_linear_cross_entropy": False}  # TRL's own head never holds all logits
 SEED = 0

@@ -45,7 +45,7 @@ END
 if [[ $DEVICE == cuda ]]; then
   part exact 60 "$PYTHON" -m pytest -q -p no:cacheprovider tests/stages/train/test_gpu.py
   part dpo-short 100 "$PYTHON" bench/dpo.py --device cuda --rounds 2 --steps 3 --shapes 1024/1024
-  part dpo-long 110 "$PYTHON" bench/dpo.py --device cuda --rounds 2 --steps 3 --shapes 4096/1024 --budgets 16384 32768
+  part dpo-long 110 "$PYTHON" bench/dpo.py --device cuda --rounds 2 --steps 3 --shapes 4096/1024
   part dpo-spread 70 "$PYTHON" bench/dpo.py --device cuda --rounds 2 --steps 6 --shapes spread
   part scoring 60 "$PYTHON" bench/engines.py --device cuda --rounds 2
   part dpo-9b 120 "$PYTHON" bench/dpo.py --device cuda --model 9b --rounds 1 --steps 2 --checkpointing \

@@ -239,9 +239,8 @@ class ServerSampler:
                 "min_p": 0.0,
                 "repetition_penalty": 1.0,
                 "return_token_ids": True,
-                "stop_token_ids": sorted(
-                    self.ends | ends_of(self.tokenizer, decoding.stop)
-                ),  # the config may lack some
+                # the config may lack some
+                "stop_token_ids": sorted(self.ends | ends_of(self.tokenizer, decoding.stop)),
             }
         if self.server.seeds:  # 31 bits are what every server takes
             body["seed"] = seeds[0] if self.server.dialect == "vllm" else seeds[0] % 2**31

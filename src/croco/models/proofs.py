@@ -30,7 +30,8 @@ def trial_lengths(config: Any, reach: int) -> list[int]:
 def decoder_disagrees(model: Any, reach: int = TRIAL_TOKENS) -> str | None:
     """None when prompts decoded together give the distributions of plain forwards on this very model, else why not.
     Compared is the expected difference of log-probabilities: 1e-6 by rounding in float32, in half precision what the
-    last bit of the embeddings makes in a plain forward (0.03 to 0.1; a position off by one makes 0.15 and more)."""
+    last bit of the embeddings makes in a plain forward (0.03 to 0.1; in nine tokens a place off by one makes 0.15 and
+    more)."""
     vocabulary = model.config.get_text_config().vocab_size
     prompts = [
         [(7 * i + 3) % vocabulary for i in range(length)] for length in trial_lengths(model.config, reach)

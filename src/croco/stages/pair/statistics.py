@@ -133,9 +133,8 @@ def warn(title: str, rule: Contrast, facts: Mapping[str, Any], folder: Path) -> 
             f'pools this rule is nearly the same as "min"'
         )
     for name, auc in facts.get("shortcuts", {}).items():
-        if (
-            auc > SHORTCUT_AUC and (auc - 0.5) * math.sqrt(facts["pairs"]) > 1
-        ):  # two standard errors of a guess
+        guess = 0.5 + 1 / math.sqrt(facts["pairs"])  # and two of its standard errors
+        if auc > max(SHORTCUT_AUC, guess):
             say(
                 f"chosen and rejected can be told apart by their {name} alone (AUC {auc:.2f}): pairs may teach "
                 "just that"

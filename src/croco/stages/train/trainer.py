@@ -122,9 +122,7 @@ class PairTrainer(Trainer):
                 nullcontext() if batch.singles else forward.prepared(model, batch) as inputs,
                 forward.routing(model) as routed,
             ):
-                with (
-                    self.accelerator.autocast()
-                ):  # the head, which is not computed within the model's forward
+                with self.accelerator.autocast():  # for the head, which is not within the model's forward
                     logps_CP = forward.completion_logps(model, batch, inputs)
                 losses_P, watched = pair_losses(
                     self.settings, logps_CP, reference_CP, forward.token_counts(batch)
