@@ -122,6 +122,10 @@ def test_every_recipe_loads(path: Path) -> None:
             {"arms": {"mono": {"pool": {"en": ["da"]}}}},
             "arms.mono.pool: the group en has the name of a language",
         ),
+        (
+            {"policy": {"dtype": "float16"}, "arms": {"mono": {"training": {"full": True}}}},
+            "arms.mono.training.full tunes all weights, whose gradients overflow in policy.dtype = 'float16'",
+        ),
         ({"run": {"folder": "a" * 300}}, "has more than 255 bytes"),
         ({"run": {"folder": "a\0b"}}, "holds a null character"),
     ],

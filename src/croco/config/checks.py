@@ -88,6 +88,11 @@ def _check_arms(recipe: Recipe) -> None:
                 f"arms.{name}.sampler is another model than the one that runtime.servers.sample serves: expected "
                 f"runtime.engines.sample = 'transformers' or 'vllm'"
             )
+        if arm.training.full and recipe.policy.dtype == "float16":
+            raise ValueError(
+                f"arms.{name}.training.full tunes all weights, whose gradients overflow in policy.dtype = 'float16': "
+                f"expected 'bfloat16' or 'float32', or adapters"
+            )
         _check_start(recipe, name, arm)
         _check_scorer(recipe, name, arm)
     _check_cycles(recipe)

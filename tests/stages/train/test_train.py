@@ -158,6 +158,15 @@ def test_all_weights_of_a_half_precision_model_move_by_steps_it_could_not_hold(t
     assert reloaded.generation_config.eos_token_id == 2
 
 
+def test_float16_is_refused_for_all_weights_and_for_mixed_precision(tmp_path, monkeypatch):
+    """Its gradients overflow where its loss scale is tried out, which the sentinel cannot tell from a broken run."""
+    with pytest.raises(UserError, match=r"training\.full .* float16: expected policy\.dtype = 'bfloat16'"):
+        run(tmp_path, replace(SETTINGS, full=True), model=make_policy("llama").to(torch.float16))
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")  # as the file of `accelerate config` says it
+    with pytest.raises(UserError, match=r"accelerate_config has mixed_precision = fp16, expected bf16 or no"):
+        run(tmp_path)
+
+
 def test_simpo_needs_no_reference_and_is_watched_without_one(tmp_path):
     result = run(tmp_path, replace(SETTINGS, loss="simpo", beta=2.0))
     train = metrics(tmp_path, "train")

@@ -5,6 +5,7 @@ It can be killed at any moment and called again: it goes on from its last checkp
 undisturbed run. The result is the checkpoint with the lowest held-out loss. Every process of a `torchrun` may call it.
 """
 
+import os
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -13,12 +14,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import polars as pl
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from croco.config.arms import Training
 from croco.errors import UserError, notice
-from croco.models.attention.rows import HALF
 from croco.models.lora import continue_lora, trainable
 from croco.pipeline.progress import count_of
 from croco.stages.train import checkpoints, setup
@@ -85,7 +86,7 @@ def train_pairs(
     settings out of range, when no pair is left or it cannot fit, and (as `Stopped`) when it stopped before any good
     checkpoint."""
     began = time.monotonic()
-    _check(settings, start)
+    _check(settings, start, model.dtype)
     on_line = not reference_table and settings.method == "dpo" and settings.loss not in REFERENCE_FREE
     if on_line and (settings.full or (start and reference == "start")):
         raise UserError(
@@ -106,7 +107,7 @@ def train_pairs(
         device=model.device,
         evaluate=bool(validation),
         trackers=trackers,
-        half=model.dtype if settings.full and model.dtype in HALF else None,
+        bfloat16=settings.full and model.dtype == torch.bfloat16,
     )  # from here on the processes know each other
     origin = [weights_digest(model), reference, *(setup.contents(start) if start else ())]
     if rank() == 0:
@@ -220,13 +221,21 @@ def _run(trainer: PairTrainer, checkpoint: Path | None) -> str | None:
     return None
 
 
-def _check(settings: Training, start: Path | None) -> None:
+def _check(settings: Training, start: Path | None, dtype: torch.dtype) -> None:
     if settings.batch_pairs < 1 or settings.epochs < 1:
         raise UserError(
             f"training.batch_pairs is {settings.batch_pairs} and training.epochs {settings.epochs}; expected at least 1"
         )
     if settings.full and start is not None:
         raise UserError(f"training.full tunes all weights, expected no adapter to start from, found {start}")
+    # a loss scale is found by overflow, which the sentinel cannot tell from a run that breaks
+    if settings.full and dtype == torch.float16:
+        raise UserError(
+            "training.full tunes all weights, whose gradients overflow in the policy's float16: expected policy.dtype "
+            "= 'bfloat16' or 'float32', or adapters"
+        )
+    if os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":
+        raise UserError("runtime.accelerate_config has mixed_precision = fp16, expected bf16 or no")
 
 
 def _trainable(model: PreTrainedModel, settings: Training, start: Path | None, seed: int) -> Any:

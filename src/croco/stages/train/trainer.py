@@ -226,10 +226,10 @@ def training_arguments(
     device: torch.device,
     evaluate: bool,
     trackers: Sequence[str] = (),
-    half: torch.dtype | None = None,
+    bfloat16: bool = False,
 ) -> TrainingArguments:
-    """transformers' arguments: a loader item per step, a checkpoint at each evaluation. `half`: what float32 weights
-    compute in."""
+    """transformers' arguments: a loader item per step, a checkpoint at each evaluation. `bfloat16` is what float32
+    weights compute in."""
     every, cpu = max(1, math.ceil(num_steps / settings.sentinel.evaluations)), device.type == "cpu"
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -243,8 +243,7 @@ def training_arguments(
         ),
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
-        bf16=half == torch.bfloat16,
-        fp16=half == torch.float16,
+        bf16=bfloat16,
         logging_strategy="steps",
         logging_steps=1,
         logging_nan_inf_filter=False,
