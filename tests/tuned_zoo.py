@@ -16,10 +16,11 @@ from croco.config.arms import Lora, Training
 from croco.models.attention.support import depends_on_batch, forget_lengths
 from croco.models.loading import load_policy
 from croco.models.lora import apply_lora, leaf, lora_config, merged, put_adapter_on
+from croco.models.output_layer import unwrapped
 from croco.stages.train.batches import collate
 from croco.stages.train.choose_rows import choose_rows
 from croco.stages.train.encode import Example
-from croco.stages.train.forward import completion_logps, noise_of, switched_off, token_counts, unwrapped
+from croco.stages.train.forward import completion_logps, noise_of, switched_off, token_counts
 from croco.stages.train.losses import pair_losses
 from croco.stages.train.merge import mean_logps
 from tiny import make_tokenizer

@@ -2,7 +2,7 @@
 
 Computed on the ids that were sampled, the end token included where the completion ended by itself.
 
-Shapes: B rows, T tokens, V vocabulary."""
+Shapes: M completion tokens of a batch, X the width of hidden states or the vocabulary."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,10 +10,9 @@ from typing import Any
 import torch
 
 from croco.models.chat_template import end_id
+from croco.models.output_layer import bounded, read_out
 from croco.models.prefix_forward import Group, Way, forward
 from croco.models.protocols import ScoreRequest
-
-_LOGITS_AT_ONCE = 2**27  # elements: half a GiB in float32
 
 
 @torch.inference_mode()
@@ -38,26 +37,13 @@ def completion_logps(
         for k, request in enumerate(requests)
     ]
     logps = [[0.0] * len(request.completions) for request in requests]
-    budget = min(token_budget, max(1, _LOGITS_AT_ONCE // model.config.get_text_config().vocab_size))
-    for rows, output in forward(model, groups, budget, way):
-        logits_BTV = output.logits
-        longest = max(len(targets[k][i]) for k, i in rows)
-        wanted_BT = torch.zeros(len(rows), longest, dtype=torch.long)
-        real_BT = torch.zeros(len(rows), longest, dtype=torch.bool)
-        for line, (k, i) in enumerate(rows):
-            wanted_BT[line, : len(targets[k][i])] = torch.tensor(targets[k][i])
-            real_BT[line, : len(targets[k][i])] = True
-        logps_BT = _picked(logits_BTV[:, :longest], wanted_BT.to(model.device))
-        sums = logps_BT.masked_fill(~real_BT.to(model.device), 0.0).double().sum(-1).tolist()
-        for (k, i), value in zip(rows, sums, strict=True):
-            logps[k][i] = value
+    with read_out(model) as token_logps:
+        for rows, output in forward(model, groups, bounded(token_budget, model), way):
+            wanted = [torch.tensor(targets[k][i], dtype=torch.long, device=model.device) for k, i in rows]
+            lengths = [len(target) for target in wanted]
+            states_MX = torch.cat([output.logits[line, :length] for line, length in enumerate(lengths)])
+            logps_M = token_logps(states_MX, torch.cat(wanted)).double()
+            sums = torch.stack([part.sum() for part in logps_M.split(lengths)]).tolist()
+            for (k, i), value in zip(rows, sums, strict=True):
+                logps[k][i] = value
     return logps
-
-
-def _picked(logits_BTV: torch.Tensor, wanted_BT: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities of the wanted tokens, float32, a row at a time: a float32 copy of all logits is large."""
-    rows = [
-        logits.float().gather(-1, wanted[:, None])[:, 0] - logits.float().logsumexp(-1)
-        for logits, wanted in zip(logits_BTV, wanted_BT, strict=True)
-    ]
-    return torch.stack(rows)

@@ -18,6 +18,7 @@ from croco.stages.score.alignment import (
 )
 from croco.storage.schemas import COMPLETIONS
 from croco.storage.shards import write_shard
+from models.test_output_layer import Largest
 from tiny import make_tokenizer
 
 CODES = {"en": "eng_Latn", "da": "dan_Latn"}
@@ -70,6 +71,18 @@ def test_losses_equal_transformers_own_whatever_the_batch() -> None:
         assert found[2] == []
         for i, j in [(0, 0), (0, 1), (0, 2), (1, 0), (3, 2)]:
             assert found[i][j] == pytest.approx(plain_loss(translator, sources[i], targets[j]), rel=1e-4)
+
+
+def test_logits_of_many_targets_never_exist_at_once() -> None:
+    translator = tiny_translator(token_budget=8192)
+    translator.model.resize_token_embeddings(50_000)
+    sources, targets = translator.encode(TEXTS[:2], "da"), translator.encode(ENGLISH * 20, "en")
+    with Largest() as largest:
+        found = translator.losses(sources, [targets, targets])
+    assert (
+        largest.most <= 2 * 50_000 * 32
+    )  # the head itself has as many; 60 targets of 8 tokens had 15 times that
+    assert found[1][0] == pytest.approx(plain_loss(translator, sources[1], targets[0]), rel=1e-4)
 
 
 def test_a_score_is_the_mean_of_one_over_the_loss_and_english_has_none() -> None:

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from croco.stages.train.logps import sequence_sums, token_logps
+from croco.models.output_layer import token_logps
+from croco.stages.train.forward import sequence_sums
 from croco.stages.train.losses import (
     LOSSES,
     REFERENCE_FREE,

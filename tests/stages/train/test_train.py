@@ -21,12 +21,12 @@ import zoo
 from croco.config.arms import Lora, Training
 from croco.config.load import load
 from croco.errors import UserError
+from croco.models import output_layer
 from croco.models.loading import load_policy
 from croco.models.lora import apply_lora, load_adapter
 from croco.pipeline.fingerprint import train_settings
 from croco.pipeline.node import settings_values
 from croco.pipeline.stage import Work
-from croco.stages.train import logps
 from croco.stages.train.batches import collate
 from croco.stages.train.encode import encode_pairs
 from croco.stages.train.forward import completion_logps, token_counts
@@ -144,8 +144,8 @@ def test_sft_raises_the_likelihood_of_the_chosen(tmp_path):
 
 def test_all_weights_of_a_half_precision_model_move_by_steps_it_could_not_hold(tmp_path, monkeypatch):
     """A step of 1e-6 is below what bfloat16 tells apart: weights are kept in float32, and compute in bfloat16."""
-    model, logits, own = make_policy("llama").to(torch.bfloat16), [], logps._logits
-    monkeypatch.setattr(logps, "_logits", lambda *args: logits.append(own(*args)) or logits[-1])
+    model, logits, own = make_policy("llama").to(torch.bfloat16), [], output_layer._logits
+    monkeypatch.setattr(output_layer, "_logits", lambda *args: logits.append(own(*args)) or logits[-1])
     settings = replace(SETTINGS, full=True, learning_rate=1e-6, epochs=1)
     result = run(tmp_path, settings, model=model, num_pairs=12)
     assert {each.dtype for each in logits} == {torch.bfloat16}

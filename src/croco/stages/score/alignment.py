@@ -4,7 +4,7 @@ The score is 1 / (a translation model's mean token loss of an English completion
 English completions of the prompt; those have no score themselves. Source and target are laid out as M2M100 and NLLB do:
 language token, text, end token.
 
-Shapes: B pairs, S source tokens, T target tokens, V vocabulary."""
+Shapes: B pairs, S source tokens, T target tokens, M target tokens of a batch, X hidden width or vocabulary."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +20,7 @@ from croco.errors import UserError
 from croco.models.chat_template import text_ids
 from croco.models.memory import buckets, with_less_memory
 from croco.models.model_files import context_of
+from croco.models.output_layer import bounded, read_out
 from croco.stages.score.policy_logprobs import Groups, Scored, too_long
 from croco.storage.shards import read_parquet, shards
 
@@ -74,7 +75,7 @@ class Translator:
             pairs = [(row, i, j) for row, i in enumerate(part) for j in range(len(targets[i]))]
             pairs.sort(key=lambda pair: len(targets[pair[1]][pair[2]]))
             lengths = [source_BS.shape[1] + len(targets[i][j]) for _, i, j in pairs]
-            for batch in buckets(lengths, budget):
+            for batch in buckets(lengths, bounded(budget, self.model)):
                 rows = torch.tensor([row for row, _, _ in pairs[batch]], device=self.model.device)
                 wanted = [targets[i][j] for _, i, j in pairs[batch]]
                 losses = self._batch(hidden_BSD[rows], mask_BS[rows], wanted)
@@ -88,15 +89,16 @@ class Translator:
         start = int(self.model.config.decoder_start_token_id)
         given_BT, _ = self._padded([[start, *ids[:-1]] for ids in targets])
         wanted_BT, real_BT = self._padded(targets)
-        logits_BTV = self.model(
-            encoder_outputs=BaseModelOutput(last_hidden_state=hidden_BSD),
-            attention_mask=mask_BS,
-            decoder_input_ids=given_BT,
-            use_cache=False,
-        ).logits.float()
-        picked_BT = logits_BTV.gather(-1, wanted_BT[..., None])[..., 0] - logits_BTV.logsumexp(-1)
-        losses: list[float] = (-(picked_BT * real_BT).sum(-1) / real_BT.sum(-1)).tolist()
-        return losses
+        with read_out(self.model) as token_logps:
+            states_BTX = self.model(
+                encoder_outputs=BaseModelOutput(last_hidden_state=hidden_BSD),
+                attention_mask=mask_BS,
+                decoder_input_ids=given_BT,
+                use_cache=False,
+            ).logits
+            there_BT = real_BT.bool()
+            logps_M = token_logps(states_BTX[there_BT], wanted_BT[there_BT])
+        return [-part.mean().item() for part in logps_M.split(real_BT.sum(-1).tolist())]
 
     def _padded(self, rows: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids padded on the right, and where they are real; the padding token may occur within a text."""

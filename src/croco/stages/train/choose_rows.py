@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 from croco.errors import one_line
 from croco.models.attention.rows import no_varlen
 from croco.models.attention.support import depends_on_batch, unsupported
+from croco.models.output_layer import unwrapped
 from croco.stages.train.batches import Batch, Rows, collate
 from croco.stages.train.encode import Example
-from croco.stages.train.forward import completion_logps, layer_kinds, token_counts, unwrapped
+from croco.stages.train.forward import completion_logps, layer_kinds, token_counts
 
 LAYER_KINDS = ("full_attention", "sliding_attention")
 # Largest difference of a completion's mean token log-probability between shared and plain rows. Exact layouts differ by

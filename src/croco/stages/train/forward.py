@@ -1,9 +1,8 @@
 """From a batch to the log-probability of every completion, through the model's own forward.
 
 A hook gathers the hidden states that predict completion tokens before the output layer, so the vocabulary meets only
-those. Where it is known what an architecture makes of its logits (Cohere scales them, Gemma caps them),
-`logps.head_logps` stands for the output layer and never holds all logits, and the last layer is finished only where it
-is read.
+those. Where it is known what an architecture makes of its logits (Cohere scales them, Gemma caps them), a known head
+stands for the output layer and never holds all logits, and the last layer is finished only where it is read.
 
 Shapes: B rows, T tokens, M completion tokens, V vocabulary, D width, P pairs, C completions of a pair."""
 
@@ -14,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from croco.models.attention import rows as row_attention
@@ -23,14 +21,9 @@ from croco.models.attention.last_layer import finished_at
 from croco.models.attention.mask import PADDING, additive, prefix_mask
 from croco.models.attention.rows import PackedSegments, Segments
 from croco.models.attention.support import forget_lengths
+from croco.models.output_layer import HEADS, head_at, known_head, token_logps, unwrapped
 from croco.stages.train.batches import Batch
-from croco.stages.train.logps import head_logps, sequence_sums, token_logps
 
-# Architectures (model_type) that do no more to their logits than `_known_head` says.
-HEADS = (
-    "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "cohere", "cohere2", "granite", "olmo2",
-    "phi3", "smollm3",
-)  # fmt: skip
 Inputs = dict[str, Any]  # of a model's forward, beside ids and positions
 
 
@@ -50,13 +43,9 @@ def completion_logps(model: nn.Module, batch: Batch, inputs: Inputs | None = Non
         )
         with prepared(model, batch, recomputed) as own:
             return completion_logps(model, batch, own)
-    head = _known_head(unwrapped(model)) if batch.shared else None
-    if head is None:
-        logps_M = token_logps(_run(model, batch, inputs, whole_head=True), batch.target_M)
-    else:
-        layer, scale, cap = head
-        hidden_MD = _run(model, batch, inputs, whole_head=False)
-        logps_M = head_logps(hidden_MD, layer.weight, layer.bias, batch.target_M, scale=scale, cap=cap)
+    head = known_head(unwrapped(model)) if batch.shared else None
+    logps = head or token_logps
+    logps_M = logps(_run(model, batch, inputs, whole_head=head is None), batch.target_M)
     sums = sequence_sums(logps_M, batch.sequence_M, batch.num_completions * batch.num_pairs)
     return sums.view(batch.num_completions, batch.num_pairs)
 
@@ -130,21 +119,9 @@ def balance_loss(model: nn.Module, logits: Sequence[Tensor], batch: Batch) -> Te
     return balance_weight(base) * loss
 
 
-def _known_head(model: PreTrainedModel) -> tuple[nn.Linear, float, float | None] | None:
-    """The output layer, the scale of its logits and their cap; None for architectures whose code has not been read, and
-    for a layer that is adapted or spread over processes."""
-    config, layer = model.config.get_text_config(), model.get_output_embeddings()
-    if config.model_type not in HEADS or type(layer) is not nn.Linear:
-        return None
-    if layer.weight.dim() != 2 or isinstance(layer.weight, DTensor):
-        return None
-    scale = getattr(model, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1.0)
-    return layer, scale, getattr(config, "final_logit_softcapping", None)
-
-
 def _run(model: nn.Module, batch: Batch, inputs: Inputs, whole_head: bool) -> Tensor:
     """The model's own forward: the logits of completion tokens, (M, V), or the hidden states before them, (M, D)."""
-    with _head_at(unwrapped(model), batch.source_M, whole_head) as gathered:
+    with head_at(unwrapped(model), batch.source_M, whole_head) as gathered:
         logits = model(
             input_ids=batch.input_ids_BT, position_ids=batch.position_BT, use_cache=False, **inputs
         ).logits
@@ -184,37 +161,17 @@ def switched_off(places: Iterable[tuple[Any, str]]) -> Iterator[None]:
             setattr(owner, attribute, value)
 
 
+def sequence_sums(values_M: Tensor, sequence_M: Tensor, num_sequences: int) -> Tensor:
+    """Sums of the values of each sequence, (S,); `sequence_M` is the sequence, 0 to S - 1, of each token. One without
+    tokens has 0."""
+    return values_M.new_zeros(num_sequences).index_add(0, sequence_M, values_M)
+
+
 def token_counts(batch: Batch) -> Tensor:
     """Tokens of every completion, the end token included, (C, P)."""
     num_sequences = batch.num_completions * batch.num_pairs
     counts = sequence_sums(torch.ones_like(batch.sequence_M), batch.sequence_M, num_sequences)
     return counts.view(batch.num_completions, batch.num_pairs)
-
-
-def unwrapped(model: Any) -> PreTrainedModel:
-    """The Hugging Face model inside wrappers (distributed ones keep it in `module`, PEFT offers it itself)."""
-    while hasattr(model, "module"):
-        model = model.module
-    base: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return base
-
-
-@contextmanager
-def _head_at(model: PreTrainedModel, source_M: Tensor, whole: bool) -> Iterator[list[Tensor]]:
-    """Gather the hidden states at some columns of the flattened (B * T) grid, (M, D), into the list that is yielded;
-    the output layer sees them if `whole`, else one token."""
-    gathered: list[Tensor] = []
-
-    def gather(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        hidden_ND = args[0].reshape(-1, args[0].shape[-1])
-        gathered.append(hidden_ND.index_select(0, source_M))
-        return ((gathered[0] if whole else hidden_ND[:1].detach())[None], *args[1:])
-
-    handle = model.get_output_embeddings().register_forward_pre_hook(gather)
-    try:
-        yield gathered
-    finally:
-        handle.remove()
 
 
 def layer_kinds(model: PreTrainedModel) -> list[str]:

@@ -164,7 +164,7 @@ def prepare_scratch(
 
 def use_fused_kernels(model: PreTrainedModel) -> str | None:
     """Norms, rotary positions and gated activations as kernels of liger-kernel (extra `gpu`) for a model on a GPU; else
-    why not. Its fused cross-entropy stays off, since `logps.py` computes what is wanted of the logits."""
+    why not. Its fused cross-entropy stays off, since `output_layer.py` computes what is wanted of the logits."""
     if model.device.type != "cuda":
         return "the model is not on a GPU"
     if find_spec("liger_kernel") is None:
