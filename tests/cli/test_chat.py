@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -94,6 +95,34 @@ def test_an_arm_of_a_run_and_its_base(tiny_models: TinyModels, adapter: Path, tm
     assert "policy.instruction has nothing for 'fr'" in chat(
         run, "--arm=base", "--language=fr", said="", code=2
     )
+
+
+def test_nothing_of_the_models_generation_config_changes_an_answer(
+    tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    own = answers(tiny_models.policy, None, FIRST)
+    tokenizer = load_policy(str(tiny_models.policy))[1]
+    first = tokenizer(own, add_special_tokens=False)["input_ids"][0]
+    model = tmp_path / "model"
+    shutil.copytree(tiny_models.policy, model)
+    config = json.loads((model / "generation_config.json").read_text())
+    config |= {"suppress_tokens": [first], "no_repeat_ngram_size": 1, "repetition_penalty": 5.0}
+    (model / "generation_config.json").write_text(json.dumps(config))
+    assert chat(model, said=FIRST) == own
+
+
+def test_a_runs_truncation_and_stop_strings_are_kept_to(tiny_models: TinyModels, tmp_path: Path) -> None:
+    greedy = answers(tiny_models.policy, None, FIRST)
+    stop = next(letter for letter in greedy[1:] if letter.isalpha())
+    recipe = load(
+        write_recipe(tmp_path, tiny_models), ["sampling.top_k=1", f"sampling.stop={json.dumps([stop])}"]
+    )
+    recipe.folder.mkdir(parents=True)
+    (recipe.folder / "recipe.json").write_text(recipe.model_dump_json())
+    said = chat(recipe.folder, "--arm=base", "--temperature=3", said=FIRST)  # of one token each, however hot
+    assert stop in said
+    assert greedy.startswith(said.rstrip("\n"))
+    assert len(said) < len(greedy)
 
 
 def test_sampling_and_what_is_too_long(tiny_models: TinyModels) -> None:

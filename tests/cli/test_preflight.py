@@ -77,6 +77,21 @@ def test_everything_wrong_is_shown_and_the_first_ends_it(doctor: Doctor, tmp_pat
     assert "disk: at most" in found.output
 
 
+def test_prompts_that_cannot_be_read_do_not_hide_what_else_is_wrong(doctor: Doctor, tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"prompt_id": "p", "language": "en"}\n')
+    policy = with_template(tmp_path / "policy", None)
+    found = doctor(
+        f"policy.model={policy}", f"prompts.source={tmp_path / 'bad.jsonl'}", "evaluation.source=no.jsonl"
+    )
+    line = wrong(found)
+    assert "bad.jsonl" in line
+    assert line.endswith("(and 2 more, see above)")
+    said = [line for line in found.output.splitlines() if line.startswith("WRONG")]
+    for part, one in zip(("bad.jsonl", "no.jsonl", "found no chat template"), said, strict=True):
+        assert part in one
+    assert "Qwen3ForSequenceClassification" in found.output
+
+
 def test_two_bos_and_a_turn_that_nothing_ends(doctor: Doctor, tmp_path: Path) -> None:
     twice = with_template(tmp_path / "twice", "{{ bos_token }}" + tiny.CHAT_TEMPLATE)
     assert "found two '<|bos|>' at the beginning" in wrong(doctor(f"policy.model={twice}"))

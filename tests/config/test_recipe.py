@@ -122,6 +122,15 @@ def test_every_recipe_loads(path: Path) -> None:
             {"arms": {"mono": {"pool": {"en": ["da"]}}}},
             "arms.mono.pool: the group en has the name of a language",
         ),
+        *(
+            ({"runtime": {"device": "cuda:1"} | several}, "runtime: device = 'cuda:1' is one GPU, and ")
+            for several in (
+                {"executor": "ray"},
+                {"replicas": 2},
+                {"train_processes": 2},
+                {"accelerate_config": "fsdp.yaml"},
+            )
+        ),
         (
             {"policy": {"dtype": "float16"}, "arms": {"mono": {"training": {"full": True}}}},
             "arms.mono.training.full tunes all weights, whose gradients overflow in policy.dtype = 'float16'",

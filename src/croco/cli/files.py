@@ -62,10 +62,13 @@ def chat(
     temperature: Annotated[float, typer.Option(min=0, max=10, help="0 is greedy.")] = 0.0,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 512,
 ) -> None:
-    """Talk to a policy: a line in, its completion out; a pipe gets one completion a line."""
+    """Talk to a policy: a line in, its completion out; a pipe gets one completion a line. A run's top_p, top_k and stop
+    strings are kept to."""
     loaded = run_of(folder, arm, base=True)
+    from croco.config.recipe import Sampling
     from croco.models.chat import chat as talk
     from croco.models.open import policy_of, tuned_weights, with_tuned
+    from croco.models.protocols import Decoding
 
     if loaded is None:
         policy, weights = policy_of(folder)
@@ -76,13 +79,13 @@ def chat(
             raise UserError(f"{weights.parent} holds no tuned policy: run `croco run` first")
     if language is not None and language not in policy.instruction:
         raise UserError(f"--language {language}: policy.instruction has nothing for '{language}'")
+    sampling = loaded.sampling if loaded else Sampling()
     talk(
         *with_tuned(policy, weights),
         device=loaded.runtime.device if loaded else "auto",
         instruction=policy.instruction.get(language or ""),
         system=system,
-        temperature=temperature,
-        max_new_tokens=max_new_tokens,
+        decoding=Decoding(temperature, sampling.top_p, sampling.top_k, max_new_tokens, sampling.stop),
     )
 
 

@@ -106,8 +106,8 @@ def cost(
     With `until`, a stage before pairs are trained on, those of sampling and scoring alone.
     """
     totals = Totals()
-    tuning, length = _num_prompts(recipe.prompts, "prompts", recipe.prompts_languages)
-    test, test_length = _num_prompts(recipe.evaluation, "evaluation", recipe.evaluation_languages)
+    tuning, length = num_prompts(recipe.prompts, "prompts", recipe.prompts_languages)
+    test, test_length = num_prompts(recipe.evaluation, "evaluation", recipe.evaluation_languages)
     if recipe.translate and tuning is not None:
         tuning *= len(recipe.run.languages)
         yield _translations(recipe, totals, "translate", tuning, recipe.run.languages, length)
@@ -266,7 +266,7 @@ def _arena_prompts(recipe: Recipe, arena: Arena, test: int | None) -> int | None
     """Prompts × languages that the policies answer before the judge."""
     languages = recipe.arena_languages
     if arena.source:
-        return _num_prompts(arena, "arena", languages)[0]
+        return num_prompts(arena, "arena", languages)[0]
     prompts = None if test is None else test // len(recipe.run.evaluated) * len(languages)
     if arena.limit is not None and prompts is not None:
         prompts = min(prompts, arena.limit * len(languages))
@@ -287,7 +287,7 @@ def _comparisons(recipe: Recipe, arena: Arena, prompts: int | None) -> str:
     return f"arena: {count} in {len(languages)} languages, {num_arms} arms, {shown}, by {judge}{asked}"
 
 
-def _num_prompts(
+def num_prompts(
     section: Prompts | Evaluation | Arena, key: str, languages: tuple[str, ...]
 ) -> tuple[int | None, float]:
     """Rows (prompts × languages) that a section gives, None when only the hub knows; and the tokens of one, about."""

@@ -27,10 +27,17 @@ MEASURED_PROMPTS, MEASURED_COMPLETIONS, MEASURED_TOKENS = 8, 16, 64
 
 def examine(recipe: Recipe, measure: bool = False) -> Iterator[str]:
     """Lines for a person; raises UserError with the first thing that would stop the run, and how many there are."""
-    rows = _prompts(recipe)
-    rates = plan.rates(recipe)
+    rows: list[Prompt] = []
+    rates: dict[str, float] = {}
     wrong: list[str] = []
+    tests = {
+        "evaluation": recipe.evaluation_languages,
+        "arena": recipe.arena_languages if recipe.arena else (),
+    }
     checks: list[Callable[[], Iterable[str]]] = [
+        lambda: _prompts(recipe, rows),
+        *(partial(_test_prompts, recipe, key, languages) for key, languages in tests.items() if languages),
+        lambda: _rates(recipe, rates),
         lambda: _engines(recipe),
         lambda: servers(recipe),
         lambda: _euroeval(recipe) if recipe.euroeval else (),
@@ -48,21 +55,42 @@ def examine(recipe: Recipe, measure: bool = False) -> Iterator[str]:
                 if plan.MISFIT in line:
                     wrong.append(" ".join(line.split()))
         except UserError as error:
-            yield f"WRONG         {error}"
-            wrong.append(str(error))
+            if str(error) not in wrong:  # what it costs is counted in the prompts, which were read before
+                yield f"WRONG         {error}"
+                wrong.append(str(error))
     if wrong:
         more = f" (and {len(wrong) - 1} more, see above)" if len(wrong) > 1 else ""
         raise UserError(wrong[0] + more)
 
 
-def _prompts(recipe: Recipe) -> list[Prompt]:
-    """The prompts to tune on, as the recipe names them (of a hub dataset without a limit, the first)."""
+def _prompts(recipe: Recipe, rows: list[Prompt]) -> Iterator[str]:
+    """Put into `rows` the prompts to tune on, as the recipe names them (of a hub dataset without a limit, the first);
+    where they cannot be read, a prompt of ours in every language, that models are looked at all the same."""
     from croco.stages.prompts.load import load
 
-    section = recipe.prompts
+    section, languages = recipe.prompts, recipe.prompts_languages
     hub = section.source.startswith("hf:")
-    limit = section.limit or (LENGTHS if hub else None)
-    return load(section, "prompts", recipe.prompts_languages, limit).prompts.to_pylist()
+    try:
+        limit = section.limit or (LENGTHS if hub else None)
+        rows += load(section, "prompts", languages, limit).prompts.to_pylist()
+    except UserError:
+        yield "prompts       cannot be read: below, models are shown a prompt of ours"
+        asked = [{"role": "user", "content": "What comes after Monday?"}]
+        rows += [{"prompt_id": "ours", "language": code, "messages": asked} for code in languages]
+        raise
+
+
+def _test_prompts(recipe: Recipe, key: str, languages: tuple[str, ...]) -> Iterable[str]:
+    """Nothing, but UserError where the prompts to evaluate on, or the arena's own, cannot be read."""
+    section = getattr(recipe, key)
+    if section.source:
+        plan.num_prompts(section, key, languages)
+    return ()
+
+
+def _rates(recipe: Recipe, rates: dict[str, float]) -> Iterable[str]:
+    rates |= plan.rates(recipe)
+    return ()
 
 
 def _engines(recipe: Recipe) -> Iterator[str]:

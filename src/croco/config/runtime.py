@@ -256,3 +256,20 @@ class Runtime(Section):
             if engine == "server" and not getattr(self.servers, role).url:
                 raise ValueError(f"engines.{role} = 'server', but servers.{role}.url is missing")
         return self
+
+    @model_validator(mode="after")
+    def _one_gpu_is_for_one_process(self) -> Runtime:
+        """A GPU that is named by its number is not shared out: each of several processes would load its model there."""
+        alone = {
+            "executor": ("local",),
+            "replicas": (1,),
+            "train_processes": (1, "auto"),
+            "accelerate_config": (None,),
+        }
+        for key, values in alone.items() if ":" in self.device else ():
+            if (value := getattr(self, key)) not in values:
+                raise ValueError(
+                    f"device = '{self.device}' is one GPU, and {key} = {value!r} is for several processes: expected "
+                    f"device = 'auto' or 'cuda' (the environment's CUDA_VISIBLE_DEVICES says which they see)"
+                )
+        return self

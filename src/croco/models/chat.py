@@ -15,6 +15,9 @@ from croco.errors import Refused, printable
 from croco.models.chat_template import end_ids, prompt_ids
 from croco.models.loading import load_causal
 from croco.models.model_files import context_of
+from croco.models.plain_decoder import own_defaults_off
+from croco.models.protocols import Decoding
+from croco.models.stop_strings import ends_of
 
 NEW, QUIT = "/new", "/quit"
 
@@ -36,11 +39,11 @@ def chat(
     device: str,
     instruction: str | None,
     system: str | None,
-    temperature: float,
-    max_new_tokens: int,
+    decoding: Decoding,
 ) -> None:
     """Answer each line of the standard input, every earlier turn in mind, until it ends; raises UserError for a model
-    that does not load. `instruction` ends the last turn, as in tuning."""
+    that does not load. `instruction` ends the last turn, as in tuning; nothing but `decoding` says how answers are
+    sampled, as there."""
     model, tokenizer = load_causal(causal, adapter, device)
     opening = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
@@ -60,7 +63,7 @@ def chat(
             full = f"the conversation fills the context of {context} tokens; {NEW} begins another"
             print(full, file=sys.stderr)
             continue
-        answer = _answer(model, tokenizer, ids, temperature, min(room, max_new_tokens))
+        answer = _answer(model, tokenizer, ids, decoding, min(room, decoding.max_new_tokens))
         messages = [*asked, {"role": "assistant", "content": answer}]
 
 
@@ -82,23 +85,32 @@ def _lines() -> Iterator[str]:
 
 
 @torch.inference_mode()
-def _answer(model: Any, tokenizer: Any, ids: list[int], temperature: float, most: int) -> str:
+def _answer(model: Any, tokenizer: Any, ids: list[int], decoding: Decoding, most: int) -> str:
+    """The completion without a stop string, which is printed."""
     printer = _Printer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    ends = sorted(end_ids(tokenizer, model.generation_config))
-    sampled: dict[str, Any] = {"temperature": temperature, "top_p": 1.0, "top_k": 0} if temperature else {}
+    ends = sorted(end_ids(tokenizer, model.generation_config) | ends_of(tokenizer, decoding.stop))
+    sampled: dict[str, Any] = {}
+    if decoding.temperature:
+        sampled = {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": decoding.top_k}
     config = GenerationConfig(
         max_new_tokens=most,
-        do_sample=temperature > 0,
-        repetition_penalty=1.0,
+        do_sample=decoding.temperature > 0,
         eos_token_id=ends,
         pad_token_id=ends[0],
+        stop_strings=list(decoding.stop) or None,
         **sampled,
     )
     prompt = torch.tensor([ids], device=model.device)
     try:
-        model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), generation_config=config, streamer=printer
-        )
+        with own_defaults_off(model):
+            model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                generation_config=config,
+                streamer=printer,
+                tokenizer=tokenizer,
+            )
     except KeyboardInterrupt:
         print()
-    return printer.text
+    stops = [at for stop in decoding.stop if (at := printer.text.find(stop)) >= 0]
+    return printer.text[: min(stops, default=None)]

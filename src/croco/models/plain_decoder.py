@@ -81,7 +81,7 @@ def _continue(
     )
     if depends_on_batch(model.config):
         forget_lengths(model)
-    with _own_defaults_off(model):
+    with own_defaults_off(model):
         whole = model.generate(
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
@@ -97,7 +97,7 @@ def _continue(
 
 
 @contextmanager
-def _own_defaults_off(model: Any) -> Iterator[None]:
+def own_defaults_off(model: Any) -> Iterator[None]:
     """Within it, `generate` adds nothing of the model's generation config, such as a repetition penalty."""
     before = model.generation_config
     model.generation_config = transformers.GenerationConfig()

@@ -122,11 +122,6 @@ def gpu_shares(runtime: Runtime, gpus: int) -> list[list[str]]:
     there are too few for the workers asked for."""
     if runtime.replicas == 1:
         return [[]]
-    if ":" in runtime.device:
-        raise UserError(
-            f"runtime.device = '{runtime.device}' is one device for runtime.replicas = {runtime.replicas}, "
-            f"expected 'auto', 'cuda' or 'cpu'"
-        )
     visible = visible_gpus() if gpus else []
     shares = [visible[i : i + gpus] for i in range(0, len(visible) - gpus + 1, gpus)] if visible else []
     wanted = max(1, len(shares)) if runtime.replicas == "auto" else runtime.replicas
