@@ -45,7 +45,7 @@ PARTS = ("constraint", "in the language", "known words", "no loop", "no echo", "
 ROW = ("prompt_id", "language")
 # prompts, and completions of each, that reward models learn from, in English and in each other language, and those of
 # accuracy on dev: on a CPU, and for pools that want a GPU
-SMALL, LARGE = ((96, 8), (48, 8), (24, 8)), ((120, 16), (60, 6), (60, 8))
+SMALL, LARGE = ((96, 8), (32, 8), (16, 8)), ((120, 16), (60, 6), (60, 8))
 LAYERS = 8  # the last ones are trained, those below are the policy's
 LEARNING_RATE, BATCH_PAIRS = 1e-4, 8
 BEST_OF = 4
