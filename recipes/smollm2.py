@@ -6,8 +6,8 @@
     python recipes/smollm2_page.py RECIPE --to docs/results/smollm2.md
 
 All of it goes on where it was killed. The reward model is a one-logit classifier on the policy's trunk. It learns from
-English pairs of the policy's own samples, labelled by program: a completion that does what was asked, ended by itself,
-is in the language, has no loop and no echo, against one that fails in any; and against one in another language.
+pairs of the policy's own answers to English prompts, labelled by program: a completion that does what was asked, ended
+by itself, is English, has no loop and no echo, against one that fails in any.
 Beside it stands one that learns from as many pairs, labelled in every tuned language.
 """
 
@@ -45,7 +45,7 @@ PARTS = ("constraint", "in the language", "known words", "no loop", "no echo", "
 ROW = ("prompt_id", "language")
 # prompts, and completions of each, that reward models learn from, in English and in each other language, and those of
 # accuracy on dev: on a CPU, and for pools that want a GPU
-SMALL, LARGE = ((48, 8), (24, 3), (12, 6)), ((120, 16), (60, 6), (60, 8))
+SMALL, LARGE = ((96, 8), (48, 8), (24, 8)), ((120, 16), (60, 6), (60, 8))
 LAYERS = 8  # the last ones are trained, those below are the policy's
 LEARNING_RATE, BATCH_PAIRS = 1e-4, 8
 BEST_OF = 4
@@ -123,16 +123,9 @@ def example(messages: list[dict[str, str]], chosen: str, rejected: str) -> dict[
 
 
 def english_pairs(rows: pl.DataFrame) -> list[dict[str, Any]]:
-    """Pairs of English completions, and of a good English one against the same prompt's in another language."""
+    """Pairs of the completions to English prompts."""
     rng = Random("english pairs")
-    english = rows.filter(language="en")
-    pairs = contrasts(english, rng)
-    foreign = rows.filter(pl.col("language") != "en").filter("in the language", "no loop")
-    for (prompt_id,), pool in english.filter("good").group_by("prompt_id", maintain_order=True):
-        others = foreign.filter(prompt_id=prompt_id)["completion"].to_list()
-        said = pool["completion"].unique(maintain_order=True)
-        picked = zip(said, rng.sample(others, min(2, len(others))), strict=False)
-        pairs += [example(pool["messages"][0].to_list(), *pair) for pair in picked]
+    pairs = contrasts(rows.filter(language="en"), rng)
     rng.shuffle(pairs)
     return pairs
 
