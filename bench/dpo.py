@@ -156,7 +156,7 @@ class Try:
 
 
 def settings(case: Case) -> Any:
-    from croco.config.arms import Lora, Training
+    from croco.config.training import Lora, Training
 
     return Training(batch_pairs=BATCH_PAIRS, max_tokens=10**6, lora=Lora(dropout=case.dropout))
 
@@ -253,7 +253,7 @@ def theirs(case: Case, one: Try) -> Timed:
     from trl import DPOConfig, DPOTrainer
     from trl.trainer import dpo_trainer
 
-    from croco.config.arms import USUAL_TARGETS
+    from croco.config.training import USUAL_TARGETS
 
     lora, examples, stamps = settings(case).lora, case.examples(), Stamps(case.device)
     batch, grouped, cached = one.size, one.grouped, one.cached

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import zoo
-from croco.config.arms import Lora, Training
+from croco.config.training import Lora, Training
 from croco.models.attention.support import depends_on_batch, forget_lengths
 from croco.models.loading import load_policy
 from croco.models.lora import apply_lora, leaf, lora_config, merged, put_adapter_on

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from conftest import TinyModels, write_recipe
 from croco.cli.main import app
-from croco.config.arms import Lora
 from croco.config.load import load
+from croco.config.training import Lora
 from croco.errors import printable
 from croco.models.chat_template import prompt_ids
 from croco.models.loading import load_policy

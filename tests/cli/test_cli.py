@@ -129,6 +129,19 @@ def test_plan_says_what_would_run_and_what_it_may_cost(tmp_path: Path, tiny_mode
     assert "limit: None → 3" in found.output
 
 
+def test_long_names_of_arms_leave_the_plan_in_columns(tmp_path: Path, tiny_models: TinyModels) -> None:
+    long = "an-arm-whose-name-is-longer-than-most-of-them-are"
+    path = write_recipe(tmp_path, tiny_models)
+    sets = [f"arms.{long}.sampler={{model='{tiny_models.policy}'}}", f"arms.{long}.rejected=min"]
+    words = [word for each in sets for word in ("--set", each)]
+    found = CliRunner().invoke(app, ["plan", str(path), "--machine=8xh100", *words])
+    assert found.exit_code == 0, found.output
+    lines = found.output.splitlines()
+    assert len({line.index(" would run") for line in lines if line.endswith(" would run")}) == 1
+    assert len({line.index(" GPU hours") for line in lines if " GPU hours" in line}) == 1
+    assert any(f"sample/{long}" in line for line in lines if " GPU hours" in line)
+
+
 def test_a_trial_is_on_the_first_prompts_in_a_folder_of_its_own(
     tmp_path: Path, tiny_models: TinyModels
 ) -> None:

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import tiny
 from conftest import TinyModels, write_recipe
 from croco.cli.main import app
-from croco.config.arms import Lora
+from croco.config.training import Lora
 from croco.errors import UserError
 from croco.models.loading import load_policy
 from croco.models.lora import apply_lora

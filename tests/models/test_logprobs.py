@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from croco.config.arms import Lora
+from croco.config.training import Lora
 from croco.models import output_layer
 from croco.models.logprobs import completion_logps
 from croco.models.lora import apply_lora

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from croco.config.arms import Lora
 from croco.config.models import Policy
 from croco.config.runtime import Vllm
+from croco.config.training import Lora
 from croco.errors import UserError
 from croco.models import vllm_server
 from croco.models.loading import load_policy

@@ -472,6 +472,29 @@ def test_a_page_whose_writing_was_killed_is_written_again(
         study.write(recipe)
 
 
+def test_what_its_seeds_left_out_is_said_and_only_then(tmp_path: Path) -> None:
+    path = tmp_path / "study.toml"
+    path.write_text(RECIPE.format(folder=tmp_path / "run"))
+    recipe = load(path)
+
+    def record(folder: Path, **counts: dict[str, int]) -> None:
+        files.write_json(folder / "stage.json", {
+            "stage": folder.name, "arm": None, "state": "complete", "fingerprint": "x", "seconds": 1.0,
+            "science": {"name": "x", "version": 1, "arm": None, "settings": {}, "inputs": {}}, "shard_prompts": 64,
+            "num_shards": 1, "counts": {"read": {}, "written": {}, "dropped": {}} | counts, "starts": 1, "facts": {},
+        })  # fmt: skip
+
+    run = tmp_path / "run"
+    for seed in (3, 4):
+        record(run / f"seed-{seed}" / "prompts", read={"prompt": 16})
+        record(run / f"seed-{seed}" / "score", read={"completion": 64}, dropped={"flag": 3})
+    assert study.left_out(recipe) == ""
+    for seed, lost in ((3, 2), (4, 1)):
+        record(run / f"seed-{seed}" / "prompts", read={"prompt": 16}, dropped={"prompt": lost})
+    record(run / "transfer-4" / "sample", read={"completion": 1200}, dropped={"completion": 1100})
+    assert study.left_out(recipe) == "3 of 32 prompts (prompts) and 1,100 of 1,200 completions (sample)"
+
+
 @pytest.mark.slow
 def test_a_study_is_killed_and_goes_on_and_a_second_run_computes_nothing(tmp_path: Path) -> None:
     recipe, run = tmp_path / "study.toml", tmp_path / "run"
@@ -503,6 +526,7 @@ def test_a_study_is_killed_and_goes_on_and_a_second_run_computes_nothing(tmp_pat
         "Sweep: completions of monolingual",
         "Does the reward model transfer?",
         "of the worse: percent ranked right",
+        "tiny-study left out ",
         "Danish",
     ):
         assert word in text

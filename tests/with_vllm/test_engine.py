@@ -14,9 +14,9 @@ import torch
 pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-vllm")
 
 from conftest import TinyModels
-from croco.config.arms import Lora
 from croco.config.models import Policy, Reward
 from croco.config.runtime import Vllm
+from croco.config.training import Lora
 from croco.errors import UserError
 from croco.models.chat_template import prompt_ids
 from croco.models.loading import load_policy, load_reward

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from conftest import TinyModels, write_prompts, write_recipe
-from croco.config.arms import Lora
 from croco.config.load import load
+from croco.config.training import Lora
 from croco.models.loading import load_policy
 from croco.models.lora import apply_lora
 from croco.models.open import open_sampler

@@ -28,10 +28,8 @@ from croco.storage import records, shards
 # in a table a token is its id (4 bytes) and about as much text, before compression
 TOKEN_BYTES = 8
 ROW_BYTES = 200
-TOKEN_LETTERS, UNKNOWN_TOKENS = (
-    4,
-    300,
-)  # letters of a token, and tokens of a prompt that is not read here: guesses
+# letters of a token, and tokens of a prompt that is not read here: guesses
+TOKEN_LETTERS, UNKNOWN_TOKENS = 4, 300
 LARGE_BYTES = 10**11
 MISFIT = "DOES NOT FIT"  # at most; what `croco doctor` ends on
 
@@ -47,8 +45,9 @@ def describe(recipe: Recipe, until: str | None = None, machine: str | None = Non
         return
     planned = run.plan(recipe, until)
     yield f"{recipe.folder}"
+    width = max([28, *(len(node.title) for node, _ in planned)])
     for node, status in planned:
-        yield f"  {node.title:<28} {_standing(node, status)}"
+        yield f"  {node.title:<{width}} {_standing(node, status)}"
         for change in status.changes:
             yield f"      {change}"
     yield from (f"engines: {line}" for line in engines(recipe))
@@ -96,10 +95,7 @@ class Totals:
 
 
 def cost(
-    recipe: Recipe,
-    rates: Mapping[str, float],
-    until: str | None = None,
-    where: tuple[int, str] | None = None,
+    recipe: Recipe, rates: Mapping[str, float], until: str | None = None, where: tuple[int, str] | None = None
 ) -> Iterator[str]:
     """Counts of prompts × languages × completions, and what they may take at most: GPU hours on a machine, disk.
 
@@ -124,15 +120,12 @@ def cost(
         yield "prompts of a hub dataset without a limit are not counted here"
     if where is not None:
         yield from price.prices(totals.loads, recipe.runtime.vllm.tensor_parallel, where, rates)
-    hours = []
-    if "sample" in rates:
-        hours.append(
-            f"{totals.tokens / rates['sample'] / 3600:,.2f} of sampling at {rates['sample']:,.0f} tokens a second"
-        )
-    if "score" in rates:
-        hours.append(
-            f"{totals.scored / rates['score'] / 3600:,.2f} of scoring at {rates['score']:,.0f} completions a second"
-        )
+    asked = {"sample": (totals.tokens, "tokens"), "score": (totals.scored, "completions")}
+    hours = [
+        f"{count / rates[stage] / 3600:,.2f} of {stage[:-1]}ing at {rates[stage]:,.0f} {unit} a second"
+        for stage, (count, unit) in asked.items()
+        if stage in rates
+    ]
     if hours:
         yield f"hours: at most {', '.join(hours)}"
     elif where is None:
@@ -196,10 +189,8 @@ def _disk(recipe: Recipe, needed: int) -> Iterator[str]:
     fits = "" if needed <= free else f": {MISFIT}"
     yield f"disk: at most {_size(needed)} of tables, {_size(free)} free at {Path(there)}{fits}"
     if needed > LARGE_BYTES:
-        yield (
-            "disk: most of it is completions (sample/); once the page is made they can be archived elsewhere, and "
-            "another arm of the same run needs them back"
-        )
+        later = "once the page is made they can be archived elsewhere, and another arm of the same run needs them back"
+        yield f"disk: most of it is completions (sample/); {later}"
 
 
 def _sampled(recipe: Recipe, tuning: int) -> dict[str | None, tuple[int, int]]:

@@ -100,6 +100,7 @@ def prices(
     for load in loads:
         if load.tokens:
             stages.setdefault((load.stage, load.model.model, load.kind), []).append(load)
+    width = max([20, *(len(stage) for stage, _, _ in stages)])
     for same in stages.values():
         load = replace(same[0], tokens=sum(each.tokens for each in same))
         size = parameters(load.model)
@@ -115,8 +116,8 @@ def prices(
         total += hours
         fits = size[0] * 2 / 2**30 / tensor_parallel < memory * 0.9
         misfit = "" if fits else f" (its weights in bfloat16 do not fit in {memory} GiB: see tensor_parallel)"
-        yield f"  {load.stage:<20} {hours:>9,.2f} GPU hours{measured}{misfit}"
-    yield f"  {'together':<20} {total:>9,.2f} GPU hours, {_time(total / count)} where all are busy"
+        yield f"  {load.stage:<{width}} {hours:>9,.2f} GPU hours{measured}{misfit}"
+    yield f"  {'together':<{width}} {total:>9,.2f} GPU hours, {_time(total / count)} where all are busy"
     if unknown:
         yield f"  not priced, since the name does not say how large it is: {', '.join(dict.fromkeys(unknown))}"
 

@@ -11,11 +11,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from croco.config.arms import Alignment, Arm, Completions, Guards, Name, Sweep, Training
+from croco.config.arms import Alignment, Arm, Completions, Guards, Name, Sweep
 from croco.config.evaluation import Arena, EuroEval, Source
 from croco.config.models import Judge, Policy, Reward, Translate
 from croco.config.runtime import Language, Positive, Runtime, Section, Seed
 from croco.config.study import Study
+from croco.config.training import Training
 from croco.storage.hashing import LAB_LANGUAGES
 
 NAME_BYTES = 255  # of a file or folder

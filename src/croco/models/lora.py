@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from croco.config.arms import Lora, Training
+from croco.config.training import Lora, Training
 from croco.errors import UserError, one_line
 from croco.models.lora_layer import lora_linear
 from croco.storage.hashing import check_adapter

@@ -31,6 +31,7 @@ TOKEN_CHARACTERS = 1024  # more than the longest token of any vocabulary has
 REPEATED = "the completion repeats the key that the server was sent"
 ANSWERED_TOKEN_BYTES = 256  # of a token in an answer: its id, and its text as JSON may escape it
 Count = Annotated[int, Field(ge=0, lt=2**31)]
+Drawn = list[Completion | str]  # of a request; in place of a completion, the reason why there is none
 
 
 class _Card(BaseModel):
@@ -173,9 +174,7 @@ class ServerSampler:
         self.facts = connection.facts
         self.facts |= {"api": self.server.api, "dialect": self.server.dialect}
 
-    def sample(
-        self, requests: Sequence[Request], decoding: Decoding
-    ) -> Iterator[tuple[int, list[Completion | str]]]:
+    def sample(self, requests: Sequence[Request], decoding: Decoding) -> Iterator[tuple[int, Drawn]]:
         """Yield (key, completions) as requests finish; a prompt that the server finds too long gets its reason."""
         if decoding.top_k and self.server.dialect == "openai":
             raise UserError(
@@ -186,19 +185,16 @@ class ServerSampler:
         if decoding.temperature and not low <= decoding.temperature <= high:
             raise UserError(f"temperature {decoding.temperature}: vLLM takes 0 and {low} to {high}")
         asked = {request.key: request for request in requests if request.seeds}
-        parts: dict[int, dict[int, list[Completion | str]]] = {key: {} for key in asked}
+        parts: dict[int, dict[int, Drawn]] = {key: {} for key in asked}
         most = max(len(request.seeds) for request in requests) if asked else 1
         at_once = max(2, self.rows_ahead // most) if self.rows_ahead else None
-        for (key, start), answer in self.connection.client.ask(
-            self._calls(asked.values(), decoding), at_once=at_once
-        ):
+        answers = self.connection.client.ask(self._calls(asked.values(), decoding), at_once=at_once)
+        for (key, start), answer in answers:
             parts[key][start] = answer
             if sum(map(len, parts[key].values())) == len(asked[key].seeds):
                 yield key, [one for _, part in sorted(parts.pop(key).items()) for one in part]
 
-    def _calls(
-        self, requests: Iterable[Request], decoding: Decoding
-    ) -> Iterator[Call[list[Completion | str]]]:
+    def _calls(self, requests: Iterable[Request], decoding: Decoding) -> Iterator[Call[Drawn]]:
         url = f"{self.connection.url}/{'chat/completions' if self.chat else 'completions'}"
         for request in requests:
             # greedy completions are one by one: vLLM refuses n > 1 at temperature 0
@@ -246,7 +242,7 @@ class ServerSampler:
             body["seed"] = seeds[0] if self.server.dialect == "vllm" else seeds[0] % 2**31
         return body
 
-    def _read(self, seeds: Sequence[int], decoding: Decoding, content: Any) -> list[Completion | str]:
+    def _read(self, seeds: Sequence[int], decoding: Decoding, content: Any) -> Drawn:
         answer = _Completions.model_validate(content)
         choices = sorted(answer.choices, key=lambda choice: choice.index)
         if [choice.index for choice in choices] != list(range(len(seeds))):
@@ -297,7 +293,7 @@ class ServerSampler:
         return finished(ids, reason, seed, Stops(self.tokenizer, stop) if stop else None)
 
 
-def _too_long(count: int, message: str) -> list[Completion | str] | None:
+def _too_long(count: int, message: str) -> Drawn | None:
     """The reason why a prompt has no completions, where it is the prompt's length."""
     known = "maximum context length" in message  # OpenAI's words, which others repeat
     return [f"the server refuses the prompt: {message}"] * count if known else None

@@ -4,6 +4,7 @@ Percentages are of completions; an interval is of 95 % over seeds and prompts.""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +18,14 @@ from croco.config.checks import check
 from croco.config.recipe import Recipe
 from croco.config.study import Study
 from croco.errors import UserError
+from croco.pipeline.progress import count_of
 from croco.pipeline.seeds import complete, of_seed, transfer_of
+from croco.pipeline.seeds import parts as runs_of
 from croco.report.claims import claim_part, claims_parts, judge_all
 from croco.report.contrasts import Runs
 from croco.report.curves import value_panel
 from croco.report.exports import board_part
+from croco.report.load_run import read_stages
 from croco.report.multi_seed import Pooled, pool
 from croco.report.page import render
 from croco.report.render import parts_markdown
@@ -40,7 +44,7 @@ from croco.stages.evaluate.stats import Interval
 from croco.storage import files, provenance, records
 from croco.storage.hashing import digest
 
-VERSION = 7
+VERSION = 8
 HEADINGS = {"claims": "Claims", "secondary": "Secondary", "about": "How it was made", "kl": "KL",
             "transfer": "Transfer", "pairs": "Pairs"}  # fmt: skip
 
@@ -147,6 +151,10 @@ def _about(recipes: Sequence[Recipe]) -> Part:
         seeds = _study(recipe).seeds
         over = "seeds and prompts" if len(seeds) > 1 else "prompts, not over seeds, of which there is one"
         made.append(f"{recipe.run.name}: seed {', '.join(map(str, seeds))}; 95 % intervals over {over}.")
+        if lost := left_out(recipe):
+            made.append(
+                f"{recipe.run.name} left out {lost}, over all seeds and arms, for the reasons in the ledgers."
+            )
     here = provenance.here()
     made.append(
         f"{here['machine']}; {', '.join(f'{n} {version}' for n, version in here['libraries'].items())}."
@@ -154,6 +162,22 @@ def _about(recipes: Sequence[Recipe]) -> Part:
     return Part(
         "about", "How it was made", [*filter(None, [_study(recipes[0]).introduction]), " ".join(made)]
     )
+
+
+def left_out(recipe: Recipe) -> str:
+    """What the stages of all seeds dropped, of what they read; empty where nothing was lost."""
+    counts = {"read": Counter[tuple[str, str]](), "dropped": Counter[tuple[str, str]]()}
+    for part, _ in runs_of(recipe):
+        for title, made in read_stages(part.folder, part).items():
+            for name, counter in counts.items():
+                of_units = made["counts"].get(name, {})
+                counter.update({(unit, title.partition("/")[0]): count for unit, count in of_units.items()})
+    lost = [
+        f"{dropped:,} of {count_of(counts['read'][unit, stage], unit)} ({stage})"
+        for (unit, stage), dropped in counts["dropped"].items()
+        if dropped and unit != "flag"  # which marks, and drops nothing
+    ]
+    return enumerate_words(lost) if lost else ""
 
 
 def markdown(recipes: Sequence[Recipe], parts: Sequence[Part]) -> str:

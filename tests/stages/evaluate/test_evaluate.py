@@ -5,9 +5,9 @@ import polars as pl
 import pytest
 import torch
 
-from croco.config.arms import Lora
 from croco.config.load import from_dict
 from croco.config.recipe import Recipe
+from croco.config.training import Lora
 from croco.errors import UserError
 from croco.lab import world
 from croco.models.chat_template import conversation_ids, prompt_ids, with_instruction

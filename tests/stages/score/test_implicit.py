@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from croco.config.arms import Lora
+from croco.config.training import Lora
 from croco.errors import UserError
 from croco.models.chat_template import prompt_ids
 from croco.models.loading import load_policy

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from croco.config.arms import Lora
+from croco.config.training import Lora
 from croco.stages.train.distributed import rank
 from stages.train.pairs import replace
 from stages.train.test_train import SETTINGS, run, trainer_of

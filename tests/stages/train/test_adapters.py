@@ -13,7 +13,7 @@ import torch
 import transformers as tf
 from safetensors.torch import load_file
 
-from croco.config.arms import USUAL_TARGETS, Lora, Training
+from croco.config.training import USUAL_TARGETS, Lora, Training
 from croco.errors import UserError
 from croco.models.lora import apply_lora, put_adapter_on, without_adapter
 from croco.stages.train.batches import collate

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft.tuners import lora
 
-from croco.config.arms import Lora, Training
+from croco.config.training import Lora, Training
 from croco.models.lora import OneStepLinear, apply_lora
 from croco.stages.train.batches import collate
 from croco.stages.train.choose_rows import choose_rows, rows_differ

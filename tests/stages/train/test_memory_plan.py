@@ -6,7 +6,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from croco.cli.preflight import examine
 from croco.config import load as recipes
-from croco.config.arms import Lora
+from croco.config.training import Lora
 from croco.errors import UserError
 from croco.models.lora import apply_lora
 from croco.stages.train.encode import encode_pairs

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from croco.config.arms import Lora
+from croco.config.training import Lora
 from croco.errors import UserError
 from croco.models.lora import apply_lora
 from croco.stages.train.batches import collate

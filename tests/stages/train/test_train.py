@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from transformers import FalconConfig, FalconForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import zoo
-from croco.config.arms import Lora, Training
 from croco.config.load import load
+from croco.config.training import Lora, Training
 from croco.errors import UserError
 from croco.models import output_layer
 from croco.models.loading import load_policy

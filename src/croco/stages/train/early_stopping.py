@@ -10,7 +10,7 @@ from typing import Any
 
 import polars as pl
 
-from croco.config.arms import Sentinel
+from croco.config.training import Sentinel
 from croco.errors import UserError
 from croco.stages.pair.statistics import shortcuts
 

@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from croco.config.arms import Training
 from croco.config.models import Policy
 from croco.config.runtime import Runtime
+from croco.config.training import Training
 from croco.errors import UserError
 from croco.models.children import end_with
 from croco.models.loading import load_causal, pick_device, pick_dtype

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from croco.config.arms import Training
+from croco.config.training import Training
 
 
 @dataclass(frozen=True)

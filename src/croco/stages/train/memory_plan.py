@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from croco.config.arms import Training
+from croco.config.training import Training
 from croco.errors import UserError
 from croco.models.lora import trainable, without_adapter
 from croco.models.memory import free_bytes

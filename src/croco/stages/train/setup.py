@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 
-from croco.config.arms import Training
+from croco.config.training import Training
 from croco.errors import UserError, one_line
 from croco.models.chat_template import end_id
 from croco.models.model_files import context_of

@@ -3,8 +3,8 @@
 import sys
 from contextlib import ExitStack
 
-from croco.config.arms import Training
 from croco.config.load import load
+from croco.config.training import Training
 from croco.errors import notice
 from croco.pipeline.progress import Progress
 from croco.pipeline.stage import Work

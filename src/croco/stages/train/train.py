@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from croco.config.arms import Training
+from croco.config.training import Training
 from croco.errors import UserError, notice
 from croco.models.lora import continue_lora, trainable
 from croco.pipeline.progress import count_of

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerControl, TrainingArguments
 
-from croco.config.arms import Training
+from croco.config.training import Training
 from croco.stages.train import forward
 from croco.stages.train.batches import Batch, Rows, collate, cut, row_tokens
 from croco.stages.train.checkpoints import ByTheClock, readable, seal
