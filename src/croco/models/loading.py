@@ -32,14 +32,12 @@ KINDS = {  # what is wanted, by the class that loads it
 
 
 def resolve_model(name: str, key: str = "model") -> str | Path:
-    """The directory of a model's name, or the hub id itself. Raises UserError naming the key for a path
-    that is no model directory."""
+    """The directory of a model's name, or the hub id itself; UserError naming the key for a path that is no model."""
     return local_model(name, key) or name
 
 
 def pick_device(device: str = "auto") -> torch.device:
-    """The device named, or for "auto" a CUDA device when there is one, else the CPU. Raises UserError for one that is
-    not here."""
+    """The device named, or for "auto" a CUDA device when there is one, else the CPU; UserError for one not here."""
     if device == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -49,9 +47,7 @@ def pick_device(device: str = "auto") -> torch.device:
     wanted = torch.device(device)
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if wanted.type == "cuda" and (wanted.index or 0) >= num_gpus:
-        raise UserError(
-            f"runtime.device = '{device}', but {idle_gpu() or f'torch finds {num_gpus} CUDA devices'}"
-        )
+        raise UserError(f"runtime.device = '{device}', but {idle_gpu() or f'it has {num_gpus} CUDA devices'}")
     if wanted.type == "mps" and not torch.backends.mps.is_available():
         raise UserError(f"runtime.device = '{device}', but torch finds no such device here")
     return wanted
@@ -220,6 +216,8 @@ def _load(
                     **_quantized(quantization, dtype, target),
                 )
                 loaded = loaded if quantization else loaded.to(target)
+                for module in loaded.modules() if quantization else ():
+                    module.support_avx512bf16_for_cpu = False  # bitsandbytes' packing there loses gradients
         except (RuntimeError, MemoryError) as error:
             if out_of_memory(error):
                 raise UserError(

@@ -7,9 +7,7 @@ import torch
 from accelerate import PartialState
 
 from croco.config.training import Lora
-from croco.stages.train import train
 from croco.stages.train.distributed import rank
-from croco.stages.train.memory_plan import Plan
 from stages.train.pairs import replace
 from stages.train.test_train import SETTINGS, run, trainer_of
 
@@ -37,6 +35,3 @@ if __name__ == "__main__":
     for size in UNEVEN:
         torch.save(gradients(where / f"scratch-{rank()}", size), where / f"gradients-{size}-{rank()}.pt")
     whole_run(where / "run")
-    # one has less memory than the other
-    train.plan = lambda *_: Plan((10**4, 60)[rank()], False)
-    whole_run(where / "less")

@@ -146,7 +146,7 @@ def test_a_gpu_that_another_process_fills_is_one_sentence(monkeypatch):
     ):
         check_weights(2 * 2**30, gpu, "one")
     with pytest.raises(
-        UserError, match=r"and 0.10 GiB of 80.00 GiB are free on cuda:0, and the longest pair alone"
+        UserError, match=r"and 0.11 GiB of 80.00 GiB are free on cuda:0, and the longest pair alone"
     ):
         choose(NEEDS, 110 * MIB, 90, "auto", "auto", gpu)
 
@@ -189,7 +189,11 @@ def test_adapters_tuned_on_four_bits_are_merged_into_the_whole_weights(tmp_path)
     loaded = load_causal(job.policy, None, "auto", "nf4")[0]
     planned = weights_bytes(weightless(job.policy, "policy", "causal"), loaded.dtype.itemsize, "nf4")
     assert planned == pytest.approx(sum(weight.nbytes for weight in loaded.parameters()), rel=0.05)
-    assert type(loaded.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
+    layer = loaded.model.layers[0].mlp.up_proj
+    assert type(layer).__name__ == "Linear4bit"
+    with torch.no_grad():
+        loaded(torch.tensor([[3, 4, 5]], device=loaded.device))
+    assert not getattr(layer.weight.quant_state, "packing_format_for_cpu", False)  # gradients stop at it
     tune(job, lambda *_: None)
     lines = metrics(job.folder, "train")
     assert lines[0]["loss"] == pytest.approx(0.693, abs=0.02)

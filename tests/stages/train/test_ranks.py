@@ -55,7 +55,6 @@ def test_two_processes_have_the_gradients_and_the_curve_of_one(tmp_path):
         [*command, str(Path(__file__).with_name("ranks.py")), str(tmp_path)],
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
-        timeout=3000,  # processes that do not agree wait for each other
     )
     assert done.returncode == 0, done.stderr.decode()[-3000:]
     for size in UNEVEN:
@@ -64,8 +63,7 @@ def test_two_processes_have_the_gradients_and_the_curve_of_one(tmp_path):
         for number in (0, 1):
             assert_close(torch.load(tmp_path / f"gradients-{size}-{number}.pt"), wanted)
     whole_run(tmp_path / "one")
-    for folder in ("run", "less"):
-        assert_same_curve(tmp_path / folder, tmp_path / "one")
+    assert_same_curve(tmp_path / "run", tmp_path / "one")
 
 
 RECIPE = """
