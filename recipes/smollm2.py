@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
@@ -29,6 +30,7 @@ import croco
 from croco.config.load import from_dict, load, merged
 from croco.config.models import Reward
 from croco.config.recipe import Recipe
+from croco.errors import UserError
 from croco.models.loading import load_causal, resolve_model
 from croco.models.open import tuned_weights, with_tuned
 from croco.pipeline.run import run_stage
@@ -289,4 +291,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from smollm2 import BEST_OF, PARTS, ROW, controls_folder, labelled
 
 from croco.config.load import load
 from croco.config.recipe import Recipe
+from croco.errors import UserError
 from croco.stages.evaluate.results import language_groups, on_common_prompts, summarise
 from croco.storage import records
 from croco.storage.files import read_json
@@ -185,4 +187,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -115,3 +116,17 @@ def test_the_recipes_are_two_sizes_of_one(name: str) -> None:
     assert len({*recipe.evaluation.temperatures, *recipe.evaluation.base_temperatures}) == 5
     assert recipe.evaluation.reward is not None
     assert recipe.evaluation.reward.model != recipe.reward.model
+
+
+@pytest.mark.parametrize("command", [["smollm2.py", "reward"], ["smollm2_page.py"]])
+def test_what_is_wrong_is_one_sentence(command: list[str], tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, *command, str(tmp_path / "no.toml")],
+        cwd=RECIPES,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "no.toml" in done.stderr
+    assert "Traceback" not in done.stderr

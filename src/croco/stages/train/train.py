@@ -86,6 +86,7 @@ def train_pairs(
     settings out of range, when no pair is left or it cannot fit, and (as `Stopped`) when it stopped before any good
     checkpoint."""
     began = time.monotonic()
+    torch.set_flush_denormal(True)  # as in `loading`, for a model that was loaded elsewhere
     _check(settings, start, model.dtype)
     on_line = not reference_table and settings.method == "dpo" and settings.loss not in REFERENCE_FREE
     if on_line and (settings.full or (start and reference == "start")):
