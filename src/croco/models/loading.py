@@ -47,7 +47,9 @@ def pick_device(device: str = "auto") -> torch.device:
     wanted = torch.device(device)
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if wanted.type == "cuda" and (wanted.index or 0) >= num_gpus:
-        raise UserError(f"runtime.device = '{device}', but {idle_gpu() or f'it has {num_gpus} CUDA devices'}")
+        raise UserError(
+            f"runtime.device = '{device}', but {idle_gpu() or f'torch has {num_gpus} CUDA devices'}"
+        )
     if wanted.type == "mps" and not torch.backends.mps.is_available():
         raise UserError(f"runtime.device = '{device}', but torch finds no such device here")
     return wanted
