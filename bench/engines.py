@@ -40,6 +40,7 @@ from croco.models.transformers import HFScorer
 
 VOCABULARY, MAX_NEW_TOKENS = 3000, 48
 BUDGETS = (8192, 16384, 32768)
+BATCHES = {"cpu": (4, 8, 16, 32), "cuda": (16, 32, 64, 128)}  # rows of the other side's
 SHAPES = {"cpu": ["128/128", "256/64", "64/256"], "cuda": ["512/256", "128/512", "2048/256"]}
 CLOCK = time.perf_counter
 
@@ -181,8 +182,9 @@ def bench_scoring(
     scorer = HFScorer(model, None, BUDGETS[1], "random weights")
 
     def best_size(rows: list[list[int]]) -> int:
-        part = rows[:: max(1, len(rows) // 64)]
-        return max((4, 8, 16, 32), key=lambda size: rate(lambda: len(padded(model, part, size))))
+        sizes = BATCHES[model.device.type]
+        part = rows[:: max(1, len(rows) // (2 * sizes[-1]))]
+        return max(sizes, key=lambda size: rate(lambda: len(padded(model, part, size))))
 
     best = [best_size(rows) for rows in (shuffled, by_length)]
 

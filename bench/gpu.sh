@@ -43,7 +43,8 @@ print(f"{gpu}, Python {platform.python_version()}, " + ", ".join(f"{name} {versi
 END
 
 if [[ $DEVICE == cuda ]]; then
-  part exact 60 "$PYTHON" -m pytest -q -p no:cacheprovider tests/stages/train/test_gpu.py
+  part exact 60 "$PYTHON" -m pytest -q -p no:cacheprovider tests/stages/train/test_gpu.py \
+    tests/stages/train/test_memory_plan.py::test_adapters_tuned_on_four_bits_are_merged_into_the_whole_weights
   part dpo-short 100 "$PYTHON" bench/dpo.py --device cuda --rounds 2 --steps 3 --shapes 1024/1024
   part dpo-long 110 "$PYTHON" bench/dpo.py --device cuda --rounds 2 --steps 3 --shapes 4096/1024
   part dpo-spread 70 "$PYTHON" bench/dpo.py --device cuda --rounds 2 --steps 6 --shapes spread

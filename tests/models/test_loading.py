@@ -1,6 +1,7 @@
 """Loading is strict: what is no model, or not the one asked for, is one sentence before anything runs."""
 
 import json
+import tomllib
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +13,7 @@ from transformers import AutoTokenizer
 
 import zoo
 from conftest import TinyModels
+from croco.cli.doctor import machine
 from croco.config.models import Template
 from croco.errors import UserError
 from croco.models import loading
@@ -41,11 +43,18 @@ def test_a_saved_policy_computes_the_same(arch: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize("has_bfloat16", [True, False])
-def test_dtype_and_device_are_chosen_or_named(monkeypatch: pytest.MonkeyPatch, has_bfloat16: bool):
+def test_dtype_and_device_are_chosen_or_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], has_bfloat16: bool
+):
+    loading._say_once.cache_clear()
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bfloat16)
     assert pick_dtype("auto", torch.device("cpu")) == torch.float32
     assert pick_dtype("auto", torch.device("cuda")) == (torch.bfloat16 if has_bfloat16 else torch.float32)
     assert pick_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
+    said = capsys.readouterr().err
+    assert said == "" if has_bfloat16 else "loaded in float32" in said
+    assert [pick_dtype("bfloat16", torch.device("cuda")) for _ in range(2)] == [torch.bfloat16] * 2
+    assert capsys.readouterr().err.count("imitates bfloat16, slowly") == (not has_bfloat16)
     assert pick_device("cpu") == torch.device("cpu")
     with pytest.raises(UserError, match="dtype 'int8'"):
         pick_dtype("int8", torch.device("cpu"))
@@ -185,14 +194,21 @@ def test_quantised_weights_without_their_package_are_one_sentence(tiny_models: T
 
 def test_a_gpu_that_torch_does_not_use_is_said_once(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    loading._say_idle.cache_clear()
+    loading._say_once.cache_clear()
     assert pick_device().type == "cpu"
     monkeypatch.setattr(loading, "DRIVER", tmp_path)  # there is one
     assert [pick_device().type for _ in range(2)] == ["cpu", "cpu"]
     said = capsys.readouterr().err
     assert said.count("NVIDIA driver") == 1
-    assert "pip install --force-reinstall torch" in said or "finds none" in said
-    loading._say_idle.cache_clear()
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(
+        UserError, match=r"'cuda', but .* is a build without CUDA: pip install --force-reinstall 'torch"
+    ):
+        pick_device("cuda")
+    assert any("GPU           none: this machine has an NVIDIA driver" in line for line in machine())
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    (wanted,) = (each for each in project["dependencies"] if each.startswith("torch>"))
+    assert loading.INSTALL.endswith(f"'{wanted}'")
 
 
 def test_denormal_numbers_are_zero_once_a_model_is_loaded(tiny_models: TinyModels) -> None:

@@ -156,6 +156,18 @@ def _varlen_on_a_cpu(monkeypatch):
 
 
 @pytest.mark.usefixtures("_varlen_on_a_cpu")
+def test_what_the_kernel_refuses_is_said(monkeypatch, caplog):
+    def refuses(*tensors, **options):
+        raise RuntimeError("FlashAttention forward only supports head dimension at most 256")
+
+    monkeypatch.setattr("croco.models.attention.rows.varlen_attn", refuses)
+    scorer = HFScorer(make_reward("qwen3", layers=3), make_tokenizer())
+    assert scorer.facts["scorer"] == "shared-prefix"
+    assert "scores not in packed rows, which is slower" in caplog.text
+    assert "head dimension at most 256" in caplog.text
+
+
+@pytest.mark.usefixtures("_varlen_on_a_cpu")
 @pytest.mark.parametrize("token_budget", [50, 400, 10_000])
 @pytest.mark.parametrize("declared", [True, False])
 def test_packed_rows_equal_one_by_one(token_budget, declared):

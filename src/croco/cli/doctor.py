@@ -28,6 +28,8 @@ def machine() -> Iterator[str]:
     import psutil
     import torch
 
+    from croco.models.loading import idle_gpu
+
     yield f"python        {platform.python_version()} on {platform.system()} {platform.machine()}"
     yield f"torch         {torch.__version__}, {torch.get_num_threads()} threads"
     for name in LIBRARIES:
@@ -41,7 +43,7 @@ def machine() -> Iterator[str]:
     yield f"memory        {_gib(memory.available)} free of {_gib(memory.total)}"
     yield f"disk          {_gib(shutil.disk_usage('.').free)} free here"
     if not torch.cuda.is_available():
-        yield "GPU           none"
+        yield f"GPU           none{f': {reason}' if (reason := idle_gpu()) else ''}"
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
         yield f"GPU {index}         {torch.cuda.get_device_name(index)}, {_gib(free)} free of {_gib(total)}"

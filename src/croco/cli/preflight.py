@@ -155,13 +155,15 @@ def _tuning(recipe: Recipe) -> Iterator[str]:
     for (whole, lora), training in tunings.items():
         model = weightless(recipe.policy, "policy", "causal")
         trained = trained_parameters(model, training)
-        needed = model.num_parameters() * (4 if whole else itemsize)
+        quantization = None if whole else recipe.policy.quantization
+        needed = memory.weights_bytes(model, 4 if whole else itemsize, quantization)
         needed += trained * (STATE_BYTES + (0 if whole else 4))
         what = "all weights" if whole else f"adapters of rank {lora.rank}"
+        what += f" on weights in {quantization}" if quantization else ""
         fits = "fits" if needed <= free else plan.MISFIT
         yield (
-            f"tuning        {what}: {trained / 1e6:,.1f} M trained, {models.gib(needed)} before activations; "
-            f"{models.gib(free)} are free: {fits}"
+            f"tuning        {what}: {trained / 1e6:,.1f} M trained, {memory.gib(needed)} before activations; "
+            f"{memory.gib(free)} are free: {fits}"
         )
 
 

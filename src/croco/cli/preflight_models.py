@@ -223,6 +223,7 @@ def _memory(recipe: Recipe, section: Model, network: Any, role: str) -> Iterator
     """Weights, and what the token budget takes beside them, against what is free; other engines see to their own."""
     from croco.models import memory
     from croco.models.loading import pick_device, pick_dtype
+    from croco.models.memory import gib
 
     if engine_of(recipe.runtime, role)[0] != "transformers":
         return
@@ -243,7 +244,3 @@ def _memory(recipe: Recipe, section: Model, network: Any, role: str) -> Iterator
         yield line + plan.MISFIT
     else:
         yield (line + f"{plan.MISFIT}, a budget of {int(budget * (free - weights) / beside):,} tokens would")
-
-
-def gib(num_bytes: float) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB"

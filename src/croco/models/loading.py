@@ -4,7 +4,6 @@ A directory that is no model, weights that do not fit the architecture or the me
 reward model of several logits is a UserError before anything runs. Leaves out several devices."""
 
 import json
-import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,9 +20,8 @@ from croco.models.memory import out_of_memory
 from croco.models.model_files import check_weights, load_config, read_generation_config, refusing
 from croco.storage.hashing import check_adapter, local_model
 
-logger = logging.getLogger(__name__)
-
 DRIVER = Path("/proc/driver/nvidia/version")
+INSTALL = "pip install --force-reinstall 'torch>=2.6,<2.14'"  # as pyproject.toml has it; plain pip brings CUDA's build
 COMPUTED = re.compile(r"rotary_emb\.|\.attn\.(masked_)?bias$|position_ids$|\.mtp\.|(^|\.)mtp")
 HEAD = re.compile(r"(^|\.)(score|classif\w*|\w*head|regression\w*|qa_outputs)\.")
 KINDS = {  # what is wanted, by the class that loads it
@@ -34,55 +32,57 @@ KINDS = {  # what is wanted, by the class that loads it
 
 
 def resolve_model(name: str, key: str = "model") -> str | Path:
-    """The directory of a model's name, or the hub id itself. Raises UserError naming the key for a path
-    that is no model directory."""
+    """The directory of a model's name, or the hub id itself; UserError naming the key for a path that is no model."""
     return local_model(name, key) or name
 
 
 def pick_device(device: str = "auto") -> torch.device:
-    """The device named, or for "auto" a CUDA device when there is one, else the CPU. Raises UserError for one that is
-    not here."""
+    """The device named, or for "auto" a CUDA device when there is one, else the CPU; UserError for one not here."""
     if device == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
-        if DRIVER.exists():
-            _say_idle()
+        if reason := idle_gpu():
+            _say_once(f"everything runs on the CPU: {reason}")
         return torch.device("cpu")
     wanted = torch.device(device)
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if wanted.type == "cuda" and (wanted.index or 0) >= num_gpus:
-        raise UserError(f"runtime.device = '{device}', but torch finds {num_gpus} CUDA devices here")
+        raise UserError(
+            f"runtime.device = '{device}', but {idle_gpu() or f'torch has {num_gpus} CUDA devices'}"
+        )
     if wanted.type == "mps" and not torch.backends.mps.is_available():
         raise UserError(f"runtime.device = '{device}', but torch finds no such device here")
     return wanted
 
 
-@cache
-def _say_idle() -> None:
-    """Say once that there is a GPU that torch does not use: everything would just be slow."""
+_say_once = cache(notice)  # what is just slow would not be seen otherwise
+
+
+def idle_gpu() -> str | None:
+    """Why torch uses no GPU though this machine has a driver for one, or None."""
+    if torch.cuda.is_available() or not DRIVER.exists():
+        return None
     if torch.version.cuda is None:
-        reason = f"torch {torch.__version__} is a build without CUDA: pip install --force-reinstall torch"
+        reason = f"torch {torch.__version__} is a build without CUDA: {INSTALL}"
     else:
         reason = f"torch for CUDA {torch.version.cuda} finds none: is the driver too old, CUDA_VISIBLE_DEVICES empty?"
-    notice(f"this machine has an NVIDIA driver, but runs on the CPU, since {reason}")
+    return f"this machine has an NVIDIA driver, and {reason}"
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """The dtype named; for "auto" bfloat16 on a GPU that has it, else float32: on a CPU exactness costs little."""
+    lacks = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
     if dtype == "auto":
-        if device.type != "cuda":
-            return torch.float32
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return torch.bfloat16
-        logger.warning(
-            "this GPU does not compute in bfloat16: weights are loaded in float32 (or set dtype = float16)"
-        )
-        return torch.float32
+        if lacks:
+            _say_once("this GPU has no bfloat16: weights are loaded in float32 (or set dtype = 'float16')")
+        return torch.float32 if lacks or device.type != "cuda" else torch.bfloat16
     chosen = getattr(torch, dtype, None)
     if not isinstance(chosen, torch.dtype) or not chosen.is_floating_point:
         raise UserError(
             f"dtype {dtype!r}: found no such floating point type, expected auto, float32 or bfloat16"
         )
+    if lacks and chosen == torch.bfloat16:
+        _say_once("this GPU imitates bfloat16, slowly: expected dtype = 'float16', or 'auto' (float32)")
     return chosen
 
 
@@ -221,6 +221,8 @@ def _load(
                     **_quantized(quantization, dtype, target),
                 )
                 loaded = loaded if quantization else loaded.to(target)
+                for module in loaded.modules() if quantization else ():
+                    module.support_avx512bf16_for_cpu = False  # bitsandbytes' packing there loses gradients
         except (RuntimeError, MemoryError) as error:
             if out_of_memory(error):
                 raise UserError(

@@ -266,7 +266,8 @@ def without_adapter(adapted: PeftModel) -> PreTrainedModel:
     """The model as it was before the adapter was put on."""
     model: Any = adapted.unload()
     vars(model).pop("peft_config", None)  # or PEFT warns of a second adapter
-    model.requires_grad_(True)
+    for parameter in model.parameters():  # weights in four bits are whole numbers
+        parameter.requires_grad_(parameter.is_floating_point())
     return model
 
 

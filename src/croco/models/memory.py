@@ -13,6 +13,7 @@ import torch
 from croco.errors import UserError
 
 logger = logging.getLogger(__name__)
+NF4_BYTES = 0.516  # of a number in four bits, its share of the scales included
 
 
 def buckets(lengths: Sequence[int], token_budget: int) -> Iterator[slice]:
@@ -44,6 +45,24 @@ def free_bytes(device: torch.device) -> int:
         free_gpu()
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
+
+
+def free_text(device: torch.device, free: int) -> str:
+    """What is free on a device, for a person; on a GPU of how much, since another process may hold the rest."""
+    whole = f" of {gib(torch.cuda.mem_get_info(device)[1])}" if device.type == "cuda" else ""
+    return f"{gib(free)}{whole} are free on {device}"
+
+
+def gib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"
+
+
+def weights_bytes(network: Any, itemsize: int, quantization: str | None = None) -> int:
+    """What a model's weights take; in four bits those of linear layers but the head."""
+    whole, head = network.num_parameters(), network.get_output_embeddings()
+    linear = (m.weight.numel() for m in network.modules() if isinstance(m, torch.nn.Linear) and m is not head)
+    small = sum(linear) if quantization else 0
+    return int((whole - small) * itemsize + small * NF4_BYTES)
 
 
 def sampling_bytes(config: Any, itemsize: int, token_budget: int, max_new_tokens: int) -> int:

@@ -100,12 +100,13 @@ def scoring_way(network: Any, reach: int = TRIAL_TOKENS) -> tuple[Way, str | Non
         return "whole", reason
     if network.config._attn_implementation != "sdpa":
         return "whole", f"its attention is {network.config._attn_implementation}, not SDPA"
-    possible = no_varlen(network.device, network.dtype) is None
-    reason = prefixes_disagree(network, reach, "packed") if possible else None
-    if possible and reason is None:
+    lacks = no_varlen(network.device, network.dtype)
+    reason = lacks or prefixes_disagree(network, reach, "packed")
+    if reason is None:
         return "packed", None
-    whole = prefixes_disagree(network, reach, "stored")
-    return ("whole", whole) if whole else ("stored", reason)
+    if whole := prefixes_disagree(network, reach, "stored"):
+        return "whole", whole
+    return "stored", None if lacks and network.device.type != "cuda" else reason
 
 
 @torch.inference_mode()

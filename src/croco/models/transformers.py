@@ -113,10 +113,9 @@ class _Scoring:
         whole = "one by one" if alone else "whole sequences"
         names = {"packed": "packed rows", "stored": "shared-prefix", "whole": whole}
         self.facts |= {"scorer": names[way], "reason": reason}
-        if way == "whole":
-            logger.warning(
-                "%s scores without sharing prompts, which is slower, because %s", self.name, reason
-            )
+        if reason:
+            how = "without sharing prompts" if way == "whole" else "not in packed rows"
+            logger.warning("%s scores %s, which is slower, because %s", self.name, how, reason)
 
     def _prove(self, requests: Sequence[ScoreRequest]) -> None:
         """Try shared prefixes past every boundary that these sequences meet, if that was not done."""

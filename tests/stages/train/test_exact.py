@@ -1,11 +1,15 @@
 """Every layout of rows, and TRL, against the obvious twin: one completion at a time, no padding, no mask."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from peft.tuners import lora
 
 from croco.config.training import Lora, Training
+from croco.errors import UserError
 from croco.models.lora import OneStepLinear, apply_lora
+from croco.stages.train import setup
 from croco.stages.train.batches import collate
 from croco.stages.train.choose_rows import choose_rows, rows_differ, why_not
 from croco.stages.train.encode import Example, encode_pairs
@@ -237,6 +241,51 @@ def test_packed_rows_are_exact_under_autocast(arch):
     model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
     packed, plain = (completion_logps(model, collate(EXAMPLES, rows=rows)) for rows in ("packed", "plain"))
     assert ((packed - plain).abs() / token_counts(laid_out("plain"))).max() < 3e-2
+
+
+def test_what_the_kernel_refuses_is_a_reason(monkeypatch):
+    def refuses(*tensors, **options):
+        raise RuntimeError("FlashAttention forward only supports head dimension at most 256")
+
+    monkeypatch.setattr("croco.models.attention.rows.varlen_attn", refuses)
+    reason = rows_differ(policy("llama"), EXAMPLES, "packed")
+    assert reason.startswith(
+        "LlamaForCausalLM does not run them: RuntimeError: FlashAttention forward only supports"
+    )
+
+
+@pytest.mark.parametrize(
+    ("found", "said"), [("0.4.0", "liger-kernel>=0.6 is required"), ("0.8.5", "no rope")]
+)
+def test_fused_kernels_that_do_not_fit_are_left_out_and_said(monkeypatch, found, said):
+    def apply(model, config):
+        assert found == "0.8.5"
+        raise ValueError("no rope")
+
+    model = on_a_gpu(monkeypatch, found, apply)
+    assert setup.use_fused_kernels(model, EXAMPLES[:1]).startswith(f"liger-kernel does not fit: {said}")
+    completion_logps(model, collate(EXAMPLES, rows="plain"))
+
+
+def test_fused_kernels_that_do_not_run_are_one_sentence(monkeypatch):
+    def apply(model, config):
+        model.model.layers[0].mlp.forward = lambda x: x.no_such_kernel()
+
+    model = on_a_gpu(monkeypatch, "0.8.5", apply)
+    with pytest.raises(
+        UserError, match=r"liger-kernel does not run here \(AttributeError: .*pip uninstall liger"
+    ):
+        setup.use_fused_kernels(model, EXAMPLES[:1])
+
+
+def on_a_gpu(monkeypatch, version, apply):
+    """A model of which it is believed that it is on a GPU, beside a liger-kernel of that version."""
+    model = policy("llama")
+    monkeypatch.setattr(type(model), "device", property(lambda _: SimpleNamespace(type="cuda")))
+    monkeypatch.setattr(setup, "find_spec", lambda name: name)
+    monkeypatch.setattr("importlib.metadata.version", lambda name: version)
+    monkeypatch.setattr("transformers.integrations.liger.apply_liger_kernel", apply)
+    return model
 
 
 def test_unknown_layers_get_plain_rows():

@@ -11,6 +11,7 @@ from peft.tuners import lora
 
 from croco.config.training import Lora, Training
 from croco.models.lora import OneStepLinear, apply_lora
+from croco.models.proofs import decoder_disagrees, scoring_way
 from croco.stages.train.batches import collate
 from croco.stages.train.choose_rows import choose_rows, rows_differ
 from croco.stages.train.encode import Example, encode_pairs
@@ -56,6 +57,14 @@ def test_a_mask_is_exact_too(arch, dtype):
         rows, reason = choose_rows(model, EXAMPLES)
         assert rows == "masked"
         assert "bfloat16 or float16" in reason
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sampling_and_scoring_share_prompts(arch, dtype):
+    model = policy(arch, dtype)
+    assert decoder_disagrees(model) is None
+    assert scoring_way(model.model)[0] == ("packed" if dtype == torch.bfloat16 else "stored")
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -1,20 +1,40 @@
 """What tuning takes, before it takes it: against what really is allocated, and the plans that follow."""
 
+from importlib.util import find_spec
+from pathlib import Path
+
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from croco.cli.preflight import examine
 from croco.config import load as recipes
+from croco.config.models import Policy
+from croco.config.runtime import Runtime
 from croco.config.training import Lora
 from croco.errors import UserError
+from croco.models.loading import load_causal, weightless
 from croco.models.lora import apply_lora
+from croco.models.memory import weights_bytes
+from croco.models.open import POLICY
 from croco.stages.train.encode import encode_pairs
-from croco.stages.train.memory_plan import Needs, Plan, check_weights, choose, count, plan, trained_parameters
+from croco.stages.train.launch import TrainJob, tune
+from croco.stages.train.memory_plan import (
+    Needs,
+    Plan,
+    agreed,
+    check_weights,
+    choose,
+    count,
+    plan,
+    trained_parameters,
+)
+from croco.stages.train.merge import merge_adapter
 from croco.stages.train.reference import weights_digest
-from stages.train.pairs import make_pairs, replace
-from stages.train.test_train import SETTINGS, run, trainer_of
-from tiny import make_policy, make_tokenizer
+from croco.storage.files import write_json
+from stages.train.pairs import make_pairs, replace, write_pairs
+from stages.train.test_train import SETTINGS, metrics, run, trainer_of
+from tiny import make_policy, make_tokenizer, save
 
 MIB = 2**20
 NEEDS = Needs(once=100 * MIB, per_token=MIB, per_token_checkpointed=MIB / 4)
@@ -27,8 +47,9 @@ def chosen(free: int, tokens="auto", checkpointing="auto", longest: int = 50) ->
 def test_auto_takes_what_there_is_and_checkpoints_only_when_it_must():
     assert chosen(1000) == Plan(750, False)  # 0.85 * 1000 - 100
     assert chosen(10**6) == Plan(16384, False)
-    most = {device: choose(NEEDS, 2**50, 50, "auto", "auto", device) for device in ("mps", "cuda:1")}
-    assert most == {"mps": Plan(16384, False), "cuda:1": Plan(32768, False)}
+    devices = (torch.device("mps"), torch.device("cuda:1"))
+    most = [choose(NEEDS, 2**50, 50, "auto", "auto", device) for device in devices]
+    assert most == [Plan(16384, False), Plan(32768, False)]
     assert chosen(160) == Plan(144, True)  # (0.85 * 160 - 100) * 4: the longest of 50 does not fit without
     assert chosen(1000, tokens=700) == Plan(700, False)
     assert chosen(1000, tokens=2000) == Plan(2000, True)
@@ -114,7 +135,73 @@ def test_weights_larger_than_memory_are_named_before_they_are_loaded():
     with pytest.raises(
         UserError, match=r"'big' has weights of 1862645.15 GiB, and .* free on cpu: expected a smaller"
     ):
-        check_weights(10**15, 2, torch.device("cpu"), "big")
+        check_weights(2 * 10**15, torch.device("cpu"), "big")
+
+
+def test_a_gpu_that_another_process_fills_is_one_sentence(monkeypatch):
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (2**30, 80 * 2**30))
+    gpu = torch.device("cuda:0")
+    with pytest.raises(
+        UserError, match=r"'one' has weights of 2.00 GiB, and 1.00 GiB of 80.00 GiB are free on cuda:0"
+    ):
+        check_weights(2 * 2**30, gpu, "one")
+    with pytest.raises(
+        UserError, match=r"and 0.11 GiB of 80.00 GiB are free on cuda:0, and the longest pair alone"
+    ):
+        choose(NEEDS, 110 * MIB, 90, "auto", "auto", gpu)
+
+
+def job_of(folder: Path, **policy) -> TrainJob:
+    base = save(folder / "policy", make_policy("llama", hidden=128, layers=2), make_tokenizer())
+    write_pairs(folder / "pair", make_pairs(12))
+    return TrainJob(
+        policy=Policy(model=str(base), **policy), runtime=Runtime(), training=SETTINGS, folder=folder / "tuned",
+        pairs=folder / "pair", title="train/a", seed=3,
+    )  # fmt: skip
+
+
+def test_memory_that_runs_out_while_tuning_is_one_sentence(tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 80.00 GiB")
+
+    monkeypatch.setattr("croco.stages.train.train.choose_rows", full)
+    said = r"train/a: memory ran out on \w+ \(CUDA out of memory.*\): expected no other process .*'auto' or fewer"
+    with pytest.raises(UserError, match=said):
+        tune(job_of(tmp_path), lambda *_: None)
+
+
+def test_processes_of_one_policy_agree_on_a_plan():
+    assert agreed([Plan(900, False), Plan(300, True)]) == Plan(300, True)
+
+
+def test_whole_numbers_among_the_weights_are_left_as_they_are():
+    """Weights in four bits are kept in bytes, which take no gradient."""
+    model = make_policy("llama")
+    model.packed = torch.nn.Parameter(torch.zeros(2, dtype=torch.uint8), requires_grad=False)
+    examples, _ = encode_pairs(make_pairs(6), make_tokenizer(), end=2, max_tokens=200)
+    assert count(model, SETTINGS, examples, rows="plain").per_token > 0
+    assert not model.packed.requires_grad
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_adapters_tuned_on_four_bits_are_merged_into_the_whole_weights(tmp_path):
+    job, said = job_of(tmp_path, quantization="nf4"), []
+    loaded = load_causal(job.policy, None, "auto", "nf4")[0]
+    planned = weights_bytes(weightless(job.policy, "policy", "causal"), loaded.dtype.itemsize, "nf4")
+    assert planned == pytest.approx(sum(weight.nbytes for weight in loaded.parameters()), rel=0.05)
+    layer = loaded.model.layers[0].mlp.up_proj
+    assert type(layer).__name__ == "Linear4bit"
+    with torch.no_grad():
+        loaded(torch.tensor([[3, 4, 5]], device=loaded.device))
+    assert not getattr(layer.weight.quant_state, "packing_format_for_cpu", False)  # gradients stop at it
+    tune(job, lambda *_: None)
+    lines = metrics(job.folder, "train")
+    assert lines[0]["loss"] == pytest.approx(0.693, abs=0.02)
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    write_json(job.folder / POLICY, job.policy.model_dump(mode="json", exclude={"trust_remote_code"}))
+    merge_adapter(job.folder, tmp_path / "merged", "mit", said.append)
+    assert "are those of base + adapter within" in said[0]
+    assert "quantization_config" not in (tmp_path / "merged" / "config.json").read_text()
 
 
 def test_doctor_says_what_tuning_takes(tiny_models):
@@ -126,6 +213,10 @@ def test_doctor_says_what_tuning_takes(tiny_models):
         "reward": {"model": str(tiny_models.reward)},
         "arms": {"lora": {}, "whole": {"training": {"full": True}}},
     }
+    small = values | {"policy": {"model": str(tiny_models.policy), "quantization": "nf4"}}
+    four = [line for line in examine(recipes.from_dict(small)) if line.startswith("tuning")]
+    assert "adapters of rank 16 on weights in nf4: 0.0 M trained" in four[0]
+    assert "nf4" not in four[1]
     said = [line for line in examine(recipes.from_dict(values)) if line.startswith("tuning")]
     assert said[0].startswith("tuning        adapters of rank 16: 0.0 M trained")
     assert said[1].startswith("tuning        all weights: 0.0 M trained")

@@ -20,9 +20,10 @@ from pydantic import BaseModel, ConfigDict
 from croco.config.models import Policy
 from croco.config.runtime import Runtime
 from croco.config.training import Training
-from croco.errors import UserError
+from croco.errors import UserError, one_line
 from croco.models.children import end_with
 from croco.models.loading import load_causal, pick_device, pick_dtype
+from croco.models.memory import out_of_memory, weights_bytes
 from croco.stages.train.distributed import rank
 from croco.stages.train.memory_plan import check_weights
 from croco.stages.train.train import TrainResult, train_pairs
@@ -78,9 +79,21 @@ def num_processes(wanted: int | str, device: str) -> int:
 def tune_here(job: TrainJob, advance: Advance) -> TrainResult:
     """Run a job in this process, which may be one of several that all do."""
     policy, runtime = job.policy, job.runtime
-    if policy.quantization is None or job.training.full:
-        _check_memory(policy, runtime.device)
     quantization = None if job.training.full else policy.quantization
+    _check_memory(policy, runtime.device, quantization)
+    try:
+        return _tuned(job, quantization, advance)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        raise UserError(
+            f"{job.title}: memory ran out on {pick_device(runtime.device)} ({one_line(error)}): expected no other "
+            f"process there, runtime.micro_batch_tokens = 'auto' or fewer, or runtime.gradient_checkpointing = true"
+        ) from error
+
+
+def _tuned(job: TrainJob, quantization: str | None, advance: Advance) -> TrainResult:
+    policy, runtime = job.policy, job.runtime
     model, tokenizer = load_causal(policy, None, runtime.device, quantization)
     return train_pairs(
         model,
@@ -102,13 +115,14 @@ def tune_here(job: TrainJob, advance: Advance) -> TrainResult:
     )
 
 
-def _check_memory(policy: Policy, device: str) -> None:
+def _check_memory(policy: Policy, device: str, quantization: str | None) -> None:
     """Raise UserError for weights that are more than is free, before any is loaded."""
     from croco.models.loading import weightless
 
     where = pick_device(device)
-    parameters = weightless(policy, "policy", "causal").num_parameters()
-    check_weights(parameters, pick_dtype(policy.dtype, where).itemsize, where, policy.model)
+    network = weightless(policy, "policy", "causal")
+    needed = weights_bytes(network, pick_dtype(policy.dtype, where).itemsize, quantization)
+    check_weights(needed, where, policy.model)
 
 
 # The process that starts the others ----------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from croco.config.training import Training
 from croco.errors import UserError
 from croco.models.lora import trainable, without_adapter
-from croco.models.memory import free_bytes
+from croco.models.memory import free_bytes, free_text, gib
 from croco.stages.train.batches import Rows, collate, row_tokens
 from croco.stages.train.encode import Example
 from croco.stages.train.forward import completion_logps, noise_of, switched_off
@@ -25,6 +25,7 @@ MARGIN = 0.85  # of the free memory that "auto" uses
 MOST_TOKENS, MOST_ON_A_GPU = 16384, 32768  # of a micro-batch: above it speed grows no more
 PROBE_TOKENS = 64  # a pair of at least so many, where there is one
 STATE_BYTES = 12  # of a trained number: its gradient and two moments, in float32
+CPU = torch.device("cpu")
 SPREAD = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 
 
@@ -64,8 +65,14 @@ def plan(
     free = free_bytes(model.device)
     if model.device.type == "cpu":  # processes of one machine share it
         free //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    needs, device = count(model, settings, examples, rows), str(model.device)
-    return choose(needs, free, longest, micro_batch_tokens, gradient_checkpointing, device)
+    needs = count(model, settings, examples, rows)
+    return choose(needs, free, longest, micro_batch_tokens, gradient_checkpointing, model.device)
+
+
+def agreed(plans: Sequence[Plan]) -> Plan:
+    """The plan of processes that tune one policy together, of which one may have less memory: they must cut a step into
+    equally many micro-batches."""
+    return Plan(min(p.micro_batch_tokens for p in plans), any(p.gradient_checkpointing for p in plans))
 
 
 def choose(
@@ -74,7 +81,7 @@ def choose(
     longest: int,
     micro_batch_tokens: int | Literal["auto"],
     gradient_checkpointing: bool | Literal["auto"],
-    device: str = "cpu",
+    device: torch.device = CPU,
 ) -> Plan:
     """The plan for these needs, when `free` bytes are free and the longest row has `longest` tokens."""
     asked = longest if micro_batch_tokens == "auto" else max(longest, micro_batch_tokens)
@@ -85,16 +92,18 @@ def choose(
             if micro_batch_tokens != "auto":
                 return Plan(micro_batch_tokens, checkpointing)
             each = needs.of(1, checkpointing) - needs.once
-            most = MOST_ON_A_GPU if device.startswith("cuda") else MOST_TOKENS
+            most = MOST_ON_A_GPU if device.type == "cuda" else MOST_TOKENS
             return Plan(max(longest, min(most, int((room - needs.once) / each))), checkpointing)
     raise UserError(_misfit(needs, free, longest, asked, choices[-1], device))
 
 
-def _misfit(needs: Needs, free: int, longest: int, asked: int, checkpointing: bool, device: str) -> str:
+def _misfit(
+    needs: Needs, free: int, longest: int, asked: int, checkpointing: bool, device: torch.device
+) -> str:
     choice = "with" if checkpointing else "without"
     needed = (
-        f"tuning needs about {_gib(needs.of(asked, checkpointing))} beside the weights for micro-batches of {asked:,} "
-        f"tokens {choice} gradient checkpointing, and {_gib(free)} are free on {device}"
+        f"tuning needs about {gib(needs.of(asked, checkpointing))} beside the weights for micro-batches of {asked:,} "
+        f"tokens {choice} gradient checkpointing, and {free_text(device, free)}"
     )
     if needs.of(longest, checkpointing) <= free:
         fits = int((free * MARGIN - needs.once) / (needs.of(1, checkpointing) - needs.once))
@@ -165,15 +174,11 @@ def trained_parameters(model: PreTrainedModel, settings: Training) -> int:
     return trained
 
 
-def check_weights(num_parameters: int, itemsize: int, device: torch.device, model: str) -> None:
+def check_weights(needed: int, device: torch.device, model: str) -> None:
     """Raise UserError when a policy's weights alone are more than is free: loading it would bring the machine down."""
-    needed, free = num_parameters * itemsize, free_bytes(device)
+    free = free_bytes(device)
     if needed > free:
         raise UserError(
-            f"policy.model = '{model}' has weights of {_gib(needed)}, and {_gib(free)} are free on {device}: "
+            f"policy.model = '{model}' has weights of {gib(needed)}, and {free_text(device, free)}: "
             f'expected a smaller model, policy.dtype = "bfloat16" or more memory'
         )
-
-
-def _gib(num_bytes: float) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB"

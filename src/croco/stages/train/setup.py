@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
 from importlib.util import find_spec
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import INTEGRATION_TO_CALLBACK
@@ -21,9 +22,10 @@ from croco.errors import UserError, one_line
 from croco.models.chat_template import end_id
 from croco.models.model_files import context_of
 from croco.stages.train import checkpoints
-from croco.stages.train.batches import Rows
+from croco.stages.train.batches import Rows, collate
 from croco.stages.train.distributed import barrier, gathered, rank, world
 from croco.stages.train.encode import Example, encode_pairs, held_out
+from croco.stages.train.forward import completion_logps
 from croco.stages.train.reference import reference_logps
 from croco.storage import shards
 from croco.storage.files import write_text, writing
@@ -41,6 +43,7 @@ SETTINGS_OF = {
     "gold completion": "prompts.columns.reference, or chosen",
     "score gap": "guards.min_score_gap",
 }
+LEAST_LIGER = "liger-kernel>=0.6"  # as the extra gpu has it
 LIGER = {"cross_entropy": False, "fused_linear_cross_entropy": False}  # kernels that stay off
 
 
@@ -162,19 +165,33 @@ def prepare_scratch(
         write_text(key, run.hexdigest())
 
 
-def use_fused_kernels(model: PreTrainedModel) -> str | None:
+def use_fused_kernels(model: PreTrainedModel, examples: Sequence[Example] = ()) -> str | None:
     """Norms, rotary positions and gated activations as kernels of liger-kernel (extra `gpu`) for a model on a GPU; else
-    why not. Its fused cross-entropy stays off, since `output_layer.py` computes what is wanted of the logits."""
+    why not. Its fused cross-entropy stays off, since `output_layer.py` computes what is wanted of the logits. Raises
+    UserError for kernels that do not run on the examples, as they cannot be taken back."""
     if model.device.type != "cuda":
         return "the model is not on a GPU"
     if find_spec("liger_kernel") is None:
         return "liger-kernel is not installed (the extra gpu)"
     from transformers.integrations.liger import apply_liger_kernel
+    from transformers.utils.versions import require_version
 
     try:
+        require_version(LEAST_LIGER)
         apply_liger_kernel(model, LIGER)
-    except (ImportError, TypeError, AttributeError, RuntimeError) as error:  # a version that does not fit
+    except Exception as error:  # noqa: BLE001 - of a version that does not fit, anything
         return f"liger-kernel does not fit: {one_line(error)}"
+    try:
+        with torch.no_grad():
+            for example in examples:
+                completion_logps(model, collate([example], rows="plain").to(next(model.parameters()).device))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"liger-kernel does not run here ({type(error).__name__}: {one_line(error)}): expected another version of "
+            "it, or none (pip uninstall liger-kernel)"
+        ) from error
     return None
 
 

@@ -29,7 +29,7 @@ from croco.stages.train.choose_rows import choose_rows
 from croco.stages.train.distributed import barrier, gathered, rank
 from croco.stages.train.early_stopping import Stopped, shortcuts_of
 from croco.stages.train.losses import REFERENCE_FREE
-from croco.stages.train.memory_plan import plan
+from croco.stages.train.memory_plan import agreed, plan
 from croco.stages.train.reference import no_reference, weights_digest
 from croco.stages.train.trainer import PairTrainer, training_arguments
 from croco.storage import files
@@ -117,7 +117,7 @@ def train_pairs(
     first = [examples[i] for i in steps[0][:CHECKED_PAIRS]]
     if rank() == 0:
         _warn_of_few(len(training), len(steps), settings)
-    unfused = setup.use_fused_kernels(model)
+    unfused = setup.use_fused_kernels(model, first[:1])
     if unfused and model.device.type == "cuda" and rank() == 0:
         notice(f"no fused kernels: {unfused}")
     # what one process finds holds for all, or they would cut a step into different micro-batches
@@ -127,7 +127,8 @@ def train_pairs(
         way = "under a mask" if rows == "masked" else "not shared between completions"
         notice(f"prompts are {way}: {slower}")
 
-    layout = plan(model, settings, examples, micro_batch_tokens, gradient_checkpointing, rows)
+    here = plan(model, settings, examples, micro_batch_tokens, gradient_checkpointing, rows)
+    layout = agreed(gathered(here))
 
     def logps(of: Any) -> Tensor | None:
         if settings.method == "sft":
