@@ -209,11 +209,3 @@ def test_a_gpu_that_torch_does_not_use_is_said_once(monkeypatch, tmp_path, capsy
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     (wanted,) = (each for each in project["dependencies"] if each.startswith("torch>"))
     assert loading.INSTALL.endswith(f"'{wanted}'")
-
-
-def test_denormal_numbers_are_zero_once_a_model_is_loaded(tiny_models: TinyModels) -> None:
-    torch.set_flush_denormal(False)
-    tiny = torch.full((2,), 1e-30)
-    assert (tiny * 1e-10).any()
-    load_policy(str(tiny_models.policy), device="cpu")
-    assert not (tiny * 1e-10).any()

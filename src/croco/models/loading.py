@@ -203,9 +203,6 @@ def _load(
 ) -> Any:
     """The model on its device; raises UserError where its files lack weights, of which transformers only warns."""
     place, target = resolve_model(model), pick_device(device)
-    # Gradients of pairs that are told apart already are denormal, and a processor is several times slower on those.
-    # Threads that torch makes from here on do the same as this one.
-    torch.set_flush_denormal(True)
     check_weights(model, place)
     read_generation_config(place, revision)  # transformers goes on without one that is cut off
     with refusing(f"model {model!r}: does not load as {auto.__name__}", place):

@@ -177,6 +177,14 @@ def test_simpo_needs_no_reference_and_is_watched_without_one(tmp_path):
     assert not (tmp_path / "scratch" / "reference").exists()
 
 
+def test_denormal_numbers_are_zero_while_it_trains_and_not_after(tmp_path: Path) -> None:
+    tiny = torch.full((2,), 1e-30)
+    seen: list[bool] = []
+    run(tmp_path, on_step=lambda step, num_steps: seen.append(bool((tiny * 1e-10).any())))
+    assert set(seen) == {False}
+    assert (tiny * 1e-10).any()
+
+
 def assert_same_run(folder: Path, expected: Path) -> None:
     """Equal to the last bit: the curves and the adapter."""
     assert metrics(folder, "train") == metrics(expected, "train")

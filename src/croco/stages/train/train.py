@@ -8,7 +8,8 @@ undisturbed run. The result is the checkpoint with the lowest held-out loss. Eve
 import os
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -57,6 +58,18 @@ class TrainResult:
     dropped: pl.DataFrame
 
 
+@contextmanager
+def denormals_as_zero() -> Iterator[None]:
+    """Gradients of pairs that are told apart already are denormal, and a processor is several times slower on those. Not
+    for longer than it is wanted: it changes what other libraries compute in this thread."""
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@denormals_as_zero()
 def train_pairs(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -86,7 +99,6 @@ def train_pairs(
     settings out of range, when no pair is left or it cannot fit, and (as `Stopped`) when it stopped before any good
     checkpoint."""
     began = time.monotonic()
-    torch.set_flush_denormal(True)  # as in `loading`, for a model that was loaded elsewhere
     _check(settings, start, model.dtype)
     on_line = not reference_table and settings.method == "dpo" and settings.loss not in REFERENCE_FREE
     if on_line and (settings.full or (start and reference == "start")):
