@@ -60,8 +60,8 @@ class TrainResult:
 
 @contextmanager
 def denormals_as_zero() -> Iterator[None]:
-    """Gradients of pairs that are told apart already are denormal, and a processor is several times slower on those. Not
-    for longer than it is wanted: it changes what other libraries compute in this thread."""
+    """Gradients of pairs that are told apart already are denormal, and a processor is several times slower on those.
+    Only as long as it is wanted: it changes what other libraries compute in this thread."""
     torch.set_flush_denormal(True)
     try:
         yield
