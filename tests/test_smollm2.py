@@ -112,7 +112,9 @@ def test_what_the_pairs_hold(script: ModuleType, page_script: ModuleType) -> Non
 @pytest.mark.parametrize("name", ["smollm2", "smollm2-cpu"])
 def test_the_recipes_are_two_sizes_of_one(name: str) -> None:
     recipe = load(RECIPES / f"{name}.toml")
-    assert list(recipe.arms)[:5] == ["monolingual", "multilingual", "max-r", "minimum", "random"]
+    tried = ["monolingual", "multilingual", "max-r", "minimum", "random", "labels-everywhere", "program"]
+    assert list(recipe.arms) == tried
+    assert (recipe.guards.cut, recipe.guards.min_letters) == ("drop", 8)
     assert len({*recipe.evaluation.temperatures, *recipe.evaluation.base_temperatures}) == 5
     assert recipe.evaluation.reward is not None
     assert recipe.evaluation.reward.model != recipe.reward.model

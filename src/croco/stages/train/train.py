@@ -61,7 +61,8 @@ class TrainResult:
 @contextmanager
 def denormals_as_zero() -> Iterator[None]:
     """Gradients of pairs that are told apart already are denormal, and a processor is several times slower on those.
-    Only as long as it is wanted: it changes what other libraries compute in this thread."""
+    Only as long as it is wanted: it changes what other libraries compute in this thread. Threads that torch has already
+    are left as they are."""
     torch.set_flush_denormal(True)
     try:
         yield
