@@ -134,13 +134,13 @@ def _reward_functions(recipe: Recipe) -> Iterator[str]:
 
 def _euroeval(recipe: Recipe) -> Iterator[str]:
     """EuroEval's environment, and what serves the policies that it asks."""
-    from croco.stages.euroeval import euroeval
+    from croco.stages.euroeval import euroeval, worker
 
     euroeval.check(recipe)
     yield f"euroeval      {recipe.runtime.euroeval.python}"
     for arm in recipe.runtime.euroeval.urls:
-        server = euroeval.named_server(recipe.runtime.euroeval, arm)
-        yield f"  {server.url} serves '{euroeval.model_name(arm)}', {server.max_context or 'unknown'} tokens at most"
+        server = worker.named_server(recipe.runtime.euroeval, arm)
+        yield f"  {server.url} serves '{worker.model_name(arm)}', {server.max_context or 'unknown'} tokens at most"
 
 
 def _tuning(recipe: Recipe) -> Iterator[str]:
