@@ -223,7 +223,8 @@ def _load(
         except (RuntimeError, MemoryError) as error:
             if out_of_memory(error):
                 raise UserError(
-                    f"model {model!r}: its weights do not fit in the memory of {target}"
+                    f"model {model!r}: its weights do not fit in the memory of {target} ({one_line(error)}): "
+                    f"expected no other process there, or a smaller model"
                 ) from error
             raise
     if missing := sorted(report["missing_keys"]):

@@ -432,12 +432,12 @@ def test_checkpoints_of_other_settings_are_not_taken_up(tmp_path):
     assert steps[0] == 1
 
 
-def trainer_of(tmp_path, budget, rows="segments", checkpointing=False, num_pairs=9, **shape):
+def trainer_of(tmp_path, budget, rows="segments", checkpointing=False, num_pairs=9, arch="llama", **shape):
     torch.manual_seed(0)
-    model = make_policy("llama", **shape)
+    model = make_policy(arch, **shape)
     examples, _ = encode_pairs(make_pairs(num_pairs), TOKENIZER, end=2, max_tokens=200)
     reference = reference_logps(
-        make_policy("llama", seed=1, **shape),
+        make_policy(arch, seed=1, **shape),
         examples,
         folder=tmp_path,
         rows="segments",

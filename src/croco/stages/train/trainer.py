@@ -20,10 +20,11 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerControl, TrainingArguments
 
 from croco.config.training import Training
+from croco.models.output_layer import unwrapped
 from croco.stages.train import forward
 from croco.stages.train.batches import Batch, Rows, collate, cut, row_tokens
 from croco.stages.train.checkpoints import ByTheClock, readable, seal
-from croco.stages.train.distributed import shares
+from croco.stages.train.distributed import name_own_layers, shares
 from croco.stages.train.early_stopping import Stopped, alarm
 from croco.stages.train.encode import Example
 from croco.stages.train.losses import pair_losses
@@ -71,6 +72,7 @@ class PairTrainer(Trainer):
         self.lengths = [row_tokens(example, rows) for example in examples]
         self.step_metrics: dict[str, float] = {}
         self.own_noise = forward.noise_of(model)
+        name_own_layers(unwrapped(model))
         super().__init__(
             model=model,
             args=arguments,
