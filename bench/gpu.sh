@@ -61,7 +61,8 @@ seconds=("$PYTHON" -c '
 import json, pathlib, sys
 for path in sorted(pathlib.Path(sys.argv[1]).glob("train/*/stage.json")):
     seconds = json.loads(path.read_text())["seconds"]
-    print(f"train/{path.parent.name}: {seconds:.1f} s (aim 15 s: {'"'met' if seconds < 15 else 'MISSED'"'})")
+    met = "met" if seconds < 15 else "MISSED"
+    print(f"train/{path.parent.name}: {seconds:.1f} s (aim 15 s: {met})")
 ' "$OUT/quickstart")
 
 # the seconds are what a part may take, guessed from visits to an H100: too few of them and it is not begun

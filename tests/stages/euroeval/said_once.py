@@ -11,8 +11,10 @@ import json
 import os
 import sys
 import time
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from urllib.request import urlopen
 
 
 def main(folder: Path) -> None:
@@ -35,6 +37,12 @@ def main(folder: Path) -> None:
         if name == habits.get("dies_at"):
             print("Killed by something", file=sys.stderr)
             sys.exit(3)
+        if name == habits.get("server_ends_at"):
+            with suppress(OSError):
+                urlopen(f"{asked['url']}/end")
+            time.sleep(0.5)  # until it is gone
+            say(dataset=name, error="Connection refused")
+            time.sleep(120)  # no other dataset can be done now
         if name == habits.get("fails_at"):
             say(dataset=name, error="Failed to generate text,\nafter 10 attempts.")
             continue
@@ -62,6 +70,9 @@ def serve(folder: Path, words: list[str]) -> None:
 
     class Names(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            if self.path.endswith("/end"):
+                print("The GPU fell off the bus", file=sys.stderr, flush=True)
+                os._exit(1)
             self.send_response(200)
             self.end_headers()
             self.wfile.write(json.dumps({"data": [{"id": name, "max_model_len": 512}]}).encode())

@@ -83,6 +83,11 @@ class Place:
         (self.folder / "habits.json").write_text(json.dumps(habits), encoding="utf-8")
 
     @property
+    def own_server(self) -> list[str]:
+        """Overrides by which a stand-in for vLLM is started."""
+        return ["runtime.euroeval.urls={}", f"runtime.euroeval.vllm_python='{self.folder / 'python'}'"]
+
+    @property
     def asked(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.folder / "asked.jsonl").read_text().splitlines()]
 
@@ -151,8 +156,12 @@ def test_each_gpu_has_a_server_and_a_euroeval_of_its_own_and_they_run_at_once(
     """Two real processes of each, which wait for each other; the dataset that one of them fails at is named, and the
     other's is kept."""
     monkeypatch.setattr("croco.pipeline.compute.visible_gpus", lambda: list("4567"))
-    several = ["runtime.replicas='auto'", "runtime.vllm.tensor_parallel=2", "runtime.device='auto'",
-               "runtime.euroeval.urls={}", f"runtime.euroeval.vllm_python='{place.folder / 'python'}'"]  # fmt: skip
+    several = [
+        *place.own_server,
+        "runtime.replicas='auto'",
+        "runtime.vllm.tensor_parallel=2",
+        "runtime.device='auto'",
+    ]
     place.habits(together="2", fails_at=DA)
     with pytest.raises(UserError, match=f"'{DA}' could not be evaluated: Failed to generate text") as caught:
         place.run(*several)
@@ -172,6 +181,15 @@ def test_each_gpu_has_a_server_and_a_euroeval_of_its_own_and_they_run_at_once(
     assert (facts["served_dtype"], facts["max_context"]) == ("float32", 512)
     with pytest.raises(UserError, match="replicas = 3 with 2 GPUs a worker: found 4 GPUs, expected 6"):
         euroeval.check(load(place.recipe, [*several, "runtime.replicas=3"]))
+
+
+def test_a_server_that_ends_is_named_and_another_one_serves_the_rest(place: Place) -> None:
+    place.habits(server_ends_at=DA)
+    with pytest.raises(UserError, match=f"'{DA}' could not be evaluated: the server ended: The GPU fell off"):
+        place.run(*place.own_server)
+    place.habits()
+    assert read_table(place.run(*place.own_server)).height == 4
+    assert [one["datasets"] for one in place.asked] == [[DA, DE], [DE], [DA]]
 
 
 def test_a_line_that_has_no_shard_yet_is_taken_as_it_is(place: Place) -> None:

@@ -103,15 +103,15 @@ class EuroEvalWorker:
 
     def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[ShardResult]:
         """A shard for each dataset that EuroEval could do, or (with `keep_going`) could not; why not is in a file."""
-        done = finished_datasets(self.task.folder, str(self.task.arm))
         left = [self.every[index] for index in indices]
-        for dataset in [dataset for dataset in left if dataset.name in done]:
-            left.remove(dataset)
-            advance(1)
-            yield self._shard(dataset, done[dataset.name])
         try:
             while left:
-                for dataset, reason in self._evaluated(left):
+                done = finished_datasets(self.task.folder, str(self.task.arm))  # also by one that ended since
+                for dataset in [dataset for dataset in left if dataset.name in done]:
+                    left.remove(dataset)
+                    advance(1)
+                    yield self._shard(dataset, done[dataset.name])
+                for dataset, reason in self._evaluated(left) if left else ():
                     left = [other for other in left if other != dataset]
                     advance(1)
                     yield from self._finished(dataset, reason)
