@@ -168,8 +168,10 @@ def now(device: str) -> float:
 
 
 def ours(case: Case, one: Try) -> Timed:
+    from polars import DataFrame
+
     from croco.models.lora import apply_lora
-    from croco.stages.train.batches import cut, plan_steps
+    from croco.stages.train.batches import Layout, TrainingData, cut, plan_steps
     from croco.stages.train.choose_rows import choose_rows
     from croco.stages.train.memory_plan import count
     from croco.stages.train.reference import reference_logps
@@ -205,14 +207,13 @@ def ours(case: Case, one: Try) -> Timed:
         )
         held = torch.cuda.memory_allocated() if case.device == "cuda" else 0
         PairTrainer(
-            apply_lora(model, wanted.lora, SEED), arguments, wanted, examples=examples,
-            reference_logps_CN=reference, steps=steps, validation=[], rows=rows, micro_batch_tokens=budget,
-            pad_id=0, metrics_file=folder / "metrics.jsonl", on_metrics=lambda _: ends.append(now(case.device)),
+            apply_lora(model, wanted.lora, SEED), arguments, wanted,
+            TrainingData(examples, len(examples), steps, DataFrame(), {}), Layout(rows, budget), reference,
+            pad_id=0, metrics_file=folder / "metrics.jsonl", on_step=lambda *_: ends.append(now(case.device)),
         ).train()  # fmt: skip
         planned = None
         if case.device == "cuda":
             planned = (needs.of(most, case.checkpointing), _memory(False, case.device) - held)
-    ends = ends[: len(steps)]  # a summary may follow
     pairs, first = BATCH_PAIRS * (len(steps) - 1), ends[0] - built - reference_seconds
     return Timed(ends[-1] - ends[0], pairs, reference_seconds, reference[0].tolist(), first, planned=planned)
 

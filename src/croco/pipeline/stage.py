@@ -57,9 +57,7 @@ class Work:
     folder: Path
     settings: Settings
     runtime: Runtime
-    inputs: dict[
-        str, Path
-    ]  # stage name (or "stage/arm" where several arms are read) -> folder of a finished stage
+    inputs: dict[str, Path]  # folders of finished stages by name, "stage/arm" where several arms are read
     table: Table | None
     title: str
     record_file: dict[str, Any] = field(default_factory=dict)
@@ -111,11 +109,8 @@ class Work:
                 counts[unit] = prompts.group_by(prompts.column_names).aggregate([]).num_rows
             else:
                 counts[unit] = table.num_rows
-        read = (
-            dict(read)
-            if read is not None
-            else {self.table.unit: table.num_rows + drops.get(self.table.unit, 0)}
-        )
+        if read is None:
+            read = {self.table.unit: table.num_rows + drops.get(self.table.unit, 0)}
         status.balance(self.title, read, counts, drops)
         shards.write_shard(
             self.folder, index, table, self.table.schema, read=read, written=counts, dropped=dropped
@@ -234,9 +229,7 @@ def _start(node: Node, runtime: Runtime, resume: bool) -> Record:
 def _finish(node: Node, record: Record) -> Record:
     """Check every count, merge the ledgers, and only then say "complete"."""
     counts = status.verify(node, record)
-    if (
-        node.stage.reads_all is not None and "completions" not in node.settings
-    ):  # else it asks for some of them
+    if node.stage.reads_all and "completions" not in node.settings:  # else it asks for some of them
         unit, name = node.stage.reads_all
         there = records.read_record(node.inputs[name].folder)["counts"]["written"][unit]
         if counts["read"].get(unit) != there:

@@ -14,7 +14,7 @@ from croco.report.load_run import Run, pair_scores, scores_of
 from croco.report.scores import ARENA, Board, arms_table, scorer_of
 from croco.report.sentences import language_sentence, left_out, losses, sentence
 from croco.report.table import Entry, Table, duration, scope_name, temperature_name
-from croco.stages.evaluate.results import BASE, language_groups
+from croco.stages.evaluate.results import BASE, groups_of
 
 HEADINGS = {
     "verdict": "Verdict", "results": "Results", "gains": "Intervals", "arena": "Arena", "tasks": "Tasks",
@@ -70,11 +70,6 @@ def about(arm: Arm) -> str:
     return f"pool: {pool} · {scorer} · rejected {arm.rejected} · {loss}{nll}"
 
 
-def groups_of(run: Run) -> dict[str, list[str]]:
-    groups = run.recipe.run
-    return language_groups(groups.languages, groups.low_resource_languages, groups.held_out_languages)
-
-
 def evaluated(run: Run) -> list[tuple[int, str]]:
     """The arms that have results, each with its place among all arms, which is its colour and shape."""
     return [(place, arm) for place, arm in enumerate(run.recipe.arms) if run.recipe.arms[arm].evaluated]
@@ -125,7 +120,7 @@ def strips_of(drawn: Sequence[charts.Forest], series: int) -> list[tuple[str, st
 
 def results(run: Run, boards: list[Board]) -> dict[str, Any]:
     """Heat maps, forests and tables of every benchmark."""
-    members = groups_of(run)
+    members = groups_of(run.recipe)
     every = members.pop("all")
     drawn = []
     for board in boards:
@@ -157,9 +152,9 @@ def languages_table(board: Board) -> Table:
 
 def other_results(run: Run, board: Board | None) -> dict[str, Any]:
     """The arena, whose board is given, and the structured tasks; null in a run without them."""
-    arms, codes, arena = run.recipe.evaluated_arms, run.recipe.run.evaluated, None
+    arms, arena = run.recipe.evaluated_arms, None
     if board is not None:
-        members = {name: codes for name, codes in groups_of(run).items() if name != "all"}
+        members = {name: codes for name, codes in groups_of(run.recipe).items() if name != "all"}
         tables = (
             ("The judge", diagnostics.judged(board, arms)), ("Win rate by domain", diagnostics.domains(board, arms)),
         )  # fmt: skip
@@ -175,7 +170,7 @@ def other_results(run: Run, board: Board | None) -> dict[str, Any]:
         }
     return {
         "arena": arena,
-        "tasks": diagnostics.tasks(run.results, arms, codes),
+        "tasks": diagnostics.tasks(run),
         "task_notes": diagnostics.task_notes(run),
     }
 

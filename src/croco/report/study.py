@@ -39,7 +39,7 @@ from croco.report.table import (
     temperature_name,
 )
 from croco.report.transfer import SHOWN, read_scores, transfer_part
-from croco.stages.evaluate.results import BASE, language_groups
+from croco.stages.evaluate.results import BASE, groups_of
 from croco.stages.evaluate.stats import Interval
 from croco.storage import files, provenance, records
 from croco.storage.hashing import digest
@@ -98,9 +98,8 @@ def _name(recipes: Sequence[Recipe]) -> str:
 
 def read_runs(recipe: Recipe) -> Runs:
     """The verdicts of a study's seeds, its sweeps, and how far its arms went from the base."""
-    run, folders, arms = recipe.run, _seeds(recipe), recipe.evaluated_arms
-    groups = language_groups(run.languages, run.low_resource_languages, run.held_out_languages)
-    pooled = pool(folders, arms, groups)
+    folders, arms = _seeds(recipe), recipe.evaluated_arms
+    pooled = pool(folders, arms, groups_of(recipe))
     kl: dict[str, dict[str, float]] = {}
     for arm in arms if recipe.evaluation.kl else ():
         of_seeds = [records.read_record(folder / "evaluate" / arm)["facts"]["kl"] for folder in folders]

@@ -15,6 +15,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from croco.config.recipe import Recipe
 from croco.errors import UserError
 from croco.languages import RIGHT
 from croco.stages.evaluate import stats
@@ -35,6 +36,11 @@ def language_groups(
     """The groups every table shows, each with its languages; empty groups stay empty and get no rows."""
     members = (tuned, low_resource, held_out, (*tuned, *low_resource, *held_out))
     return {name: list(languages) for name, languages in zip(GROUPS, members, strict=True)}
+
+
+def groups_of(recipe: Recipe) -> dict[str, list[str]]:
+    run = recipe.run
+    return language_groups(run.languages, run.low_resource_languages, run.held_out_languages)
 
 
 def headline(benchmark: str) -> str:

@@ -104,9 +104,7 @@ def import_scored(
     )
     parts = iter(lambda: list(islice(rows, ROWS_PER_SHARD)), [])
     for shard, part in enumerate(parts):
-        prompts: list[dict[str, Any]] = []
-        samples: list[dict[str, Any]] = []
-        scores: list[dict[str, Any]] = []
+        prompts, samples, scores = (list[dict[str, Any]]() for _ in range(3))
         drops: list[Drop] = []
         for one in part:
             if one.reason:
