@@ -10,7 +10,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any
+
+import polars as pl
 
 from croco.cli import plan
 from croco.cli import preflight_models as models
@@ -18,8 +19,18 @@ from croco.cli.preflight_models import LENGTHS, Prompt
 from croco.config.models import Model
 from croco.config.recipe import Recipe
 from croco.errors import UserError
-from croco.models import open
+from croco.models import memory, open
+from croco.models.loading import pick_device, pick_dtype, weightless
+from croco.models.openai_server import Connection
+from croco.models.protocols import Decoding
 from croco.pipeline.compute import examined
+from croco.stages.euroeval import euroeval
+from croco.stages.prompts.load import load
+from croco.stages.sample import sample_shards
+from croco.stages.score.policy_logprobs import grouped
+from croco.stages.score.reward import load_function, open_reward
+from croco.stages.score.score import tabulate
+from croco.stages.train.memory_plan import STATE_BYTES, trained_parameters
 from croco.storage.hashing import check_adapter
 
 MEASURED_PROMPTS, MEASURED_COMPLETIONS, MEASURED_TOKENS = 8, 16, 64
@@ -66,8 +77,6 @@ def examine(recipe: Recipe, measure: bool = False) -> Iterator[str]:
 def _prompts(recipe: Recipe, rows: list[Prompt]) -> Iterator[str]:
     """Put into `rows` the prompts to tune on, as the recipe names them (of a hub dataset without a limit, the first);
     where they cannot be read, a prompt of ours in every language, that models are looked at all the same."""
-    from croco.stages.prompts.load import load
-
     section, languages = recipe.prompts, recipe.prompts_languages
     hub = section.source.startswith("hf:")
     try:
@@ -113,29 +122,22 @@ def servers(recipe: Recipe) -> Iterator[str]:
     for role, section in served.items():
         if section is None or getattr(recipe.runtime.engines, role) != "server":
             continue
-        from croco.models.openai_server import Connection
-
         server = Connection(getattr(recipe.runtime.servers, role), role, section.model)
         context = f", context {server.max_context} tokens" if server.max_context else ""
         yield f"server        {role}: {server.url} serves {server.served}{context}"
 
 
 def _reward_functions(recipe: Recipe) -> Iterator[str]:
-    for section in filter(
-        None, (recipe.reward, recipe.evaluation.reward, *(arm.reward for arm in recipe.arms.values()))
-    ):
+    sections = (recipe.reward, recipe.evaluation.reward, *(arm.reward for arm in recipe.arms.values()))
+    for section in filter(None, sections):
         for part in section.parts:
             if part.function:
-                from croco.stages.score.reward import load_function
-
                 load_function(part.function)
                 yield f"reward        {part.function}"
 
 
 def _euroeval(recipe: Recipe) -> Iterator[str]:
     """EuroEval's environment, and what serves the policies that it asks."""
-    from croco.stages.euroeval import euroeval
-
     euroeval.check(recipe)
     yield f"euroeval      {recipe.runtime.euroeval.python}"
     for arm in recipe.runtime.euroeval.urls:
@@ -145,10 +147,6 @@ def _euroeval(recipe: Recipe) -> Iterator[str]:
 
 def _tuning(recipe: Recipe) -> Iterator[str]:
     """The policy's weights and what is trained of them, with gradients and AdamW's moments, against what is free."""
-    from croco.models import memory
-    from croco.models.loading import pick_device, pick_dtype, weightless
-    from croco.stages.train.memory_plan import STATE_BYTES, trained_parameters
-
     device = pick_device(recipe.runtime.device)
     itemsize, free = pick_dtype(recipe.policy.dtype, device).itemsize, memory.free_bytes(device)
     tunings = {(arm.training.full, arm.training.lora): arm.training for arm in recipe.arms.values()}
@@ -178,11 +176,6 @@ def _adapters(recipe: Recipe) -> Iterator[str]:
 
 def _measured(recipe: Recipe, rows: Sequence[Prompt], rates: dict[str, float]) -> Iterator[str]:
     """A few short completions sampled and scored by the recipe's engines; their rates are put into `rates`."""
-    from croco.models.protocols import Decoding
-    from croco.stages.sample import sample_shards
-    from croco.stages.score.reward import open_reward
-    from croco.stages.score.score import tabulate
-
     sampling, some = recipe.sampling, models.looked_at(rows)[:MEASURED_PROMPTS]
     most = min(sampling.max_new_tokens, MEASURED_TOKENS)
     sampler, tokenizer = open.open_sampler("sample", recipe.policy, recipe.runtime, recipe.run.seed)
@@ -202,24 +195,17 @@ def _measured(recipe: Recipe, rows: Sequence[Prompt], rates: dict[str, float]) -
     yield f"measured      {tokens:,} tokens sampled in {seconds:.1f} s, {rates['sample']:,.0f} a second"
     cut = sum(reason == "length" for reason in table["finish_reason"].to_pylist())
     if cut * 2 > table.num_rows:
-        limit = (
-            f"the {most} tokens of this measurement" if most < sampling.max_new_tokens else f"{most} tokens"
-        )
-        advice = (
-            ""
-            if most < sampling.max_new_tokens
-            else ": raise sampling.max_new_tokens, or nothing is left to pair"
-        )
+        limit, advice = f"the {most} tokens of this measurement", ""
+        if most == sampling.max_new_tokens:
+            limit, advice = f"{most} tokens", ": raise sampling.max_new_tokens, or nothing is left to pair"
         yield f"  {cut:,} of {table.num_rows:,} completions had not ended after {limit}{advice}"
     del sampler
     score, _ = open_reward(recipe.reward, recipe.runtime)
     messages = {(row["prompt_id"], row["language"]): row["messages"] for row in some}
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in table.to_pylist():
-        groups.setdefault((row["prompt_id"], row["language"]), []).append(row)
+    groups = grouped(pl.DataFrame(pl.from_arrow(table)), messages)
     start = time.monotonic()
-    scored = score([(messages[key], group) for key, group in groups.items()])
+    scored = score(groups)
     seconds = time.monotonic() - start
-    tabulate(list(groups.values()), scored, recipe.reward.name)  # names a score that is no number
+    tabulate([rows for _, rows in groups], scored, recipe.reward.name)  # names a score that is no number
     rates["score"] = table.num_rows / seconds
     yield f"  {table.num_rows:,} completions scored in {seconds:.1f} s, {rates['score']:,.0f} a second"

@@ -92,25 +92,17 @@ class Work:
         """One finished shard: ledger, shard, marker.
 
         `read` maps a unit to how many of them the shard had to account for, each equal to written + dropped of that
-        unit; without it the table's own unit is counted. Written is what `written` says, else the table's rows, or for
-        "prompt" the distinct (prompt_id, language). Raises ValueError on an imbalance or a duplicate key."""
+        unit; without it the table's own unit is counted. Written is what `written` says, else the table's rows. Raises
+        ValueError on an imbalance or a duplicate key."""
         if self.table is None:
             raise ValueError(f"{self.title} writes no table")
         drops = shards.count_units(dropped) if dropped is not None else {}
         keys = table.select(list(self.table.key))
         if keys.group_by(keys.column_names).aggregate([]).num_rows != table.num_rows:
             raise ValueError(f"{self.title}, shard {index}: duplicate key {self.table.key}")
-        counts = {self.table.unit: table.num_rows}
-        for unit in read or {}:
-            if written is not None and unit in written:
-                counts[unit] = written[unit]
-            elif unit == "prompt" and self.table.unit != "prompt":
-                prompts = table.select(["prompt_id", "language"])
-                counts[unit] = prompts.group_by(prompts.column_names).aggregate([]).num_rows
-            else:
-                counts[unit] = table.num_rows
         if read is None:
             read = {self.table.unit: table.num_rows + drops.get(self.table.unit, 0)}
+        counts = dict.fromkeys([self.table.unit, *read], table.num_rows) | dict(written or {})
         status.balance(self.title, read, counts, drops)
         shards.write_shard(
             self.folder, index, table, self.table.schema, read=read, written=counts, dropped=dropped

@@ -150,7 +150,7 @@ def panels(metrics: Mapping[str, Sequence[Mapping[str, Any]]], titles: Mapping[s
     for column, title in titles.items():
         points = {
             arm: [(line["step"], line.get("split", "train"), float(line[column])) for line in lines
-                  if _finite(line.get(column))]
+                  if isinstance(line.get(column), int | float) and math.isfinite(line[column])]
             for arm, lines in metrics.items()
         }  # fmt: skip
         if not any(points.values()):
@@ -178,10 +178,6 @@ def sentinel(metrics: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[i
         for line in lines
         if line.get("split") == "stopped"
     ]
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _tick(value: float) -> str:

@@ -99,11 +99,6 @@ def _sentences(run: Run, board: Board) -> list[str]:
     return [lines, *filter(None, [left_out(run.stages["results"].get("facts", {}))])]
 
 
-def results_csv(run_folder: Path) -> str:
-    """All rows of the results table, as they are stored."""
-    return read_results(run_folder).results.write_csv()
-
-
 def results_latex(run_folder: Path, intervals: bool = False) -> str:
     """A table per benchmark and temperature, languages by group as columns, the best of a column in bold."""
     run = read_results(run_folder)

@@ -10,11 +10,12 @@ from typing import Any
 from croco.config.arms import Arm
 from croco.pipeline.progress import count_of
 from croco.report import charts, curves, diagnostics
-from croco.report.load_run import Run, pair_scores, scores_of
+from croco.report.load_run import Run, scores_of
 from croco.report.scores import ARENA, Board, arms_table, scorer_of
 from croco.report.sentences import language_sentence, left_out, losses, sentence
 from croco.report.table import Entry, Table, duration, scope_name, temperature_name
 from croco.stages.evaluate.results import BASE, groups_of
+from croco.storage import shards
 
 HEADINGS = {
     "verdict": "Verdict", "results": "Results", "gains": "Intervals", "arena": "Arena", "tasks": "Tasks",
@@ -178,8 +179,9 @@ def other_results(run: Run, board: Board | None) -> dict[str, Any]:
 def modes(run: Run, board: Board) -> dict[str, Any]:
     """Stacked bars of mode shares: per temperature and group, one bar per arm."""
     shares = diagnostics.mode_shares(board)
-    order = charts.mode_order({mode for of in shares.values() for mode in of})
-    legend = [(mode, mode.replace("-", " "), charts.mode_place(mode)) for mode in order]
+    there = {mode for of in shares.values() for mode in of}
+    order = [*(mode for mode in charts.MODES if mode in there), *sorted(there - charts.MODES.keys())]
+    legend = [(mode, mode.replace("-", " "), charts.MODES.get(mode, 7)) for mode in order]
     rows = []
     for temperature in sorted({t for arm, t in board.settings if arm != BASE}):
         panels = [
@@ -205,7 +207,9 @@ def distributions(run: Run) -> dict[str, Any]:
     for name, arm in run.recipe.arms.items():
         if (arm.chosen, arm.rejected) == ("reference", "none"):
             continue  # nothing was scored
-        ridges, ticks = curves.ridges(scores_of(run, name), pair_scores(run, name), run.recipe.run.languages)
+        columns = ["chosen_language", "rejected_language", "chosen_score", "rejected_score"]
+        pairs = shards.read_table(run.folder / "pair" / name, columns)
+        ridges, ticks = curves.ridges(scores_of(run, name), pairs, run.recipe.run.languages)
         facts = run.stages[f"pair/{name}"]["facts"]
         note = ""
         if "share_other_than_minimum" in facts:  # an arm for SFT rejects nothing

@@ -88,17 +88,13 @@ def _study(recipe: Recipe) -> Study:
     return recipe.study
 
 
-def _seeds(recipe: Recipe) -> list[Path]:
-    return [of_seed(recipe, seed).folder for seed in _study(recipe).seeds]
-
-
 def _name(recipes: Sequence[Recipe]) -> str:
     return enumerate_words([recipe.run.name for recipe in recipes])
 
 
 def read_runs(recipe: Recipe) -> Runs:
     """The verdicts of a study's seeds, its sweeps, and how far its arms went from the base."""
-    folders, arms = _seeds(recipe), recipe.evaluated_arms
+    folders, arms = [of_seed(recipe, seed).folder for seed in _study(recipe).seeds], recipe.evaluated_arms
     pooled = pool(folders, arms, groups_of(recipe))
     kl: dict[str, dict[str, float]] = {}
     for arm in arms if recipe.evaluation.kl else ():

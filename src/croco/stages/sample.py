@@ -22,7 +22,7 @@ from croco.pipeline.compute import compute
 from croco.pipeline.stage import Task, Work
 from croco.pipeline.workers import Advance, ShardResult, shard_sizes
 from croco.storage.lookup import read_prompts
-from croco.storage.schemas import COMPLETIONS, ledger
+from croco.storage.schemas import COMPLETIONS, Drop, ledger
 from croco.storage.seeds import sample_seed
 
 Prompt = dict[str, Any]  # a row of the prompts table
@@ -116,7 +116,7 @@ def sample_shards(
     requests: list[Request] = []
     owner: list[tuple[int, int]] = []  # of a request: its shard and its place there
     drawn: dict[int, dict[int, Drawn]] = {index: {} for index in shards}
-    drops: dict[int, list[tuple[str, str, str, int | None, str]]] = {index: [] for index in shards}
+    drops: dict[int, list[Drop]] = {index: [] for index in shards}
     for index, rows in shards.items():
         for place, row in enumerate(rows):
             seeds = [

@@ -23,6 +23,7 @@ from croco.pipeline.workers import Advance, ShardResult
 from croco.stages.sample import sample_shards
 from croco.stages.score.policy_logprobs import grouped, messages_of, open_likelihood, score_likelihood
 from croco.stages.score.reward import ScoreShard, open_reward
+from croco.stages.score.score import check_finite
 from croco.storage.schemas import ledger
 from croco.storage.seeds import digest
 from croco.storage.shards import read_parquet, read_table
@@ -192,8 +193,6 @@ def _judge_lab(batch: Batch, answered: pl.DataFrame) -> Judgement:
 
 def _judge_by_reward(score: ScoreShard, name: str, batch: Batch, answered: pl.DataFrame) -> Judgement:
     """Verdicts of the reward model; a reason in place of a score where there is none."""
-    from croco.stages.score.score import check_finite
-
     modes = [
         language_mode(identified, language)
         for identified, language in answered.select("found_language", "language").iter_rows()

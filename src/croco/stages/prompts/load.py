@@ -32,7 +32,7 @@ from croco.storage.rows import (
     is_saved_dataset,
     kind,
 )
-from croco.storage.schemas import PROMPTS, ledger
+from croco.storage.schemas import PROMPTS, Drop, ledger
 from croco.storage.seeds import digest
 
 # the recipe's section of each stage
@@ -154,7 +154,7 @@ class _Reading:
     def __init__(self, section: Source, key: str, languages: Sequence[str], limit: int | None) -> None:
         self.section, self.key, self.languages, self.limit = section, key, languages, limit
         self.kept: list[dict[str, Any]] = []
-        self.drops: list[tuple[str, str, str, int | None, str]] = []
+        self.drops: list[Drop] = []
         self.places: dict[tuple[str, str], str] = {}
         self.ids: set[str] = set()
         self.others, self.unread = Counter[str](), Counter[str]()
