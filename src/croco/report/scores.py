@@ -37,9 +37,8 @@ TITLES = {
 }
 ARENA, REWARD = "arena", "reward"
 Key = tuple[str, float, str]  # arm, temperature, language or group
-Metrics = Mapping[
-    Key, Mapping[str, tuple[Interval, int]]
-]  # metric -> its interval, and the prompts it rests on
+# metric -> its interval, and the prompts it rests on
+Metrics = Mapping[Key, Mapping[str, tuple[Interval, int]]]
 
 
 @dataclass(frozen=True)

@@ -86,10 +86,7 @@ def verdicts(run: Run, boards: Sequence[Board]) -> dict[str, Any]:
         to_best = sentence(board, name, to_best=True) if board.best_base else ""
         card |= {
             "about": about(run.recipe.arms[name]),
-            "alerts": [
-                losses(boards[1:], name),
-                language_sentence(board, name),
-            ],
+            "alerts": [losses(boards[1:], name), language_sentence(board, name)],
             "to_best": to_best[:1].lower() + to_best[1:],
             "stopped": run.stages[f"train/{name}"].get("facts", {}).get("stopped"),
         }
@@ -169,11 +166,7 @@ def other_results(run: Run, board: Board | None) -> dict[str, Any]:
             "tables": [(title, table) for title, table in tables if table],
             "costs": diagnostics.costs(run),
         }
-    return {
-        "arena": arena,
-        "tasks": diagnostics.tasks(run),
-        "task_notes": diagnostics.task_notes(run),
-    }
+    return {"arena": arena, "tasks": diagnostics.tasks(run), "task_notes": diagnostics.task_notes(run)}
 
 
 def modes(run: Run, board: Board) -> dict[str, Any]:

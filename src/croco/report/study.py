@@ -29,15 +29,7 @@ from croco.report.load_run import read_stages
 from croco.report.multi_seed import Pooled, pool
 from croco.report.page import render
 from croco.report.render import parts_markdown
-from croco.report.table import (
-    SCORE,
-    Entry,
-    Number,
-    Part,
-    Table,
-    enumerate_words,
-    temperature_name,
-)
+from croco.report.table import SCORE, Entry, Number, Part, Table, enumerate_words, temperature_name
 from croco.report.transfer import SHOWN, read_scores, transfer_part
 from croco.stages.evaluate.results import BASE, groups_of
 from croco.stages.evaluate.stats import Interval
@@ -140,7 +132,6 @@ def _parts_of(recipe: Recipe, runs: Runs) -> Iterator[Part]:
 
 
 def _about(recipes: Sequence[Recipe]) -> Part:
-    """How the page was made."""
     made = ["Tables made by `croco run`, paragraphs written by hand."]
     for recipe in recipes:
         seeds = _study(recipe).seeds

@@ -167,12 +167,7 @@ def _refusal_of_all(tokenizer: Any, prompts: Iterable[Prompt], instructions: Map
 
 
 def _request(
-    tokenizer: Any,
-    key: int,
-    row: Prompt,
-    seeds: list[int],
-    instructions: Mapping[str, str],
-    sampler: Sampler,
+    tokenizer: Any, key: int, row: Prompt, seeds: list[int], instructions: Mapping[str, str], sampler: Sampler
 ) -> tuple[Request | None, str]:
     """What to ask for a prompt; None and the reason where it cannot be asked."""
     name = f"prompt {row['prompt_id']!r} in {row['language']}"

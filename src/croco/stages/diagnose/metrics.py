@@ -57,7 +57,6 @@ def above(a: str, b: str) -> pl.Expr:
 
 
 def rank(table: pl.DataFrame, number: int, model: str) -> Iterator[Row]:
-    """Everything about one model."""
     chosen, rejected = f"chosen_{number}", f"rejected_{number}"
     right = above(chosen, rejected)
     longer = above("chosen_length", "rejected_length")

@@ -65,9 +65,8 @@ def draft_path(folder: Path, index: int) -> Path:
 def batches_of(task: Task) -> list[Batch]:
     """The shards of an arm's evaluation, in the order of their numbers."""
     settings, prompts = task.settings, read_table(task.inputs["eval-prompts"])
-    return plan_batches(
-        prompts, sorted(settings["temperatures"]), settings["samples"], task.runtime.shard_prompts
-    )
+    temperatures = sorted(settings["temperatures"])
+    return plan_batches(prompts, temperatures, settings["samples"], task.runtime.shard_prompts)
 
 
 def plan_batches(
@@ -181,7 +180,6 @@ class JudgeWorker:
 
 
 def _judge_lab(batch: Batch, answered: pl.DataFrame) -> Judgement:
-    """Verdicts by the lab's program."""
     from croco.lab import judge
 
     modes, values = judge.judge(

@@ -92,11 +92,7 @@ class Pools:
 
 
 def select(
-    pools: Pools,
-    chosen: Rule,
-    rejected: Rule,
-    pairs_per_pool: int = 1,
-    reference: Scores | None = None,
+    pools: Pools, chosen: Rule, rejected: Rule, pairs_per_pool: int = 1, reference: Scores | None = None
 ) -> pl.DataFrame:
     """Up to `pairs_per_pool` pairs in every pool; no completion is used twice, except a reference.
 

@@ -23,15 +23,7 @@ from croco.pipeline.stage import Work
 from croco.stages.prompts.columns import FileRow, warn_of_unread
 from croco.stages.prompts.values import Turn, Unusable
 from croco.storage.hashing import LAB_LANGUAGES, canonical
-from croco.storage.rows import (
-    Located,
-    dataset_rows,
-    file_rows,
-    files_of,
-    hub_configs,
-    is_saved_dataset,
-    kind,
-)
+from croco.storage.rows import Located, dataset_rows, file_rows, files_of, hub_configs, is_saved_dataset, kind
 from croco.storage.schemas import PROMPTS, Drop, ledger
 from croco.storage.seeds import digest
 

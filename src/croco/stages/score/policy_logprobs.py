@@ -60,10 +60,7 @@ def open_likelihood(
 
 
 def score_likelihood(
-    scorer: Any,
-    tokenizer: Any,
-    groups: Groups,
-    instructions: Mapping[str, str],
+    scorer: Any, tokenizer: Any, groups: Groups, instructions: Mapping[str, str]
 ) -> list[Scored]:
     """Log-probabilities under the prompts of `groups`; the end token counts where there was one."""
     requests, ended, places = [], [], []

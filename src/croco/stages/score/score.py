@@ -159,10 +159,7 @@ def _scorer(settings: Settings, runtime: Runtime, replica: int) -> tuple[str, Sc
 
 
 def _implicit(
-    settings: Settings,
-    runtime: Runtime,
-    adapter: Path | None,
-    prompts: Mapping[tuple[str, str], Messages],
+    settings: Settings, runtime: Runtime, adapter: Path | None, prompts: Mapping[tuple[str, str], Messages]
 ) -> tuple[str, ScoreShard, dict[str, Any]]:
     policy = settings["policy"]
     dpo, tokenizer = open_likelihood(policy, runtime, False, adapter)

@@ -23,10 +23,7 @@ from croco.stages.train.forward import completion_logps
 from croco.storage.shards import read_arrow, write_parquet
 
 SCHEMA = pa.schema(
-    [
-        pa.field("completion", pa.string(), nullable=False),
-        pa.field("logp", pa.float32(), nullable=False),
-    ]
+    [pa.field("completion", pa.string(), nullable=False), pa.field("logp", pa.float32(), nullable=False)]
 )
 PART_EXAMPLES = 2048  # examples per file: what a kill costs
 SAMPLED_WEIGHTS = 4096  # numbers of each tensor that enter the digest of the weights as they are
