@@ -8,8 +8,7 @@ Everything is looked at before the first thing that is wrong ends it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
 
 import polars as pl
 
@@ -45,23 +44,23 @@ def examine(recipe: Recipe, measure: bool = False) -> Iterator[str]:
         "evaluation": recipe.evaluation_languages,
         "arena": recipe.arena_languages if recipe.arena else (),
     }
-    checks: list[Callable[[], Iterable[str]]] = [
-        lambda: _prompts(recipe, rows),
-        *(partial(_test_prompts, recipe, key, languages) for key, languages in tests.items() if languages),
-        lambda: _rates(recipe, rates),
-        lambda: _engines(recipe),
-        lambda: servers(recipe),
-        lambda: _euroeval(recipe) if recipe.euroeval else (),
-        lambda: _reward_functions(recipe),
-        *(partial(models.examine_role, recipe, role, rows) for role in models.roles(recipe)),
-        lambda: _tuning(recipe),
-        lambda: _adapters(recipe),
-        lambda: _measured(recipe, rows, rates) if measure else (),
-        lambda: plan.cost(recipe, rates),
+    checks: list[Iterable[str]] = [  # generators: each begins when its turn comes
+        _prompts(recipe, rows),
+        *(_test_prompts(recipe, key, languages) for key, languages in tests.items() if languages),
+        _rates(recipe, rates),
+        _engines(recipe),
+        servers(recipe),
+        _euroeval(recipe) if recipe.euroeval else (),
+        _reward_functions(recipe),
+        *(models.examine_role(recipe, role, rows) for role in models.roles(recipe)),
+        _tuning(recipe),
+        _adapters(recipe),
+        _measured(recipe, rows, rates) if measure else (),
+        plan.cost(recipe, rates),
     ]
     for check in checks:
         try:
-            for line in check():
+            for line in check:
                 yield line
                 if plan.MISFIT in line:
                     wrong.append(" ".join(line.split()))
@@ -89,17 +88,17 @@ def _prompts(recipe: Recipe, rows: list[Prompt]) -> Iterator[str]:
         raise
 
 
-def _test_prompts(recipe: Recipe, key: str, languages: tuple[str, ...]) -> Iterable[str]:
+def _test_prompts(recipe: Recipe, key: str, languages: tuple[str, ...]) -> Iterator[str]:
     """Nothing, but UserError where the prompts to evaluate on, or the arena's own, cannot be read."""
     section = getattr(recipe, key)
     if section.source:
         plan.num_prompts(section, key, languages)
-    return ()
+    yield from ()
 
 
-def _rates(recipe: Recipe, rates: dict[str, float]) -> Iterable[str]:
+def _rates(recipe: Recipe, rates: dict[str, float]) -> Iterator[str]:
     rates |= plan.rates(recipe)
-    return ()
+    yield from ()
 
 
 def _engines(recipe: Recipe) -> Iterator[str]:
