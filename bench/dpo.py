@@ -195,8 +195,10 @@ def graphs() -> int:
 
 
 def ours(case: Case, one: Try) -> Timed:
+    from polars import DataFrame
+
     from croco.models.lora import apply_lora
-    from croco.stages.train.batches import cut, plan_steps
+    from croco.stages.train.batches import Layout, TrainingData, cut, plan_steps
     from croco.stages.train.choose_rows import choose_rows
     from croco.stages.train.memory_plan import count
     from croco.stages.train.reference import reference_logps
@@ -206,7 +208,7 @@ def ours(case: Case, one: Try) -> Timed:
     model, examples, wanted, budget = case.build(), case.examples(), settings(case), one.size
     ends, made = list[float](), list[int]()
 
-    def step_ended(_: Any) -> None:
+    def step_ended(*_: int) -> None:
         ends.append(now(case.device))
         made.append(graphs())
 
@@ -240,14 +242,13 @@ def ours(case: Case, one: Try) -> Timed:
         if one.way == "compiled":
             compile_layers(model)
         PairTrainer(
-            adapted, arguments, wanted, examples=examples,
-            reference_logps_CN=reference, steps=steps, validation=[], rows=rows, micro_batch_tokens=budget,
-            pad_id=0, metrics_file=folder / "metrics.jsonl", on_metrics=step_ended,
+            adapted, arguments, wanted,
+            TrainingData(examples, len(examples), steps, DataFrame(), {}), Layout(rows, budget), reference,
+            pad_id=0, metrics_file=folder / "metrics.jsonl", on_step=step_ended,
         ).train()  # fmt: skip
         planned = None
         if case.device == "cuda":
             planned = (needs.of(most, case.checkpointing), _memory(False, case.device) - held)
-    ends = ends[: len(steps)]  # a summary may follow
     pairs, first = BATCH_PAIRS * (len(steps) - 1), ends[0] - built - reference_seconds
     breaks = sum(torch._dynamo.utils.counters["graph_break"].values())
     counted = (made[0], made[-1], breaks) if one.way == "compiled" else None

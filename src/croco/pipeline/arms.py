@@ -3,7 +3,7 @@
 Completions of one policy on the same prompts are sampled once, scores of one scorer computed once; what two arms need
 lives in the folder of the first of them, what only the base and the reward model make in no arm's."""
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 
 from croco.config.arms import ENGLISH, Arm
 from croco.config.recipe import Recipe
@@ -76,8 +76,7 @@ def scoring_arms(recipe: Recipe) -> list[str | None]:
     return _first_of(recipe, scores_of)
 
 
-def _first_of(recipe: Recipe, of: object) -> list[str | None]:
-    assert callable(of)
+def _first_of(recipe: Recipe, of: Callable[[Recipe, str], Reference]) -> list[str | None]:
     owners = {of(recipe, name)[1] for name, arm in recipe.arms.items() if contrasted(arm)}
     shared: list[str | None] = [None] if None in owners else []
     return shared + [name for name in recipe.arms if name in owners]

@@ -48,9 +48,9 @@ def whole_run(folder: Path, full: bool = False, **options):
 class Noted(train.PairTrainer):
     """Writes down by which plan this rank works."""
 
-    def __init__(self, *args, micro_batch_tokens: int, **options) -> None:
-        (where / f"tokens-{rank()}").write_text(str(micro_batch_tokens))
-        super().__init__(*args, micro_batch_tokens=micro_batch_tokens, **options)
+    def __init__(self, *given, **options) -> None:
+        super().__init__(*given, **options)
+        (where / f"tokens-{rank()}").write_text(str(self.layout.micro_batch_tokens))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ def rank() -> int:
 
 
 def world() -> int:
-    """How many processes there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
