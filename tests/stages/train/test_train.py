@@ -66,7 +66,7 @@ def run(
         settings=settings,
         folder=folder,
         seed=7,
-        runtime=Runtime(micro_batch_tokens=8192, **machine),
+        runtime=Runtime(**{"micro_batch_tokens": 8192, **machine}),
         on_step=on_step,
         **options,
     )
