@@ -23,8 +23,10 @@ def results(work: Work) -> None:
             settings["languages"], settings["low_resource_languages"], settings["held_out_languages"]
         )
         judged = set(verdicts.select("arm", "temperature").unique().rows())
-        asked_of = {arm: read_record(work.inputs[f"evaluate/{arm}"])["science"]["settings"] for arm in arms}
-        evaluated = [(arm, float(t)) for arm in arms for t in asked_of[arm]["temperatures"]]
+        settings_of = {
+            arm: read_record(work.inputs[f"evaluate/{arm}"])["science"]["settings"] for arm in arms
+        }
+        evaluated = [(arm, float(t)) for arm in arms for t in settings_of[arm]["temperatures"]]
         verdicts = on_common_prompts(verdicts)
         asked = sum(shard.rows for shard in shards(work.inputs["eval-prompts"]))
         work.record(
