@@ -5,7 +5,7 @@ lives in the folder of the first of them, what only the base and the reward mode
 
 from collections.abc import Callable, Hashable
 
-from croco.config.arms import ENGLISH, Arm
+from croco.config.arms import ENGLISH, Arm, Contrast
 from croco.config.recipe import Recipe
 from croco.pipeline.node import Reference
 from croco.storage.hashing import canonical
@@ -25,7 +25,7 @@ def evaluated_arms(recipe: Recipe) -> list[str | None]:
     return ["base", *recipe.evaluated_arms]
 
 
-def contrasted(arm: Arm) -> bool:
+def contrasted(arm: Contrast) -> bool:
     """Whether an arm reads completions at all: data for SFT on gold completions needs the prompts alone."""
     return (arm.chosen, arm.rejected) != ("reference", "none")
 

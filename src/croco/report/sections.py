@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from croco.config.arms import Arm
+from croco.pipeline.arms import contrasted
 from croco.pipeline.progress import count_of
 from croco.report import charts, curves, diagnostics
 from croco.report.load_run import Run, scores_of
@@ -198,7 +199,7 @@ def distributions(run: Run) -> dict[str, Any]:
     """Score distributions of the arms that scored anything, and a note on each."""
     drawn = []
     for name, arm in run.recipe.arms.items():
-        if (arm.chosen, arm.rejected) == ("reference", "none"):
+        if not contrasted(arm):
             continue  # nothing was scored
         columns = ["chosen_language", "rejected_language", "chosen_score", "rejected_score"]
         pairs = shards.read_table(run.folder / "pair" / name, columns)

@@ -127,7 +127,8 @@ def write(
             del model, adapted
         again, _ = load_causal(policy.model_copy(update={"model": str(partial), **own}), None, device)
         written = mean_logps(again, examples)
-        proof = Proof(*(_largest(a, b) for a, b in ((after, before), (in_memory, after), (written, after))))
+        pairs = ((after, before), (in_memory, after), (written, after))
+        proof = Proof(*((a - b).abs().max().item() for a, b in pairs))
         _check(proof, again.dtype, weights)
         checked = [
             ("change of mean token log-probabilities, at most", f"{proof.change:.4g}"),
@@ -188,10 +189,6 @@ def mean_logps(model: Any, examples: Sequence[Example]) -> Tensor:
         batch = collate([example], rows="single").to(model.device)
         means.append((completion_logps(model, batch) / token_counts(batch)).flatten().float().cpu())
     return torch.cat(means)
-
-
-def _largest(one: Tensor, other: Tensor) -> float:
-    return (one - other).abs().max().item()
 
 
 def _check(proof: Proof, dtype: torch.dtype, weights: Path) -> None:
