@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=1 python bench/dpo.py [--rounds 5] [--shapes 256/256 spread] [--cpu-time]
     python bench/dpo.py --device cuda [--model 9b] [--shapes 1024/1024 4096/1024] [--checkpointing]
+    python bench/dpo.py --device cuda --ways eager compiled liger      # ours alone, norms and the like in these ways
 
 Both sides tune the same random Llama with the same LoRA (dropout included: TRL's `disable_dropout` is off unless
 --dropout 0) on the same pairs of token ids, in their own loops on transformers' Trainer; the first step of a run is not
@@ -15,7 +16,8 @@ over what was held before the model was built; on a CPU that of a process of its
 no way around is known for: the prompt once, every completion token once, no gradient of frozen weights, attention to
 what may be seen, the head at completion tokens; in pairs per second, at the rate of a large matrix product here. Both
 sides must give the same log-probabilities of the reference. On a busy machine --cpu-time counts what the process itself
-has used."""
+has used. "Compiled" is every decoder layer by torch.compile for any lengths; its first step is its warm-up, and graphs
+that come later are recompilations."""
 
 from __future__ import annotations
 
@@ -41,6 +43,7 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 import torch
+import torch._dynamo
 import transformers
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, TrainerCallback
 
@@ -55,6 +58,16 @@ MODELS = {
 BATCH_PAIRS = 8  # of one optimizer step
 BATCHES = {"cpu": (1, 2, 4, 8), "cuda": (1, 2, 4, 8)}  # pairs of TRL's micro-batch
 BUDGETS = {"cpu": (1024, 2048, 4096, 8192), "cuda": (16_384, 24_576, 32_768)}
+# how many times TRL's rate is wanted, by model, checkpointing and shape; and of every line
+AIMS = {
+    ("1b", False, "1024/1024"): 1.5, ("1b", False, "4096/1024"): 2.0, ("1b", False, "spread"): 1.8,
+    ("9b", True, "1024/1024"): 1.3, ("9b", True, "4096/1024"): 1.6,
+    ("tiny", False, "256/256"): 1.3, ("tiny", False, "256/64"): 2.4, ("tiny", False, "64/256"): 1.15,
+    ("tiny", False, "spread"): 1.85,
+}  # fmt: skip
+MOST_MEMORY, FIRST_STEP_SECONDS, PREFLIGHT = 1.0, 10.0, 0.15
+# of the element-wise work of ours: norms, rotary positions, gated activations; Liger stays in a process, so it is last
+WAYS = ("eager", "compiled", "liger")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LIGER = {"cross_entropy": False, "fused_linear_cross_entropy": False}  # TRL's own head never holds all logits
 SEED = 0
@@ -122,9 +135,8 @@ class Timed:
     reference: list[float]
     first_seconds: float  # to the end of the first step: from the weights on, less the reference; TRL's loop
     memory: int = 0  # on a GPU: peak bytes over what was held before the model
-    planned: tuple[float, int] | None = (
-        None  # ours on a GPU: bytes of training by the preflight, and measured
-    )
+    planned: tuple[float, int] | None = None  # on a GPU: bytes of training by the preflight, and measured
+    graphs: tuple[int, int, int] | None = None  # compiled by the first step, and by the last; breaks in them
 
     @property
     def rate(self) -> float:
@@ -139,8 +151,8 @@ class Timed:
 
 @dataclass(frozen=True)
 class Try:
-    """A side and its settings: tokens of our micro-batches or pairs of TRL's, and for TRL its sampler, bf16 and
-    Liger."""
+    """A side and its settings: tokens of our micro-batches and the way of its layers, or pairs of TRL's micro-batch,
+    its sampler, bf16 and Liger."""
 
     side: str
     size: int
@@ -148,9 +160,11 @@ class Try:
     mixed: bool = False
     liger: bool = False
     cached: bool = True
+    way: str = ""  # Liger where it is
 
     def __str__(self) -> str:
-        words = [f"micro-batch {self.size}", f"bf16={self.mixed}"]
+        words = [f"micro-batch {self.size}"] + ([f"bf16={self.mixed}"] if self.side == "theirs" else [])
+        words += [self.way] if self.way else []
         words += [name for name, is_so in (("grouped", self.grouped), ("Liger", self.liger)) if is_so]
         return ", ".join(words)
 
@@ -167,9 +181,24 @@ def now(device: str) -> float:
     return CLOCK()
 
 
+def compile_layers(model: Any) -> None:
+    """Every decoder layer compiled in place; what torch makes of one serves the next where it can."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for layer in model.get_decoder().layers:
+        layer.compile(dynamic=True)
+
+
+def graphs() -> int:
+    """Graphs that torch has compiled since `compile_layers`."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
 def ours(case: Case, one: Try) -> Timed:
+    from polars import DataFrame
+
     from croco.models.lora import apply_lora
-    from croco.stages.train.batches import cut, plan_steps
+    from croco.stages.train.batches import Layout, TrainingData, cut, plan_steps
     from croco.stages.train.choose_rows import choose_rows
     from croco.stages.train.memory_plan import count
     from croco.stages.train.reference import reference_logps
@@ -177,11 +206,16 @@ def ours(case: Case, one: Try) -> Timed:
     from croco.stages.train.trainer import PairTrainer, training_arguments
 
     model, examples, wanted, budget = case.build(), case.examples(), settings(case), one.size
-    ends: list[float] = []
+    ends, made = list[float](), list[int]()
+
+    def step_ended(*_: int) -> None:
+        ends.append(now(case.device))
+        made.append(graphs())
+
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         built = now(case.device)
-        if case.device == "cuda":
+        if case.device == "cuda" and one.way in ("", "liger"):
             use_fused_kernels(model)
         rows, slower = choose_rows(model, examples[:4])
         if slower:
@@ -204,17 +238,23 @@ def ours(case: Case, one: Try) -> Timed:
             sum(sizes[i] for i in part) for step in steps for part in cut(step, sizes, budget, packed=True)
         )
         held = torch.cuda.memory_allocated() if case.device == "cuda" else 0
+        adapted = apply_lora(model, wanted.lora, SEED)
+        if one.way == "compiled":
+            compile_layers(model)
         PairTrainer(
-            apply_lora(model, wanted.lora, SEED), arguments, wanted, examples=examples,
-            reference_logps_CN=reference, steps=steps, validation=[], rows=rows, micro_batch_tokens=budget,
-            pad_id=0, metrics_file=folder / "metrics.jsonl", on_metrics=lambda _: ends.append(now(case.device)),
+            adapted, arguments, wanted,
+            TrainingData(examples, len(examples), steps, DataFrame(), {}), Layout(rows, budget), reference,
+            pad_id=0, metrics_file=folder / "metrics.jsonl", on_step=step_ended,
         ).train()  # fmt: skip
         planned = None
         if case.device == "cuda":
             planned = (needs.of(most, case.checkpointing), _memory(False, case.device) - held)
-    ends = ends[: len(steps)]  # a summary may follow
     pairs, first = BATCH_PAIRS * (len(steps) - 1), ends[0] - built - reference_seconds
-    return Timed(ends[-1] - ends[0], pairs, reference_seconds, reference[0].tolist(), first, planned=planned)
+    breaks = sum(torch._dynamo.utils.counters["graph_break"].values())
+    counted = (made[0], made[-1], breaks) if one.way == "compiled" else None
+    return Timed(
+        ends[-1] - ends[0], pairs, reference_seconds, reference[0].tolist(), first, planned=planned, graphs=counted
+    )  # fmt: skip
 
 
 class Stamps(TrainerCallback):
@@ -380,6 +420,10 @@ def peak_here(job: str) -> int:
     return _memory(False, case.device) - before
 
 
+def verdict(met: bool) -> str:
+    return "met" if met else "MISSED"
+
+
 def tried(case: Case, one: Try) -> Timed | None:
     """A first run of a setting, said at once; none where memory runs out."""
     try:
@@ -390,8 +434,15 @@ def tried(case: Case, one: Try) -> Timed | None:
     memory = f", {timed.memory / 2**30:.1f} GiB" if timed.memory else ""
     if timed.planned:
         planned, measured = timed.planned
-        memory += f" (preflight: {planned / measured:.0%} of what training took)"
-    print(f"    {one.side}, {one}: {timed.rate:.2f}{memory}", flush=True)
+        memory += f" (preflight: {planned / measured:.0%} of what training took"
+        memory += f", aim within {PREFLIGHT:.0%}: {verdict(abs(planned / measured - 1) <= PREFLIGHT)})"
+    if timed.graphs:
+        first, last, breaks = timed.graphs
+        memory += f", {first} graphs by the first step, {last - first} later, {breaks} breaks"
+    print(
+        f"    {one.side}, {one}: {timed.rate:.2f}{memory}, first step after {timed.first_seconds:.1f} s",
+        flush=True,
+    )
     return timed
 
 
@@ -443,14 +494,19 @@ def compare(case: Case, rounds: int) -> None:
     whole = median(t.whole_rate for t in timed[mine])
     flops = floor_flops(case)
     floor = matmul_rate(case) / flops
+    aim = AIMS.get((case.model, case.checkpointing, case.shape))
+    wanted = f" (aim {aim} ×: {verdict(rate / best >= aim)})" if aim else ""
     first, its_first = (median(t.first_seconds for t in timed[one]) for one in (mine, trl))
     print(
-        f"  ours: {rate:.2f} pairs/s (budget {mine.size:,} tokens), first step after {first:.1f} s\n"
-        f"  TRL, reference cached: {best:.2f} ({trl}), first step after {its_first:.1f} s: {rate / best:.2f} ×\n"
+        f"  ours: {rate:.2f} pairs/s (budget {mine.size:,} tokens), first step after {first:.1f} s "
+        f"(aim {FIRST_STEP_SECONDS:.0f} s: {verdict(first < FIRST_STEP_SECONDS)})\n"
+        f"  TRL, reference cached: {best:.2f} ({trl}), first step after {its_first:.1f} s: {rate / best:.2f} ×"
+        f"{wanted}\n"
         f"  TRL, reference on line: {plain:.2f}: {rate / plain:.2f} ×, {whole / plain:.2f} × with our table's making\n"
         f"  floor: {flops / 1e9:.1f} GFLOP a pair = {floor:.2f} pairs/s; ours at {rate / floor:.0%}, TRL's cached at "
         f"{best / floor:.0%}\n"
-        f"  peak memory: {held / 1e6:,.0f} MB against {allowed / 1e6:,.0f} MB: {held / allowed:.0%}\n"
+        f"  peak memory: {held / 1e6:,.0f} MB against {allowed / 1e6:,.0f} MB: {held / allowed:.0%} "
+        f"(aim {MOST_MEMORY:.0%}: {verdict(held <= MOST_MEMORY * allowed)})\n"
         f"  references within {gap:.0e}",
         flush=True,
     )
@@ -477,6 +533,7 @@ def main() -> None:
     parser.add_argument("--checkpointing", action="store_true", help="of activations, on both sides")
     parser.add_argument("--dropout", type=float, default=0.05, help="of the adapters, on both sides")
     parser.add_argument("--budgets", nargs="+", type=int, help=f"of our micro-batches, default {BUDGETS}")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, help="ours alone, at one budget, in these ways")
     parser.add_argument("--profile", action="store_true", help="of ours alone: where the GPU's time goes")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     parser.add_argument("--cpu-time", action="store_true", help="for a busy machine")
@@ -495,7 +552,7 @@ def main() -> None:
         f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), {asked.device}, {BATCH_PAIRS} pairs a step"
     )
     dtype = asked.dtype or "bfloat16"
-    if asked.dtype is None and asked.device == "cpu":
+    if asked.dtype is None and asked.device == "cpu" and not asked.ways:
         trials = {d: run(Case("cpu", model, d, shapes[0], 3, False), Try("theirs", 2)).rate for d in DTYPES}
         dtype = max(trials, key=lambda d: trials[d])
         print(f"TRL on a trial: {', '.join(f'{rate:.2f} pairs/s in {d}' for d, rate in trials.items())}")
@@ -507,7 +564,13 @@ def main() -> None:
         BUDGETS[asked.device] = tuple(asked.budgets)
     for shape in shapes:
         case = Case(asked.device, model, dtype, shape, asked.steps, asked.checkpointing, asked.dropout)
-        if asked.profile:
+        if asked.ways:
+            print(
+                f"{shape} ({model}, {dtype}{', checkpointing' if asked.checkpointing else ''}):", flush=True
+            )
+            for way in sorted(asked.ways, key=WAYS.index):
+                tried(case, Try("ours", BUDGETS[asked.device][0], way=way))
+        elif asked.profile:
             profile(case, Try("ours", BUDGETS[asked.device][-1]))
         else:
             compare(case, asked.rounds)

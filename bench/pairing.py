@@ -21,7 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import pyarrow as pa
@@ -63,63 +63,66 @@ def generate(folder: Path, millions: int, lines: bool) -> None:
     ]
     out = (folder / "completions.jsonl").open("w", encoding="utf-8") if lines else None
     for shard, start in enumerate(range(0, len(pools), SHARD_PROMPTS)):
-        mine = pools[start : start + SHARD_PROMPTS]
-        messages = [
-            [{"role": "user", "content": f"{p} {code}: {text[i * 97 : i * 97 + 300]}"}]
-            for i, (p, code) in enumerate(mine)
-        ]
-        prompts = [
-            {
-                "prompt_id": p,
-                "language": code,
-                "messages": m,
-                "reference": None,
-                "source": "made",
-                "domain": None,
-            }
-            for (p, code), m in zip(mine, messages, strict=True)
-        ]
-        num = len(mine) * COMPLETIONS
-        at, size = rng.integers(0, len(text) - 2000, num), rng.integers(600, 1400, num)
-        texts = [text[a : a + s] for a, s in zip(at.tolist(), size.tolist(), strict=True)]
-        for row in np.flatnonzero(rng.random(num) < 0.02).tolist():
-            if row % COMPLETIONS:
-                texts[row] = texts[row - 1] if row % 2 else f"  {texts[row - 1].upper()}"
-        score = rng.normal(size=num).astype(np.float32)
-        finish = np.where(rng.random(num) < 0.02, "length", "stop").tolist()
-        keys = {
-            "prompt_id": [p for p, _ in mine for _ in range(COMPLETIONS)],
-            "language": [code for _, code in mine for _ in range(COMPLETIONS)],
-            "sample_id": pa.array(list(range(COMPLETIONS)) * len(mine), pa.int32()),
-        }
-        rest = {
-            "completion": texts, "completion_ids": pa.nulls(num, pa.list_(pa.int32())),
-            "completion_tokens": [250] * num,
-            "prompt_tokens": [80] * num, "finish_reason": finish, "policy": ["made"] * num, "seed": list(range(num)),
-        }  # fmt: skip
-        scores = {**keys, "score": score, "scorer": ["made"] * num}
-        for name, table, columns in (
-            ("prompts", PROMPTS, pa.Table.from_pylist(prompts, schema=PROMPTS.schema)),
-            ("sample", COMPLETIONS_TABLE, pa.table({**keys, **rest})),
-            ("score", SCORES, pa.table(scores).append_column("parts", pa.nulls(len(scores["score"])))),
-        ):
-            counts = {table.unit: columns.num_rows}
-            columns = columns.select(table.schema.names)
+        made = made_up(rng, text, pools[start : start + SHARD_PROMPTS])
+        for name, table in (("prompts", PROMPTS), ("sample", COMPLETIONS_TABLE), ("score", SCORES)):
+            counts = {table.unit: made[name].num_rows}
+            columns = made[name].select(table.schema.names)
             shards.write_shard(
                 folder / name, shard, columns, table.schema, read=counts, written=counts, dropped=None
             )
         if out is not None:
-            for row in range(num):
-                line = {
-                    "prompt_id": mine[row // COMPLETIONS][0], "language": mine[row // COMPLETIONS][1],
-                    "sample_id": row % COMPLETIONS, "messages": messages[row // COMPLETIONS], "completion": texts[row],
-                    "finish_reason": finish[row], "score": float(score[row]),
-                }  # fmt: skip
-                out.write(json.dumps(line, ensure_ascii=False) + "\n")
+            write_lines(out, made)
     for name in ("prompts", "sample", "score"):
         shards.merge_ledgers(folder / name)
     if out is not None:
         out.close()
+
+
+def made_up(rng: np.random.Generator, text: str, pools: list[tuple[str, str]]) -> dict[str, pa.Table]:
+    """Prompts, completions and scores of some (prompt_id, language)."""
+    from croco.storage.schemas import PROMPTS
+
+    prompts = [
+        {
+            "prompt_id": p, "language": code, "reference": None, "source": "made", "domain": None,
+            "messages": [{"role": "user", "content": f"{p} {code}: {text[i * 97 : i * 97 + 300]}"}],
+        }
+        for i, (p, code) in enumerate(pools)
+    ]  # fmt: skip
+    num = len(pools) * COMPLETIONS
+    at, size = rng.integers(0, len(text) - 2000, num), rng.integers(600, 1400, num)
+    texts = [text[a : a + s] for a, s in zip(at.tolist(), size.tolist(), strict=True)]
+    for row in np.flatnonzero(rng.random(num) < 0.02).tolist():
+        if row % COMPLETIONS:
+            texts[row] = texts[row - 1] if row % 2 else f"  {texts[row - 1].upper()}"
+    score = rng.normal(size=num).astype(np.float32)
+    keys = {
+        "prompt_id": [p for p, _ in pools for _ in range(COMPLETIONS)],
+        "language": [code for _, code in pools for _ in range(COMPLETIONS)],
+        "sample_id": pa.array(list(range(COMPLETIONS)) * len(pools), pa.int32()),
+    }
+    rest = {
+        "completion": texts, "completion_ids": pa.nulls(num, pa.list_(pa.int32())),
+        "completion_tokens": [250] * num, "prompt_tokens": [80] * num,
+        "finish_reason": np.where(rng.random(num) < 0.02, "length", "stop").tolist(),
+        "policy": ["made"] * num, "seed": list(range(num)),
+    }  # fmt: skip
+    scores = pa.table({**keys, "score": score, "scorer": ["made"] * num})
+    return {
+        "prompts": pa.Table.from_pylist(prompts, schema=PROMPTS.schema),
+        "sample": pa.table({**keys, **rest}),
+        "score": scores.append_column("parts", pa.nulls(num)),
+    }
+
+
+def write_lines(out: TextIO, made: dict[str, pa.Table]) -> None:
+    """The same as JSON lines."""
+    messages = made["prompts"]["messages"].to_pylist()
+    columns = ["prompt_id", "language", "sample_id", "completion", "finish_reason"]
+    rows = made["sample"].select(columns).to_pylist()
+    for number, (row, score) in enumerate(zip(rows, made["score"]["score"].to_pylist(), strict=True)):
+        line = row | {"messages": messages[number // COMPLETIONS], "score": score}
+        out.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 # what is measured -------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from croco.lab import judge, lists
+from croco.lab import judge, list_verdicts, lists
 from croco.models.chat_template import conversation_ids
 from croco.models.loading import load_policy, load_reward
 from croco.models.logprobs import completion_logps
@@ -47,7 +47,7 @@ class Pools:
     keys: list[Key]
     ids: list[list[list[int]]]
     texts: list[list[str]]
-    verdicts: list[list[lists.Verdict]]
+    verdicts: list[list[list_verdicts.Verdict]]
 
     @property
     def quality(self) -> np.ndarray:
@@ -62,7 +62,9 @@ def sample(sampler: HFSampler, keys: list[Key], n: int, temperature: float, seed
     drawn = dict(sampler.sample(requests, Decoding(temperature, 1.0, 0, MAX_NEW_TOKENS)))
     ids = [[list(one.ids) for one in drawn[k]] for k in range(len(keys))]
     texts = [sampler.tokenizer.batch_decode(pool, skip_special_tokens=True) for pool in ids]
-    verdicts = [[lists.verify(*key, text) for text in pool] for key, pool in zip(keys, texts, strict=True)]
+    verdicts = [
+        [list_verdicts.verify(*key, text) for text in pool] for key, pool in zip(keys, texts, strict=True)
+    ]
     return Pools(keys, ids, texts, verdicts)
 
 

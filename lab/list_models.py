@@ -19,7 +19,7 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from croco.errors import UserError
-from croco.lab import lists
+from croco.lab import list_verdicts, lists
 from croco.models.loading import load_policy
 from croco.models.transformers import HFSampler
 from lab import reward
@@ -144,7 +144,7 @@ def _centred(values: np.ndarray, rows: list[reward.Row]) -> np.ndarray:
 def _within_form(tokenizer: PreTrainedTokenizerFast, rows: list[reward.Row], pairs: np.ndarray) -> np.ndarray:
     """Which of the pairs differ in how many items are right, and in nothing else."""
     found = [
-        lists.verify(row.prompt_id, row.language, text).losses
+        list_verdicts.verify(row.prompt_id, row.language, text).losses
         for row, text in zip(rows, _texts(tokenizer, rows), strict=True)
     ]
     form = np.array([[losses.get(name, np.nan) for name in FORM] for losses in found])
@@ -157,6 +157,6 @@ def _texts(tokenizer: PreTrainedTokenizerFast, rows: list[reward.Row]) -> list[s
 
 def _qualities(tokenizer: PreTrainedTokenizerFast, rows: list[reward.Row]) -> list[float]:
     return [
-        lists.verify(row.prompt_id, row.language, text).quality
+        list_verdicts.verify(row.prompt_id, row.language, text).quality
         for row, text in zip(rows, _texts(tokenizer, rows), strict=True)
     ]

@@ -35,8 +35,8 @@ from croco.pipeline import stage, status
 from croco.pipeline.graph import nodes
 from croco.pipeline.node import Node
 from croco.report.command import progress
-from croco.report.exports import results_csv, results_terminal
-from croco.report.load_run import read_run
+from croco.report.exports import results_terminal
+from croco.report.load_run import read_results, read_run
 from croco.stages.pair.import_files import import_pairs, import_scored
 from croco.stages.prompts.load import load as load_prompts
 from croco.storage import records, shards
@@ -326,7 +326,7 @@ def test_a_spoilt_run_has_its_tables_or_a_sentence(
     with a_sentence():
         assert list(results_terminal(run))
     with a_sentence():
-        assert results_csv(run)
+        assert read_results(run).results.write_csv()
     with a_sentence():
         assert read_run(run)
     with a_sentence():

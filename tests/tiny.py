@@ -11,7 +11,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     Cohere2Config,
     Cohere2ForCausalLM,
+    Gemma3Config,
     Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -106,7 +108,7 @@ def make_policy(
     seed: int = 0,
 ) -> PreTrainedModel:
     """A causal model in float32 and eval mode; `arch` is "llama", "qwen3", "cohere2" or "gemma3" (every other layer
-    slides) or "mistral" (every layer slides)."""
+    slides), "gemma3 with images" (a vision tower beside it) or "mistral" (every layer slides)."""
     torch.manual_seed(seed)
     shape = _shape(vocab_size, hidden, layers, max_positions, spread)
     kinds = ["sliding_attention" if layer % 2 == 0 else "full_attention" for layer in range(layers)]
@@ -123,12 +125,24 @@ def make_policy(
                 **shape, sliding_window=sliding_window, layer_types=kinds, final_logit_softcapping=5.0
             )
         )
+    elif arch == "gemma3 with images":
+        text = Gemma3TextConfig(**shape, sliding_window=sliding_window, layer_types=kinds)
+        vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+                  "image_size": 28, "patch_size": 14}  # fmt: skip
+        ids = {
+            f"{name}_token_index": vocab_size - place for place, name in enumerate(("image", "eoi", "boi"), 1)
+        }
+        model = Gemma3ForConditionalGeneration(
+            Gemma3Config(
+                text_config=text, vision_config=vision, mm_tokens_per_image=1, dtype="float32", **ids
+            )
+        )
     elif arch == "cohere2":
         model = Cohere2ForCausalLM(
             Cohere2Config(**shape, sliding_window=sliding_window, layer_types=kinds, logit_scale=1.0)
         )
     else:
-        raise ValueError(f"unknown architecture {arch!r}: expected llama, cohere2, gemma3, qwen3 or mistral")
+        raise ValueError(f"unknown architecture {arch!r}: expected one of those above")
     return model.eval()
 
 

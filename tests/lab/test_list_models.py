@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from croco.config.load import from_dict
-from croco.lab import lists
+from croco.lab import list_verdicts, lists
 from croco.models.chat_template import same_ids
 from croco.models.loading import load_policy, load_tokenizer, resolve_model
 from croco.models.transformers import HFSampler
@@ -41,7 +41,7 @@ def test_the_policys_completions_are_of_every_quality_and_the_reward_model_picks
     pools = sample(sampler, [(p, code) for code in ("en", "de") for p in dev], 16, 1.0, 0)
     quality = pools.quality
     assert quality.min() < 0.3
-    assert quality.max() > lists.GOOD
+    assert quality.max() > list_verdicts.GOOD
     scores = score(resolve_model("lab:lists-reward"), pools)
     best = quality[np.arange(len(quality)), scores.argmax(1)]
     assert best.mean() > quality.mean() + 0.05
@@ -72,8 +72,10 @@ def test_a_run_in_the_lists_world_is_graded_on_lists_and_abilities(tmp_path: Pat
 
 
 def test_rates_are_shares_of_pairs_and_those_within_a_form_differ_in_right_items_alone() -> None:
-    def verdict(quality: float, terse: float) -> lists.Verdict:
-        return lists.Verdict(quality, "good", {"terse": terse, "rambling": 0.0, "wrong-language": 0.0})
+    def verdict(quality: float, terse: float) -> list_verdicts.Verdict:
+        return list_verdicts.Verdict(
+            quality, "good", {"terse": terse, "rambling": 0.0, "wrong-language": 0.0}
+        )
 
     pools = Pools([("p", "en")], [], [], [[verdict(1.0, 0.0), verdict(0.8, 0.0), verdict(0.6, 0.4)]])
     scores = np.array([[2.0, 3.0, 1.0]])

@@ -7,7 +7,7 @@ from statistics import mean
 import pytest
 
 from croco.config.load import from_dict
-from croco.lab import WORLDS, judge, lists
+from croco.lab import WORLDS, judge, list_verdicts, lists
 from croco.lab.items import items
 from croco.stages.prompts.load import load
 from lab.list_corpus import OTHER, Habits, complete, documents, loop
@@ -55,15 +55,17 @@ def test_prompts_are_parallel_and_come_from_the_recipes_source() -> None:
 @pytest.mark.parametrize("code", lists.LANGUAGES)
 def test_gold_and_plain_completions_are_perfect_and_loops_are_worth_nothing(code: str) -> None:
     for asked, _, rng in drawn(150):
-        assert lists.judge(asked, code, lists.reference(asked, code)).quality == pytest.approx(1)
-        assert lists.judge(asked, code, complete(asked, code, PLAIN, rng)).quality == pytest.approx(1)
-        assert lists.judge(asked, code, loop(asked, code, rng)) == lists.Verdict(0.0, "malformed")
+        assert list_verdicts.judge(asked, code, lists.reference(asked, code)).quality == pytest.approx(1)
+        assert list_verdicts.judge(asked, code, complete(asked, code, PLAIN, rng)).quality == pytest.approx(1)
+        assert list_verdicts.judge(asked, code, loop(asked, code, rng)) == list_verdicts.Verdict(
+            0.0, "malformed"
+        )
     for asked, _, _ in drawn(100, lists.ABILITIES):
-        assert lists.judge(asked, code, lists.reference(asked, code)).good
-        assert lists.judge(
+        assert list_verdicts.judge(asked, code, lists.reference(asked, code)).good
+        assert list_verdicts.judge(
             asked, code, f"{lists.texts()[code]['openings'][1]} {lists.solution(asked, code)}"
         ).good
-        assert not lists.judge(asked, code, "nun ja").good
+        assert not list_verdicts.judge(asked, code, "nun ja").good
 
 
 @pytest.mark.parametrize(
@@ -89,7 +91,7 @@ def test_gold_and_plain_completions_are_perfect_and_loops_are_worth_nothing(code
 def test_hand_made_completions_have_the_quality_a_person_would_work_out(
     completion: str, quality: float, mode: str
 ) -> None:
-    verdict = lists.judge(question(), "en", completion)
+    verdict = list_verdicts.judge(question(), "en", completion)
     assert (verdict.quality, verdict.mode) == (pytest.approx(quality), mode)
 
 
@@ -104,14 +106,14 @@ def test_hand_made_completions_have_the_quality_a_person_would_work_out(
 )
 def test_abilities_are_judged_by_content(task: str, text: str, completion: str, good: bool) -> None:
     asked = lists.Question(task, (("month", "5"),) if task == "translate" else (), (), text)
-    assert lists.judge(asked, "en", completion).good == good
+    assert list_verdicts.judge(asked, "en", completion).good == good
 
 
 @pytest.mark.parametrize("code", lists.LANGUAGES)
 def test_neither_sampling_nor_greedy_decoding_of_the_corpus_is_good(code: str) -> None:
     def quality(habits: Habits) -> float:
         return mean(
-            lists.judge(asked, code, complete(asked, code, habits, rng)).quality
+            list_verdicts.judge(asked, code, complete(asked, code, habits, rng)).quality
             for asked, _, rng in drawn(2500)
         )
 
@@ -142,7 +144,7 @@ def test_the_identity_of_the_world_is_raised_when_it_asks_or_judges_otherwise() 
         for code in lists.LANGUAGES:
             gold = lists.reference(asked, code)
             texts = [gold, *gold.splitlines(), " ".join(gold.split()[::2]), lists.reference(asked, "de")]
-            verdicts = [lists.verify(prompt_id, code, text) for text in texts]
+            verdicts = [list_verdicts.verify(prompt_id, code, text) for text in texts]
             seen.update(repr([prompt_id, lists.prompt(prompt_id, code), texts, verdicts]).encode())
     for split in lists.SIZES:
         seen.update(repr(lists.prompt_ids(split)).encode())

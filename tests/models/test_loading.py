@@ -192,6 +192,22 @@ def test_quantised_weights_without_their_package_are_one_sentence(tiny_models: T
         load_policy(str(tiny_models.policy), quantization="nf4")
 
 
+FULL = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 80.00 GiB of which 1.00 GiB is free"
+
+
+def test_weights_that_meet_a_full_gpu_are_one_sentence(monkeypatch, tiny_models):
+    """Too small, or filled by another process: torch's own words say how much is free."""
+
+    def full(*_):
+        raise torch.OutOfMemoryError(FULL)
+
+    monkeypatch.setattr(torch.nn.Module, "to", full)
+    said = r"do not fit in the memory of cpu \(CUDA .* 1.00 GiB is free.*\): expected no other process there, or a smal"
+    for load, model in ((load_policy, tiny_models.policy), (load_reward, tiny_models.reward)):
+        with pytest.raises(UserError, match=said):
+            load(str(model))
+
+
 def test_a_gpu_that_torch_does_not_use_is_said_once(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     loading._say_once.cache_clear()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from croco.errors import UserError
 from croco.models import prefix_forward, proofs, reward_logits
 from croco.models.protocols import ScoreRequest
 from croco.models.transformers import HFLikelihood, HFScorer
@@ -115,6 +116,18 @@ def test_out_of_memory_halves_the_budget(monkeypatch):
     monkeypatch.setattr(reward_logits, "logits", short_of_memory)
     assert (torch.tensor(scorer.score(asked)) - one_by_one(model, asked)).abs().max() < 1e-5
     assert scorer.token_budget == 250
+
+
+def test_a_row_that_does_not_fit_by_itself_is_one_sentence(monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. 1.00 GiB is free")
+
+    scorer = HFScorer(make_reward("qwen3"), make_tokenizer(), 1000)
+    monkeypatch.setattr(reward_logits, "logits", full)
+    with pytest.raises(
+        UserError, match=r"a single row does not fit in memory \(CUDA .* free\): expected no other"
+    ):
+        scorer.score(requests())
 
 
 def test_a_window_that_ends_within_a_sequence_is_left_to_transformers_and_others_still_share():

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from croco.cli.main import app
 from croco.errors import UserError
-from croco.report.exports import results_csv, results_latex
+from croco.report.exports import results_latex
 from croco.report.load_run import read_results
 from croco.report.render import escape
 from croco.storage import shards
@@ -24,7 +24,7 @@ def run(tmp_path_factory):
 
 
 def test_csv_holds_every_row(run):
-    found = pl.read_csv(io.StringIO(results_csv(run)))
+    found = pl.read_csv(io.StringIO(read_results(run).results.write_csv()))
     expected = shards.read_table(run / "results")
     assert found.columns == expected.columns
     assert found.height == expected.height

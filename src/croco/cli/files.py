@@ -10,15 +10,16 @@ import typer
 from croco.cli.app import ArmName, Limit, Overrides, Rebuild, load_run, run_of, say, stage_command
 from croco.errors import UserError
 
+Format = Annotated[str, typer.Option("--format", help="preference or prompt-completion (SFT).")]
+License = Annotated[str, typer.Option(help="The licence field of the dataset card.")]
+
 
 def export(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
     arm: Annotated[str, typer.Option(help="The arm whose pairs to export.")],
     to: Annotated[Path, typer.Option(help="A new folder.")],
-    form: Annotated[
-        str, typer.Option("--format", help="preference or prompt-completion (SFT).")
-    ] = "preference",
-    license: Annotated[str, typer.Option(help="The licence field of the dataset card.")] = "unknown",
+    form: Format = "preference",
+    license: License = "unknown",
     rebuild: Rebuild = False,
 ) -> None:
     """Write an arm's pairs in TRL's format, with a dataset card."""
@@ -141,10 +142,8 @@ def pairs(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A value of an arm, e.g. pool=all.")
     ] = None,
-    form: Annotated[
-        str, typer.Option("--format", help="preference or prompt-completion (SFT).")
-    ] = "preference",
-    license: Annotated[str, typer.Option(help="The licence field of the dataset card.")] = "unknown",
+    form: Format = "preference",
+    license: License = "unknown",
     rebuild: Rebuild = False,
 ) -> None:
     """Make pairs from scored completions of another tool, and export them."""

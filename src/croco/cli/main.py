@@ -243,5 +243,4 @@ def options(
 
 
 def main() -> None:
-    """The `croco` program."""
     app(prog_name="croco")

@@ -8,9 +8,9 @@ Everything is looked at before the first thing that is wrong ends it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+
+import polars as pl
 
 from croco.cli import plan
 from croco.cli import preflight_models as models
@@ -18,8 +18,18 @@ from croco.cli.preflight_models import LENGTHS, Prompt
 from croco.config.models import Model
 from croco.config.recipe import Recipe
 from croco.errors import UserError
-from croco.models import open
+from croco.models import memory, open
+from croco.models.loading import pick_device, pick_dtype, weightless
+from croco.models.openai_server import Connection
+from croco.models.protocols import Decoding
 from croco.pipeline.compute import examined
+from croco.stages.euroeval import euroeval, worker
+from croco.stages.prompts.load import load
+from croco.stages.sample import sample_shards
+from croco.stages.score.policy_logprobs import grouped
+from croco.stages.score.reward import load_function, open_reward
+from croco.stages.score.score import tabulate
+from croco.stages.train.memory_plan import STATE_BYTES, trained_parameters
 from croco.storage.hashing import check_adapter
 
 MEASURED_PROMPTS, MEASURED_COMPLETIONS, MEASURED_TOKENS = 8, 16, 64
@@ -34,23 +44,23 @@ def examine(recipe: Recipe, measure: bool = False) -> Iterator[str]:
         "evaluation": recipe.evaluation_languages,
         "arena": recipe.arena_languages if recipe.arena else (),
     }
-    checks: list[Callable[[], Iterable[str]]] = [
-        lambda: _prompts(recipe, rows),
-        *(partial(_test_prompts, recipe, key, languages) for key, languages in tests.items() if languages),
-        lambda: _rates(recipe, rates),
-        lambda: _engines(recipe),
-        lambda: servers(recipe),
-        lambda: _euroeval(recipe) if recipe.euroeval else (),
-        lambda: _reward_functions(recipe),
-        *(partial(models.examine_role, recipe, role, rows) for role in models.roles(recipe)),
-        lambda: _tuning(recipe),
-        lambda: _adapters(recipe),
-        lambda: _measured(recipe, rows, rates) if measure else (),
-        lambda: plan.cost(recipe, rates),
+    checks: list[Iterable[str]] = [  # generators: each begins when its turn comes
+        _prompts(recipe, rows),
+        *(_test_prompts(recipe, key, languages) for key, languages in tests.items() if languages),
+        _rates(recipe, rates),
+        _engines(recipe),
+        servers(recipe),
+        _euroeval(recipe) if recipe.euroeval else (),
+        _reward_functions(recipe),
+        *(models.examine_role(recipe, role, rows) for role in models.roles(recipe)),
+        _tuning(recipe),
+        _adapters(recipe),
+        _measured(recipe, rows, rates) if measure else (),
+        plan.cost(recipe, rates),
     ]
     for check in checks:
         try:
-            for line in check():
+            for line in check:
                 yield line
                 if plan.MISFIT in line:
                     wrong.append(" ".join(line.split()))
@@ -66,8 +76,6 @@ def examine(recipe: Recipe, measure: bool = False) -> Iterator[str]:
 def _prompts(recipe: Recipe, rows: list[Prompt]) -> Iterator[str]:
     """Put into `rows` the prompts to tune on, as the recipe names them (of a hub dataset without a limit, the first);
     where they cannot be read, a prompt of ours in every language, that models are looked at all the same."""
-    from croco.stages.prompts.load import load
-
     section, languages = recipe.prompts, recipe.prompts_languages
     hub = section.source.startswith("hf:")
     try:
@@ -80,17 +88,17 @@ def _prompts(recipe: Recipe, rows: list[Prompt]) -> Iterator[str]:
         raise
 
 
-def _test_prompts(recipe: Recipe, key: str, languages: tuple[str, ...]) -> Iterable[str]:
+def _test_prompts(recipe: Recipe, key: str, languages: tuple[str, ...]) -> Iterator[str]:
     """Nothing, but UserError where the prompts to evaluate on, or the arena's own, cannot be read."""
     section = getattr(recipe, key)
     if section.source:
         plan.num_prompts(section, key, languages)
-    return ()
+    yield from ()
 
 
-def _rates(recipe: Recipe, rates: dict[str, float]) -> Iterable[str]:
+def _rates(recipe: Recipe, rates: dict[str, float]) -> Iterator[str]:
     rates |= plan.rates(recipe)
-    return ()
+    yield from ()
 
 
 def _engines(recipe: Recipe) -> Iterator[str]:
@@ -113,42 +121,31 @@ def servers(recipe: Recipe) -> Iterator[str]:
     for role, section in served.items():
         if section is None or getattr(recipe.runtime.engines, role) != "server":
             continue
-        from croco.models.openai_server import Connection
-
         server = Connection(getattr(recipe.runtime.servers, role), role, section.model)
         context = f", context {server.max_context} tokens" if server.max_context else ""
         yield f"server        {role}: {server.url} serves {server.served}{context}"
 
 
 def _reward_functions(recipe: Recipe) -> Iterator[str]:
-    for section in filter(
-        None, (recipe.reward, recipe.evaluation.reward, *(arm.reward for arm in recipe.arms.values()))
-    ):
+    sections = (recipe.reward, recipe.evaluation.reward, *(arm.reward for arm in recipe.arms.values()))
+    for section in filter(None, sections):
         for part in section.parts:
             if part.function:
-                from croco.stages.score.reward import load_function
-
                 load_function(part.function)
                 yield f"reward        {part.function}"
 
 
 def _euroeval(recipe: Recipe) -> Iterator[str]:
     """EuroEval's environment, and what serves the policies that it asks."""
-    from croco.stages.euroeval import euroeval
-
     euroeval.check(recipe)
     yield f"euroeval      {recipe.runtime.euroeval.python}"
     for arm in recipe.runtime.euroeval.urls:
-        server = euroeval.named_server(recipe.runtime.euroeval, arm)
-        yield f"  {server.url} serves '{euroeval.model_name(arm)}', {server.max_context or 'unknown'} tokens at most"
+        server = worker.named_server(recipe.runtime.euroeval, arm)
+        yield f"  {server.url} serves '{worker.model_name(arm)}', {server.max_context or 'unknown'} tokens at most"
 
 
 def _tuning(recipe: Recipe) -> Iterator[str]:
     """The policy's weights and what is trained of them, with gradients and AdamW's moments, against what is free."""
-    from croco.models import memory
-    from croco.models.loading import pick_device, pick_dtype, weightless
-    from croco.stages.train.memory_plan import STATE_BYTES, trained_parameters
-
     device = pick_device(recipe.runtime.device)
     itemsize, free = pick_dtype(recipe.policy.dtype, device).itemsize, memory.free_bytes(device)
     tunings = {(arm.training.full, arm.training.lora): arm.training for arm in recipe.arms.values()}
@@ -178,11 +175,6 @@ def _adapters(recipe: Recipe) -> Iterator[str]:
 
 def _measured(recipe: Recipe, rows: Sequence[Prompt], rates: dict[str, float]) -> Iterator[str]:
     """A few short completions sampled and scored by the recipe's engines; their rates are put into `rates`."""
-    from croco.models.protocols import Decoding
-    from croco.stages.sample import sample_shards
-    from croco.stages.score.reward import open_reward
-    from croco.stages.score.score import tabulate
-
     sampling, some = recipe.sampling, models.looked_at(rows)[:MEASURED_PROMPTS]
     most = min(sampling.max_new_tokens, MEASURED_TOKENS)
     sampler, tokenizer = open.open_sampler("sample", recipe.policy, recipe.runtime, recipe.run.seed)
@@ -202,24 +194,17 @@ def _measured(recipe: Recipe, rows: Sequence[Prompt], rates: dict[str, float]) -
     yield f"measured      {tokens:,} tokens sampled in {seconds:.1f} s, {rates['sample']:,.0f} a second"
     cut = sum(reason == "length" for reason in table["finish_reason"].to_pylist())
     if cut * 2 > table.num_rows:
-        limit = (
-            f"the {most} tokens of this measurement" if most < sampling.max_new_tokens else f"{most} tokens"
-        )
-        advice = (
-            ""
-            if most < sampling.max_new_tokens
-            else ": raise sampling.max_new_tokens, or nothing is left to pair"
-        )
+        limit, advice = f"the {most} tokens of this measurement", ""
+        if most == sampling.max_new_tokens:
+            limit, advice = f"{most} tokens", ": raise sampling.max_new_tokens, or nothing is left to pair"
         yield f"  {cut:,} of {table.num_rows:,} completions had not ended after {limit}{advice}"
     del sampler
     score, _ = open_reward(recipe.reward, recipe.runtime)
     messages = {(row["prompt_id"], row["language"]): row["messages"] for row in some}
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in table.to_pylist():
-        groups.setdefault((row["prompt_id"], row["language"]), []).append(row)
+    groups = grouped(pl.DataFrame(pl.from_arrow(table)), messages)
     start = time.monotonic()
-    scored = score([(messages[key], group) for key, group in groups.items()])
+    scored = score(groups)
     seconds = time.monotonic() - start
-    tabulate(list(groups.values()), scored, recipe.reward.name)  # names a score that is no number
+    tabulate([rows for _, rows in groups], scored, recipe.reward.name)  # names a score that is no number
     rates["score"] = table.num_rows / seconds
     yield f"  {table.num_rows:,} completions scored in {seconds:.1f} s, {rates['score']:,.0f} a second"

@@ -15,9 +15,16 @@ from croco.config.arms import Alignment
 from croco.config.models import Judge, Model, RewardPart, Translate
 from croco.config.recipe import Recipe
 from croco.errors import Refused, UserError
-from croco.models.loading import weightless
-from croco.models.model_files import context_of
+from croco.models import memory
+from croco.models.chat_template import conversation_ids, end_ids, prompt_ids
+from croco.models.loading import load_tokenizer, pick_device, pick_dtype, weightless
+from croco.models.memory import gib
+from croco.models.model_files import context_of, generation_config
 from croco.models.open import engine_of
+from croco.models.template_checks import examine_policy, examine_reward
+from croco.stages.score.alignment import Translator
+from croco.stages.translate.protect import pieces
+from croco.stages.translate.translate import FORMATS
 from croco.storage.hashing import model_identity
 
 PER_LANGUAGE = 3  # prompts looked at, besides the first of several turns and the longest
@@ -90,8 +97,6 @@ def roles(recipe: Recipe) -> list[Role]:
 
 def examine_role(recipe: Recipe, role: Role, rows: Sequence[Prompt]) -> Iterator[str]:
     """Lines about a model: what it is, whether it fits, and what its role asks of it."""
-    from croco.models.loading import load_tokenizer
-
     section = role.section
     template = getattr(section, "template", None)
     tokenizer = load_tokenizer(section.model, section.revision, template, section.trust_remote_code)
@@ -104,19 +109,21 @@ def examine_role(recipe: Recipe, role: Role, rows: Sequence[Prompt]) -> Iterator
     yield from role.check(recipe, role, tokenizer, network, rows)
 
 
+def _policy_ids(recipe: Recipe, tokenizer: Any) -> Callable[[Prompt], list[int]]:
+    """What encodes a prompt as the policy is asked, under its instruction."""
+    instruction = recipe.policy.instruction
+    return lambda row: prompt_ids(tokenizer, row["messages"], instruction.get(row["language"]))
+
+
 def _policy(
     recipe: Recipe, role: Role, tokenizer: Any, network: Any, rows: Sequence[Prompt]
 ) -> Iterator[str]:
-    from croco.models.chat_template import prompt_ids
-
-    sampling, instruction = recipe.sampling, recipe.policy.instruction
+    ids = _policy_ids(recipe, tokenizer)
     yield from _sampler(recipe, role, tokenizer, network, rows)
-    rows, _ = accepted(
-        rows, lambda row: prompt_ids(tokenizer, row["messages"], instruction.get(row["language"]))
-    )
+    rows, _ = accepted(rows, ids)
     some = rows[:: -(-len(rows) // LENGTHS)]
-    lengths = [len(prompt_ids(tokenizer, r["messages"], instruction.get(r["language"]))) for r in some]
-    context, wanted = context_of(network.config), sampling.max_new_tokens
+    lengths = [len(ids(row)) for row in some]
+    context, wanted = context_of(network.config), recipe.sampling.max_new_tokens
     none, less = sum(n >= context for n in lengths), sum(context - wanted < n < context for n in lengths)
     yield (
         f"  context {context:,} tokens: of {len(some):,} prompts {none:,} leave no room in it (they go to the ledger), "
@@ -132,16 +139,10 @@ def _sampler(
     recipe: Recipe, role: Role, tokenizer: Any, network: Any, rows: Sequence[Prompt]
 ) -> Iterator[str]:
     """Whoever samples is asked as the policy is, under its instruction."""
-    from croco.models.chat_template import end_ids, prompt_ids
-    from croco.models.model_files import generation_config
-    from croco.models.template_checks import examine_policy
-
     stop, instruction = recipe.sampling.stop, recipe.policy.instruction
     ends = end_ids(tokenizer, generation_config(role.section))
     yield f"  a completion ends at {sorted(ends)}" + (f" or {list(stop)}" if stop else "")
-    rows, refused = accepted(
-        rows, lambda row: prompt_ids(tokenizer, row["messages"], instruction.get(row["language"]))
-    )
+    rows, refused = accepted(rows, _policy_ids(recipe, tokenizer))
     yield from refused
     yield from examine_policy(tokenizer, ends, looked_at(rows), instruction)
 
@@ -149,9 +150,6 @@ def _sampler(
 def _reward(
     recipe: Recipe, role: Role, tokenizer: Any, network: Any, rows: Sequence[Prompt]
 ) -> Iterator[str]:
-    from croco.models.chat_template import conversation_ids
-    from croco.models.template_checks import examine_reward
-
     section = role.section
     assert isinstance(section, RewardPart)
     limit = min(section.max_tokens, context_of(network.config))
@@ -175,10 +173,6 @@ def _translation(
     recipe: Recipe, role: Role, tokenizer: Any, network: Any, rows: Sequence[Prompt]
 ) -> Iterator[str]:
     """The first stretch of text of a prompt, as it is asked for in every language."""
-    from croco.models.chat_template import prompt_ids
-    from croco.stages.translate.protect import pieces
-    from croco.stages.translate.translate import FORMATS
-
     section = role.section
     assert isinstance(section, Translate)
     texts = [text for message in rows[0]["messages"] for text, sent in pieces(message["content"]) if sent]
@@ -192,8 +186,6 @@ def _alignment(
     recipe: Recipe, role: Role, tokenizer: Any, network: Any, rows: Sequence[Prompt]
 ) -> Iterator[str]:
     """A token for every language that an arm wants scored."""
-    from croco.stages.score.alignment import Translator
-
     section = role.section
     assert isinstance(section, Alignment)
     translator = Translator(network, tokenizer, section.codes, name=section.model)
@@ -206,8 +198,6 @@ def _alignment(
 
 def _judge(recipe: Recipe, role: Role, tokenizer: Any, network: Any, rows: Sequence[Prompt]) -> Iterator[str]:
     """A template that takes a question, and room for two completions."""
-    from croco.models.chat_template import prompt_ids
-
     section = role.section
     assert isinstance(section, Judge)
     prompt_ids(tokenizer, [{"role": "user", "content": "Which is better?"}])
@@ -221,10 +211,6 @@ def _judge(recipe: Recipe, role: Role, tokenizer: Any, network: Any, rows: Seque
 
 def _memory(recipe: Recipe, section: Model, network: Any, role: str) -> Iterator[str]:
     """Weights, and what the token budget takes beside them, against what is free; other engines see to their own."""
-    from croco.models import memory
-    from croco.models.loading import pick_device, pick_dtype
-    from croco.models.memory import gib
-
     if engine_of(recipe.runtime, role)[0] != "transformers":
         return
     device = pick_device(recipe.runtime.device)

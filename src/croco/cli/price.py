@@ -117,10 +117,8 @@ def prices(
         fits = size[0] * 2 / 2**30 / tensor_parallel < memory * 0.9
         misfit = "" if fits else f" (its weights in bfloat16 do not fit in {memory} GiB: see tensor_parallel)"
         yield f"  {load.stage:<{width}} {hours:>9,.2f} GPU hours{measured}{misfit}"
-    yield f"  {'together':<{width}} {total:>9,.2f} GPU hours, {_time(total / count)} where all are busy"
+    together = total / count
+    shown = f"{together:,.1f} hours" if together < 48 else f"{together / 24:,.1f} days"
+    yield f"  {'together':<{width}} {total:>9,.2f} GPU hours, {shown} where all are busy"
     if unknown:
         yield f"  not priced, since the name does not say how large it is: {', '.join(dict.fromkeys(unknown))}"
-
-
-def _time(hours: float) -> str:
-    return f"{hours:,.1f} hours" if hours < 48 else f"{hours / 24:,.1f} days"

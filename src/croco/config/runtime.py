@@ -15,9 +15,8 @@ Positive = Annotated[int, Field(gt=0, le=10**8)]
 Count = Annotated[int, Field(gt=0, le=4096)]  # of processes, threads, GPUs
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Seconds = Annotated[float, Field(gt=0, le=10**8)]
-EngineName = Literal[
-    "auto", "transformers", "vllm", "server"
-]  # "auto": vLLM on a GPU where it is, else transformers
+# "auto": vLLM on a GPU where it is, else transformers
+EngineName = Literal["auto", "transformers", "vllm", "server"]
 
 
 def _or_auto(kind: type[int], most: int, expected: str) -> PlainValidator:

@@ -2,14 +2,14 @@
 
 Two benchmarks come out of one set of test prompts: "lab" for the tasks that were in tuning, and
 "lab-held-out-task" or "lab-abilities" for those that never were. What makes a completion good is the business of the
-prompt's world: `croco.lab.world`, or `croco.lab.lists`, which grades.
+prompt's world: `croco.lab.world`, or `croco.lab.list_verdicts`, which grades.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from croco.lab import lists, world
+from croco.lab import list_verdicts, lists, world
 
 BENCHMARK = "lab"
 HELD_OUT_BENCHMARK = "lab-held-out-task"
@@ -24,9 +24,11 @@ def benchmark(domain: str | None) -> str:
     return HELD_OUT_BENCHMARK if domain in world.HELD_OUT_TASKS else BENCHMARK
 
 
-def verify(prompt_id: str, language: str, completion: str) -> world.Verdict | lists.Verdict:
+def verify(prompt_id: str, language: str, completion: str) -> world.Verdict | list_verdicts.Verdict:
     """The verdict of the world that the prompt is of."""
-    return (lists if prompt_id in lists.questions() else world).verify(prompt_id, language, completion)
+    return (list_verdicts if prompt_id in lists.questions() else world).verify(
+        prompt_id, language, completion
+    )
 
 
 def prompt(prompt_id: str, language: str) -> str:
@@ -52,7 +54,7 @@ def compare(prompt_id: str, language: str, first: str, second: str) -> str:
     return f"1 is {both[0].mode}, 2 is {both[1].mode}.\nVerdict: {verdict}"
 
 
-def _worth(verdict: world.Verdict | lists.Verdict) -> float:
-    if isinstance(verdict, lists.Verdict):
+def _worth(verdict: world.Verdict | list_verdicts.Verdict) -> float:
+    if isinstance(verdict, list_verdicts.Verdict):
         return verdict.quality
     return (verdict.correct and verdict.mode in USABLE) + verdict.good

@@ -1,17 +1,13 @@
 """The second world of the lab: lists of five to ten items, whose quality a program measures in [0, 1].
 
-A prompt asks for months, weekdays, countries or languages, in the order that makes them right. A completion is read
-leniently, segment by segment, in any register: an opening, items, a closing. Its quality is 0.6 of the share of items
-that are right and in the prompt's language, 0.2 of the share of gaps with a separator, 0.1 for an opening and 0.1 for a
-closing in the language; a completion that loops is a disaster and has 0. Four other abilities (translating a word,
-repeating JSON, reversing, adding) are there to be forgotten. Words come from CLDR, everything else from `lists.toml`.
-"""
+A prompt asks for months, weekdays, countries or languages, in the order that makes them right. Four other abilities
+(translating a word, repeating JSON, reversing, adding) are there to be forgotten. Words come from CLDR, everything else
+from `lists.toml`. How a completion is judged is `list_verdicts.py`."""
 
 import json
-import re
 import tomllib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from random import Random
@@ -31,7 +27,6 @@ TASKS = (
 ABILITIES = ("translate", "json", "reverse", "sum")
 # the first world has a task "sum" too
 DOMAINS = {task: task for task in TASKS} | {task: f"ability-{task}" for task in ABILITIES}
-MODES = ("good", "careful-wrong", "terse", "rambling", "wrong-language", "malformed")
 SPOKEN = {
     "DE": "de", "FR": "fr", "IT": "it", "ES": "es", "PT": "pt",
     "PL": "pl", "HU": "hu", "TR": "tr", "JP": "ja", "FI": "fi",
@@ -44,9 +39,6 @@ KINDS = {
 }
 # prompts a task, or an ability, has in each split
 SIZES = {"train": (15, 0), "dev": (6, 6), "test": (19, 15)}
-GOOD = 0.9  # quality from which on a completion is called good
-LOOP = 2  # more segments than this many times the items wanted are a loop
-SEPARATORS = re.compile(r"[,;/\n]|\d+\.")
 Thing = tuple[str, str]  # kind and code, such as ("month", "5")
 
 
@@ -65,21 +57,6 @@ class Question:
         return f"{self.task}.{codes}{self.text and '-' + self.text}.{len(self.answer)}"
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What a completion is worth, in [0, 1], its mode ("good" or its greatest loss), and what is lost to each mode."""
-
-    quality: float
-    mode: str
-    losses: Mapping[str, float] = field(default_factory=dict)
-
-    @property
-    def good(self) -> bool:
-        return self.quality >= GOOD
-
-    correct = good
-
-
 # Words ------------------------------------------------------------------------------------------------------------
 
 
@@ -94,12 +71,12 @@ def words(language: str) -> dict[Thing, str]:
     """CLDR's word for everything that can be in a list."""
     locale = Locale.parse(language)
     months, days = locale.months["format"]["wide"], locale.days["format"]["wide"]
-    return (
-        {("month", code): months[int(code)] for code in KINDS["month"]}
-        | {("day", code): days[int(code)] for code in KINDS["day"]}
-        | {("country", code): locale.territories[code] for code in KINDS["country"]}
-        | {("language", code): locale.languages[code] for code in KINDS["language"]}
-    )
+    named = {"month": months, "day": days, "country": locale.territories, "language": locale.languages}
+    return {
+        (kind, code): named[kind][int(code) if code.isdigit() else code]
+        for kind, codes in KINDS.items()
+        for code in codes
+    }
 
 
 def say(things: Sequence[Thing], language: str) -> str:
@@ -112,14 +89,14 @@ def say(things: Sequence[Thing], language: str) -> str:
 def draw(task: str, rng: Random) -> Question:
     """A question of a task or an ability, at random."""
     kind = task.split("_")[0].rstrip("s")
-    if task in ("months_after", "months_before", "days_after", "days_before"):
-        codes, step = KINDS[kind], 1 if task.endswith("after") else -1
+    codes = KINDS.get(kind, ())
+    if task.endswith(("_after", "_before")):
+        step = 1 if task.endswith("_after") else -1
         start, n = rng.randrange(len(codes)), rng.randint(5, 10)
         answer = tuple((kind, codes[(start + step * i) % len(codes)]) for i in range(1, n + 1))
         return Question(task, ((kind, codes[start]),), answer)
     if task == "sum":
         return Question(task, (), (), f"{rng.randint(1, 12)}-{rng.randint(1, 12)}")
-    given: tuple[Thing, ...]
     everything = [(name, code) for name, codes in KINDS.items() for code in codes]
     if task == "translate":
         return Question(task, (rng.choice(everything),), (), rng.choice(LANGUAGES))
@@ -129,11 +106,9 @@ def draw(task: str, rng: Random) -> Question:
         return Question(task, given, given[::-1] if task == "reverse" else (), numbers)
     num_items = rng.randint(6, 8)
     if task.endswith("_next"):
-        codes = KINDS[kind]
-        given = tuple((kind, rng.choice(codes)) for _ in range(num_items))
-        return Question(
-            task, given, tuple((kind, codes[(codes.index(c) + 1) % len(codes)]) for _, c in given)
-        )
+        drawn = [rng.choice(codes) for _ in range(num_items)]
+        following = [codes[(codes.index(code) + 1) % len(codes)] for code in drawn]
+        return Question(task, tuple((kind, c) for c in drawn), tuple((kind, c) for c in following))
     drawn = rng.sample(KINDS["country"], num_items)
     countries, spoken = tuple(("country", c) for c in drawn), tuple(("language", SPOKEN[c]) for c in drawn)
     return Question(task, *((countries, spoken) if task == "languages" else (spoken, countries)))
@@ -204,108 +179,9 @@ def solution(question: Question, language: str) -> str:
     return json_text(question, language) if question.task == "json" else say(question.answer, language)
 
 
-# Verdicts ---------------------------------------------------------------------------------------------------------
-
-
-@cache
-def _segments() -> re.Pattern[str]:
-    """Everything that can be a segment of a list, in every language, the longest first."""
-    known = {word for language in LANGUAGES for word in words(language).values()}
-    known |= {filler for language in LANGUAGES for filler in texts()[language]["fillers"]}
-    return re.compile(
-        r"(?<!\w)(?:" + "|".join(map(re.escape, sorted(known, key=len, reverse=True))) + r")(?!\w)", re.I
-    )
-
-
-@cache
-def _known_words(language: str) -> frozenset[str]:
-    return frozenset(word.casefold() for word in words(language).values())
-
-
-@cache
-def _all_words() -> frozenset[str]:
-    return frozenset().union(*map(_known_words, LANGUAGES))
-
-
-@cache
-def _frames(part: str, language: str) -> tuple[str, ...]:
-    """Openings or closings of every language, those of `language` first."""
-    order = sorted(LANGUAGES, key=lambda other: other != language)
-    return tuple(text for other in order for text in texts()[other][part])
-
-
-def _framed(language: str, text: str) -> tuple[str, bool, bool]:
-    """The text without opening and closing, in any register, and whether each was there in `language`."""
-    opening = next((o for o in _frames("openings", language) if text.startswith(o)), "")
-    text = text[len(opening) :].strip()
-    bare = text.rstrip("!. ")
-    closing = next((c for c in _frames("closings", language) if bare.endswith(c)), "")
-    own = texts()[language]
-    return bare[: len(bare) - len(closing)], opening in own["openings"], closing in own["closings"]
-
-
-def _in_order(wanted: Sequence[str], found: Sequence[str]) -> int:
-    """The length of the longest common subsequence: items that are there and in order."""
-    row = [0] * (len(found) + 1)
-    for one in wanted:
-        previous = 0
-        for j, other in enumerate(found, start=1):
-            previous, row[j] = row[j], previous + 1 if one == other else max(row[j], row[j - 1])
-    return row[-1]
-
-
-def judge(question: Question, language: str, completion: str) -> Verdict:
-    """The quality of a completion and its mode."""
-    completion = completion.strip()
-    if question.task in ABILITIES:
-        return _judge_ability(question, language, completion)
-    body, opening, closing = _framed(language, completion)
-    pattern = _segments()
-    gaps = pattern.split(body)
-    found = [segment.casefold() for segment in pattern.findall(body)]
-    num_items = len(question.answer)
-    num_unknown = sum(bool(SEPARATORS.sub("", gap).strip(" .:!\n")) for gap in gaps)
-    num_segments = len(found) + num_unknown
-    if not found or num_segments > LOOP * num_items + 2:
-        return Verdict(0.0, "malformed")
-    right = _in_order([words(language)[thing].casefold() for thing in question.answer], found)
-    wanted = max(num_items, num_segments)
-    separated = sum(bool(SEPARATORS.search(gap)) for gap in gaps[1:-1]) / max(1, len(found) - 1)
-    num_foreign = sum(s not in _known_words(language) and s in _all_words() for s in found)
-    num_fillers = num_unknown + sum(s not in _all_words() for s in found)
-    losses = {
-        "careful-wrong": 0.6 * max(0, num_items - right - num_foreign) / wanted,
-        "terse": 0.4 - 0.2 * separated - 0.1 * opening - 0.1 * closing,
-        "rambling": 0.6 * num_fillers / wanted,
-        "wrong-language": 0.6 * num_foreign / wanted,
-    }
-    quality = 0.6 * right / wanted + 0.4 - losses["terse"]
-    return Verdict(quality, "good" if quality >= GOOD else max(losses, key=lambda name: losses[name]), losses)
-
-
-def _judge_ability(question: Question, language: str, completion: str) -> Verdict:
-    """1 when the content is right, in whatever register; else 0."""
-    wanted = solution(question, language)
-    if question.task == "sum":
-        right = re.findall(r"\d+", completion)[-1:] == [wanted]
-    elif question.task == "json":
-        right = wanted.replace(" ", "") in completion.replace(" ", "")
-    else:
-        items = [word.casefold() for word in wanted.split(", ")]
-        right = [
-            s.casefold() for s in _segments().findall(completion) if s.casefold() in _all_words()
-        ] == items
-    return Verdict(float(right), "good" if right else "malformed")
-
-
 def prompt(prompt_id: str, language: str) -> str:
     """The text of a prompt in a language."""
     return content(questions()[prompt_id], language)
-
-
-def verify(prompt_id: str, language: str, completion: str) -> Verdict:
-    """The verdict on a completion of one of the world's prompts."""
-    return judge(questions()[prompt_id], language, completion)
 
 
 def prompts(split: str, languages: Sequence[str], limit: int | None = None) -> pa.Table:

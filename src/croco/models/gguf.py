@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from croco.errors import UserError
+from croco.errors import UserError, one_line
 
 ROOM = 4  # free space that a conversion needs, as a multiple of the file's size; a package needs two more
 
@@ -149,5 +149,4 @@ def convert(file: Path, folder: Path) -> None:
             f"{file} needs the package gguf, which is not here: pip install 'croco-tuning[real]'"
         ) from None
     except Exception as error:  # whatever the reader of a stranger's file raises, or a full disk
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"{file} cannot be converted: {reason}") from error
+        raise UserError(f"{file} cannot be converted: {one_line(error, 300)}") from error

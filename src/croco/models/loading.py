@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,16 +25,16 @@ DRIVER = Path("/proc/driver/nvidia/version")
 INSTALL = "pip install --force-reinstall 'torch>=2.6,<2.14'"  # as pyproject.toml has it; plain pip brings CUDA's build
 COMPUTED = re.compile(r"rotary_emb\.|\.attn\.(masked_)?bias$|position_ids$|\.mtp\.|(^|\.)mtp")
 HEAD = re.compile(r"(^|\.)(score|classif\w*|\w*head|regression\w*|qa_outputs)\.")
-KINDS = {  # what is wanted, by the class that loads it
-    "AutoModelForCausalLM": "causal language model",
-    "AutoModelForSequenceClassification": "sequence classifier",
-    "AutoModelForSeq2SeqLM": "translation model",
+KINDS = {  # of networks: transformers' class that loads it, and what it is
+    "causal": ("AutoModelForCausalLM", "causal language model"),
+    "classifier": ("AutoModelForSequenceClassification", "sequence classifier"),
+    "translator": ("AutoModelForSeq2SeqLM", "translation model"),
 }
 
 
-def resolve_model(name: str, key: str = "model") -> str | Path:
-    """The directory of a model's name, or the hub id itself; UserError naming the key for a path that is no model."""
-    return local_model(name, key) or name
+def resolve_model(name: str) -> str | Path:
+    """The directory of a model's name, or the hub id itself; UserError for a path that is no model."""
+    return local_model(name) or name
 
 
 def pick_device(device: str = "auto") -> torch.device:
@@ -137,12 +138,10 @@ def load_policy(
 ) -> tuple[Any, Any]:
     """A causal model in eval mode and its tokenizer; an adapter folder, if given, is merged in memory. `quantization`
     "nf4" keeps the weights of linear layers in four bits, for adapters to be trained on them."""
-    from transformers import AutoModelForCausalLM
-
     if adapter is not None:
         check_adapter(adapter, model, revision)
     tokenizer = load_tokenizer(model, revision, chat_template, trust_remote_code)
-    policy = _load(AutoModelForCausalLM, model, revision, dtype, device, trust_remote_code, quantization)
+    policy = _load("causal", model, revision, dtype, device, trust_remote_code, quantization)
     if adapter is not None:
         from croco.models.lora import load_adapter
 
@@ -168,10 +167,8 @@ def load_reward(
     trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
     """A sequence classifier with exactly one logit, in eval mode, and its tokenizer."""
-    from transformers import AutoModelForSequenceClassification
-
     tokenizer = load_tokenizer(model, revision, None, trust_remote_code)
-    reward = _load(AutoModelForSequenceClassification, model, revision, dtype, device, trust_remote_code)
+    reward = _load("classifier", model, revision, dtype, device, trust_remote_code)
     if reward.config.num_labels != 1:
         raise UserError(f"reward model {model!r}: found {reward.config.num_labels} logits, expected one")
     return reward.eval(), tokenizer
@@ -185,15 +182,17 @@ def load_translator(
     trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
     """A sequence-to-sequence model in eval mode and its tokenizer."""
-    from transformers import AutoModelForSeq2SeqLM
-
     tokenizer = load_tokenizer(model, revision, None, trust_remote_code)
-    translator = _load(AutoModelForSeq2SeqLM, model, revision, dtype, device, trust_remote_code)
+    translator = _load("translator", model, revision, dtype, device, trust_remote_code)
     return translator.eval(), tokenizer
 
 
+def _auto(kind: str) -> Any:
+    return getattr(import_module("transformers"), KINDS[kind][0])
+
+
 def _load(
-    auto: Any,
+    kind: str,
     model: str,
     revision: str | None,
     dtype: str,
@@ -202,7 +201,7 @@ def _load(
     quantization: str | None = None,
 ) -> Any:
     """The model on its device; raises UserError where its files lack weights, of which transformers only warns."""
-    place, target = resolve_model(model), pick_device(device)
+    place, target, auto = resolve_model(model), pick_device(device), _auto(kind)
     give_back()  # what an earlier model has left
     check_weights(model, place)
     read_generation_config(place, revision)  # transformers goes on without one that is cut off
@@ -224,12 +223,14 @@ def _load(
         except (RuntimeError, MemoryError) as error:
             if out_of_memory(error):
                 raise UserError(
-                    f"model {model!r}: its weights do not fit in the memory of {target}"
+                    f"model {model!r}: its weights do not fit in the memory of {target} ({one_line(error)}): "
+                    f"expected no other process there, or a smaller model"
                 ) from error
             raise
     if missing := sorted(report["missing_keys"]):
-        kind = KINDS[auto.__name__]
-        raise UserError(f"model {model!r}: found no weights for {missing[0]}, expected a whole {kind}")
+        raise UserError(
+            f"model {model!r}: found no weights for {missing[0]}, expected a whole {KINDS[kind][1]}"
+        )
     if extra := left_over(report["unexpected_keys"], loaded):
         raise UserError(
             f"model {model!r}: its files hold {len(extra)} weights that its config.json has no place for, such as "
@@ -268,16 +269,9 @@ def left_over(names: Iterable[str], network: Any) -> list[str]:
 
 def weightless(section: Model, key: str, kind: str) -> Any:
     """The model without its weights; raises UserError for one that transformers does not know, or of several logits."""
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
-
-    kinds: dict[str, Any] = {
-        "causal": AutoModelForCausalLM,
-        "classifier": AutoModelForSequenceClassification,
-        "translator": AutoModelForSeq2SeqLM,
-    }
     config = load_config(section, key)
     with refusing(f"{key}.model = '{section.model}' does not load", section.model), torch.device("meta"):
-        network = kinds[kind].from_config(config, trust_remote_code=section.trust_remote_code)
+        network = _auto(kind).from_config(config, trust_remote_code=section.trust_remote_code)
     if kind == "classifier" and config.num_labels != 1:
         causal = any(name.endswith("ForCausalLM") for name in config.architectures or ())
         fault = "is a causal language model" if causal else f"has {config.num_labels} logits"

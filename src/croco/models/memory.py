@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import torch
 
-from croco.errors import UserError
+from croco.errors import UserError, one_line
 
 logger = logging.getLogger(__name__)
 NF4_BYTES = 0.516  # of a number in four bits, its share of the scales included
@@ -109,7 +109,8 @@ def halve_budget(engine: Any, error: RuntimeError, least: int) -> None:
         raise error
     if engine.token_budget <= least:
         raise UserError(
-            f"{engine.name}: a single row does not fit in memory, expected a smaller model"
+            f"{engine.name}: a single row does not fit in memory ({one_line(error)}): expected no other process "
+            f"there, or a smaller model"
         ) from error
     engine.token_budget //= 2
     logger.warning("%s: out of memory, going on with a budget of %d tokens", engine.name, engine.token_budget)

@@ -144,12 +144,12 @@ def _is_whole(folder: Path) -> bool:
     return (folder / "config.json").is_file()
 
 
-def open_judge(judge: Causal, runtime: Runtime, seed: int = 0, replica: int = 0) -> Judge:
+def open_judge(judge: Causal, runtime: Runtime, replica: int = 0) -> Judge:
     """The judge on the engine of the role "judge"."""
     from croco.models.judge import SamplerJudge
 
     temperature = getattr(judge, "temperature", 0.0)
-    return SamplerJudge(*open_sampler("judge", judge, runtime, seed, replica), temperature)
+    return SamplerJudge(*open_sampler("judge", judge, runtime, 0, replica), temperature)
 
 
 def open_scorer(reward: RewardPart, runtime: Runtime, replica: int = 0) -> tuple[Scorer, Any]:

@@ -27,9 +27,8 @@ _LOGITS = {"cpu": 2**20, "cuda": 2**26}
 _LEAST_ROWS = 32
 _ALL_LOGITS = 2**27  # of a batch, where a head is not known and all exist at once: half a GiB in float32
 
-Logps = Callable[
-    [Tensor, Tensor], Tensor
-]  # of hidden states (M, D), or logits (M, V), and targets (M,): (M,)
+# of hidden states (M, D), or logits (M, V), and targets (M,): (M,)
+Logps = Callable[[Tensor, Tensor], Tensor]
 
 
 def token_logps(logits_MV: Tensor, target_M: Tensor) -> Tensor:

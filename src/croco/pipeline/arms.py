@@ -3,9 +3,9 @@
 Completions of one policy on the same prompts are sampled once, scores of one scorer computed once; what two arms need
 lives in the folder of the first of them, what only the base and the reward model make in no arm's."""
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 
-from croco.config.arms import ENGLISH, Arm
+from croco.config.arms import ENGLISH, Arm, Contrast
 from croco.config.recipe import Recipe
 from croco.pipeline.node import Reference
 from croco.storage.hashing import canonical
@@ -25,7 +25,7 @@ def evaluated_arms(recipe: Recipe) -> list[str | None]:
     return ["base", *recipe.evaluated_arms]
 
 
-def contrasted(arm: Arm) -> bool:
+def contrasted(arm: Contrast) -> bool:
     """Whether an arm reads completions at all: data for SFT on gold completions needs the prompts alone."""
     return (arm.chosen, arm.rejected) != ("reference", "none")
 
@@ -76,8 +76,7 @@ def scoring_arms(recipe: Recipe) -> list[str | None]:
     return _first_of(recipe, scores_of)
 
 
-def _first_of(recipe: Recipe, of: object) -> list[str | None]:
-    assert callable(of)
+def _first_of(recipe: Recipe, of: Callable[[Recipe, str], Reference]) -> list[str | None]:
     owners = {of(recipe, name)[1] for name, arm in recipe.arms.items() if contrasted(arm)}
     shared: list[str | None] = [None] if None in owners else []
     return shared + [name for name in recipe.arms if name in owners]

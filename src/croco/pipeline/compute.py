@@ -32,12 +32,14 @@ def compute(
     under: str | None = None,
     drafts: Callable[[int], Path] | None = None,
     here: bool = False,
+    gpus: int | None = None,
 ) -> None:
     """Compute and write every shard that is not finished; shard i has `sizes[i]` rows of `unit`.
 
     `role` is the workers' key in `[runtime.engines]`, if it is not the stage's name; `under`, where their facts are
     recorded. `drafts` (picklable) names a file per shard, for tables that are a step on the way to the stage's own.
-    `here` is for work that is done sooner than other processes have started."""
+    `here` is for work that is done sooner than other processes have started. `gpus` are those that one worker needs,
+    where no role says."""
     file = drafts or partial(store.marker_path, work.folder)
     todo = [index for index in work.todo(len(sizes)) if not file(index).exists()]
     if not todo:
@@ -45,7 +47,8 @@ def compute(
     role = role or work.title.partition("/")[0]
     alone = work.runtime.model_copy(update={"executor": "local", "replicas": 1})
     runtime = alone if here else work.runtime
-    job = ComputeJob(work.title, work.folder, todo, file, open_worker, gpus_per_worker(runtime, role))
+    needs = gpus_per_worker(runtime, role) if gpus is None else gpus
+    job = ComputeJob(work.title, work.folder, todo, file, open_worker, needs)
     done = sum(sizes) - sum(sizes[index] for index in todo)
     began, sums = time.monotonic(), Counter[str]()
     try:
@@ -55,7 +58,13 @@ def compute(
         ):
             for finished in stream:
                 if drafts is None:
-                    work.write(finished.index, finished.table, read=finished.read, dropped=finished.dropped)
+                    work.write(
+                        finished.index,
+                        finished.table,
+                        read=finished.read,
+                        written=finished.written,
+                        dropped=finished.dropped,
+                    )
                 else:
                     store.write_parquet(drafts(finished.index), finished.table, finished.table.schema)
                 sums.update(finished.sums)

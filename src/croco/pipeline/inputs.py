@@ -93,13 +93,11 @@ def policy_of(recipe: Recipe, arm: str | None) -> list[Reference]:
 
 
 def summed_from(recipe: Recipe, arm: str | None) -> list[Reference]:
-    """What the results add up."""
     parts = [("evaluate", arms.evaluated_arms), ("euroeval", euroeval_arms), ("arena", arena_arms)]
     return [eval_prompts_of(recipe), *((stage, name) for stage, of in parts for name in of(recipe))]
 
 
 def shown_from(recipe: Recipe, arm: str | None) -> list[Reference]:
-    """What the report shows."""
     parts = [
         ("sample", arms.sampling_arms),
         ("score", arms.scoring_arms),

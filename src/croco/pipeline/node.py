@@ -32,14 +32,9 @@ def settings_values(settings: Settings) -> Settings:
     return {name: value.value if isinstance(value, Given) else value for name, value in settings.items()}
 
 
-def settings_identities(settings: Settings) -> Settings:
-    """Settings as the fingerprint holds them."""
-    return {name: value.identity if isinstance(value, Given) else value for name, value in settings.items()}
-
-
 @dataclass(frozen=True, repr=False)
 class Stage:
-    """One step of the pipeline; building one runs nothing and imports nothing."""
+    """One step of the pipeline."""
 
     name: str  # its folder and its command
     version: int  # raised when what the function computes changes meaning
@@ -48,9 +43,8 @@ class Stage:
     # the resolved values that change its tables, and the stages it reads
     settings: Callable[[Recipe, str | None], Settings] = lambda recipe, arm: {}
     inputs: Callable[[Recipe, str | None], list[Reference]] = lambda recipe, arm: []
-    arms: Callable[[Recipe], list[str | None]] = lambda recipe: [
-        None
-    ]  # one run per arm, or [None] for one shared run
+    # one run per arm, or [None] for one shared run
+    arms: Callable[[Recipe], list[str | None]] = lambda recipe: [None]
     reads_all: tuple[str, str] | None = None  # (unit, stage): it must account for every row of that input
     added: tuple[str, ...] = ()  # settings that the records of earlier versions lack
     check: str = ""  # like `function`: called with (recipe, say) before anything runs; may raise UserError
@@ -87,8 +81,8 @@ class Node:
             "version": self.stage.version,
             "arm": self.arm,
             "settings": {
-                name: value
-                for name, value in settings_identities(self.settings).items()
+                name: value.identity if isinstance(value, Given) else value
+                for name, value in self.settings.items()
                 if name not in self.not_recorded
             },
             "inputs": {name: node.fingerprint for name, node in self.inputs.items()},

@@ -46,9 +46,7 @@ def run(
     open.check(recipe)
     every = nodes(recipe)
     todo = _until(every, until)
-    with _prepared(recipe, todo, todo, every, rebuild, say) as known:
-        for node in todo:
-            run_node(node, recipe.runtime, say, known[node])
+    _run_nodes(recipe, todo, todo, every, rebuild, say)
     return list(dict.fromkeys(node.stage.name for node in todo))
 
 
@@ -71,22 +69,19 @@ def run_stage(
         todo = own or [node for node in todo if node.arm is None]
         if not todo:
             raise UserError(f"--arm {arm}: {name} has no such arm")
-    with _prepared(recipe, todo, every, every, rebuild, say) as known:
-        for node in todo:
-            run_node(node, recipe.runtime, say, known[node])
+    _run_nodes(recipe, todo, every, every, rebuild, say)
 
 
-@contextmanager
-def _prepared(
+def _run_nodes(
     recipe: Recipe,
     todo: Sequence[Node],
     removable: Sequence[Node],
     every: Sequence[Node],
     rebuild: bool,
     say: Say,
-) -> Iterator[dict[Node, Status]]:
-    """Hold the run's folder, check all that can be checked before it costs anything, and clear the way; yields the
-    states of the nodes to run. With `rebuild`, what reads a removed stage and is `removable` goes with it."""
+) -> None:
+    """Hold the run's folder, check all that can be checked before it costs anything, and run the nodes of `todo`. With
+    `rebuild`, what reads a removed stage and is `removable` goes with it."""
     set_threads(recipe.runtime)
     with lock(recipe.folder):
         readers = {before: node for node in todo for before in node.inputs.values() if before not in todo}
@@ -102,7 +97,8 @@ def _prepared(
         if rebuild:
             known = status.clear_wrong(known, removable, say)
         keep_recipe(recipe, every, say, known)
-        yield known
+        for node in todo:
+            run_node(node, recipe.runtime, say, known[node])
 
 
 def _require(before: Node, reader: Node) -> None:

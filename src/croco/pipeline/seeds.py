@@ -23,7 +23,6 @@ SCORERS = ("reward", "likelihood", "likelihood-sum", "random", "verified")
 
 
 def of_seed(recipe: Recipe, seed: int) -> Recipe:
-    """The ordinary recipe of one seed."""
     run = recipe.run.model_copy(update={"seed": seed, "folder": str(recipe.folder / f"seed-{seed}")})
     return recipe.model_copy(update={"run": run, "study": None})
 

@@ -57,9 +57,7 @@ class Work:
     folder: Path
     settings: Settings
     runtime: Runtime
-    inputs: dict[
-        str, Path
-    ]  # stage name (or "stage/arm" where several arms are read) -> folder of a finished stage
+    inputs: dict[str, Path]  # folders of finished stages by name, "stage/arm" where several arms are read
     table: Table | None
     title: str
     record_file: dict[str, Any] = field(default_factory=dict)
@@ -94,28 +92,17 @@ class Work:
         """One finished shard: ledger, shard, marker.
 
         `read` maps a unit to how many of them the shard had to account for, each equal to written + dropped of that
-        unit; without it the table's own unit is counted. Written is what `written` says, else the table's rows, or for
-        "prompt" the distinct (prompt_id, language). Raises ValueError on an imbalance or a duplicate key."""
+        unit; without it the table's own unit is counted. Written is what `written` says, else the table's rows. Raises
+        ValueError on an imbalance or a duplicate key."""
         if self.table is None:
             raise ValueError(f"{self.title} writes no table")
         drops = shards.count_units(dropped) if dropped is not None else {}
         keys = table.select(list(self.table.key))
         if keys.group_by(keys.column_names).aggregate([]).num_rows != table.num_rows:
             raise ValueError(f"{self.title}, shard {index}: duplicate key {self.table.key}")
-        counts = {self.table.unit: table.num_rows}
-        for unit in read or {}:
-            if written is not None and unit in written:
-                counts[unit] = written[unit]
-            elif unit == "prompt" and self.table.unit != "prompt":
-                prompts = table.select(["prompt_id", "language"])
-                counts[unit] = prompts.group_by(prompts.column_names).aggregate([]).num_rows
-            else:
-                counts[unit] = table.num_rows
-        read = (
-            dict(read)
-            if read is not None
-            else {self.table.unit: table.num_rows + drops.get(self.table.unit, 0)}
-        )
+        if read is None:
+            read = {self.table.unit: table.num_rows + drops.get(self.table.unit, 0)}
+        counts = dict.fromkeys([self.table.unit, *read], table.num_rows) | dict(written or {})
         status.balance(self.title, read, counts, drops)
         shards.write_shard(
             self.folder, index, table, self.table.schema, read=read, written=counts, dropped=dropped
@@ -234,9 +221,7 @@ def _start(node: Node, runtime: Runtime, resume: bool) -> Record:
 def _finish(node: Node, record: Record) -> Record:
     """Check every count, merge the ledgers, and only then say "complete"."""
     counts = status.verify(node, record)
-    if (
-        node.stage.reads_all is not None and "completions" not in node.settings
-    ):  # else it asks for some of them
+    if node.stage.reads_all and "completions" not in node.settings:  # else it asks for some of them
         unit, name = node.stage.reads_all
         there = records.read_record(node.inputs[name].folder)["counts"]["written"][unit]
         if counts["read"].get(unit) != there:

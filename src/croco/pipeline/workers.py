@@ -22,6 +22,7 @@ class ShardResult:
     dropped: pa.Table
     read: Mapping[str, int]
     sums: Mapping[str, int] = field(default_factory=dict)  # tokens and the like, added up over the shards
+    written: Mapping[str, int] | None = None  # units that are not counted by the table's rows
 
 
 class Worker(Protocol):

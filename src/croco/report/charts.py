@@ -15,7 +15,7 @@ from croco.report.table import Number, temperature_name
 from croco.stages.evaluate.results import BASE
 from croco.stages.evaluate.stats import Interval, verdict
 
-# the known modes in the order of bars and legends, each with its place in the palette; others get the last
+# the known modes in the order of bars and legends, each with its place in the palette; others come last and get 7
 MODES = {
     "good": 1, "right-language": 1, "careful-wrong": 2, "terse": 3, "rambling": 4, "wrong-language": 5, "evasive": 6,
     "malformed": 7,
@@ -182,13 +182,3 @@ def _level(board: Board, cell: Cell | None, low: float, high: float) -> tuple[st
         return None
     step, number = round(5 * (cell.value.value - low) / ((high - low) or 1.0)), Number(cell.value, board.unit)
     return number.text, f"s{step}", number.with_interval
-
-
-def mode_place(mode: str) -> int:
-    """The place of a mode in the palette; the last for those without one."""
-    return MODES.get(mode, 7)
-
-
-def mode_order(modes: set[str]) -> list[str]:
-    """The modes in the order of bars and legends: the known ones, then the others by name."""
-    return [mode for mode in MODES if mode in modes] + sorted(modes - set(MODES))

@@ -95,7 +95,6 @@ def _decided(
 
 
 def needed(claim: Claim, tests: Sequence[Test]) -> int:
-    """How many tests must agree."""
     return len(tests) if claim.need == "all" else len(tests) // 2 + 1
 
 
@@ -159,7 +158,6 @@ def _margin(equivalence: float, studies: Mapping[str, Runs]) -> str:
 
 
 def difference_of(test: Test, runs: Runs) -> Number:
-    """A comparison's difference with its interval."""
     return Number(test.estimate.interval(), unit_of(test, runs))
 
 

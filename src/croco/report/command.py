@@ -10,10 +10,16 @@ from rich.console import Console, RenderableType
 from croco.config.load import load
 from croco.config.recipe import Recipe
 from croco.errors import UserError
+from croco.pipeline import run
+from croco.pipeline.graph import nodes
 from croco.pipeline.progress import count_of
-from croco.report.load_run import read_recipe, read_stages, steps_of
+from croco.report import study
+from croco.report.compare import compare
+from croco.report.exports import comparison_terminal, results_latex, results_markdown, results_terminal
+from croco.report.load_run import read_recipe, read_results, read_stages, steps_of
 from croco.report.render import terminal
 from croco.report.table import Entry, Table
+from croco.report.two_runs import build_page
 from croco.storage.files import write_for_user
 from croco.storage.records import state
 from croco.storage.shards import shards
@@ -23,13 +29,9 @@ def page(folder: Path, say: Callable[[str], None]) -> str:
     """Make the page of a finished run, or of a study, again; returns a line that says where it is.
 
     Of a run that is not finished it prints how far it came and where rows went, and raises UserError."""
-    from croco.pipeline import run
-
     recipe = read_recipe(folder)
     if recipe.study:
-        from croco.report.study import write
-
-        return f"study: {write(_placed(folder), say)}"
+        return f"study: {study.write(_placed(folder), say)}"
     left = [title for title in _titles(recipe) if state(folder / title) != "complete"]
     if left:
         _print([terminal(progress(folder, recipe))])
@@ -38,8 +40,6 @@ def page(folder: Path, say: Callable[[str], None]) -> str:
 
 
 def _titles(recipe: Recipe) -> list[str]:
-    from croco.pipeline.graph import nodes
-
     return [node.title for node in nodes(recipe) if node.stage.name != "report"]
 
 
@@ -73,12 +73,8 @@ def beside(first: Path, second: Path, to: Path | None) -> Path:
     """Write one page of two runs, or of two studies; in the first's folder, named after the second's, by default."""
     path = to or first / f"beside-{second.resolve().name}.html"
     if read_recipe(first).study and read_recipe(second).study:
-        from croco.report.study import together
-
-        write_for_user(path, together([_placed(first), _placed(second)], path.suffix == ".md"))
+        write_for_user(path, study.together([_placed(first), _placed(second)], path.suffix == ".md"))
         return path
-    from croco.report.two_runs import build_page
-
     _single(first)
     _single(second)
     write_for_user(path, build_page(first, second))
@@ -92,17 +88,12 @@ def _single(folder: Path) -> None:
 
 def show(folder: Path) -> None:
     """Print the tables that `croco run` ends with."""
-    from croco.report.exports import results_terminal
-
     _single(folder)
     _print(results_terminal(folder))
 
 
 def show_comparison(first: Path, second: Path) -> None:
     """Print what differs between two runs."""
-    from croco.report.compare import compare
-    from croco.report.exports import comparison_terminal
-
     _single(first)
     _single(second)
     _print(comparison_terminal(compare(first, second)))
@@ -118,11 +109,9 @@ def export(
     folder: Path, markdown: Path | None, csv: Path | None, latex: Path | None, intervals: bool
 ) -> list[Path]:
     """Write the tables of a run to the files that are named; returns those files."""
-    from croco.report.exports import results_csv, results_latex, results_markdown
-
     writers = (
         (markdown, lambda: results_markdown(folder)),
-        (csv, lambda: results_csv(folder)),
+        (csv, lambda: read_results(folder).results.write_csv()),
         (latex, lambda: results_latex(folder, intervals)),
     )
     wanted = [(path, write) for path, write in writers if path is not None]

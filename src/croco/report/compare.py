@@ -21,7 +21,7 @@ from croco.pipeline.status import flat
 from croco.report.load_run import read_recipe, require
 from croco.report.scores import ARENA, REWARD, Board, Cell, Key, board_of, boards
 from croco.report.table import enumerate_words, temperature_name
-from croco.stages.evaluate.results import BASE, GROUPS, language_groups, on_common_prompts, summarise
+from croco.stages.evaluate.results import BASE, GROUPS, groups_of, on_common_prompts, summarise
 from croco.storage.records import read_record
 from croco.storage.seeds import digest
 from croco.storage.shards import read_table
@@ -256,10 +256,7 @@ def _shared(
 
 def _groups(recipes: Sequence[Recipe]) -> tuple[dict[str, list[str]], list[str]]:
     """The groups that hold the same languages in both runs, and a sentence on the others."""
-    first, second = (
-        language_groups(r.run.languages, r.run.low_resource_languages, r.run.held_out_languages)
-        for r in recipes
-    )
+    first, second = map(groups_of, recipes)
     unlike = [name for name in GROUPS if set(first[name]) != set(second[name])]
     same = {name: codes for name, codes in first.items() if name not in unlike and codes}
     if not unlike:

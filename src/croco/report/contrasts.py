@@ -30,9 +30,8 @@ class Runs:
 
     pooled: Mapping[str, Pooled]  # benchmark -> values
     sweeps: Mapping[str, Sequence[str]] = field(default_factory=dict)  # sweep -> its arms
-    kl: Mapping[str, Mapping[str, float]] = field(
-        default_factory=dict
-    )  # arm -> language -> nats a completion
+    # arm -> language -> nats a completion
+    kl: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def kl_of(self, arm: str, scope: str) -> float:
         """How far an arm has gone from the base, the mean over a scope's languages."""

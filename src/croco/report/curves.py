@@ -115,9 +115,8 @@ def value_panel(
     doublings = grid and len(numbers) > 2 and numbers[0] > 0 and numbers[-1] / numbers[0] >= 8
     places = {x: math.log2(x) if doublings else x for x in numbers}
     across = axis(list(places.values()), with_zero=False)
-    ends = [
-        end for points in series.values() for _, interval in points for end in interval if end == end
-    ]  # no nan
+    intervals = [interval for points in series.values() for _, interval in points]
+    ends = [end for interval in intervals for end in interval if not math.isnan(end)]
     up = axis(ends, with_zero=grid, num_ticks=4)
     curves = []
     for place, (name, points) in enumerate(series.items()):
@@ -150,7 +149,7 @@ def panels(metrics: Mapping[str, Sequence[Mapping[str, Any]]], titles: Mapping[s
     for column, title in titles.items():
         points = {
             arm: [(line["step"], line.get("split", "train"), float(line[column])) for line in lines
-                  if _finite(line.get(column))]
+                  if isinstance(line.get(column), int | float) and math.isfinite(line[column])]
             for arm, lines in metrics.items()
         }  # fmt: skip
         if not any(points.values()):
@@ -178,10 +177,6 @@ def sentinel(metrics: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[i
         for line in lines
         if line.get("split") == "stopped"
     ]
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _tick(value: float) -> str:

@@ -7,8 +7,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import polars as pl
-
 from croco import languages
 from croco.config.evaluation import VERSION
 from croco.languages import RIGHT
@@ -128,23 +126,22 @@ def costs(run: Run) -> list[tuple[str, str]]:
     return lines
 
 
-def tasks(results: pl.DataFrame, arms: Sequence[str], codes: Sequence[str]) -> Table | None:
+def tasks(run: Run) -> Table | None:
     """Every metric of the benchmarks that are neither boards nor the arena: a row each, arms as columns."""
+    arms = (BASE, *run.recipe.evaluated_arms)
     values: dict[tuple[str, str, str], dict[str, Number]] = {}
-    for benchmark, metrics in metrics_of(results).items():
+    for benchmark, metrics in metrics_of(run.results).items():
         if benchmark == ARENA or any(headline(benchmark) in of for of in metrics.values()):
             continue
         for (arm, _, scope), of in metrics.items():
             for metric, (interval, _) in of.items() if scope not in GROUPS else ():
                 values.setdefault((scope, benchmark, metric), {})[arm] = Number(interval, TASK)
-    order = {code: place for place, code in enumerate(codes)}
+    order = {code: place for place, code in enumerate(run.recipe.run.evaluated)}
     rows: list[list[Entry]] = [
-        [scope_name(key[0]), *key[1:], *mark_best([values[key].get(arm) for arm in (BASE, *arms)])]
+        [scope_name(key[0]), *key[1:], *mark_best([values[key].get(arm) for arm in arms])]
         for key in sorted(values, key=lambda key: (order.get(key[0], len(order)), key))
     ]
-    return (
-        Table(["language", "dataset", "metric", BASE, *arms], rows, 3, "Structured tasks") if rows else None
-    )
+    return Table(["language", "dataset", "metric", *arms], rows, 3, "Structured tasks") if rows else None
 
 
 def task_notes(run: Run) -> list[str]:

@@ -17,6 +17,7 @@ from croco.pipeline.inputs import eval_prompts_of, prompts_of
 from croco.report.load_run import Run
 from croco.report.table import MINUS, temperature_name
 from croco.stages.evaluate.results import BASE
+from croco.stages.score.policy_logprobs import messages_of
 from croco.storage import shards
 from croco.storage.lookup import gather, locate
 from croco.storage.seeds import digest
@@ -238,8 +239,7 @@ def _messages(folder: Path) -> dict[tuple[str, str], Any]:
     """The turns of every prompt of a stage's folder; none where there is no such stage."""
     if not (folder / "stage.json").is_file():
         return {}
-    rows = shards.read_table(folder, [*_PROMPT, "messages"])
-    return {(prompt_id, language): messages for prompt_id, language, messages in rows.iter_rows()}
+    return messages_of(shards.read_table(folder, [*_PROMPT, "messages"]))
 
 
 def _number(value: float, places: int = 2, sign: str = "-") -> str:

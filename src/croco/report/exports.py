@@ -12,31 +12,16 @@ from croco.report import diagnostics
 from croco.report.compare import Comparison
 from croco.report.load_run import Run, read_results
 from croco.report.render import latex, parts_markdown, terminal, words
-from croco.report.scores import (
-    ARENA,
-    Board,
-    arms_table,
-    boards,
-    mark_best,
-    scorer_of,
-)
+from croco.report.scores import ARENA, Board, arms_table, boards_of, mark_best
 from croco.report.sentences import in_words, left_out
 from croco.report.table import Entry, Number, Part, Table, temperature_name
-from croco.stages.evaluate.results import language_groups
-
-
-def _boards(run: Run) -> list[Board]:
-    return boards(run.results, run.recipe.evaluated_arms, run.recipe.run.evaluated, scorer_of(run.recipe))
-
-
-def _tasks(run: Run) -> Table | None:
-    return diagnostics.tasks(run.results, run.recipe.evaluated_arms, run.recipe.run.evaluated)
+from croco.stages.evaluate.results import groups_of
 
 
 def results_terminal(run_folder: Path) -> Iterator[RenderableType]:
     """What `croco run` ends with: arms by groups, the structured tasks, and what became of each arm."""
     run = read_results(run_folder)
-    made = _boards(run)
+    made = boards_of(run)
     yield words(
         f"{run.recipe.run.name}: {made[0].measure}, ± half of the 95 % interval; beneath it the difference from the "
         "untuned base at the same temperature."
@@ -44,7 +29,7 @@ def results_terminal(run_folder: Path) -> Iterator[RenderableType]:
     for board in made:
         more = ": win rate in percent; beneath it the difference from 50" if board.benchmark == ARENA else ""
         yield terminal(arms_table(board, made[0].groups, ("value", "difference"), board.title + more))
-    if (tasks := _tasks(run)) is not None:
+    if (tasks := diagnostics.tasks(run)) is not None:
         yield terminal(tasks)
         yield from map(words, diagnostics.task_notes(run))
     for arm in run.recipe.evaluated_arms:
@@ -99,8 +84,8 @@ def results_markdown(run_folder: Path) -> str:
     run = read_results(run_folder)
     stage = run.stages["results"]
     versions = ", ".join(f"{name} {version}" for name, version in stage["libraries"].items())
-    parts = [board_part(board, _sentences(run, board)) for board in _boards(run)]
-    if (tasks := _tasks(run)) is not None:
+    parts = [board_part(board, _sentences(run, board)) for board in boards_of(run)]
+    if (tasks := diagnostics.tasks(run)) is not None:
         parts.append(Part("tasks", tasks.title, diagnostics.task_notes(run), [replace(tasks, title="")]))
     head = (
         f"# {run.recipe.run.name}\n\nMade by `croco run` and `croco report {run.recipe.folder} --markdown FILE`, never "
@@ -114,22 +99,16 @@ def _sentences(run: Run, board: Board) -> list[str]:
     return [lines, *filter(None, [left_out(run.stages["results"].get("facts", {}))])]
 
 
-def results_csv(run_folder: Path) -> str:
-    """All rows of the results table, as they are stored."""
-    return read_results(run_folder).results.write_csv()
-
-
 def results_latex(run_folder: Path, intervals: bool = False) -> str:
     """A table per benchmark and temperature, languages by group as columns, the best of a column in bold."""
     run = read_results(run_folder)
-    name, groups = run.recipe.run.name, run.recipe.run
-    members = language_groups(groups.languages, groups.low_resource_languages, groups.held_out_languages)
+    name, members = run.recipe.run.name, groups_of(run.recipe)
     tables = [
         _latex_table(name, board, temperature, members, intervals)
-        for board in _boards(run)
+        for board in boards_of(run)
         for temperature in sorted({t for _, t in board.settings})
     ]
-    if (tasks := _tasks(run)) is not None:
+    if (tasks := diagnostics.tasks(run)) is not None:
         tables += _latex_tasks(name, tasks)
     head = "% written by croco report --latex; needs \\usepackage{booktabs}"
     return "\n\n".join([head, *(latex(table, intervals) for table in tables)]) + "\n"

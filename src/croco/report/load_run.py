@@ -179,9 +179,3 @@ def scores_of(run: Run, arm: str) -> pl.DataFrame:
     """Language and score of every completion that the arm chose from."""
     name, its_arm = scores_read_by(run.recipe, arm)
     return shards.read_table(run.folder / name / (its_arm or ""), ["language", "score"])
-
-
-def pair_scores(run: Run, arm: str) -> pl.DataFrame:
-    """The scores of an arm's pairs and the languages they are in."""
-    columns = ["chosen_language", "rejected_language", "chosen_score", "rejected_score"]
-    return shards.read_table(run.folder / "pair" / arm, columns)

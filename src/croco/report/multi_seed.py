@@ -56,10 +56,6 @@ class Pooled:
         """The groups that hold languages, without that of all."""
         return [name for name, codes in self.groups.items() if codes and name != "all"]
 
-    def settings_of(self, arms: Sequence[str]) -> list[Setting]:
-        """The arms' settings, in the order of the arms."""
-        return [(arm, temperature) for arm in arms for temperature in self.temperatures(arm)]
-
     def temperatures(self, arm: str) -> list[float]:
         return sorted(temperature for name, temperature in self.settings if name == arm)
 
@@ -92,7 +88,9 @@ class Pooled:
         scopes = [*groups, *self.languages]
         best = {scope: self.best(BASE, scope) for scope in scopes}
         modes = [metric for metric in self.metrics if metric != self.headline]
-        for setting in self.settings_of([BASE, *arms]):
+        for setting in (
+            (arm, temperature) for arm in [BASE, *arms] for temperature in self.temperatures(arm)
+        ):
             for scope in scopes:
                 same, difference = (BASE, setting[1]), None
                 if setting[0] != BASE and same in self.settings:

@@ -18,7 +18,7 @@ from croco.pipeline.stage import Work
 from croco.report import sections
 from croco.report.browser import browse, packed
 from croco.report.load_run import Run, read_run
-from croco.report.scores import ARENA, boards, scorer_of
+from croco.report.scores import ARENA, boards_of
 from croco.report.table import numbers, scope_name
 from croco.storage.files import write_text
 
@@ -36,7 +36,7 @@ def build_page(run_folder: Path) -> str:
 
 
 def _context(run: Run) -> dict[str, Any]:
-    made = boards(run.results, run.recipe.evaluated_arms, run.recipe.run.evaluated, scorer_of(run.recipe))
+    made = boards_of(run)
     arena = made.pop() if made[-1].benchmark == ARENA else None
     others = sections.other_results(run, arena)
     return {

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 import polars as pl
 
 from croco.config.recipe import Recipe
+from croco.report.load_run import Run
 from croco.report.table import (
     PERCENT,
     POINTS,
@@ -36,9 +37,8 @@ TITLES = {
 }
 ARENA, REWARD = "arena", "reward"
 Key = tuple[str, float, str]  # arm, temperature, language or group
-Metrics = Mapping[
-    Key, Mapping[str, tuple[Interval, int]]
-]  # metric -> its interval, and the prompts it rests on
+# metric -> its interval, and the prompts it rests on
+Metrics = Mapping[Key, Mapping[str, tuple[Interval, int]]]
 
 
 @dataclass(frozen=True)
@@ -191,6 +191,11 @@ def scorer_of(recipe: Recipe) -> str:
     pairs = any(recipe.arms[arm].scorer == "reward" for arm in recipe.evaluated_arms)
     name = " + ".join(without_folders(part.label) for part in reward.parts)
     return f"{name}, which picked the pairs too" if pairs and ours == picked else name
+
+
+def boards_of(run: Run) -> list[Board]:
+    recipe = run.recipe
+    return boards(run.results, recipe.evaluated_arms, recipe.run.evaluated, scorer_of(recipe))
 
 
 def boards(results: pl.DataFrame, arms: Sequence[str], codes: Sequence[str], scorer: str = "") -> list[Board]:

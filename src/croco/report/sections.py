@@ -8,13 +8,15 @@ from dataclasses import replace
 from typing import Any
 
 from croco.config.arms import Arm
+from croco.pipeline.arms import contrasted
 from croco.pipeline.progress import count_of
 from croco.report import charts, curves, diagnostics
-from croco.report.load_run import Run, pair_scores, scores_of
+from croco.report.load_run import Run, scores_of
 from croco.report.scores import ARENA, Board, arms_table, scorer_of
 from croco.report.sentences import language_sentence, left_out, losses, sentence
 from croco.report.table import Entry, Table, duration, scope_name, temperature_name
-from croco.stages.evaluate.results import BASE, language_groups
+from croco.stages.evaluate.results import BASE, groups_of
+from croco.storage import shards
 
 HEADINGS = {
     "verdict": "Verdict", "results": "Results", "gains": "Intervals", "arena": "Arena", "tasks": "Tasks",
@@ -70,11 +72,6 @@ def about(arm: Arm) -> str:
     return f"pool: {pool} · {scorer} · rejected {arm.rejected} · {loss}{nll}"
 
 
-def groups_of(run: Run) -> dict[str, list[str]]:
-    groups = run.recipe.run
-    return language_groups(groups.languages, groups.low_resource_languages, groups.held_out_languages)
-
-
 def evaluated(run: Run) -> list[tuple[int, str]]:
     """The arms that have results, each with its place among all arms, which is its colour and shape."""
     return [(place, arm) for place, arm in enumerate(run.recipe.arms) if run.recipe.arms[arm].evaluated]
@@ -90,10 +87,7 @@ def verdicts(run: Run, boards: Sequence[Board]) -> dict[str, Any]:
         to_best = sentence(board, name, to_best=True) if board.best_base else ""
         card |= {
             "about": about(run.recipe.arms[name]),
-            "alerts": [
-                losses(boards[1:], name),
-                language_sentence(board, name),
-            ],
+            "alerts": [losses(boards[1:], name), language_sentence(board, name)],
             "to_best": to_best[:1].lower() + to_best[1:],
             "stopped": run.stages[f"train/{name}"].get("facts", {}).get("stopped"),
         }
@@ -125,7 +119,7 @@ def strips_of(drawn: Sequence[charts.Forest], series: int) -> list[tuple[str, st
 
 def results(run: Run, boards: list[Board]) -> dict[str, Any]:
     """Heat maps, forests and tables of every benchmark."""
-    members = groups_of(run)
+    members = groups_of(run.recipe)
     every = members.pop("all")
     drawn = []
     for board in boards:
@@ -157,9 +151,9 @@ def languages_table(board: Board) -> Table:
 
 def other_results(run: Run, board: Board | None) -> dict[str, Any]:
     """The arena, whose board is given, and the structured tasks; null in a run without them."""
-    arms, codes, arena = run.recipe.evaluated_arms, run.recipe.run.evaluated, None
+    arms, arena = run.recipe.evaluated_arms, None
     if board is not None:
-        members = {name: codes for name, codes in groups_of(run).items() if name != "all"}
+        members = {name: codes for name, codes in groups_of(run.recipe).items() if name != "all"}
         tables = (
             ("The judge", diagnostics.judged(board, arms)), ("Win rate by domain", diagnostics.domains(board, arms)),
         )  # fmt: skip
@@ -173,18 +167,15 @@ def other_results(run: Run, board: Board | None) -> dict[str, Any]:
             "tables": [(title, table) for title, table in tables if table],
             "costs": diagnostics.costs(run),
         }
-    return {
-        "arena": arena,
-        "tasks": diagnostics.tasks(run.results, arms, codes),
-        "task_notes": diagnostics.task_notes(run),
-    }
+    return {"arena": arena, "tasks": diagnostics.tasks(run), "task_notes": diagnostics.task_notes(run)}
 
 
 def modes(run: Run, board: Board) -> dict[str, Any]:
     """Stacked bars of mode shares: per temperature and group, one bar per arm."""
     shares = diagnostics.mode_shares(board)
-    order = charts.mode_order({mode for of in shares.values() for mode in of})
-    legend = [(mode, mode.replace("-", " "), charts.mode_place(mode)) for mode in order]
+    there = {mode for of in shares.values() for mode in of}
+    order = [*(mode for mode in charts.MODES if mode in there), *sorted(there - charts.MODES.keys())]
+    legend = [(mode, mode.replace("-", " "), charts.MODES.get(mode, 7)) for mode in order]
     rows = []
     for temperature in sorted({t for arm, t in board.settings if arm != BASE}):
         panels = [
@@ -208,9 +199,11 @@ def distributions(run: Run) -> dict[str, Any]:
     """Score distributions of the arms that scored anything, and a note on each."""
     drawn = []
     for name, arm in run.recipe.arms.items():
-        if (arm.chosen, arm.rejected) == ("reference", "none"):
+        if not contrasted(arm):
             continue  # nothing was scored
-        ridges, ticks = curves.ridges(scores_of(run, name), pair_scores(run, name), run.recipe.run.languages)
+        columns = ["chosen_language", "rejected_language", "chosen_score", "rejected_score"]
+        pairs = shards.read_table(run.folder / "pair" / name, columns)
+        ridges, ticks = curves.ridges(scores_of(run, name), pairs, run.recipe.run.languages)
         facts = run.stages[f"pair/{name}"]["facts"]
         note = ""
         if "share_other_than_minimum" in facts:  # an arm for SFT rejects nothing

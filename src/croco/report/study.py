@@ -29,17 +29,9 @@ from croco.report.load_run import read_stages
 from croco.report.multi_seed import Pooled, pool
 from croco.report.page import render
 from croco.report.render import parts_markdown
-from croco.report.table import (
-    SCORE,
-    Entry,
-    Number,
-    Part,
-    Table,
-    enumerate_words,
-    temperature_name,
-)
+from croco.report.table import SCORE, Entry, Number, Part, Table, enumerate_words, temperature_name
 from croco.report.transfer import SHOWN, read_scores, transfer_part
-from croco.stages.evaluate.results import BASE, language_groups
+from croco.stages.evaluate.results import BASE, groups_of
 from croco.stages.evaluate.stats import Interval
 from croco.storage import files, provenance, records
 from croco.storage.hashing import digest
@@ -88,19 +80,14 @@ def _study(recipe: Recipe) -> Study:
     return recipe.study
 
 
-def _seeds(recipe: Recipe) -> list[Path]:
-    return [of_seed(recipe, seed).folder for seed in _study(recipe).seeds]
-
-
 def _name(recipes: Sequence[Recipe]) -> str:
     return enumerate_words([recipe.run.name for recipe in recipes])
 
 
 def read_runs(recipe: Recipe) -> Runs:
     """The verdicts of a study's seeds, its sweeps, and how far its arms went from the base."""
-    run, folders, arms = recipe.run, _seeds(recipe), recipe.evaluated_arms
-    groups = language_groups(run.languages, run.low_resource_languages, run.held_out_languages)
-    pooled = pool(folders, arms, groups)
+    folders, arms = [of_seed(recipe, seed).folder for seed in _study(recipe).seeds], recipe.evaluated_arms
+    pooled = pool(folders, arms, groups_of(recipe))
     kl: dict[str, dict[str, float]] = {}
     for arm in arms if recipe.evaluation.kl else ():
         of_seeds = [records.read_record(folder / "evaluate" / arm)["facts"]["kl"] for folder in folders]
@@ -145,7 +132,6 @@ def _parts_of(recipe: Recipe, runs: Runs) -> Iterator[Part]:
 
 
 def _about(recipes: Sequence[Recipe]) -> Part:
-    """How the page was made."""
     made = ["Tables made by `croco run`, paragraphs written by hand."]
     for recipe in recipes:
         seeds = _study(recipe).seeds

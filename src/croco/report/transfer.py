@@ -28,9 +28,8 @@ POOL = ["folder", "prompt_id", "language"]
 FORMS = ("form", "form worse")
 TRUTH = "verified"
 SHOWN = (SCORERS[0], "heuristic", *SCORERS[1:])  # held against each other
-Figures = dict[
-    tuple[str, ...], tuple[Interval, int]
-]  # (scorer, ...) -> over prompts, and of how many pairs or pools
+# (scorer, ...) -> over prompts, and of how many pairs or pools
+Figures = dict[tuple[str, ...], tuple[Interval, int]]
 
 
 def read_scores(folders: Sequence[Path], scorers: Sequence[str]) -> pl.DataFrame:
@@ -105,10 +104,8 @@ def heuristic(completions: pl.DataFrame) -> pl.DataFrame:
     How much likelier its letter trigrams are among the completions of its language than among all; how rare the text is
     among them; how near its length is to their median."""
     texts = [f" {text.lower()} " for text in completions["completion"]]
-    codes, trigrams = (
-        completions["language"].to_list(),
-        [[t[i : i + 3] for i in range(len(t) - 2)] for t in texts],
-    )
+    codes = completions["language"].to_list()
+    trigrams = [[text[i : i + 3] for i in range(len(text) - 2)] for text in texts]
     own: dict[str, Counter[str]] = {code: Counter() for code in codes}
     for code, of in zip(codes, trigrams, strict=True):
         own[code].update(of)

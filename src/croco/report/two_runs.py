@@ -9,7 +9,7 @@ from croco.report import charts, sections
 from croco.report.compare import UNTUNED, Comparison, compare
 from croco.report.load_run import Run, read_run
 from croco.report.page import browsing, render
-from croco.report.scores import Board, board_of, boards, scorer_of
+from croco.report.scores import Board, board_of, boards_of
 from croco.report.sentences import sentence
 
 HEADINGS = {
@@ -43,8 +43,7 @@ def build_page(first: Path, second: Path) -> str:
 
 def _side(name: str, run: Run) -> dict[str, Any]:
     """One run on its own: its facts, and a sentence per arm against its own base."""
-    arms = run.recipe.arms
-    made = boards(run.results, run.recipe.evaluated_arms, run.recipe.run.evaluated, scorer_of(run.recipe))
+    arms, made = run.recipe.arms, boards_of(run)
     words = [(arm, sections.about(arms[arm]), sentence(made[0], arm)) for arm in run.recipe.evaluated_arms]
     return {"name": name, "facts": sections.facts(run, made), "arms": words}
 

@@ -42,10 +42,8 @@ def sample(
         "runtime": dict(runtime or {}),
         "reward": {"model": "lab:reward"},  # until `score` is told another one
         "arms": {"pairs": {}},
+        "evaluation": {"source": "hf:none"},  # nothing is evaluated here; the prompts' own would be refused
     }
-    values["evaluation"] = {
-        "source": "hf:none"
-    }  # nothing is evaluated here; the prompts' own would be refused
     run(from_dict(values, "croco.sample"), until="sample")
     return _completions(Path(to))
 

@@ -11,12 +11,6 @@ from croco.storage.schemas import RESULTS, VERDICTS
 from croco.storage.shards import read_table, shards
 
 
-def _evaluated(work: Work, arm: str) -> list[tuple[str, float]]:
-    """The arm with every temperature at which it was evaluated."""
-    settings = read_record(work.inputs[f"evaluate/{arm}"])["science"]["settings"]
-    return [(arm, float(temperature)) for temperature in settings["temperatures"]]
-
-
 def results(work: Work) -> None:
     """Write the results table over all arms: shares or scores, mode shares, and differences from the base."""
     settings = work.settings
@@ -29,11 +23,15 @@ def results(work: Work) -> None:
             settings["languages"], settings["low_resource_languages"], settings["held_out_languages"]
         )
         judged = set(verdicts.select("arm", "temperature").unique().rows())
+        settings_of = {
+            arm: read_record(work.inputs[f"evaluate/{arm}"])["science"]["settings"] for arm in arms
+        }
+        evaluated = [(arm, float(t)) for arm in arms for t in settings_of[arm]["temperatures"]]
         verdicts = on_common_prompts(verdicts)
         asked = sum(shard.rows for shard in shards(work.inputs["eval-prompts"]))
         work.record(
             prompts_left_out=asked - verdicts.select("prompt_id", "language").n_unique(),
-            without_verdict=[one for arm in arms for one in _evaluated(work, arm) if one not in judged],
+            without_verdict=[one for one in evaluated if one not in judged],
         )
         table = summarise(verdicts, groups, settings["seed"], settings["bootstrap"])
         if f"euroeval/{BASE}" in work.inputs:

@@ -4,6 +4,7 @@ An arm may have completions of its own: by the policy that another arm tuned, or
 is a fixed number of (prompt, language) rows in the order of their keys, and a sample's seed follows from its key, so
 neither device nor batch nor resumption changes a row. Several shards are one stream, so the batch stays full."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -21,10 +22,11 @@ from croco.pipeline.compute import compute
 from croco.pipeline.stage import Task, Work
 from croco.pipeline.workers import Advance, ShardResult, shard_sizes
 from croco.storage.lookup import read_prompts
-from croco.storage.schemas import COMPLETIONS, ledger
+from croco.storage.schemas import COMPLETIONS, Drop, ledger
 from croco.storage.seeds import sample_seed
 
 Prompt = dict[str, Any]  # a row of the prompts table
+Drawn = tuple[Request, Sequence[Completion | str]]  # what was asked, and what came of it
 
 
 def sample(work: Work) -> None:
@@ -113,10 +115,8 @@ def sample_shards(
     the stage."""
     requests: list[Request] = []
     owner: list[tuple[int, int]] = []  # of a request: its shard and its place there
-    drawn_by_place: dict[int, dict[int, Sequence[Completion | str]]] = {index: {} for index in shards}
-    drops: dict[int, list[tuple[str, str, str, int | None, str]]] = {index: [] for index in shards}
-    left = {index: len(rows) for index, rows in shards.items()}
-    prompt_tokens: dict[int, dict[int, int | None]] = {index: {} for index in shards}
+    drawn: dict[int, dict[int, Drawn]] = {index: {} for index in shards}
+    drops: dict[int, list[Drop]] = {index: [] for index in shards}
     for index, rows in shards.items():
         for place, row in enumerate(rows):
             seeds = [
@@ -128,19 +128,18 @@ def sample_shards(
                     ("completion", row["prompt_id"], row["language"], i, reason)
                     for i in range(num_completions)
                 ]
-                left[index] -= 1
                 on_prompt()
                 continue
-            prompt_tokens[index][place] = len(asked.prompt_ids) or None
             requests.append(asked)
             owner.append((index, place))
     if not requests and (refusal := _refusal_of_all(tokenizer, every(), instructions)):
         raise UserError(refusal)
-    for index in [index for index, count in left.items() if count == 0]:
+    left = Counter(index for index, _ in owner)
+    for index in [index for index in shards if not left[index]]:
         yield index, COMPLETIONS.schema.empty_table(), ledger(drops[index])
     for key, samples in sampler.sample(requests, decoding):
         index, place = owner[key]
-        drawn_by_place[index][place] = samples
+        drawn[index][place] = requests[key], samples
         row = shards[index][place]
         drops[index] += [
             ("completion", row["prompt_id"], row["language"], i, one)
@@ -150,9 +149,7 @@ def sample_shards(
         left[index] -= 1
         on_prompt()
         if left[index] == 0:
-            table = _table(
-                tokenizer, shards[index], drawn_by_place.pop(index), prompt_tokens[index], sampler.name
-            )
+            table = _table(tokenizer, shards[index], drawn.pop(index), sampler.name)
             yield index, table, ledger(drops[index])
 
 
@@ -170,12 +167,7 @@ def _refusal_of_all(tokenizer: Any, prompts: Iterable[Prompt], instructions: Map
 
 
 def _request(
-    tokenizer: Any,
-    key: int,
-    row: Prompt,
-    seeds: list[int],
-    instructions: Mapping[str, str],
-    sampler: Sampler,
+    tokenizer: Any, key: int, row: Prompt, seeds: list[int], instructions: Mapping[str, str], sampler: Sampler
 ) -> tuple[Request | None, str]:
     """What to ask for a prompt; None and the reason where it cannot be asked."""
     name = f"prompt {row['prompt_id']!r} in {row['language']}"
@@ -193,36 +185,33 @@ def _request(
         raise UserError(f"{name}: {error}") from error
 
 
-def _table(
-    tokenizer: Any,
-    rows: Sequence[Prompt],
-    drawn_by_place: Mapping[int, Sequence[Completion | str]],
-    prompt_tokens: Mapping[int, int | None],
-    policy: str,
-) -> pa.Table:
-    order = [
-        (place, i, one)
-        for place in sorted(drawn_by_place)
-        for i, one in enumerate(drawn_by_place[place])
+def _table(tokenizer: Any, rows: Sequence[Prompt], drawn: Mapping[int, Drawn], policy: str) -> pa.Table:
+    """The completions of a shard's prompts, by their place in it."""
+    kept = [
+        (rows[place], request, i, one)
+        for place, (request, samples) in sorted(drawn.items(), key=lambda item: item[0])
+        for i, one in enumerate(samples)
         if not isinstance(one, str)
     ]
-    drawn = [one for _, _, one in order]
-    ids = [one.ids for one in drawn if one.text is None]
+    ids = [one.ids for *_, one in kept if one.text is None]
     decoded = iter(
         tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         if ids
         else []
     )
-    columns = {
-        "prompt_id": [rows[place]["prompt_id"] for place, _, _ in order],
-        "language": [rows[place]["language"] for place, _, _ in order],
-        "sample_id": [i for _, i, _ in order],
-        "completion": [next(decoded) if one.text is None else one.text for one in drawn],
-        "completion_ids": [one.ids if one.text is None else None for one in drawn],
-        "completion_tokens": [one.completion_tokens for one in drawn],
-        "prompt_tokens": [prompt_tokens[place] for place, _, _ in order],
-        "finish_reason": [one.finish_reason for one in drawn],
-        "policy": [policy] * len(order),
-        "seed": [one.seed for one in drawn],
-    }
-    return pa.table(columns, schema=COMPLETIONS.schema)
+    made = [
+        {
+            "prompt_id": row["prompt_id"],
+            "language": row["language"],
+            "sample_id": i,
+            "completion": next(decoded) if one.text is None else one.text,
+            "completion_ids": one.ids if one.text is None else None,
+            "completion_tokens": one.completion_tokens,
+            "prompt_tokens": len(request.prompt_ids) or None,
+            "finish_reason": one.finish_reason,
+            "policy": policy,
+            "seed": one.seed,
+        }
+        for row, request, i, one in kept
+    ]
+    return pa.Table.from_pylist(made, schema=COMPLETIONS.schema)

@@ -60,15 +60,13 @@ class ShardRows:
         self,
         folder: Path,
         columns: Sequence[str],
-        prepare: Callable[[pl.DataFrame], pl.DataFrame] | None = None,
-        held: int = 2,
-        threads: int = 2,
+        prepare: Callable[[pl.DataFrame], pl.DataFrame],
     ) -> None:
         self._shards = shards.shards(folder)
         self.edges = np.cumsum([0, *(shard.rows for shard in self._shards)])
-        self._columns, self._prepare, self.held = list(columns), prepare, held
+        self._columns, self._prepare, self.held = list(columns), prepare, 2
         self._read_shards: OrderedDict[int, Future[pa.Table]] = OrderedDict()
-        self._pool = ThreadPoolExecutor(threads)
+        self._pool = ThreadPoolExecutor(2)
 
     def shards_of(self, places: Places) -> list[int]:
         return np.unique(np.searchsorted(self.edges, places, side="right") - 1).tolist()
@@ -105,10 +103,9 @@ class ShardRows:
         table = shards.read_arrow(shard.path, self._columns)
         if table.num_rows != shard.rows:
             raise UserError(f"{shard.path} holds {table.num_rows} rows, expected {shard.rows}: it changed")
-        if self._prepare is not None:
-            made = self._prepare(pl.DataFrame(pl.from_arrow(table))).to_arrow()
-            for name in made.column_names:
-                table = table.append_column(name, made[name])
+        made = self._prepare(pl.DataFrame(pl.from_arrow(table))).to_arrow()
+        for name in made.column_names:
+            table = table.append_column(name, made[name])
         return table
 
 
@@ -116,9 +113,8 @@ def _take(table: pa.Table, rows: Places) -> pa.Table:
     """Copies of some rows, or a view of all of them."""
     if len(rows) and rows[-1] - rows[0] == len(rows) - 1 and (rows[1:] > rows[:-1]).all():
         return table.slice(rows[0], len(rows))
-    return table.take(
-        pl.Series(rows, dtype=pl.UInt32).to_arrow()
-    )  # Arrow would load pandas for an array of NumPy
+    # Arrow would load pandas for an array of NumPy
+    return table.take(pl.Series(rows, dtype=pl.UInt32).to_arrow())
 
 
 # Prompts ---------------------------------------------------------------------------------------------------------

@@ -62,3 +62,8 @@ def without_folders(name: str) -> str:
     """A model or data set as a card names it: of a path only its last part."""
     is_path = Path(name).is_absolute() or name.startswith(("~", ".")) or Path(name).exists()
     return Path(name).name if is_path else name
+
+
+def table_cell(text: str) -> str:
+    """Text of a file as one cell of a table in Markdown."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")

@@ -217,8 +217,13 @@ TABLES: dict[str, Table] = {
 }
 
 
-def ledger(rows: Sequence[tuple[str, str, str, int | None, str]]) -> pa.Table:
-    """A drop ledger from (unit, prompt_id, language, sample_id or None, reason) tuples; may be empty."""
+Drop = tuple[
+    str, str, str, int | None, str
+]  # of a ledger: unit, prompt_id, language, sample_id or None, reason
+
+
+def ledger(rows: Sequence[Drop]) -> pa.Table:
+    """A drop ledger; may be empty."""
     columns = list(zip(*rows, strict=True)) if rows else [()] * 5
     arrays = [
         pa.array(column, type=field.type) for column, field in zip(columns, DROPPED.schema, strict=True)

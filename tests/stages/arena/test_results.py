@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
 
@@ -9,7 +10,7 @@ from croco.errors import UserError
 from croco.stages.arena.judge_prompt import value_of
 from croco.stages.arena.results import arena_rows, compared_in_all_arms
 from croco.stages.evaluate import stats
-from croco.stages.evaluate.winrate import length_controlled
+from croco.stages.evaluate.winrate import fit
 from croco.storage.schemas import COMPARISONS
 
 GROUPS = {"tuned": ["da", "en"], "low-resource": [], "all": ["da", "en"]}
@@ -102,7 +103,7 @@ def test_wins_that_are_length_are_taken_out():
         for i, (side, delta) in enumerate([("arm", 50), ("arm", 40), ("arm", 60), ("base", -30), ("arm", 45)])
     ]
     result = arena_rows(table(*rows), GROUPS, seed=1, num_resamples=100)
-    expected = length_controlled([1, 1, 1, 0, 1], [50, 40, 60, -30, 45])
+    expected = fit([1, 1, 1, 0, 1], [50, 40, 60, -30, 45], np.ones((1, 5))).value
     assert found(result, "win-rate") == 0.8
     assert found(result, "lc-win-rate") == pytest.approx(expected)
     assert expected < 0.77

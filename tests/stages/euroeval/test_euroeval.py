@@ -16,7 +16,6 @@ from conftest import TinyModels, write_recipe
 from croco.cli import preflight
 from croco.config.evaluation import VERSION
 from croco.config.load import load
-from croco.config.runtime import Runtime, Vllm
 from croco.errors import UserError
 from croco.pipeline import run as pipeline
 from croco.report.exports import results_markdown
@@ -58,7 +57,9 @@ class Place:
         shutil.copy(WROTE, folder / "results.jsonl")
         python = folder / "python"
         said_once = Path(__file__).with_name("said_once.py")
-        python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{said_once}" "{folder}"\n', encoding="utf-8")
+        python.write_text(
+            f'#!/bin/sh\nexec "{sys.executable}" "{said_once}" "{folder}" "$@"\n', encoding="utf-8"
+        )
         python.chmod(0o755)
         self.habits()
         text = write_recipe(folder, models).read_text(encoding="utf-8")
@@ -80,6 +81,11 @@ class Place:
 
     def habits(self, **habits: str) -> None:
         (self.folder / "habits.json").write_text(json.dumps(habits), encoding="utf-8")
+
+    @property
+    def own_server(self) -> list[str]:
+        """Overrides by which a stand-in for vLLM is started."""
+        return ["runtime.euroeval.urls={}", f"runtime.euroeval.vllm_python='{self.folder / 'python'}'"]
 
     @property
     def asked(self) -> list[dict[str, Any]]:
@@ -124,28 +130,72 @@ def test_datasets_are_rows_and_languages_without_any_are_in_the_ledger(place: Pl
 
 
 @pytest.mark.parametrize(
-    ("habit", "sentence"),
+    ("habit", "reason", "asked"),
     [
-        ({"fails_at": DA}, f"'{DA}' could not be evaluated: Failed to generate text, after 10 attempts"),
-        ({"dies_at": DE}, "EuroEval ended with exit code 3: Killed by something"),
+        ({"fails_at": DA}, "Failed to generate text, after 10 attempts", [[DA, DE], [DA]]),
+        ({"dies_at": DA}, "EuroEval ended with exit code 3: Killed by something", [[DA, DE], [DE], [DA]]),
+        ({"dies_at": DE}, "EuroEval ended with exit code 3: Killed by something", [[DA, DE], [DE]]),
     ],
 )
 def test_what_failed_is_tried_again_and_what_is_finished_is_not(
-    habit: dict[str, str], sentence: str, place: Place
+    habit: dict[str, str], reason: str, asked: list[list[str]], place: Place
 ) -> None:
+    """Also where EuroEval itself ended: another one does the other datasets."""
     place.habits(**habit)
-    with pytest.raises(UserError, match=sentence):
+    (failed,) = habit.values()
+    with pytest.raises(UserError, match=f"'{failed}' could not be evaluated: {reason}"):
         place.run()
     place.habits()
     assert read_table(place.run()).height == 4
-    (failed,) = habit.values()
-    assert [asked["datasets"] for asked in place.asked] == [[DA, DE], [failed]]
+    assert [one["datasets"] for one in place.asked] == asked
+
+
+def test_each_gpu_has_a_server_and_a_euroeval_of_its_own_and_they_run_at_once(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two real processes of each, which wait for each other; the dataset that one of them fails at is named, and the
+    other's is kept."""
+    monkeypatch.setattr("croco.pipeline.compute.visible_gpus", lambda: list("4567"))
+    several = [
+        *place.own_server,
+        "runtime.replicas='auto'",
+        "runtime.vllm.tensor_parallel=2",
+        "runtime.device='auto'",
+    ]
+    place.habits(together="2", fails_at=DA)
+    with pytest.raises(UserError, match=f"'{DA}' could not be evaluated: Failed to generate text") as caught:
+        place.run(*several)
+    assert DE not in str(caught.value)
+    assert {(*one["datasets"], one["gpus"]) for one in place.asked} in (
+        {(DA, "4,5"), (DE, "6,7")}, {(DA, "6,7"), (DE, "4,5")},
+    )  # fmt: skip
+    for gpus in ("4,5", "6,7"):
+        assert "--tensor-parallel-size 2" in (place.folder / f"server-{gpus}").read_text()
+    place.habits()
+    folder = place.run(*several)
+    assert place.asked[-1]["datasets"] == [DA]
+    assert len(place.asked) == 3
+    assert read_table(folder).height == 4
+    assert sorted(read_records(folder / euroeval.RESULTS_FILE, MODEL)) == [DA, DE]
+    facts = read_json(folder / "stage.json")["facts"]
+    assert (facts["served_dtype"], facts["max_context"]) == ("float32", 512)
+    with pytest.raises(UserError, match="replicas = 3 with 2 GPUs a worker: found 4 GPUs, expected 6"):
+        euroeval.check(load(place.recipe, [*several, "runtime.replicas=3"]))
+
+
+def test_a_server_that_ends_is_named_and_another_one_serves_the_rest(place: Place) -> None:
+    place.habits(server_ends_at=DA)
+    with pytest.raises(UserError, match=f"'{DA}' could not be evaluated: the server ended: The GPU fell off"):
+        place.run(*place.own_server)
+    place.habits()
+    assert read_table(place.run(*place.own_server)).height == 4
+    assert [one["datasets"] for one in place.asked] == [[DA, DE], [DE], [DA]]
 
 
 def test_a_line_that_has_no_shard_yet_is_taken_as_it_is(place: Place) -> None:
     """Killed between EuroEval's line and our shard, and inside EuroEval's next line."""
-    place.habits(dies_at=DA)
-    with pytest.raises(UserError):
+    place.habits(dies_at="start")
+    with pytest.raises(UserError, match="EuroEval ended with exit code 1: Killed by something"):
         place.run()
     results = place.folder / "run/euroeval/base/scratch/work" / euroeval.RESULTS_FILE
     results.write_bytes(WROTE.read_bytes()[:-40])
@@ -230,14 +280,3 @@ def test_versions_are_pinned_and_an_old_python_is_refused(tmp_path: Path) -> Non
         install.install(tmp_path / "new", str(old), print)
     with pytest.raises(UserError, match="expected another --to"):
         install.install(tmp_path, None, print)
-
-
-@pytest.mark.parametrize(
-    ("replicas", "together", "words"), [("auto", 2, "2"), (4, 1, "4"), (1, 4, ""), ("auto", 3, "")]
-)
-def test_a_server_has_a_copy_for_each_of_several_gpus(monkeypatch, replicas, together, words):
-    monkeypatch.setattr("croco.pipeline.compute.visible_gpus", lambda: list("0123"))
-    runtime = Runtime(replicas=replicas, vllm=Vllm(tensor_parallel=together))
-    assert euroeval.several_gpus(runtime) == (["--data-parallel-size", words] if words else [])
-    monkeypatch.setattr("croco.pipeline.compute.visible_gpus", list)
-    assert euroeval.several_gpus(Runtime(replicas=2)) == []

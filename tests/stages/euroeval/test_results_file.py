@@ -15,7 +15,7 @@ from croco.config.evaluation import VERSION
 from croco.config.load import from_dict
 from croco.config.recipe import Recipe
 from croco.errors import UserError
-from croco.stages.euroeval import euroeval
+from croco.stages.euroeval import worker
 from croco.stages.euroeval.results_file import in_all_arms, read_records, rows_of
 
 WROTE = (
@@ -116,7 +116,7 @@ def test_results_of_16_a_second_line_and_a_cut_line_are_refused(tmp_path: Path) 
     cut.write_bytes(WROTE.read_bytes()[:-40])
     with pytest.raises(UserError, match="line 2: expected JSON"):
         read_records(cut, MODEL)
-    euroeval.drop_unfinished_line(cut)
+    worker.drop_unfinished_line(cut)
     assert list(read_records(cut, MODEL)) == [DA]
 
 

@@ -5,7 +5,11 @@ import pytest
 from scipy.optimize import minimize
 
 from croco.stages.evaluate.stats import resample_counts
-from croco.stages.evaluate.winrate import fit, length_controlled, pooled, scaled
+from croco.stages.evaluate.winrate import fit, pooled, scaled
+
+
+def length_controlled(preferences, length_differences) -> float:
+    return fit(preferences, length_differences, np.ones((1, len(preferences)))).value
 
 
 def slow(y: np.ndarray, x: np.ndarray, counts: np.ndarray | None = None) -> float:

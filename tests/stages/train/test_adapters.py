@@ -33,27 +33,6 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 GPT = {"vocab_size": 320, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32}
 
 
-def gemma3_wrapper() -> Any:
-    text = tf.Gemma3TextConfig(**SHAPE, head_dim=8, sliding_window=8)
-    vision = tf.SiglipVisionConfig(
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        image_size=28,
-        patch_size=14,
-    )
-    tokens = {
-        "mm_tokens_per_image": 1,
-        "image_token_index": 319,
-        "boi_token_index": 317,
-        "eoi_token_index": 318,
-    }
-    return tf.Gemma3ForConditionalGeneration(
-        tf.Gemma3Config(text_config=text, vision_config=vision, **tokens)
-    )
-
-
 def mistral3_wrapper() -> Any:
     vision = tf.PixtralVisionConfig(
         hidden_size=16,
@@ -74,7 +53,7 @@ NEOX = {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
 # the model, and the names of the layers that "auto" adapts
 MODELS: dict[str, tuple[Callable[[], Any], set[str]]] = {
     "llama": (lambda: make_policy("llama"), USUAL),
-    "gemma3 with images": (gemma3_wrapper, USUAL),
+    "gemma3 with images": (lambda: make_policy("gemma3 with images"), USUAL),
     "mistral3 with images": (mistral3_wrapper, USUAL),
     "phi3": (
         lambda: tf.Phi3ForCausalLM(tf.Phi3Config(**SHAPE)), {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}

@@ -80,7 +80,7 @@ def test_the_count_is_what_a_step_allocates(tmp_path, checkpointing, budget):
     trainer = trainer_of(tmp_path, budget, checkpointing=checkpointing, hidden=128, layers=4, num_pairs=24)
     bare = make_policy("llama", hidden=128, layers=4)
     settings = replace(SETTINGS, lora=Lora(dropout=0.0))
-    needs = count(bare, settings, trainer.examples, rows="segments")
+    needs = count(bare, settings, trainer.data.examples, rows="segments")
     pairs = list(range(24))
     widest = max(batch.input_ids_BT.numel() for batch, *_ in trainer._micro_batches(pairs))
     activations = needs.of(widest, checkpointing) - needs.once
@@ -164,7 +164,7 @@ def test_memory_that_runs_out_while_tuning_is_one_sentence(tmp_path, monkeypatch
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 80.00 GiB")
 
-    monkeypatch.setattr("croco.stages.train.train.choose_rows", full)
+    monkeypatch.setattr("croco.stages.train.setup.choose_rows", full)
     said = r"train/a: memory ran out on \w+ \(CUDA out of memory.*\): expected no other process .*'auto' or fewer"
     with pytest.raises(UserError, match=said):
         tune(job_of(tmp_path), lambda *_: None)

@@ -11,14 +11,15 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
 
 from croco.config import load as recipes
 from croco.errors import UserError
-from croco.models.loading import load_policy
+from croco.models.lora import load_adapter
 from croco.stages.train.distributed import shares
 from croco.stages.train.launch import TrainJob, num_processes, tune
 from stages.train.pairs import make_pairs, replace, write_pairs
-from stages.train.ranks import UNEVEN, gradients, whole_run
+from stages.train.ranks import STEPS, gradients, whole_run
 from stages.train.test_train import metrics
 from tiny import make_policy, make_tokenizer, save
 
@@ -48,22 +49,64 @@ def assert_same_curve(folder: Path, wanted: Path) -> None:
             assert one["logps/chosen"] == pytest.approx(other["logps/chosen"], rel=1e-3)
 
 
-def test_two_processes_have_the_gradients_and_the_curve_of_one(tmp_path):
+def torchrun(folder: Path, **environment: str) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     path = os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(TESTS)])
     done = subprocess.run(
-        [*command, str(Path(__file__).with_name("ranks.py")), str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": path},
+        [*command, str(Path(__file__).with_name("ranks.py")), str(folder)],
+        env={**os.environ, **environment, "PYTHONPATH": path},
         capture_output=True,
     )
     assert done.returncode == 0, done.stderr.decode()[-3000:]
-    for size in UNEVEN:
-        wanted = gradients(tmp_path / "alone", size)
+
+
+def assert_gradients_of_one(folder: Path) -> None:
+    for arch, budget in STEPS:
+        wanted = gradients(folder / f"alone-{arch}", arch, budget)
         assert wanted["loss"] > 0
+        assert not [name for name in wanted if "vision" in name]
         for number in (0, 1):
-            assert_close(torch.load(tmp_path / f"gradients-{size}-{number}.pt"), wanted)
+            assert_close(torch.load(folder / f"gradients-{arch}-{budget}-{number}.pt"), wanted)
+
+
+def test_two_processes_have_the_gradients_and_the_curve_of_one(tmp_path):
+    """The run with other free memory in each: both work by the plan of the one that has less."""
+    torchrun(tmp_path)
+    assert_gradients_of_one(tmp_path)
+    planned = {int((tmp_path / f"tokens-{number}").read_text()) for number in (0, 1)}
+    assert len(planned) == 1
+    assert 100 < planned.pop() < 400
     whole_run(tmp_path / "one")
     assert_same_curve(tmp_path / "run", tmp_path / "one")
+
+
+# what a file of `accelerate config` says reaches the processes in these variables, but for the first
+FSDP = {
+    "ACCELERATE_TORCH_DEVICE": "cpu",
+    "ACCELERATE_USE_FSDP": "true",
+    "ACCELERATE_USE_CPU": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+}
+
+
+@pytest.mark.slow
+def test_weights_spread_by_fsdp_have_the_gradients_and_the_curve_of_one(tmp_path):
+    torchrun(tmp_path, **FSDP)
+    assert_gradients_of_one(tmp_path)
+    for name, full in (("run", False), ("full", True)):
+        whole_run(tmp_path / "one" / name, full=full)
+        assert_same_curve(tmp_path / name, tmp_path / "one" / name)
+    adapter, wanted = (
+        load_file(folder / "run" / "adapter" / "adapter_model.safetensors")
+        for folder in (tmp_path, tmp_path / "one")
+    )
+    assert adapter.keys() == wanted.keys()
+    assert load_adapter(make_policy("llama"), tmp_path / "run" / "adapter")
+    assert LlamaForCausalLM.from_pretrained(tmp_path / "full" / "model")
 
 
 RECIPE = """
@@ -124,34 +167,6 @@ def test_the_stage_starts_its_processes(job, alone, tmp_path):
     ours, theirs = (load_file(path / "adapter_model.safetensors") for path in (found.adapter, alone.adapter))
     gap = sum((ours[name] - theirs[name]).square().sum() for name in theirs).sqrt()
     assert gap < 1e-2 * sum(theirs[name].square().sum() for name in theirs).sqrt()
-
-
-FSDP = {
-    "ACCELERATE_USE_FSDP": "true",
-    "ACCELERATE_USE_CPU": "true",
-    "FSDP_VERSION": "2",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer",
-    "FSDP_RESHARD_AFTER_FORWARD": "true",
-    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
-    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("full", [False, True])
-def test_weights_spread_by_fsdp_give_the_same_curve(job, tmp_path, monkeypatch, full):
-    """What a file of `accelerate config` says reaches the processes in these variables."""
-    both = replace(job, folder=tmp_path / "one", training=replace(job.training, full=full))
-    tune(both, lambda *_: None)
-    for name, value in FSDP.items():
-        monkeypatch.setenv(name, value)
-    found = tune(over(both, tmp_path / "two", train_processes=2), lambda *_: None)
-    assert_same_curve(tmp_path / "two", tmp_path / "one")
-    assert found.adapter == tmp_path / "two" / ("model" if full else "adapter")
-    load_policy(job.policy.model, adapter=None if full else found.adapter)
-    if full:
-        load_policy(str(found.adapter))
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from transformers import FalconConfig, FalconForCausalLM, GPT2Config, GPT2LMHead
 
 import zoo
 from croco.config.load import load
+from croco.config.runtime import Runtime
 from croco.config.training import Lora, Training
 from croco.errors import UserError
 from croco.models import output_layer
@@ -27,7 +28,7 @@ from croco.models.lora import apply_lora, load_adapter
 from croco.pipeline.fingerprint import train_settings
 from croco.pipeline.node import settings_values
 from croco.pipeline.stage import Work
-from croco.stages.train.batches import collate
+from croco.stages.train.batches import Layout, TrainingData, collate
 from croco.stages.train.encode import encode_pairs
 from croco.stages.train.forward import completion_logps, token_counts
 from croco.stages.train.reference import reference_logps
@@ -57,6 +58,7 @@ SETTINGS = Training(
 def run(
     folder: Path, settings: Training = SETTINGS, num_pairs: int = 36, on_step=None, model=None, **options
 ):
+    machine = {name: options.pop(name) for name in [*options] if name in Runtime.model_fields}
     return train_pairs(
         model or make_policy("llama"),
         TOKENIZER,
@@ -64,6 +66,7 @@ def run(
         settings=settings,
         folder=folder,
         seed=7,
+        runtime=Runtime(**{"micro_batch_tokens": 8192, **machine}),
         on_step=on_step,
         **options,
     )
@@ -395,7 +398,7 @@ def test_the_models_own_noise_is_off(tmp_path, arch):
 def test_the_context_of_stretched_positions_is_theirs():
     model = make_policy("llama", max_positions=50)
     model.config.rope_parameters = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10_000.0}
-    assert encode(model, TOKENIZER, make_pairs(36), SETTINGS, None)[2].is_empty()
+    assert encode(model, TOKENIZER, make_pairs(36), SETTINGS, {}, 0).dropped.is_empty()
 
 
 def test_a_pair_longer_than_the_policys_context_is_left_out(tmp_path):
@@ -432,12 +435,12 @@ def test_checkpoints_of_other_settings_are_not_taken_up(tmp_path):
     assert steps[0] == 1
 
 
-def trainer_of(tmp_path, budget, rows="segments", checkpointing=False, num_pairs=9, **shape):
+def trainer_of(tmp_path, budget, rows="segments", checkpointing=False, num_pairs=9, arch="llama", **shape):
     torch.manual_seed(0)
-    model = make_policy("llama", **shape)
+    model = make_policy(arch, **shape)
     examples, _ = encode_pairs(make_pairs(num_pairs), TOKENIZER, end=2, max_tokens=200)
     reference = reference_logps(
-        make_policy("llama", seed=1, **shape),
+        make_policy(arch, seed=1, **shape),
         examples,
         folder=tmp_path,
         rows="segments",
@@ -450,12 +453,9 @@ def trainer_of(tmp_path, budget, rows="segments", checkpointing=False, num_pairs
         apply_lora(model, settings.lora, 0),
         training_arguments(settings, tmp_path, num_steps=1, seed=0, device=model.device, evaluate=False),
         settings,
-        examples=examples,
-        reference_logps_CN=reference,
-        steps=[range(num_pairs)],
-        validation=[],
-        rows=rows,
-        micro_batch_tokens=budget,
+        TrainingData(examples, num_pairs, [range(num_pairs)], pl.DataFrame(), {}),
+        Layout(rows, budget),
+        reference,
         pad_id=0,
         metrics_file=tmp_path / "metrics.jsonl",
     )

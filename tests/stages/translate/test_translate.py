@@ -321,16 +321,7 @@ STRICT = (
 def test_a_gemma_3_with_a_template_like_translategemmas_is_asked_in_its_form(
     tmp_path: Path, tiny_models: TinyModels
 ) -> None:
-    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
-
-    torch.manual_seed(0)
-    text = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
-            "initializer_range": 0.15}  # fmt: skip
-    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-              "image_size": 28, "patch_size": 14}  # fmt: skip
-    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, dtype="float32")
-    model = Gemma3ForConditionalGeneration(config).eval()
+    model = tiny.make_policy("gemma3 with images")
     model.generation_config.eos_token_id = 2
     folder = tiny.save(tmp_path / "gemma", model, tiny.make_tokenizer(chat_template=STRICT))
     recipe = load(write_recipe(tmp_path, tiny_models, folder), ["translate.format=translategemma"])

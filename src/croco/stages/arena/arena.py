@@ -27,7 +27,7 @@ from croco.stages.arena import judge_prompt
 from croco.stages.evaluate.evaluate import evaluation_seed
 from croco.stages.evaluate.results import BASE
 from croco.stages.sample import SampleWorker
-from croco.storage.schemas import COMPARISONS, ledger
+from croco.storage.schemas import COMPARISONS, Drop, ledger
 from croco.storage.seeds import digest
 from croco.storage.shards import merge_ledgers, read_dropped, read_table
 
@@ -221,7 +221,7 @@ def tabulate(
 ) -> tuple[pa.Table, pa.Table]:
     """One shard of comparisons and its ledger; `judgements` are by place and order."""
     kept: list[dict[str, Any]] = []
-    drops: list[tuple[str, str, str, int | None, str]] = []
+    drops: list[Drop] = []
     for place, match in enumerate(rows):
         missing = [
             name

@@ -25,13 +25,14 @@ from croco.pipeline.progress import progress
 from croco.stages.diagnose.metrics import Row, agreement, markdown, rank
 from croco.stages.prompts.columns import FileRow
 from croco.stages.prompts.values import Unusable
+from croco.stages.score.reward import open_reward
+from croco.stages.score.score import check_finite
 from croco.storage import files, provenance, shards
 from croco.storage.rows import file_rows, files_of
-from croco.storage.schemas import DROPPED, ledger
+from croco.storage.schemas import DROPPED, Drop, ledger
 
 FILES = ("pairs.parquet", "ranking.parquet", "dropped.parquet", "ranking.md", "diagnosis.json")
 IDS, CATEGORIES = ("prompt_id", "id"), ("category", "subset", "domain")
-Drop = tuple[str, str, str, int | None, str]
 CHUNK = 256  # pairs scored at once
 RANKING = pa.schema([
     pa.field("reward", pa.string(), nullable=False),
@@ -174,9 +175,6 @@ def _pair(where: str, values: Any, language: str | None) -> tuple[Pair, str]:
 
 def score_pairs(pairs: Sequence[Pair], recipe: Recipe) -> tuple[NDArray[np.float64], dict[int, str]]:
     """Scores of (chosen, rejected), shape (pairs, 2), nan where there is none, and the reasons by pair."""
-    from croco.stages.score.reward import open_reward
-    from croco.stages.score.score import check_finite
-
     name = recipe.reward.name
     scores, reasons = np.full((len(pairs), 2), math.nan), {}
     score, _ = open_reward(recipe.reward, recipe.runtime)

@@ -17,6 +17,7 @@ import numpy as np
 import polars as pl
 
 from croco.stages.evaluate import stats
+from croco.storage.provenance import table_cell
 
 ALL = "all"
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -56,7 +57,6 @@ def above(a: str, b: str) -> pl.Expr:
 
 
 def rank(table: pl.DataFrame, number: int, model: str) -> Iterator[Row]:
-    """Everything about one model."""
     chosen, rejected = f"chosen_{number}", f"rejected_{number}"
     right = above(chosen, rejected)
     longer = above("chosen_length", "rejected_length")
@@ -159,11 +159,11 @@ def markdown(
     parts = ["# Reward models on preference pairs\n"]
     if num_left_out:
         most = sorted(reasons.items(), key=lambda item: -item[1])[:5]
-        shown = "; ".join(f"{count} × {escaped(reason)}" for reason, count in most)
+        shown = "; ".join(f"{count} × {table_cell(reason)}" for reason, count in most)
         parts.append(f"{num_left_out} pairs were left out (`dropped.parquet`): {shown}.\n")
     for reward in rewards:
         own = ranking.filter(pl.col("reward") == reward)
-        parts.append(f"## {escaped(reward)}\n")
+        parts.append(f"## {table_cell(reward)}\n")
         parts.append(_table(own.filter(pl.col("category").is_null()), SHOWN, "language"))
         share = own.filter(pl.col("metric") == "language-share")
         if share.height:
@@ -177,7 +177,7 @@ def markdown(
                                 SHOWN[:2], "category"))  # fmt: skip
     for names in ranking["reward"].unique(maintain_order=True):
         if names not in rewards:
-            parts.append(f"## {escaped(names)}\n")
+            parts.append(f"## {table_cell(names)}\n")
             parts.append(_table(ranking.filter(pl.col("reward") == names), AGREEMENT, "language"))
     return "\n".join(parts)
 
@@ -190,7 +190,7 @@ def _table(rows: pl.DataFrame, columns: Sequence[tuple[str, str]], by: str) -> s
     for name in dict.fromkeys(key[0] for key in cells):
         count = next(row["n"] for key, row in cells.items() if key[0] == name and key[1] == shown[0][0])
         values = [_cell(cells.get((name, metric))) for metric, _ in shown]
-        lines.append(f"| {escaped(name)} | {count} | " + " | ".join(values) + " |")
+        lines.append(f"| {table_cell(name)} | {count} | " + " | ".join(values) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -199,8 +199,3 @@ def _cell(row: dict[str, float] | None) -> str:
         return ""
     text = f"{row['value']:.2f}"
     return text if row["ci_low"] is None else f"{text} [{row['ci_low']:.2f}, {row['ci_high']:.2f}]"
-
-
-def escaped(text: str) -> str:
-    """Text of a file as one cell of a table."""
-    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())

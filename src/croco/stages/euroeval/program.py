@@ -31,10 +31,10 @@ def main() -> None:
     from euroeval.enums import GenerativeType
     from euroeval.exceptions import InvalidBenchmark, InvalidModel
 
-    cache = Path("cache")
+    cache = Path(asked["cache"])
     local = Path("custom_datasets.py")
     known = get_all_dataset_configs(local, [], None, cache, trust_remote_code=False, run_with_cli=False)
-    unknown = [name for name in asked["datasets"] if name not in known]
+    unknown = [name for name in asked["known"] if name not in known]
     say(out, unknown=unknown)
     if unknown:
         return

@@ -55,10 +55,13 @@ class Record(BaseModel):
         return round(float(self.metrics[0].details.get("num_failed_instances", 0)))
 
 
-def read_records(path: Path, model: str) -> dict[str, Record]:
-    """The records of a results file by dataset, all of one model; raises UserError for a line that does not belong."""
+def read_records(path: Path, model: str, growing: bool = False) -> dict[str, Record]:
+    """The records of a results file by dataset, all of one model; raises UserError for a line that does not belong. The
+    last line of a `growing` file may have no end yet, or EuroEval was killed at it."""
     records: dict[str, Record] = {}
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    content = path.read_bytes() if path.exists() else b""
+    whole = content[: content.rfind(b"\n") + 1] if growing else content
+    lines = whole.decode("utf-8").splitlines()
     for number, line in enumerate(lines, 1):
         if line.strip():
             record = _read(line, f"{path}, line {number}")

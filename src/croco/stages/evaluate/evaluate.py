@@ -21,8 +21,9 @@ from croco.pipeline.compute import compute
 from croco.pipeline.stage import Task, Work
 from croco.pipeline.workers import Advance, ShardResult
 from croco.stages.sample import sample_shards
-from croco.stages.score.policy_logprobs import open_likelihood, score_likelihood
+from croco.stages.score.policy_logprobs import grouped, messages_of, open_likelihood, score_likelihood
 from croco.stages.score.reward import ScoreShard, open_reward
+from croco.stages.score.score import check_finite
 from croco.storage.schemas import ledger
 from croco.storage.seeds import digest
 from croco.storage.shards import read_parquet, read_table
@@ -64,9 +65,8 @@ def draft_path(folder: Path, index: int) -> Path:
 def batches_of(task: Task) -> list[Batch]:
     """The shards of an arm's evaluation, in the order of their numbers."""
     settings, prompts = task.settings, read_table(task.inputs["eval-prompts"])
-    return plan_batches(
-        prompts, sorted(settings["temperatures"]), settings["samples"], task.runtime.shard_prompts
-    )
+    temperatures = sorted(settings["temperatures"])
+    return plan_batches(prompts, temperatures, settings["samples"], task.runtime.shard_prompts)
 
 
 def plan_batches(
@@ -134,13 +134,7 @@ def divergence(task: Task) -> dict[str, float]:
         [read_parquet(draft_path(task.folder, batch.index)) for batch in batches if batch.temperature == 1]
     )
     drawn = drawn.filter(pl.col("reason").is_null())
-    messages = {
-        tuple(row[:2]): row[2] for b in batches for row in b.prompts.select(*PROMPT, "messages").rows()
-    }
-    groups = [
-        (messages[prompt_id, language], rows.to_dicts())
-        for (prompt_id, language), rows in drawn.group_by(PROMPT, maintain_order=True)
-    ]
+    groups = grouped(drawn, messages_of(read_table(task.inputs["eval-prompts"])))
     logps = [  # one policy in memory at a time
         score_likelihood(*open_likelihood(policy, task.runtime, False, weights), groups, policy.instruction)
         for weights in (task.adapter, None)
@@ -186,7 +180,6 @@ class JudgeWorker:
 
 
 def _judge_lab(batch: Batch, answered: pl.DataFrame) -> Judgement:
-    """Verdicts by the lab's program."""
     from croco.lab import judge
 
     modes, values = judge.judge(
@@ -198,18 +191,11 @@ def _judge_lab(batch: Batch, answered: pl.DataFrame) -> Judgement:
 
 def _judge_by_reward(score: ScoreShard, name: str, batch: Batch, answered: pl.DataFrame) -> Judgement:
     """Verdicts of the reward model; a reason in place of a score where there is none."""
-    from croco.stages.score.score import check_finite
-
     modes = [
         language_mode(identified, language)
         for identified, language in answered.select("found_language", "language").iter_rows()
     ]
-    messages = {tuple(row[:2]): row[2] for row in batch.prompts.select(*PROMPT, "messages").iter_rows()}
-    groups = [
-        (messages[prompt_id, language], rows.to_dicts())
-        for (prompt_id, language), rows in answered.group_by(PROMPT, maintain_order=True)
-    ]
-    values = list(chain.from_iterable(score(groups)))
+    values = list(chain.from_iterable(score(grouped(answered, messages_of(batch.prompts)))))
     for key, value in zip(answered.select(*PROMPT, "sample_id").iter_rows(), values, strict=True):
         if not isinstance(value, str):
             check_finite(value, key, name)

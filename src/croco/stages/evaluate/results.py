@@ -15,18 +15,17 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from croco.config.recipe import Recipe
+from croco.config.study import BASE, GROUPS
 from croco.errors import UserError
 from croco.languages import RIGHT
 from croco.stages.evaluate import stats
 from croco.storage.schemas import RESULTS
 
-BASE = "base"
 TOLD = "language-told"
 Row = dict[str, Any]
-GROUPS = ("tuned", "low-resource", "held-out", "all")
-Shares = dict[
-    str, NDArray[np.float64]
-]  # metric -> (n,) per prompt, the sum over the scope's languages of the mean over samples
+# metric -> (n,) per prompt, the sum over the scope's languages of the mean over samples
+Shares = dict[str, NDArray[np.float64]]
 
 
 def language_groups(
@@ -35,6 +34,11 @@ def language_groups(
     """The groups every table shows, each with its languages; empty groups stay empty and get no rows."""
     members = (tuned, low_resource, held_out, (*tuned, *low_resource, *held_out))
     return {name: list(languages) for name, languages in zip(GROUPS, members, strict=True)}
+
+
+def groups_of(recipe: Recipe) -> dict[str, list[str]]:
+    run = recipe.run
+    return language_groups(run.languages, run.low_resource_languages, run.held_out_languages)
 
 
 def headline(benchmark: str) -> str:
@@ -92,13 +96,11 @@ def on_common_prompts(verdicts: pl.DataFrame) -> pl.DataFrame:
 def _per_prompt(verdicts: pl.DataFrame) -> pl.DataFrame:
     """Means over the samples of every (arm, temperature, prompt, language): the headline metric, a share per mode."""
     benchmark = verdicts["benchmark"][0]
-    identified, language = pl.col("found_language"), pl.col("language")
-    fidelity = {
-        RIGHT: (identified == language).fill_null(False).mean(),
-        TOLD: identified.is_not_null().mean(),
-    }
-    if "found_language" not in verdicts.columns:  # made before languages were kept
-        fidelity = {}
+    fidelity = {}
+    if "found_language" in verdicts.columns:  # else made before languages were kept
+        identified = pl.col("found_language")
+        right = (identified == pl.col("language")).fill_null(False).mean()
+        fidelity = {RIGHT: right, TOLD: identified.is_not_null().mean()}
     modes = verdicts["mode"].unique().sort().to_list()
     return (
         verdicts.group_by("arm", "temperature", "prompt_id", "language")
@@ -147,10 +149,8 @@ def _scope_rows(
     labels: list[tuple[str, float, str]] = []
     columns: list[NDArray[np.float64]] = []
     for (arm, temperature), shares in settings.items():
-        for metric, column in {
-            **shares,
-            **_differences(settings, arm, temperature, headline(benchmark)),
-        }.items():
+        differences = _differences(settings, arm, temperature, headline(benchmark))
+        for metric, column in (shares | differences).items():
             labels.append((arm, temperature, metric))
             columns.append(column)
     counts = stats.resample_counts(len(weights), seed, num_resamples)

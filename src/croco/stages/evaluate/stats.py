@@ -117,9 +117,9 @@ class Estimate(NamedTuple):
     error: float  # nan where there are too few prompts
     df: float
 
-    def interval(self, confidence: float = CONFIDENCE) -> Interval:
+    def interval(self) -> Interval:
         """Of Student's t."""
-        reach = float(_scipy().t.ppf(0.5 + confidence / 2, self.df)) * self.error
+        reach = float(_scipy().t.ppf(0.5 + CONFIDENCE / 2, self.df)) * self.error
         return Interval(self.value, self.value - reach, self.value + reach)
 
     def p_above(self, border: float) -> float:
@@ -175,9 +175,9 @@ def mcnemar(ours: ArrayLike, theirs: ArrayLike) -> float:
     return float(_scipy().binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
 
 
-def sign_flip(differences: ArrayLike, seed: int, num_flips: int = FLIPS) -> float:
+def sign_flip(differences: ArrayLike, seed: int) -> float:
     """Two-sided p-value that paired differences, one per prompt, have mean zero, by flipping their signs: all 2ⁿ
-    patterns, or `num_flips` random ones and the observed (Phipson and Smyth 2010). Raises ValueError without a prompt
+    patterns, or 10,000 random ones and the observed (Phipson and Smyth 2010). Raises ValueError without a prompt
     or with a value that is not finite."""
     column = np.asarray(differences, dtype=np.float64)
     if column.ndim != 1 or not column.size or not np.isfinite(column).all():
@@ -187,15 +187,15 @@ def sign_flip(differences: ArrayLike, seed: int, num_flips: int = FLIPS) -> floa
         return 1.0
     # equal up to rounding counts as equal
     reached = abs(column.sum()) * (1 - 1e-12) - 1e-300
-    if 2 ** min(column.size, 62) <= num_flips:
+    if 2 ** min(column.size, 62) <= FLIPS:
         patterns = np.arange(2**column.size)[:, None] >> np.arange(column.size) & 1
         return float((np.abs((1.0 - 2.0 * patterns) @ column) >= reached).mean())
     generator, extreme = np.random.default_rng(seed), 1
     rows = max(1, CHUNK // column.size)
-    for start in range(0, num_flips, rows):
-        drawn = generator.integers(2, size=(min(rows, num_flips - start), column.size), dtype=np.int8)
+    for start in range(0, FLIPS, rows):
+        drawn = generator.integers(2, size=(min(rows, FLIPS - start), column.size), dtype=np.int8)
         extreme += int((np.abs((1.0 - 2.0 * drawn) @ column) >= reached).sum())
-    return extreme / (num_flips + 1)
+    return extreme / (FLIPS + 1)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -208,15 +208,15 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def prompts_to_resolve(differences: ArrayLike, alpha: float = ALPHA, power: float = POWER) -> int | None:
-    """How many prompts would tell a difference like this one from zero, with this level and power: n = ((z(1−α/2) +
+def prompts_to_resolve(differences: ArrayLike) -> int | None:
+    """How many prompts would tell a difference like this one from zero, at 5 % with a power of 0.8: n = ((z(1−α/2) +
     z(power)) · std / mean)², std with ddof 1. None where the mean is 0 or a single prompt says nothing of the spread.
     """
     column = np.asarray(differences, dtype=np.float64)
     if column.size < 2 or column.mean() == 0:
         return None
     normal = NormalDist()
-    reach = normal.inv_cdf(1 - alpha / 2) + normal.inv_cdf(power)
+    reach = normal.inv_cdf(1 - ALPHA / 2) + normal.inv_cdf(POWER)
     return max(2, math.ceil((reach * column.std(ddof=1) / column.mean()) ** 2))
 
 

@@ -13,19 +13,6 @@ TOLERANCE, MOST_STEPS = 1e-10, 100
 Array = NDArray[np.float64]
 
 
-def length_controlled(preferences: ArrayLike, length_differences: ArrayLike) -> float:
-    """The win rate at equal length: σ(θ) of logit p = θ + φ·x, x = tanh(Δ / std(Δ)) (after Dubois et al. 2024, without
-    their term for how hard a prompt is).
-
-    preferences: (n,) in [0, 1]; length_differences: (n,), Δ in characters, model minus reference; std with ddof 0. θ
-    and φ maximise the log-likelihood, summed over comparisons, minus 1·φ². Where all lengths differ by the same, or all
-    preferences are 0 or 1, it is the mean. Raises ValueError for no or unequal numbers of values."""
-    y, x = np.asarray(preferences, dtype=np.float64), scaled(length_differences)
-    if y.shape != x.shape or y.ndim != 1 or not y.size:
-        raise ValueError("expected one preference and one length difference per comparison")
-    return float(_win_rates(y, x, np.ones((1, y.size)))[0])
-
-
 def scaled(length_differences: ArrayLike) -> Array:
     """x = tanh(Δ / std(Δ)), all 0 where std is 0."""
     delta = np.asarray(length_differences, dtype=np.float64)
@@ -44,10 +31,17 @@ class Fit:
 
 
 def fit(preferences: ArrayLike, length_differences: ArrayLike, drawn: Array) -> Fit:
-    """One language: (n,) preferences and length differences, and how often each comparison is drawn, (R, n). x is
-    scaled once, not in every resample."""
+    """The win rate at equal length: σ(θ) of logit p = θ + φ·x, x = tanh(Δ / std(Δ)) (after Dubois et al. 2024, without
+    their term for how hard a prompt is).
+
+    preferences: (n,) in [0, 1]; length_differences: (n,), Δ in characters, model minus reference; std with ddof 0,
+    scaled once, not in every resample; drawn: how often each comparison is drawn, (R, n). θ and φ maximise the
+    log-likelihood, summed over comparisons, minus 1·φ². Where all lengths differ by the same, or all preferences are 0
+    or 1, it is the mean. Raises ValueError for no or unequal numbers of values."""
     y, x = np.asarray(preferences, dtype=np.float64), scaled(length_differences)
-    value = length_controlled(y, length_differences)
+    if y.shape != x.shape or y.ndim != 1 or not y.size:
+        raise ValueError("expected one preference and one length difference per comparison")
+    value = float(_win_rates(y, x, np.ones((1, y.size)))[0])
     return Fit(value, y.size, _win_rates(y, x, drawn), drawn.sum(axis=1))
 
 

@@ -31,11 +31,8 @@ ONE_CANDIDATE = "only one candidate in the pool"
 NONE_BELOW = "no candidate scores below the chosen one"
 NO_REFERENCE = "no scored gold completion"
 SIDES = ("chosen", "rejected")
-TEXTS = {
-    "completion": "",
-    "completion_ids": "_ids",
-    "finish_reason": "_finish_reason",
-}  # and their names in pairs
+# columns of completions, and what they are called in pairs behind the side
+TEXTS = {"completion": "", "completion_ids": "_ids", "finish_reason": "_finish_reason"}
 Texts = Callable[[Rows, Sequence[str]], pl.DataFrame]  # some columns of TEXTS of some rows
 
 

@@ -19,6 +19,7 @@ from croco.pipeline.node import Given, Node, Stage
 from croco.pipeline.stage import Work
 from croco.storage import files, records
 from croco.storage import shards as store
+from croco.storage.provenance import table_cell
 from croco.storage.schemas import MESSAGES
 
 FORMATS = ("preference", "prompt-completion")
@@ -155,15 +156,11 @@ def card(
     ]
     lines += [f"| {code} | {count:,} |" for code, count in languages.items()]
     lines += ["", "## How they were made", "", "| | |", "|---|---|"]
-    lines += [f"| {_cell(name)} | {_cell(value)} |" for name, value in facts.items()]
+    lines += [f"| {table_cell(name)} | {table_cell(value)} |" for name, value in facts.items()]
     lines += ["", "## What was left out", ""]
     if left:
         lines += ["| what | reason | how many |", "|---|---|---:|"]
-        lines += [f"| {unit} | {_cell(reason)} | {count:,} |" for unit, reason, count in left]
+        lines += [f"| {unit} | {table_cell(reason)} | {count:,} |" for unit, reason, count in left]
     else:
         lines += ["Nothing."]
     return "\n".join(lines) + "\n"
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")

@@ -29,9 +29,8 @@ IMPORT = Stage(
     gives=("prompts", "sample", "score"), makes=("prompts", "sample", "score"),
 )  # fmt: skip
 TABLES = rf"((prompts|sample|score|pairs)/)?({files.OURS.pattern}|stage\.json)"
-FILES = re.compile(
-    rf"{TABLES}|\.lock|export/(README\.md|data/[^/]*|stage\.json|dropped\.parquet|\.tmp-.*)"
-)  # that these commands write
+# that these commands write
+FILES = re.compile(rf"{TABLES}|\.lock|export/(README\.md|data/[^/]*|stage\.json|dropped\.parquet|\.tmp-.*)")
 KNOWN = ("en",)
 
 

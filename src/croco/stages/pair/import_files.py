@@ -36,13 +36,12 @@ from croco.stages.prompts.values import (
 from croco.storage import files, shards
 from croco.storage.hashing import digest
 from croco.storage.rows import file_rows, kind
-from croco.storage.schemas import COMPLETIONS, PROMPTS, SCORES, Table, ledger
+from croco.storage.schemas import COMPLETIONS, PROMPTS, SCORES, Drop, Table, ledger
 
 ROWS_PER_SHARD = 4096
 LINE, FILE = "line", "file"  # where the id of a prompt, or the language of a row, is its place
 SIDES = ("chosen", "rejected")
 Key = tuple[str, str]
-Drop = tuple[str, str, str, int | None, str]
 
 
 @dataclass(frozen=True)
@@ -104,9 +103,7 @@ def import_scored(
     )
     parts = iter(lambda: list(islice(rows, ROWS_PER_SHARD)), [])
     for shard, part in enumerate(parts):
-        prompts: list[dict[str, Any]] = []
-        samples: list[dict[str, Any]] = []
-        scores: list[dict[str, Any]] = []
+        prompts, samples, scores = (list[dict[str, Any]]() for _ in range(3))
         drops: list[Drop] = []
         for one in part:
             if one.reason:

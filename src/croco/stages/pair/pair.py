@@ -15,8 +15,8 @@ import numpy as np
 import polars as pl
 
 from croco.config.arms import Contrast, Guards
-from croco.config.rules import parse_chosen, parse_rejected
 from croco.errors import UserError
+from croco.pipeline.arms import contrasted
 from croco.pipeline.stage import Work
 from croco.pipeline.status import balance
 from croco.stages.pair import statistics
@@ -41,7 +41,7 @@ def pair(work: Work) -> None:
     guards = {name: value for name, value in settings["guards"].items() if name != "max_tokens"}
     own = {name: value for name, value in settings.items() if name in Contrast.model_fields}
     rule = Contrast(**{**own, "guards": Guards(**guards)})
-    if parse_chosen(rule.chosen).kind == "reference" and parse_rejected(rule.rejected).kind == "none":
+    if not contrasted(rule):
         gold_data(work)
         return
     samples, prompts = work.inputs["sample"], work.inputs["prompts"]

@@ -92,11 +92,7 @@ class Pools:
 
 
 def select(
-    pools: Pools,
-    chosen: Rule,
-    rejected: Rule,
-    pairs_per_pool: int = 1,
-    reference: Scores | None = None,
+    pools: Pools, chosen: Rule, rejected: Rule, pairs_per_pool: int = 1, reference: Scores | None = None
 ) -> pl.DataFrame:
     """Up to `pairs_per_pool` pairs in every pool; no completion is used twice, except a reference.
 
@@ -142,13 +138,13 @@ def share_above_minimum(rejected_score: NDArray[np.floating], pool_minimum: NDAr
     return float(np.mean(rejected_score > pool_minimum)) if len(rejected_score) else 0.0
 
 
-def expected_share(chosen: Rule, rejected: Rule, size: int, simulated_pools: int = 4000) -> float:
+def expected_share(chosen: Rule, rejected: Rule, size: int) -> float:
     """The share of pools of this size in which a rule picks another completion than the minimum, if scores are
     Gaussian; simulated with a fixed seed (±1 %). No score lies below mean - std * sqrt(N - 1), so in small pools the
     rule is the minimum."""
     if size < 2 or rejected.kind in ("min", "none"):
         return 0.0
-    simulated_pools = min(simulated_pools, max(20, 20_000_000 // size))  # what memory holds
+    simulated_pools = min(4000, max(20, 20_000_000 // size))  # what memory holds
     scores = np.random.default_rng(0).standard_normal((simulated_pools, size)).astype(np.float32)
     number = np.repeat(np.arange(simulated_pools), size)
     pools = Pools(number, scores.ravel(), np.tile(np.arange(size), simulated_pools))

@@ -23,16 +23,8 @@ from croco.pipeline.stage import Work
 from croco.stages.prompts.columns import FileRow, warn_of_unread
 from croco.stages.prompts.values import Turn, Unusable
 from croco.storage.hashing import LAB_LANGUAGES, canonical
-from croco.storage.rows import (
-    Located,
-    dataset_rows,
-    file_rows,
-    files_of,
-    hub_configs,
-    is_saved_dataset,
-    kind,
-)
-from croco.storage.schemas import PROMPTS, ledger
+from croco.storage.rows import Located, dataset_rows, file_rows, files_of, hub_configs, is_saved_dataset, kind
+from croco.storage.schemas import PROMPTS, Drop, ledger
 from croco.storage.seeds import digest
 
 # the recipe's section of each stage
@@ -154,7 +146,7 @@ class _Reading:
     def __init__(self, section: Source, key: str, languages: Sequence[str], limit: int | None) -> None:
         self.section, self.key, self.languages, self.limit = section, key, languages, limit
         self.kept: list[dict[str, Any]] = []
-        self.drops: list[tuple[str, str, str, int | None, str]] = []
+        self.drops: list[Drop] = []
         self.places: dict[tuple[str, str], str] = {}
         self.ids: set[str] = set()
         self.others, self.unread = Counter[str](), Counter[str]()

@@ -28,9 +28,9 @@ IS_ENGLISH = "English completions are what the others are aligned with"
 NO_TARGET = "the prompt has no English completion to align with"
 
 
-def language_token(language: str, codes: Mapping[str, str] | None = None) -> str:
-    """The token of a language: the recipe's, else in M2M100's form."""
-    return (codes or {}).get(language) or f"__{language}__"
+def language_token(language: str) -> str:
+    """The token of a language in M2M100's form."""
+    return f"__{language}__"
 
 
 class Translator:
@@ -47,7 +47,7 @@ class Translator:
 
     def encode(self, texts: Sequence[str], language: str) -> list[list[int]]:
         """Language token, text, end token; raises UserError for a language that the model has no token for."""
-        token = language_token(language, self.codes)
+        token = self.codes.get(language) or language_token(language)
         code = self.tokenizer.convert_tokens_to_ids(token)
         if code is None or code == self.tokenizer.unk_token_id:
             raise UserError(

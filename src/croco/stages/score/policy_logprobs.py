@@ -12,17 +12,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import polars as pl
+
 from croco import languages
 from croco.config.arms import ENGLISH
+from croco.config.models import Policy
+from croco.config.runtime import Runtime
 from croco.errors import Refused, UserError
 from croco.models.chat_template import completions_ids, prompt_ids, with_instruction
 from croco.models.open import with_tuned
 from croco.models.protocols import ScoreRequest
 
 if TYPE_CHECKING:
-    from croco.config.models import Policy
     from croco.models.transformers import HFLikelihood
-from croco.config.runtime import Runtime
 
 NO_ENGLISH = "the prompt has no English version"
 NO_TOKENS = "the completion has no tokens and no end"
@@ -31,6 +33,19 @@ Completion = dict[str, Any]  # a row of the completions table
 Groups = Sequence[tuple[Messages, list[Completion]]]  # a prompt's messages and its completions
 # scores of one prompt's completions; in place of a score, the reason why there is none
 Scored = list[float | str]
+
+
+def messages_of(prompts: pl.DataFrame) -> dict[tuple[str, str], Messages]:
+    """The turns of every prompt, by prompt_id and language."""
+    return {tuple(row[:2]): row[2] for row in prompts.select("prompt_id", "language", "messages").iter_rows()}
+
+
+def grouped(completions: pl.DataFrame, messages: Mapping[tuple[str, str], Messages]) -> Groups:
+    """Completions by prompt and language, in the table's order, with the prompt's messages."""
+    groups: dict[tuple[str, str], list[Completion]] = {}
+    for row in completions.iter_rows(named=True):
+        groups.setdefault((row["prompt_id"], row["language"]), []).append(row)
+    return [(messages[key], rows) for key, rows in groups.items()]
 
 
 def open_likelihood(
@@ -45,10 +60,7 @@ def open_likelihood(
 
 
 def score_likelihood(
-    scorer: Any,
-    tokenizer: Any,
-    groups: Groups,
-    instructions: Mapping[str, str],
+    scorer: Any, tokenizer: Any, groups: Groups, instructions: Mapping[str, str]
 ) -> list[Scored]:
     """Log-probabilities under the prompts of `groups`; the end token counts where there was one."""
     requests, ended, places = [], [], []

@@ -29,6 +29,8 @@ from croco.stages.score.policy_logprobs import (
     Groups,
     Messages,
     Scored,
+    grouped,
+    messages_of,
     open_likelihood,
     score_implicit,
     score_likelihood,
@@ -54,12 +56,7 @@ class ScoreWorker:
     def __init__(self, task: Task, replica: int) -> None:
         settings = task.settings
         self.samples, self.first = task.inputs["sample"], settings.get("completions")
-        self.prompts = {
-            (row["prompt_id"], row["language"]): row["messages"]
-            for row in read_table(task.inputs["prompts"], ["prompt_id", "language", "messages"]).iter_rows(
-                named=True
-            )
-        }
+        self.prompts = messages_of(read_table(task.inputs["prompts"], ["prompt_id", "language", "messages"]))
         if settings["scorer"] == "implicit":
             made = _implicit(settings, task.runtime, task.adapter, self.prompts)
         elif settings["scorer"] == "alignment":
@@ -73,7 +70,7 @@ class ScoreWorker:
             rows = read_arrow(shard_path(self.samples, index), COLUMNS)
             if self.first is not None:
                 rows = rows.filter(pc.field("sample_id") < self.first)
-            groups = _groups(pl.DataFrame(pl.from_arrow(rows)), self.prompts)
+            groups = grouped(pl.DataFrame(pl.from_arrow(rows)), self.prompts)
             scored = self.score_shard(groups)
             table, dropped = tabulate([group for _, group in groups], scored, self.name)
             advance(rows.num_rows)
@@ -144,16 +141,6 @@ def check_finite(value: float, key: tuple[str, str, int], scorer: str) -> None:
         )
 
 
-def _groups(
-    completions: pl.DataFrame, prompts: Mapping[tuple[str, str], Messages]
-) -> list[tuple[Messages, list[Completion]]]:
-    """Completions by prompt and language, in the table's order, with the prompt's messages."""
-    grouped: dict[tuple[str, str], list[Completion]] = {}
-    for row in completions.iter_rows(named=True):
-        grouped.setdefault((row["prompt_id"], row["language"]), []).append(row)
-    return [(prompts[key], rows) for key, rows in grouped.items()]
-
-
 def _scorer(settings: Settings, runtime: Runtime, replica: int) -> tuple[str, ScoreShard, dict[str, Any]]:
     """The scorer's name in the table, the function that scores a shard, and what `stage.json` records."""
     kind = settings["scorer"]
@@ -162,37 +149,25 @@ def _scorer(settings: Settings, runtime: Runtime, replica: int) -> tuple[str, Sc
     if kind in ("likelihood", "likelihood-sum"):
         policy = settings["policy"]
         own, tokenizer = open_likelihood(policy, runtime, mean=kind == "likelihood")
-        return (
-            f"{kind} of {policy.model}",
-            lambda groups: score_likelihood(own, tokenizer, groups, policy.instruction),
-            own.facts,
-        )
+        score = partial(score_likelihood, own, tokenizer, instructions=policy.instruction)
+        return f"{kind} of {policy.model}", score, own.facts
     if kind == "verified":
-        return (
-            "the lab's program",
-            lambda groups: [[verified_score(row) for row in rows] for _, rows in groups],
-            {},
-        )
-    seed = settings["seed"]
-    return "random", lambda groups: [[random_score(seed, row) for row in rows] for _, rows in groups], {}
+        name, one = "the lab's program", verified_score
+    else:
+        name, one = "random", partial(random_score, settings["seed"])
+    return name, lambda groups: [[one(row) for row in rows] for _, rows in groups], {}
 
 
 def _implicit(
-    settings: Settings,
-    runtime: Runtime,
-    adapter: Path | None,
-    prompts: Mapping[tuple[str, str], Messages],
+    settings: Settings, runtime: Runtime, adapter: Path | None, prompts: Mapping[tuple[str, str], Messages]
 ) -> tuple[str, ScoreShard, dict[str, Any]]:
     policy = settings["policy"]
     dpo, tokenizer = open_likelihood(policy, runtime, False, adapter)
     before, _ = open_likelihood(policy, runtime, False)
-    name = f"implicit reward of {policy.model}"
-    instruction = settings["instruction"]
-    return (
-        name,
-        lambda groups: score_implicit(dpo, before, tokenizer, groups, prompts, instruction),
-        dpo.facts,
+    score = partial(
+        score_implicit, dpo, before, tokenizer, prompts=prompts, instruction=settings["instruction"]
     )
+    return f"implicit reward of {policy.model}", score, dpo.facts
 
 
 def _alignment(section: Alignment, runtime: Runtime, samples: Path) -> tuple[str, ScoreShard, dict[str, Any]]:
@@ -214,10 +189,10 @@ def _alignment(section: Alignment, runtime: Runtime, samples: Path) -> tuple[str
 
 def verified_score(row: Completion) -> float:
     """What the lab's program says: the quality where it grades, else 3 good, 0.5 half good, 0 neither."""
-    from croco.lab import judge, lists
+    from croco.lab import judge, list_verdicts
 
     verdict = judge.verify(row["prompt_id"], row["language"], row["completion"])
-    if isinstance(verdict, lists.Verdict):
+    if isinstance(verdict, list_verdicts.Verdict):
         return verdict.quality
     if verdict.good:
         return 3.0

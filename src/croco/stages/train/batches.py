@@ -7,12 +7,13 @@ pairs of the step.
 Shapes: B rows, T tokens of a row (padded), M completion tokens of the batch, N places that predict one, P pairs, C
 completions of a pair."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, Literal
 
 import numpy as np
+import polars as pl
 import torch
 from torch import Tensor
 
@@ -28,6 +29,48 @@ SEGMENT_TOKENS = 256
 # for one call of attention (GPUs); "segments", a row per pair and a call per segment (CPUs); "masked", a row per pair
 # under a mask. "plain": a row per completion. "single": such rows computed one by one.
 Rows = Literal["packed", "segments", "masked", "plain", "single"]
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Examples, those to train on before those held out; which of them make each step; the ledger of pairs left out;
+    and how well a plain trait tells chosen from rejected (AUC)."""
+
+    examples: Sequence[Example]
+    num_training: int
+    steps: Sequence[Sequence[int]]
+    dropped: pl.DataFrame
+    shortcuts: Mapping[str, float]
+
+    @property
+    def held_out(self) -> range:
+        return range(self.num_training, len(self.examples))
+
+    @property
+    def used(self) -> list[int]:
+        """The examples that are looked at: few updates need not reach all."""
+        return sorted({i for step in self.steps for i in step} | set(self.held_out))
+
+    def counts(self) -> dict[str, int]:
+        """What a training is made of, for its record; tokens are those of all steps."""
+        return {
+            "steps": len(self.steps),
+            "pairs": self.num_training,
+            "validation_pairs": len(self.held_out),
+            "tokens": sum(self.examples[i].num_tokens for step in self.steps for i in step),
+            "cut_pairs": sum(example.cut_tokens > 0 for example in self.examples),
+            "cut_tokens": sum(example.cut_tokens for example in self.examples),
+        }
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How pairs go through the model on this machine; `plain_rows` is why prompts are not shared, or None."""
+
+    rows: Rows
+    micro_batch_tokens: int
+    gradient_checkpointing: bool = False
+    plain_rows: str | None = None
 
 
 @dataclass(frozen=True)

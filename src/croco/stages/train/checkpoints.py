@@ -118,12 +118,10 @@ def rewind_metrics(path: Path, step: int) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Every line of a metrics file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def last_metrics(lines: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """The last line of each split."""
     last = {line["split"]: line for line in lines if line["split"] in ("train", "validation")}
     return {split: {k: v for k, v in line.items() if k != "split"} for split, line in last.items()}
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch.distributed as dist
+from transformers import PreTrainedModel
 
 
 def rank() -> int:
@@ -15,7 +16,6 @@ def rank() -> int:
 
 
 def world() -> int:
-    """How many processes there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -32,6 +32,13 @@ def gathered(value: Any) -> list[Any]:
     values: list[Any] = [None] * world()
     dist.all_gather_object(values, value)
     return values
+
+
+def name_own_layers(model: PreTrainedModel) -> None:
+    """Leave in a model's list of layers that are not split those that it has: FSDP wraps them, unless its file names
+    others, and accelerate stops at one that is not there (of Gemma 3's tower, for one)."""
+    there = {type(module).__name__ for module in model.modules()}
+    model._no_split_modules = sorted(there & set(model._no_split_modules or ()))
 
 
 def shares(pairs: Sequence[int], lengths: Sequence[int], num_shares: int) -> list[list[int]]:

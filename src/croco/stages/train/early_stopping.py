@@ -27,10 +27,7 @@ class Stopped(UserError):
 
 
 def alarm(
-    settings: Sentinel,
-    lines: Sequence[Line],
-    shortcut_aucs: Mapping[str, float],
-    learning_rate: float,
+    settings: Sentinel, lines: Sequence[Line], shortcut_aucs: Mapping[str, float], learning_rate: float
 ) -> str | None:
     """Why tuning must stop after the last line, in one sentence, or None. Numbers that are not finite stop it too."""
     line = lines[-1]

@@ -63,17 +63,8 @@ def train_on_files(
             raise UserError(f"{source} lies in {to}, where the policy is tuned: expected another folder")
     with running_in(to, recipe.runtime, rebuild, say) as make:
         if _is_scored(named.values()):
-            paired = scored_pairs(
-                make,
-                list(named.values()),
-                to / "import",
-                to / "pairs",
-                mapped,
-                language,
-                None,
-                [],
-                "preference",
-            )[0]
+            files_, place = list(named.values()), (to / "import", to / "pairs")
+            paired = scored_pairs(make, files_, *place, mapped, language, None, [], "preference")[0]
         else:
             given = {
                 "sources": Given([str(source) for source in named.values()], identities),

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -22,7 +23,7 @@ from croco.config.runtime import Runtime
 from croco.config.training import Training
 from croco.errors import UserError, one_line
 from croco.models.children import end_with
-from croco.models.loading import load_causal, pick_device, pick_dtype
+from croco.models.loading import load_causal, pick_device, pick_dtype, weightless
 from croco.models.memory import out_of_memory, weights_bytes
 from croco.stages.train.distributed import rank
 from croco.stages.train.memory_plan import check_weights
@@ -50,7 +51,7 @@ class TrainJob(BaseModel):
     seed: int
     limit: int | None = None  # of the pairs, the first ones
     start: Path | None = None
-    reference: str = "base"
+    reference: Literal["base", "start"] = "base"
     reference_folder: Path | None = None  # where the reference's values are kept; None keeps none
 
 
@@ -78,51 +79,25 @@ def num_processes(wanted: int | str, device: str) -> int:
 
 def tune_here(job: TrainJob, advance: Advance) -> TrainResult:
     """Run a job in this process, which may be one of several that all do."""
-    policy, runtime = job.policy, job.runtime
+    policy, device = job.policy, pick_device(job.runtime.device)
     quantization = None if job.training.full else policy.quantization
-    _check_memory(policy, runtime.device, quantization)
+    size = pick_dtype(policy.dtype, device).itemsize
+    needed = weights_bytes(weightless(policy, "policy", "causal"), size, quantization)
+    check_weights(needed, device, policy.model)  # before any is loaded
     try:
-        return _tuned(job, quantization, advance)
+        model, tokenizer = load_causal(policy, None, job.runtime.device, quantization)
+        return train_pairs(
+            model, tokenizer, shards.read_table(job.pairs)[: job.limit], settings=job.training, folder=job.folder,
+            seed=job.seed, runtime=job.runtime, start=job.start, reference=job.reference,
+            reference_folder=job.reference_folder, instructions=policy.instruction, on_step=advance,
+        )  # fmt: skip
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
         raise UserError(
-            f"{job.title}: memory ran out on {pick_device(runtime.device)} ({one_line(error)}): expected no other "
+            f"{job.title}: memory ran out on {device} ({one_line(error)}): expected no other "
             f"process there, runtime.micro_batch_tokens = 'auto' or fewer, or runtime.gradient_checkpointing = true"
         ) from error
-
-
-def _tuned(job: TrainJob, quantization: str | None, advance: Advance) -> TrainResult:
-    policy, runtime = job.policy, job.runtime
-    model, tokenizer = load_causal(policy, None, runtime.device, quantization)
-    return train_pairs(
-        model,
-        tokenizer,
-        shards.read_table(job.pairs)[: job.limit],
-        settings=job.training,
-        folder=job.folder,
-        seed=job.seed,
-        start=job.start,
-        reference="start" if job.reference == "start" else "base",
-        on_step=advance,
-        instructions=policy.instruction,
-        micro_batch_tokens=runtime.micro_batch_tokens,
-        gradient_checkpointing=runtime.gradient_checkpointing,
-        reference_table=runtime.reference_table,
-        trackers=runtime.trackers,
-        checkpoint_minutes=runtime.checkpoint_minutes,
-        reference_folder=job.reference_folder,
-    )
-
-
-def _check_memory(policy: Policy, device: str, quantization: str | None) -> None:
-    """Raise UserError for weights that are more than is free, before any is loaded."""
-    from croco.models.loading import weightless
-
-    where = pick_device(device)
-    network = weightless(policy, "policy", "causal")
-    needed = weights_bytes(network, pick_dtype(policy.dtype, where).itemsize, quantization)
-    check_weights(needed, where, policy.model)
 
 
 # The process that starts the others ----------------------------------------------------------------------------------

@@ -105,53 +105,41 @@ def write(
     """Write a policy with its `weights` (an adapter, or a whole model) to the new folder `to`; raises UserError unless
     it is proven on the `probes` that are made with model and tokenizer."""
     with files.new_folder(to) as partial:
-        proof, count = _written(policy, weights, probes, card, partial, device)
+        own: dict[str, object] = {"revision": None, "chat_template": None, "chat_template_kwargs": {}}
+        model, tokenizer = load_causal(policy, None, device)
+        examples = probes(model, tokenizer)
+        before = mean_logps(model, examples)
+        if (weights / "config.json").is_file():
+            del model  # two at a time may be more than a GPU holds
+            with files.writing(partial):
+                shutil.copytree(weights, partial, dirs_exist_ok=True)
+            whole = policy.model_copy(update={"model": str(weights), **own})
+            in_memory = after = mean_logps(load_causal(whole, None, device)[0], examples)
+        else:
+            check_adapter(weights, policy.model, policy.revision)
+            adapted = put_adapter_on(model, weights)
+            after = mean_logps(adapted, examples)
+            model = merged(adapted)
+            in_memory = mean_logps(model, examples)
+            with files.writing(partial), quiet_loading():
+                model.save_pretrained(str(partial))
+                tokenizer.save_pretrained(str(partial))
+            del model, adapted
+        again, _ = load_causal(policy.model_copy(update={"model": str(partial), **own}), None, device)
+        written = mean_logps(again, examples)
+        pairs = ((after, before), (in_memory, after), (written, after))
+        proof = Proof(*((a - b).abs().max().item() for a, b in pairs))
+        _check(proof, again.dtype, weights)
+        checked = [
+            ("change of mean token log-probabilities, at most", f"{proof.change:.4g}"),
+            ("merged against base + adapter, at most", f"{proof.merged:.1e}"),
+            ("this folder against base + adapter, at most", f"{proof.written:.1e}"),
+        ]
+        files.write_text(partial / "README.md", card(checked))
     say(
         f"{to}: mean token log-probabilities changed by up to {proof.change:.3g} and are those of base + adapter "
-        f"within {max(proof.merged, proof.written):.1e}, on {count} conversations"
+        f"within {max(proof.merged, proof.written):.1e}, on {len(examples)} conversations"
     )
-
-
-def _written(
-    policy: Policy,
-    weights: Path,
-    probes: Callable[[Any, Any], list[Example]],
-    card: Callable[[Rows], str],
-    to: Path,
-    device: str,
-) -> tuple[Proof, int]:
-    """What `write` writes; the proof, and on how many conversations it rests."""
-    own: dict[str, object] = {"revision": None, "chat_template": None, "chat_template_kwargs": {}}
-    model, tokenizer = load_causal(policy, None, device)
-    examples = probes(model, tokenizer)
-    before = mean_logps(model, examples)
-    if (weights / "config.json").is_file():
-        del model  # two at a time may be more than a GPU holds
-        with files.writing(to):
-            shutil.copytree(weights, to, dirs_exist_ok=True)
-        whole = policy.model_copy(update={"model": str(weights), **own})
-        in_memory = after = mean_logps(load_causal(whole, None, device)[0], examples)
-    else:
-        check_adapter(weights, policy.model, policy.revision)
-        adapted = put_adapter_on(model, weights)
-        after = mean_logps(adapted, examples)
-        model = merged(adapted)
-        in_memory = mean_logps(model, examples)
-        with files.writing(to), quiet_loading():
-            model.save_pretrained(str(to))
-            tokenizer.save_pretrained(str(to))
-        del model, adapted
-    again, _ = load_causal(policy.model_copy(update={"model": str(to), **own}), None, device)
-    written = mean_logps(again, examples)
-    proof = Proof(*(_largest(a, b) for a, b in ((after, before), (in_memory, after), (written, after))))
-    _check(proof, again.dtype, weights)
-    checked = [
-        ("change of mean token log-probabilities, at most", f"{proof.change:.4g}"),
-        ("merged against base + adapter, at most", f"{proof.merged:.1e}"),
-        ("this folder against base + adapter, at most", f"{proof.written:.1e}"),
-    ]
-    files.write_text(to / "README.md", card(checked))
-    return proof, len(examples)
 
 
 def _probes(recipe: Recipe, arm: str, model: Any, tokenizer: Any) -> list[Example]:
@@ -201,10 +189,6 @@ def mean_logps(model: Any, examples: Sequence[Example]) -> Tensor:
         batch = collate([example], rows="single").to(model.device)
         means.append((completion_logps(model, batch) / token_counts(batch)).flatten().float().cpu())
     return torch.cat(means)
-
-
-def _largest(one: Tensor, other: Tensor) -> float:
-    return (one - other).abs().max().item()
 
 
 def _check(proof: Proof, dtype: torch.dtype, weights: Path) -> None:

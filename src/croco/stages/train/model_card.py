@@ -58,12 +58,11 @@ def policy_card(
     """The card of an arm's policy; `facts` are those of its training, `checked` what was proven of its weights."""
     policy, reward = recipe.policy, recipe.reward
     hub, base = base_name(policy.model, policy.revision)
+    alone = reward.name == reward.model
+    scored_by = base_name(reward.model, reward.revision)[1] if alone else reward.name
     made = [
         ("policy", base),
-        (
-            "reward",
-            base_name(reward.model, reward.revision)[1] if reward.name == reward.model else reward.name,
-        ),
+        ("reward", scored_by),
         ("prompts", Path(recipe.prompts.source).name),
         ("languages tuned", ", ".join(recipe.run.languages)),
         ("run, arm", f"{recipe.run.name}, {arm}"),

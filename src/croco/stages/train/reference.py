@@ -23,10 +23,7 @@ from croco.stages.train.forward import completion_logps
 from croco.storage.shards import read_arrow, write_parquet
 
 SCHEMA = pa.schema(
-    [
-        pa.field("completion", pa.string(), nullable=False),
-        pa.field("logp", pa.float32(), nullable=False),
-    ]
+    [pa.field("completion", pa.string(), nullable=False), pa.field("logp", pa.float32(), nullable=False)]
 )
 PART_EXAMPLES = 2048  # examples per file: what a kill costs
 SAMPLED_WEIGHTS = 4096  # numbers of each tensor that enter the digest of the weights as they are
@@ -40,15 +37,14 @@ def reference_logps(
     folder: Path,
     rows: Rows,
     micro_batch_tokens: int,
-    extra: str = "",
     on_examples: Callable[[int], None] | None = None,
 ) -> Tensor:
     """log p(completion | prompt) under `model` of every completion, (C, N examples) float32, on the CPU.
 
-    Values in `folder` are used again; the others are computed and added. `extra` is whatever else the reference depends
-    on, such as an adapter's digest. `on_examples` is told how many are done. Raises `UserError` for a value that is not
-    finite."""
-    folder = folder / blake2b(f"{weights_digest(model)} {extra}".encode(), digest_size=16).hexdigest()
+    Values in `folder` are used again; the others are computed and added. `on_examples` is told how many are done.
+    Raises `UserError` for a value that is not finite."""
+    # tables that are there already are named with the space
+    folder = folder / blake2b(f"{weights_digest(model)} ".encode(), digest_size=16).hexdigest()
     known = _read(folder)
     keys = [[_completion_key(example.prompt, ids) for ids in example.completions] for example in examples]
     missing = [i for i, row in enumerate(keys) if any(key not in known for key in row)]

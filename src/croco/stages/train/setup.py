@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,16 +18,21 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 
+from croco.config.runtime import Runtime
 from croco.config.training import Training
-from croco.errors import UserError, one_line
+from croco.errors import UserError, notice, one_line
 from croco.models.chat_template import end_id
 from croco.models.model_files import context_of
 from croco.stages.train import checkpoints
-from croco.stages.train.batches import Rows, collate
+from croco.stages.train.batches import Layout, TrainingData, collate, plan_steps
+from croco.stages.train.choose_rows import choose_rows
 from croco.stages.train.distributed import barrier, gathered, rank, world
+from croco.stages.train.early_stopping import shortcuts_of
 from croco.stages.train.encode import Example, encode_pairs, held_out
 from croco.stages.train.forward import completion_logps
-from croco.stages.train.reference import reference_logps
+from croco.stages.train.losses import REFERENCE_FREE
+from croco.stages.train.memory_plan import agreed, plan
+from croco.stages.train.reference import no_reference, reference_logps
 from croco.storage import shards
 from croco.storage.files import write_text, writing
 from croco.storage.hashing import file_identity
@@ -43,28 +49,53 @@ SETTINGS_OF = {
     "gold completion": "prompts.columns.reference, or chosen",
     "score gap": "guards.min_score_gap",
 }
+CHECKED_PAIRS = 4  # pairs of the first step on which shared rows are proven
 LEAST_LIGER = "liger-kernel>=0.6"  # as the extra gpu has it
 LIGER = {"cross_entropy": False, "fused_linear_cross_entropy": False}  # kernels that stay off
 
 
+def lay_out(model: PreTrainedModel, settings: Training, runtime: Runtime, data: TrainingData) -> Layout:
+    """The quickest exact way for these pairs on this machine, the same in every process; says what is slower."""
+    first = [data.examples[i] for i in data.steps[0][:CHECKED_PAIRS]]
+    unfused = use_fused_kernels(model, first[:1])
+    if unfused and model.device.type == "cuda" and rank() == 0:
+        notice(f"no fused kernels: {unfused}")
+    # what one process finds holds for all, or they would cut a step into different micro-batches
+    rows, slower = gathered(choose_rows(model, first))[0]
+    if slower and rank() == 0:
+        way = "under a mask" if rows == "masked" else "not shared between completions"
+        notice(f"prompts are {way}: {slower}")
+    asked = runtime.micro_batch_tokens, runtime.gradient_checkpointing
+    fits = agreed(gathered(plan(model, settings, data.examples, *asked, rows)))
+    plain_rows = slower if rows in ("plain", "single") else None
+    return Layout(rows, fits.micro_batch_tokens, fits.gradient_checkpointing, plain_rows)
+
+
 def share_reference(
-    model: Any, examples: list[Example], used: list[int], folder: Path, rows: Rows, micro_batch_tokens: int
-) -> Tensor:
-    """The reference's log-probabilities of the examples that are `used`, the others 0, (C, N); every process computes
-    its share."""
-    share = [examples[i] for i in used[rank() :: world()]]
+    data: TrainingData, layout: Layout, settings: Training, folder: Path | None, model: Any
+) -> Tensor | None:
+    """The reference's log-probabilities of the examples that are used, the others 0, (C, N); every process computes
+    its share. None where no reference takes part, zeros where no table of it is read."""
+    if settings.method == "sft":
+        return None
+    if folder is None or settings.loss in REFERENCE_FREE:
+        return no_reference(data.examples)
+    examples, used = data.examples, data.used
+    share = [examples[i] for i in used[rank() :: world()]] or [examples[used[0]]]
     logps = reference_logps(
-        model,
-        share or [examples[used[0]]],
-        folder=folder,
-        rows=rows,
-        micro_batch_tokens=micro_batch_tokens,
+        model, share, folder=folder, rows=layout.rows, micro_batch_tokens=layout.micro_batch_tokens
     )
     whole = logps.new_zeros(len(examples[0].completions), len(examples))
     for number, part in enumerate(gathered(logps)):
         places = used[number :: world()]
         whole[:, places] = part[:, : len(places)]
     return whole
+
+
+def compute_activations_twice(model: PreTrainedModel) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # its name to be, which transformers 5.19 lacks
+        model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def checkpoint_to_go_on_from(folder: Path, metrics_file: Path) -> Path | None:
@@ -82,9 +113,10 @@ def encode(
     tokenizer: PreTrainedTokenizerBase,
     pairs: pl.DataFrame,
     settings: Training,
-    instructions: Mapping[str, str] | None,
-) -> tuple[list[Example], list[Example], pl.DataFrame]:
-    """Examples to train on, examples held out, and the ledger of what was left out."""
+    instructions: Mapping[str, str],
+    seed: int,
+) -> TrainingData:
+    """The pairs as examples, some of them held out, and their steps; raises UserError when none is left to train on."""
     examples, dropped = encode_pairs(
         pairs,
         tokenizer,
@@ -107,7 +139,9 @@ def encode(
             f"no pair to train on: of {len(pairs)} pairs {len(dropped)} were left out"
             f"{_first(dropped)} and {len(validation)} are held out for validation" + _change(advice)
         )
-    return training, validation, dropped
+    steps = plan_steps(len(training), settings.batch_pairs, settings.epochs, seed, settings.updates)
+    shortcuts = {} if settings.method == "sft" else shortcuts_of(pairs)
+    return TrainingData(training + validation, len(training), steps, dropped, shortcuts)
 
 
 def check_pairs(folder: Path) -> None:
@@ -150,19 +184,21 @@ def contents(folder: Path) -> list[str]:
 
 
 def prepare_scratch(
-    scratch: Path, origin: list[str], settings: Training, seed: int, examples: list[Example]
+    scratch: Path, origin: list[str], settings: Training, seed: int, examples: Sequence[Example]
 ) -> None:
     """Make the folder of checkpoints and reference values, emptied of checkpoints that another run left there."""
-    with writing(scratch):
-        scratch.mkdir(parents=True, exist_ok=True)
-    run = blake2b(json.dumps([origin, settings.model_dump(mode="json"), seed]).encode(), digest_size=16)
-    for example in examples:
-        learnt = () if example.learnt is None else (example.learnt,)
-        run.update(repr((example.prompt, example.completions, *learnt)).encode())
-    key = scratch / "run.txt"
-    if not key.is_file() or key.read_bytes() != run.hexdigest().encode():
-        shutil.rmtree(scratch / "checkpoints", ignore_errors=True)
-        write_text(key, run.hexdigest())
+    if rank() == 0:
+        with writing(scratch):
+            scratch.mkdir(parents=True, exist_ok=True)
+        run = blake2b(json.dumps([origin, settings.model_dump(mode="json"), seed]).encode(), digest_size=16)
+        for example in examples:
+            learnt = () if example.learnt is None else (example.learnt,)
+            run.update(repr((example.prompt, example.completions, *learnt)).encode())
+        key = scratch / "run.txt"
+        if not key.is_file() or key.read_bytes() != run.hexdigest().encode():
+            shutil.rmtree(scratch / "checkpoints", ignore_errors=True)
+            write_text(key, run.hexdigest())
+    barrier()
 
 
 def use_fused_kernels(model: PreTrainedModel, examples: Sequence[Example] = ()) -> str | None:

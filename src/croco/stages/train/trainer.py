@@ -9,7 +9,7 @@ Shapes: P pairs of a micro-batch, C completions of a pair, N examples."""
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,12 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerControl, TrainingArguments
 
 from croco.config.training import Training
+from croco.models.output_layer import unwrapped
 from croco.stages.train import forward
-from croco.stages.train.batches import Batch, Rows, collate, cut, row_tokens
+from croco.stages.train.batches import Batch, Layout, TrainingData, collate, cut, row_tokens
 from croco.stages.train.checkpoints import ByTheClock, readable, seal
-from croco.stages.train.distributed import shares
+from croco.stages.train.distributed import name_own_layers, shares
 from croco.stages.train.early_stopping import Stopped, alarm
-from croco.stages.train.encode import Example
 from croco.stages.train.losses import pair_losses
 from croco.stages.train.reference import on_line
 from croco.storage.files import writing
@@ -41,41 +41,31 @@ class PairTrainer(Trainer):
         model: nn.Module,
         arguments: TrainingArguments,
         settings: Training,
-        *,
-        examples: Sequence[Example],
+        data: TrainingData,
+        layout: Layout,
         reference_logps_CN: Tensor | None,
+        *,
         reference_on_line: bool = False,
-        steps: Sequence[Sequence[int]],
-        validation: Sequence[int],
-        rows: Rows,
-        micro_batch_tokens: int,
         pad_id: int,
         metrics_file: Path,
         lines: Sequence[dict[str, Any]] = (),
-        shortcut_aucs: Mapping[str, float] | None = None,
         checkpoint_minutes: float | None = None,
-        on_metrics: Callable[[dict[str, Any]], None] | None = None,
+        on_step: Callable[[int, int], None] | None = None,
     ) -> None:
-        self.settings = settings
-        self.examples = examples
+        self.settings, self.data, self.layout = settings, data, layout
         self.reference_logps_CN = reference_logps_CN
         self.reference_on_line = reference_on_line  # instead of what is in the table
-        self.validation = validation
-        self.rows = rows
-        self.micro_batch_tokens = micro_batch_tokens
-        self.pad_id = pad_id
-        self.metrics_file = metrics_file
+        self.pad_id, self.metrics_file, self.on_step = pad_id, metrics_file, on_step
         self.lines = list(lines)  # of the metrics file, which the sentinel reads
-        self.shortcut_aucs = shortcut_aucs or {}
-        self.on_metrics = on_metrics
-        self.lengths = [row_tokens(example, rows) for example in examples]
+        self.lengths = [row_tokens(example, layout.rows) for example in data.examples]
         self.step_metrics: dict[str, float] = {}
         self.own_noise = forward.noise_of(model)
+        name_own_layers(unwrapped(model))
         super().__init__(
             model=model,
             args=arguments,
-            train_dataset=[{"pairs": list(step)} for step in steps],
-            eval_dataset=list(validation),
+            train_dataset=[{"pairs": list(step)} for step in data.steps],
+            eval_dataset=list(data.held_out),
         )
         self.remove_callback(PrinterCallback)
         if checkpoint_minutes is not None:
@@ -90,13 +80,14 @@ class PairTrainer(Trainer):
         wait for each other at every micro-batch, so all have equally many: one with none left takes a pair again at
         weight 0."""
         cuts = [
-            cut(share, self.lengths, self.micro_batch_tokens, packed=self.rows == "packed")
+            cut(share, self.lengths, self.layout.micro_batch_tokens, packed=self.layout.rows == "packed")
             for share in shares(pairs, self.lengths, self.args.world_size)
         ]
         own, most = cuts[self.args.process_index], max(map(len, cuts))
         idle = [min(pairs, key=lambda i: self.lengths[i])]
         for number, pairs_here in enumerate([*own, *[idle] * (most - len(own))]):
-            batch = collate([self.examples[i] for i in pairs_here], rows=self.rows, pad_id=self.pad_id)
+            examples = [self.data.examples[i] for i in pairs_here]
+            batch = collate(examples, rows=self.layout.rows, pad_id=self.pad_id)
             reference = self.reference_logps_CN
             yield (
                 batch.to(self.args.device),
@@ -109,7 +100,7 @@ class PairTrainer(Trainer):
         """What the sum of losses is divided by: pairs, or for supervised tuning the tokens that are learnt."""
         if self.reference_logps_CN is not None:
             return len(pairs)
-        return sum(self.examples[i].num_learnt for i in pairs)
+        return sum(self.data.examples[i].num_learnt for i in pairs)
 
     def _over(self, model: nn.Module, pairs: Sequence[int], backward: bool) -> dict[str, float]:
         """Loss and what is watched over some pairs of all processes, the loss by its divisor, the rest by pairs."""
@@ -164,7 +155,7 @@ class PairTrainer(Trainer):
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Loss and metrics on the held-out pairs, dropout off, for callbacks (as `eval_…`) and the metrics file."""
         self.model.eval()
-        metrics = self._over(self.model, self.validation, backward=False)
+        metrics = self._over(self.model, self.data.held_out, backward=False)
         self._watch({"step": self.state.global_step, "split": "validation", **metrics})
         prefixed = {f"eval_{name}": value for name, value in metrics.items()}
         self.log(prefixed)
@@ -181,7 +172,7 @@ class PairTrainer(Trainer):
     def _watch(self, line: dict[str, Any]) -> None:
         """Write a line of metrics, and raise `Stopped` when the sentinel says so."""
         self.lines.append(line)
-        reason = alarm(self.settings.sentinel, self.lines, self.shortcut_aucs, self.settings.learning_rate)
+        reason = alarm(self.settings.sentinel, self.lines, self.data.shortcuts, self.settings.learning_rate)
         if all(math.isfinite(value) for value in line.values() if isinstance(value, float)):
             self._write(line)
         if reason:
@@ -192,8 +183,8 @@ class PairTrainer(Trainer):
         if self.is_world_process_zero():
             with self.metrics_file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
-        if self.on_metrics:
-            self.on_metrics(line)
+        if self.on_step and line["split"] == "train":
+            self.on_step(line["step"], len(self.data.steps))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"

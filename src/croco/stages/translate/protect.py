@@ -86,16 +86,11 @@ def _closing(mark: str) -> str:
 
 
 def _prose(text: str) -> list[Piece]:
-    if not has_words(text):
+    if not any(map(str.isalpha, _ITEM.sub("", text))):  # no words outside the items
         return [(text, False)]
     body = text.strip()
     before, after = text[: text.index(body)], text[text.index(body) + len(body) :]
     return [(before, False), (body, True), (after, False)]
-
-
-def has_words(text: str) -> bool:
-    """Whether there are letters outside the items."""
-    return any(character.isalpha() for character in _ITEM.sub("", text))
 
 
 def prose(text: str) -> str:

@@ -189,13 +189,11 @@ def translategemma(text: str, source: str, target: str) -> Messages:
 
 
 def tower_plus(text: str, source: str, target: str) -> Messages:
-    """For Tower+."""
     before, after = name(source), name(target)
     return _user(f"Translate the following {before} source text to {after}:\n{before}: {text}\n{after}: ")
 
 
 def tower_instruct(text: str, source: str, target: str) -> Messages:
-    """For TowerInstruct."""
     before, after = name(source), name(target)
     return _user(f"Translate the following text from {before} into {after}.\n{before}: {text}\n{after}:")
 
