@@ -34,7 +34,7 @@ def buckets(lengths: Sequence[int], token_budget: int) -> Iterator[slice]:
 
 
 def give_back() -> None:
-    """Give back what is reserved and not used, which nobody else sees as free: by torch on the GPU, and by glibc in this
+    """Give back what is reserved and not used, which nobody else sees as free: by torch on the GPU, by glibc in this
     process, which otherwise keeps most of what a model and its activations took."""
     if torch.cuda.is_available():
         gc.collect()
