@@ -32,7 +32,7 @@ from croco.config.models import Reward
 from croco.config.recipe import Recipe
 from croco.errors import UserError
 from croco.models.loading import load_causal, resolve_model
-from croco.models.open import tuned_weights, with_tuned
+from croco.models.open import release, tuned_weights, with_tuned
 from croco.pipeline.run import run_stage
 from croco.stages.evaluate import stats
 from croco.stages.score.policy_logprobs import open_likelihood, score_likelihood
@@ -72,6 +72,7 @@ def make_reward(recipe: Recipe) -> None:
     for folder, examples in ((english, pairs), (ceiling, own_language_pairs(rows, len(pairs)))):
         if not folder.exists():
             train(recipe, examples, folder)
+            release()
     dev = labelled(sampled(recipe, "dev", "dev", *for_dev, recipe.run.languages))
     table = accuracies(recipe, dev, {"English pairs": english, "pairs in every language": ceiling})
     table.with_columns(pairs=pl.lit(len(pairs))).write_json(english / "accuracy.json")
@@ -175,8 +176,8 @@ def accuracies(recipe: Recipe, dev: pl.DataFrame, models: dict[str, Path]) -> pl
     groups = by_prompt(dev)
     scores = {}
     for name, folder in models.items():
-        score, _ = open_reward(Reward(model=str(folder), dtype=recipe.reward.dtype), recipe.runtime)
-        scores[name] = score(groups)
+        reward = Reward(model=str(folder), dtype=recipe.reward.dtype)
+        scores[name] = open_reward(reward, recipe.runtime)[0](groups)  # one model in memory at a time
     for _, pool in groups:
         for row in pool:
             row["completion_ids"] = None

@@ -17,7 +17,7 @@ import torch
 
 from croco.config.models import Causal, Model, Template
 from croco.errors import UserError, notice, one_line
-from croco.models.memory import out_of_memory
+from croco.models.memory import give_back, out_of_memory
 from croco.models.model_files import check_weights, load_config, read_generation_config, refusing
 from croco.storage.hashing import check_adapter, local_model
 
@@ -202,6 +202,7 @@ def _load(
 ) -> Any:
     """The model on its device; raises UserError where its files lack weights, of which transformers only warns."""
     place, target, auto = resolve_model(model), pick_device(device), _auto(kind)
+    give_back()  # what an earlier model has left
     check_weights(model, place)
     read_generation_config(place, revision)  # transformers goes on without one that is cut off
     with refusing(f"model {model!r}: does not load as {auto.__name__}", place):

@@ -2,6 +2,7 @@
 
 The needs are estimates from the architecture's numbers, without fragmentation and what the libraries keep."""
 
+import ctypes
 import gc
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -32,17 +33,21 @@ def buckets(lengths: Sequence[int], token_budget: int) -> Iterator[slice]:
         start = end
 
 
-def free_gpu() -> None:
-    """Give back what torch has reserved on the GPU and does not use: nobody else sees it as free."""
+def give_back() -> None:
+    """Give back what is reserved and not used, which nobody else sees as free: by torch on the GPU, by glibc in this
+    process, which otherwise keeps most of what a model and its activations took."""
     if torch.cuda.is_available():
         gc.collect()
         torch.cuda.empty_cache()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def free_bytes(device: torch.device) -> int:
     """Memory that can still be had on a device."""
+    give_back()
     if device.type == "cuda":
-        free_gpu()
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
 

@@ -60,13 +60,13 @@ def engines(recipe: Recipe) -> Iterator[str]:
 
 
 def release() -> None:
-    """Give back the memory of a GPU that an engine or a stage has held here: for the next one, or another process."""
+    """Give back the memory that an engine or a stage has held here: for the next one, or another process."""
     if "croco.models.vllm" in sys.modules:
         sys.modules["croco.models.vllm"].release()
     if "torch" in sys.modules:
-        from croco.models.memory import free_gpu
+        from croco.models.memory import give_back
 
-        free_gpu()
+        give_back()
 
 
 def open_sampler(

@@ -192,6 +192,7 @@ def score_pairs(pairs: Sequence[Pair], recipe: Recipe) -> tuple[NDArray[np.float
                             scores[i, side] = value
                 bar.advance(len(part))
     finally:
+        del score
         open.release()
     return scores, reasons
 

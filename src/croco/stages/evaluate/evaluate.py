@@ -135,10 +135,10 @@ def divergence(task: Task) -> dict[str, float]:
     )
     drawn = drawn.filter(pl.col("reason").is_null())
     groups = grouped(drawn, messages_of(read_table(task.inputs["eval-prompts"])))
-    logps = []
-    for weights in (task.adapter, None):
-        scorer, tokenizer = open_likelihood(policy, task.runtime, False, weights)
-        logps.append(score_likelihood(scorer, tokenizer, groups, policy.instruction))
+    logps = [  # one policy in memory at a time
+        score_likelihood(*open_likelihood(policy, task.runtime, False, weights), groups, policy.instruction)
+        for weights in (task.adapter, None)
+    ]
     ratios: dict[str, list[float]] = {}
     for (_, rows), tuned, base in zip(groups, *logps, strict=True):
         both = [
