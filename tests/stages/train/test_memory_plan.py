@@ -1,5 +1,7 @@
 """What tuning takes, before it takes it: against what really is allocated, and the plans that follow."""
 
+import gc
+import weakref
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -115,6 +117,21 @@ def test_counting_leaves_the_model_as_it_was():
     assert not model.training
     found = plan(model, SETTINGS, examples, "auto", "auto", rows="segments")
     assert found == Plan(16384, False)
+
+
+def test_nothing_of_a_policy_is_left_when_it_has_been_tuned(tmp_path):
+    model = make_policy("llama")
+    weights = [weakref.ref(parameter) for parameter in model.parameters()]
+    gc.collect()
+    before = {id(thing) for thing in gc.get_objects() if type(thing) is torch.Tensor}
+    run(tmp_path, model=model)
+    del model
+    gc.collect()
+    assert [weight() for weight in weights] == [None] * len(weights)
+    left = [
+        thing for thing in gc.get_objects() if type(thing) is torch.Tensor and id(thing) not in before
+    ]
+    assert not [tensor.shape for tensor in left if tensor.grad_fn is not None]
 
 
 def test_trained_numbers_are_those_that_lora_makes():

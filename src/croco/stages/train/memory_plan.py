@@ -145,23 +145,26 @@ def _saved_bytes(policy: Any, probe: Example, rows: Rows) -> tuple[int, int, int
     """What autograd keeps of a forward, its tokens, and how much of it is logits (whose gradient is as large)."""
     own = {p.untyped_storage().data_ptr() for p in policy.parameters()}
     vocabulary = policy.config.get_text_config().vocab_size
-    storages: dict[int, int] = {}
-    logits: dict[int, int] = {}
-    alive = []  # a storage that is freed would lend its address to the next
+    # the storages themselves: one that is freed would lend its address to the next
+    kept: dict[int, torch.UntypedStorage] = {}
+    logits: set[int] = set()
 
-    def keep(tensor: Tensor) -> Tensor:
+    def keep(tensor: Tensor) -> None:
+        """Keeps and hands back no tensor: a step that saves its own result would hold itself, and the weights, for
+        good."""
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            storages[storage.data_ptr()] = storage.nbytes()
-            if tensor.ndim and tensor.shape[-1] == vocabulary:
-                logits[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor)
-        return tensor
+        place = storage.data_ptr()
+        if place in own:
+            return
+        kept[place] = storage
+        if tensor.ndim and tensor.shape[-1] == vocabulary:
+            logits.add(place)
 
     batch = collate([probe], rows=rows).to(policy.device)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda _: None):
         completion_logps(policy, batch).sum()
-    return sum(storages.values()), batch.input_ids_BT.numel(), sum(logits.values())
+    sizes = {place: storage.nbytes() for place, storage in kept.items()}
+    return sum(sizes.values()), batch.input_ids_BT.numel(), sum(sizes[place] for place in logits)
 
 
 def trained_parameters(model: PreTrainedModel, settings: Training) -> int:
