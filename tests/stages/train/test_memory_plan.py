@@ -128,9 +128,7 @@ def test_nothing_of_a_policy_is_left_when_it_has_been_tuned(tmp_path):
     del model
     gc.collect()
     assert [weight() for weight in weights] == [None] * len(weights)
-    left = [
-        thing for thing in gc.get_objects() if type(thing) is torch.Tensor and id(thing) not in before
-    ]
+    left = [thing for thing in gc.get_objects() if type(thing) is torch.Tensor and id(thing) not in before]
     assert not [tensor.shape for tensor in left if tensor.grad_fn is not None]
 
 
