@@ -161,7 +161,7 @@ def _saved_bytes(policy: Any, probe: Example, rows: Rows) -> tuple[int, int, int
             logits.add(place)
 
     batch = collate([probe], rows=rows).to(policy.device)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda _: None):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda nothing: nothing):
         completion_logps(policy, batch).sum()
     sizes = {place: storage.nbytes() for place, storage in kept.items()}
     return sum(sizes.values()), batch.input_ids_BT.numel(), sum(sizes[place] for place in logits)
