@@ -120,6 +120,16 @@ def test_claims_are_corrected_for_their_number_within_a_family() -> None:
     assert (found["weak"], found["other-0"]) == (HOLDS, UNTESTABLE)
 
 
+def test_of_several_differences_the_one_that_reaches_least_far_is_shown() -> None:
+    # the larger one is noisier, so its p-value is the larger one too
+    pooled = pooled_of({"small": (0.05, 0.05), "large": (0.2, 0.6)})
+    for want, shown in (("higher", "small"), ("lower", "large")):
+        claims = study_of(both=[("small", want), ("large", want)])
+        study = Study.model_validate({"claims": claims})
+        judged = judge_all(study, {"one": Runs({"lab": pooled})})["both"]
+        assert judged.deciding("one").comparison.arm == shown
+
+
 def test_the_base_is_compared_at_its_best_temperature() -> None:
     values = np.zeros((2, 3, 10, 1, 2))
     values[:, 1, :, 0, 0] = 0.6  # the base's headline is best at 0.5

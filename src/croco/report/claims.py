@@ -48,9 +48,10 @@ class Judged:
     alone: Mapping[str, str]  # the verdict of each study by itself
 
     def deciding(self, study: str) -> Test:
-        """The comparison on which the claim hangs: the weakest that is needed."""
+        """The comparison on which the claim hangs: of those that are needed the one whose interval reaches least far as
+        wanted."""
         tests = self.tests[study]
-        return sorted(tests, key=lambda test: test.p_wanted)[needed(self.claim, tests) - 1]
+        return sorted(tests, key=lambda test: -test.reach)[needed(self.claim, tests) - 1]
 
 
 def judge_all(study: Study, studies: Mapping[str, Runs]) -> dict[str, Judged]:
@@ -137,8 +138,8 @@ def claims_parts(judged: Mapping[str, Judged], equivalence: float, studies: Mapp
             f"Of {count_of(len(family), 'claim')}: {', '.join(verdicts)}. A claim holds, or does not, where all "
             f"comparisons that it needs are significant that way{every}, at 5 % after Holm's correction over "
             f"{count_of(counted, 'claim')} (p in the table). It is equivalent where the 90 % intervals lie within "
-            f"{_margin(equivalence, studies)}. The difference shown is that of the weakest comparison; the base is at "
-            "its best temperature."
+            f"{_margin(equivalence, studies)}. Of several differences the one is shown whose interval reaches least "
+            "far as claimed; the base is at its best temperature."
         )
         if rows:
             head = ["claim", "verdict", *(studies if len(studies) > 1 else ["difference"]), "p"]

@@ -7,6 +7,7 @@ error; the points of a curve are chosen on the very test prompts, for both sweep
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -56,6 +57,13 @@ class Test:
     @property
     def equivalent(self) -> bool:
         return self.p_equivalent <= ALPHA
+
+    @property
+    def reach(self) -> float:
+        """How far the whole 95 % interval lies in the wanted direction; −inf where there is none."""
+        interval = self.estimate.interval()
+        end = interval.low if self.comparison.want in ("higher", "not lower") else -interval.high
+        return -math.inf if math.isnan(end) else end
 
 
 def run_tests(comparison: Comparison, runs: Runs, equivalence: float) -> list[Test]:
