@@ -107,6 +107,16 @@ def test_a_kill_while_the_scratch_goes_leaves_a_complete_stage(
     assert not (node.folder / "scratch").exists()
 
 
+def test_a_kill_while_the_first_record_is_written_leaves_nothing(tmp_path: Path) -> None:
+    node = numbered(tmp_path)
+    node.folder.mkdir()
+    half = node.folder / ".tmp-3164-stage.json"
+    half.write_text("{")
+    assert standing.status_of(node).kind == "missing"
+    stage.execute(node, runtime())
+    assert not half.exists()
+
+
 def test_drift_stops_and_names_what_changed_and_through_which_input(tmp_path: Path) -> None:
     first = numbered(tmp_path)
     stage.execute(first, runtime())

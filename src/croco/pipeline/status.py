@@ -166,6 +166,8 @@ def files_made(node: Node) -> dict[str, int]:
 def clear(node: Node) -> None:
     """Remove what a stage made; its record says so first and goes last. Sub-folders that are other stages, files that
     no stage makes, and a folder without a record stay."""
+    for path in node.folder.glob(f"{files.TEMPORARY}*-{records.RECORD}"):  # a kill before there was a record
+        files.remove(path)
     if not os.path.lexists(node.folder / records.RECORD):
         return
     records.write_record(node.folder, new_record(node, state="removed"))
