@@ -1,4 +1,4 @@
-"""A real model on the engines: vLLM says greedily what transformers ."""
+"""A real model on the engines: vLLM gives greedily what transformers gives."""
 
 from __future__ import annotations
 
