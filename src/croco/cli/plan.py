@@ -21,6 +21,7 @@ from croco.models.open import engines
 from croco.pipeline import arms, inputs, run
 from croco.pipeline.compute import described
 from croco.pipeline.node import Node
+from croco.pipeline.progress import count_of
 from croco.pipeline.status import Status
 from croco.stages.prompts import load as prompts_load
 from croco.storage import records, shards
@@ -60,10 +61,8 @@ def _standing(node: Node, status: Status) -> str:
         record = records.read_record(node.folder)
         return f"complete: {run.counted(node, record)}{record['seconds']:.1f} s"
     if status.kind == "unfinished":
-        return f"unfinished ({len(shards.shards(node.folder))} shards there): would go on"
-    return {"missing": "would run", "stale": "stale, would need --rebuild:"}.get(
-        status.kind, "damaged, would need --rebuild:"
-    )
+        return f"unfinished ({count_of(len(shards.shards(node.folder)), 'shard')} there): would go on"
+    return "would run" if status.kind == "missing" else f"{status.kind}, would need --rebuild:"
 
 
 def rates(recipe: Recipe) -> dict[str, float]:
@@ -142,8 +141,8 @@ def _made(recipe: Recipe, totals: Totals, tuning: int, length: float) -> Iterato
         stage = "sample" if owner is None else f"sample/{owner}"
         limit = totals.draw(stage, model, recipe.runtime.engines.sample, completions, sampling.max_new_tokens)
         yield (
-            f"{stage}: {prompts:,} prompts in {len(languages)} languages × {count} completions = {completions:,}, "
-            f"at most {limit:,} tokens"
+            f"{stage}: {prompts:,} prompts in {count_of(len(languages), 'language')} × "
+            f"{count_of(count, 'completion')} = {completions:,}, at most {limit:,} tokens"
         )
     for arm in arms.scoring_arms(recipe):
         owner = arms.samples_of(recipe, arm)[1] if arm else None
@@ -163,8 +162,8 @@ def _evaluated(recipe: Recipe, totals: Totals, test: int | None) -> Iterator[str
         completions = test * (sum(base.values()) + num_arms * sum(per_prompt.values()))
         limit = totals.draw("evaluate", recipe.policy, engine, completions, evaluation.max_new_tokens)
         yield (
-            f"evaluate: {test:,} prompts in {len(recipe.run.evaluated)} languages, {num_arms} arms and "
-            f"the base: {completions:,} completions, at most {limit:,} tokens"
+            f"evaluate: {test:,} prompts in {count_of(len(recipe.run.evaluated), 'language')}, "
+            f"{count_of(num_arms, 'arm')} and the base: {completions:,} completions, at most {limit:,} tokens"
         )
     if recipe.arena is not None:
         asked = _arena_prompts(recipe, recipe.arena, test)
@@ -215,7 +214,7 @@ def _trained(recipe: Recipe, totals: Totals, tuning: int, length: float) -> str:
         tokens = min(length + 2 * recipe.sampling.max_new_tokens, 2 * training.max_tokens)
         totals.loads.append(Load("train", "train", recipe.policy, pairs * tokens))
         total += pairs
-    return f"train: {len(recipe.arms)} arms, at most {total:,} pairs, epochs counted"
+    return f"train: {count_of(len(recipe.arms), 'arm')}, at most {total:,} pairs, epochs counted"
 
 
 def _pairs_of_a_prompt(arm: Arm, languages: Sequence[str]) -> int:
@@ -236,7 +235,8 @@ def _structured_tasks(recipe: Recipe, section: EuroEval, totals: Totals) -> str:
     tokens = count * section.iterations * (num_arms + 1) * price.EUROEVAL_TOKENS
     totals.loads.append(Load("euroeval", "read", recipe.policy, tokens))
     uncovered = f"; not covered: {none}" if none else ""
-    return f"euroeval: {count} datasets × {section.iterations} iterations, {num_arms} arms and the base{uncovered}"
+    work = f"{count_of(count, 'dataset')} × {count_of(section.iterations, 'iteration')}"
+    return f"euroeval: {work}, {count_of(num_arms, 'arm')} and the base{uncovered}"
 
 
 def _translations(
@@ -249,7 +249,7 @@ def _translations(
     totals.loads.append(
         Load(stage, "generate", section, prompts * targets * length, recipe.runtime.engines.translate)
     )
-    made = f"{targets} languages = {prompts * targets:,} translations"
+    made = f"{count_of(targets, 'language')} = {count_of(prompts * targets, 'translation')}"
     return f"{stage}: {prompts:,} prompts from {section.source} into {made}"
 
 
@@ -266,16 +266,16 @@ def _arena_prompts(recipe: Recipe, arena: Arena, test: int | None) -> int | None
 
 def _comparisons(recipe: Recipe, arena: Arena, prompts: int | None) -> str:
     """What a judge is asked at most; the same text twice is not asked about."""
-    languages, num_arms = recipe.arena_languages, len(recipe.evaluated_arms)
+    languages, num_arms = count_of(len(recipe.arena_languages), "language"), len(recipe.evaluated_arms)
     model = recipe.judge if arena.judge == "model" else None
     judge = model.model if model else "the lab"
-    count = "prompts" if prompts is None else f"{prompts:,} prompts"
+    count = "prompts" if prompts is None else count_of(prompts, "prompt")
     orders, shown = (2, "both orders") if arena.orders == "both" else (1, "one order")
     judgements = orders * (prompts or 0) * num_arms
     asked = "" if prompts is None else f": at most {judgements:,} judgements"
     if model and judgements:
         asked += f" of at most {judgements * model.max_new_tokens:,} tokens"
-    return f"arena: {count} in {len(languages)} languages, {num_arms} arms, {shown}, by {judge}{asked}"
+    return f"arena: {count} in {languages}, {count_of(num_arms, 'arm')}, {shown}, by {judge}{asked}"
 
 
 def num_prompts(
