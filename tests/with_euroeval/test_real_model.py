@@ -42,6 +42,7 @@ max_new_tokens = 32
 
 [guards]
 wrong_language = "off"
+cut = "off"
 
 [training]
 updates = 2
@@ -61,6 +62,7 @@ datasets = {{ de = ["{de}"], da = ["{da}"] }}
 iterations = 2
 
 [arms.tuned]
+scorer = "random"
 
 [runtime]
 threads = 1
