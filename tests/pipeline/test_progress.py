@@ -14,7 +14,8 @@ def test_a_line_says_how_far_how_fast_and_how_long(
 ) -> None:
     monkeypatch.setattr(progress, "LINE_SECONDS", 0.05)
     with progress.progress("sample", 6000, "completion", done=200) as bar:
-        bar.advance(1000)
+        bar.advance(400)
+        bar.advance(600)
         time.sleep(0.2)
     lines = capsys.readouterr().err.splitlines()
     assert 2 <= len(lines) <= 4
@@ -22,12 +23,19 @@ def test_a_line_says_how_far_how_fast_and_how_long(
     assert all(line.endswith(" s left") for line in lines)
 
 
-def test_the_rate_is_this_process_s() -> None:
+def test_the_rate_counts_from_the_first_units_that_this_process_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
     lines = progress._Lines("sample", 6000, "completion", done=200)
-    assert lines.line(10.0) == "sample: 200 of 6,000 completions (3 %), 0.0 a second"
-    lines.advance(1000)
-    assert lines.line(25.0) == "sample: 1,200 of 6,000 completions (20 %), 40.0 a second, 2 min left"
-    assert lines.line(4000.0) == "sample: 1,200 of 6,000 completions (20 %), 15.0 a minute, 5 h 20 min left"
+    now = 160.0  # a model was loaded
+    assert lines.line(now) == "sample: 200 of 6,000 completions (3 %)"
+    lines.advance(100)
+    assert lines.line(now + 5) == "sample: 300 of 6,000 completions (5 %)"
+    lines.advance(900)
+    assert lines.line(now + 22.5) == "sample: 1,200 of 6,000 completions (20 %), 40.0 a second, 2 min left"
+    assert (
+        lines.line(now + 3600) == "sample: 1,200 of 6,000 completions (20 %), 15.0 a minute, 5 h 20 min left"
+    )
 
 
 def test_a_short_stage_says_nothing(capsys: pytest.CaptureFixture) -> None:

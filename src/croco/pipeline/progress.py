@@ -29,24 +29,30 @@ class _Lines:
     open = 0  # how many count now
 
     def __init__(self, title: str, total: int, unit: str, done: int) -> None:
-        self.title, self.total, self.unit, self.done, self.first = title, total, unit, done, done
-        self.began, self.ended = time.monotonic(), threading.Event()
+        self.title, self.total, self.unit, self.done = title, total, unit, done
+        self.since: tuple[float, int] | None = None  # when the first units were done, and how many were then
+        self.ended = threading.Event()
         self.thread = threading.Thread(target=self._print, daemon=True)
 
     def advance(self, n: int = 1) -> None:
         self.done += n
+        self.since = self.since or (time.monotonic(), self.done)
 
-    def line(self, seconds: float) -> str:
-        """`sample: 1,200 of 6,000 completions (20 %), 40.0 a second, 2 min left`."""
-        rate = (self.done - self.first) / max(seconds, 1e-9)
+    def line(self, now: float) -> str:
+        """`sample: 1,200 of 6,000 completions (20 %), 40.0 a second, 2 min left`. Loading and trials come before the
+        first units are done, so the rate counts from there."""
         share = f" ({100 * self.done // self.total} %)" if self.total else ""
-        left = f", {duration((self.total - self.done) / rate)} left" if rate else ""
-        pace = f"{rate:,.1f} a second" if rate >= 1 or not rate else f"{60 * rate:,.1f} a minute"
-        return f"{self.title}: {self.done:,} of {self.total:,} {self.unit}s{share}, {pace}{left}"
+        line = f"{self.title}: {self.done:,} of {self.total:,} {self.unit}s{share}"
+        began, first = self.since or (now, self.done)
+        if self.done == first:
+            return line
+        rate = (self.done - first) / max(now - began, 1e-9)
+        pace = f"{rate:,.1f} a second" if rate >= 1 else f"{60 * rate:,.1f} a minute"
+        return f"{line}, {pace}, {duration((self.total - self.done) / rate)} left"
 
     def _print(self) -> None:
         while not self.ended.wait(LINE_SECONDS):
-            print(self.line(time.monotonic() - self.began), file=sys.stderr, flush=True)
+            print(self.line(time.monotonic()), file=sys.stderr, flush=True)
 
 
 @contextmanager
