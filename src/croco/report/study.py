@@ -175,10 +175,13 @@ def html(recipes: Sequence[Recipe], parts: Sequence[Part]) -> str:
     """The same page for a browser, in one file, with curves; text of the recipe is Markdown, everything is escaped."""
     text = MarkdownIt("commonmark", {"html": False}).render
     shown = [(part, Markup("".join(map(text, part.text)))) for part in parts]
-    headings = {
-        part.name: HEADINGS[start] for part in parts if (start := part.name.split("-")[0]) in HEADINGS
-    }
-    headings |= {part.name: part.title for part in parts if part.name.startswith("arms-")}
+    headings = {}
+    for part in parts:
+        start, _, study = part.name.partition("-")
+        if start == "arms":
+            headings[part.name] = part.title
+        elif start in HEADINGS:
+            headings[part.name] = ", ".join(filter(None, [HEADINGS[start], study]))
     return render("study.html", name=_name(recipes), headings=headings, parts=shown)
 
 
@@ -220,7 +223,8 @@ def sweep_parts(recipe: Recipe, pooled: Pooled) -> Iterator[Part]:
                         series.setdefault(f"{scope}, {temperature_name(t)}", []).append((float(first), cell))
         table = Table([*keys, "decoding", *pooled.main_groups], rows, len(keys) + 1)
         panels = [value_panel(f"{keys[0]} of {sweep.of}", series, unit)] if series else []
-        text = [f"{_best_places(series)} The best is picked on these test prompts."] if series else []
+        picked = f"The best is picked on these {recipe.evaluation.split} prompts."
+        text = [f"{_best_places(series)} {picked}"] if series else []
         yield Part(f"sweep-{name}", f"Sweep: {', '.join(keys)} of {sweep.of}", text, [table], panels)
 
 
