@@ -50,8 +50,7 @@ lab-study: $(STAMP) ## every arm under several seeds, claim by claim (hours)
 lists-study: $(STAMP) ## seven claims in the lists world, written down before (hours)
 	$(BIN)/croco run recipes/lists-study.toml
 	$(BIN)/croco run recipes/lists-study.toml --set policy.model=lab:lists-policy-2 --set run.name=lists-study-2
-	cp runs/lists-study/study.md docs/results/lists-study.md
-	cp runs/lists-study-2/study.md docs/results/lists-study-2.md
+	$(BIN)/croco report runs/lists-study runs/lists-study-2 --to docs/results/lists-study.md
 
 # every step goes on where it was killed; one that is done is not made again
 REAL ?= recipes/smollm2-cpu.toml
