@@ -189,15 +189,18 @@ def kl_part(runs: Runs) -> Part:
     """Quality against distance from the base: every sweep as a curve, at temperature 1."""
     pooled = next(iter(runs.pooled.values()))
     scope = pooled.main_groups[0]
+    kl = {arm: runs.kl_of(arm, scope) for arm in (BASE, *runs.kl)}
+    far = [arm for arm, of in kl.items() if of > 10 * float(np.median(list(kl.values())))]
     series = {
-        sweep: sorted((runs.kl_of(arm, scope), pooled.mean((arm, 1.0), scope)) for arm in (BASE, *arms))
+        sweep: sorted((kl[arm], pooled.mean((arm, 1.0), scope)) for arm in (BASE, *arms) if arm not in far)
         for sweep, arms in runs.sweeps.items()
     }
     rows: list[list[Entry]] = [
-        [arm, SCORE.text(runs.kl_of(arm, scope)), Number(pooled.mean((arm, 1.0), scope), pooled.unit)]
-        for arm in (BASE, *runs.kl)
+        [arm, SCORE.text(of), Number(pooled.mean((arm, 1.0), scope), pooled.unit)] for arm, of in kl.items()
     ]
     text = f"KL of an arm from the base: nats per completion, of its own completions at T = 1; {scope} languages."
+    if far:
+        text += f" Over ten times the median, and in the table only: {', '.join(far)}."
     panel = value_panel("KL", series, pooled.unit, grid=False)
     table = Table(["arm", "KL", pooled.benchmark], rows)
     return Part("kl", "Quality against distance from the base", [text], [table], [panel])
@@ -207,7 +210,9 @@ def sweep_parts(recipe: Recipe, pooled: Pooled) -> Iterator[Part]:
     """Each grid as a table; one over a number also as a curve."""
     unit = pooled.unit
     for name, sweep in recipe.sweep.items():
-        keys, rows = list(sweep.grid), list[list[Entry]]()
+        keys = [key for key, values in sweep.grid.items() if len(values) > 1] or list(sweep.grid)
+        fixed = "".join(f", {key} = {values[0]}" for key, values in sweep.grid.items() if key not in keys)
+        rows = list[list[Entry]]()
         series: dict[str, list[tuple[float, Interval]]] = {}
         points = sorted(
             sweep.arms.items(), key=lambda point: [sweep.grid[k].index(point[1][k]) for k in keys]
@@ -225,7 +230,7 @@ def sweep_parts(recipe: Recipe, pooled: Pooled) -> Iterator[Part]:
         panels = [value_panel(f"{keys[0]} of {sweep.of}", series, unit)] if series else []
         picked = f"The best is picked on these {recipe.evaluation.split} prompts."
         text = [f"{_best_places(series)} {picked}"] if series else []
-        yield Part(f"sweep-{name}", f"Sweep: {', '.join(keys)} of {sweep.of}", text, [table], panels)
+        yield Part(f"sweep-{name}", f"Sweep: {', '.join(keys)} of {sweep.of}{fixed}", text, [table], panels)
 
 
 def _best_places(series: Mapping[str, Sequence[tuple[float, Interval]]]) -> str:
