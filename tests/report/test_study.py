@@ -243,6 +243,32 @@ def test_the_best_of_a_grid_is_inside_or_at_its_edge() -> None:
     assert _best_places({"tuned": inside}) == "Best at: tuned 2."
 
 
+def test_a_grid_with_one_open_value_has_a_curve_and_says_on_which_prompts_it_was_picked(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "grid.toml"
+    grid = '\n"training.beta" = [0.3]\n"training.learning_rate" = [1e-3, 2e-3, 9e-3]'
+    text = RECIPE.format(folder=tmp_path / "run").replace("\ncompletions = [2, 4]", grid)
+    path.write_text(text.replace("[evaluation]", '[evaluation]\nsplit = "dev"'))
+    recipe = load(path)
+    arms = recipe.sweep["number"].arms
+    pooled = values_of({"base": 0.3, **dict(zip(arms, (0.4, 0.6, 0.5), strict=True))})
+    (part,) = study.sweep_parts(recipe, pooled)
+    assert part.title == "Sweep: training.learning_rate of monolingual, training.beta = 0.3"
+    assert part.tables[0].head[:2] == ["training.learning_rate", "decoding"]
+    assert part.text == ["Best at: tuned, T = 1 0.002. The best is picked on these dev prompts."]
+    assert len(part.panels) == 1
+
+
+def test_an_arm_far_beyond_the_others_is_in_the_table_of_kl_and_not_in_its_chart() -> None:
+    heights = {"base": 0.5, "a": 0.6, "b": 0.7, "c": 0.8, "gone": 0.1}
+    kl = {arm: {"en": x} for arm, x in {"a": 1.0, "b": 2.0, "c": 3.0, "gone": 140.0}.items()}
+    part = study.kl_part(Runs({"lab": values_of(heights)}, {"grid": ["a", "b", "c", "gone"]}, kl))
+    assert [row[0] for row in part.tables[0].rows] == ["base", "a", "b", "c", "gone"]
+    assert "in the table only: gone." in part.text[0]
+    assert len(part.panels[0].curves[0].dots) == 4
+
+
 def test_a_claim_holds_only_where_every_study_agrees() -> None:
     up, down, noisy = ({"arm": (gain, spread)} for gain, spread in ((0.2, 0.3), (-0.2, 0.3), (0.1, 2.0)))
     study = Study.model_validate({"claims": study_of(better=[("arm", "higher")])})
