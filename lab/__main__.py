@@ -42,6 +42,7 @@ class Lists(StrEnum):
     all = "all"
     policies = "policies"
     rewards = "rewards"
+    translator = "translator"
     gates = "gates"
 
 
@@ -155,6 +156,8 @@ def lists(
         list_models.policies(folder, seconds)
     if what in (Lists.all, Lists.rewards):
         console.print(list_models.rewards(folder, seed, say))
+    if what in (Lists.all, Lists.translator):
+        list_models.translator(folder, seed, say)
     if what in (Lists.all, Lists.gates):
         for name in policies(folder):
             gates = list_gates.measure(folder, name, seed)

@@ -7,11 +7,12 @@ world's parallel sentences with values drawn at random, so it knows words and no
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from random import Random
 
 import torch
+from torch.nn.functional import cross_entropy
 from transformers import (
     M2M100Config,
     M2M100ForConditionalGeneration,
@@ -40,6 +41,7 @@ OTHER_MIXTURE: Mixture = {
 # of sentences that are translated; a word alone can only be had from its source, so words teach it to look there
 KINDS = {"careful": 0.4, "terse": 0.35, "rambling": 0.1, "evasive": 0.15}
 OnStep = Callable[[int, int, float], None]
+Parallel = Callable[[Random], tuple[str, str, str]]  # draws a language, a text in it and the same in English
 
 
 def pretrain_other(
@@ -84,17 +86,22 @@ def train_translator(
     tokens_per_batch: int = 1024,
     peak: float = 3e-3,
     on_step: OnStep | None = None,
+    label_smoothing: float = 0.0,
+    parallel: Parallel | None = None,
+    languages: Sequence[str] = LANGUAGES,
 ) -> M2M100ForConditionalGeneration:
-    """A translation model into English; `tokenizer` gets one token per language, as M2M100 names them."""
-    tokenizer.add_special_tokens({"extra_special_tokens": [language_token(code) for code in LANGUAGES]})
+    """A translation model into English, of the first world's sentences unless `parallel` draws others; `tokenizer` gets
+    one token per language, as M2M100 names them."""
+    tokenizer.add_special_tokens({"extra_special_tokens": [language_token(code) for code in languages]})
     model = _new_translator(tokenizer, seed).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.0)
-    stream, done = _batches(tokenizer, seed, tokens_per_batch), 0
+    stream, done = _batches(tokenizer, seed, tokens_per_batch, parallel or _parallel), 0
     while done < num_tokens:
         progress = done / num_tokens
         optimizer.param_groups[0]["lr"] = peak * min(1.0, progress / 0.03 + 0.02) * (1 - 0.97 * progress)
         source, target = next(stream)
-        loss = model(**source, labels=target).loss
+        logits = model(**source, labels=target).logits
+        loss = cross_entropy(logits.flatten(0, 1), target.flatten(), label_smoothing=label_smoothing)
         if not math.isfinite(loss.item()):
             raise FloatingPointError(f"training of the lab translator diverged after {done} tokens")
         loss.backward()
@@ -132,18 +139,21 @@ def _new_translator(tokenizer: PreTrainedTokenizerFast, seed: int) -> M2M100ForC
 
 
 def _batches(
-    tokenizer: PreTrainedTokenizerFast, seed: int, tokens_per_batch: int
+    tokenizer: PreTrainedTokenizerFast, seed: int, tokens_per_batch: int, parallel: Parallel
 ) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
     """Sources with their mask and targets (-100 is padding), of similar length."""
     rng, end, pad = Random(f"croco-lab-translator-{seed}"), tokenizer.eos_token_id, tokenizer.pad_token_id
-    token = {code: tokenizer.convert_tokens_to_ids(language_token(code)) for code in LANGUAGES}
+
+    def token(code: str) -> int:
+        return int(tokenizer.convert_tokens_to_ids(language_token(code)))
+
     while True:
-        drawn = [_parallel(rng) for _ in range(1024)]
+        drawn = [parallel(rng) for _ in range(1024)]
         texts = tokenizer([text for pair in drawn for text in pair[1:]], add_special_tokens=False)[
             "input_ids"
         ]
         rows = [
-            ([token[code], *texts[2 * i], end], [token["en"], *texts[2 * i + 1], end])
+            ([token(code), *texts[2 * i], end], [token("en"), *texts[2 * i + 1], end])
             for i, (code, _, _) in enumerate(drawn)
         ]
         rows.sort(key=lambda row: len(row[0]) + len(row[1]))

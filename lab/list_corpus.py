@@ -79,10 +79,12 @@ OTHER = Habits(
 )
 
 
-def complete(question: Question, language: str, habits: Habits, rng: Random) -> str:
-    """A completion with habits drawn for this document alone."""
+def complete(
+    question: Question, language: str, habits: Habits, rng: Random, other: str | None = None
+) -> str:
+    """A completion with habits drawn for this document alone, and `other`, the language that foreign words are of."""
     rates = {name: _beta(habits.rate(name, question.task), rng) for name in habits.rates}
-    other = _mostly_first([code for code in TUNED if code != language], habits.usual, rng)
+    other = other or _mostly_first([code for code in TUNED if code != language], habits.usual, rng)
 
     def strikes(habit: str) -> bool:
         return rng.random() < rates.get(habit, 0.0)
@@ -119,6 +121,18 @@ def _beta(mean: float, rng: Random) -> float:
 
 def _mostly_first(choices: Sequence[str], share: float, rng: Random) -> str:
     return choices[0] if rng.random() < share else rng.choice(choices[1:])
+
+
+def parallel(rng: Random) -> tuple[str, str, str]:
+    """A language, a completion in it with its habits, and the same in English. Items are any of their kind: a translator
+    that learns from these knows words and no facts."""
+    question = draw(rng.choice(TASKS), rng)
+    kind = question.answer[0][0]
+    question = replace(question, answer=tuple((kind, rng.choice(KINDS[kind])) for _ in question.answer))
+    language = rng.choice(LANGUAGES)
+    other, draws = rng.choice([code for code in TUNED if code != language]), rng.random()
+    source = complete(question, language, Habits(), Random(draws), other)
+    return language, source, complete(question, "en", Habits(), Random(draws), "en")
 
 
 def documents(seed: int, num_plain: int = 0, habits: Habits = Habits()) -> Iterator[list[dict[str, str]]]:

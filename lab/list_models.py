@@ -1,4 +1,4 @@
-"""Makes the models of the lists world: two policies, another model, a reward model of English labels and one of all.
+"""Makes the models of the lists world: two policies, another model, two reward models and a translator.
 
 The second policy is pretrained independently (another seed of corpus and weights). The reward models see samples of
 the first policy alone. `lab:lists-reward` knows quality in English: a head on
@@ -20,10 +20,11 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from croco.errors import UserError
 from croco.lab import list_verdicts, lists
-from croco.models.loading import load_policy
+from croco.models.loading import load_policy, load_tokenizer
 from croco.models.transformers import HFSampler
 from lab import reward
-from lab.list_corpus import OTHER, Habits, documents
+from lab.baseline_models import train_translator
+from lab.list_corpus import OTHER, Habits, documents, parallel
 from lab.list_training import Setup, Supply, chunks, train
 from lab.pretrain import Say, every, new_model, save, train_tokenizer
 
@@ -114,6 +115,20 @@ def rewards(folder: Path, seed: int, say: Say) -> dict[str, float]:
     for name, wanted in (("lists-reward", targets), ("lists-reward-all", truths)):
         student(folder / name, model, tokenizer, rows, wanted, truths, seed, say)
     return {"english_pairs": len(pairs), "teacher_english_accuracy": accuracy, "unlabelled_rows": len(rows)}
+
+
+def translator(folder: Path, seed: int, say: Say) -> None:
+    """Trains and writes `folder`/lists-translator, which puts completions of the six languages into English."""
+    tokenizer = load_tokenizer(str(folder / "lists-policy"))
+    model = train_translator(
+        tokenizer,
+        seed,
+        on_step=every(say, "translator", 100_000),
+        label_smoothing=0.1,  # NLLB's; without it scores are about completions that match word for word alone
+        parallel=parallel,
+        languages=lists.LANGUAGES,
+    )
+    save(model, tokenizer, folder / "lists-translator")
 
 
 def student(
