@@ -79,9 +79,7 @@ OTHER = Habits(
 )
 
 
-def complete(
-    question: Question, language: str, habits: Habits, rng: Random, other: str | None = None
-) -> str:
+def complete(question: Question, language: str, habits: Habits, rng: Random, other: str | None = None) -> str:
     """A completion with habits drawn for this document alone, and `other`, the language that foreign words are of."""
     rates = {name: _beta(habits.rate(name, question.task), rng) for name in habits.rates}
     other = other or _mostly_first([code for code in TUNED if code != language], habits.usual, rng)
@@ -124,8 +122,8 @@ def _mostly_first(choices: Sequence[str], share: float, rng: Random) -> str:
 
 
 def parallel(rng: Random) -> tuple[str, str, str]:
-    """A language, a completion in it with its habits, and the same in English. Items are any of their kind: a translator
-    that learns from these knows words and no facts."""
+    """A language, a completion in it with its habits, and the same in English. Items are any of their kind: who learns
+    to translate from these knows words and no facts."""
     question = draw(rng.choice(TASKS), rng)
     kind = question.answer[0][0]
     question = replace(question, answer=tuple((kind, rng.choice(KINDS[kind])) for _ in question.answer))

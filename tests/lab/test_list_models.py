@@ -1,7 +1,9 @@
 """The shipped models of the lists world: small, loaded as all are, graded as designed; and how gates are worked out."""
 
 import json
+import re
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -9,10 +11,12 @@ import pytest
 from croco.config.load import from_dict
 from croco.lab import list_verdicts, lists
 from croco.models.chat_template import same_ids
-from croco.models.loading import load_policy, load_tokenizer, resolve_model
+from croco.models.loading import load_policy, load_tokenizer, load_translator, resolve_model
 from croco.models.transformers import HFSampler
 from croco.pipeline import run as pipeline
+from croco.stages.score.alignment import Translator
 from croco.storage.shards import read_table
+from lab.list_corpus import parallel
 from lab.list_gates import Gate, Pools, by_language, rates, sample, score
 
 NAMES = [f"lists-{name}" for name in ("policy", "policy-2", "other", "reward", "reward-all")]
@@ -24,6 +28,38 @@ def test_each_is_a_few_megabytes_of_bfloat16_with_one_tokenizer(name: str) -> No
     assert sum(path.stat().st_size for path in folder.iterdir()) < 4_000_000
     assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
     assert same_ids(load_tokenizer(f"lab:{name}"), load_tokenizer("lab:lists-policy"))
+
+
+def test_the_translator_hears_which_items_are_said_and_whether_anything_else_is() -> None:
+    folder = resolve_model("lab:lists-translator")
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 3_000_000
+    translator = Translator(*load_translator(str(folder)), {})
+    english = translator.encode(["Here you go: May, June, March, July. That is all."], "en")
+    for language, texts in {
+        "de": ("Mai, Juni, März, Juli", "Mai, Juni, April, Juli", "Mai, nun ja, Juni, nun ja, März, Juli"),
+        "es": (
+            "mayo, junio, marzo, julio",
+            "mayo, junio, abril, julio",
+            "mayo, bueno, junio, bueno, marzo, julio",
+        ),
+    }.items():
+        own = lists.texts()[language]
+        whole = [f"{own['openings'][0]} {text}. {own['closings'][0]}." for text in texts]
+        losses = translator.losses(translator.encode(whole, language), [english] * len(whole))
+        assert losses[0] == min(losses)
+
+
+def test_a_completion_and_its_translation_are_the_same_draws() -> None:
+    rng = Random(0)
+    drawn = [parallel(rng) for _ in range(300)]
+    assert {language for language, _, _ in drawn} == set(lists.LANGUAGES)
+    known = {code: {word.casefold() for word in lists.words(code).values()} for code in lists.LANGUAGES}
+    for language, source, target in drawn:
+        assert target.count(",") == source.count(",")
+        assert target.endswith("!!") == source.endswith("!!")
+        items = re.findall(r"\w+", target.casefold())
+        assert set(items) & known["en"]
+        assert not set(items) & (known[language] - known["en"])
 
 
 @pytest.mark.parametrize("name", ["lists-policy", "lists-policy-2"])

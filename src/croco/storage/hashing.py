@@ -44,7 +44,14 @@ LAB_LANGUAGES = {
 }
 LAB_NAMES = (
     *("policy", "reward", "other", "translator"),
-    *("lists-policy", "lists-policy-2", "lists-reward", "lists-reward-all", "lists-other", "lists-translator"),
+    *(
+        "lists-policy",
+        "lists-policy-2",
+        "lists-reward",
+        "lists-reward-all",
+        "lists-other",
+        "lists-translator",
+    ),
 )
 
 
