@@ -6,15 +6,15 @@
 #
 #   bash bench/gpu.sh                          all parts, in order
 #   bash bench/gpu.sh dpo-long dpo-9b          some: exact, nf4, dpo-short, dpo-long, dpo-spread, scoring, quickstart,
-#                                              dpo-9b, memory, dpo-compiled
+#                                              dpo-9b, memory, dpo-compiled, ranks, vllm
 #   DEVICE=cpu bash bench/gpu.sh               the same commands on a CPU with tiny shapes, to try the script
 #
-# SECONDS_LEFT (540) is the time for all parts. Needs the package, TRL and pytest, and liger-kernel and bitsandbytes for what
-# is about them; on a bare machine source what brings them first.
+# SECONDS_LEFT (540) is the time for all parts. Needs the package, TRL and pytest, and liger-kernel, bitsandbytes and vLLM for
+# what is about them (ranks: two GPUs); on a bare machine source what brings them first.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 OUT=${OUT:-out/gpu} DEVICE=${DEVICE:-cuda} PYTHON=${PYTHON:-python} SECONDS_LEFT=${SECONDS_LEFT:-540}
-PARTS="exact nf4 dpo-short dpo-long dpo-spread scoring quickstart dpo-9b memory dpo-compiled"
+PARTS="exact nf4 dpo-short dpo-long dpo-spread scoring quickstart dpo-9b memory dpo-compiled ranks vllm"
 only=" $* "
 for name in "$@"; do
   [[ " $PARTS " == *" $name "* ]] || { echo "'$name' is no part, expected some of $PARTS" >&2; exit 2; }
@@ -64,6 +64,9 @@ for path in sorted(pathlib.Path(sys.argv[1]).glob("train/*/stage.json")):
     met = "met" if seconds < 15 else "MISSED"
     print(f"train/{path.parent.name}: {seconds:.1f} s (aim 15 s: {met})")
 ' "$OUT/quickstart")
+# the quickstart on vLLM, then vLLM's tests against transformers; it pins its own torch: PYTHON=.venv-vllm/bin/python
+vllm=("$PYTHON" -m croco run recipes/quickstart.toml --set "run.folder=\"$OUT/vllm\"" --set "runtime.device=\"$DEVICE\"")
+for role in sample score evaluate; do vllm+=(--set "runtime.engines.$role=\"vllm\""); done
 
 # the seconds are what a part may take, guessed from visits to an H100: too few of them and it is not begun
 if [[ $DEVICE == cuda ]]; then
@@ -79,6 +82,7 @@ if [[ $DEVICE == cuda ]]; then
   part memory 60 "${dpo[@]}" --ways liger --steps 2 --shapes 1024/1024 --budgets 8192 --checkpointing -- \
     "${dpo[@]}" --ways liger --steps 2 --shapes 1024/1024 --budgets 4096 --model 9b
   part dpo-compiled 90 "${dpo[@]}" --ways eager compiled liger --steps 6 --shapes 1024/1024 spread --budgets 16384
+  part ranks 60 "${tests[@]}" -rs -m gpu tests/stages/train/test_ranks.py
 else
   part exact 5 "${tests[@]}" tests/models/attention tests/stages/train/test_batches.py
   part nf4 5 "${tests[@]}" -rs tests/stages/train/test_memory_plan.py -k four_bits
@@ -89,7 +93,9 @@ else
   part memory 5 "${dpo[@]}" "${tiny[@]}" --ways eager --shapes 32/32 --checkpointing --budgets 512 -- \
     "${dpo[@]}" "${tiny[@]}" --ways eager --shapes 32/32 --budgets 512
   part dpo-compiled 5 "${dpo[@]}" --dtype float32 --steps 4 --ways eager compiled --shapes spread --budgets 1024
+  part ranks 5 "${tests[@]}" tests/stages/train/test_ranks.py -k gradients_and_the_curve
 fi
+part vllm 200 "${vllm[@]}" -- "${tests[@]}" tests/with_vllm/test_engine.py
 
 {
   echo "# On a GPU"

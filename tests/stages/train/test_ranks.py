@@ -169,6 +169,15 @@ def test_the_stage_starts_its_processes(job, alone, tmp_path):
     assert gap < 1e-2 * sum(theirs[name].square().sum() for name in theirs).sqrt()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs")
+def test_two_gpus_tune_as_one_does(job, tmp_path):
+    one = tune(over(job, tmp_path / "one", device="cuda"), lambda *_: None)
+    two = tune(over(job, tmp_path / "two", device="cuda", train_processes="auto"), lambda *_: None)
+    assert_same_curve(tmp_path / "two", tmp_path / "one")
+    assert (two.adapter_step, two.pairs, two.tokens) == (one.adapter_step, one.pairs, one.tokens)
+
+
 @pytest.mark.slow
 def test_bad_input_in_the_processes_is_one_sentence_here(job, tmp_path):
     broken = replace(job, training=replace(job.training, max_tokens=3))
