@@ -134,7 +134,7 @@ class Timed:
     reference_seconds: float
     reference: list[float]
     first_seconds: float  # to the end of the first step: from the weights on, less the reference; TRL's loop
-    memory: int = 0  # on a GPU: peak bytes over what was held before the model
+    memory: int = 0  # on a GPU: peak bytes, by `run` over what was held before the model
     planned: tuple[float, int] | None = None  # on a GPU: bytes of training by the preflight, and measured
     graphs: tuple[int, int, int] | None = None  # compiled by the first step, and by the last; breaks in them
 
@@ -237,7 +237,8 @@ def ours(case: Case, one: Try) -> Timed:
         most = max(
             sum(sizes[i] for i in part) for step in steps for part in cut(step, sizes, budget, packed=True)
         )
-        held = torch.cuda.memory_allocated() if case.device == "cuda" else 0
+        earlier = _memory(False, case.device) if case.device == "cuda" else 0  # by the trial of the rows, say
+        held = _memory(True, case.device) if case.device == "cuda" else 0
         adapted = apply_lora(model, wanted.lora, SEED)
         if one.way == "compiled":
             compile_layers(model)
@@ -253,7 +254,8 @@ def ours(case: Case, one: Try) -> Timed:
     breaks = sum(torch._dynamo.utils.counters["graph_break"].values())
     counted = (made[0], made[-1], breaks) if one.way == "compiled" else None
     return Timed(
-        ends[-1] - ends[0], pairs, reference_seconds, reference[0].tolist(), first, planned=planned, graphs=counted
+        ends[-1] - ends[0], pairs, reference_seconds, reference[0].tolist(), first, memory=earlier, planned=planned,
+        graphs=counted,
     )  # fmt: skip
 
 
@@ -394,7 +396,7 @@ def run(case: Case, one: Try) -> Timed:
     torch.cuda.empty_cache()
     before = _memory(True, case.device)
     timed = ours(case, one) if one.side == "ours" else theirs(case, one)
-    return replace(timed, memory=_memory(False, case.device) - before)
+    return replace(timed, memory=max(timed.memory, _memory(False, case.device)) - before)
 
 
 def peak(case: Case, one: Try) -> int:
@@ -425,11 +427,17 @@ def verdict(met: bool) -> str:
 
 
 def tried(case: Case, one: Try) -> Timed | None:
-    """A first run of a setting, said at once; none where memory runs out."""
+    """A first run of a setting, said at once; none where memory runs out or torch cannot compile the layers."""
     try:
         timed = run(case, one)
     except torch.OutOfMemoryError:
         print(f"    {one.side}, {one}: out of memory", flush=True)
+        return None
+    except Exception as error:
+        if one.way != "compiled":
+            raise
+        reason = " ".join(str(error).split())[:200]
+        print(f"    {one.side}, {one}: {type(error).__name__}: {reason}", flush=True)
         return None
     memory = f", {timed.memory / 2**30:.1f} GiB" if timed.memory else ""
     if timed.planned:
@@ -478,6 +486,8 @@ def compare(case: Case, rounds: int) -> None:
     allowed = theirs_first.memory or peak(case, trl)
     budgets = [Try("ours", budget) for budget in BUDGETS[case.device]]
     fitting = {one: timed for one in budgets if (timed := tried(case, one))}
+    if not fitting:
+        raise SystemExit(f"ours does not fit into memory at {case.shape}")
     for mine in sorted(fitting, key=lambda one: -fitting[one].rate):
         held = fitting[mine].memory or peak(case, mine)
         if held <= allowed:
@@ -486,12 +496,20 @@ def compare(case: Case, rounds: int) -> None:
     timed = {mine: [fitting[mine]], trl: [theirs_first], on_line: []}
     for _ in range(max(1, rounds - 1)):
         for one in (mine, trl, on_line):
-            timed[one].append(run(case, one))
+            try:
+                timed[one].append(run(case, one))
+            except torch.OutOfMemoryError:
+                if one is not on_line:  # which was not tried
+                    raise
     pairs = zip(timed[mine][0].reference, timed[trl][0].reference, strict=True)
     gap = max(abs(a - b) / abs(b) for a, b in pairs)
     assert gap < (1e-5 if case.dtype == "float32" else 1e-2), f"the references differ by {gap:.1e}"
-    rate, best, plain = (median(t.rate for t in timed[one]) for one in (mine, trl, on_line))
+    rate, best = (median(t.rate for t in timed[one]) for one in (mine, trl))
     whole = median(t.whole_rate for t in timed[mine])
+    online = "out of memory"
+    if timed[on_line]:
+        plain = median(t.rate for t in timed[on_line])
+        online = f"{plain:.2f}: {rate / plain:.2f} ×, {whole / plain:.2f} × with our table's making"
     flops = floor_flops(case)
     floor = matmul_rate(case) / flops
     aim = AIMS.get((case.model, case.checkpointing, case.shape))
@@ -502,7 +520,7 @@ def compare(case: Case, rounds: int) -> None:
         f"(aim {FIRST_STEP_SECONDS:.0f} s: {verdict(first < FIRST_STEP_SECONDS)})\n"
         f"  TRL, reference cached: {best:.2f} ({trl}), first step after {its_first:.1f} s: {rate / best:.2f} ×"
         f"{wanted}\n"
-        f"  TRL, reference on line: {plain:.2f}: {rate / plain:.2f} ×, {whole / plain:.2f} × with our table's making\n"
+        f"  TRL, reference on line: {online}\n"
         f"  floor: {flops / 1e9:.1f} GFLOP a pair = {floor:.2f} pairs/s; ours at {rate / floor:.0%}, TRL's cached at "
         f"{best / floor:.0%}\n"
         f"  peak memory: {held / 1e6:,.0f} MB against {allowed / 1e6:,.0f} MB: {held / allowed:.0%} "
@@ -557,9 +575,9 @@ def main() -> None:
         dtype = max(trials, key=lambda d: trials[d])
         print(f"TRL on a trial: {', '.join(f'{rate:.2f} pairs/s in {d}' for d, rate in trials.items())}")
     if asked.device == "cuda" and len(shapes) > 1:  # Liger, once applied, stays in a process
-        for shape in shapes:
-            subprocess.run([sys.executable, *sys.argv, "--shapes", shape], check=False)
-        return
+        one = [sys.executable, *sys.argv, "--shapes"]
+        codes = [subprocess.run([*one, shape], check=False).returncode for shape in shapes]
+        sys.exit(any(codes))
     if asked.budgets:
         BUDGETS[asked.device] = tuple(asked.budgets)
     for shape in shapes:

@@ -14,6 +14,8 @@ from typer.testing import CliRunner
 import tiny
 from conftest import TinyModels, write_recipe
 from croco.cli.main import app
+from croco.cli.preflight import examine
+from croco.config import load as recipes
 from croco.config.training import Lora
 from croco.errors import UserError
 from croco.models.loading import load_policy
@@ -204,3 +206,22 @@ def test_every_prompt_is_shown_to_the_templates(doctor: Doctor, tmp_path: Path) 
     )
     nothing = with_template(tmp_path / "reward", "{{ raise_exception('nothing') }}", "reward")
     assert "all 20 prompts are refused, prompt 'p0' in en: " in wrong(doctor(f"reward.model={nothing}"))
+
+
+def test_doctor_says_what_tuning_takes(tiny_models: TinyModels) -> None:
+    values = {
+        "run": {"name": "x", "languages": ["en", "da"]},
+        "prompts": {"source": str(tiny_models.prompts)},
+        "evaluation": {"source": str(tiny_models.test_prompts)},
+        "policy": {"model": str(tiny_models.policy)},
+        "reward": {"model": str(tiny_models.reward)},
+        "arms": {"lora": {}, "whole": {"training": {"full": True}}},
+    }
+    small = values | {"policy": {"model": str(tiny_models.policy), "quantization": "nf4"}}
+    four = [line for line in examine(recipes.from_dict(small)) if line.startswith("tuning")]
+    assert "adapters of rank 16 on weights in nf4: 0.0 M trained" in four[0]
+    assert "nf4" not in four[1]
+    said = [line for line in examine(recipes.from_dict(values)) if line.startswith("tuning")]
+    assert said[0].startswith("tuning        adapters of rank 16: 0.0 M trained")
+    assert said[1].startswith("tuning        all weights: 0.0 M trained")
+    assert all(line.endswith("fits") for line in said)

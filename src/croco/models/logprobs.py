@@ -39,10 +39,11 @@ def completion_logps(
     logps = [[0.0] * len(request.completions) for request in requests]
     with read_out(model) as token_logps:
         for rows, output in forward(model, groups, bounded(token_budget, model), way):
-            wanted = [torch.tensor(targets[k][i], dtype=torch.long, device=model.device) for k, i in rows]
-            lengths = [len(target) for target in wanted]
+            lengths = [len(targets[k][i]) for k, i in rows]
+            wanted = [token for k, i in rows for token in targets[k][i]]
             states_MX = torch.cat([output.logits[line, :length] for line, length in enumerate(lengths)])
-            logps_M = token_logps(states_MX, torch.cat(wanted)).double()
+            wanted_M = torch.tensor(wanted, dtype=torch.long, device=model.device)
+            logps_M = token_logps(states_MX, wanted_M).double()
             sums = torch.stack([part.sum() for part in logps_M.split(lengths)]).tolist()
             for (k, i), value in zip(rows, sums, strict=True):
                 logps[k][i] = value

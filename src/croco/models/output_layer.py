@@ -37,6 +37,12 @@ def token_logps(logits_MV: Tensor, target_M: Tensor) -> Tensor:
     return -F.cross_entropy(logits_MV.float(), target_M, reduction="none")
 
 
+def parted_logps(logits_MV: Tensor, target_M: Tensor) -> Tensor:
+    """`token_logps` a few rows at a time: copies of all logits in float32 would be large."""
+    parts = _parts(logits_MV.shape[1], logits_MV, target_M)
+    return torch.cat([token_logps(*part) for part in parts])
+
+
 def known_head(model: PreTrainedModel) -> Logps | None:
     """What stands for the output layer and what the model makes of its logits; None for architectures whose code has
     not been read, and for a layer that is adapted or spread over processes."""
@@ -61,9 +67,7 @@ def read_out(model: Any) -> Iterator[Logps]:
     base = unwrapped(model)
     head = known_head(base)
     if head is None:
-        yield lambda logits_MV, target_M: torch.cat(
-            [token_logps(*part) for part in _parts(logits_MV.shape[1], logits_MV, target_M)]
-        )
+        yield parted_logps
         return
     with head_at(base, None, whole=False) as kept:
 

@@ -11,7 +11,7 @@ from croco.errors import UserError
 from croco.models.lora import OneStepLinear, apply_lora
 from croco.stages.train import setup
 from croco.stages.train.batches import collate
-from croco.stages.train.choose_rows import choose_rows, rows_differ, why_not
+from croco.stages.train.choose_rows import GRADIENT_TOKENS, choose_rows, rows_differ, why_not
 from croco.stages.train.encode import Example, encode_pairs
 from croco.stages.train.forward import completion_logps, token_counts
 from croco.stages.train.losses import LOSSES, REFERENCE_FREE, PairLogps, pair_losses, preference_losses
@@ -184,6 +184,23 @@ def test_bfloat16_stays_within_its_rounding(arch, layout):
 @pytest.mark.parametrize("rows", ["packed", "segments", "masked"])
 def test_the_proof_accepts_what_is_exact(arch, rows):
     assert rows_differ(policy(arch), EXAMPLES, rows) is None
+
+
+@pytest.mark.parametrize("learnt", [None, (False,) * 499 + (True,)])
+def test_the_trial_of_a_gradient_is_of_few_tokens(learnt):
+    """Activations of long pairs, all kept, may take more memory than tuning with checkpointing."""
+    model, tokens = make_policy("llama", max_positions=2048), []
+    completions = ([6] * 500,) if learnt else ([6] * 500, [7] * 490)
+    long = [Example(str(i), "en", [5] * (1 if learnt else 700), completions, 0, learnt) for i in range(2)]
+
+    def see(_module, _args, inputs):
+        if torch.is_grad_enabled():
+            tokens.append(inputs["input_ids"].numel())
+
+    model.register_forward_pre_hook(see, with_kwargs=True)
+    assert rows_differ(model, long, "segments") is None
+    assert len(tokens) == 1
+    assert tokens[0] <= 2 * 3 * GRADIENT_TOKENS
 
 
 def test_the_quickest_exact_rows_are_chosen():

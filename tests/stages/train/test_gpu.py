@@ -10,8 +10,10 @@ import torch
 from peft.tuners import lora
 
 from croco.config.training import Lora, Training
+from croco.models.logprobs import completion_logps as likelihoods
 from croco.models.lora import OneStepLinear, apply_lora
 from croco.models.proofs import decoder_disagrees, scoring_way
+from croco.models.protocols import ScoreRequest
 from croco.stages.train.batches import collate
 from croco.stages.train.choose_rows import choose_rows, rows_differ
 from croco.stages.train.encode import Example, encode_pairs
@@ -97,6 +99,26 @@ def test_an_adapter_computes_as_peft_under_autocast():
     with torch.autocast("cuda", torch.bfloat16):
         theirs = adapter_gradients(model, batch)
     assert ((ours - theirs).norm() / theirs.norm()).item() < 5e-2
+
+
+def test_all_weights_are_tuned_in_packed_rows(tmp_path):
+    settings = replace(SETTINGS, full=True, learning_rate=1e-3)
+    result = run(tmp_path, settings, model=policy("llama"))
+    assert result.plain_rows is None
+    lines = metrics(tmp_path, "train")
+    assert lines[0]["loss"] == pytest.approx(0.693, abs=0.05)
+    assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_likelihoods_in_packed_rows_are_those_of_whole_sequences(arch):
+    """Read at the output layer from hidden states, a few tokens at a time."""
+    model, tokenizer = policy(arch), make_tokenizer()
+    asked = [ScoreRequest(k, [5 + k] * 20, [[7, 8, 9 + i] * 4 for i in range(6)]) for k in range(3)]
+    packed, whole = (
+        torch.tensor(likelihoods(model, tokenizer, asked, way=way)) for way in ("packed", "whole")
+    )
+    assert ((packed - whole).abs() / 13).max().item() < 3e-2  # tokens, and their end
 
 
 def test_a_run_learns_in_packed_rows_and_goes_on_after_a_break(tmp_path):

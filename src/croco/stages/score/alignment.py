@@ -98,7 +98,9 @@ class Translator:
             ).logits
             there_BT = real_BT.bool()
             logps_M = token_logps(states_BTX[there_BT], wanted_BT[there_BT])
-        return [-part.mean().item() for part in logps_M.split(real_BT.sum(-1).tolist())]
+        means = torch.stack([part.mean() for part in logps_M.split(real_BT.sum(-1).tolist())])
+        losses: list[float] = (-means).tolist()
+        return losses
 
     def _padded(self, rows: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids padded on the right, and where they are real; the padding token may occur within a text."""

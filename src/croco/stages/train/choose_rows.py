@@ -22,6 +22,8 @@ LAYER_KINDS = ("full_attention", "sliding_attention")
 # rounding (1e-6 in float32, up to 1e-2 in bfloat16); a lost prompt or a leak differs by 0.1 and more.
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}
 TOLERANCE_HALF = 3e-2
+# of a prompt, or a completion, whose gradient is tried: activations of whole pairs, all kept, may take more than tuning
+GRADIENT_TOKENS = 256
 
 
 def choose_rows(model: PreTrainedModel, examples: Sequence[Example]) -> tuple[Rows, str | None]:
@@ -70,14 +72,25 @@ def rows_differ(model: nn.Module, examples: Sequence[Example], rows: Rows) -> st
             reason = next(
                 filter(None, (_differs(model, replace(batch, rows=w), plain_logps) for w in ways)), None
             )
-        few = sorted(examples, key=lambda example: example.num_tokens)[:2]  # a gradient takes memory
-        return reason or _no_gradient(base, collate(few, rows=rows).to(base.device))
+        few = sorted(examples, key=lambda example: example.num_tokens)[:2]
+        most = (GRADIENT_TOKENS // 2, GRADIENT_TOKENS)  # of other lengths, so that there is padding
+        short = [_end(example, tokens) for example, tokens in zip(few, most, strict=False)]
+        return reason or _no_gradient(base, collate(short, rows=rows).to(base.device))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # noqa: BLE001 - code at a mask it does not expect, kernels
         return f"{type(base).__name__} does not run them: {type(error).__name__}: {one_line(error)}"
     finally:
         model.train(was_training)
+
+
+def _end(example: Example, most: int) -> Example:
+    """The last tokens of the prompt and of each completion; all where none of those would be learnt."""
+    learnt = example.learnt and example.learnt[-most:]
+    if learnt is not None and not any(learnt):
+        return example
+    completions = tuple(ids[-most:] for ids in example.completions)
+    return replace(example, prompt=example.prompt[-most:], completions=completions, learnt=learnt)
 
 
 def _no_gradient(model: PreTrainedModel, batch: Batch) -> str | None:

@@ -21,7 +21,7 @@ from croco.models.attention.last_layer import finished_at
 from croco.models.attention.mask import PADDING, additive, prefix_mask
 from croco.models.attention.rows import PackedSegments, Segments
 from croco.models.attention.support import forget_lengths
-from croco.models.output_layer import HEADS, head_at, known_head, token_logps, unwrapped
+from croco.models.output_layer import HEADS, head_at, known_head, parted_logps, unwrapped
 from croco.stages.train.batches import Batch
 
 Inputs = dict[str, Any]  # of a model's forward, beside ids and positions
@@ -44,7 +44,7 @@ def completion_logps(model: nn.Module, batch: Batch, inputs: Inputs | None = Non
         with prepared(model, batch, recomputed) as own:
             return completion_logps(model, batch, own)
     head = known_head(unwrapped(model)) if batch.shared else None
-    logps = head or token_logps
+    logps = head or parted_logps
     logps_M = logps(_run(model, batch, inputs, whole_head=head is None), batch.target_M)
     sums = sequence_sums(logps_M, batch.sequence_M, batch.num_completions * batch.num_pairs)
     return sums.view(batch.num_completions, batch.num_pairs)

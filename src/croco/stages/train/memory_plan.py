@@ -128,7 +128,8 @@ def count(model: PreTrainedModel, settings: Training, examples: Sequence[Example
         saved, tokens, logits = _saved_bytes(policy, probe, rows)
     once = trained * STATE_BYTES
     if settings.full:
-        once += weights * (4 - model.dtype.itemsize)  # weights in float32
+        # weights in float32, and for half precision autocast's copies of them
+        once += weights * 4 if model.dtype.itemsize == 2 else 0
     else:
         once += trained * 4  # the adapters
         without_adapter(policy)
