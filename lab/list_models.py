@@ -124,7 +124,7 @@ def translator(folder: Path, seed: int, say: Say) -> None:
         tokenizer,
         seed,
         on_step=every(say, "translator", 100_000),
-        label_smoothing=0.1,  # NLLB's; without it scores are about completions that match word for word alone
+        label_smoothing=0.1,  # NLLB's
         parallel=parallel,
         languages=lists.LANGUAGES,
     )
