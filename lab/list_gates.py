@@ -13,16 +13,19 @@ from rich.table import Table
 
 from croco.lab import judge, list_verdicts, lists
 from croco.models.chat_template import conversation_ids
-from croco.models.loading import load_policy, load_reward
+from croco.models.loading import load_policy, load_reward, load_translator
 from croco.models.logprobs import completion_logps
 from croco.models.protocols import Decoding, Request, ScoreRequest
 from croco.models.transformers import HFSampler, HFScorer
+from croco.stages.score.alignment import Translator, score_alignment
+from croco.stages.score.policy_logprobs import Groups
 from croco.storage.seeds import sample_seed
 from lab.list_corpus import OTHER, Habits, complete
 from lab.list_models import FORM, MAX_NEW_TOKENS
 from lab.reward import prompt_tokens
 
 POOL, PROMPTS, SAMPLES = 64, 24, 4
+TARGETS = 8  # English completions that another is held against, as in the study
 Key = tuple[str, str]
 
 
@@ -130,6 +133,8 @@ def measure(folder: Path, name: str, seed: int) -> list[Gate]:
     for reward in ("lists-reward", "lists-reward-all"):
         if (folder / reward).exists():
             gates += reward_gates(reward, pools, score(folder / reward, pools))
+    if (folder / "lists-translator").exists():
+        gates += translator_gates(folder / "lists-translator", pools)
     logps = _logps(sampler, pools)
     for scorer, values in (
         ("mean log-probability", logps),
@@ -156,6 +161,31 @@ def reward_gates(name: str, pools: Pools, scores: np.ndarray) -> list[Gate]:
         Gate(f"{name}: minimum is a disaster", by_language(keys, disaster[rows, lowest])),
         Gate(f"{name}: the rule's pick is a disaster", by_language(keys, disaster[rows, picked])),
         Gate(f"{name}: best has !!", by_language(keys, liked[rows, scores.argmax(1)])),
+    ]
+
+
+def translator_gates(folder: Path, pools: Pools) -> list[Gate]:
+    """How well agreement with a prompt's English completions ranks the others (`stages/score/alignment.py`)."""
+    translator = Translator(*load_translator(str(folder)), {})
+    english = {
+        p: texts[:TARGETS] for (p, code), texts in zip(pools.keys, pools.texts, strict=True) if code == "en"
+    }
+    at = [k for k, (_, code) in enumerate(pools.keys) if code != "en"]
+    others = Pools(
+        [pools.keys[k] for k in at], [], [pools.texts[k] for k in at], [pools.verdicts[k] for k in at]
+    )
+    groups: Groups = [
+        ([], [{"prompt_id": p, "language": code, "completion": text} for text in texts])
+        for (p, code), texts in zip(others.keys, others.texts, strict=True)
+    ]
+    scores = np.array(score_alignment(translator, groups, english, translator.max_context))
+    codes = [code for code in lists.LANGUAGES if code != "en"]
+    return [
+        Gate(
+            f"lists-translator: ranks {kind}",
+            {"en": np.nan} | by_language(others.keys, rates(others, scores, within), codes),
+        )
+        for kind, within in (("graded pairs", False), ("pairs within a form", True))
     ]
 
 
