@@ -179,7 +179,7 @@ def translator_gates(folder: Path, pools: Pools) -> list[Gate]:
         for (p, code), texts in zip(others.keys, others.texts, strict=True)
     ]
     scores = np.array(score_alignment(translator, groups, english, translator.max_context))
-    codes = [code for code in lists.LANGUAGES if code != "en"]
+    codes = sorted({code for _, code in others.keys})
     return [
         Gate(
             f"lists-translator: ranks {kind}",

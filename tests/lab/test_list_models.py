@@ -17,7 +17,7 @@ from croco.pipeline import run as pipeline
 from croco.stages.score.alignment import Translator
 from croco.storage.shards import read_table
 from lab.list_corpus import parallel
-from lab.list_gates import Gate, Pools, by_language, rates, sample, score
+from lab.list_gates import Gate, Pools, by_language, rates, sample, score, translator_gates
 
 NAMES = [f"lists-{name}" for name in ("policy", "policy-2", "other", "reward", "reward-all")]
 
@@ -82,6 +82,9 @@ def test_the_policys_completions_are_of_every_quality_and_the_reward_model_picks
     best = quality[np.arange(len(quality)), scores.argmax(1)]
     assert best.mean() > quality.mean() + 0.05
     assert np.nanmean(rates(pools, scores, within_form=False)) > 0.6
+    graded, _ = translator_gates(resolve_model("lab:lists-translator"), pools)
+    assert set(graded.values) == {"en", "de"}
+    assert 0.5 < graded.values["de"] < 0.8
 
 
 def test_a_run_in_the_lists_world_is_graded_on_lists_and_abilities(tmp_path: Path) -> None:
