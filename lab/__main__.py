@@ -82,7 +82,7 @@ def build_baselines(folder: Path | None = None, seed: int = SEED) -> None:
     other = baseline_models.pretrain_other(tokenizer, seed + 1, every(say, "pretraining the other", 100_000))
     save(other, tokenizer, folder / "other")
     translator = baseline_models.train_translator(
-        tokenizer, seed + 2, on_step=every(say, "translator", 100_000)
+        tokenizer, seed + 2, baseline_models.parallel, LANGUAGES, on_step=every(say, "translator", 100_000)
     )
     save(translator, tokenizer, folder / "translator")
     tokens = {

@@ -82,25 +82,25 @@ def _new_other(tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel
 def train_translator(
     tokenizer: PreTrainedTokenizerFast,
     seed: int,
+    parallel: Parallel,
+    languages: Sequence[str],
+    label_smoothing: float = 0.0,
     num_tokens: int = TRANSLATOR_TOKENS,
     tokens_per_batch: int = 1024,
     peak: float = 3e-3,
     on_step: OnStep | None = None,
-    label_smoothing: float = 0.0,
-    parallel: Parallel | None = None,
-    languages: Sequence[str] = LANGUAGES,
 ) -> M2M100ForConditionalGeneration:
-    """A translation model into English, of the first world's sentences unless `parallel` draws others; `tokenizer` gets
-    one token per language, as M2M100 names them."""
+    """A translation model into English of texts that `parallel` draws; `tokenizer` gets one token per language, as
+    M2M100 names them."""
     tokenizer.add_special_tokens({"extra_special_tokens": [language_token(code) for code in languages]})
     model = _new_translator(tokenizer, seed).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.0)
-    stream, done = _batches(tokenizer, seed, tokens_per_batch, parallel or _parallel), 0
+    stream, done = _batches(tokenizer, seed, tokens_per_batch, parallel, languages), 0
     while done < num_tokens:
         progress = done / num_tokens
         optimizer.param_groups[0]["lr"] = peak * min(1.0, progress / 0.03 + 0.02) * (1 - 0.97 * progress)
         source, target = next(stream)
-        logits = model(**source, labels=target).logits
+        logits = model(**source, labels=target).logits  # of labels it makes the decoder's inputs
         loss = cross_entropy(logits.flatten(0, 1), target.flatten(), label_smoothing=label_smoothing)
         if not math.isfinite(loss.item()):
             raise FloatingPointError(f"training of the lab translator diverged after {done} tokens")
@@ -139,21 +139,22 @@ def _new_translator(tokenizer: PreTrainedTokenizerFast, seed: int) -> M2M100ForC
 
 
 def _batches(
-    tokenizer: PreTrainedTokenizerFast, seed: int, tokens_per_batch: int, parallel: Parallel
+    tokenizer: PreTrainedTokenizerFast,
+    seed: int,
+    tokens_per_batch: int,
+    parallel: Parallel,
+    languages: Sequence[str],
 ) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
     """Sources with their mask and targets (-100 is padding), of similar length."""
     rng, end, pad = Random(f"croco-lab-translator-{seed}"), tokenizer.eos_token_id, tokenizer.pad_token_id
-
-    def token(code: str) -> int:
-        return int(tokenizer.convert_tokens_to_ids(language_token(code)))
-
+    token = {code: tokenizer.convert_tokens_to_ids(language_token(code)) for code in languages}
     while True:
         drawn = [parallel(rng) for _ in range(1024)]
         texts = tokenizer([text for pair in drawn for text in pair[1:]], add_special_tokens=False)[
             "input_ids"
         ]
         rows = [
-            ([token(code), *texts[2 * i], end], [token("en"), *texts[2 * i + 1], end])
+            ([token[code], *texts[2 * i], end], [token["en"], *texts[2 * i + 1], end])
             for i, (code, _, _) in enumerate(drawn)
         ]
         rows.sort(key=lambda row: len(row[0]) + len(row[1]))
@@ -169,7 +170,7 @@ def _batches(
             yield {"input_ids": source, "attention_mask": (source != pad).long()}, target
 
 
-def _parallel(rng: Random) -> tuple[str, str, str]:
+def parallel(rng: Random) -> tuple[str, str, str]:
     """A language, a sentence in it and the same in English: the same draws give the same templates in both."""
     item = rng.choice(_train_items())
     value = rng.choice((item.answer, *item.wrong))

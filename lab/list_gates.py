@@ -165,7 +165,7 @@ def reward_gates(name: str, pools: Pools, scores: np.ndarray) -> list[Gate]:
 
 
 def translator_gates(folder: Path, pools: Pools) -> list[Gate]:
-    """How well agreement with a prompt's English completions ranks the others (`stages/score/alignment.py`)."""
+    """How well a prompt's other completions are ranked by how they agree with its English ones, as MAPO does."""
     translator = Translator(*load_translator(str(folder)), {})
     english = {
         p: texts[:TARGETS] for (p, code), texts in zip(pools.keys, pools.texts, strict=True) if code == "en"
@@ -183,7 +183,7 @@ def translator_gates(folder: Path, pools: Pools) -> list[Gate]:
     return [
         Gate(
             f"lists-translator: ranks {kind}",
-            {"en": np.nan} | by_language(others.keys, rates(others, scores, within), codes),
+            by_language(others.keys, rates(others, scores, within), codes),
         )
         for kind, within in (("graded pairs", False), ("pairs within a form", True))
     ]
@@ -237,6 +237,6 @@ def table(gates: Sequence[Gate], title: str) -> Table:
     for gate in gates:
         limits = (("≥", gate.least), ("≤", gate.most))
         bounds = [f"{sign} {limit:g}" for sign, limit in limits if np.isfinite(limit)]
-        cells = [f"{gate.values[code]:.2f}" for code in lists.LANGUAGES]
+        cells = [f"{gate.values[code]:.2f}" if code in gate.values else "–" for code in lists.LANGUAGES]
         out.add_row(gate.name, *cells, ", ".join(bounds), ("yes" if gate.met else "no") if bounds else "")
     return out

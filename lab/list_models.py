@@ -120,14 +120,9 @@ def rewards(folder: Path, seed: int, say: Say) -> dict[str, float]:
 def translator(folder: Path, seed: int, say: Say) -> None:
     """Trains and writes `folder`/lists-translator, which puts completions of the six languages into English."""
     tokenizer = load_tokenizer(str(folder / "lists-policy"))
-    model = train_translator(
-        tokenizer,
-        seed,
-        on_step=every(say, "translator", 100_000),
-        label_smoothing=0.1,  # NLLB's
-        parallel=parallel,
-        languages=lists.LANGUAGES,
-    )
+    said = every(say, "translator", 100_000)
+    # smoothed as NLLB's labels are: without it a text that matches word for word costs nothing, and 1 / loss explodes
+    model = train_translator(tokenizer, seed, parallel, lists.LANGUAGES, label_smoothing=0.1, on_step=said)
     save(model, tokenizer, folder / "lists-translator")
 
 

@@ -48,7 +48,7 @@ def test_the_other_policy_has_the_policys_ids_and_its_own_habits() -> None:
 
 def test_a_sentence_and_its_translation_are_the_same_draws() -> None:
     rng = Random(0)
-    pairs = [baseline_models._parallel(rng) for _ in range(300)]
+    pairs = [baseline_models.parallel(rng) for _ in range(300)]
     danish = {source: target for language, source, target in pairs if language == "da"}
     assert len(danish) > 5
     assert all(source == target for language, source, target in pairs if language == "en")

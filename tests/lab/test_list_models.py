@@ -30,7 +30,7 @@ def test_each_is_a_few_megabytes_of_bfloat16_with_one_tokenizer(name: str) -> No
     assert same_ids(load_tokenizer(f"lab:{name}"), load_tokenizer("lab:lists-policy"))
 
 
-def test_the_translator_hears_which_items_are_said_and_whether_anything_else_is() -> None:
+def test_the_right_items_and_nothing_else_cost_the_translator_least() -> None:
     folder = resolve_model("lab:lists-translator")
     assert sum(path.stat().st_size for path in folder.iterdir()) < 3_000_000
     translator = Translator(*load_translator(str(folder)), {})
@@ -54,12 +54,11 @@ def test_a_completion_and_its_translation_are_the_same_draws() -> None:
     drawn = [parallel(rng) for _ in range(300)]
     assert {language for language, _, _ in drawn} == set(lists.LANGUAGES)
     known = {code: {word.casefold() for word in lists.words(code).values()} for code in lists.LANGUAGES}
-    for language, source, target in drawn:
+    foreign = set().union(*known.values()) - known["en"]
+    for _, source, target in drawn:
         assert target.count(",") == source.count(",")
         assert target.endswith("!!") == source.endswith("!!")
-        items = re.findall(r"\w+", target.casefold())
-        assert set(items) & known["en"]
-        assert not set(items) & (known[language] - known["en"])
+        assert not set(re.findall(r"\w+", target.casefold())) & foreign
 
 
 @pytest.mark.parametrize("name", ["lists-policy", "lists-policy-2"])
@@ -83,8 +82,8 @@ def test_the_policys_completions_are_of_every_quality_and_the_reward_model_picks
     assert best.mean() > quality.mean() + 0.05
     assert np.nanmean(rates(pools, scores, within_form=False)) > 0.6
     graded, _ = translator_gates(resolve_model("lab:lists-translator"), pools)
-    assert set(graded.values) == {"en", "de"}
-    assert 0.5 < graded.values["de"] < 0.8
+    assert set(graded.values) == {"de"}
+    assert graded.values["de"] > 0.5
 
 
 def test_a_run_in_the_lists_world_is_graded_on_lists_and_abilities(tmp_path: Path) -> None:

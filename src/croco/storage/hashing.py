@@ -44,14 +44,7 @@ LAB_LANGUAGES = {
 }
 LAB_NAMES = (
     *("policy", "reward", "other", "translator"),
-    *(
-        "lists-policy",
-        "lists-policy-2",
-        "lists-reward",
-        "lists-reward-all",
-        "lists-other",
-        "lists-translator",
-    ),
+    *(f"lists-{name}" for name in ("policy", "policy-2", "reward", "reward-all", "other", "translator")),
 )
 
 
