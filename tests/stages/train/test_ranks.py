@@ -172,8 +172,10 @@ def test_the_stage_starts_its_processes(job, alone, tmp_path):
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs")
 def test_two_gpus_tune_as_one_does(job, tmp_path):
+    """In float32, since curves differ by more than rounding in half precision."""
+    job = replace(job, policy=job.policy.model_copy(update={"dtype": "float32"}))
     one = tune(over(job, tmp_path / "one", device="cuda"), lambda *_: None)
-    two = tune(over(job, tmp_path / "two", device="cuda", train_processes="auto"), lambda *_: None)
+    two = tune(over(job, tmp_path / "two", device="cuda", train_processes=2), lambda *_: None)
     assert_same_curve(tmp_path / "two", tmp_path / "one")
     assert (two.adapter_step, two.pairs, two.tokens) == (one.adapter_step, one.pairs, one.tokens)
 
